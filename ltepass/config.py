@@ -1,0 +1,59 @@
+"""What a user may choose: one frozen dataclass, checked when it is made."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from ltepass.errors import ConfigError
+
+GroupingName = Literal["auto", "identity", "random", "kmeans", "coactivation", "output_aware"]
+Mode = Literal["soft", "hard", "dense"]
+
+MODES: tuple[Mode, ...] = ("soft", "hard", "dense")
+GROUPINGS: tuple[GroupingName, ...] = ("auto", "identity", "random", "kmeans", "coactivation", "output_aware")
+
+
+def check_mode(mode: str) -> Mode:
+    if mode not in MODES:
+        raise ConfigError(f"mode is {mode!r}; expected one of {', '.join(MODES)}; pass one of these")
+    return mode  # type: ignore[return-value]  # narrowed by the check above
+
+
+def check_sparsity(value: float, name: str = "target_sparsity") -> float:
+    if not 0.0 <= value < 1.0:
+        raise ConfigError(f"{name} is {value}; expected a share of inactive neurons in [0, 1); pass e.g. 0.5")
+    return float(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LTEConfig:
+    """Settings of `ltepass.transform`.
+
+    group_size: neurons per expert; "auto" picks a divisor of each site's d_ff near 32 (the paper's value).
+    target_sparsity: share of inactive neurons that training steers to, in [0, 1).
+    grouping: how neurons become experts (paper section 4.1: balanced k-means on the gate's rows). "auto" takes
+        co-activation where calibration data is given and identity where it is not.
+    router_bias: the paper's router has none; a calibrated start fits better with one.
+    tau: threshold on the sigmoid score (0.5 everywhere in the paper).
+    seed: for grouping and router start.
+    """
+
+    group_size: int | Literal["auto"] = "auto"
+    target_sparsity: float = 0.5
+    grouping: GroupingName = "auto"
+    router_bias: bool = True
+    tau: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_sparsity(self.target_sparsity)
+        if self.group_size != "auto" and (not isinstance(self.group_size, int) or self.group_size < 1):
+            raise ConfigError(f'group_size is {self.group_size!r}; expected "auto" or an integer of at least 1')
+        if self.grouping not in GROUPINGS:
+            raise ConfigError(f"grouping is {self.grouping!r}; expected one of {', '.join(GROUPINGS)}")
+        if not 0.0 < self.tau < 1.0:
+            raise ConfigError(f"tau is {self.tau}; expected a sigmoid score in (0, 1); the paper uses 0.5")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)

@@ -1,0 +1,59 @@
+"""Every error a user can meet. A class names the mistake; its text says what was seen, what was expected, what to do."""
+
+from __future__ import annotations
+
+
+class LTEError(ValueError):
+    """Base of all errors that ltepass raises for something the user can put right."""
+
+
+class NoFFNFoundError(LTEError):
+    """No FFN site was found in the model; the text lists the refusals."""
+
+
+class AlreadyTransformedError(LTEError):
+    """The model holds routers already."""
+
+
+class NotTransformedError(LTEError):
+    """The model holds no routers, and the call needs them."""
+
+
+class GroupSizeError(LTEError):
+    """An explicit group size does not divide a site's d_ff."""
+
+
+class ConfigError(LTEError):
+    """A configuration value is outside what it may be."""
+
+
+class CaptureError(LTEError):
+    """The model could not be captured as a graph with the example inputs given."""
+
+
+class MetaWeightsError(LTEError):
+    """Real weights are needed, and the model is on the meta device."""
+
+
+class CalibrationError(LTEError):
+    """A calibrated table is missing or cannot be made."""
+
+
+class DisplacedHookError(LTEError):
+    """A gate's hook was displaced: the forward would be silently wrong."""
+
+
+class LoweredError(LTEError):
+    """The call is not possible on a lowered model; `ltepass.unlower` makes it possible."""
+
+
+class LoweringError(LTEError):
+    """The model cannot be lowered in its present state."""
+
+
+class TrainingError(LTEError):
+    """The training set-up would give wrong gradients, or training has diverged."""
+
+
+class CheckpointError(LTEError):
+    """A checkpoint is corrupt or was not written by ltepass."""

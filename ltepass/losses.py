@@ -1,0 +1,20 @@
+"""The paper's two auxiliary losses (section 4.3), kept per token so that a trainer can mask and weigh them exactly."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# 1 / (G - tau)^2 is infinite at G = tau: |G - tau| is clamped from below at this value, so one expert adds at most
+# 1 / 0.05^2 = 400 and gets no separability gradient inside the band (the task and efficiency losses move it out).
+SEPARABILITY_CLAMP = 0.05
+
+
+def per_token_losses(logits: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+    """logits: [..., n_experts] -> (efficiency, separability), each [...] fp32, means over experts.
+
+    efficiency = mean_i G_i^2; separability = mean_i 1 / max(|G_i - tau|, clamp)^2.
+    """
+    scores = torch.sigmoid(logits)
+    distance = (scores - tau).abs().clamp_min(SEPARABILITY_CLAMP)
+    return scores.square().mean(-1), distance.pow(-2).mean(-1)

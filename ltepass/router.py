@@ -1,0 +1,117 @@
+"""The trainable router of one FFN site, and the gate that applies its decision.
+
+Paper section 4.2: score G = sigmoid(x W_g); soft y = sum_i G_i E_i(x); hard y = sum_i 1[G_i > tau] E_i(x), unscaled.
+The gate multiplies the FFN's hidden units just before the down projection, which is the same sum.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ltepass.config import Mode
+
+N_QUANTILES = 101  # the sparsity table has one logit threshold for each of 0 %, 1 %, ... 100 %
+
+
+def logit(tau: float) -> float:
+    return math.log(tau / (1.0 - tau))
+
+
+class Router(nn.Module):
+    """Scores `n_experts` groups of neurons from the FFN's input. Always fp32, whatever the model's dtype.
+
+    weight: [n_experts, d_model]; bias: [n_experts] or None; an expert is active where logit > threshold.
+    threshold: [] fp32 buffer, logit(tau) unless `set_sparsity` moved it.
+    quantiles: [101] fp32 buffer, quantiles[s] is the threshold that leaves s % of the calibration experts inactive;
+        NaN before calibration.
+    permutation: [d_ff] int64 buffer; hidden unit i of the grouped FFN was unit permutation[i] of the original.
+    """
+
+    weight: Tensor
+    threshold: Tensor
+    quantiles: Tensor
+    permutation: Tensor
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        group_size: int,
+        *,
+        bias: bool = True,
+        tau: float = 0.5,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        assert d_ff % group_size == 0, (d_ff, group_size)
+        self.d_model, self.d_ff, self.group_size, self.tau = d_model, d_ff, group_size, tau
+        self.n_experts = d_ff // group_size
+        self.mode: Mode = "dense"
+        self.weight = nn.Parameter(torch.empty(self.n_experts, d_model, dtype=torch.float32, device=device))
+        self.bias = nn.Parameter(torch.empty(self.n_experts, dtype=torch.float32, device=device)) if bias else None
+        self.register_buffer("threshold", torch.empty((), dtype=torch.float32, device=device))
+        self.register_buffer("quantiles", torch.empty(N_QUANTILES, dtype=torch.float32, device=device))
+        self.register_buffer("permutation", torch.empty(d_ff, dtype=torch.int64, device=device))
+        # (efficiency, separability) per token, set by a soft forward with gradients; the trainer takes them.
+        self.aux: tuple[Tensor, Tensor] | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Random start, far from the pole of the separability loss; no table; identity permutation."""
+        with torch.no_grad():
+            nn.init.normal_(self.weight, std=self.d_model**-0.5)
+            if self.bias is not None:
+                self.bias.zero_()
+            self.threshold.fill_(logit(self.tau))
+            self.quantiles.fill_(math.nan)
+            self.permutation.copy_(torch.arange(self.d_ff))
+
+    def forward(self, x: Tensor) -> Tensor | None:
+        """x: [..., d_model] any float dtype -> logits [..., n_experts] fp32; None in dense mode (nothing to compute)."""
+        if self.mode == "dense":
+            return None
+        with torch.autocast(x.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.float()
+            logits = nn.functional.linear(x.float(), self.weight.float(), bias)
+        if self.mode == "soft" and torch.is_grad_enabled():
+            from ltepass.losses import per_token_losses
+
+            self.aux = per_token_losses(logits, self.tau)
+        return logits
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        """Moves with the model, but never changes dtype: `model.to(bfloat16)` keeps the decision in fp32."""
+
+        def keep_dtype(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return moved if moved.dtype == t.dtype else t.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)  # type: ignore[no-any-return,no-untyped-call]
+
+    def extra_repr(self) -> str:
+        return f"d_model={self.d_model}, n_experts={self.n_experts}, group_size={self.group_size}, mode={self.mode!r}"
+
+
+_library = torch.library.Library("ltepass", "FRAGMENT")
+_library.define("gate(Tensor h, Tensor logits, Tensor threshold, bool soft) -> Tensor")
+
+
+def _gate(h: Tensor, logits: Tensor, threshold: Tensor, soft: bool) -> Tensor:
+    scores = torch.sigmoid(logits) if soft else logits > threshold
+    n_experts = logits.shape[-1]
+    return (h.unflatten(-1, (n_experts, -1)) * scores.to(h.dtype).unsqueeze(-1)).flatten(-2)
+
+
+# One op in Dynamo's graph, so that a pass finds it without guessing; plain ATen ops for autograd, export and inductor.
+_library.impl("gate", _gate, "CompositeImplicitAutograd")
+
+
+def gate(router: Router, h: Tensor, logits: Tensor | None) -> Tensor:
+    """h: [..., d_ff]; logits: what `router(x)` returned. The definition of soft, hard and dense mode."""
+    if logits is None:
+        return h
+    return torch.ops.ltepass.gate(h, logits, router.threshold, router.mode == "soft")  # type: ignore[no-any-return]
