@@ -58,6 +58,8 @@ class Router(nn.Module):
         self.register_buffer("permutation", torch.empty(d_ff, dtype=torch.int64, device=device))
         # (efficiency, separability) per token, set by a soft forward with gradients; the trainer takes them.
         self.aux: tuple[Tensor, Tensor] | None = None
+        # Called with the hidden units h [..., d_ff] of every forward while calibration runs; None otherwise.
+        self.observer: Callable[[Tensor], None] | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -112,6 +114,8 @@ _library.impl("gate", _gate, "CompositeImplicitAutograd")
 
 def gate(router: Router, h: Tensor, logits: Tensor | None) -> Tensor:
     """h: [..., d_ff]; logits: what `router(x)` returned. The definition of soft, hard and dense mode."""
+    if router.observer is not None:
+        router.observer(h)
     if logits is None:
         return h
     return torch.ops.ltepass.gate(h, logits, router.threshold, router.mode == "soft")  # type: ignore[no-any-return]
