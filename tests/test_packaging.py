@@ -1,0 +1,138 @@
+"""Every way to install the package imports all of it, and importing it stays light."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SITE = sysconfig.get_paths()["purelib"]
+BUILDS = ("wheel", "wheel from sdist", "editable")
+TREE = ("ltepass", "kernels", "passes", "pyproject.toml", "README.md", "LICENSE")
+
+pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="runs in a source tree only")
+
+
+def run(code: str, *, cwd: Path, flags: tuple[str, ...] = ()) -> str:
+    """Runs code in a new interpreter, away from the repository root, and returns what it printed."""
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, *flags, "-c", code]
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def build(kind: str, source: Path, out: Path) -> Path:
+    code = f"import setuptools.build_meta as b; print(b.build_{kind}({str(out)!r}))"
+    return out / run(code, cwd=source).splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the tree, links kept, so that nothing is built into the checkout."""
+    copy = tmp_path_factory.mktemp("source")
+    junk = shutil.ignore_patterns("__pycache__", "*.so", "*.o")
+    for name in TREE:
+        path = ROOT / name
+        if path.is_dir():
+            shutil.copytree(path, copy / name, symlinks=True, ignore=junk)
+        else:
+            shutil.copy(path, copy / name)
+    return copy
+
+
+@pytest.mark.parametrize("kind", BUILDS)
+def test_every_kind_of_install_imports_every_package(kind: str, source: Path, tmp_path: Path) -> None:
+    if kind == "wheel from sdist":
+        sdist = build("sdist", source, tmp_path)
+        shutil.unpack_archive(sdist, tmp_path)
+        source = tmp_path / sdist.name.removesuffix(".tar.gz")
+    wheel = build("editable" if kind == "editable" else "wheel", source, tmp_path)
+    target = tmp_path / "target"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)]
+    subprocess.run(pip, check=True, timeout=240)
+    # -S leaves this environment's own ltepass out; its other packages come in by path, its .pth files do not.
+    modules = modules_of_the_tree(source)
+    code = (
+        f"import site, sys; site.addsitedir({str(target)!r}); sys.path.append({SITE!r})\n"
+        f"import importlib\nfor name in {modules!r}: print(importlib.import_module(name).__file__)"
+    )
+    home = source if kind == "editable" else target
+    for file in run(code, cwd=tmp_path, flags=("-S",)).splitlines():
+        if file != "None":  # ltepass.kernels has no __init__.py on purpose
+            assert Path(file).is_relative_to(home), file
+    if kind != "editable":
+        installed = {str(p.relative_to(target / "ltepass/kernels")) for p in (target / "ltepass/kernels").rglob("*.cpp")}
+        assert installed == {str(p.relative_to(source / "kernels")) for p in (source / "kernels").rglob("*.cpp")}
+        assert (target / "ltepass/py.typed").exists()
+
+
+def modules_of_the_tree(root: Path = ROOT) -> list[str]:
+    """Dotted names of all our modules; the two links lead to the two top-level folders."""
+    names = []
+    for folder, dotted in (("ltepass", "ltepass"), ("kernels", "ltepass.kernels"), ("passes", "ltepass.passes")):
+        for file in sorted((root / folder).rglob("*.py")):
+            parts = file.relative_to(root / folder).with_suffix("").parts
+            if parts[0] not in ("kernels", "passes"):
+                names.append(".".join((dotted, *parts)).removesuffix(".__init__"))
+    return names
+
+
+def test_the_explicit_package_list_is_the_tree() -> None:
+    setup = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    names = modules_of_the_tree()
+    with_modules = {name.rpartition(".")[0] for name in names if not is_package(name)}
+    assert set(setup["packages"]) == with_modules | {name for name in names if is_package(name)}
+
+
+def is_package(name: str) -> bool:
+    relative = Path(*name.split("."))
+    return (ROOT / "ltepass" / relative.relative_to("ltepass") / "__init__.py").exists()
+
+
+def test_the_links_are_links_and_kernels_is_no_top_level_package() -> None:
+    for name in ("kernels", "passes"):
+        assert (ROOT / "ltepass" / name).is_symlink(), "committed as a link"
+        assert os.readlink(ROOT / "ltepass" / name) == f"../{name}"
+    # transformers would import it as Hugging Face's `kernels` package when the repository root is on sys.path.
+    assert not (ROOT / "kernels/__init__.py").exists()
+
+
+def test_no_relative_imports_in_the_linked_folders() -> None:
+    """They would load one file twice, as `kernels.x` and as `ltepass.kernels.x`."""
+    for folder in ("kernels", "passes"):
+        for file in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                assert not (isinstance(node, ast.ImportFrom) and node.level), f"{file}:{node.lineno}"
+
+
+def test_importing_ltepass_is_light(tmp_path: Path) -> None:
+    code = (
+        "import sys, ltepass\n"
+        "heavy = ('transformers', 'triton', 'matplotlib', 'networkx', 'peft', 'typer', 'torch._dynamo', 'torch._inductor')\n"
+        "print([name for name in heavy if name in sys.modules])\n"
+        "import torch; print(torch.cuda.is_initialized())"
+    )
+    assert run(code, cwd=tmp_path).splitlines() == ["[]", "False"]
+
+
+def test_public_names_are_frozen() -> None:
+    import ltepass
+
+    assert sorted(ltepass.__all__) == PUBLIC
+    assert all(hasattr(ltepass, name) for name in PUBLIC)
+
+
+PUBLIC = sorted(
+    """
+    LTEConfig LTETrainer LTETrainerMixin calibrate lower remove report set_mode set_sparsity transform unlower
+    """.split()
+)
