@@ -68,7 +68,7 @@ def _read_state(entry: dict[str, Any]) -> LTEState:
     if entry.get("version") != VERSION:
         raise CheckpointError(
             f"config.json says quant_method 'lte' with version {entry.get('version')!r}; this ltepass reads version "
-            f"{VERSION}; load the checkpoint with the ltepass that wrote it, or delete quantization_config to load it dense"
+            f"{VERSION}; load it with the ltepass that wrote it, or delete quantization_config to load it dense"
         )
     try:
         return LTEState(
@@ -79,8 +79,8 @@ def _read_state(entry: dict[str, Any]) -> LTEState:
         )
     except (KeyError, TypeError, AttributeError, LTEError) as error:
         raise CheckpointError(
-            f"quantization_config in config.json is not what ltepass writes ({type(error).__name__}: {error}); expected "
-            "the keys config, grouping and sites; save the model again with save_pretrained"
+            f"quantization_config in config.json is not what ltepass writes ({type(error).__name__}: {error}); "
+            "expected the keys config, grouping and sites; save the model again with save_pretrained"
         ) from error
 
 
@@ -148,8 +148,8 @@ def attach(model: nn.Module) -> None:
     other = getattr(model, "hf_quantizer", None)
     if other is not None and not isinstance(other, LTEQuantizer):
         warnings.warn(
-            f"the model is quantised with {other.quantization_config.quant_method}: config.json can hold one method, so "
-            "save_pretrained will keep that one and the routers will not load again; keep the state_dict instead",
+            f"the model is quantised with {other.quantization_config.quant_method}: config.json can hold one method, "
+            "so save_pretrained will keep that one and the routers will not load again; keep the state_dict instead",
             stacklevel=3,
         )
         return
@@ -213,7 +213,7 @@ def _check_files(sites: list[FFNSite], files: list[str]) -> None:
     names: set[str] = set()
     for file in files:
         if not str(file).endswith(".safetensors"):
-            raise CheckpointError(f"{file} is no safetensors file; ltepass reads and writes safetensors only; save again")
+            raise CheckpointError(f"{file} is no safetensors file; ltepass reads and writes only those; save it again")
         try:
             with safe_open(file, "pt") as tensors:
                 names.update(tensors.keys())

@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = sysconfig.get_paths()["purelib"]
+HEAVY = ("transformers", "triton", "matplotlib", "networkx", "peft", "typer", "torch._dynamo", "torch._inductor")
 BUILDS = ("wheel", "wheel from sdist", "editable")
 TREE = ("ltepass", "kernels", "passes", "pyproject.toml", "README.md", "LICENSE")
 
@@ -70,9 +71,12 @@ def test_every_kind_of_install_imports_every_package(kind: str, source: Path, tm
         if file != "None":  # ltepass.kernels has no __init__.py on purpose
             assert Path(file).is_relative_to(home), file
     if kind != "editable":
-        installed = {str(p.relative_to(target / "ltepass/kernels")) for p in (target / "ltepass/kernels").rglob("*.cpp")}
-        assert installed == {str(p.relative_to(source / "kernels")) for p in (source / "kernels").rglob("*.cpp")}
+        assert file_names(target / "ltepass/kernels", "*.cpp") == file_names(source / "kernels", "*.cpp")
         assert (target / "ltepass/py.typed").exists()
+
+
+def file_names(folder: Path, pattern: str) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob(pattern)}
 
 
 def modules_of_the_tree(root: Path = ROOT) -> list[str]:
@@ -117,11 +121,25 @@ def test_no_relative_imports_in_the_linked_folders() -> None:
 def test_importing_ltepass_is_light(tmp_path: Path) -> None:
     code = (
         "import sys, ltepass\n"
-        "heavy = ('transformers', 'triton', 'matplotlib', 'networkx', 'peft', 'typer', 'torch._dynamo', 'torch._inductor')\n"
-        "print([name for name in heavy if name in sys.modules])\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules])\n"
         "import torch; print(torch.cuda.is_initialized())"
     )
     assert run(code, cwd=tmp_path).splitlines() == ["[]", "False"]
+
+
+PUBLIC = [
+    "LTEConfig",
+    "LTETrainer",
+    "LTETrainerMixin",
+    "calibrate",
+    "lower",
+    "remove",
+    "report",
+    "set_mode",
+    "set_sparsity",
+    "transform",
+    "unlower",
+]
 
 
 def test_public_names_are_frozen() -> None:
@@ -129,10 +147,3 @@ def test_public_names_are_frozen() -> None:
 
     assert sorted(ltepass.__all__) == PUBLIC
     assert all(hasattr(ltepass, name) for name in PUBLIC)
-
-
-PUBLIC = sorted(
-    """
-    LTEConfig LTETrainer LTETrainerMixin calibrate lower remove report set_mode set_sparsity transform unlower
-    """.split()
-)
