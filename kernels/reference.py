@@ -1,0 +1,70 @@
+"""What the sparse op means, in plain PyTorch: every kernel is judged by these lines.
+
+Paper section 4.2, hard mode: y = sum over experts e with logit_e > threshold of E_e(x), unscaled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 -- the name everybody uses
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "identity": lambda x: x,
+}
+
+
+def mask(x: Tensor, router_weight: Tensor, router_bias: Tensor | None, threshold: Tensor) -> Tensor:
+    """x: [..., d_model]; router_weight: [n_experts, d_model] fp32 -> bool [..., n_experts], decided in fp32.
+
+    float64 inputs are decided in float64, for tests that need a sharper judge.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    bias = None if router_bias is None else router_bias.to(wide)
+    return F.linear(x.to(wide), router_weight.to(wide), bias) > threshold
+
+
+def masked_ffn(
+    x: Tensor,
+    active: Tensor,
+    up: Tensor,
+    up_bias: Tensor | None,
+    gate: Tensor | None,
+    gate_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """The FFN with a given decision: active is bool [..., n_experts], expert e being neurons [e*g, (e+1)*g)."""
+    act = ACTIVATIONS[activation]
+    h = F.linear(x, up, up_bias)
+    h = act(h) if gate is None else act(F.linear(x, gate, gate_bias)) * h
+    group_size = h.shape[-1] // active.shape[-1]
+    h = h * active.to(h.dtype).repeat_interleave(group_size, -1)
+    return F.linear(h, down, down_bias)
+
+
+def routed_ffn(
+    x: Tensor,
+    router_weight: Tensor,
+    router_bias: Tensor | None,
+    threshold: Tensor,
+    up: Tensor,
+    up_bias: Tensor | None,
+    gate: Tensor | None,
+    gate_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """x: [..., d_model] -> [..., d_out] in x.dtype. The definition of `ltepass::routed_ffn`: dense, then masked."""
+    active = mask(x, router_weight, router_bias, threshold)
+    return masked_ffn(x, active, up, up_bias, gate, gate_bias, down, down_bias, activation)

@@ -1,0 +1,179 @@
+"""`ltepass::routed_ffn`: schema, fake, autograd and dispatch. Importing this registers the op and builds nothing.
+
+The C++ kernel registers itself for CPU when it is loaded, on the first CPU call; until then, and on a machine without
+a compiler, CPU calls land in `_any_device` below, which is also what any other device gets.
+"""
+
+# mypy: disable-error-code="no-untyped-call"
+# (torch leaves Library.impl, unpack_dual and Function.apply untyped)
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+
+from ltepass.errors import LTEError
+from ltepass.kernels import reference, routed_ffn_cpu
+from ltepass.kernels.routed_ffn_backward import masked_dense
+
+_ARGUMENTS = (
+    "(Tensor x, Tensor router_weight, Tensor? router_bias, Tensor threshold, Tensor up, Tensor? up_bias, Tensor? gate, "
+    "Tensor? gate_bias, Tensor down, Tensor? down_bias, str activation)"
+)
+_library = torch.library.Library("ltepass", "FRAGMENT")
+_library.define(f"routed_ffn{_ARGUMENTS} -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+# The same computation, with the decision beside it: mask bool [..., n_experts] and count int64 [], the number of
+# (token, expert) pairs that were active. Tests compare masks first; the autograd formula keeps the mask it returns.
+_library.define(f"routed_ffn_with_mask{_ARGUMENTS} -> (Tensor, Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
+
+Args = tuple[Any, ...]
+_N_TENSORS = 10  # every argument but the activation
+
+
+def check(x: Tensor, router_weight: Tensor, up: Tensor, gate: Tensor | None, down: Tensor, activation: str) -> None:
+    """Shapes and dtypes that no path can make sense of; the C++ kernel makes the same checks itself."""
+    if activation not in reference.ACTIVATIONS:
+        raise LTEError(f"activation is {activation!r}; expected one of {', '.join(reference.ACTIVATIONS)}")
+    d_model, d_ff, n_experts = x.shape[-1], up.shape[0], router_weight.shape[0]
+    if up.shape[1] != d_model or router_weight.shape[1] != d_model or down.shape[1] != d_ff:
+        raise LTEError(
+            f"x is [..., {d_model}], router_weight {list(router_weight.shape)}, up {list(up.shape)}, down "
+            f"{list(down.shape)}; expected [n_experts, d_model], [d_ff, d_model] and [d_out, d_ff]"
+        )
+    if gate is not None and gate.shape != up.shape:
+        raise LTEError(f"gate is {list(gate.shape)} and up is {list(up.shape)}; expected equal shapes")
+    if n_experts == 0 or d_ff % n_experts != 0:
+        raise LTEError(f"d_ff is {d_ff} and there are {n_experts} experts; expected a whole number of neurons each")
+
+
+def _plain(with_mask: bool, args: Args) -> Any:
+    x, router_weight, router_bias, threshold, *weights = args
+    check(x, router_weight, weights[0], weights[2], weights[4], args[-1])
+    active = reference.mask(x, router_weight, router_bias, threshold)
+    y = reference.masked_ffn(x, active, *weights)
+    return (y, active, active.sum()) if with_mask else y
+
+
+def _any_device(op: torch._ops.OpOverload, with_mask: bool) -> Any:
+    def call(*args: Any) -> Any:
+        # A successful load has registered the C++ kernel under a key that outranks this one: call again.
+        if args[0].device.type == "cpu" and routed_ffn_cpu.load():
+            return op(*args)
+        return _plain(with_mask, args)
+
+    return call
+
+
+def _cuda(*args: Any) -> Tensor:
+    from ltepass.kernels import routed_ffn_triton
+
+    return routed_ffn_triton.routed_ffn(*args)  # type: ignore[no-any-return]
+
+
+def _cuda_with_mask(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    active = reference.mask(args[0], args[1], args[2], args[3])
+    return _cuda(*args), active, active.sum()
+
+
+def _fake(*args: Any) -> Tensor:
+    x, router_weight, up, gate, down = args[0], args[1], args[4], args[6], args[8]
+    check(x, router_weight, up, gate, down, args[-1])
+    return x.new_empty((*x.shape[:-1], down.shape[0]))  # type: ignore[no-any-return]
+
+
+def _fake_with_mask(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    x, router_weight = args[0], args[1]
+    mask = x.new_empty((*x.shape[:-1], router_weight.shape[0]), dtype=torch.bool)
+    return _fake(*args), mask, x.new_empty((), dtype=torch.int64)
+
+
+class _HardFFN(torch.autograd.Function):
+    """Hard mode with a frozen router: gradients of x, up, gate, down and the biases; none of router and threshold."""
+
+    generate_vmap_rule = False
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.ltepass.routed_ffn_with_mask(*args)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Args, output: Any) -> None:
+        x, _, _, _, up, up_bias, gate, gate_bias, down, _, activation = inputs
+        _, active, count = output
+        ctx.mark_non_differentiable(active, count)
+        ctx.save_for_backward(x, active, up, up_bias, gate, gate_bias, down)
+        ctx.activation = activation
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        x, active, up, up_bias, gate, gate_bias, down = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        wanted = (need[0], need[4], need[5], need[6], need[7], need[8], need[9])
+        flat = (grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]), active.reshape(-1, active.shape[-1]))
+        grads = masked_dense(*flat, up, up_bias, gate, gate_bias, down, ctx.activation, wanted)
+        dx = None if grads[0] is None else grads[0].reshape(x.shape)
+        return (dx, None, None, None, *grads[1:], None)
+
+
+def _refuse_tangents(args: Args) -> None:
+    """Without this a dual tensor goes through with a zero tangent, silently."""
+    for t in args[:_N_TENSORS]:
+        if t is not None and forward_ad.unpack_dual(t).tangent is not None:
+            raise NotImplementedError(
+                "ltepass::routed_ffn met a forward-mode AD tangent and has no formula for it; use reverse mode, or "
+                "ltepass.unlower(model) and the masked form"
+            )
+
+
+def _autograd(op: torch._ops.OpOverload, with_mask: bool) -> Any:
+    def call(keyset: Any, *args: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            # The C++ apply: torch.func's own wrapper of it would dispatch a second time, from inside this kernel.
+            with enable_single_level_autograd_function():
+                outputs = super(torch.autograd.Function, _HardFFN).apply(*args)  # type: ignore[misc]
+            return outputs if with_mask else outputs[0]
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    return call
+
+
+def _vmap(with_mask: bool) -> Any:
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        if any(d is not None for d in in_dims[1:_N_TENSORS]):
+            raise NotImplementedError(
+                "vmap over the weights of ltepass::routed_ffn; expected only x to be batched, every other in_dim None"
+            )
+        x = args[0].movedim(in_dims[0], 0)
+        if not with_mask:
+            return torch.ops.ltepass.routed_ffn(x, *args[1:]), 0
+        y, mask, _ = torch.ops.ltepass.routed_ffn_with_mask(x, *args[1:])
+        return (y, mask, mask.flatten(1).sum(1)), (0, 0, 0)
+
+    return rule
+
+
+def _register() -> None:
+    ops = torch.ops.ltepass
+    fakes = (("routed_ffn", False, _fake, _cuda), ("routed_ffn_with_mask", True, _fake_with_mask, _cuda_with_mask))
+    for name, with_mask, fake, cuda in fakes:
+        op = getattr(ops, name).default
+        _library.impl(name, _any_device(op, with_mask), "CompositeExplicitAutograd")
+        _library.impl(name, cuda, "CUDA")
+        _library.impl(name, _autograd(op, with_mask), "Autograd", with_keyset=True)
+        torch.library.register_fake(f"ltepass::{name}", fake, lib=_library)
+        torch.library.register_vmap(f"ltepass::{name}", _vmap(with_mask), lib=_library)
+
+
+_register()
+
+
+def which_path(T: int, d_model: int, d_ff: int, n_experts: int, dtype: torch.dtype) -> str:
+    """The path a CPU call of this shape takes: what the report prints. T is the number of tokens."""
+    return routed_ffn_cpu.which_path(T, d_model, d_ff, n_experts, dtype)
