@@ -97,7 +97,7 @@ class LTEQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
             )
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         from ltepass.passes.insert_routers import insert_routers
 
@@ -106,18 +106,18 @@ class LTEQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
         state.sites = _fit_prefix(model, state.sites)
         _check_sites(model, state.sites)
         insert_routers(model, state.sites, LTEConfig(**state.config), device="meta")
-        model._lte = state  # type: ignore[assignment]  # a plain attribute, not a module
+        model._lte = state
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for module in model.modules():
             if isinstance(module, Router):
                 module.mode = "hard"
         # The weights are plain: with these flags transformers would refuse .half() and .float().
-        model.is_quantized = False  # type: ignore[assignment]
+        model.is_quantized = False
         del model.quantization_method
         return model
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         import ltepass
 
         return ltepass.remove(model)
@@ -141,7 +141,7 @@ class LTEQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
         return True
 
 
-def attach(model: nn.Module) -> None:
+def attach(model: Any) -> None:
     """From now on `model.save_pretrained` writes the sites. The model must be transformed."""
     state = state_of(model)
     assert state is not None
@@ -158,11 +158,11 @@ def attach(model: nn.Module) -> None:
     model.hf_quantizer = LTEQuantizer(config, pre_quantized=True)
 
 
-def detach(model: nn.Module) -> None:
+def detach(model: Any) -> None:
     """The model saves as a dense model again. Nothing happens where `attach` was not called."""
     if isinstance(getattr(model, "hf_quantizer", None), LTEQuantizer):
         del model.hf_quantizer
-        model.is_quantized = False  # type: ignore[assignment]
+        model.is_quantized = False
         if isinstance(getattr(model.config, "quantization_config", None), LTEQuantizationConfig):
             del model.config.quantization_config
 

@@ -1,0 +1,93 @@
+"""The demo's output folder: what each finished stage found, so that an interrupted run goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ltepass.config import check_sparsity
+from ltepass.errors import ConfigError
+
+MODELS = ("smollm2", "tiny")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    """What `ltepass demo` may be asked. steps: optimizer steps of each training (dense and LTE); None takes the default."""
+
+    model: Literal["smollm2", "tiny"] = "smollm2"
+    target_sparsity: float = 0.5
+    steps: int | None = None
+    seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        check_sparsity(self.target_sparsity, "--target-sparsity")
+        if self.model not in MODELS:
+            raise ConfigError(f"--model is {self.model!r}; expected one of {', '.join(MODELS)}")
+        if self.steps is not None and self.steps < 1:
+            raise ConfigError(f"--steps is {self.steps}; expected at least 1")
+
+
+class Folder:
+    """`results.json` in one folder: the options, the machine, and one entry for each finished stage."""
+
+    def __init__(self, path: Path, options: DemoOptions, *, fresh: bool = False) -> None:
+        self.path = path
+        self.file = path / "results.json"
+        self.results: dict[str, Any] = {"options": asdict(options), "machine": machine(), "stages": {}}
+        path.mkdir(parents=True, exist_ok=True)
+        if self.file.exists() and not fresh:
+            saved = json.loads(self.file.read_text())
+            if saved["options"] != self.results["options"]:
+                raise ConfigError(
+                    f"{path} holds a run with {saved['options']}; this one asks for {self.results['options']}; pass "
+                    "another --out, or --fresh to start over in this folder"
+                )
+            self.results = saved
+        self._write()
+
+    def finished(self, stage: str) -> bool:
+        return stage in self.results["stages"]
+
+    def __getitem__(self, stage: str) -> dict[str, Any]:
+        result: dict[str, Any] = self.results["stages"][stage]
+        return result
+
+    def finish(self, stage: str, result: dict[str, Any], seconds: float) -> None:
+        self.results["stages"][stage] = {**result, "seconds": round(seconds, 1)}
+        self._write()
+
+    def _write(self) -> None:
+        """In one step, so that an interruption leaves the last whole file."""
+        scratch = self.file.with_suffix(".tmp")
+        scratch.write_text(json.dumps(self.results, indent=2) + "\n")
+        os.replace(scratch, self.file)
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

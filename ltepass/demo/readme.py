@@ -1,0 +1,32 @@
+"""`python -m ltepass.demo.readme [OUT]` writes the demo's table into README.md, between its two markers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from ltepass.demo.table import markdown
+
+BEGIN, END = "<!-- demo table: written by `make readme` -->", "<!-- end of demo table -->"
+
+
+def with_table(readme: str, table: str) -> str:
+    """The README text with what stands between the markers replaced. Raises ValueError where a marker is missing."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md lacks the lines {BEGIN!r} and {END!r}; put them where the table belongs")
+    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+
+
+def main() -> None:
+    out = Path(sys.argv[1] if len(sys.argv) > 1 else "lte-demo")
+    readme = Path("README.md")
+    table = markdown(json.loads((out / "results.json").read_text()))
+    readme.write_text(with_table(readme.read_text(), table))
+    print(f"README.md now holds the table of {out}/results.json")
+
+
+if __name__ == "__main__":
+    main()

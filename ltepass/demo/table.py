@@ -1,0 +1,126 @@
+"""The demo's one table: made from results.json, for the terminal, for Markdown and for the HTML page alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ltepass.reporting import span
+
+Rows = list[tuple[str, str]]
+
+
+def rows(results: dict[str, Any]) -> Rows:
+    """(what, measured) for every finished stage, in the order a reader asks."""
+    stages, options = results["stages"], results["options"]
+    found: Rows = []
+    for stage, make in _ROWS:
+        if stage in stages:
+            found += make(stages, options)
+    return found
+
+
+def _model(stages: dict[str, Any], _: dict[str, Any]) -> Rows:
+    task = stages["prepare"]
+    return [("model", f"{task['name']}, {task['parameters'] / 1e6:.1f} M parameters, {task['dtype']}")]
+
+
+def _dense(stages: dict[str, Any], _: dict[str, Any]) -> Rows:
+    test = stages["prepare"]["test"]
+    return [(f"dense perplexity, {test} of held-out text", f"{stages['dense']['perplexity']:.2f}")]
+
+
+def _tuned(stages: dict[str, Any], _: dict[str, Any]) -> Rows:
+    tune = stages["tune_dense"]
+    return [(f"dense perplexity after fine-tuning on {tune['tokens']:,} tokens", f"{tune['perplexity']:.2f}")]
+
+
+def _sites(stages: dict[str, Any], _: dict[str, Any]) -> Rows:
+    train = stages["train"]
+    return [("FFN sites found", f"{train['sites']}, experts of {train['group_size']} neurons, grouping {train['grouping']}")]
+
+
+def _quality(stages: dict[str, Any], options: dict[str, Any]) -> Rows:
+    quality, tuned = stages["quality"], stages["tune_dense"]["perplexity"]
+    sparsity = list(quality["sparsity"].values())
+    return [
+        (
+            f"LTE perplexity at {options['target_sparsity']:.0%} FFN sparsity, trained on the same tokens",
+            f"{quality['perplexity']:.2f} ({quality['perplexity'] / tuned:.2f}x the fine-tuned dense model)",
+        ),
+        ("measured hard sparsity on held-out text, per layer min / mean / max", span(sparsity)),
+    ]
+
+
+def _speed(stages: dict[str, Any], _: dict[str, Any]) -> Rows:
+    speed = stages["speed"]
+    side = {name: "{median:.1f} ({low:.1f} .. {high:.1f})".format(**s) for name, s in speed["tokens_per_s"].items()}
+    how = f"{speed['compile_mode']}, {speed['dtype']}, {speed['threads']} threads"
+    return [
+        (f"decode, dense, tokens/s, median (quartiles); {how}", side["dense"]),
+        (f"decode, lowered, tokens/s, median (quartiles); {how}", side["lowered"]),
+        ("speed-up", f"{speed['speedup']:.2f}x"),
+        (
+            f"cap of this run (p = {speed['active_share']:.2f}, r = {speed['router_share']:.3f}, "
+            f"FFN = {speed['ffn_share_of_time']:.0%} of the dense token)",
+            f"{speed['cap']:.2f}x; reached {speed['share_of_cap']:.0%} of it",
+        ),
+    ]
+
+
+def _reload(stages: dict[str, Any], _: dict[str, Any]) -> Rows:
+    reload = stages["reload"]
+    equal = "yes" if reload["equal"] else f"NO: largest difference {reload['max_difference']:.2e}"
+    return [("saved, loaded in a new process: logits equal", equal)]
+
+
+_ROWS = (
+    ("prepare", _model),
+    ("train", _sites),
+    ("dense", _dense),
+    ("tune_dense", _tuned),
+    ("quality", _quality),
+    ("speed", _speed),
+    ("reload", _reload),
+)
+
+
+def machine_line(results: dict[str, Any]) -> str:
+    """One sentence: where, with what, how long, how much memory."""
+    at, stages = results["machine"], results["stages"]
+    minutes = sum(stage["seconds"] for stage in stages.values()) / 60
+    memory = max((stage.get("peak_gb", 0.0) for stage in stages.values()), default=0.0)
+    device = results["options"]["device"]
+    gpu = f", {at['gpu']}" if device.startswith("cuda") else ""
+    return (
+        f"{at['cpu']}, {at['cores']} cores, {at['isa']}{gpu}, torch {at['torch']}, Python {at['python']}; "
+        f"device {device}, seed {results['options']['seed']}; {minutes:.1f} minutes, at most {memory:.1f} GB"
+    )
+
+
+def rich_table(results: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    table = Table(show_header=False, show_lines=False, title="ltepass demo", title_justify="left", caption_justify="left")
+    table.caption = machine_line(results)
+    table.add_column("what", overflow="fold")
+    table.add_column("measured", overflow="fold")
+    for row in rows(results):
+        table.add_row(*row)
+    return table
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The same rows for a README, with the machine and the command that made them."""
+    lines = ["| what | measured |", "|---|---|"]
+    lines += [f"| {what} | {measured} |" for what, measured in rows(results)]
+    return "\n".join([*lines, "", f"Measured by `{command(results['options'])}` on {machine_line(results)}."])
+
+
+def command(options: dict[str, Any]) -> str:
+    """The command line that repeats this run."""
+    words = ["ltepass demo"]
+    if options["model"] != "smollm2":
+        words.append(f"--model {options['model']}")
+    if options["steps"] is not None:
+        words.append(f"--steps {options['steps']}")
+    return " ".join([*words, f"--target-sparsity {options['target_sparsity']} --seed {options['seed']}"])

@@ -1,0 +1,118 @@
+"""What the demo works on: a model, its tokenizer, and train and held-out token blocks that share no paragraph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ltepass.texts import python_docs, token_blocks
+
+TRAIN_LENGTH = 256  # tokens of one training block
+TINY_STEPS = 120  # of the tiny model's own training, before the demo starts on it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """train: [n, T] int64; test: [m, T'] int64; prompt: text to continue; steps: default number of optimizer steps."""
+
+    name: str
+    tokenizer: Any
+    train: Tensor
+    test: Tensor
+    prompt: str
+    steps: int
+    batch: int  # blocks of one optimizer step
+    new_tokens: int  # timed and generated
+
+    @property
+    def test_text(self) -> str:
+        return f"{self.test.shape[0]} x {self.test.shape[1]} tokens"
+
+
+PROMPT = "The with statement is used to wrap the execution of a block with methods defined by a context manager."
+
+
+def load_task(model: str, out: Path, seed: int) -> tuple[Task, Any]:
+    """(task, dense model in eval mode, fp32, on the CPU)."""
+    return _smollm2() if model == "smollm2" else _tiny(out / "base", seed)
+
+
+def _smollm2() -> tuple[Task, Any]:
+    from ltepass.smollm import load_smollm2
+
+    dense, tokenizer = load_smollm2()
+    train, held_out = python_docs()
+    task = Task(
+        name="SmolLM2-135M-Instruct (from its 4-bit GGUF)",
+        tokenizer=tokenizer,
+        train=token_blocks(tokenizer, train, TRAIN_LENGTH),
+        test=token_blocks(tokenizer, held_out, 512, limit=8),
+        prompt=PROMPT,
+        steps=40,
+        batch=4,
+        new_tokens=96,
+    )
+    return task, dense
+
+
+class Bytes:
+    """A tokenizer of 256 tokens for the tiny model: UTF-8 bytes."""
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": list(text.encode())}
+
+    def decode(self, ids: Sequence[int] | Tensor, **_: Any) -> str:
+        return bytes(int(i) for i in ids).decode(errors="replace")
+
+
+def _tiny(base: Path, seed: int) -> tuple[Task, Any]:
+    """A four-layer LLaMA on bytes, trained for seconds the first time; only for trying the demo itself."""
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = Bytes()
+    train, held_out = python_docs()
+    task = Task(
+        name="tiny byte-level LLaMA, trained for seconds",
+        tokenizer=tokenizer,
+        train=token_blocks(tokenizer, train, TRAIN_LENGTH),
+        test=token_blocks(tokenizer, held_out, 256, limit=8),
+        prompt=PROMPT,
+        steps=30,
+        batch=8,
+        new_tokens=48,
+    )
+    if not (base / "config.json").exists():
+        _train_tiny(task.train, seed).save_pretrained(base)
+    return task, AutoModelForCausalLM.from_pretrained(base).eval()
+
+
+def _train_tiny(blocks: Tensor, seed: int) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=96,
+        intermediate_size=288,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_id=None,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=8e-3, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, TINY_STEPS)
+    for step in range(TINY_STEPS):
+        batch = blocks[torch.randint(len(blocks), (8,), generator=torch.Generator().manual_seed(seed + step))][:, :128]
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return model
