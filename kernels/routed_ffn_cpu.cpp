@@ -1,0 +1,147 @@
+// ltepass::routed_ffn on the CPU, through libtorch's stable ABI: built by g++ alone, one object per ISA (see README.md).
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "batch.h"
+#include "decode.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// A weight that can be read where it lies; copied only where neither dimension is dense.
+struct Weight {
+  Tensor kept;
+  Matrix matrix;
+  explicit Weight(const Tensor& t) : kept(t) {
+    const bool dense = t.stride(1) == 1 || t.size(1) == 1 || t.stride(0) == 1;
+    if (!dense) kept = torch::stable::contiguous(t);
+    matrix.data = kept.data_ptr();
+    matrix.row = kept.stride(0);
+    matrix.col = kept.size(1) == 1 ? 1 : kept.stride(1);
+  }
+};
+
+const void* bias_data(const OptionalTensor& t, ScalarType dtype, int64_t n, const char* name) {
+  if (!t) return nullptr;
+  STD_TORCH_CHECK(t->scalar_type() == dtype && t->dim() == 1 && t->size(0) == n && (t->stride(0) == 1 || n <= 1), name,
+                  " should be contiguous, of shape [", n, "] and of its weight's dtype");
+  return t->data_ptr();
+}
+
+void check_weight(const Tensor& t, ScalarType dtype, int64_t rows, int64_t cols, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == cols && t.scalar_type() == dtype && t.is_cpu(), name,
+                  " should be a CPU tensor of shape [", rows, ", ", cols, "]",
+                  name == std::string("router_weight") ? " and fp32" : " and of x's dtype");
+}
+
+template <class E>
+void run(const Problem& p) {
+  if (p.tokens == 1)
+    decode<E>(p);
+  else
+    batch<E>(p);
+}
+
+Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {
+  return torch::stable::empty(sizes, dtype);
+}
+
+std::tuple<Tensor, OptionalTensor> forward(const Tensor& x_in, const Tensor& router_in, const OptionalTensor& router_bias,
+                                           const Tensor& threshold, const Tensor& up, const OptionalTensor& up_bias,
+                                           const OptionalTensor& gate, const OptionalTensor& gate_bias,
+                                           const Tensor& down, const OptionalTensor& down_bias,
+                                           const std::string& activation, bool with_mask) {
+  const ScalarType dtype = x_in.scalar_type();
+  STD_TORCH_CHECK(x_in.dim() >= 1 && up.dim() == 2 && down.dim() == 2 && router_in.dim() == 2,
+                  "x should be [..., d_model] and the weights matrices");
+  const Tensor x = x_in.is_contiguous() ? x_in : torch::stable::contiguous(x_in);
+  const Tensor router = router_in.stride(1) == 1 ? router_in : torch::stable::contiguous(router_in);
+  Problem p{};
+  p.d_model = x.size(-1), p.d_ff = up.size(0), p.d_out = down.size(0), p.n_experts = router.size(0);
+  p.tokens = p.d_model ? x.numel() / p.d_model : 0;
+  STD_TORCH_CHECK(p.n_experts > 0 && p.d_ff % p.n_experts == 0, "d_ff is ", p.d_ff, " and there are ", p.n_experts,
+                  " experts; expected a whole number of neurons each");
+  p.group = p.d_ff / p.n_experts;
+  check_weight(router, ScalarType::Float, p.n_experts, p.d_model, "router_weight");
+  check_weight(up, dtype, p.d_ff, p.d_model, "up");
+  check_weight(down, dtype, p.d_out, p.d_ff, "down");
+  if (gate) check_weight(*gate, dtype, p.d_ff, p.d_model, "gate");
+  STD_TORCH_CHECK(threshold.numel() == 1 && threshold.scalar_type() == ScalarType::Float, "threshold should be [] fp32");
+  const Weight up_weight(up), down_weight(down);
+  const std::optional<Weight> gate_weight = gate ? std::optional<Weight>(*gate) : std::nullopt;
+  p.x = x.data_ptr(), p.x_stride = p.d_model;
+  p.router = {router.data_ptr(), router.stride(0), 1};
+  p.router_bias = static_cast<const float*>(bias_data(router_bias, ScalarType::Float, p.n_experts, "router_bias"));
+  p.threshold = *static_cast<const float*>(threshold.data_ptr());
+  p.up = up_weight.matrix, p.down = down_weight.matrix;
+  if (gate_weight) p.gate = gate_weight->matrix;
+  p.up_bias = bias_data(up_bias, dtype, p.d_ff, "up_bias");
+  p.gate_bias = bias_data(gate_bias, dtype, p.d_ff, "gate_bias");
+  p.down_bias = bias_data(down_bias, dtype, p.d_out, "down_bias");
+  p.act = act_from_name(activation.c_str());
+  STD_TORCH_CHECK(p.act != Act::unknown, "unknown activation ", activation);
+  // Inside somebody's parallel region there are no further threads to take.
+  p.threads = omp_in_parallel() ? 1 : int(torch::stable::get_num_threads());
+
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = p.d_out;
+  const Tensor y = empty(sizes, dtype);
+  OptionalTensor mask;
+  if (with_mask) {
+    sizes.back() = p.n_experts;
+    mask = empty(sizes, ScalarType::Bool);
+  }
+  p.y = y.data_ptr();
+  p.mask = mask ? static_cast<uint8_t*>(mask->data_ptr()) : nullptr;
+  if (p.tokens > 0) {
+    if (dtype == ScalarType::Float)
+      run<F32>(p);
+    else if (dtype == ScalarType::BFloat16)
+      run<BF16>(p);
+    else {
+      STD_TORCH_CHECK(dtype == ScalarType::Half, "x should be fp32, bf16 or fp16");
+      run<F16>(p);
+    }
+  }
+  return {y, mask};
+}
+
+Tensor routed_ffn(const Tensor& x, const Tensor& router_weight, const OptionalTensor& router_bias,
+                  const Tensor& threshold, const Tensor& up, const OptionalTensor& up_bias, const OptionalTensor& gate,
+                  const OptionalTensor& gate_bias, const Tensor& down, const OptionalTensor& down_bias,
+                  const std::string& activation) {
+  return std::get<0>(forward(x, router_weight, router_bias, threshold, up, up_bias, gate, gate_bias, down, down_bias,
+                             activation, false));
+}
+
+std::tuple<Tensor, Tensor, Tensor> routed_ffn_with_mask(const Tensor& x, const Tensor& router_weight,
+                                                        const OptionalTensor& router_bias, const Tensor& threshold,
+                                                        const Tensor& up, const OptionalTensor& up_bias,
+                                                        const OptionalTensor& gate, const OptionalTensor& gate_bias,
+                                                        const Tensor& down, const OptionalTensor& down_bias,
+                                                        const std::string& activation) {
+  const auto [y, mask] = forward(x, router_weight, router_bias, threshold, up, up_bias, gate, gate_bias, down, down_bias,
+                                 activation, true);
+  const Tensor count = empty({}, ScalarType::Long);
+  const auto* on = static_cast<const uint8_t*>(mask->data_ptr());
+  int64_t n = 0;
+  for (int64_t i = 0; i < mask->numel(); i++) n += on[i];
+  *static_cast<int64_t*>(count.data_ptr()) = n;
+  return {y, *mask, count};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(ltepass, CPU, m) {
+  m.impl("routed_ffn", TORCH_BOX(&routed_ffn));
+  m.impl("routed_ffn_with_mask", TORCH_BOX(&routed_ffn_with_mask));
+}

@@ -1,0 +1,190 @@
+// Vectors of fp32 for whatever ISA this file is compiled for, weights widened to them, and the activations on them.
+// GCC/Clang vector extensions throughout: the same source builds for x86-64, AVX2, AVX-512 and aarch64.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+// An anonymous namespace: objects for several ISAs may live in one process, and must not share inline functions.
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
+typedef float vf_mem __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef uint16_t vh_mem __attribute__((vector_size(W * 2), aligned(2), may_alias));
+
+inline vf splat(float s) { return vf{} + s; }
+inline vf load(const float* p) { return *reinterpret_cast<const vf_mem*>(p); }
+inline void store(float* p, vf v) { *reinterpret_cast<vf_mem*>(p) = v; }
+
+inline float hsum(vf v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(reinterpret_cast<__m512>(v));
+#else
+  float lane[W];
+  std::memcpy(lane, &v, sizeof v);
+  for (int half = W / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) lane[i] += lane[i + half];
+  return lane[0];
+#endif
+}
+
+// ---- element types: T as stored, load() W of them as fp32, from_float() rounds to nearest even ----
+
+struct F32 {
+  using T = float;
+  static vf load(const T* p) { return ::load(p); }
+  static float to_float(T v) { return v; }
+  static T from_float(float v) { return v; }
+};
+
+struct BF16 {
+  using T = uint16_t;
+  static vf load(const T* p) {
+    return reinterpret_cast<vf>(__builtin_convertvector(*reinterpret_cast<const vh_mem*>(p), vu) << 16);
+  }
+  static float to_float(T v) {
+    uint32_t bits = uint32_t(v) << 16;
+    float out;
+    std::memcpy(&out, &bits, 4);
+    return out;
+  }
+  static T from_float(float v) {
+    uint32_t bits;
+    std::memcpy(&bits, &v, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return T((bits >> 16) | 0x40);  // NaN stays NaN
+    return T((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+  }
+};
+
+// fp16 by integer arithmetic: the exponent is moved by a multiplication, so that subnormals come out right as well.
+inline vf widen_half(vu h) {
+  const vf scale = splat(0x1p112f);
+  vf magnitude = reinterpret_cast<vf>((h & 0x7fff) << 13) * scale;
+  vu bits = reinterpret_cast<vu>(magnitude);
+  vu is_special = reinterpret_cast<vu>((h & 0x7c00) == 0x7c00);  // Inf and NaN: all exponent bits set
+  bits |= is_special & 0x7f800000;
+  return reinterpret_cast<vf>(bits | ((h & 0x8000) << 16));
+}
+
+struct F16 {
+  using T = uint16_t;
+  static vf load(const T* p) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<vf>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__F16C__)
+    return reinterpret_cast<vf>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+    return widen_half(__builtin_convertvector(*reinterpret_cast<const vh_mem*>(p), vu));
+#endif
+  }
+  static float to_float(T v) { return widen_half(vu{} + v)[0]; }
+  static T from_float(float v) {
+    uint32_t bits;
+    std::memcpy(&bits, &v, 4);
+    const uint32_t sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+    if (magnitude > 0x7f800000) return T(sign | 0x7e00);
+    if (magnitude >= 0x477ff000) return T(sign | 0x7c00);  // rounds to 65536 or more
+    if (magnitude < 0x38800000) {                          // subnormal: let one fp32 addition do the rounding
+      float shifted;
+      std::memcpy(&shifted, &magnitude, 4);
+      shifted += 0.5f;
+      uint32_t s;
+      std::memcpy(&s, &shifted, 4);
+      return T(sign | (s - 0x3f000000));
+    }
+    return T(sign | ((magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13));
+  }
+};
+
+// The last n < W elements of a row, zeros behind them: never reads past the end of a tensor.
+template <class E>
+inline vf load_part(const typename E::T* p, int64_t n) {
+  typename E::T buffer[W] = {};
+  std::memcpy(buffer, p, size_t(n) * sizeof(buffer[0]));
+  return E::load(buffer);
+}
+
+inline void store_part(float* p, vf v, int64_t n) { std::memcpy(p, &v, size_t(n) * 4); }
+
+template <class E>
+inline void widen(const typename E::T* from, float* to, int64_t n) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(to + i, E::load(from + i));
+  if (i < n) store_part(to + i, load_part<E>(from + i, n - i), n - i);
+}
+
+// ---- activations ----
+
+inline vf select(vi mask, vf a, vf b) {
+  return reinterpret_cast<vf>((mask & reinterpret_cast<vi>(a)) | (~mask & reinterpret_cast<vi>(b)));
+}
+
+// exp by x = n ln2 + r, |r| <= ln2/2, and the Taylor series of exp(r) to r^7: within 2 ulp of the true value.
+inline vf exp_v(vf x) {
+  x = select(x < splat(-87.3f), splat(-87.3f), select(x > splat(88.7f), splat(88.7f), x));
+  const vf round = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  vf n = x * splat(1.44269504f) + round;
+  vi exponent = reinterpret_cast<vi>(n) << 23;
+  n -= round;
+  vf r = x - n * splat(0.693359375f) - n * splat(-2.12194440e-4f);
+  vf p = splat(1.98412698e-4f);
+  for (float c : {1.38888889e-3f, 8.33333333e-3f, 4.16666667e-2f, 1.66666667e-1f, 0.5f, 1.0f, 1.0f}) p = p * r + splat(c);
+  return reinterpret_cast<vf>(reinterpret_cast<vi>(p) + exponent);
+}
+
+inline vf sigmoid_v(vf x) { return splat(1.0f) / (splat(1.0f) + exp_v(-x)); }
+
+// erfc(|z|) to 1.2e-7 relative (Numerical Recipes' Chebyshev fit), so that gelu keeps its digits far below zero.
+inline vf erfc_abs(vf z) {
+  z = select(z < splat(0), -z, z);
+  vf t = splat(1.0f) / (splat(1.0f) + splat(0.5f) * z);
+  vf p = splat(0.17087277f);
+  for (float c : {-0.82215223f, 1.48851587f, -1.13520398f, 0.27886807f, -0.18628806f, 0.09678418f, 0.37409196f,
+                  1.00002368f, -1.26551223f})
+    p = p * t + splat(c);
+  return t * exp_v(p - z * z);
+}
+
+inline vf gelu_v(vf x) {
+  vf tail = splat(0.5f) * erfc_abs(x * splat(0.70710678f));
+  return x * select(x < splat(0), tail, splat(1.0f) - tail);
+}
+
+enum class Act { silu, gelu, gelu_tanh, quick_gelu, relu, relu2, identity, unknown };
+
+inline vf activate(Act act, vf x) {
+  const vf positive = select(x < splat(0), splat(0), x);  // a NaN stays one
+  switch (act) {
+    case Act::silu: return x * sigmoid_v(x);
+    case Act::gelu: return gelu_v(x);
+    // 0.5 (1 + tanh u) is sigmoid(2u)
+    case Act::gelu_tanh: return x * sigmoid_v(splat(1.59576912f) * (x + splat(0.044715f) * x * x * x));
+    case Act::quick_gelu: return x * sigmoid_v(splat(1.702f) * x);
+    case Act::relu: return positive;
+    case Act::relu2: return positive * positive;
+    default: return x;
+  }
+}
+
+inline Act act_from_name(const char* name) {
+  const char* names[] = {"silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "identity"};
+  for (int i = 0; i < 7; i++)
+    if (std::strcmp(name, names[i]) == 0) return Act(i);
+  return Act::unknown;
+}
+
+}  // namespace
