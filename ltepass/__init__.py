@@ -1,0 +1,77 @@
+"""ltepass: make any transformer decoder learn to be efficient (LTE, arXiv 2402.06126).
+
+Find the FFN blocks in the traced graph, insert trainable routers with threshold gates over groups of neurons, train
+them to a sparsity, and lower the result to fused sparse kernels through the torch.compile backend "lte".
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ltepass import registration as _registration
+
+if TYPE_CHECKING:
+    from ltepass.api import remove, transform
+    from ltepass.calibration import calibrate
+    from ltepass.config import LTEConfig
+    from ltepass.lowering import lower, unlower
+    from ltepass.reporting import Report, report
+    from ltepass.sites import FFNSite, Refusal
+    from ltepass.sparsity import measure_sparsity, set_mode, set_sparsity
+    from ltepass.training.trainer import LTETrainer, LTETrainerMixin
+
+__version__ = "0.1.0"
+
+# name -> module; loaded on first use, so that importing ltepass is quick and touches neither transformers nor a GPU
+_PUBLIC = {
+    "transform": "ltepass.api",
+    "remove": "ltepass.api",
+    "calibrate": "ltepass.calibration",
+    "LTEConfig": "ltepass.config",
+    "lower": "ltepass.lowering",
+    "unlower": "ltepass.lowering",
+    "Report": "ltepass.reporting",
+    "report": "ltepass.reporting",
+    "FFNSite": "ltepass.sites",
+    "Refusal": "ltepass.sites",
+    "measure_sparsity": "ltepass.sparsity",
+    "set_mode": "ltepass.sparsity",
+    "set_sparsity": "ltepass.sparsity",
+    "LTETrainer": "ltepass.training.trainer",
+    "LTETrainerMixin": "ltepass.training.trainer",
+}
+
+__all__ = [
+    "FFNSite",
+    "LTEConfig",
+    "LTETrainer",
+    "LTETrainerMixin",
+    "Refusal",
+    "Report",
+    "__version__",
+    "calibrate",
+    "lower",
+    "measure_sparsity",
+    "remove",
+    "report",
+    "set_mode",
+    "set_sparsity",
+    "transform",
+    "unlower",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'ltepass' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+_registration.register()

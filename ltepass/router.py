@@ -60,12 +60,16 @@ class Router(nn.Module):
         self.aux: tuple[Tensor, Tensor] | None = None
         # Called with the hidden units h [..., d_ff] of every forward while calibration runs; None otherwise.
         self.observer: Callable[[Tensor], None] | None = None
+        # How a lowered site reads its weights (lowering.Plan); None where it is not lowered.
+        self.plan: object | None = None
         self.reset()
 
-    def reset(self) -> None:
-        """Random start, far from the pole of the separability loss; no table; identity permutation."""
+    def reset(self, generator: torch.Generator | None = None) -> None:
+        """Random start (CPU generator; None: the global one); no table; identity permutation."""
         with torch.no_grad():
-            nn.init.normal_(self.weight, std=self.d_model**-0.5)
+            if not self.weight.is_meta:
+                start = torch.randn(self.weight.shape, generator=generator) * self.d_model**-0.5
+                self.weight.copy_(start)
             if self.bias is not None:
                 self.bias.zero_()
             self.threshold.fill_(logit(self.tau))
@@ -76,9 +80,11 @@ class Router(nn.Module):
         """x: [..., d_model] any float dtype -> logits [..., n_experts] fp32; None in dense mode (nothing to compute)."""
         if self.mode == "dense":
             return None
-        with torch.autocast(x.device.type, enabled=False):
-            bias = None if self.bias is None else self.bias.float()
-            logits = nn.functional.linear(x.float(), self.weight.float(), bias)
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                logits = nn.functional.linear(x.float(), self.weight, self.bias)
+        else:
+            logits = nn.functional.linear(x.float(), self.weight, self.bias)
         if self.mode == "soft" and torch.is_grad_enabled():
             from ltepass.losses import per_token_losses
 
@@ -118,4 +124,4 @@ def gate(router: Router, h: Tensor, logits: Tensor | None) -> Tensor:
         router.observer(h)
     if logits is None:
         return h
-    return torch.ops.ltepass.gate(h, logits, router.threshold, router.mode == "soft")  # type: ignore[no-any-return]
+    return torch.ops.ltepass.gate.default(h, logits, router.threshold, router.mode == "soft")  # type: ignore[no-any-return]

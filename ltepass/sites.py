@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
+
+from ltepass.errors import NotTransformedError
+from ltepass.router import Router
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +21,14 @@ class NeuronRows:
     start: int
     step: int
 
+    def of(self, model: nn.Module, d_ff: int) -> Tensor:
+        """The slice as a view of the parameter, neurons first: [d_ff, ...]."""
+        return self.take(model.get_parameter(self.param), d_ff)
+
+    def take(self, parameter: Tensor, d_ff: int) -> Tensor:
+        moved = parameter.movedim(self.dim, 0)
+        return moved[self.start : self.start + (d_ff - 1) * self.step + 1 : self.step]
+
 
 @dataclass(frozen=True, kw_only=True)
 class FFNSite:
@@ -27,7 +39,9 @@ class FFNSite:
     up, gate, down: paths of the modules that hold the linears (gate is None in a plain FFN; up == gate where fused).
     kind: "aligned" (a regenerated forward), "inline" (guarded hooks), "graph" (nodes in a GraphModule).
     activation: name in `ltepass.kernels.reference.ACTIVATIONS`, or the ATen op's name where no kernel knows it.
-    neurons: every parameter that has one slice per neuron.
+    up_rows, gate_rows, down_rows: where neuron i's weights lie (a row or a column); up_bias, gate_bias likewise.
+    down_bias: name of the parameter, or None.
+    neurons: every parameter that has one slice per neuron, these and any other (a learned scale).
     group_size: neurons per expert; 0 before grouping.
     """
 
@@ -41,9 +55,15 @@ class FFNSite:
     activation: str
     d_model: int
     d_ff: int
+    up_rows: NeuronRows
+    up_bias: NeuronRows | None
+    gate_rows: NeuronRows | None
+    gate_bias: NeuronRows | None
+    down_rows: NeuronRows
+    down_bias: str | None
     neurons: tuple[NeuronRows, ...]
     group_size: int = 0
-    also: tuple[str, ...] = ()  # names of further call sites that share this site's parameters
+    nodes: tuple[str, ...] = ()  # kind "graph" only: names of x, hidden units and down in the user's graph
 
     @property
     def n_experts(self) -> int:
@@ -54,8 +74,12 @@ class FFNSite:
 
     @staticmethod
     def from_dict(d: dict[str, Any]) -> FFNSite:
-        rows = tuple(NeuronRows(**r) for r in d["neurons"])
-        return FFNSite(**{**d, "neurons": rows, "also": tuple(d.get("also", ()))})
+        rows = {
+            key: NeuronRows(**d[key]) if d[key] else None
+            for key in ("up_rows", "up_bias", "gate_rows", "gate_bias", "down_rows")
+        }
+        neurons = tuple(NeuronRows(**r) for r in d["neurons"])
+        return FFNSite(**{**d, **rows, "neurons": neurons, "nodes": tuple(d.get("nodes", ()))})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,3 +112,25 @@ class LTEState:
 def state_of(model: nn.Module) -> LTEState | None:
     """The state that `transform` left on this model, or None."""
     return getattr(model, "_lte", None)
+
+
+def require_state(model: nn.Module, what: str) -> LTEState:
+    """The state, or NotTransformedError naming the call that wanted it."""
+    state = state_of(model)
+    if state is None:
+        raise NotTransformedError(
+            f"{type(model).__name__} holds no routers; {what} expects a transformed model; call ltepass.transform(model) "
+            "first, and pass the same root module"
+        )
+    return state
+
+
+def routers_of(model: nn.Module) -> Iterator[Router]:
+    """Every router below `model`, transformed root or any part of one."""
+    return (m for m in model.modules() if isinstance(m, Router))
+
+
+def router_of(model: nn.Module, site: FFNSite) -> Router:
+    router = model.get_submodule(site.router)
+    # PEFT's modules_to_save wraps the router and keeps the trained copy inside
+    return next(m for m in reversed(list(router.modules())) if isinstance(m, Router))

@@ -1,0 +1,66 @@
+"""What a user calls: transform, set_mode, lower, unlower, remove. Checks come before the first change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from ltepass import registration
+from ltepass.config import LTEConfig
+from ltepass.errors import AlreadyTransformedError, MetaWeightsError
+from ltepass.passes import transform_passes
+from ltepass.pipeline import Job, run_passes
+from ltepass.removal import remove_routers
+from ltepass.sites import require_state, routers_of, state_of
+
+
+def transform(
+    model: nn.Module,
+    example_inputs: Any = None,
+    config: LTEConfig | None = None,
+    calibration: Iterable[Any] | None = None,
+) -> nn.Module:
+    """Find the FFNs of `model`, group their neurons and insert routers, in place; returns the model in dense mode.
+
+    model: an nn.Module (a Hugging Face model makes its own example inputs) or a torch.fx.GraphModule.
+    example_inputs: tuple, dict or tensor that `model(...)` accepts; traced under fake tensors, never run.
+    calibration: batches (dicts of model inputs, or token id tensors) for data-driven grouping, the router start and the
+        sparsity table; the same as calling `ltepass.calibrate(model, calibration)` afterwards.
+    Raises AlreadyTransformedError, CaptureError, NoFFNFoundError, GroupSizeError, MetaWeightsError, CalibrationError;
+    the model is then as it was. Paper sections 4.1 and 4.2.
+    """
+    config = config or LTEConfig()
+    if state_of(model) is not None or any(routers_of(model)):
+        raise AlreadyTransformedError(
+            f"{type(model).__name__} has routers already; expected a dense model; call ltepass.remove(model) first"
+        )
+    if calibration is not None and any(p.is_meta for p in model.parameters()):
+        raise MetaWeightsError(
+            "calibration was given and the model is on the meta device; expected real weights; load them first"
+        )
+    job = Job(model=model, config=config, example_inputs=example_inputs)
+    run_passes(transform_passes(has_calibration=calibration is not None), job)
+    registration.attach(model)
+    if calibration is not None:
+        from ltepass.calibration import calibrate
+
+        try:
+            calibrate(model, calibration)
+        except Exception:
+            remove(model, undo_grouping=True)
+            raise
+    return model
+
+
+def remove(model: nn.Module, undo_grouping: bool = False) -> nn.Module:
+    """Take routers and gates out again: classes, forwards and hooks as before transform; returns the model.
+
+    undo_grouping: also put every neuron back where it was; weights are then bitwise the original's.
+    Raises NotTransformedError, LoweredError.
+    """
+    state = require_state(model, "remove")
+    remove_routers(model, state, undo_grouping=undo_grouping)
+    registration.detach(model)
+    return model

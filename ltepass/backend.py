@@ -1,0 +1,78 @@
+"""The torch.compile backend "lte": gate regions become `ltepass::routed_ffn`, inductor compiles the rest.
+
+Found through the entry point group `torch_dynamo_backends`, so user code needs no import:
+`torch.compile(model, backend="lte")`. Graphs that train, and graphs without a hard gate, go to inductor unchanged.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ltepass import ops as ops  # registers the op that the pass emits
+from ltepass.dataflow import is_gate
+from ltepass.passes.lower_routed_ffn import LowerRoutedFFN
+from ltepass.router import Router as Router  # registers ltepass::gate, whose name graphs carry
+
+log = logging.getLogger("ltepass")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompiledGraph:
+    """One graph that Dynamo handed over: gates seen, regions lowered, a reason for each gate kept masked-dense."""
+
+    gates: int
+    lowered: int
+    notes: list[str] = field(default_factory=list)
+
+
+history: list[CompiledGraph] = []  # what this process compiled, newest last; `ltepass.report` and tests read it
+
+
+def lte(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Dynamo's backend signature. mode, options: as torch.compile has them for inductor."""
+    from torch._inductor.compile_fx import compile_fx
+
+    gates = sum(is_gate(n) for n in gm.graph.nodes)
+    lowered, notes = 0, []
+    if gates and not _trains(example_inputs):
+        lowered, notes = LowerRoutedFFN()(gm)
+    elif gates:
+        notes = ["the graph is traced with gradients: gates stay as they are"]
+    history.append(CompiledGraph(gates=gates, lowered=lowered, notes=notes))
+    log.info("lte backend: %d gates, %d lowered%s", gates, lowered, "".join(f"; {n}" for n in notes))
+    if not any(g.gates for g in history) and not _holds_op(gm) and len(history) == 1:
+        warnings.warn(
+            "torch.compile(backend='lte') got a graph with no gate; expected a model that ltepass.transform changed, in "
+            "hard mode; inductor compiles it as it is",
+            stacklevel=2,
+        )
+    return compile_fx(gm, example_inputs, config_patches=_patches(mode, options))  # type: ignore[no-any-return]
+
+
+def _trains(example_inputs: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in example_inputs)
+
+
+def _holds_op(gm: GraphModule) -> bool:
+    return any(n.target is torch.ops.ltepass.routed_ffn.default for n in gm.graph.nodes)
+
+
+def _patches(mode: str | None, options: dict[str, Any] | None) -> dict[str, Any]:
+    from torch._inductor import list_mode_options
+
+    chosen = list_mode_options(mode) if mode and mode != "default" else {}
+    return {**chosen, **(options or {})}

@@ -1,0 +1,271 @@
+"""Lower a trained model's FFNs in place: each site calls the sparse op `ltepass::routed_ffn` directly.
+
+scope "ffn": nothing is compiled, so there are no guards, no recompiles and no limit on lengths.
+scope "model": the `lte` backend compiles the whole model and lowers the same regions in Dynamo's graph.
+`state_dict`, checkpoints and names never change; `unlower` gives back what was.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule
+
+from ltepass import ops as ops  # registers the op
+from ltepass.errors import ConfigError, LoweredError, LoweringError
+from ltepass.inline import InlineSite, detach
+from ltepass.passes.insert_routers import inline_site, insert_gates, relative
+from ltepass.regenerate import forwards_of, original_class, regenerate, trace_owner
+from ltepass.removal import require_not_lowered
+from ltepass.router import Router, gate
+from ltepass.sites import FFNSite, LTEState, NeuronRows, require_state, router_of
+
+Scope = Literal["ffn", "model"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one site's weights are read by the op. Rows are None where the whole parameter is the operand."""
+
+    activation: str
+    d_ff: int
+    up: NeuronRows | None
+    gate: NeuronRows | None
+    up_bias: NeuronRows | None
+    gate_bias: NeuronRows | None
+    down_transposed: bool
+
+
+def lower(model: nn.Module, scope: Scope = "ffn") -> nn.Module:
+    """Make every FFN that can be lowered call the sparse op; returns the model.
+
+    Needs hard mode. What cannot be lowered stays masked-dense, exact, and stands in `ltepass.report(model).notes`.
+    Raises NotTransformedError, LoweredError (lowered already), LoweringError (a router is not in hard mode, or no site
+    can be lowered), ConfigError.
+    """
+    state = require_state(model, "lower")
+    require_not_lowered(state, "lower")
+    if scope not in ("ffn", "model"):
+        raise ConfigError(f'scope is {scope!r}; expected "ffn" or "model"')
+    soft = [s.name for s in state.sites if router_of(model, s).mode != "hard"]
+    if soft:
+        mode = router_of(model, state.sites[0]).mode
+        raise LoweringError(
+            f'{len(soft)} of {len(state.sites)} routers are in {mode!r} mode; lowering expects "hard"; call '
+            'ltepass.set_mode(model, "hard")'
+        )
+    reasons = {s.name: why_not(model, s) for s in state.sites}
+    state.notes = [f"{name}: kept masked-dense: {reason}" for name, reason in reasons.items() if reason]
+    sites = [s for s in state.sites if not reasons[s.name]]
+    if not sites:
+        raise LoweringError("no site can be lowered:\n" + "\n".join(state.notes))
+    for site in sites:
+        lay_out(model, site)
+    if scope == "ffn":
+        _lower_sites(model, state, sites)
+    else:
+        _compile(model)
+    state.lowered = scope
+    return model
+
+
+def unlower(model: nn.Module) -> nn.Module:
+    """Undo `lower`: forwards and weight layout as before; returns the model. Nothing to do for a model not lowered."""
+    state = require_state(model, "unlower")
+    if state.lowered == "ffn":
+        _unlower_sites(model, state)
+    elif state.lowered == "model":
+        _uncompile(model)
+    for site in state.sites:
+        for parameter in (model.get_parameter(r.param) for r in (site.up_rows, site.down_rows)):
+            parameter.data = parameter.data.contiguous()
+    state.lowered, state.notes = None, []
+    return model
+
+
+def why_not(model: nn.Module, site: FFNSite) -> str | None:
+    """Why a site stays masked-dense, or None where the op computes just what the site computes."""
+    if site.activation.startswith("custom"):
+        return f"no kernel knows its activation {site.activation}"
+    rows = {site.up_rows, site.gate_rows, site.up_bias, site.gate_bias, site.down_rows}
+    extra = [r.param for r in site.neurons if r not in rows]
+    if extra:
+        return f"{extra[0]} also scales its neurons"
+    for path in dict.fromkeys(p for p in (site.up, site.gate, site.down) if p is not None):
+        module = model.get_submodule(path)
+        if not plain(module):
+            return f"{path} is a {type(module).__module__}.{type(module).__name__}, not a plain linear"
+    return None
+
+
+def plain(module: nn.Module) -> bool:
+    """A linear whose forward is the matrix product and nothing else: no subclass, no offload hook."""
+    return (type(module) is nn.Linear or _is_conv1d(module)) and "_hf_hook" not in module.__dict__
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def lay_out(model: nn.Module, site: FFNSite) -> None:
+    """Store what the kernel gathers neuron by neuron so that a neuron is contiguous: same logical shape, no copy kept."""
+    for rows in (site.up_rows, site.down_rows):
+        parameter = model.get_parameter(rows.param)
+        if rows.dim == 1 and parameter.device.type == "cpu" and not parameter.is_meta:
+            parameter.data = parameter.data.t().contiguous().t()
+
+
+def lowered_ffn(router: Router, up: nn.Module, gate_linear: nn.Module | None, down: nn.Module, x: Tensor) -> Tensor:
+    """The whole FFN of a lowered site: x [..., d_model] -> [..., d_model]."""
+    plan = router.plan
+    assert isinstance(plan, Plan), "a lowered site has a plan"
+    for module in (up, gate_linear, down):
+        if module is not None and not plain(module):
+            raise LoweredError(
+                f"{type(module).__name__} stands where the lowered FFN expects a plain linear; it was wrapped after "
+                "ltepass.lower; call ltepass.unlower(model) before wrapping, then lower again"
+            )
+    f = plan.d_ff
+    holder = gate_linear if gate_linear is not None else up
+    down_weight: Tensor = down.weight.t() if plan.down_transposed else down.weight  # type: ignore[assignment,operator]
+    return torch.ops.ltepass.routed_ffn.default(  # type: ignore[no-any-return]
+        x,
+        router.weight,
+        router.bias,
+        router.threshold,
+        _take(plan.up, up.weight, f),
+        _take(plan.up_bias, up.bias, f),
+        None if gate_linear is None else _take(plan.gate, holder.weight, f),
+        None if gate_linear is None else _take(plan.gate_bias, holder.bias, f),
+        down_weight,
+        down.bias,
+        plan.activation,
+    )
+
+
+def _take(rows: NeuronRows | None, parameter: Any, d_ff: int) -> Any:
+    return parameter if rows is None or parameter is None else rows.take(parameter, d_ff)
+
+
+def _plan(model: nn.Module, site: FFNSite) -> Plan:
+    def partial(rows: NeuronRows | None) -> NeuronRows | None:
+        if rows is None:
+            return None
+        whole = rows.dim == 0 and rows.step == 1 and model.get_parameter(rows.param).shape[0] == site.d_ff
+        return None if whole else rows
+
+    return Plan(
+        activation=site.activation,
+        d_ff=site.d_ff,
+        up=partial(site.up_rows),
+        gate=partial(site.gate_rows),
+        up_bias=partial(site.up_bias),
+        gate_bias=partial(site.gate_bias),
+        down_transposed=site.down_rows.dim == 0,
+    )
+
+
+def _lower_sites(model: nn.Module, state: LTEState, sites: list[FFNSite]) -> None:
+    lowered = {s.name for s in sites}
+    for site in sites:
+        router_of(model, site).plan = _plan(model, site)
+    aligned = sorted((s for s in state.sites if s.kind == "aligned"), key=lambda s: s.owner)
+    for owner, group in groupby(aligned, key=lambda s: s.owner):
+        _regenerate(model.get_submodule(owner), list(group), lowered)
+    for site in sites:
+        if site.kind == "inline":
+            _lower_inline(model.get_submodule(site.owner), inline_site(site), relative(site, site.gate or site.up))
+    if isinstance(model, GraphModule):
+        model._lte_graph = model.graph  # type: ignore[assignment]
+        graph = Graph()
+        graph.output(graph.graph_copy(model.graph, {}))
+        for site in sites:
+            _call_op(graph, site)
+        model.graph = graph
+
+
+def _unlower_sites(model: nn.Module, state: LTEState) -> None:
+    for owner, group in groupby(
+        sorted((s for s in state.sites if s.kind == "aligned"), key=lambda s: s.owner), key=lambda s: s.owner
+    ):
+        _regenerate(model.get_submodule(owner), list(group), set())
+    for site in state.sites:
+        router_of(model, site).plan = None
+        if site.kind == "inline":
+            for path in {site.up, site.gate or site.up, site.down}:
+                model.get_submodule(path).__dict__.pop("forward", None)
+            inline_site(site).attach(model.get_submodule(site.owner))
+    if isinstance(model, GraphModule):
+        model.graph = model.__dict__.pop("_lte_graph")
+
+
+def _regenerate(owner: nn.Module, sites: list[FFNSite], lowered: set[str]) -> None:
+    """The owner's own forward with gates, and with the op where `lowered` names the site."""
+    owner.__class__ = original_class(owner)
+    graphs = trace_owner(owner)
+    assert graphs is not None, "an aligned owner was traced before"
+    for graph in graphs:
+        insert_gates(graph, sites)
+        for site in sites:
+            if site.name in lowered:
+                _call_op(graph, site)
+    regenerate(owner, forwards_of(graphs))
+
+
+def _call_op(graph: Graph, site: FFNSite) -> None:
+    """Replace the down call behind a site's gate by the op; what only fed it goes."""
+    router = relative(site, site.router)
+    gated = next(
+        n for n in graph.nodes if n.op == "call_function" and n.target is gate and n.args[0].target == router
+    )
+    (down,) = gated.users
+    x = gated.args[2].args[0]
+    with graph.inserting_before(down):
+        linears = [
+            None if path is None else graph.get_attr(relative(site, path)) for path in (site.up, site.gate, site.down)
+        ]
+        new = graph.call_function(lowered_ffn, (graph.get_attr(router), *linears, x))
+    down.replace_all_uses_with(new)
+    graph.erase_node(down)
+    graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+
+
+class _Stub:
+    """Stands for an up linear's forward: zeros of its shape, for the activation to run on. Nothing reads the result."""
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x.new_zeros((*x.shape[:-1], self.width))
+
+
+def _lower_inline(owner: nn.Module, site: InlineSite, gate_path: str) -> None:
+    from ltepass.inline import SparseDown
+
+    detach(owner, site.key)
+    lowered = InlineSite(site.key, site.up, site.down, site.router, gate=gate_path, lowered=True)
+    lowered.attach(owner)
+    for path in {site.up, gate_path}:
+        linear = owner.get_submodule(path)
+        linear.forward = _Stub(linear.weight.shape[1 if _is_conv1d(linear) else 0])  # type: ignore[union-attr]
+    owner.get_submodule(site.down).forward = SparseDown(lowered, lowered_ffn)  # type: ignore[method-assign]
+
+
+def _compile(model: nn.Module) -> None:
+    model.compile(backend="lte")
+    config = getattr(model, "generation_config", None)
+    if config is not None:
+        model._lte_cache_implementation = config.cache_implementation  # type: ignore[assignment]
+        config.cache_implementation = "static"
+
+
+def _uncompile(model: nn.Module) -> None:
+    model._compiled_call_impl = None
+    config = getattr(model, "generation_config", None)
+    if config is not None:
+        config.cache_implementation = model.__dict__.pop("_lte_cache_implementation")

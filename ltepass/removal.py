@@ -1,0 +1,52 @@
+"""Undo insert_routers and group_neurons: class, forward, hooks and graph as before."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from ltepass.errors import LoweredError
+from ltepass.grouping import permute_site
+from ltepass.inline import detach
+from ltepass.regenerate import original_class
+from ltepass.router import gate
+from ltepass.sites import FFNSite, LTEState, router_of
+
+
+def remove_routers(model: nn.Module, state: LTEState, *, undo_grouping: bool) -> None:
+    require_not_lowered(state, "remove")
+    for site in state.sites:
+        if undo_grouping:
+            permute_site(model, site, torch.argsort(router_of(model, site).permutation))
+    for site in state.sites:
+        owner = model.get_submodule(site.owner)
+        if site.kind == "aligned":
+            owner.__class__ = original_class(owner)
+        elif site.kind == "inline":
+            detach(owner, site.name)
+        else:
+            assert isinstance(model, GraphModule)
+            _ungate(model, site)
+    for site in state.sites:
+        parent, _, child = site.router.rpartition(".")
+        del model.get_submodule(parent)._modules[child]
+    if isinstance(model, GraphModule):
+        model.recompile()
+    del model._lte
+
+
+def require_not_lowered(state: LTEState, what: str) -> None:
+    if state.lowered is not None:
+        raise LoweredError(
+            f"the model is lowered (scope {state.lowered!r}); {what} expects it as trained; call ltepass.unlower(model)"
+        )
+
+
+def _ungate(gm: GraphModule, site: FFNSite) -> None:
+    for node in list(gm.graph.nodes):
+        if node.op == "call_function" and node.target is gate and node.args[0].target == site.router:
+            module, h, logits = node.args
+            node.replace_all_uses_with(h)
+            for dead in (node, logits, module):
+                gm.graph.erase_node(dead)

@@ -1,0 +1,64 @@
+"""group_neurons: one permutation per site, so that every expert is a contiguous run of neurons.
+
+    before:  h[j] from row j of gate and up, column j of down
+    after:   h[j] from row perm[j] of gate and up, column perm[j] of down
+
+Legal because y = sum_j h_j Wd[:, j] does not depend on the order of j. Names, shapes and values stay; only the order of
+rows and columns changes, in place. Methods that need activations run in `ltepass.calibrate`, through the same function.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ltepass.errors import CalibrationError, MetaWeightsError
+from ltepass.grouping import grouping_permutation, permute_site
+from ltepass.pipeline import Job
+from ltepass.sites import FFNSite
+
+DATA_DRIVEN = ("coactivation", "output_aware")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupNeurons:
+    """has_calibration: batches follow, so data-driven methods may wait for them."""
+
+    has_calibration: bool = False
+    name: str = "group_neurons"
+
+    def __call__(self, job: Job) -> str:
+        method = job.config.grouping
+        if method in DATA_DRIVEN and not self.has_calibration:
+            raise CalibrationError(
+                f"grouping {method!r} needs activations and no calibration was given; expected transform(..., "
+                'calibration=batches); pass batches, or choose "kmeans" or "identity"'
+            )
+        if method in (*DATA_DRIVEN, "auto", "identity"):
+            return "unchanged"
+        check_real_weights(job.model, job.sites, f"grouping {method!r}")
+        permutations = [(s, site_permutation(job.model, s, method, job.config.seed)) for s in job.sites]
+        for site, permutation in permutations:
+            permute_site(job.model, site, permutation)
+        job.permutations = {s.name: p for s, p in permutations}
+        return f"{len(permutations)} sites permuted"
+
+
+def check_real_weights(model: nn.Module, sites: list[FFNSite], what: str) -> None:
+    for site in sites:
+        for row in site.neurons:
+            if model.get_parameter(row.param).is_meta:
+                raise MetaWeightsError(
+                    f"{what} needs real weights and {row.param} is on the meta device; expected loaded weights; load "
+                    'them first, or use grouping="identity"'
+                )
+
+
+def site_permutation(model: nn.Module, site: FFNSite, method: str, seed: int) -> Tensor:
+    """A data-free method's permutation of one site."""
+    up, down = (rows.of(model, site.d_ff).detach() for rows in (site.up_rows, site.down_rows))
+    gate = site.gate_rows.of(model, site.d_ff).detach() if site.gate_rows else None
+    return grouping_permutation(
+        method, up=up, gate=gate, down=down, activations=None, group_size=site.group_size, seed=seed
+    )

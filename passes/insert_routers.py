@@ -1,0 +1,121 @@
+"""insert_routers: a trainable router per site, and its gate just before the down projection.
+
+    before:  h = act(gate(x)) * up(x);                            y = down(h)
+    after:   h = act(gate(x)) * up(x);  s = router(x);  h' = gate(h, s);  y = down(h')
+
+Legal because down is linear: gating group i of h is gating expert i's share of y. In dense mode the gate hands h on.
+An aligned owner gets a regenerated forward, an inline one guarded hooks, a GraphModule two nodes. Only adds: every
+parameter keeps its name and value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import nn
+from torch.fx import Graph, GraphModule, Node
+
+from ltepass.config import LTEConfig
+from ltepass.errors import CheckpointError
+from ltepass.inline import InlineSite
+from ltepass.pipeline import Job
+from ltepass.regenerate import forwards_of, regenerate, trace_owner
+from ltepass.router import Router, gate
+from ltepass.sites import FFNSite, LTEState
+
+
+@dataclass(frozen=True, kw_only=True)
+class InsertRouters:
+    name: str = "insert_routers"
+
+    def __call__(self, job: Job) -> str:
+        insert_routers(job.model, job.sites, job.config)
+        for site in job.sites:
+            if site.name in job.permutations:
+                router = job.model.get_submodule(site.router)
+                assert isinstance(router, Router)
+                router.permutation.copy_(job.permutations[site.name])
+        state = LTEState(config=job.config.to_dict(), sites=job.sites, refusals=job.refusals)
+        job.model._lte = state  # type: ignore[assignment]
+        return f"{len(job.sites)} routers"
+
+
+def insert_routers(
+    model: nn.Module, sites: Sequence[FFNSite], config: LTEConfig, device: torch.device | str | None = None
+) -> None:
+    """Add routers and gates from the site list alone: no capture, works on the meta device, used by from_pretrained.
+
+    device: of the routers; None takes the device of the site's down weight.
+    """
+    graphs = {owner: _owner_graphs(model, owner) for owner in {s.owner for s in sites if s.kind == "aligned"}}
+    generator = torch.Generator().manual_seed(config.seed)
+    for site in sites:
+        where = device if device is not None else next(model.get_submodule(site.down).parameters()).device
+        router = Router(
+            site.d_model, site.d_ff, site.group_size, bias=config.router_bias, tau=config.tau, device=where
+        )
+        router.reset(generator)
+        parent, _, child = site.router.rpartition(".")
+        model.get_submodule(parent).add_module(child, router)
+    for owner, group in groupby(sorted(sites, key=lambda s: s.owner), key=lambda s: s.owner):
+        gated = [s for s in group if s.kind == "aligned"]
+        for graph in graphs.get(owner, ()):
+            insert_gates(graph, gated)
+        if gated:
+            regenerate(model.get_submodule(owner), forwards_of(graphs[owner]))
+    for site in sites:
+        if site.kind == "inline":
+            inline_site(site).attach(model.get_submodule(site.owner))
+        elif site.kind == "graph":
+            assert isinstance(model, GraphModule)
+            _gate_in_user_graph(model, site)
+    if isinstance(model, GraphModule):
+        model.recompile()
+
+
+def relative(site: FFNSite, path: str) -> str:
+    """A path of the root, seen from the site's owner."""
+    return path[len(site.owner) + 1 :] if site.owner else path
+
+
+def inline_site(site: FFNSite) -> InlineSite:
+    up, down, router = (relative(site, p) for p in (site.up, site.down, site.router))
+    return InlineSite(site.name, up, down, router)
+
+
+def _owner_graphs(model: nn.Module, owner: str) -> tuple[Graph, Graph]:
+    graphs = trace_owner(model.get_submodule(owner))
+    if graphs is None:
+        raise CheckpointError(
+            f"{owner}: {type(model.get_submodule(owner)).__name__}.forward cannot be traced; expected the class that the "
+            "checkpoint was made with; load it with the same transformers version, or transform the dense model again"
+        )
+    return graphs
+
+
+def _called(graph: Graph, path: str) -> Node:
+    return next(n for n in graph.nodes if n.op == "call_module" and n.target == path)
+
+
+def insert_gates(graph: Graph, sites: Sequence[FFNSite]) -> None:
+    """Routers and gates in an aligned owner's own graph."""
+    for site in sites:
+        up, down = (_called(graph, relative(site, p)) for p in (site.up, site.down))
+        _insert_gate(graph, up.args[0], down, down.args[0], relative(site, site.router))  # type: ignore[arg-type]
+
+
+def _gate_in_user_graph(gm: GraphModule, site: FFNSite) -> None:
+    by_name = {n.name: n for n in gm.graph.nodes}
+    x, h, down = (by_name[name] for name in site.nodes)
+    _insert_gate(gm.graph, x, down, h, site.router)
+
+
+def _insert_gate(graph: Graph, x: Node, down: Node, h: Node, router: str) -> None:
+    with graph.inserting_before(down):
+        module = graph.get_attr(router)
+        logits = graph.call_module(router, (x,))
+        gated = graph.call_function(gate, (module, h, logits))
+    down.replace_input_with(h, gated)

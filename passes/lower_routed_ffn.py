@@ -1,0 +1,141 @@
+"""lower_routed_ffn: in Dynamo's graph, a hard gate's region becomes one op.
+
+    before:  s = linear(x.float(), Wr, br); h = silu(linear(x, Wg)) * linear(x, Wu); y = linear(gate(h, s, t), Wd)
+    after:   y = ltepass::routed_ffn(x, Wr, br, t, Wu, None, Wg, None, Wd, None, "silu")
+
+Legal because the op is defined as just this (kernels/reference.py), the region is proved by the same matcher that found
+the FFN, and nothing outside it reads the hidden units. A region that does not match stays masked-dense, which is exact;
+the reason is returned as a value. The graph's other nodes are untouched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ltepass.dataflow import Flow, Linear, is_gate, op_name, shape, strip_identity, strip_views, value
+from ltepass.match import Miss, Region, Rows, down_rows, match_down
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowerRoutedFFN:
+    name: str = "lower_routed_ffn"
+
+    def __call__(self, gm: GraphModule) -> tuple[int, list[str]]:
+        """(number of regions lowered, a reason for each hard gate left masked-dense)."""
+        flow = Flow(gm, _parameters(gm))
+        matches = [match_down(flow, linear) for linear in map(flow.linear, list(flow.nodes())) if linear is not None]
+        regions = {m.gate_op: m for m in matches if isinstance(m, Region) and m.gate_op is not None}
+        misses = {m.gate_op: m for m in matches if isinstance(m, Miss) and m.gate_op is not None}
+        notes, lowered = [], 0
+        for gate in [n for n in flow.nodes() if is_gate(n)]:
+            region = regions.get(gate)
+            if region is None:
+                miss = misses.get(gate)
+                notes.append(f"{gate.name}: {miss.reason if miss else 'no down projection reads the gate'}")
+                continue
+            reason = _lower(flow, region)
+            lowered += reason is None
+            notes += [] if reason is None else [f"{gate.name}: {reason}"]
+        gm.graph.eliminate_dead_code()
+        gm.recompile()
+        return lowered, notes
+
+
+def _parameters(gm: GraphModule) -> dict[Node, str]:
+    """Weights are what Dynamo lifted as parameters or buffers, and a GraphModule's own attributes."""
+    leaves = {}
+    for node in gm.graph.nodes:
+        v = value(node)
+        if node.op == "get_attr" and isinstance(v, torch.Tensor):
+            leaves[node] = str(node.target)
+        elif node.op == "placeholder" and isinstance(v, torch.Tensor) and _lifted(node, v):
+            leaves[node] = node.name
+    return leaves
+
+
+def _lifted(node: Node, v: torch.Tensor) -> bool:
+    return isinstance(v, torch.nn.Parameter) or "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
+
+
+def _lower(flow: Flow, region: Region) -> str | None:
+    """Rewrite one region, or say why not."""
+    gate, up, down = region.gate_op, region.up.linear, region.down
+    assert gate is not None
+    _, scores, threshold, soft = gate.args
+    assert isinstance(scores, Node)
+    router = flow.linear(strip_identity(scores))
+    reason = _why_not(region, router, bool(soft))
+    if reason is not None:
+        return reason
+    assert router is not None
+    graph = flow.gm.graph
+    with graph.inserting_before(down.node):
+
+        def operand(rows: Rows | None) -> Node | None:
+            return None if rows is None else _operand(flow, rows, region.d_ff)
+
+        args = (
+            up.x,
+            router.weight,
+            _leaf(flow, router.bias),
+            threshold,
+            operand(region.up.rows),
+            operand(region.up.bias),
+            operand(region.gate.rows) if region.gate else None,
+            operand(region.gate.bias) if region.gate else None,
+            down.weight if down.out_dim == 0 else _transposed(flow, down.weight),
+            down.bias,
+            region.activation,
+        )
+        new = graph.call_function(torch.ops.ltepass.routed_ffn.default, args)
+        new.meta = dict(down.node.meta)
+    down.node.replace_all_uses_with(new)
+    return None
+
+
+def _why_not(region: Region, router: Linear | None, soft: bool) -> str | None:
+    standard = {region.up.rows, region.up.bias, down_rows(region.down)}
+    standard |= {region.gate.rows, region.gate.bias} if region.gate else set()
+    x = region.up.linear.x
+    if soft:
+        return "a soft gate: every expert is active"
+    if not region.lowerable:
+        return f"no kernel knows its activation {region.activation}"
+    if any(r not in standard for r in region.neurons):
+        return "another parameter scales its neurons"
+    if router is None or router.out_dim != 0 or strip_views(router.x) is not region.x:
+        return "the gate's scores are no linear of the FFN's input"
+    if region.x is not strip_views(x) or value(region.x).dtype != value(x).dtype:
+        return "the router and the up projection read different dtypes"
+    if any(value(n).dtype != value(x).dtype for n in region.inner if op_name(n) in ("to", "float", "type_as")):
+        return "a cast inside the region"
+    if shape(x)[:-1] != shape(region.down.node)[:-1]:
+        return "the region changes the token dims"
+    return None
+
+
+def _leaf(flow: Flow, node: Node | None) -> Node | None:
+    leaf = None if node is None else flow.leaf(node)
+    return node if leaf is None else leaf[0]
+
+
+def _transposed(flow: Flow, weight: Node) -> Node:
+    new = flow.gm.graph.call_function(torch.ops.aten.t.default, (weight,))
+    v = value(weight)
+    new.meta["example_value"] = v.t()
+    return new
+
+
+def _operand(flow: Flow, rows: Rows, d_ff: int) -> Node:
+    """The leaf itself where all of it is wanted, else a view of it, neurons first."""
+    node = rows.leaf if rows.dim == 0 else _transposed(flow, rows.leaf)
+    if rows.step == 1 and shape(node)[0] == d_ff:
+        return node
+    stop = rows.start + (d_ff - 1) * rows.step + 1
+    args = (node, 0, rows.start, stop, rows.step)
+    new = flow.gm.graph.call_function(torch.ops.aten.slice.Tensor, args)
+    new.meta["example_value"] = value(node)[rows.start : stop : rows.step]
+    return new
