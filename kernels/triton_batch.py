@@ -1,0 +1,192 @@
+"""The same three launches for 2 to 32 tokens, and the router of any number of tokens, on matrix units.
+
+A weight row is read once when any token of the call wants its expert (the union); each token's own mask decides what is
+kept of the result, so a token computes what it would compute alone. Weights are the left operand: a tile has as many
+rows as neurons (or outputs) and as many columns as tokens.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+from __future__ import annotations
+
+import triton.language as tl
+
+from ltepass.kernels.triton_common import (
+    finish_tile,
+    hidden_units,
+    jit,
+    list_expert,
+    my_chunks,
+    neurons_at,
+    zero_tickets,
+)
+
+
+@jit
+def token_tile(x, token_T, live_T, col_D, live_D, d_model):
+    """x^T as [D, T], in x's dtype; x: [T, D] contiguous."""
+    at_DT = token_T.to(tl.int64)[None, :] * d_model + col_D[:, None]
+    return tl.load(x + at_DT, mask=live_D[:, None] & live_T[None, :], other=0.0)
+
+
+@jit
+def router_many(
+    x,
+    weight,
+    bias,
+    threshold,
+    mask,
+    plan,
+    n_tokens,
+    n_experts,
+    d_model,
+    n_tickets,
+    HAS_BIAS: tl.constexpr,
+    UNION: tl.constexpr,
+    TF32: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """mask[e, t] = 1 (int8) where token t wants e; with UNION plan[e] = any of them, n_tokens <= BLOCK_T. Grid: (E tiles, T tiles).
+
+    TF32 is for 16-bit x, which tf32 holds exactly: the weight goes in as two tf32 parts (22 of its 24 bits), so that a
+    logit is as good as an fp32 sum at many times its speed. fp32 x takes fp32 products.
+    """
+    expert_E = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    token_T = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    live_E, live_T = expert_E < n_experts, token_T < n_tokens
+    logit_ET = tl.zeros([BLOCK_E, BLOCK_T], tl.float32)
+    for start in range(0, d_model, BLOCK_D):
+        col_D = start + tl.arange(0, BLOCK_D)
+        live_D = col_D < d_model
+        x_DT = token_tile(x, token_T, live_T, col_D, live_D, d_model).to(tl.float32)
+        at_ED = expert_E.to(tl.int64)[:, None] * d_model + col_D[None, :]
+        w_ED = tl.load(weight + at_ED, mask=live_E[:, None] & live_D[None, :], other=0.0)
+        if TF32:
+            high_ED = (w_ED.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+            logit_ET = tl.dot(w_ED - high_ED, x_DT, logit_ET, input_precision="tf32")
+            logit_ET = tl.dot(high_ED, x_DT, logit_ET, input_precision="tf32")
+        else:
+            logit_ET = tl.dot(w_ED, x_DT, logit_ET, input_precision="ieee")
+    if HAS_BIAS:
+        logit_ET += tl.load(bias + expert_E, mask=live_E, other=0.0)[:, None]
+    wants_ET = ((logit_ET > tl.load(threshold)) & live_T[None, :]).to(tl.int32)
+    at_ET = expert_E.to(tl.int64)[:, None] * n_tokens + token_T[None, :]
+    tl.store(mask + at_ET, wants_ET.to(tl.int8), mask=live_E[:, None] & live_T[None, :])
+    if UNION:
+        tl.store(plan + expert_E, tl.max(wants_ET, axis=1), mask=live_E)
+        if tl.program_id(0) == 0:
+            zero_tickets(plan, n_experts, n_tickets)
+
+
+@jit
+def gate_up_many(
+    x,
+    up,
+    up_bias,
+    gate,
+    gate_bias,
+    mask,
+    plan,
+    h,
+    n_tokens,
+    n_experts,
+    d_model,
+    stride_un,
+    stride_ud,
+    stride_gn,
+    stride_gd,
+    GROUP: tl.constexpr,
+    ACT: tl.constexpr,
+    GATED: tl.constexpr,
+    HAS_UP_BIAS: tl.constexpr,
+    HAS_GATE_BIAS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """h[t, n] in x's dtype for the neurons of the union's experts, 0 where token t does not want the expert.
+
+    Grid: (E * cdiv(GROUP, BLOCK_N),); n_tokens <= BLOCK_T.
+    """
+    parts: tl.constexpr = (GROUP + BLOCK_N - 1) // BLOCK_N
+    expert = tl.program_id(0) // parts
+    part = tl.program_id(0) % parts
+    if tl.load(plan + expert) != 0:
+        token_T = tl.arange(0, BLOCK_T)
+        live_T = token_T < n_tokens
+        place_N = part * BLOCK_N + tl.arange(0, BLOCK_N)
+        live_N = place_N < GROUP
+        row_N = expert.to(tl.int64) * GROUP + place_N
+        up_NT = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+        gate_NT = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+        for start in range(0, d_model, BLOCK_D):
+            col_D = start + tl.arange(0, BLOCK_D)
+            live_D = col_D < d_model
+            live_ND = live_N[:, None] & live_D[None, :]
+            x_DT = token_tile(x, token_T, live_T, col_D, live_D, d_model)
+            up_at_ND = row_N[:, None] * stride_un + col_D.to(tl.int64)[None, :] * stride_ud
+            up_ND = tl.load(up + up_at_ND, mask=live_ND, other=0.0, eviction_policy="evict_first")
+            up_NT = tl.dot(up_ND, x_DT, up_NT, input_precision="ieee")
+            if GATED:
+                gate_at_ND = row_N[:, None] * stride_gn + col_D.to(tl.int64)[None, :] * stride_gd
+                gate_ND = tl.load(gate + gate_at_ND, mask=live_ND, other=0.0, eviction_policy="evict_first")
+                gate_NT = tl.dot(gate_ND, x_DT, gate_NT, input_precision="ieee")
+        if HAS_UP_BIAS:
+            up_NT += tl.load(up_bias + row_N, mask=live_N, other=0.0).to(tl.float32)[:, None]
+        if HAS_GATE_BIAS:
+            gate_NT += tl.load(gate_bias + row_N, mask=live_N, other=0.0).to(tl.float32)[:, None]
+        wants_T = tl.load(mask + expert.to(tl.int64) * n_tokens + token_T, mask=live_T, other=0)
+        h_NT = tl.where(wants_T[None, :] != 0, hidden_units(up_NT, gate_NT, ACT, GATED), 0.0)
+        at_NT = token_T.to(tl.int64)[None, :] * (n_experts * GROUP) + row_N[:, None]
+        tl.store(h + at_NT, h_NT.to(h.dtype.element_ty), mask=live_N[:, None] & live_T[None, :])
+    if part == 0:
+        list_expert(plan, expert, n_experts)
+
+
+@jit
+def down_many(
+    h,
+    down,
+    bias,
+    plan,
+    partial,
+    y,
+    n_tokens,
+    n_experts,
+    d_out,
+    stride_do,
+    stride_dn,
+    GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """y[t] = down[:, union] . h[t, union] + bias. Grid: (cdiv(d_out, BLOCK_O), SPLITS); n_tokens <= BLOCK_T."""
+    tile, split = tl.program_id(0), tl.program_id(1)
+    token_T = tl.arange(0, BLOCK_T)
+    live_T = token_T < n_tokens
+    out_O = tile * BLOCK_O + tl.arange(0, BLOCK_O)
+    live_O = out_O < d_out
+    first, end, n_places = my_chunks(plan, n_experts, split, GROUP, BLOCK_K, SPLITS)
+    acc_OT = tl.zeros([BLOCK_O, BLOCK_T], tl.float32)
+    for chunk in range(first, end):
+        place_K = chunk * BLOCK_K + tl.arange(0, BLOCK_K)
+        live_K = place_K < n_places
+        neuron_K = neurons_at(plan, n_experts, place_K, live_K, GROUP)
+        h_at_KT = token_T.to(tl.int64)[None, :] * (n_experts * GROUP) + neuron_K[:, None]
+        h_KT = tl.load(h + h_at_KT, mask=live_K[:, None] & live_T[None, :], other=0.0)
+        at_OK = out_O.to(tl.int64)[:, None] * stride_do + neuron_K[None, :] * stride_dn
+        live_OK = live_O[:, None] & live_K[None, :]
+        w_OK = tl.load(down + at_OK, mask=live_OK, other=0.0, eviction_policy="evict_first")
+        acc_OT = tl.dot(w_OK, h_KT, acc_OT, input_precision="ieee")
+    bias_O = tl.zeros([BLOCK_O], tl.float32)
+    if HAS_BIAS:
+        bias_O = tl.load(bias + out_O, mask=live_O, other=0.0).to(tl.float32)
+    size = n_tokens.to(tl.int64) * d_out
+    where_OT = token_T.to(tl.int64)[None, :] * d_out + out_O[:, None]
+    live_OT = live_O[:, None] & live_T[None, :]
+    ticket = plan + 2 * n_experts + 1 + tile
+    finish_tile(acc_OT, bias_O[:, None], partial, y, where_OT, live_OT, size, ticket, split, SPLITS)

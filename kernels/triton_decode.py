@@ -1,0 +1,157 @@
+"""The three launches of one token: router, gate/up/activation, down. Each reads only what the active experts need.
+
+One token is bound by memory, so everything is a row-wise product with one fp32 accumulator per element of a tile and a
+single reduction at the end. The gate/up grid has a program for each few neurons of EVERY expert; one whose expert is
+inactive ends after one load, so the hardware's scheduler does what a compacted grid would do. Only the down kernel,
+where one output needs all active neurons, reads the list.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+from __future__ import annotations
+
+import triton.language as tl
+
+from ltepass.kernels.triton_common import (
+    finish_tile,
+    hidden_units,
+    jit,
+    list_expert,
+    my_chunks,
+    neurons_at,
+    zero_tickets,
+)
+
+
+@jit
+def weight_tile(weight, row_N, live_N, col_D, live_D, stride_n, stride_d):
+    """fp32 [N, D] of a weight that no other program of the launch reads: evict_first leaves L2 to x, h and the plan."""
+    at_ND = row_N[:, None] * stride_n + col_D.to(tl.int64)[None, :] * stride_d
+    tile = tl.load(weight + at_ND, mask=live_N[:, None] & live_D[None, :], other=0.0, eviction_policy="evict_first")
+    return tile.to(tl.float32)
+
+
+@jit
+def router_one(
+    x,
+    weight,
+    bias,
+    threshold,
+    plan,
+    n_experts,
+    d_model,
+    n_tickets,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """plan[e] = x . weight[e] + bias[e] > threshold. Grid: (cdiv(E, BLOCK_E),). weight: [E, D] contiguous."""
+    pid = tl.program_id(0)
+    expert_E = pid * BLOCK_E + tl.arange(0, BLOCK_E)
+    live_E = expert_E < n_experts
+    acc_ED = tl.zeros([BLOCK_E, BLOCK_D], tl.float32)
+    for start in tl.range(0, d_model, BLOCK_D, num_stages=STAGES):
+        col_D = start + tl.arange(0, BLOCK_D)
+        live_D = col_D < d_model
+        x_D = tl.load(x + col_D, mask=live_D, other=0.0).to(tl.float32)
+        acc_ED += weight_tile(weight, expert_E.to(tl.int64), live_E, col_D, live_D, d_model, 1) * x_D[None, :]
+    logit_E = tl.sum(acc_ED, axis=1)
+    if HAS_BIAS:
+        logit_E += tl.load(bias + expert_E, mask=live_E, other=0.0)
+    tl.store(plan + expert_E, (logit_E > tl.load(threshold)).to(tl.int32), mask=live_E)
+    if pid == 0:
+        zero_tickets(plan, n_experts, n_tickets)
+
+
+@jit
+def gate_up_one(
+    x,
+    up,
+    up_bias,
+    gate,
+    gate_bias,
+    plan,
+    h,
+    n_experts,
+    d_model,
+    stride_un,
+    stride_ud,
+    stride_gn,
+    stride_gd,
+    GROUP: tl.constexpr,
+    ACT: tl.constexpr,
+    GATED: tl.constexpr,
+    HAS_UP_BIAS: tl.constexpr,
+    HAS_GATE_BIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """h[n] fp32 for the neurons of active experts; the rest of h stays unwritten. Grid: (E * cdiv(GROUP, BLOCK_N),)."""
+    parts: tl.constexpr = (GROUP + BLOCK_N - 1) // BLOCK_N
+    expert = tl.program_id(0) // parts
+    part = tl.program_id(0) % parts
+    if tl.load(plan + expert) != 0:
+        place_N = part * BLOCK_N + tl.arange(0, BLOCK_N)
+        live_N = place_N < GROUP
+        row_N = expert.to(tl.int64) * GROUP + place_N
+        up_ND = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        gate_ND = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        for start in tl.range(0, d_model, BLOCK_D, num_stages=STAGES):
+            col_D = start + tl.arange(0, BLOCK_D)
+            live_D = col_D < d_model
+            x_D = tl.load(x + col_D, mask=live_D, other=0.0).to(tl.float32)
+            up_ND += weight_tile(up, row_N, live_N, col_D, live_D, stride_un, stride_ud) * x_D[None, :]
+            if GATED:
+                gate_ND += weight_tile(gate, row_N, live_N, col_D, live_D, stride_gn, stride_gd) * x_D[None, :]
+        up_N = tl.sum(up_ND, axis=1)
+        gate_N = tl.sum(gate_ND, axis=1)
+        if HAS_UP_BIAS:
+            up_N += tl.load(up_bias + row_N, mask=live_N, other=0.0).to(tl.float32)
+        if HAS_GATE_BIAS:
+            gate_N += tl.load(gate_bias + row_N, mask=live_N, other=0.0).to(tl.float32)
+        tl.store(h + row_N, hidden_units(up_N, gate_N, ACT, GATED).to(h.dtype.element_ty), mask=live_N)
+    if part == 0:
+        list_expert(plan, expert, n_experts)
+
+
+@jit
+def down_one(
+    h,
+    down,
+    bias,
+    plan,
+    partial,
+    y,
+    n_experts,
+    d_out,
+    stride_do,
+    stride_dn,
+    GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """y = down[:, active] . h[active] + bias. Grid: (cdiv(d_out, BLOCK_O), SPLITS). Either stride of down may be 1."""
+    tile, split = tl.program_id(0), tl.program_id(1)
+    out_O = tile * BLOCK_O + tl.arange(0, BLOCK_O)
+    live_O = out_O < d_out
+    first, end, n_places = my_chunks(plan, n_experts, split, GROUP, BLOCK_K, SPLITS)
+    acc_OK = tl.zeros([BLOCK_O, BLOCK_K], tl.float32)
+    for chunk in tl.range(first, end, num_stages=STAGES):
+        place_K = chunk * BLOCK_K + tl.arange(0, BLOCK_K)
+        live_K = place_K < n_places
+        neuron_K = neurons_at(plan, n_experts, place_K, live_K, GROUP)
+        h_K = tl.load(h + neuron_K, mask=live_K, other=0.0).to(tl.float32)
+        at_OK = out_O.to(tl.int64)[:, None] * stride_do + neuron_K[None, :] * stride_dn
+        live_OK = live_O[:, None] & live_K[None, :]
+        w_OK = tl.load(down + at_OK, mask=live_OK, other=0.0, eviction_policy="evict_first")
+        acc_OK += w_OK.to(tl.float32) * h_K[None, :]
+    acc_O = tl.sum(acc_OK, axis=1)
+    bias_O = tl.zeros([BLOCK_O], tl.float32)
+    if HAS_BIAS:
+        bias_O = tl.load(bias + out_O, mask=live_O, other=0.0).to(tl.float32)
+    ticket = plan + 2 * n_experts + 1 + tile
+    finish_tile(acc_O, bias_O, partial, y, out_O, live_O, d_out, ticket, split, SPLITS)

@@ -1,0 +1,97 @@
+"""FFN calls for the kernel tests: every shape odd on purpose, every decision far enough from the threshold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ltepass.kernels import reference
+
+MARGIN = 1e-2  # logits keep this distance from the threshold, so that rounding x or the sum flips no decision
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """layout: "rows" as nn.Linear keeps it; "fused" up and gate interleaved in one weight; "neuron" up, gate and down
+    with one contiguous run per neuron of down and per input of up (Conv1D)."""
+
+    T: int = 1
+    d_model: int = 63
+    group_size: int = 12
+    n_experts: int = 7
+    d_out: int = 41
+    activation: str = "silu"
+    gated: bool = True
+    bias: bool = True
+    dtype: torch.dtype = torch.float32
+    layout: str = "rows"
+    density: float = 0.5
+    seed: int = 0
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        shape = f"{self.d_model}x{self.n_experts}x{self.group_size}-{self.d_out}"
+        kind = f"{self.activation}-{'gated' if self.gated else 'plain'}-{self.layout}"
+        return f"T{self.T}-{shape}-{dtype}-{kind}-p{self.density}"
+
+
+def make(case: Case, device: str = "cpu") -> tuple[Any, ...]:
+    """-> the op's arguments."""
+    torch.manual_seed(case.seed)
+    d, f, o, dtype = case.d_model, case.group_size * case.n_experts, case.d_out, case.dtype
+    x = torch.randn(case.T, d).to(dtype)
+    router_weight = torch.randn(case.n_experts, d)
+    router_bias = torch.randn(case.n_experts) if case.bias else None
+    threshold = _threshold(x, router_weight, router_bias, case.density)
+    up, gate = _up_and_gate(case, f, d)
+    down = (torch.randn(o, f) * f**-0.5).to(dtype)
+    if case.layout == "neuron":
+        down = down.t().contiguous().t()
+    up_bias, gate_bias, down_bias = (torch.randn(n).to(dtype) if case.bias else None for n in (f, f, o))
+    if gate is None:
+        gate_bias = None
+    args = (x, router_weight, router_bias, threshold, up, up_bias, gate, gate_bias, down, down_bias)
+    # a transposed view stays one on its way to a device
+    return (*(None if t is None else t.to(device) for t in args), case.activation)
+
+
+def _up_and_gate(case: Case, f: int, d: int) -> tuple[Tensor, Tensor | None]:
+    both = (torch.randn(2 * f, d) * d**-0.5).to(case.dtype)
+    if case.layout == "fused":
+        up, gate = both[1::2], both[0::2]
+    elif case.layout == "neuron":
+        columns = both.t().contiguous().t()
+        up, gate = columns[:f], columns[f:]
+    else:
+        up, gate = both[:f].clone(), both[f:].clone()
+    return up, gate if case.gated else None
+
+
+def _threshold(x: Tensor, weight: Tensor, bias: Tensor | None, density: float) -> Tensor:
+    """Near the quantile that leaves `density` active, in the widest gap between logits that is close by."""
+    logits = _logits(x, weight, bias)
+    if logits.numel() == 0:
+        return torch.tensor(0.0)
+    ordered = torch.cat([logits[:1] - 2, logits, logits[-1:] + 2])
+    at = round((1 - density) * logits.numel())
+    near = range(max(at - 8, 0), min(at + 8, logits.numel()) + 1) if 0 < density < 1 else (at,)
+    best = max(near, key=lambda i: float(ordered[i + 1] - ordered[i]))
+    assert ordered[best + 1] - ordered[best] > 2 * MARGIN, "no gap between logits; take another seed"
+    return ((ordered[best] + ordered[best + 1]) / 2).float()
+
+
+def _logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    logits = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    return logits.flatten().sort().values
+
+
+def errors(y: Tensor, args: tuple[Any, ...]) -> tuple[float, float]:
+    """-> relative distance to the float64 result, of y and of PyTorch's own dense-and-mask in the same dtype."""
+    wide = tuple(a.double() if isinstance(a, Tensor) else a for a in args)
+    true, own = reference.routed_ffn(*wide), reference.routed_ffn(*args).double()
+    scale = true.norm().clamp_min(1e-30)
+    assert y.shape == true.shape, (y.shape, true.shape)
+    return float((y.double() - true).norm() / scale), float((own - true).norm() / scale)
