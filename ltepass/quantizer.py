@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -88,6 +88,7 @@ class LTEQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
     """Rebuilds the routers on the meta device before the weights load, and sets hard mode after."""
 
     quantization_config: LTEQuantizationConfig
+    lower_scope: ClassVar[Literal["ffn", "model"] | None] = None  # set by a server, which loads models out of our sight
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
@@ -115,6 +116,10 @@ class LTEQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
         # The weights are plain: with these flags transformers would refuse .half() and .float().
         model.is_quantized = False
         del model.quantization_method
+        if self.lower_scope is not None:
+            import ltepass
+
+            ltepass.lower(model, scope=self.lower_scope)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:

@@ -90,7 +90,7 @@ def _tables(report: Report) -> Iterator[Any]:
     if report.refusals:
         yield refusals_table(report.refusals)
     for note in report.notes:
-        yield Text(f"kept masked-dense: {note}")
+        yield Text(note)
 
 
 _NUMBERS = {"d_model", "d_ff", "group", "experts", "sparsity"}

@@ -19,7 +19,7 @@ MODELS = ("smollm2", "tiny")
 
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions:
-    """What `ltepass demo` may be asked. steps: optimizer steps of each training (dense and LTE); None takes the default."""
+    """What `ltepass demo` may be asked. steps: optimizer steps of each training; None takes the default."""
 
     model: Literal["smollm2", "tiny"] = "smollm2"
     target_sparsity: float = 0.5

@@ -20,7 +20,7 @@ from ltepass.sites import FFNSite
 
 
 def without_ffns(dense: nn.Module, sites: Sequence[FFNSite]) -> nn.Module:
-    """A copy that shares every weight, with each FFN replaced by identity. Sites must be aligned (`owner` is the FFN)."""
+    """A copy that shares every weight, each FFN replaced by identity. Sites must be aligned (`owner` is the FFN)."""
     assert all(site.kind == "aligned" for site in sites), "an inline FFN has no module of its own to replace"
     shared = {id(tensor): tensor for tensor in (*dense.parameters(), *dense.buffers())}
     bare = copy.deepcopy(dense, shared)
@@ -83,5 +83,5 @@ def summary(times: Mapping[str, Sequence[float]], active: float, router: float) 
 
 
 def _spread(seconds: Sequence[float]) -> dict[str, float]:
-    slow, middle, fast = sorted((1 / q for q in statistics.quantiles(seconds, n=4)))
+    slow, middle, fast = sorted(1 / q for q in statistics.quantiles(seconds, n=4))
     return {"median": middle, "low": slow, "high": fast}

@@ -36,7 +36,9 @@ def _tuned(stages: dict[str, Any], _: dict[str, Any]) -> Rows:
 
 def _sites(stages: dict[str, Any], _: dict[str, Any]) -> Rows:
     train = stages["train"]
-    return [("FFN sites found", f"{train['sites']}, experts of {train['group_size']} neurons, grouping {train['grouping']}")]
+    return [
+        ("FFN sites found", f"{train['sites']}, experts of {train['group_size']} neurons, grouping {train['grouping']}")
+    ]
 
 
 def _quality(stages: dict[str, Any], options: dict[str, Any]) -> Rows:
@@ -100,7 +102,9 @@ def machine_line(results: dict[str, Any]) -> str:
 def rich_table(results: dict[str, Any]) -> Any:
     from rich.table import Table
 
-    table = Table(show_header=False, show_lines=False, title="ltepass demo", title_justify="left", caption_justify="left")
+    table = Table(
+        show_header=False, show_lines=False, title="ltepass demo", title_justify="left", caption_justify="left"
+    )
     table.caption = machine_line(results)
     table.add_column("what", overflow="fold")
     table.add_column("measured", overflow="fold")

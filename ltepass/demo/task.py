@@ -37,27 +37,36 @@ class Task:
 PROMPT = "The with statement is used to wrap the execution of a block with methods defined by a context manager."
 
 
-def load_task(model: str, out: Path, seed: int) -> tuple[Task, Any]:
-    """(task, dense model in eval mode, fp32, on the CPU)."""
-    return _smollm2() if model == "smollm2" else _tiny(out / "base", seed)
-
-
-def _smollm2() -> tuple[Task, Any]:
-    from ltepass.smollm import load_smollm2
-
-    dense, tokenizer = load_smollm2()
+def load_task(model: str) -> Task:
+    """Tokenizer and texts of "smollm2" or "tiny"."""
+    tokenizer = Bytes() if model == "tiny" else _smollm2()[1]
     train, held_out = python_docs()
-    task = Task(
-        name="SmolLM2-135M-Instruct (from its 4-bit GGUF)",
+    name, length, rest = _SIZES[model]
+    return Task(
+        name=name,
         tokenizer=tokenizer,
         train=token_blocks(tokenizer, train, TRAIN_LENGTH),
-        test=token_blocks(tokenizer, held_out, 512, limit=8),
+        test=token_blocks(tokenizer, held_out, length, limit=8),
         prompt=PROMPT,
-        steps=40,
-        batch=4,
-        new_tokens=96,
+        **rest,
     )
-    return task, dense
+
+
+_SIZES: dict[str, tuple[str, int, dict[str, int]]] = {
+    "smollm2": ("SmolLM2-135M-Instruct (from its 4-bit GGUF)", 512, {"steps": 40, "batch": 4, "new_tokens": 96}),
+    "tiny": ("tiny byte-level LLaMA, trained for seconds", 256, {"steps": 30, "batch": 8, "new_tokens": 48}),
+}
+
+
+def load_dense(model: str, out: Path, seed: int) -> Any:
+    """The dense model of "smollm2" or "tiny" as it came: eval mode, fp32, on the CPU."""
+    return _tiny(out / "base", seed) if model == "tiny" else _smollm2()[0]
+
+
+def _smollm2() -> tuple[Any, Any]:
+    from ltepass.smollm import load_smollm2
+
+    return load_smollm2()
 
 
 class Bytes:
@@ -70,25 +79,13 @@ class Bytes:
         return bytes(int(i) for i in ids).decode(errors="replace")
 
 
-def _tiny(base: Path, seed: int) -> tuple[Task, Any]:
+def _tiny(base: Path, seed: int) -> Any:
     """A four-layer LLaMA on bytes, trained for seconds the first time; only for trying the demo itself."""
     from transformers import AutoModelForCausalLM
 
-    tokenizer = Bytes()
-    train, held_out = python_docs()
-    task = Task(
-        name="tiny byte-level LLaMA, trained for seconds",
-        tokenizer=tokenizer,
-        train=token_blocks(tokenizer, train, TRAIN_LENGTH),
-        test=token_blocks(tokenizer, held_out, 256, limit=8),
-        prompt=PROMPT,
-        steps=30,
-        batch=8,
-        new_tokens=48,
-    )
     if not (base / "config.json").exists():
-        _train_tiny(task.train, seed).save_pretrained(base)
-    return task, AutoModelForCausalLM.from_pretrained(base).eval()
+        _train_tiny(load_task("tiny").train, seed).save_pretrained(base)
+    return AutoModelForCausalLM.from_pretrained(base).eval()
 
 
 def _train_tiny(blocks: Tensor, seed: int) -> Any:

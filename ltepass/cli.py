@@ -1,0 +1,116 @@
+"""`ltepass ...`: each command is a thin call of the library."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ltepass.errors import ConfigError, LTEError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Make a transformer decoder learn to be efficient.")
+
+Model = Annotated[str, typer.Argument(help="A model directory, a hub name, or module:function that returns a model.")]
+Folder = Annotated[Path, typer.Argument(help="A directory that save_pretrained of a transformed model wrote.")]
+Out = Annotated[Path, typer.Option(help="Where results go.")]
+Sparsity = Annotated[float, typer.Option(help="Share of inactive neurons, in [0, 1).")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+Seed = Annotated[int, typer.Option(help="Seed of grouping, router start and batches.")]
+
+
+@app.command()
+def demo(
+    model: Annotated[str, typer.Option(help="smollm2, or tiny to try the demo itself in a minute.")] = "smollm2",
+    target_sparsity: Sparsity = 0.5,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps of each training.")] = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    out: Out = Path("lte-demo"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over where OUT holds a run.")] = False,
+) -> None:
+    """A real model gets faster: train, lower, time, save, load, and one table of what came out."""
+    from ltepass.demo import DemoOptions, run_demo
+
+    options = DemoOptions(model=model, target_sparsity=target_sparsity, steps=steps, seed=seed, device=device)  # type: ignore[arg-type]
+    try:
+        run_demo(options, out, fresh=fresh)
+    except KeyboardInterrupt:
+        typer.echo(f"\nstopped; what is finished lies in {out}; the same command goes on from there", err=True)
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def inspect(
+    model: Model,
+    group_size: Annotated[int | None, typer.Option(help="Neurons per expert; without it, chosen per site.")] = None,
+) -> None:
+    """Show the FFN sites that transform would find, and why other candidates are refused. Needs no weights."""
+    from ltepass.models import inspect_model
+
+    _print(inspect_model(model, group_size=group_size))
+
+
+@app.command()
+def coverage(
+    types: Annotated[
+        list[str] | None, typer.Argument(help="Model types of transformers; all causal LMs if none.")
+    ] = None,
+) -> None:
+    """Which architectures of transformers are found, each as a small model on the meta device."""
+    from ltepass.models import coverage_table
+
+    _print(coverage_table(types))
+
+
+@app.command()
+def report(folder: Folder) -> None:
+    """Show the sites of a saved model."""
+    import ltepass
+    from ltepass.models import load
+
+    _print(ltepass.report(load(str(folder))))
+
+
+@app.command()
+def generate(
+    folder: Folder,
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    new_tokens: Annotated[int, typer.Option(help="How many tokens to add.")] = 64,
+    sparsity: Annotated[float | None, typer.Option(help="Another sparsity, from the calibrated table.")] = None,
+    device: Device = "cpu",
+) -> None:
+    """Continue a prompt with a saved model, lowered."""
+    from ltepass.models import continue_text
+
+    typer.echo(continue_text(str(folder), prompt, new_tokens=new_tokens, sparsity=sparsity, device=device))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(context: typer.Context) -> None:
+    """`transformers serve` for saved models, lowered as they load; all arguments go to it."""
+    from ltepass.quantizer import LTEQuantizer
+
+    try:
+        from transformers.cli.transformers import app as transformers_app
+    except ImportError as error:
+        raise ConfigError(
+            f"transformers' server cannot start ({error}); pip install 'transformers[serving]'"
+        ) from error
+    LTEQuantizer.lower_scope = "ffn"
+    transformers_app(["serve", *context.args])
+
+
+def _print(what: Any) -> None:
+    from rich.console import Console
+
+    Console().print(what)
+
+
+def main() -> None:
+    """Errors that a user can put right are shown as text, without a traceback."""
+    try:
+        app()
+    except LTEError as error:
+        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        raise SystemExit(2) from None

@@ -1,0 +1,121 @@
+"""The demo's stages in order. Each returns what results.json keeps of it; what is large lies beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+import ltepass
+from ltepass.demo import learning, reload, speed
+from ltepass.demo.folder import DemoOptions, Folder
+from ltepass.demo.measure import hard_sparsity, perplexity
+from ltepass.demo.task import Task, load_dense, load_task
+
+PROMPT_TOKENS = 64  # of held-out text in the KV cache before the first timed token
+TIMED_TOKENS = 160
+COMPILE_MODE = "eager on both sides (no torch.compile)"
+Result = dict[str, Any]
+
+
+@dataclass
+class Demo:
+    """One run: what was asked, where it keeps its results, and the task, loaded when a stage first needs it."""
+
+    options: DemoOptions
+    folder: Folder
+    console: Console = field(default_factory=Console)
+
+    @cached_property
+    def task(self) -> Task:
+        return load_task(self.options.model)
+
+    @property
+    def steps(self) -> int:
+        return self.options.steps or self.task.steps
+
+    def base_model(self) -> Any:
+        """The dense model as it came."""
+        return load_dense(self.options.model, self.folder.path, self.options.seed).to(self.options.device)
+
+    def saved_model(self, name: str) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(self.folder.path / name).to(self.options.device).eval()
+
+    def batches(self) -> list[Tensor]:
+        """The training batches, the same for the dense and the LTE model."""
+        task = self.task
+        return list(learning.batches(task.train, task.batch, self.steps, self.options.seed))
+
+
+def prepare(demo: Demo) -> Result:
+    model = demo.base_model()
+    task = demo.task
+    return {
+        "name": task.name,
+        "parameters": model.num_parameters(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "train_blocks": len(task.train),
+        "test": task.test_text,
+        "steps": demo.steps,
+    }
+
+
+def dense(demo: Demo) -> Result:
+    return {"perplexity": perplexity(demo.base_model(), demo.task.test)}
+
+
+def quality(demo: Demo) -> Result:
+    """From the saved checkpoint, in hard mode, as the definition has it (eager, masked dense)."""
+    model = demo.saved_model("lte")
+    return {"perplexity": perplexity(model, demo.task.test), "sparsity": hard_sparsity(model, demo.task.test)}
+
+
+def measure_speed(demo: Demo) -> Result:
+    """The same checkpoints as in `quality`; p is measured on the very tokens that are timed."""
+    plain, routed = demo.saved_model("dense"), demo.saved_model("lte")
+    sites = ltepass.report(routed).sites
+    text = demo.task.test.flatten()[: PROMPT_TOKENS + TIMED_TOKENS].to(demo.options.device)
+    sparsity = hard_sparsity(routed, text[None], skip=PROMPT_TOKENS)
+    active = 1 - sum(sparsity.values()) / len(sparsity)
+    ltepass.lower(routed, scope="ffn")
+    sides = {"dense": plain, "lowered": routed, "bare": speed.without_ffns(plain, sites)}
+    times = speed.time_decoding(sides, text[:PROMPT_TOKENS], text[PROMPT_TOKENS:])
+    return {
+        **speed.summary(times, active, speed.router_share(routed, sites)),
+        "compile_mode": COMPILE_MODE,
+        "dtype": str(plain.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "notes": ltepass.report(routed).notes,
+        "ms": {name: [round(1000 * value, 3) for value in values] for name, values in times.items()},
+    }
+
+
+def generate(demo: Demo) -> Result:
+    """Greedy continuations of one prompt."""
+    task = demo.task
+    ids = torch.tensor(task.tokenizer(task.prompt)["input_ids"])[None].to(demo.options.device)
+    routed = ltepass.lower(demo.saved_model("lte"), scope="ffn")
+    texts = {"prompt": task.prompt}
+    for name, model in (("dense", demo.saved_model("dense")), ("lowered", routed)):
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=task.new_tokens, do_sample=False)
+        texts[name] = task.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    return texts
+
+
+def reload_elsewhere(demo: Demo) -> Result:
+    """A new process loads the saved model; its logits must be those of the model that was trained here, bit by bit."""
+    path = demo.folder.path
+    return reload.compare(path / "lte", path / "reference.safetensors", path / "reloaded.safetensors")
+
+
+def write_page(demo: Demo) -> Result:
+    from ltepass.demo.page import page
+
+    (demo.folder.path / "report.html").write_text(page(demo.folder.results))
+    return {}

@@ -1,0 +1,159 @@
+"""What the command line does with a model's name: load it, inspect it on the meta device, continue a text."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+import ltepass
+from ltepass.config import LTEConfig
+from ltepass.errors import ConfigError, NoFFNFoundError
+from ltepass.reporting import Report
+from ltepass.sites import state_of
+
+
+def call_by_name(name: str) -> tuple[nn.Module, Any]:
+    """`module:function` -> (model, example inputs or None); the function returns a model or such a pair."""
+    module, _, function = name.partition(":")
+    sys.path.insert(0, os.getcwd())  # as `python -m` has it
+    try:
+        made = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{name!r} cannot be called ({error}); expected importable_module:function_name") from error
+    finally:
+        sys.path.pop(0)
+    model, inputs = made if isinstance(made, tuple) else (made, None)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"{name!r} returned {type(model).__name__}; expected an nn.Module, or (model, example_inputs)"
+        )
+    return model, inputs
+
+
+def load(name: str, device: str = "cpu") -> Any:
+    """A model from a directory, a hub name or `module:function`, in eval mode."""
+    if ":" in name and not os.path.exists(name):
+        return call_by_name(name)[0].to(device).eval()
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, dtype="auto").to(device).eval()
+    except OSError as error:
+        raise ConfigError(
+            f"{name!r} is no model directory and no model of the hub that can be reached: {error}"
+        ) from error
+
+
+def inspect_model(name: str, group_size: int | None = None) -> Report | str:
+    """The report of a transform under identity grouping. A config is enough: weights are neither read nor made.
+
+    Raises NoFFNFoundError with the refusals where nothing is found.
+    """
+    inputs = None
+    if ":" in name and not os.path.exists(name):
+        model, inputs = call_by_name(name)
+    else:
+        model = _skeleton(name)
+    if state_of(model) is None:
+        config = LTEConfig(group_size=group_size or "auto", grouping="identity")
+        ltepass.transform(model, example_inputs=inputs, config=config)
+    return ltepass.report(model)
+
+
+def _skeleton(name: str) -> Any:
+    """The model of a directory or hub name, on the meta device; a saved LTE model is described as it is."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{name!r} is no model directory and no model of the hub that can be reached: {error}"
+        ) from error
+    if (getattr(config, "quantization_config", None) or {}).get("quant_method") == "lte":
+        return load(name)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
+SMALL = {
+    "num_hidden_layers": 2,
+    "n_layer": 2,
+    "n_layers": 2,
+    "num_layers": 2,
+    "decoder_layers": 2,
+    "encoder_layers": 2,
+}
+
+
+def coverage_table(types: Iterable[str] | None = None) -> Any:
+    """A rich table: for each model type its sites, refusals, or the error. Two layers each, on the meta device."""
+    from rich.table import Table
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    names = list(types) if types else sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    table = Table("model type", "sites", "kind", "activation", "refused", "what happened", title_justify="left")
+    found = 0
+    for name in names:
+        try:
+            report = ltepass.report(ltepass.transform(_small(name), config=LTEConfig(grouping="identity")))
+        except Exception as error:  # a survey goes on: the table shows what each type raised
+            table.add_row(name, "0", "", "", "", _first_line(error))
+            continue
+        found += 1
+        kinds, activations = ({getattr(s, field) for s in report.sites} for field in ("kind", "activation"))
+        table.add_row(
+            name,
+            str(len(report.sites)),
+            " ".join(sorted(kinds)),
+            " ".join(sorted(activations)),
+            str(len(report.refusals)),
+            "",
+        )
+    table.title = f"FFN sites found in {found} of {len(names)} model types"
+    return table
+
+
+def _first_line(error: Exception) -> str:
+    kind = "no FFN" if isinstance(error, NoFFNFoundError) else type(error).__name__
+    return f"{kind}: {str(error).splitlines()[0] if str(error) else ''}"[:160]
+
+
+def _small(name: str) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(name)
+    for field, value in SMALL.items():
+        if isinstance(getattr(config, field, None), int):
+            try:
+                setattr(config, field, value)
+            except (AttributeError, NotImplementedError):
+                continue  # a read-only alias of another field
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types:
+        config.layer_types = layer_types[:2]
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
+def continue_text(
+    folder: str, prompt: str, *, new_tokens: int = 64, sparsity: float | None = None, device: str = "cpu"
+) -> str:
+    """The prompt and its greedy continuation by a saved model, lowered. Raises LTEError where it holds no routers."""
+    from transformers import AutoTokenizer
+
+    model = load(folder, device)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if sparsity is not None:
+        ltepass.set_sparsity(model, sparsity)
+    ltepass.lower(model, scope="ffn")
+    inputs = tokenizer(prompt, return_tensors="pt").to(device)
+    out = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+    text: str = tokenizer.decode(out[0], skip_special_tokens=True)
+    return text
