@@ -1,4 +1,4 @@
-"""Every error a user can meet. A class names the mistake; its text says what was seen, what was expected, what to do."""
+"""Every error a user can meet. A class names the mistake; its text says what was seen, expected, and what to do."""
 
 from __future__ import annotations
 
