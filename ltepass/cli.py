@@ -94,9 +94,7 @@ def serve(context: typer.Context) -> None:
     try:
         from transformers.cli.transformers import app as transformers_app
     except ImportError as error:
-        raise ConfigError(
-            f"transformers' server cannot start ({error}); pip install 'transformers[serving]'"
-        ) from error
+        raise ConfigError(f"transformers' server cannot start ({error}); pip install 'ltepass[serve]'") from error
     LTEQuantizer.lower_scope = "ffn"
     transformers_app(["serve", *context.args])
 

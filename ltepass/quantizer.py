@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -173,18 +173,24 @@ def detach(model: Any) -> None:
 
 
 def _fit_prefix(model: nn.Module, sites: list[FFNSite]) -> list[FFNSite]:
-    """Paths as this class has them: `AutoModel` drops the head and with it the prefix that the causal LM put before."""
+    """Paths as this class has them: `AutoModel` drops the head, and with it the prefix that the causal LM puts before.
+
+    The list comes back as it was where no prefix fits; `_check_sites` then says what is missing.
+    """
     prefix = getattr(model, "base_model_prefix", "") + "."
     names = {name for name, _ in model.named_modules()}
-    if all(site.down in names for site in sites):
-        return sites
-    without = [_renamed(site, lambda path: path.removeprefix(prefix)) for site in sites]
-    if all(site.down in names for site in without):
-        return without
-    return [_renamed(site, lambda path: prefix + path) for site in sites]
+    renames: tuple[Callable[[str], str], ...] = (
+        str,
+        lambda path: path.removeprefix(prefix),
+        lambda path: prefix + path,
+    )
+    for rename in renames:
+        if all(rename(site.down) in names for site in sites):
+            return [_renamed(site, rename) for site in sites]
+    return sites
 
 
-def _renamed(site: FFNSite, rename: Any) -> FFNSite:
+def _renamed(site: FFNSite, rename: Callable[[str], str]) -> FFNSite:
     return dataclasses.replace(
         site,
         name=rename(site.name),
@@ -194,7 +200,6 @@ def _renamed(site: FFNSite, rename: Any) -> FFNSite:
         gate=None if site.gate is None else rename(site.gate),
         down=rename(site.down),
         neurons=tuple(dataclasses.replace(rows, param=rename(rows.param)) for rows in site.neurons),
-        also=tuple(rename(name) for name in site.also),
     )
 
 

@@ -1,0 +1,240 @@
+"""save_pretrained and from_pretrained give back the same model; what is corrupt or foreign is refused by name."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, OPTConfig, Phi3Config
+
+import ltepass
+from ltepass.errors import CheckpointError
+from ltepass.router import Router
+from ltepass.sites import routers_of, state_of
+
+IDS = torch.arange(3, 24)[None]
+SIZES: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 61}
+CONFIGS: dict[str, Any] = {
+    "llama": LlamaConfig(hidden_size=24, intermediate_size=60, **SIZES),
+    "phi3": Phi3Config(hidden_size=24, intermediate_size=60, pad_token_id=0, bos_token_id=1, eos_token_id=2, **SIZES),
+    "gpt_neox": GPTNeoXConfig(hidden_size=24, intermediate_size=60, **SIZES),
+    "opt": OPTConfig(hidden_size=24, ffn_dim=60, word_embed_proj_dim=24, max_position_embeddings=64, **SIZES),
+}
+
+
+def transformed(family: str = "llama", mode: str = "hard") -> Any:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[family]).eval()
+    ltepass.transform(model, config=ltepass.LTEConfig(group_size=5, grouping="random", seed=1))
+    for i, router in enumerate(routers_of(model)):
+        router.threshold.fill_(0.1 * i)
+        router.quantiles.copy_(torch.linspace(-1, 1, len(router.quantiles)))
+        router.mode = mode  # type: ignore[assignment]
+    return model
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    transformed().save_pretrained(folder)
+    return folder
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_loads_bit_equal_with_no_key_missing_or_unexpected(family: str, tmp_path: Path) -> None:
+    model = transformed(family)
+    model.save_pretrained(tmp_path)
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    assert torch.equal(logits(model), logits(again))
+    assert {router.mode for router in routers_of(again)} == {"hard"}
+    for ours, theirs in zip(routers_of(model), routers_of(again), strict=True):
+        for name, buffer in ours.named_buffers():
+            assert torch.equal(buffer, theirs.get_buffer(name)), name
+    assert state_of(again) == state_of(model)
+
+
+def test_hard_mode_is_what_was_compared(saved: Path) -> None:
+    """The comparison above means something: the gate changes the logits."""
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    hard = logits(model)
+    for router in routers_of(model):
+        router.mode = "dense"
+    assert not torch.equal(hard, logits(model))
+
+
+def test_files_are_safetensors_and_keep_the_dense_names(saved: Path) -> None:
+    assert sorted(path.suffix for path in saved.iterdir()) == [".json", ".json", ".safetensors"]
+    names = set(load_file(saved / "model.safetensors"))
+    dense = set(AutoModelForCausalLM.from_config(CONFIGS["llama"]).state_dict())
+    assert names > dense
+    assert all(".router." in name for name in names - dense)
+    entry = json.loads((saved / "config.json").read_text())["quantization_config"]
+    assert entry["quant_method"] == "lte"
+    assert len(entry["sites"]) == 2
+
+
+def test_without_ltepass_transformers_loads_the_dense_model(saved: Path) -> None:
+    model = transformed(mode="dense")
+    code = (
+        "import sys, torch; from transformers import AutoModelForCausalLM\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(saved)!r})\n"
+        "assert 'ltepass' not in sys.modules\n"
+        "with torch.no_grad(): print(model(input_ids=torch.arange(3, 24)[None]).logits.double().sum().item())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.splitlines()[-1]) == pytest.approx(logits(model).double().sum().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("first", ["ltepass", "transformers"])
+def test_a_new_process_finds_the_quantizer_in_either_import_order(saved: Path, first: str) -> None:
+    code = (
+        f"import {first}\nimport torch, ltepass\nfrom transformers import AutoModelForCausalLM\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(saved)!r})\n"
+        "with torch.no_grad(): print(model(input_ids=torch.arange(3, 24)[None]).logits.double().sum().item())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    expected = logits(AutoModelForCausalLM.from_pretrained(saved)).double().sum().item()
+    assert float(done.stdout.splitlines()[-1]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_registering_twice_is_harmless() -> None:
+    from ltepass.registration import register
+
+    register()
+    register()
+
+
+def test_bf16_keeps_routers_and_tables_in_fp32(saved: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.bfloat16)
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    reference = list(routers_of(transformed()))
+    for router, ours in zip(routers_of(model), reference, strict=True):
+        assert torch.equal(router.weight, ours.weight)
+        assert torch.equal(router.quantiles, ours.quantiles)
+        assert router.permutation.dtype == torch.int64
+
+
+def test_shards_and_device_map(tmp_path: Path) -> None:
+    model = transformed()
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu")))
+
+
+def test_the_base_model_loads_without_its_head(saved: Path) -> None:
+    base = AutoModel.from_pretrained(saved)
+    with torch.no_grad():
+        hidden = base(input_ids=IDS).last_hidden_state
+        expected = transformed().model(input_ids=IDS).last_hidden_state
+    assert torch.equal(hidden, expected)
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_a_loaded_model_saves_on_its_own(copy_of: Any, saved: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    twin = copy_of(model)
+    ltepass.remove(model)
+    twin.save_pretrained(tmp_path)
+    assert torch.equal(logits(twin), logits(AutoModelForCausalLM.from_pretrained(tmp_path)))
+
+
+def test_loaded_models_cast_move_and_train_like_plain_ones(saved: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    assert model.half().dtype == torch.float16
+    assert model.float().dtype == torch.float32
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert model.model.layers[0].mlp.up_proj.weight.grad is not None
+
+
+@pytest.mark.parametrize("how", ["dequantize", "remove"])
+def test_back_to_dense(how: str, saved: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    if how == "dequantize":
+        model.dequantize()
+    else:
+        ltepass.remove(model)
+    assert not any(isinstance(module, Router) for module in model.modules())
+    model.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    assert set(load_file(tmp_path / "model.safetensors")) == set(
+        load_file(saved / "model.safetensors").keys()
+        - {n for n in load_file(saved / "model.safetensors") if "router" in n}
+    )
+    assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(tmp_path)))
+
+
+def test_a_lowered_model_saves_the_same_files(saved: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    ltepass.lower(model)
+    model.save_pretrained(tmp_path)
+    ours, theirs = load_file(tmp_path / "model.safetensors"), load_file(saved / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert (tmp_path / "config.json").read_text() == (saved / "config.json").read_text()
+
+
+def changed(saved: Path, folder: Path, change: Any) -> Path:
+    """A copy of the checkpoint with `change` applied to the parsed config.json."""
+    for file in saved.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+BROKEN = {
+    "version 99": lambda c: c["quantization_config"].update(version=99),
+    "KeyError: 'sites'": lambda c: c["quantization_config"].pop("sites"),
+    "TypeError": lambda c: c["quantization_config"]["sites"][0].update(colour="red"),
+    "group_size is -3": lambda c: c["quantization_config"]["config"].update(group_size=-3),
+    r"60 neurons in model.layers.0.mlp.\w+.weight": lambda c: c.update(intermediate_size=30),
+    "no such parameter": lambda c: c.update(num_hidden_layers=1),
+}
+
+
+@pytest.mark.parametrize("message", BROKEN)
+def test_a_corrupt_config_is_refused(message: str, saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        AutoModelForCausalLM.from_pretrained(changed(saved, tmp_path, BROKEN[message]))
+
+
+def test_a_foreign_checkpoint_is_refused(saved: Path, tmp_path: Path) -> None:
+    """A dense file beside our config: transformers alone would start the routers at random and only warn."""
+    changed(saved, tmp_path, lambda _: None)
+    tensors = load_file(saved / "model.safetensors")
+    dense = {name: tensor for name, tensor in tensors.items() if "layers.1.mlp.router" not in name}
+    save_file(dense, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lack 1 of them \(first: model.layers.1.mlp.router\)"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_truncated_file_is_refused(saved: Path, tmp_path: Path) -> None:
+    changed(saved, tmp_path, lambda _: None)
+    data = (saved / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_an_lte_config_for_a_dense_checkpoint_is_refused(saved: Path, tmp_path: Path) -> None:
+    dense = changed(saved, tmp_path, lambda c: c.pop("quantization_config"))
+    config = transformed().config.quantization_config
+    with pytest.raises(CheckpointError, match="holds no routers"):
+        AutoModelForCausalLM.from_pretrained(dense, quantization_config=config)
