@@ -18,6 +18,7 @@ def sparsity_per_layer(shares: Sequence[float], target: float) -> str:
     axes.axhline(100 * target, color=ORANGE, linewidth=1.5, label=f"target {target:.0%}")
     axes.axhline(100 * mean, color=INK, linewidth=1.2, linestyle=":", label=f"mean {mean:.1%}")
     axes.set_ylim(0, 100)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlim(-0.6, len(shares) - 0.4)
     _legend(axes, 2)
     return _svg(figure)
@@ -28,6 +29,7 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, yla
     figure, axes = _axes(xlabel, ylabel)
     for (name, points), colour in zip(series.items(), COLOURS, strict=False):
         axes.plot([x for x, _ in points], [y for _, y in points], color=colour, linewidth=1.6, label=name)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     _legend(axes, len(series))
     return _svg(figure)
 

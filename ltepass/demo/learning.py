@@ -1,24 +1,104 @@
-"""The demo's two trainings, on the same batches in the same order; each can be interrupted and goes on later."""
+"""The dense model's fine-tuning, and what both trainings share: the same batches in the same order, and Ctrl-C.
+
+Ctrl-C asks a training to stop after its present step; the step, the weights and the optimizer are then on the disk, and
+the same call goes on from there.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ltepass.errors import TrainingError
+
 LEARNING_RATE = 1e-4
 WARMUP = 0.06  # share of the steps, as in the paper
+OnStep = Callable[[int, float], None]
 
 
-def batches(blocks: Tensor, batch: int, steps: int, seed: int) -> Iterator[Tensor]:
+def batches(blocks: Tensor, batch: int, steps: int, seed: int) -> list[Tensor]:
     """`steps` batches [batch, T] of blocks [n, T] in the seed's order; no block twice before all were used."""
-    order = torch.cat(
-        [torch.randperm(len(blocks), generator=_generator(seed + i)) for i in range(1 + steps * batch // len(blocks))]
-    )
-    for step in range(steps):
-        yield blocks[order[step * batch : (step + 1) * batch]]
+    rounds = 1 + steps * batch // len(blocks)
+    orders = [torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed + i)) for i in range(rounds)]
+    order = torch.cat(orders)[: steps * batch]
+    return [blocks[index] for index in order.split(batch)]
 
 
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+@contextmanager
+def ctrl_c_between_steps(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
+    """Yields a function that tells whether Ctrl-C was pressed; a second Ctrl-C stops at once, and loses the stage."""
+    asked = False
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        say("stopping after this step; press Ctrl-C again to stop at once and lose this stage")
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def tune_dense(
+    model: Any, steps: Sequence[Tensor], state_file: Path, on_step: OnStep, asked_to_stop: Callable[[], bool]
+) -> list[tuple[int, float]]:
+    """Fine-tune in place with AdamW, one batch [B, T] a step; returns (step, loss in nats per token) for each.
+
+    Raises KeyboardInterrupt once state_file holds where it stopped; TrainingError where the loss is not finite.
+    """
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+    losses = _resume(model, optimizer, state_file)
+    for step in range(len(losses), len(steps)):
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * schedule(step, len(steps))
+        ids = steps[step].to(model.device)
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"the dense loss is {loss.item()} at step {step}; expected a number; try another --seed"
+            )
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append((step, loss.item()))
+        on_step(step, loss.item())
+        if asked_to_stop() and step + 1 < len(steps):
+            save_state(state_file, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses})
+            raise KeyboardInterrupt
+    state_file.unlink(missing_ok=True)
+    model.eval()
+    return losses
+
+
+def schedule(step: int, steps: int) -> float:
+    """Linear warm-up over WARMUP of the steps, then linear to zero."""
+    warmup = max(1, round(WARMUP * steps))
+    return min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+
+
+def save_state(file: Path, state: dict[str, Any]) -> None:
+    scratch = file.with_suffix(".tmp")
+    torch.save(state, scratch)
+    os.replace(scratch, file)
+
+
+def _resume(model: Any, optimizer: Any, state_file: Path) -> list[tuple[int, float]]:
+    if not state_file.exists():
+        return []
+    state = torch.load(state_file, map_location=model.device)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return [(step, loss) for step, loss in state["losses"]]

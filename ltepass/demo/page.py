@@ -15,7 +15,7 @@ h1 { font-size: 1.6rem; margin-bottom: 0.2rem; } h2 { font-size: 1.15rem; margin
 p.note { color: #6b7280; font-size: 0.9rem; margin: 0.3rem 0; }
 table { border-collapse: collapse; width: 100%; } td { padding: 0.45rem 0.6rem; border-bottom: 1px solid #e5e7eb; }
 td:last-child { font-weight: 600; font-variant-numeric: tabular-nums; }
-figure { margin: 0; } svg { max-width: 100%; height: auto; }
+figure { margin: 0; } svg { width: 100%; height: auto; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; }
 pre { white-space: pre-wrap; background: #f9fafb; border: 1px solid #e5e7eb; border-radius: 6px; padding: 0.8rem;
       font-size: 0.85rem; margin: 0.3rem 0; overflow-wrap: anywhere; }
@@ -39,7 +39,8 @@ def page(results: dict[str, Any]) -> str:
         _figure(plots.curves(losses, "optimizer step", "task loss (nats per token)")),
         "<h2>Time of one token</h2>",
         _figure(plots.token_times(stages["speed"]["ms"])),
-        f'<p class="note">{escape(stages["speed"]["text"])}</p>',
+        f'<p class="note">{stages["speed"]["tokens_timed"]} tokens a side, taking turns token by token; '
+        "bare: the dense model with every FFN replaced by identity, which gives the cap</p>",
         *_continuations(stages["generate"]),
     ]
     return (

@@ -1,8 +1,4 @@
-"""The other process: loads the saved model, with nothing but `import ltepass`, and writes its logits.
-
-`python -m ltepass.demo.reload MODEL_DIR INPUT OUTPUT THREADS`; INPUT holds `ids` [1, T], OUTPUT gets `logits`
-[1, T, vocab].
-"""
+"""Loads the saved model in another process, with nothing but `import ltepass`, and compares its logits bit by bit."""
 
 from __future__ import annotations
 
@@ -12,8 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
+
+PROGRAM = """
+import sys
+import ltepass
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+model_dir, reference, output, threads, device = sys.argv[1:]
+torch.set_num_threads(int(threads))
+model = AutoModelForCausalLM.from_pretrained(model_dir).to(device)
+with torch.no_grad():
+    logits = model(input_ids=load_file(reference)["ids"].to(device), use_cache=False).logits
+save_file({"logits": logits.cpu().contiguous()}, output)
+"""
 
 
 def logits_of(model: Any, ids: Tensor) -> Tensor:
@@ -23,29 +34,13 @@ def logits_of(model: Any, ids: Tensor) -> Tensor:
     return logits.cpu().contiguous()
 
 
-def compare(model_dir: Path, reference: Path, scratch: Path) -> dict[str, Any]:
-    """Runs this module in a new process on reference's `ids` and compares with its `logits`, bit by bit."""
+def compare(model_dir: Path, reference: Path, scratch: Path, device: str) -> dict[str, Any]:
+    """reference holds `ids` [1, T] and the `logits` [1, T, vocab] that the model gave before it was saved."""
     saved = load_file(reference)
-    command = [sys.executable, "-m", __spec__.name, str(model_dir), str(reference), str(scratch)]
-    done = subprocess.run([*command, str(torch.get_num_threads())], capture_output=True, text=True)
+    arguments = [str(model_dir), str(reference), str(scratch), str(torch.get_num_threads()), device]
+    done = subprocess.run([sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"the new process could not load {model_dir}:\n{done.stderr}")
     ours, theirs = saved["logits"], load_file(scratch)["logits"]
     scratch.unlink()
     return {"equal": torch.equal(ours, theirs), "max_difference": (ours - theirs).abs().max().item()}
-
-
-def main() -> None:
-    from transformers import AutoModelForCausalLM
-
-    import ltepass  # noqa: F401  # all that a user's program adds
-
-    model_dir, reference, output, threads = sys.argv[1:]
-    torch.set_num_threads(int(threads))
-    saved = load_file(reference)
-    model = AutoModelForCausalLM.from_pretrained(model_dir)
-    save_file({"logits": logits_of(model, saved["ids"])}, output)
-
-
-if __name__ == "__main__":
-    main()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from transformers.utils import logging as transformers_logging
 
 from ltepass.demo import stages
 from ltepass.demo.folder import DemoOptions, Folder
@@ -37,6 +38,7 @@ def run_demo(options: DemoOptions, out: Path, *, fresh: bool = False, console: C
     Raises ConfigError where `out` holds a run with other options.
     """
     console = console or Console()
+    transformers_logging.disable_progress_bar()  # ours says what takes time
     folder = Folder(out, options, fresh=fresh)
     demo = Demo(options, folder, console)
     for number, (name, what, stage) in enumerate(STAGES, 1):

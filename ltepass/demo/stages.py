@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 import ltepass
@@ -47,6 +50,17 @@ class Demo:
 
         return AutoModelForCausalLM.from_pretrained(self.folder.path / name).to(self.options.device).eval()
 
+    @contextmanager
+    def progress(self, what: str, steps: int) -> Iterator[learning.OnStep]:
+        """A bar that shows the step, the loss and the time left."""
+        columns = (TextColumn("    {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self.console) as bar:
+            task = bar.add_task(what, total=steps)
+            yield lambda step, loss: bar.update(task, completed=step + 1, description=f"{what}, loss {loss:.3f}")
+
+    def ctrl_c(self) -> AbstractContextManager[Callable[[], bool]]:
+        return learning.ctrl_c_between_steps(lambda text: self.console.print(text, markup=False))
+
     def batches(self) -> list[Tensor]:
         """The training batches, the same for the dense and the LTE model."""
         task = self.task
@@ -68,6 +82,19 @@ def prepare(demo: Demo) -> Result:
 
 def dense(demo: Demo) -> Result:
     return {"perplexity": perplexity(demo.base_model(), demo.task.test)}
+
+
+def tune_dense(demo: Demo) -> Result:
+    """The baseline that LTE is compared with: it sees the same tokens, so that new text is not counted as a gain."""
+    model, steps = demo.base_model(), demo.batches()
+    with demo.progress("dense fine-tuning", len(steps)) as on_step, demo.ctrl_c() as asked:
+        losses = learning.tune_dense(model, steps, demo.folder.path / "dense-training.pt", on_step, asked)
+    model.save_pretrained(demo.folder.path / "dense")
+    return {
+        "perplexity": perplexity(model, demo.task.test),
+        "tokens": sum(batch.numel() for batch in steps),
+        "losses": losses,
+    }
 
 
 def quality(demo: Demo) -> Result:
@@ -111,7 +138,9 @@ def generate(demo: Demo) -> Result:
 def reload_elsewhere(demo: Demo) -> Result:
     """A new process loads the saved model; its logits must be those of the model that was trained here, bit by bit."""
     path = demo.folder.path
-    return reload.compare(path / "lte", path / "reference.safetensors", path / "reloaded.safetensors")
+    return reload.compare(
+        path / "lte", path / "reference.safetensors", path / "reloaded.safetensors", demo.options.device
+    )
 
 
 def write_page(demo: Demo) -> Result:
@@ -119,3 +148,7 @@ def write_page(demo: Demo) -> Result:
 
     (demo.folder.path / "report.html").write_text(page(demo.folder.results))
     return {}
+
+
+def train(demo: Demo) -> Result:
+    raise NotImplementedError

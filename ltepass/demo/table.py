@@ -56,7 +56,7 @@ def _quality(stages: dict[str, Any], options: dict[str, Any]) -> Rows:
 def _speed(stages: dict[str, Any], _: dict[str, Any]) -> Rows:
     speed = stages["speed"]
     side = {name: "{median:.1f} ({low:.1f} .. {high:.1f})".format(**s) for name, s in speed["tokens_per_s"].items()}
-    how = f"{speed['compile_mode']}, {speed['dtype']}, {speed['threads']} threads"
+    how = f"{speed['compile_mode']}, {speed['dtype']}, {speed['threads']} thread{'s' if speed['threads'] != 1 else ''}"
     return [
         (f"decode, dense, tokens/s, median (quartiles); {how}", side["dense"]),
         (f"decode, lowered, tokens/s, median (quartiles); {how}", side["lowered"]),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ltepass.demo.learning import schedule
 from ltepass.texts import python_docs, token_blocks
 
 TRAIN_LENGTH = 256  # tokens of one training block
@@ -101,15 +102,15 @@ def _train_tiny(blocks: Tensor, seed: int) -> Any:
         max_position_embeddings=512,
         bos_token_id=None,
         eos_token_id=None,
-        tie_word_embeddings=True,
+        initializer_range=0.06,
     )
     model = LlamaForCausalLM(config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=8e-3, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, TINY_STEPS)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.0, betas=(0.9, 0.95))
     for step in range(TINY_STEPS):
-        batch = blocks[torch.randint(len(blocks), (8,), generator=torch.Generator().manual_seed(seed + step))][:, :128]
+        for group in optimizer.param_groups:
+            group["lr"] = 4e-3 * schedule(step, TINY_STEPS)
+        batch = blocks[torch.randint(len(blocks), (16,), generator=torch.Generator().manual_seed(seed + step))][:, :64]
         model(input_ids=batch, labels=batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        schedule.step()
     return model
