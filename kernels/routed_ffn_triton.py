@@ -22,7 +22,7 @@ from ltepass.kernels.triton_common import plan_size
 from ltepass.kernels.triton_decode import down_one, gate_up_one, router_one
 from ltepass.kernels.triton_prefill import gate_up_grouped, mask_hidden, partition_tokens
 
-MAX_SPLITS = 16  # parts of y that the last arriver adds: its loads are unrolled, so all of them are in flight at once
+MAX_SPLITS = 32  # parts of y that the last arriver adds: its loads are unrolled, so all of them are in flight at once
 DOT = 16  # the smallest side of a tile on matrix units
 
 
@@ -38,14 +38,14 @@ def routed_ffn(*args: Any) -> Tensor:
         return run(Call.of(args, launcher=lambda kernel: kernel), tuning.density_of(threshold))
 
 
-def routed_ffn_traceable(*args: Any, density: float | None = None) -> Tensor:
+def routed_ffn_traceable(*args: Any) -> Tensor:
     """The same for tracers: launches are `torch.library.wrap_triton` nodes, which inductor compiles with the rest.
 
-    density: expected share of active (token, expert) pairs, a host number, since a traced threshold has no address.
+    The density is what `tuning.assume_density` says: a traced threshold has no address to look it up by.
     """
     if args[0].dtype == torch.float64:
         return reference.routed_ffn(*args)
-    return run(Call.of(args, launcher=torch.library.wrap_triton), density)
+    return run(Call.of(args, launcher=torch.library.wrap_triton), tuning.assumed_density())
 
 
 def run(c: Call, density: float | None) -> Tensor:
@@ -63,7 +63,7 @@ def one(c: Call) -> Tensor:
     router, gate_up, down = c.tuned("router_one"), c.tuned("gate_up_one"), c.tuned("down_one" + c.layout)
     r = router.fit(BLOCK_E=c.n_experts, BLOCK_D=c.d_model)
     g = gate_up.fit(BLOCK_N=c.group_size, BLOCK_D=c.d_model)
-    d = down.fit(BLOCK_O=c.d_out, BLOCK_K=c.d_ff)
+    d = down.fit(BLOCK_O=c.d_out, BLOCK_K=c.group_size)
     n_tiles, splits = split(c, d)
     plan = c.empty(plan_size(c.n_experts, n_tiles), dtype=torch.int32)
     h = c.empty(c.d_ff, dtype=torch.float32)
@@ -82,7 +82,7 @@ def union(c: Call) -> Tensor:
     router, gate_up, down = c.tuned("router_many"), c.tuned("gate_up_many"), c.tuned("down_many" + c.layout)
     r = router.fit(DOT, BLOCK_E=c.n_experts, BLOCK_D=c.d_model)
     g = gate_up.fit(DOT, BLOCK_N=c.group_size, BLOCK_D=c.d_model)
-    d = down.fit(DOT, BLOCK_O=c.d_out, BLOCK_K=c.d_ff)
+    d = down.fit(DOT, BLOCK_O=c.d_out, BLOCK_K=c.group_size)
     n_tiles, splits = split(c, d)
     plan = c.empty(plan_size(c.n_experts, n_tiles), dtype=torch.int32)
     mask = c.empty(c.n_experts, c.n_tokens, dtype=torch.int8)
@@ -142,7 +142,7 @@ def mask_of(c: Call) -> Tensor:
 def split(c: Call, blocks: dict[str, int]) -> tuple[int, int]:
     """-> (output tiles, splits of the list of active neurons), for about PROGRAMS programs in all."""
     n_tiles = triton.cdiv(c.d_out, blocks["BLOCK_O"])
-    wanted = min(blocks.pop("PROGRAMS") // n_tiles, triton.cdiv(c.d_ff, blocks["BLOCK_K"]), MAX_SPLITS)
+    wanted = min(blocks.pop("PROGRAMS") // n_tiles, c.n_experts, MAX_SPLITS)
     return n_tiles, 1 << (max(wanted, 1).bit_length() - 1)
 
 

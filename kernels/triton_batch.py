@@ -11,12 +11,12 @@ from __future__ import annotations
 import triton.language as tl
 
 from ltepass.kernels.triton_common import (
+    chunk_neurons,
     finish_tile,
     hidden_units,
     jit,
     list_expert,
     my_chunks,
-    neurons_at,
     zero_tickets,
 )
 
@@ -47,7 +47,7 @@ def router_many(
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """mask[e, t] = 1 (int8) where token t wants e; with UNION plan[e] = any of them, n_tokens <= BLOCK_T. Grid: (E tiles, T tiles).
+    """mask[e, t] = 1 (int8) where token t wants e; with UNION (n_tokens <= BLOCK_T) plan[e] = any. Grid: (E, T tiles).
 
     TF32 is for 16-bit x, which tf32 holds exactly: the weight goes in as two tf32 parts (22 of its 24 bits), so that a
     logit is as good as an fp32 sum at many times its speed. fp32 x takes fp32 products.
@@ -170,12 +170,11 @@ def down_many(
     live_T = token_T < n_tokens
     out_O = tile * BLOCK_O + tl.arange(0, BLOCK_O)
     live_O = out_O < d_out
-    first, end, n_places = my_chunks(plan, n_experts, split, GROUP, BLOCK_K, SPLITS)
+    parts: tl.constexpr = (GROUP + BLOCK_K - 1) // BLOCK_K
+    first, end = my_chunks(plan, n_experts, split, parts, SPLITS)
     acc_OT = tl.zeros([BLOCK_O, BLOCK_T], tl.float32)
     for chunk in range(first, end):
-        place_K = chunk * BLOCK_K + tl.arange(0, BLOCK_K)
-        live_K = place_K < n_places
-        neuron_K = neurons_at(plan, n_experts, place_K, live_K, GROUP)
+        neuron_K, live_K = chunk_neurons(plan, n_experts, chunk, parts, GROUP, BLOCK_K)
         h_at_KT = token_T.to(tl.int64)[None, :] * (n_experts * GROUP) + neuron_K[:, None]
         h_KT = tl.load(h + h_at_KT, mask=live_K[:, None] & live_T[None, :], other=0.0)
         at_OK = out_O.to(tl.int64)[:, None] * stride_do + neuron_K[None, :] * stride_dn

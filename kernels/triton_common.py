@@ -1,7 +1,7 @@
 """What the Triton kernels share: the activations, and how active experts are listed without a host sync.
 
-Letters at the end of a name are its axes: T tokens, D d_model, E experts, N neurons of one expert, K places in the list
-of active neurons, O outputs. Every offset that grows with a weight or with the tokens is int64.
+Letters at the end of a name are its axes: T tokens, D d_model, E experts, N neurons of one expert, K neurons that an
+output sums over, O outputs. Every offset that grows with a weight or with the tokens is int64.
 
 The plan is one int32 buffer, written and read on the device only, never by the host:
     plan[0 : E]       1 where some token of the call wants the expert (written by the router kernel)
@@ -87,18 +87,18 @@ def list_expert(plan, expert, n_experts):
 
 
 @jit
-def my_chunks(plan, n_experts, split, GROUP: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr):
-    """-> (first, end, n_places): this split's chunks of BLOCK_K places in the list of active neurons, and its length."""
-    n_places = tl.load(plan + 2 * n_experts) * GROUP
-    n_chunks = tl.cdiv(n_places, BLOCK_K)
-    return split * n_chunks // SPLITS, (split + 1) * n_chunks // SPLITS, n_places
+def my_chunks(plan, n_experts, split, PARTS: tl.constexpr, SPLITS: tl.constexpr):
+    """-> (first, end): this split's share of the list of active experts, each taken in PARTS chunks of neurons."""
+    n_chunks = tl.load(plan + 2 * n_experts) * PARTS
+    return split * n_chunks // SPLITS, (split + 1) * n_chunks // SPLITS
 
 
 @jit
-def neurons_at(plan, n_experts, place_K, live_K, GROUP: tl.constexpr):
-    """Neuron numbers at places of the list, int64. Triton sees that runs of GROUP are contiguous and loads wide."""
-    expert_K = tl.load(plan + n_experts + place_K // GROUP, mask=live_K, other=0)
-    return expert_K.to(tl.int64) * GROUP + place_K % GROUP
+def chunk_neurons(plan, n_experts, chunk, PARTS: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr):
+    """-> (neuron numbers int64 [K], which of them are the expert's). One scalar read of the list serves a tile."""
+    expert = tl.load(plan + n_experts + chunk // PARTS).to(tl.int64)
+    place_K = chunk % PARTS * BLOCK_K + tl.arange(0, BLOCK_K)
+    return expert * GROUP + place_K, place_K < GROUP
 
 
 @jit

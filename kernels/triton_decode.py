@@ -1,9 +1,9 @@
 """The three launches of one token: router, gate/up/activation, down. Each reads only what the active experts need.
 
 One token is bound by memory, so everything is a row-wise product with one fp32 accumulator per element of a tile and a
-single reduction at the end. The gate/up grid has a program for each few neurons of EVERY expert; one whose expert is
-inactive ends after one load, so the hardware's scheduler does what a compacted grid would do. Only the down kernel,
-where one output needs all active neurons, reads the list.
+single reduction at the end (by tl.fma: triton 3.10 no longer fuses by itself). The gate/up grid has a program for each
+few neurons of EVERY expert; one whose expert is inactive ends after one load, so the hardware's scheduler does what a
+compacted grid would do. Only the down kernel, where one output needs all active neurons, reads the list.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -12,22 +12,28 @@ from __future__ import annotations
 import triton.language as tl
 
 from ltepass.kernels.triton_common import (
+    chunk_neurons,
     finish_tile,
     hidden_units,
     jit,
     list_expert,
     my_chunks,
-    neurons_at,
     zero_tickets,
 )
 
 
 @jit
-def weight_tile(weight, row_N, live_N, col_D, live_D, stride_n, stride_d):
+def weight_tile(weight, row_N, col_D, live_ND, stride_n, stride_d):
     """fp32 [N, D] of a weight that no other program of the launch reads: evict_first leaves L2 to x, h and the plan."""
     at_ND = row_N[:, None] * stride_n + col_D.to(tl.int64)[None, :] * stride_d
-    tile = tl.load(weight + at_ND, mask=live_N[:, None] & live_D[None, :], other=0.0, eviction_policy="evict_first")
-    return tile.to(tl.float32)
+    return tl.load(weight + at_ND, mask=live_ND, other=0.0, eviction_policy="evict_first").to(tl.float32)
+
+
+@jit
+def input_tile(x, col_D, live_ND):
+    """x, fp32, once for each row: every thread loads what it multiplies. One row would go through shared memory."""
+    at_ND = tl.broadcast_to(col_D[None, :], live_ND.shape)
+    return tl.load(x + at_ND, mask=live_ND, other=0.0).to(tl.float32)
 
 
 @jit
@@ -52,9 +58,9 @@ def router_one(
     acc_ED = tl.zeros([BLOCK_E, BLOCK_D], tl.float32)
     for start in tl.range(0, d_model, BLOCK_D, num_stages=STAGES):
         col_D = start + tl.arange(0, BLOCK_D)
-        live_D = col_D < d_model
-        x_D = tl.load(x + col_D, mask=live_D, other=0.0).to(tl.float32)
-        acc_ED += weight_tile(weight, expert_E.to(tl.int64), live_E, col_D, live_D, d_model, 1) * x_D[None, :]
+        live_ED = live_E[:, None] & (col_D < d_model)[None, :]
+        w_ED = weight_tile(weight, expert_E.to(tl.int64), col_D, live_ED, d_model, 1)
+        acc_ED = tl.fma(w_ED, input_tile(x, col_D, live_ED), acc_ED)
     logit_E = tl.sum(acc_ED, axis=1)
     if HAS_BIAS:
         logit_E += tl.load(bias + expert_E, mask=live_E, other=0.0)
@@ -99,11 +105,11 @@ def gate_up_one(
         gate_ND = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         for start in tl.range(0, d_model, BLOCK_D, num_stages=STAGES):
             col_D = start + tl.arange(0, BLOCK_D)
-            live_D = col_D < d_model
-            x_D = tl.load(x + col_D, mask=live_D, other=0.0).to(tl.float32)
-            up_ND += weight_tile(up, row_N, live_N, col_D, live_D, stride_un, stride_ud) * x_D[None, :]
+            live_ND = live_N[:, None] & (col_D < d_model)[None, :]
+            x_ND = input_tile(x, col_D, live_ND)
+            up_ND = tl.fma(weight_tile(up, row_N, col_D, live_ND, stride_un, stride_ud), x_ND, up_ND)
             if GATED:
-                gate_ND += weight_tile(gate, row_N, live_N, col_D, live_D, stride_gn, stride_gd) * x_D[None, :]
+                gate_ND = tl.fma(weight_tile(gate, row_N, col_D, live_ND, stride_gn, stride_gd), x_ND, gate_ND)
         up_N = tl.sum(up_ND, axis=1)
         gate_N = tl.sum(gate_ND, axis=1)
         if HAS_UP_BIAS:
@@ -138,17 +144,16 @@ def down_one(
     tile, split = tl.program_id(0), tl.program_id(1)
     out_O = tile * BLOCK_O + tl.arange(0, BLOCK_O)
     live_O = out_O < d_out
-    first, end, n_places = my_chunks(plan, n_experts, split, GROUP, BLOCK_K, SPLITS)
+    parts: tl.constexpr = (GROUP + BLOCK_K - 1) // BLOCK_K
+    first, end = my_chunks(plan, n_experts, split, parts, SPLITS)
     acc_OK = tl.zeros([BLOCK_O, BLOCK_K], tl.float32)
     for chunk in tl.range(first, end, num_stages=STAGES):
-        place_K = chunk * BLOCK_K + tl.arange(0, BLOCK_K)
-        live_K = place_K < n_places
-        neuron_K = neurons_at(plan, n_experts, place_K, live_K, GROUP)
+        neuron_K, live_K = chunk_neurons(plan, n_experts, chunk, parts, GROUP, BLOCK_K)
         h_K = tl.load(h + neuron_K, mask=live_K, other=0.0).to(tl.float32)
         at_OK = out_O.to(tl.int64)[:, None] * stride_do + neuron_K[None, :] * stride_dn
         live_OK = live_O[:, None] & live_K[None, :]
         w_OK = tl.load(down + at_OK, mask=live_OK, other=0.0, eviction_policy="evict_first")
-        acc_OK += w_OK.to(tl.float32) * h_K[None, :]
+        acc_OK = tl.fma(w_OK.to(tl.float32), tl.broadcast_to(h_K[None, :], w_OK.shape), acc_OK)
     acc_O = tl.sum(acc_OK, axis=1)
     bias_O = tl.zeros([BLOCK_O], tl.float32)
     if HAS_BIAS:

@@ -9,6 +9,9 @@ one device go below the general ones. `examples/gpu/run_all.py` tunes and writes
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -102,8 +105,25 @@ def remember_density(threshold: Tensor, density: float) -> None:
 
 
 def density_of(threshold: Tensor) -> float | None:
-    """What `remember_density` was told for this router, or None."""
-    return _densities.get((str(threshold.device), threshold.data_ptr()))
+    """What `remember_density` was told for this router; under `assume_density`, that; else None."""
+    return _densities.get((str(threshold.device), threshold.data_ptr()), _assumed.get())
+
+
+_assumed: ContextVar[float | None] = ContextVar("assumed_density", default=None)
+
+
+@contextmanager
+def assume_density(density: float | None) -> Iterator[None]:
+    """While a graph is compiled its thresholds have no address: the backend says here what calibration expects."""
+    token = _assumed.set(density)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
+
+
+def assumed_density() -> float | None:
+    return _assumed.get()
 
 
 def choose_path(n_tokens: int, density: float | None, paths: Launch) -> GPUPath:
