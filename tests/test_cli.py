@@ -1,0 +1,113 @@
+"""Each command does what its help says, and an error that a user can put right is one line without a traceback."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+from typer.testing import CliRunner
+
+import ltepass
+from ltepass.cli import app, main
+from ltepass.errors import ConfigError
+from ltepass.models import call_by_name
+
+COMMANDS = {"demo", "inspect", "coverage", "train", "eval", "bench", "generate", "serve", "report"}
+CONFIG = LlamaConfig(
+    hidden_size=24, intermediate_size=60, num_hidden_layers=2, num_attention_heads=4, vocab_size=61, eos_token_id=None
+)
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(12, 36), nn.Linear(36, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.relu(self.up(x)))  # type: ignore[no-any-return]
+
+
+def plain() -> tuple[nn.Module, Any]:
+    return nn.Sequential(Plain(), Plain()), (torch.randn(2, 12),)
+
+
+def no_ffn() -> tuple[nn.Module, Any]:
+    return nn.Linear(4, 4), (torch.randn(2, 4),)
+
+
+def run(*arguments: str) -> str:
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    model = AutoModelForCausalLM.from_config(CONFIG)
+    ltepass.transform(model, config=ltepass.LTEConfig(group_size=12, grouping="identity"))
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_every_promised_command_is_there_and_has_help() -> None:
+    assert {command.name or command.callback.__name__ for command in app.registered_commands} | {
+        group.name for group in app.registered_groups
+    } == COMMANDS
+    for name in COMMANDS:
+        assert run(name, "--help").strip()
+
+
+def test_inspect_reads_a_directory_without_weights(tmp_path: Path) -> None:
+    CONFIG.architectures = ["LlamaForCausalLM"]
+    CONFIG.save_pretrained(tmp_path)
+    output = run("inspect", str(tmp_path), "--group-size", "12")
+    assert "2 FFN sites" in output
+    assert "refused" in output
+
+
+def test_inspect_and_report_show_a_saved_model(saved: Path) -> None:
+    for command in ("inspect", "report"):
+        assert "2 FFN sites" in run(command, str(saved)), command
+
+
+def test_inspect_calls_a_function_by_name() -> None:
+    assert "2 FFN sites" in run("inspect", "tests.test_cli:plain")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "tests.test_cli:no_ffn"], "NoFFNFoundError"),
+        (["inspect", "tests.test_cli:missing"], "cannot be called"),
+        (["inspect", "/no/such/folder"], "no model directory"),
+        (["demo", "--target-sparsity", "1.0"], "--target-sparsity is 1.0"),
+        (["demo", "--steps", "0"], "--steps is 0"),
+        (["demo", "--model", "gpt9"], "--model is 'gpt9'"),
+    ],
+)
+def test_what_a_user_can_put_right_is_said_without_a_traceback(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["ltepass", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert "Traceback" not in errors
+
+
+def test_a_function_that_returns_no_model_is_refused() -> None:
+    with pytest.raises(ConfigError, match="returned str"):
+        call_by_name("platform:node")
+
+
+def test_coverage_lists_types_and_goes_on_after_a_failure() -> None:
+    output = run("coverage", "llama", "gpt2", "rwkv")
+    assert "2 of 3" in output

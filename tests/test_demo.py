@@ -1,0 +1,223 @@
+"""The demo end to end on the tiny model, and its parts: timing arithmetic, the table, what an interruption leaves."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import ltepass
+from ltepass.demo import learning, speed
+from ltepass.demo.folder import DemoOptions, Folder
+from ltepass.demo.measure import hard_sparsity, perplexity
+from ltepass.demo.readme import BEGIN, END, with_table
+from ltepass.demo.run import STAGES, run_demo
+from ltepass.demo.table import markdown, rows
+from ltepass.demo.task import load_task
+from ltepass.errors import ConfigError, TrainingError
+from ltepass.sites import routers_of
+
+CONFIG = LlamaConfig(hidden_size=24, intermediate_size=60, num_hidden_layers=2, num_attention_heads=4, vocab_size=61)
+
+
+def model() -> Any:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(CONFIG).eval()
+
+
+def routed() -> Any:
+    made = ltepass.transform(model(), config=ltepass.LTEConfig(group_size=5, grouping="identity"))
+    ltepass.set_mode(made, "hard")
+    return made
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """One whole run on the tiny model, shared by the tests below."""
+    out = tmp_path_factory.mktemp("demo")
+    return out, run_demo(DemoOptions(model="tiny", steps=8), out)
+
+
+def test_every_stage_ran_and_the_table_has_every_row(tiny: tuple[Path, dict[str, Any]]) -> None:
+    out, results = tiny
+    assert list(results["stages"]) == [name for name, _, _ in STAGES]
+    assert json.loads((out / "results.json").read_text()) == results
+    wanted = ("FFN sites", "dense perplexity", "fine-tuning", "LTE perplexity", "min / mean / max", "decode, dense")
+    text = markdown(results)
+    for row in (*wanted, "decode, lowered", "speed-up", "cap of this run", "logits equal | yes", "eager"):
+        assert row in text, row
+
+
+def test_saved_model_is_the_one_that_was_measured(tiny: tuple[Path, dict[str, Any]]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    out, results = tiny
+    saved = AutoModelForCausalLM.from_pretrained(out / "lte").eval()
+    test = load_task("tiny").test
+    assert perplexity(saved, test) == pytest.approx(results["stages"]["quality"]["perplexity"], rel=1e-5)
+    assert results["stages"]["reload"] | {"seconds": 0, "peak_gb": 0} == {
+        "equal": True,
+        "max_difference": 0.0,
+        "seconds": 0,
+        "peak_gb": 0,
+    }
+
+
+def test_page_is_one_file(tiny: tuple[Path, dict[str, Any]]) -> None:
+    page = (tiny[0] / "report.html").read_text()
+    assert page.count("<svg") == 3
+    for outside in ('src="', 'href="http', "<link", "<script"):
+        assert outside not in page
+    assert "Greedy continuation" in page
+
+
+def test_a_second_call_runs_nothing_again(tiny: tuple[Path, dict[str, Any]]) -> None:
+    out, results = tiny
+    start = time.perf_counter()
+    assert run_demo(DemoOptions(model="tiny", steps=8), out) == results
+    assert time.perf_counter() - start < 20
+
+
+def test_other_options_do_not_mix_into_a_folder(tmp_path: Path) -> None:
+    Folder(tmp_path, DemoOptions(seed=1))
+    with pytest.raises(ConfigError, match="--fresh"):
+        Folder(tmp_path, DemoOptions(seed=2))
+    Folder(tmp_path, DemoOptions(seed=2), fresh=True)
+
+
+def test_summary_is_the_formula_of_the_cap() -> None:
+    """Worked by hand: 10 ms dense, 4 ms bare, so T_ffn = 6; p = 0.4, r = 0.1: cap = 10 / (10 - 0.5 * 6)."""
+    times = {"dense": [0.010] * 4, "lowered": [0.008] * 4, "bare": [0.004] * 4}
+    out = speed.summary(times, active=0.4, router=0.1)
+    assert out["speedup"] == pytest.approx(1.25)
+    assert out["cap"] == pytest.approx(10 / 7)
+    assert out["share_of_cap"] == pytest.approx(0.875)
+    assert out["tokens_per_s"]["dense"]["median"] == pytest.approx(100)
+
+
+def test_bare_model_shares_weights_and_leaves_the_dense_one_alone() -> None:
+    dense = model()
+    sites = ltepass.report(routed()).sites
+    before = dense(torch.arange(9)[None]).logits
+    bare = speed.without_ffns(dense, sites)
+    assert isinstance(bare.model.layers[0].mlp, nn.Identity)
+    assert bare.lm_head.weight is dense.lm_head.weight
+    assert torch.equal(dense(torch.arange(9)[None]).logits, before)
+    assert not torch.equal(bare(torch.arange(9)[None]).logits, before)
+
+
+def test_router_share_counts_bytes() -> None:
+    made = routed()
+    sites = ltepass.report(made).sites
+    assert speed.router_share(made, sites) == pytest.approx((12 * 24 + 12) / (3 * 24 * 60))
+
+
+def test_timing_gives_every_side_every_token_but_the_warm_up() -> None:
+    times = speed.time_decoding({"a": model(), "b": model()}, torch.arange(7), torch.arange(11), warmup=3)
+    assert {name: len(values) for name, values in times.items()} == {"a": 8, "b": 8}
+
+
+def test_perplexity_is_the_models_own_loss() -> None:
+    made, blocks = model(), torch.arange(30).view(2, 15)
+    losses = [made(input_ids=block[None], labels=block[None]).loss.item() for block in blocks]
+    assert perplexity(made, blocks) == pytest.approx(math.exp(sum(losses) / 2), rel=1e-5)
+
+
+def test_sparsity_counts_what_the_gate_leaves_out() -> None:
+    made = routed()
+    for router, threshold in zip(routers_of(made), (-math.inf, math.inf), strict=True):
+        router.threshold.fill_(threshold)
+    assert list(hard_sparsity(made, torch.arange(10)[None]).values()) == [0.0, 1.0]
+
+
+def test_sparsity_can_skip_the_prompt() -> None:
+    """With every threshold at the middle of one token's logits, that token alone decides."""
+    made, ids = routed(), torch.arange(10)[None]
+    kept: list[Tensor] = []
+    router = next(routers_of(made))
+    handle = router.register_forward_hook(lambda _, __, logits: kept.append(logits))
+    with torch.no_grad():
+        made(input_ids=ids)
+    handle.remove()
+    expected = (kept[0][0, 9] <= router.threshold).float().mean().item()
+    assert next(iter(hard_sparsity(made, ids, skip=9).values())) == pytest.approx(expected)
+
+
+def test_batches_use_every_block_before_any_twice() -> None:
+    blocks = torch.arange(10)[:, None]
+    first = torch.cat(learning.batches(blocks, 4, 5, seed=3)).flatten()
+    assert sorted(first[:10].tolist()) == list(range(10))
+    assert torch.equal(first, torch.cat(learning.batches(blocks, 4, 5, seed=3)).flatten())
+    assert not torch.equal(first, torch.cat(learning.batches(blocks, 4, 5, seed=4)).flatten())
+
+
+def test_dense_tuning_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    """Stopped after step 2 and resumed with a fresh model object: bit by bit the uninterrupted run."""
+    steps = learning.batches(torch.arange(60).view(6, 10), 2, 5, seed=0)
+    whole, part, file = model(), model(), tmp_path / "state.pt"
+    losses = learning.tune_dense(whole, steps, file, lambda *_: None, lambda: False)
+    seen: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        learning.tune_dense(part, steps, file, lambda step, _: seen.append(step), lambda: seen == [0, 1])
+    resumed = model()
+    assert learning.tune_dense(resumed, steps, file, lambda *_: None, lambda: False) == losses
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    assert not file.exists()
+
+
+def test_dense_tuning_stops_at_nan(tmp_path: Path) -> None:
+    broken = model()
+    broken.lm_head.weight.data.fill_(math.nan)
+    with pytest.raises(TrainingError, match="at step 0"):
+        learning.tune_dense(broken, [torch.arange(10)[None]], tmp_path / "s.pt", lambda *_: None, lambda: False)
+
+
+def test_ctrl_c_is_only_noted_and_the_second_one_stops() -> None:
+    said: list[str] = []
+    with learning.ctrl_c_between_steps(said.append) as asked:
+        assert not asked()
+        signal.raise_signal(signal.SIGINT)
+        assert asked()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert len(said) == 1
+
+
+def test_readme_table_goes_between_the_markers() -> None:
+    text = f"a\n{BEGIN}\nold\n{END}\nb"
+    assert with_table(text, "new") == f"a\n{BEGIN}\nnew\n{END}\nb"
+    assert with_table(with_table(text, "x"), "new") == with_table(text, "new")
+    with pytest.raises(ValueError, match="lacks"):
+        with_table("no markers", "new")
+
+
+def test_train_and_held_out_text_share_no_block() -> None:
+    task = load_task("tiny")
+    train = {bytes(block.tolist()) for block in task.train}
+    assert not any(bytes(block.tolist()) in train for block in task.test)
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_the_middle_leaves_a_state_that_the_same_command_finishes(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ltepass.cli", "demo", "--model", "tiny", "--steps", "40", "--out", str(tmp_path)]
+    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "results.json").exists() or "dense" not in (tmp_path / "results.json").read_text():
+        time.sleep(0.2)
+    time.sleep(3)
+    os.kill(first.pid, signal.SIGINT)
+    _, errors = first.communicate(timeout=120)
+    assert first.returncode == 130, errors
+    assert "goes on from there" in errors
+    assert subprocess.run(command, timeout=400).returncode == 0
+    assert rows(json.loads((tmp_path / "results.json").read_text()))
