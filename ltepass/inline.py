@@ -1,59 +1,127 @@
 """Gates for FFNs that lie inline in a bigger module (OPT's decoder layer, BERT's layer): guarded hooks.
 
-Four hooks of one `InlineSite`, which holds names only and looks every module up when called:
-  owner, before   notes the owner of this call (a replica or a copy brings its own router)
-  up, before      scores = owner.router(x)
-  down, before    hidden units are gated with these scores
-  owner, after    forgets both, also when the forward raised
-The notes are per thread. Who displaces a hook (PEFT wraps or merges a linear) gets it attached again at the next
-forward; a forward in which the gate was not applied raises DisplacedHookError instead of being silently dense.
+An `InlineSite` holds names only and looks every module up when called:
+  owner's forward   (a generated subclass around the original's) notes the owner of this call: a replica or a copy
+                    brings its own router; afterwards it forgets, also when the forward raised
+  up, before        scores = owner.router(x)
+  down, before      hidden units are gated with these scores
+The notes are per thread. The owner's part is a forward and no hook, because transformers' gradient checkpointing runs
+a layer's forward again without its hooks. Who displaces a linear's hook (PEFT wraps or merges it) gets it attached
+again at the next forward; a forward in which the gate was not applied raises instead of being silently dense.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ltepass.errors import DisplacedHookError
+from ltepass.regenerate import original_class, subclass
 from ltepass.router import gate
 
 _calls = threading.local()
 
 
+@dataclass(frozen=True)
 class InlineSite:
     """Names, relative to the owner, of one inline FFN's up linear, down linear and router.
 
     lowered: the down linear's forward is a `SparseDown`, which wants x and no scores; gate: the gate linear, or up.
     """
 
-    def __init__(self, key: str, up: str, down: str, router: str, gate: str = "", lowered: bool = False) -> None:
-        self.key, self.up, self.down, self.router, self.gate, self.lowered = key, up, down, router, gate, lowered
-        self.slot = key.replace(".", "/")  # Dynamo takes no dots in an attribute
+    key: str
+    up: str
+    down: str
+    router: str
+    gate: str = ""
+    lowered: bool = False
 
-    def attach(self, owner: nn.Module) -> None:
-        """Place the hooks; on a second call only those that are missing."""
-        detach(owner, self.key)
-        owner.register_forward_pre_hook(_OwnerBefore(self))
-        owner.register_forward_hook(_OwnerAfter(self), always_call=True)
+    @property
+    def slot(self) -> str:
+        return self.key.replace(".", "/")  # Dynamo takes no dots in an attribute
+
+    def hook(self, owner: nn.Module) -> None:
+        """Place the hooks on the linears that the owner would call now, and nowhere else."""
+        _unhook(owner, self.key)
         owner.get_submodule(self.up).register_forward_pre_hook(_UpBefore(self))
         owner.get_submodule(self.down).register_forward_pre_hook(_DownBefore(self))
 
     def in_place(self, owner: nn.Module) -> bool:
-        """Whether the linears that the owner would call now are the ones that carry the hooks."""
         up, down = owner.get_submodule(self.up), owner.get_submodule(self.down)
         return _carries(up, _UpBefore, self.key) and _carries(down, _DownBefore, self.key)
 
 
-def detach(owner: nn.Module, key: str) -> None:
-    """Remove every hook of a site from the owner and from whatever lies below it."""
+def attach(owner: nn.Module, sites: Sequence[InlineSite]) -> None:
+    """Gate these FFNs of the owner; replaces whatever was attached before."""
+    original = original_class(owner)
+    owner.__class__ = _gated_class(original, tuple(sites))
+    for site in sites:
+        site.hook(owner)
+
+
+def detach(owner: nn.Module, keys: Sequence[str]) -> None:
+    """Remove every hook of these sites from whatever lies below the owner, and give the owner its class back."""
+    for key in keys:
+        _unhook(owner, key)
+    owner.__class__ = original_class(owner)
+
+
+def _unhook(owner: nn.Module, key: str) -> None:
     for module in owner.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for handle in [h for h, hook in hooks.items() if isinstance(hook, _Hook) and hook.site.key == key]:
-                del hooks[handle]
+        hooks = module._forward_pre_hooks
+        for handle in [h for h, hook in hooks.items() if isinstance(hook, _Hook) and hook.site.key == key]:
+            del hooks[handle]
+
+
+@functools.cache
+def _gated_class(original: type[nn.Module], sites: tuple[InlineSite, ...]) -> type[nn.Module]:
+    run = original.forward
+
+    @functools.wraps(run)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        for site in sites:
+            _enter(site, self)
+        try:
+            out = run(self, *args, **kwargs)
+            for site in sites:
+                _check_gated(site)
+        finally:
+            for site in sites:
+                setattr(_calls, site.slot, None)
+        return out
+
+    return subclass(original, {"forward": forward}, _rebuild, (original, sites))
+
+
+def _rebuild(original: type[nn.Module], sites: tuple[InlineSite, ...]) -> nn.Module:
+    cls = _gated_class(original, sites)
+    return cls.__new__(cls)
+
+
+def _enter(site: InlineSite, owner: nn.Module) -> None:
+    if not site.in_place(owner):
+        if torch.compiler.is_compiling():
+            raise DisplacedHookError(
+                f"{site.key}: {site.up} or {site.down} was replaced after transform; expected the hooks of its gate; "
+                "run one forward outside torch.compile to attach them again"
+            )
+        site.hook(owner)
+    setattr(_calls, site.slot, (owner, None))
+
+
+def _check_gated(site: InlineSite) -> None:
+    _, scores = _note(site)
+    if scores is not None:
+        raise DisplacedHookError(
+            f"{site.key}: the forward ended and its gate was not applied; expected a call of {site.down}; remove "
+            "whatever bypasses the module's hooks, or call ltepass.remove(model)"
+        )
 
 
 class _Hook:
@@ -63,19 +131,6 @@ class _Hook:
 
 def _carries(module: nn.Module, kind: type[_Hook], key: str) -> bool:
     return any(type(h) is kind and h.site.key == key for h in module._forward_pre_hooks.values())
-
-
-class _OwnerBefore(_Hook):
-    def __call__(self, owner: nn.Module, args: Any) -> None:
-        site = self.site
-        if not site.in_place(owner):
-            if torch.compiler.is_compiling():
-                raise DisplacedHookError(
-                    f"{site.key}: {site.up} or {site.down} was replaced after transform; expected the hooks of its gate; "
-                    "run one forward outside torch.compile to attach them again"
-                )
-            site.attach(owner)
-        setattr(_calls, site.slot, (owner, None))
 
 
 class _UpBefore(_Hook):
@@ -117,22 +172,11 @@ class SparseDown:
         return self.ffn(router, up, gate_linear if gate_linear is not up else None, down, x[0])
 
 
-class _OwnerAfter(_Hook):
-    def __call__(self, owner: nn.Module, args: Any, out: Any) -> None:
-        _, scores = _note(self.site)
-        setattr(_calls, self.site.slot, None)
-        if scores is not None and out is not None:  # out is None where the forward raised: its error is the one to show
-            raise DisplacedHookError(
-                f"{self.site.key}: the forward ended and its gate was not applied; expected a call of {self.site.down}; "
-                "remove whatever bypasses the module's hooks, or call ltepass.remove(model)"
-            )
-
-
 def _note(site: InlineSite) -> tuple[nn.Module, tuple[Tensor | None] | None]:
     note = getattr(_calls, site.slot, None)
     if note is None:
         raise DisplacedHookError(
             f"{site.key}: a linear of this FFN ran outside its owner's forward; expected a call through the owner, "
-            "whose hooks were removed or bypassed; call ltepass.remove(model) and transform again"
+            "whose forward was bypassed; call ltepass.remove(model) and transform again"
         )
     return note  # type: ignore[no-any-return]

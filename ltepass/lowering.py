@@ -7,7 +7,7 @@ scope "model": the `lte` backend compiles the whole model and lowers the same re
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Literal
 
@@ -17,11 +17,12 @@ from torch.fx import Graph, GraphModule
 
 from ltepass import ops as ops  # registers the op
 from ltepass.errors import ConfigError, LoweredError, LoweringError
-from ltepass.inline import InlineSite, detach
+from ltepass.inline import SparseDown, attach
 from ltepass.passes.insert_routers import inline_site, insert_gates, relative
 from ltepass.regenerate import forwards_of, original_class, regenerate, trace_owner
 from ltepass.removal import require_not_lowered
-from ltepass.router import Router, gate
+from ltepass.router import Router
+from ltepass.router import gate as gate_call
 from ltepass.sites import FFNSite, LTEState, NeuronRows, require_state, router_of
 
 Scope = Literal["ffn", "model"]
@@ -97,9 +98,18 @@ def why_not(model: nn.Module, site: FFNSite) -> str | None:
         return f"{extra[0]} also scales its neurons"
     for path in dict.fromkeys(p for p in (site.up, site.gate, site.down) if p is not None):
         module = model.get_submodule(path)
+        if site.kind == "graph" and path not in _called_modules(model):
+            continue  # the graph itself holds the product
+        if "_hf_hook" in module.__dict__:
+            return f"{path} carries an offload hook, which the op would bypass"
         if not plain(module):
             return f"{path} is a {type(module).__module__}.{type(module).__name__}, not a plain linear"
     return None
+
+
+def _called_modules(model: nn.Module) -> set[str]:
+    assert isinstance(model, GraphModule)
+    return {str(n.target) for n in model.graph.nodes if n.op == "call_module"}
 
 
 def plain(module: nn.Module) -> bool:
@@ -112,7 +122,7 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 
 def lay_out(model: nn.Module, site: FFNSite) -> None:
-    """Store what the kernel gathers neuron by neuron so that a neuron is contiguous: same logical shape, no copy kept."""
+    """Store what the kernel gathers so that a neuron is contiguous: same logical shape, no copy kept."""
     for rows in (site.up_rows, site.down_rows):
         parameter = model.get_parameter(rows.param)
         if rows.dim == 1 and parameter.device.type == "cpu" and not parameter.is_meta:
@@ -121,28 +131,50 @@ def lay_out(model: nn.Module, site: FFNSite) -> None:
 
 def lowered_ffn(router: Router, up: nn.Module, gate_linear: nn.Module | None, down: nn.Module, x: Tensor) -> Tensor:
     """The whole FFN of a lowered site: x [..., d_model] -> [..., d_model]."""
-    plan = router.plan
-    assert isinstance(plan, Plan), "a lowered site has a plan"
     for module in (up, gate_linear, down):
         if module is not None and not plain(module):
             raise LoweredError(
                 f"{type(module).__name__} stands where the lowered FFN expects a plain linear; it was wrapped after "
                 "ltepass.lower; call ltepass.unlower(model) before wrapping, then lower again"
             )
+    gate, gate_bias = (None, None) if gate_linear is None else (gate_linear.weight, gate_linear.bias)
+    return lowered_call(
+        router,
+        up.weight,  # type: ignore[arg-type]
+        up.bias,  # type: ignore[arg-type]
+        gate,  # type: ignore[arg-type]
+        gate_bias,  # type: ignore[arg-type]
+        down.weight,  # type: ignore[arg-type]
+        down.bias,  # type: ignore[arg-type]
+        x,
+    )
+
+
+def lowered_call(
+    router: Router,
+    up: Tensor,
+    up_bias: Tensor | None,
+    gate: Tensor | None,
+    gate_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    x: Tensor,
+) -> Tensor:
+    """The op on whole parameters, each read as the router's plan says."""
+    plan = router.plan
+    assert isinstance(plan, Plan), "a lowered site has a plan"
     f = plan.d_ff
-    holder = gate_linear if gate_linear is not None else up
-    down_weight: Tensor = down.weight.t() if plan.down_transposed else down.weight  # type: ignore[assignment,operator]
     return torch.ops.ltepass.routed_ffn.default(  # type: ignore[no-any-return]
         x,
         router.weight,
         router.bias,
         router.threshold,
-        _take(plan.up, up.weight, f),
-        _take(plan.up_bias, up.bias, f),
-        None if gate_linear is None else _take(plan.gate, holder.weight, f),
-        None if gate_linear is None else _take(plan.gate_bias, holder.bias, f),
-        down_weight,
-        down.bias,
+        _take(plan.up, up, f),
+        _take(plan.up_bias, up_bias, f),
+        _take(plan.gate, gate, f),
+        _take(plan.gate_bias, gate_bias, f),
+        down.t() if plan.down_transposed else down,
+        down_bias,
         plan.activation,
     )
 
@@ -176,15 +208,15 @@ def _lower_sites(model: nn.Module, state: LTEState, sites: list[FFNSite]) -> Non
     aligned = sorted((s for s in state.sites if s.kind == "aligned"), key=lambda s: s.owner)
     for owner, group in groupby(aligned, key=lambda s: s.owner):
         _regenerate(model.get_submodule(owner), list(group), lowered)
-    for site in sites:
-        if site.kind == "inline":
-            _lower_inline(model.get_submodule(site.owner), inline_site(site), relative(site, site.gate or site.up))
+    for owner in {s.owner for s in sites if s.kind == "inline"}:
+        _lower_inline(model, owner, [s for s in state.sites if s.owner == owner], lowered)
     if isinstance(model, GraphModule):
         model._lte_graph = model.graph  # type: ignore[assignment]
         graph = Graph()
         graph.output(graph.graph_copy(model.graph, {}))
         for site in sites:
-            _call_op(graph, site)
+            if site.kind == "graph":
+                _call_op(graph, site)
         model.graph = graph
 
 
@@ -198,7 +230,7 @@ def _unlower_sites(model: nn.Module, state: LTEState) -> None:
         if site.kind == "inline":
             for path in {site.up, site.gate or site.up, site.down}:
                 model.get_submodule(path).__dict__.pop("forward", None)
-            inline_site(site).attach(model.get_submodule(site.owner))
+            attach(model.get_submodule(site.owner), [inline_site(s) for s in state.sites if s.owner == site.owner])
     if isinstance(model, GraphModule):
         model.graph = model.__dict__.pop("_lte_graph")
 
@@ -220,15 +252,21 @@ def _call_op(graph: Graph, site: FFNSite) -> None:
     """Replace the down call behind a site's gate by the op; what only fed it goes."""
     router = relative(site, site.router)
     gated = next(
-        n for n in graph.nodes if n.op == "call_function" and n.target is gate and n.args[0].target == router
+        n for n in graph.nodes if n.op == "call_function" and n.target is gate_call and n.args[0].target == router
     )
     (down,) = gated.users
     x = gated.args[2].args[0]
     with graph.inserting_before(down):
-        linears = [
-            None if path is None else graph.get_attr(relative(site, path)) for path in (site.up, site.gate, site.down)
-        ]
-        new = graph.call_function(lowered_ffn, (graph.get_attr(router), *linears, x))
+        module = graph.get_attr(router)
+        if site.kind == "graph":
+            rows = (site.up_rows, site.up_bias, site.gate_rows, site.gate_bias, site.down_rows)
+            params = [None if r is None else graph.get_attr(r.param) for r in rows]
+            bias = None if site.down_bias is None else graph.get_attr(site.down_bias)
+            new = graph.call_function(lowered_call, (module, *params, bias, x))
+        else:
+            paths = (site.up, site.gate, site.down)
+            linears = [None if p is None else graph.get_attr(relative(site, p)) for p in paths]
+            new = graph.call_function(lowered_ffn, (module, *linears, x))
     down.replace_all_uses_with(new)
     graph.erase_node(down)
     graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
@@ -244,16 +282,22 @@ class _Stub:
         return x.new_zeros((*x.shape[:-1], self.width))
 
 
-def _lower_inline(owner: nn.Module, site: InlineSite, gate_path: str) -> None:
-    from ltepass.inline import SparseDown
-
-    detach(owner, site.key)
-    lowered = InlineSite(site.key, site.up, site.down, site.router, gate=gate_path, lowered=True)
-    lowered.attach(owner)
-    for path in {site.up, gate_path}:
-        linear = owner.get_submodule(path)
-        linear.forward = _Stub(linear.weight.shape[1 if _is_conv1d(linear) else 0])  # type: ignore[union-attr]
-    owner.get_submodule(site.down).forward = SparseDown(lowered, lowered_ffn)  # type: ignore[method-assign]
+def _lower_inline(model: nn.Module, owner: str, sites: list[FFNSite], lowered: set[str]) -> None:
+    """The up linears hand zeros on, and the down linear runs the whole FFN from the x that was noted."""
+    module, inline = model.get_submodule(owner), []
+    for site in sites:
+        plain_site = inline_site(site)
+        if site.name not in lowered:
+            inline.append(plain_site)
+            continue
+        inline.append(replace(plain_site, gate=relative(site, site.gate or site.up), lowered=True))
+        for path in {site.up, site.gate or site.up}:
+            linear = model.get_submodule(path)
+            width = linear.get_parameter("weight").shape[1 if _is_conv1d(linear) else 0]
+            linear.forward = _Stub(width)  # type: ignore[method-assign]
+        sparse = SparseDown(inline[-1], lowered_ffn)
+        model.get_submodule(site.down).forward = sparse  # type: ignore[method-assign]
+    attach(module, inline)
 
 
 def _compile(model: nn.Module) -> None:

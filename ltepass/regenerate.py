@@ -10,7 +10,7 @@ import functools
 import importlib
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -77,20 +77,21 @@ def regenerated_class(original: type[nn.Module], forwards: Forwards) -> type[nn.
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return (train if self.training else evaluate)(self, *args, **kwargs)
 
-    def reduce_ex(self: nn.Module, protocol: int) -> Any:
-        # the class cannot be imported by name: rebuild it, then let the state flow as usual
-        return _rebuild, (original, forwards), self.__dict__
+    return subclass(original, {"forward": forward, "_lte_forwards": forwards}, _rebuild, (original, forwards))
 
-    body = {
-        "forward": forward,
-        "__reduce_ex__": reduce_ex,
-        "_lte_original": original,
-        "_lte_forwards": forwards,
-        "__module__": original.__module__,
-        "__qualname__": original.__qualname__,
-        "__doc__": original.__doc__,
-    }
-    return type(original.__name__, (original,), body)
+
+def subclass(
+    original: type[nn.Module], body: dict[str, Any], rebuild: Callable[..., nn.Module], arguments: tuple[Any, ...]
+) -> type[nn.Module]:
+    """A subclass that passes for the original. Pickle cannot import it by name, so it calls rebuild(*arguments)."""
+
+    def reduce_ex(self: nn.Module, protocol: int) -> Any:
+        return rebuild, arguments, self.__dict__
+
+    names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
+    return type(
+        original.__name__, (original,), {**body, **names, "__reduce_ex__": reduce_ex, "_lte_original": original}
+    )
 
 
 def _rebuild(original: type[nn.Module], forwards: Forwards) -> nn.Module:

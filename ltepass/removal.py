@@ -24,7 +24,7 @@ def remove_routers(model: nn.Module, state: LTEState, *, undo_grouping: bool) ->
         if site.kind == "aligned":
             owner.__class__ = original_class(owner)
         elif site.kind == "inline":
-            detach(owner, site.name)
+            detach(owner, [site.name])
         else:
             assert isinstance(model, GraphModule)
             _ungate(model, site)

@@ -65,7 +65,8 @@ class Router(nn.Module):
         self.reset()
 
     def reset(self, generator: torch.Generator | None = None) -> None:
-        """Random start (CPU generator; None: the global one); no table; identity permutation."""
+        """Random start that leaves the global RNG alone; no table; identity permutation."""
+        generator = generator or torch.Generator().manual_seed(0)
         with torch.no_grad():
             if not self.weight.is_meta:
                 start = torch.randn(self.weight.shape, generator=generator) * self.d_model**-0.5
@@ -77,7 +78,7 @@ class Router(nn.Module):
             self.permutation.copy_(torch.arange(self.d_ff))
 
     def forward(self, x: Tensor) -> Tensor | None:
-        """x: [..., d_model] any float dtype -> logits [..., n_experts] fp32; None in dense mode (nothing to compute)."""
+        """x: [..., d_model] any float dtype -> logits [..., n_experts] fp32; None in dense mode, which needs none."""
         if self.mode == "dense":
             return None
         if torch.is_autocast_enabled(x.device.type):
@@ -120,6 +121,8 @@ _library.impl("gate", _gate, "CompositeImplicitAutograd")
 
 def gate(router: Router, h: Tensor, logits: Tensor | None) -> Tensor:
     """h: [..., d_ff]; logits: what `router(x)` returned. The definition of soft, hard and dense mode."""
+    if isinstance(h, torch.fx.Proxy):  # a GraphModule is traced again when it is pickled: one node stays one node
+        return h.tracer.create_proxy("call_function", gate, (router, h, logits), {})  # type: ignore[return-value]
     if router.observer is not None:
         router.observer(h)
     if logits is None:

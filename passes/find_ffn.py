@@ -14,10 +14,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from torch import nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from ltepass.capture import Captured
-from ltepass.dataflow import Linear
+from ltepass.dataflow import Linear, op_name
 from ltepass.errors import GroupSizeError, NoFFNFoundError
 from ltepass.match import Miss, Region, Rows, down_rows, match_down
 from ltepass.pipeline import Job
@@ -52,7 +52,8 @@ class FindFFN:
 
 def find_in(root: nn.Module, captured: Captured) -> tuple[list[FFNSite], list[Refusal]]:
     """Sites and near misses of one graph."""
-    sites, refusals = [], []
+    sites: list[FFNSite] = []
+    refusals: list[Refusal] = []
     for node in captured.flow.nodes():
         linear = captured.flow.linear(node)
         if linear is None:
@@ -63,7 +64,10 @@ def find_in(root: nn.Module, captured: Captured) -> tuple[list[FFNSite], list[Re
                 refusals.append(_refusal(captured, linear.node, match))
             continue
         site = _site(root, captured, match)
-        (refusals if isinstance(site, Refusal) else sites).append(site)  # type: ignore[attr-defined]
+        if isinstance(site, Refusal):
+            refusals.append(site)
+        else:
+            sites.append(site)
     return sites, refusals
 
 
@@ -81,7 +85,9 @@ def _site(root: nn.Module, captured: Captured, region: Region) -> FFNSite | Refu
     modules = {up, gate, down}
     owner = [p for p in calls[0] if all(p in c for c in calls) and (p not in modules or p == "")][-1]
 
-    def named(rows: Rows) -> NeuronRows:
+    def named(rows: Rows | None) -> NeuronRows | None:
+        if rows is None:
+            return None
         return NeuronRows(param=captured.flow.leaves[rows.leaf], dim=rows.dim, start=rows.start, step=rows.step)
 
     site = FFNSite(
@@ -95,15 +101,15 @@ def _site(root: nn.Module, captured: Captured, region: Region) -> FFNSite | Refu
         activation=region.activation,
         d_model=region.down.width,
         d_ff=region.d_ff,
-        up_rows=named(region.up.rows),
-        up_bias=region.up.bias and named(region.up.bias),
-        gate_rows=region.gate and named(region.gate.rows),
-        gate_bias=region.gate and region.gate.bias and named(region.gate.bias),
-        down_rows=named(down_rows(region.down)),
+        up_rows=named(region.up.rows),  # type: ignore[arg-type]
+        up_bias=named(region.up.bias),
+        gate_rows=named(region.gate.rows) if region.gate else None,
+        gate_bias=named(region.gate.bias) if region.gate else None,
+        down_rows=named(down_rows(region.down)),  # type: ignore[arg-type]
         down_bias=captured.flow.leaves.get(region.down.bias) if region.down.bias is not None else None,
-        neurons=tuple(named(r) for r in region.neurons),
+        neurons=tuple(n for n in map(named, region.neurons) if n),
     )
-    if isinstance(root, GraphModule) and owner == "":
+    if isinstance(root, GraphModule) and _origin(region.up.linear.node) is not _origin(region.down.node):
         return _graph_site(site, region)
     return _placed(root, site, region)
 
@@ -113,17 +119,20 @@ def _holder(captured: Captured, linear: Linear) -> str:
     return captured.flow.leaves[linear.weight].rpartition(".")[0]
 
 
-def _graph_site(site: FFNSite, region: Region) -> FFNSite | Refusal:
+def _origin(node: Node) -> Node:
+    """The node of the user's own graph that a node of the normalised copy stands for."""
+    return node.meta.get("origin", node)  # type: ignore[no-any-return]
+
+
+def _graph_site(site: FFNSite, region: Region) -> FFNSite:
     """A site in the user's own graph: the nodes between which the two new nodes go."""
-    up, down = (n.meta.get("origin", n) for n in (region.up.linear.node, region.down.node))
-    if up is down:
-        return Refusal(
-            module=site.down, node=down.name, check="graph", reason="the whole FFN is one call_module with no own owner"
-        )
-    x, h = up.args[0], down.args[0]
-    if down.op == "call_function" and down.target.__name__.startswith("addmm"):
-        x, h = up.args[1], down.args[1]
-    return replace(site, kind="graph", nodes=(x.name, h.name, down.name))
+    up, down = _origin(region.up.linear.node), _origin(region.down.node)
+    first = 1 if op_name(region.up.linear.node) == "addmm" and up.op == "call_function" else 0
+    x = up.args[first]
+    h = down.args[1 if op_name(region.down.node) == "addmm" and down.op == "call_function" else 0]
+    assert isinstance(x, Node)
+    assert isinstance(h, Node)
+    return replace(site, owner="", name=site.down, kind="graph", nodes=(x.name, h.name, down.name))
 
 
 def _placed(root: nn.Module, site: FFNSite, region: Region) -> FFNSite | Refusal:
@@ -143,9 +152,9 @@ def _placed(root: nn.Module, site: FFNSite, region: Region) -> FFNSite | Refusal
     return site
 
 
-def _calls_once(graph: object, site: FFNSite) -> bool:
+def _calls_once(graph: Graph, site: FFNSite) -> bool:
     cut = len(site.owner) + 1 if site.owner else 0
-    targets = Counter(str(n.target) for n in graph.nodes if n.op == "call_module")  # type: ignore[attr-defined]
+    targets = Counter(str(n.target) for n in graph.nodes if n.op == "call_module")
     return all(targets[path[cut:]] == 1 for path in (site.up, site.down))
 
 
@@ -174,7 +183,12 @@ def divisors(n: int) -> list[int]:
 
 def auto_group_size(d_ff: int) -> int:
     """The divisor of d_ff nearest to 32 (in ratio), the larger one of two."""
-    return min(divisors(d_ff), key=lambda d: (max(d, TARGET_GROUP) / min(d, TARGET_GROUP), -d))
+    return nearest_divisors(d_ff, TARGET_GROUP)[0]
+
+
+def nearest_divisors(n: int, size: int) -> list[int]:
+    """Divisors of n, the nearest to `size` (in ratio) first, of two equally near the larger."""
+    return sorted(divisors(n), key=lambda d: (max(d, size) / min(d, size), -d))
 
 
 def _sized(site: FFNSite, group_size: int | str) -> FFNSite:
@@ -186,10 +200,10 @@ def _check_group_size(sites: list[FFNSite], group_size: int | str) -> None:
         return
     bad = [s for s in sites if s.d_ff % group_size]
     if bad:
-        near = {s.d_ff: sorted(divisors(s.d_ff), key=lambda d: abs(d - group_size))[:3] for s in bad}
+        near = {s.d_ff: nearest_divisors(s.d_ff, group_size)[:3] for s in bad}
         raise GroupSizeError(
-            f"group_size {group_size} does not divide d_ff at {', '.join(f'{s.name} ({s.d_ff})' for s in bad)}; expected "
-            f"a divisor; nearest: {'; '.join(f'{f}: {sorted(ds)}' for f, ds in near.items())}; or pass \"auto\""
+            f"group_size {group_size} does not divide d_ff at {', '.join(f'{s.name} ({s.d_ff})' for s in bad)}; "
+            f'expected a divisor; nearest: {"; ".join(f"{f}: {sorted(ds)}" for f, ds in near.items())}; or pass "auto"'
         )
 
 

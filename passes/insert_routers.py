@@ -20,7 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from ltepass.config import LTEConfig
 from ltepass.errors import CheckpointError
-from ltepass.inline import InlineSite
+from ltepass.inline import InlineSite, attach
 from ltepass.pipeline import Job
 from ltepass.regenerate import forwards_of, regenerate, trace_owner
 from ltepass.router import Router, gate
@@ -54,9 +54,7 @@ def insert_routers(
     generator = torch.Generator().manual_seed(config.seed)
     for site in sites:
         where = device if device is not None else next(model.get_submodule(site.down).parameters()).device
-        router = Router(
-            site.d_model, site.d_ff, site.group_size, bias=config.router_bias, tau=config.tau, device=where
-        )
+        router = Router(site.d_model, site.d_ff, site.group_size, bias=config.router_bias, tau=config.tau, device=where)
         router.reset(generator)
         parent, _, child = site.router.rpartition(".")
         model.get_submodule(parent).add_module(child, router)
@@ -66,10 +64,11 @@ def insert_routers(
             insert_gates(graph, gated)
         if gated:
             regenerate(model.get_submodule(owner), forwards_of(graphs[owner]))
+        inline = [inline_site(s) for s in sites if s.kind == "inline" and s.owner == owner]
+        if inline:
+            attach(model.get_submodule(owner), inline)
     for site in sites:
-        if site.kind == "inline":
-            inline_site(site).attach(model.get_submodule(site.owner))
-        elif site.kind == "graph":
+        if site.kind == "graph":
             assert isinstance(model, GraphModule)
             _gate_in_user_graph(model, site)
     if isinstance(model, GraphModule):
@@ -90,14 +89,15 @@ def _owner_graphs(model: nn.Module, owner: str) -> tuple[Graph, Graph]:
     graphs = trace_owner(model.get_submodule(owner))
     if graphs is None:
         raise CheckpointError(
-            f"{owner}: {type(model.get_submodule(owner)).__name__}.forward cannot be traced; expected the class that the "
-            "checkpoint was made with; load it with the same transformers version, or transform the dense model again"
+            f"{owner}: {type(model.get_submodule(owner)).__name__}.forward cannot be traced; expected the class that "
+            "the checkpoint was made with; load it with the same transformers version, or transform the dense model"
         )
     return graphs
 
 
 def _called(graph: Graph, path: str) -> Node:
-    return next(n for n in graph.nodes if n.op == "call_module" and n.target == path)
+    node: Node = next(n for n in graph.nodes if n.op == "call_module" and n.target == path)
+    return node
 
 
 def insert_gates(graph: Graph, sites: Sequence[FFNSite]) -> None:

@@ -1,0 +1,152 @@
+"""Modes, the inference-time sparsity knob, and how sparse a model really is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ltepass.config import Mode, check_mode, check_sparsity
+from ltepass.errors import CalibrationError, LoweredError
+from ltepass.router import N_QUANTILES, Router
+from ltepass.sites import require_state, router_of, routers_of
+
+
+def set_mode(model: nn.Module, mode: Mode) -> None:
+    """Switch every router: "soft" and "hard" as the paper has them, "dense" leaves the gates open.
+
+    Raises ConfigError, NotTransformedError, LoweredError.
+    """
+    check_mode(mode)
+    state = require_state(model, "set_mode")
+    if state.lowered is not None:
+        raise LoweredError(
+            f"the model is lowered (scope {state.lowered!r}), which is hard mode; set_mode expects it as trained; call "
+            "ltepass.unlower(model)"
+        )
+    for router in routers_of(model):
+        router.mode = mode
+        router.aux = None
+
+
+def set_sparsity(model: nn.Module, sparsity: float) -> None:
+    """Move every router's threshold to the value that left this share of its calibration experts inactive.
+
+    Changes a tensor in place: works on a lowered model and causes no recompile.
+    Raises ConfigError outside [0, 1), CalibrationError without a calibrated table, NotTransformedError.
+    """
+    check_sparsity(sparsity, "sparsity")
+    state = require_state(model, "set_sparsity")
+    routers = [router_of(model, s) for s in state.sites]
+    if any(bool(r.quantiles.isnan().any()) for r in routers):
+        raise CalibrationError(
+            "the model has no calibrated sparsity table; set_sparsity expects one; call ltepass.calibrate(model, batches)"
+        )
+    for router in routers:
+        router.threshold.copy_(interpolate(router.quantiles, sparsity))
+
+
+def interpolate(quantiles: Tensor, sparsity: float) -> Tensor:
+    """The table's value at a sparsity, linear between its points; 0 lets every expert pass."""
+    if sparsity == 0.0:
+        return quantiles.new_tensor(-torch.inf)
+    at = sparsity * (N_QUANTILES - 1)
+    low = int(at)
+    return torch.lerp(quantiles[low], quantiles[min(low + 1, N_QUANTILES - 1)], at - low)
+
+
+@contextmanager
+def record_logits(model: nn.Module, keep: int | None = None) -> Iterator[dict[str, list[Tensor]]]:
+    """Collect every router's logits [n_tokens, n_experts] by site name while the block runs.
+
+    keep: at most so many tokens per forward, evenly spaced; None keeps all.
+    """
+    seen: dict[str, list[Tensor]] = {}
+    handles = []
+    for site in require_state(model, "record_logits").sites:
+        rows = seen.setdefault(site.name, [])
+
+        def hook(module: nn.Module, args: Any, logits: Tensor | None, rows: list[Tensor] = rows) -> None:
+            if logits is not None:
+                flat = logits.detach().reshape(-1, logits.shape[-1])
+                step = 1 if keep is None else max(1, len(flat) // keep)
+                rows.append(flat[::step].clone())
+
+        handles.append(router_of(model, site).register_forward_hook(hook))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run_batches(model: nn.Module, batches: Iterable[Any]) -> None:
+    """Forward passes without gradients, in eval mode; the training flags are as before afterwards."""
+    flags = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                if isinstance(batch, dict):
+                    model(**{k: v for k, v in batch.items() if k != "labels"})
+                else:
+                    model(batch)
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+
+
+@contextmanager
+def mode_of(model: nn.Module, mode: Mode) -> Iterator[None]:
+    """Run a block in another mode."""
+    before: list[tuple[Router, Mode]] = [(r, r.mode) for r in routers_of(model)]
+    for router, _ in before:
+        router.mode = mode
+    try:
+        yield
+    finally:
+        for router, old in before:
+            router.mode = old
+
+
+def measure_sparsity(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
+    """Share of inactive neurons by site name, over all tokens of the batches, each seen through hard gates.
+
+    batches: dicts of model inputs, or token id tensors. Raises NotTransformedError, LoweredError.
+    """
+    state = require_state(model, "measure_sparsity")
+    if state.lowered is not None:
+        raise LoweredError("measure_sparsity expects the model as trained; call ltepass.unlower(model)")
+    with mode_of(model, "hard"), record_logits(model) as seen:
+        run_batches(model, batches)
+    thresholds = {s.name: router_of(model, s).threshold for s in state.sites}
+    return {
+        name: 1.0 - float(torch.cat([(r > thresholds[name]).float().mean(1) for r in rows]).mean())
+        for name, rows in seen.items()
+    }
+
+
+def update_table(model: nn.Module, batches: Iterable[Any]) -> None:
+    """Fill every router's quantile table from the logits on these batches, seen through the model's present gates."""
+    state = require_state(model, "update_table")
+    current: Mode = (
+        "hard" if router_of(model, state.sites[0]).mode == "dense" else router_of(model, state.sites[0]).mode
+    )
+    with mode_of(model, current), record_logits(model, keep=512) as seen:
+        run_batches(model, batches)
+    grid = torch.linspace(0.0, 1.0, N_QUANTILES)
+    for site in state.sites:
+        router = router_of(model, site)
+        flat = torch.cat(seen[site.name]).flatten().float()
+        router.quantiles.copy_(quantiles(flat, grid.to(flat.device)))
+
+
+def quantiles(values: Tensor, grid: Tensor) -> Tensor:
+    """Quantiles of a long vector: torch.quantile stops at 2^24 values."""
+    ordered = values.sort().values
+    at = grid * (len(ordered) - 1)
+    low = at.floor().long()
+    return torch.lerp(ordered[low], ordered[(low + 1).clamp_max(len(ordered) - 1)], at - low)

@@ -1,0 +1,110 @@
+"""Tiny random models of the styles that the tests name, and small helpers. Odd sizes on purpose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers as hf
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ltepass
+from ltepass.sites import routers_of
+
+VOCAB = 61
+
+
+def _sizes(layers: int) -> dict[str, Any]:
+    return {"vocab_size": VOCAB, "hidden_size": 24, "num_hidden_layers": layers, "num_attention_heads": 3}
+
+
+def llama(layers: int = 2) -> nn.Module:
+    return hf.LlamaForCausalLM(hf.LlamaConfig(intermediate_size=60, num_key_value_heads=3, **_sizes(layers)))
+
+
+def gpt2(layers: int = 2) -> nn.Module:
+    config = hf.GPT2Config(
+        vocab_size=VOCAB, n_embd=24, n_layer=layers, n_head=3, n_inner=60, bos_token_id=1, eos_token_id=2
+    )
+    return hf.GPT2LMHeadModel(config)
+
+
+def opt(layers: int = 2) -> nn.Module:
+    config = hf.OPTConfig(ffn_dim=60, word_embed_proj_dim=24, max_position_embeddings=64, **_sizes(layers))
+    return hf.OPTForCausalLM(config)
+
+
+def phi3(layers: int = 2) -> nn.Module:
+    config = hf.Phi3Config(
+        intermediate_size=60, num_key_value_heads=3, pad_token_id=0, bos_token_id=1, eos_token_id=2, **_sizes(layers)
+    )
+    return hf.Phi3ForCausalLM(config)
+
+
+def gpt_neox(layers: int = 2) -> nn.Module:
+    return hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(intermediate_size=60, **_sizes(layers)))
+
+
+class Own(nn.Module):
+    """A decoder-like module that is no Hugging Face model: one FFN in a Sequential, one in the root's own forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, 24)
+        self.block = nn.Sequential(nn.LayerNorm(24), nn.Linear(24, 60), nn.ReLU(), nn.Linear(60, 24))
+        self.w1, self.w3, self.w2 = nn.Linear(24, 40, bias=False), nn.Linear(24, 40), nn.Linear(40, 24)
+        self.drop = nn.Dropout(0.5)
+        self.head = nn.Linear(24, VOCAB)
+
+    def forward(self, ids):  # no annotations: torch.fx cannot pickle a graph whose annotations are strings
+        x = self.embed(ids)
+        x = x + self.block(x)
+        return self.head(x + self.drop(self.w2(nn.functional.silu(self.w1(x)) * self.w3(x))))
+
+
+HF: dict[str, Callable[..., nn.Module]] = {"llama": llama, "gpt2": gpt2, "opt": opt, "phi3": phi3, "gpt_neox": gpt_neox}
+GRAPHS: dict[str, Callable[[], nn.Module]] = {
+    "own": Own,
+    "symbolic_trace": lambda: torch.fx.symbolic_trace(Own().eval()),
+    "export": lambda: torch.export.export(Own().eval(), (ids(),)).module(),
+}
+ALL = {**HF, **GRAPHS}
+
+
+def ids(batch: int = 2, length: int = 9) -> Tensor:
+    return torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(batch * 100 + length))
+
+
+def build(name: str, **kwargs: Any) -> nn.Module:
+    torch.manual_seed(0)
+    model = ALL[name](**kwargs)
+    return model if name == "export" else model.eval()
+
+
+def transformed(name: str, mode: str = "hard", grouping: str = "identity", **kwargs: Any) -> nn.Module:
+    model = build(name, **kwargs)
+    example = None if name in HF else ids()
+    ltepass.transform(model, example, ltepass.LTEConfig(group_size=4, grouping=grouping, seed=3))  # type: ignore[arg-type]
+    for router in routers_of(model):
+        router.mode = mode  # type: ignore[assignment]
+    return model
+
+
+def logits(model: nn.Module, x: Tensor | None = None) -> Tensor:
+    with torch.no_grad():
+        out = model(ids() if x is None else x)
+    return out if isinstance(out, Tensor) else out[0]
+
+
+class CountOp(TorchDispatchMode):
+    """Counts calls of ltepass::routed_ffn that reach the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += func is torch.ops.ltepass.routed_ffn.default
+        return func(*args, **(kwargs or {}))
