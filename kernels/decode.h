@@ -12,72 +12,103 @@ namespace {
 // Eight weight rows at a time: one row's stream keeps a core at 9-11 GB/s, eight at 13-14 (Ice Lake Xeon 2.8 GHz,
 // 4096 x 11008 fp32, cold); fewer rows only at the end of a list.
 constexpr int ROWS = 8;
-constexpr int PREFETCH_BYTES = 512;  // ahead in each row: +5 % on one thread at 256-1024, slower from 2048 (same machine)
+// How far ahead of the arithmetic each row is fetched; past its end, the head of the row that follows in its lane.
+constexpr int64_t AHEAD_BYTES = 512;
+
+// Walks R rows of n elements in cache lines. step(k) handles one vector at k, rest(k) the last n % W elements.
+template <class E, int R, class Step, class Rest>
+inline void walk(const typename E::T* const* rows, const typename E::T* const* next, int64_t n, Step&& step, Rest&& rest) {
+  constexpr int64_t LINE = std::max<int64_t>(64 / sizeof(typename E::T), W);
+  const int64_t ahead = std::min<int64_t>(AHEAD_BYTES / sizeof(typename E::T), n);
+  auto stretch = [&](int64_t from, int64_t to, const typename E::T* const* target, int64_t shift) {
+    const typename E::T* fetch[R];
+    for (int r = 0; r < R; r++) fetch[r] = target[r] + shift;
+    int64_t k = from;
+    for (; k + LINE <= to; k += LINE) {
+      for (int r = 0; r < R; r++) __builtin_prefetch(fetch[r] + k, 0, 2);
+      for (int64_t u = 0; u < LINE; u += W) step(k + u);
+    }
+    return k;
+  };
+  int64_t k = stretch(0, n - ahead, rows, ahead);
+  k = stretch(k, n, next, ahead - n);
+  for (; k + W <= n; k += W) step(k);
+  if (k < n) rest(k);
+}
 
 // out[r] = rows[r] . x, x padded with zeros to whole vectors.
 template <class E, int R>
-inline void dot_rows(const typename E::T* const* rows, const float* x, int64_t n, float* out) {
-  constexpr int AHEAD = PREFETCH_BYTES / sizeof(typename E::T);
+inline void dot_rows(const typename E::T* const* rows, const typename E::T* const* next, const float* x, int64_t n, float* out) {
   vf acc[R] = {};
-  int64_t k = 0;
-  for (; k + W <= n; k += W) {
+  auto step = [&](int64_t k) {
     const vf xv = load(x + k);
-    for (int r = 0; r < R; r++) {
-      __builtin_prefetch(rows[r] + k + AHEAD, 0, 2);
-      acc[r] += E::load(rows[r] + k) * xv;
-    }
-  }
-  if (k < n)
+    for (int r = 0; r < R; r++) acc[r] += E::load(rows[r] + k) * xv;
+  };
+  auto rest = [&](int64_t k) {
     for (int r = 0; r < R; r++) acc[r] += load_part<E>(rows[r] + k, n - k) * load(x + k);
+  };
+  walk<E, R>(rows, next, n, step, rest);
   for (int r = 0; r < R; r++) out[r] = hsum(acc[r]);
 }
 
 // y[k] += sum over r of h[r] * rows[r][k]
 template <class E, int R>
-inline void add_rows(const typename E::T* const* rows, const float* h, float* y, int64_t n) {
-  constexpr int AHEAD = PREFETCH_BYTES / sizeof(typename E::T);
-  int64_t k = 0;
-  for (; k + W <= n; k += W) {
+inline void add_rows(const typename E::T* const* rows, const typename E::T* const* next, const float* h, float* y, int64_t n) {
+  vf hv[R];
+  for (int r = 0; r < R; r++) hv[r] = splat(h[r]);
+  auto step = [&](int64_t k) {
     vf acc = load(y + k);
-    for (int r = 0; r < R; r++) {
-      __builtin_prefetch(rows[r] + k + AHEAD, 0, 2);
-      acc += splat(h[r]) * E::load(rows[r] + k);
-    }
+    for (int r = 0; r < R; r++) acc += hv[r] * E::load(rows[r] + k);
     store(y + k, acc);
-  }
-  if (k < n) {
+  };
+  auto rest = [&](int64_t k) {
     vf acc = load_part<F32>(y + k, n - k);
-    for (int r = 0; r < R; r++) acc += splat(h[r]) * load_part<E>(rows[r] + k, n - k);
+    for (int r = 0; r < R; r++) acc += hv[r] * load_part<E>(rows[r] + k, n - k);
     store_part(y + k, acc, n - k);
-  }
+  };
+  walk<E, R>(rows, next, n, step, rest);
 }
 
-// Calls f<8>, then f<4>, f<2>, f<1>, for i in [begin, end).
-template <class F>
-inline void by_rows(int64_t begin, int64_t end, F&& f) {
-  int64_t i = begin;
-  for (; i + 8 <= end; i += 8) f.template operator()<8>(i);
-  if (i + 4 <= end) f.template operator()<4>(i), i += 4;
-  if (i + 2 <= end) f.template operator()<2>(i), i += 2;
-  if (i < end) f.template operator()<1>(i);
+// Calls f<R>(i, lane, rows, next) for the list [begin, end): R rows at i, i + lane, i + 2 lane ... and those after them.
+// Eight lanes of neighbouring rows, so that each lane is one long stream for the hardware; then what is left over.
+template <class E, class Row, class F>
+inline void by_rows(Row&& row, int64_t begin, int64_t end, F&& f) {
+  auto lanes = [&]<int R>(int64_t from, int64_t lane) {
+    const typename E::T *rows[R], *next[R];
+    auto fill = [&](const typename E::T** to, int64_t i) {
+      for (int r = 0; r < R; r++) to[r] = row(std::min(i + r * lane, end - 1));
+    };
+    fill(rows, from);
+    for (int64_t i = from; i < from + lane; i++) {
+      fill(next, i + 1);
+      f.template operator()<R>(i, lane, rows, next);
+      std::copy(next, next + R, rows);
+    }
+  };
+  const int64_t lane = (end - begin) / 8;
+  if (lane) lanes.template operator()<8>(begin, lane);
+  int64_t i = begin + 8 * lane;
+  if (i + 4 <= end) lanes.template operator()<4>(i, 1), i += 4;
+  if (i + 2 <= end) lanes.template operator()<2>(i, 1), i += 2;
+  if (i < end) lanes.template operator()<1>(i, 1);
 }
 
 // out[i] = row(i) . x for i in [begin, end)
 template <class E, class Row>
 inline void dot_list(Row&& row, int64_t begin, int64_t end, const float* x, int64_t n, float* out) {
-  by_rows(begin, end, [&]<int R>(int64_t i) {
-    const typename E::T* rows[R];
-    for (int r = 0; r < R; r++) rows[r] = row(i + r);
-    dot_rows<E, R>(rows, x, n, out + i);
+  by_rows<E>(row, begin, end, [&]<int R>(int64_t i, int64_t lane, auto rows, auto next) {
+    float dots[R];
+    dot_rows<E, R>(rows, next, x, n, dots);
+    for (int r = 0; r < R; r++) out[i + r * lane] = dots[r];
   });
 }
 
 template <class E, class Row>
 inline void add_list(Row&& row, int64_t begin, int64_t end, const float* h, float* y, int64_t n) {
-  by_rows(begin, end, [&]<int R>(int64_t i) {
-    const typename E::T* rows[R];
-    for (int r = 0; r < R; r++) rows[r] = row(i + r);
-    add_rows<E, R>(rows, h + i, y, n);
+  by_rows<E>(row, begin, end, [&]<int R>(int64_t i, int64_t lane, auto rows, auto next) {
+    float factors[R];
+    for (int r = 0; r < R; r++) factors[r] = h[i + r * lane];
+    add_rows<E, R>(rows, next, factors, y, n);
   });
 }
 
@@ -105,7 +136,7 @@ inline void add_stretches(const typename E::T* const* rows, const float* x, cons
       from[r] = rows[r] + experts[a] * group;
       if (a + 4 < last) __builtin_prefetch(rows[r] + experts[a + 4] * group, 0, 2);
     }
-    add_rows<E, R>(from, x, h + a * group, group);
+    add_rows<E, R>(from, from, x, h + a * group, group);
   }
 }
 
@@ -137,10 +168,11 @@ inline void project(const Matrix& w, const Active& active, int64_t begin, int64_
     return;
   }
   std::fill(h + begin, h + end, 0.0f);  // whole experts here, see decode()
-  by_rows(0, d_model, [&]<int R>(int64_t k) {
-    const typename E::T* rows[R];
-    for (int r = 0; r < R; r++) rows[r] = w.at<E>(0, k + r);
-    add_stretches<E, R>(rows, x + k, active.experts, begin / group, end / group, group, h);
+  auto row = [&](int64_t k) { return w.at<E>(0, k); };
+  by_rows<E>(row, 0, d_model, [&]<int R>(int64_t k, int64_t lane, auto rows, auto) {
+    float factors[R];
+    for (int r = 0; r < R; r++) factors[r] = x[k + r * lane];
+    add_stretches<E, R>(rows, factors, active.experts, begin / group, end / group, group, h);
   });
 }
 

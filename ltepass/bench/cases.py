@@ -1,0 +1,175 @@
+"""One FFN with random weights and a decision of exactly the stated sparsity, and everything it is compared with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 -- the name everybody uses
+
+from ltepass.bench.timing import Contender
+from ltepass.kernels.reference import ACTIVATIONS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """tokens: T; d_model, d_ff, group_size in neurons; gated: gate and up, else up only."""
+
+    tokens: int
+    d_model: int
+    d_ff: int
+    group_size: int = 32
+    gated: bool = True
+    dtype: torch.dtype = torch.float32
+    activation: str = "silu"
+
+    @property
+    def n_experts(self) -> int:
+        return self.d_ff // self.group_size
+
+    @property
+    def weight_bytes(self) -> int:
+        return (3 if self.gated else 2) * self.d_ff * self.d_model * self.dtype.itemsize
+
+    @property
+    def router_share(self) -> float:
+        """r: bytes of the fp32 router over bytes of the FFN's weights."""
+        return 4 * self.n_experts * self.d_model / self.weight_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """One copy of an FFN's weights. `down` is neuron-contiguous (lowering's layout), `down_rows` row-major (nn.Linear's)."""
+
+    up: Tensor
+    gate: Tensor | None
+    down: Tensor
+    down_rows: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """Tokens, and a router that gives each of them its own random set of exactly round((1 - s) E) experts."""
+
+    x: Tensor
+    router: Tensor
+    active: Tensor  # bool [T, E]
+
+
+def make_weights(shape: Shape, copies: int, seed: int = 0) -> list[Weights]:
+    gen = torch.Generator().manual_seed(seed)
+
+    def weight(rows: int, cols: int) -> Tensor:
+        w = torch.empty(rows, cols, dtype=shape.dtype)
+        return w.uniform_(-1, 1, generator=gen).mul_(cols**-0.5)
+
+    def one() -> Weights:
+        up = weight(shape.d_ff, shape.d_model)
+        gate = weight(shape.d_ff, shape.d_model) if shape.gated else None
+        down = weight(shape.d_ff, shape.d_model).T
+        return Weights(up=up, gate=gate, down=down, down_rows=down.contiguous())
+
+    return [one() for _ in range(copies)]
+
+
+def decide(shape: Shape, sparsity: float, seed: int = 0) -> Decision:
+    """The router solves logits = +-1 for the given tokens, which has an exact solution while T <= d_model."""
+    gen = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape.tokens, shape.d_model, generator=gen).to(shape.dtype)
+    n_active = round((1 - sparsity) * shape.n_experts)
+    active = torch.rand(shape.tokens, shape.n_experts, generator=gen).argsort(-1) < n_active
+    router = torch.linalg.lstsq(x.double(), active.double() * 2 - 1, driver="gelsd").solution.T.float().contiguous()
+    return Decision(x=x, router=router, active=active)
+
+
+def routed(shape: Shape, weights: list[Weights], sparsity: float, *, row_major: bool = False) -> Contender:
+    """The op; sparsity 0 has every expert on. Each copy of the weights comes with its own copy of the router."""
+    d = decide(shape, sparsity)
+    op, threshold = torch.ops.ltepass.routed_ffn.default, torch.tensor(0.0)
+    calls = []
+    for w in weights:
+        down = w.down_rows if row_major else w.down
+        calls.append((d.x, d.router.clone(), None, threshold, w.up, None, w.gate, None, down, None, shape.activation))
+    return lambda i: op(*calls[i % len(calls)])
+
+
+class Dense(torch.nn.Module):
+    """The FFN that everybody has, in nn.Linear's layout."""
+
+    def __init__(self, shape: Shape, weights: Weights) -> None:
+        super().__init__()
+        self.up, self.down, self.gate = weights.up, weights.down_rows, weights.gate
+        self.act = ACTIVATIONS[shape.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.linear(x, self.up)
+        h = self.act(h) if self.gate is None else self.act(F.linear(x, self.gate)) * h
+        return F.linear(h, self.down)
+
+
+def dense_eager(shape: Shape, weights: list[Weights]) -> Contender:
+    x, modules = decide(shape, 0.0).x, [Dense(shape, w) for w in weights]
+    return lambda i: modules[i % len(modules)](x)
+
+
+def dense_compiled(shape: Shape, weights: list[Weights]) -> Contender:
+    """Inductor at its best for constant weights: freezing and max_autotune. Two copies: each one is compiled."""
+    x, fns = decide(shape, 0.0).x, []
+    for w in weights[-2:]:
+        torch._dynamo.reset()
+        options = {"freezing": True, "max_autotune": True}
+        fns.append(torch.compile(Dense(shape, w).eval(), options=options))
+        fns[-1](x)
+    return lambda i: fns[i % len(fns)](x)
+
+
+def index_select(shape: Shape, weights: list[Weights], sparsity: float) -> Contender:
+    """Copy the active rows, then multiply: what a few lines of PyTorch give. One token; the decision costs nothing."""
+    d, act = decide(shape, sparsity), ACTIVATIONS[shape.activation]
+    neurons = d.active[0].repeat_interleave(shape.group_size).nonzero().flatten()
+
+    def call(i: int) -> Tensor:
+        w = weights[i % len(weights)]
+        h = F.linear(d.x, w.up.index_select(0, neurons))
+        h = act(h) if w.gate is None else act(F.linear(d.x, w.gate.index_select(0, neurons))) * h
+        return h @ w.down.T.index_select(0, neurons)
+
+    return call
+
+
+def gate_first(shape: Shape, weights: list[Weights], sparsity: float) -> Contender:
+    """CATS: the whole gate decides (its largest |activation|), then up and down of those neurons only. One token."""
+    d, act = decide(shape, sparsity), ACTIVATIONS[shape.activation]
+    n_active = round((1 - sparsity) * shape.d_ff)
+
+    def call(i: int) -> Tensor:
+        w = weights[i % len(weights)]
+        assert w.gate is not None
+        a = act(F.linear(d.x, w.gate))
+        neurons = a[0].abs().topk(n_active, sorted=False).indices
+        h = a[:, neurons] * F.linear(d.x, w.up.index_select(0, neurons))
+        return h @ w.down.T.index_select(0, neurons)
+
+    return call
+
+
+def single_neurons(shape: Shape, weights: list[Weights], sparsity: float) -> Contender:
+    """TEAL: an unstructured mask on the input of each linear (largest |value|), read from transposed weights.
+
+    One token: h = sum over kept j of x_j up[:, j], and the same for down, whose rows are neurons already.
+    """
+    d, act = decide(shape, sparsity), ACTIVATIONS[shape.activation]
+    turned = [(w.up.T.contiguous(), None if w.gate is None else w.gate.T.contiguous(), w.down.T) for w in weights]
+
+    def kept(v: Tensor, matrix: Tensor) -> Tensor:
+        index = v[0].abs().topk(round((1 - sparsity) * v.shape[1]), sorted=False).indices
+        return F.embedding_bag(index[None], matrix, mode="sum", per_sample_weights=v[:, index])
+
+    def call(i: int) -> Tensor:
+        up, gate, down = turned[i % len(turned)]
+        h = kept(d.x, up)
+        h = act(h) if gate is None else act(kept(d.x, gate)) * h
+        return kept(h, down)
+
+    return call

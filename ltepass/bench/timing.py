@@ -1,0 +1,108 @@
+"""Timing that a sceptic accepts: contenders interleaved, caches emptied before every call, medians with p20 and p80."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+Contender = Callable[[int], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Seconds per call over `repeats` calls."""
+
+    median: float
+    p20: float
+    p80: float
+    repeats: int
+
+    @staticmethod
+    def of(seconds: list[float]) -> Timing:
+        s = sorted(seconds)
+        at = lambda q: s[min(len(s) - 1, int(q * len(s)))]  # noqa: E731 -- three uses, one line
+        return Timing(median=at(0.5), p20=at(0.2), p80=at(0.8), repeats=len(s))
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest cache of cpu0; 32 MiB where the system does not say."""
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        sizes.append(int(text.rstrip("KM")) * {"K": 1 << 10, "M": 1 << 20}.get(text[-1], 1))
+    return max(sizes, default=32 << 20)
+
+
+class Flush:
+    """Reads twice the last-level cache on every thread, so that what follows finds nothing of its weights there."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.ones(2 * last_level_cache() // 4)
+
+    def __call__(self) -> None:
+        self._buffer.sum()
+
+
+def copies_needed(touched_bytes: float, n_contenders: int) -> int:
+    """How many copies of the weights keep every call cold: enough to push a copy out of the cache before it comes up
+    again, or one for each contender of a turn (the caches are emptied between turns)."""
+    return max(2, min(n_contenders + 1, math.ceil(3 * last_level_cache() / touched_bytes)))
+
+
+def interleaved(
+    contenders: Mapping[str, Contender], *, seconds: float = 10.0, min_repeats: int = 15, max_repeats: int = 200
+) -> dict[str, Timing]:
+    """Times all contenders turn by turn, so that a slow spell of the machine hits each of them alike.
+
+    A contender takes the number of the copy of the weights to use. A turn begins with emptied caches and one untimed
+    call, since emptying them also threw out the interpreter's and torch's own code, which a running model keeps
+    there. seconds: rough time to spend in all. Two untimed turns come first.
+    """
+    flush = Flush()
+    taken: dict[str, list[float]] = {name: [] for name in contenders}
+    start = time.perf_counter()
+    for turn in range(max_repeats + 2):
+        if turn >= min_repeats + 2 and time.perf_counter() - start > seconds:
+            break
+        flush()
+        next(iter(contenders.values()))(turn + len(contenders))
+        for i, (name, call) in enumerate(contenders.items()):
+            t0 = time.perf_counter()
+            call(turn + i)
+            t1 = time.perf_counter()
+            if turn >= 2:
+                taken[name].append(t1 - t0)
+    return {name: Timing.of(s) for name, s in taken.items()}
+
+
+def stream_bandwidth(repeats: int = 7) -> float:
+    """Bytes/s of reading cold memory once with torch's current thread count: the best of a sum and a matrix-vector
+    product over four times the last-level cache."""
+    rows = 4 * last_level_cache() // 4 // 4096
+    matrix, x = torch.ones(rows, 4096), torch.ones(4096)
+    best = 0.0
+    for read in (lambda: matrix.sum(), lambda: torch.mv(matrix, x)):
+        seconds = []
+        for _ in range(repeats):
+            t0 = time.perf_counter()
+            read()
+            seconds.append(time.perf_counter() - t0)
+        best = max(best, matrix.nbytes / sorted(seconds)[len(seconds) // 2])
+    return best
+
+
+def machine() -> str:
+    """CPU name and core count, as /proc/cpuinfo tells it."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = (line for line in cpuinfo.read_text().splitlines() if line.startswith("model name"))
+        name = next((line.split(":", 1)[1].strip() for line in lines), name)
+    return f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
