@@ -62,6 +62,11 @@ class Launched:
         shown = ((k, int(v) if isinstance(v, bool) else v) for k, v in self.constants)
         return " ".join(f"{k}={v}" for k, v in shown if k in names or k.startswith(("BLOCK", "STAGES", "stride")))
 
+    @property
+    def row_key(self) -> tuple[str, ...]:
+        """The first columns of its row, without the target."""
+        return (self.kernel.__name__, self.dtype, self.variant, str(self.num_warps), str(self.num_stages))
+
 
 def launched(target: str) -> list[Launched]:
     """Every distinct compilation that the host code asks for, over dtypes, activations, group sizes and layouts."""
@@ -105,7 +110,7 @@ def _record(args: tuple[Any, ...], density: float | None, device: str) -> list[L
 
 
 def _compilation(kernel: Any, given: dict[str, Any], dtype: torch.dtype) -> Launched:
-    """Types and specialisations as triton's own launcher derives them: 1 becomes a constant, multiples of 16 are marked."""
+    """Specialised as triton's own launcher does: 1 becomes a constant, multiples of 16 are marked."""
     signature, constants, aligned = [], [], []
     for i, p in enumerate(kernel.params):
         value = given[p.name]
@@ -132,9 +137,9 @@ def compile_row(launch: Launched, target: str) -> dict[str, str]:
     compiled = triton.compile(source, target=TARGETS[target][0], options=options)
     registers, spills = _amd_usage(compiled) if target.startswith("gfx") else _nvidia_usage(compiled)
     numbers = {"registers": str(registers), "shared": str(compiled.metadata.shared), "spills": str(spills)}
-    how = {"num_warps": str(launch.num_warps), "num_stages": str(launch.num_stages), "triton": triton.__version__}
-    names = {"kernel": launch.kernel.__name__, "dtype": launch.dtype, "variant": launch.variant, "target": target}
-    return {**names, **how, **numbers}
+    numbers["triton"] = triton.__version__
+    names = dict(zip(COLUMNS, (*launch.row_key, target), strict=False))
+    return {**names, **numbers}
 
 
 def _nvidia_usage(compiled: Any) -> tuple[int, int]:

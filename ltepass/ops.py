@@ -16,7 +16,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from ltepass.errors import LTEError
-from ltepass.kernels import reference, routed_ffn_cpu
+from ltepass.kernels import reference, routed_ffn_cpu, traceable
 from ltepass.kernels.routed_ffn_backward import masked_dense
 
 _ARGUMENTS = (
@@ -169,6 +169,7 @@ def _register() -> None:
         _library.impl(name, _autograd(op, with_mask), "Autograd", with_keyset=True)
         torch.library.register_fake(f"ltepass::{name}", fake, lib=_library)
         torch.library.register_vmap(f"ltepass::{name}", _vmap(with_mask), lib=_library)
+    traceable.register(_library)
 
 
 _register()

@@ -1,0 +1,78 @@
+"""Choices are looked up, from host values only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ltepass.kernels import tuning
+
+KERNELS = {row.kernel for row in tuning.table()}
+
+
+def test_every_kernel_has_a_row_for_any_device_dtype_and_group() -> None:
+    for kernel in KERNELS:
+        for bits in (16, 32):
+            launch = tuning.launch_for(kernel, "a GPU nobody has seen", bits, 43)
+            assert launch.blocks, kernel
+            assert all(v > 0 or k in ("TF32", "PROGRAMS") for k, v in launch.blocks.items())
+
+
+def test_the_last_row_that_fits_wins(tmp_path: Path) -> None:
+    text = tuning.TABLE.read_text() + "down_one,H100,16,32,BLOCK_O=8 BLOCK_K=32 PROGRAMS=7 STAGES=2,8,2,9.1,H100 once\n"
+    path = tmp_path / "table.csv"
+    path.write_text(text)
+    row = tuning.table(path)[-1]
+    assert (row.blocks["PROGRAMS"], row.num_warps, row.microseconds, row.where) == (7, 8, "9.1", "H100 once")
+    assert row.fits("NVIDIA H100 80GB HBM3", 16, 32)
+    assert not row.fits("NVIDIA H200", 16, 32)
+    assert not row.fits("NVIDIA H100 80GB HBM3", 32, 32)
+    assert not row.fits("NVIDIA H100 80GB HBM3", 16, 64)
+
+
+def test_a_measurement_names_its_machine() -> None:
+    for row in tuning.table():
+        assert row.where == "not measured" or row.microseconds, row
+        assert row.where, row
+
+
+@pytest.mark.parametrize(
+    ("tokens", "density", "path"),
+    [
+        (1, None, "one"),
+        (1, 1.0, "one"),
+        (2, None, "union"),
+        (16, 1.0, "union"),
+        (17, 0.1, "union"),
+        (17, 0.5, "dense"),
+        (32, None, "dense"),
+        (33, 0.2, "grouped"),
+        (33, 0.5, "dense"),
+        (2048, None, "dense"),
+    ],
+)
+def test_path(tokens: int, density: float | None, path: str) -> None:
+    assert tuning.choose_path(tokens, density, tuning.launch_for("paths", "cpu", 16, 32)) == path
+
+
+def test_density_is_remembered_by_router_and_assumed_while_compiling() -> None:
+    ours, other = torch.zeros(()), torch.zeros(())
+    tuning.remember_density(ours, 0.25)
+    try:
+        assert tuning.density_of(ours) == 0.25
+        assert tuning.density_of(other) is None
+        with tuning.assume_density(0.5):
+            assert (tuning.density_of(ours), tuning.density_of(other), tuning.assumed_density()) == (0.25, 0.5, 0.5)
+        assert tuning.assumed_density() is None
+    finally:
+        tuning._densities.clear()
+
+
+def test_an_override_lasts_until_it_is_taken_back() -> None:
+    before = tuning.launch_for("router_one", "cpu", 16, 32)
+    tuning.override(tuning.table()[0], "router_one")
+    assert tuning.launch_for("router_one", "cpu", 16, 32) is tuning.table()[0]
+    tuning.override(None, "router_one")
+    assert tuning.launch_for("router_one", "cpu", 16, 32) == before
