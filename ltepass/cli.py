@@ -30,7 +30,8 @@ def demo(
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over where OUT holds a run.")] = False,
 ) -> None:
     """A real model gets faster: train, lower, time, save, load, and one table of what came out."""
-    from ltepass.demo import DemoOptions, run_demo
+    from ltepass.demo.folder import DemoOptions
+    from ltepass.demo.run import run_demo
 
     options = DemoOptions(model=model, target_sparsity=target_sparsity, steps=steps, seed=seed, device=device)  # type: ignore[arg-type]
     try:

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import ltepass
 from ltepass.demo import learning, speed
 from ltepass.demo.folder import DemoOptions, Folder
-from ltepass.demo.measure import hard_sparsity, perplexity
+from ltepass.demo.measure import perplexity, sparsity_of_tail
 from ltepass.demo.readme import BEGIN, END, with_table
 from ltepass.demo.run import STAGES, run_demo
 from ltepass.demo.table import markdown, rows
@@ -134,24 +134,16 @@ def test_perplexity_is_the_models_own_loss() -> None:
     assert perplexity(made, blocks) == pytest.approx(math.exp(sum(losses) / 2), rel=1e-5)
 
 
-def test_sparsity_counts_what_the_gate_leaves_out() -> None:
-    made = routed()
-    for router, threshold in zip(routers_of(made), (-math.inf, math.inf), strict=True):
-        router.threshold.fill_(threshold)
-    assert list(hard_sparsity(made, torch.arange(10)[None]).values()) == [0.0, 1.0]
-
-
-def test_sparsity_can_skip_the_prompt() -> None:
-    """With every threshold at the middle of one token's logits, that token alone decides."""
-    made, ids = routed(), torch.arange(10)[None]
+def test_sparsity_of_a_timing_leaves_the_prompt_out() -> None:
+    made, ids = routed(), torch.arange(10)
     kept: list[Tensor] = []
-    router = next(routers_of(made))
-    handle = router.register_forward_hook(lambda _, __, logits: kept.append(logits))
+    handles = [r.register_forward_hook(lambda _, __, logits: kept.append(logits)) for r in routers_of(made)]
     with torch.no_grad():
-        made(input_ids=ids)
-    handle.remove()
-    expected = (kept[0][0, 9] <= router.threshold).float().mean().item()
-    assert next(iter(hard_sparsity(made, ids, skip=9).values())) == pytest.approx(expected)
+        made(input_ids=ids[None])
+    for handle in handles:
+        handle.remove()
+    expected = torch.stack([(logits[0, 7:] <= 0).float().mean() for logits in kept]).mean().item()
+    assert sparsity_of_tail(made, ids, skip=7) == pytest.approx(expected)
 
 
 def test_batches_use_every_block_before_any_twice() -> None:

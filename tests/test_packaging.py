@@ -128,11 +128,16 @@ def test_importing_ltepass_is_light(tmp_path: Path) -> None:
 
 
 PUBLIC = [
+    "FFNSite",
     "LTEConfig",
     "LTETrainer",
     "LTETrainerMixin",
+    "Refusal",
+    "Report",
+    "__version__",
     "calibrate",
     "lower",
+    "measure_sparsity",
     "remove",
     "report",
     "set_mode",

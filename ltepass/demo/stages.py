@@ -16,7 +16,7 @@ from torch import Tensor
 import ltepass
 from ltepass.demo import learning, reload, speed
 from ltepass.demo.folder import DemoOptions, Folder
-from ltepass.demo.measure import hard_sparsity, perplexity
+from ltepass.demo.measure import perplexity, sparsity_of_tail
 from ltepass.demo.task import Task, load_dense, load_task
 
 PROMPT_TOKENS = 64  # of held-out text in the KV cache before the first timed token
@@ -100,7 +100,10 @@ def tune_dense(demo: Demo) -> Result:
 def quality(demo: Demo) -> Result:
     """From the saved checkpoint, in hard mode, as the definition has it (eager, masked dense)."""
     model = demo.saved_model("lte")
-    return {"perplexity": perplexity(model, demo.task.test), "sparsity": hard_sparsity(model, demo.task.test)}
+    return {
+        "perplexity": perplexity(model, demo.task.test),
+        "sparsity": ltepass.measure_sparsity(model, demo.task.test[:, None].to(model.device)),
+    }
 
 
 def measure_speed(demo: Demo) -> Result:
@@ -108,8 +111,7 @@ def measure_speed(demo: Demo) -> Result:
     plain, routed = demo.saved_model("dense"), demo.saved_model("lte")
     sites = ltepass.report(routed).sites
     text = demo.task.test.flatten()[: PROMPT_TOKENS + TIMED_TOKENS].to(demo.options.device)
-    sparsity = hard_sparsity(routed, text[None], skip=PROMPT_TOKENS)
-    active = 1 - sum(sparsity.values()) / len(sparsity)
+    active = 1 - sparsity_of_tail(routed, text, PROMPT_TOKENS)
     ltepass.lower(routed, scope="ffn")
     sides = {"dense": plain, "lowered": routed, "bare": speed.without_ffns(plain, sites)}
     times = speed.time_decoding(sides, text[:PROMPT_TOKENS], text[PROMPT_TOKENS:])
