@@ -73,9 +73,9 @@ def test_odd_shapes() -> None:
 
 
 def test_more_experts_than_one_block_of_the_list() -> None:
-    case = Case(T=1, d_model=8, n_experts=530, group_size=1, d_out=3, bias=False, density=0.05)
-    assert reference.mask(*ffn_cases.make(case)[:4])[0, 512:].any()
-    check(case)
+    args = ffn_cases.make(Case(T=1, d_model=8, n_experts=530, group_size=1, d_out=3, density=0.02))
+    args[2][513:520] = 1e3
+    assert ffn_cases.errors(run(args), args)[0] <= FP32_LIMIT
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -163,12 +163,10 @@ def test_offsets_past_two_to_the_31(path: str) -> None:
 
 
 def test_the_threshold_is_read_on_every_call() -> None:
-    args = ffn_cases.make(Case(T=1, n_experts=11, group_size=4))
-    before = routed_ffn(*args)
-    args[3].add_(5.0)
-    after = routed_ffn(*args)
-    assert not torch.equal(before, after)
-    torch.testing.assert_close(after, reference.routed_ffn(*args), rtol=1e-5, atol=1e-5)
+    args = ffn_cases.make(Case(T=1))
+    assert not torch.equal(routed_ffn(*args)[0], args[9])
+    args[3].fill_(float("inf"))
+    assert torch.equal(routed_ffn(*args)[0], args[9])
 
 
 def test_float64_runs_the_definition_and_mixed_dtypes_are_refused() -> None:
