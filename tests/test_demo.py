@@ -154,25 +154,25 @@ def test_batches_use_every_block_before_any_twice() -> None:
     assert not torch.equal(first, torch.cat(learning.batches(blocks, 4, 5, seed=4)).flatten())
 
 
-def test_dense_tuning_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+def test_tuning_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     """Stopped after step 2 and resumed with a fresh model object: bit by bit the uninterrupted run."""
     steps = learning.batches(torch.arange(60).view(6, 10), 2, 5, seed=0)
     whole, part, file = model(), model(), tmp_path / "state.pt"
-    losses = learning.tune_dense(whole, steps, file, lambda *_: None, lambda: False)
+    losses = learning.tune(whole, steps, file, lambda *_: None, lambda: False)
     seen: list[int] = []
     with pytest.raises(KeyboardInterrupt):
-        learning.tune_dense(part, steps, file, lambda step, _: seen.append(step), lambda: seen == [0, 1])
+        learning.tune(part, steps, file, lambda step, _: seen.append(step), lambda: seen == [0, 1])
     resumed = model()
-    assert learning.tune_dense(resumed, steps, file, lambda *_: None, lambda: False) == losses
+    assert learning.tune(resumed, steps, file, lambda *_: None, lambda: False) == losses
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
     assert not file.exists()
 
 
-def test_dense_tuning_stops_at_nan(tmp_path: Path) -> None:
+def test_tuning_stops_at_nan(tmp_path: Path) -> None:
     broken = model()
     broken.lm_head.weight.data.fill_(math.nan)
     with pytest.raises(TrainingError, match="at step 0"):
-        learning.tune_dense(broken, [torch.arange(10)[None]], tmp_path / "s.pt", lambda *_: None, lambda: False)
+        learning.tune(broken, [torch.arange(10)[None]], tmp_path / "s.pt", lambda *_: None, lambda: False)
 
 
 def test_ctrl_c_is_only_noted_and_the_second_one_stops() -> None:

@@ -1,4 +1,4 @@
-"""The dense model's fine-tuning, and what both trainings share: the same batches in the same order, and Ctrl-C.
+"""What both trainings share: the same batches in the same order, the loop, and Ctrl-C.
 
 Ctrl-C asks a training to stop after its present step; the step, the weights and the optimizer are then on the disk, and
 the same call goes on from there.
@@ -29,7 +29,7 @@ def batches(blocks: Tensor, batch: int, steps: int, seed: int) -> list[Tensor]:
     rounds = 1 + steps * batch // len(blocks)
     orders = [torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed + i)) for i in range(rounds)]
     order = torch.cat(orders)[: steps * batch]
-    return [blocks[index] for index in order.split(batch)]
+    return [blocks[index] for index in torch.split(order, batch)]
 
 
 @contextmanager
@@ -51,7 +51,7 @@ def ctrl_c_between_steps(say: Callable[[str], None]) -> Iterator[Callable[[], bo
         signal.signal(signal.SIGINT, before)
 
 
-def tune_dense(
+def tune(
     model: Any, steps: Sequence[Tensor], state_file: Path, on_step: OnStep, asked_to_stop: Callable[[], bool]
 ) -> list[tuple[int, float]]:
     """Fine-tune in place with AdamW, one batch [B, T] a step; returns (step, loss in nats per token) for each.
@@ -59,7 +59,8 @@ def tune_dense(
     Raises KeyboardInterrupt once state_file holds where it stopped; TrainingError where the loss is not finite.
     """
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
     losses = _resume(model, optimizer, state_file)
     for step in range(len(losses), len(steps)):
         for group in optimizer.param_groups:
@@ -67,9 +68,7 @@ def tune_dense(
         ids = steps[step].to(model.device)
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         if not torch.isfinite(loss):
-            raise TrainingError(
-                f"the dense loss is {loss.item()} at step {step}; expected a number; try another --seed"
-            )
+            raise TrainingError(f"the loss is {loss.item()} at step {step}; expected a number; try another --seed")
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import save_file
 from torch import Tensor
 
 import ltepass
@@ -18,6 +19,7 @@ from ltepass.demo import learning, reload, speed
 from ltepass.demo.folder import DemoOptions, Folder
 from ltepass.demo.measure import perplexity, sparsity_of_tail
 from ltepass.demo.task import Task, load_dense, load_task
+from ltepass.sites import routers_of
 
 PROMPT_TOKENS = 64  # of held-out text in the KV cache before the first timed token
 TIMED_TOKENS = 160
@@ -58,6 +60,11 @@ class Demo:
             task = bar.add_task(what, total=steps)
             yield lambda step, loss: bar.update(task, completed=step + 1, description=f"{what}, loss {loss:.3f}")
 
+    def tune(self, model: Any, what: str, state_file: str) -> list[tuple[int, float]]:
+        steps = self.batches()
+        with self.progress(what, len(steps)) as on_step, self.ctrl_c() as asked:
+            return learning.tune(model, steps, self.folder.path / state_file, on_step, asked)
+
     def ctrl_c(self) -> AbstractContextManager[Callable[[], bool]]:
         return learning.ctrl_c_between_steps(lambda text: self.console.print(text, markup=False))
 
@@ -86,15 +93,53 @@ def dense(demo: Demo) -> Result:
 
 def tune_dense(demo: Demo) -> Result:
     """The baseline that LTE is compared with: it sees the same tokens, so that new text is not counted as a gain."""
-    model, steps = demo.base_model(), demo.batches()
-    with demo.progress("dense fine-tuning", len(steps)) as on_step, demo.ctrl_c() as asked:
-        losses = learning.tune_dense(model, steps, demo.folder.path / "dense-training.pt", on_step, asked)
+    model = demo.base_model()
+    losses = demo.tune(model, "dense fine-tuning", "dense-training.pt")
     model.save_pretrained(demo.folder.path / "dense")
     return {
         "perplexity": perplexity(model, demo.task.test),
-        "tokens": sum(batch.numel() for batch in steps),
+        "tokens": sum(batch.numel() for batch in demo.batches()),
         "losses": losses,
     }
+
+
+def calibrate(demo: Demo) -> Result:
+    """Passes of transform, then grouping, router start and sparsity table from training text."""
+    model, task = demo.base_model(), demo.task
+    config = ltepass.LTEConfig(
+        group_size=task.group_size, target_sparsity=demo.options.target_sparsity, seed=demo.options.seed
+    )
+    blocks = task.train[: task.calibration_blocks].to(model.device)
+    ltepass.transform(model, config=config, calibration=torch.split(blocks, task.batch))
+    ltepass.set_mode(model, "hard")
+    model.save_pretrained(demo.folder.path / "calibrated")
+    report = ltepass.report(model)
+    demo.console.print(
+        f"    {len(report.sites)} FFN sites, {len(report.refusals)} other linears refused; "
+        f"`ltepass report {demo.folder.path}/calibrated` says why",
+        markup=False,
+        highlight=False,
+    )
+    return {
+        "sites": len(report.sites),
+        "group_size": report.sites[0].group_size,
+        "grouping": report.grouping,
+        "tokens": blocks.numel(),
+        "perplexity": perplexity(model, task.test),
+    }
+
+
+def train(demo: Demo) -> Result:
+    """Hard stage: routers frozen, everything else trained on the task loss (paper section 4.3)."""
+    model = demo.saved_model("calibrated")
+    for router in routers_of(model):
+        router.requires_grad_(False)
+    losses = demo.tune(model, "LTE training", "lte-training.pt")
+    ids = demo.task.test[:1, :128]
+    reference = {"ids": ids, "logits": reload.logits_of(model, ids)}
+    save_file(reference, demo.folder.path / "reference.safetensors")
+    model.save_pretrained(demo.folder.path / "lte")
+    return {"losses": {"LTE, hard stage": losses}}
 
 
 def quality(demo: Demo) -> Result:
@@ -129,7 +174,7 @@ def generate(demo: Demo) -> Result:
     """Greedy continuations of one prompt."""
     task = demo.task
     ids = torch.tensor(task.tokenizer(task.prompt)["input_ids"])[None].to(demo.options.device)
-    routed = ltepass.lower(demo.saved_model("lte"), scope="ffn")
+    routed: Any = ltepass.lower(demo.saved_model("lte"), scope="ffn")
     texts = {"prompt": task.prompt}
     for name, model in (("dense", demo.saved_model("dense")), ("lowered", routed)):
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=task.new_tokens, do_sample=False)
@@ -150,7 +195,3 @@ def write_page(demo: Demo) -> Result:
 
     (demo.folder.path / "report.html").write_text(page(demo.folder.results))
     return {}
-
-
-def train(demo: Demo) -> Result:
-    raise NotImplementedError

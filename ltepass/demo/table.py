@@ -35,10 +35,9 @@ def _tuned(stages: dict[str, Any], _: dict[str, Any]) -> Rows:
 
 
 def _sites(stages: dict[str, Any], _: dict[str, Any]) -> Rows:
-    train = stages["train"]
-    return [
-        ("FFN sites found", f"{train['sites']}, experts of {train['group_size']} neurons, grouping {train['grouping']}")
-    ]
+    found = stages["calibrate"]
+    size, grouping = found["group_size"], found["grouping"]
+    return [("FFN sites found", f"{found['sites']}, experts of {size} neurons, grouping {grouping}")]
 
 
 def _quality(stages: dict[str, Any], options: dict[str, Any]) -> Rows:
@@ -77,7 +76,7 @@ def _reload(stages: dict[str, Any], _: dict[str, Any]) -> Rows:
 
 _ROWS = (
     ("prepare", _model),
-    ("train", _sites),
+    ("calibrate", _sites),
     ("dense", _dense),
     ("tune_dense", _tuned),
     ("quality", _quality),

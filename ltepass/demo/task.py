@@ -28,6 +28,8 @@ class Task:
     prompt: str
     steps: int
     batch: int  # blocks of one optimizer step
+    calibration_blocks: int
+    group_size: int
     new_tokens: int  # timed and generated
 
     @property
@@ -54,8 +56,16 @@ def load_task(model: str) -> Task:
 
 
 _SIZES: dict[str, tuple[str, int, dict[str, int]]] = {
-    "smollm2": ("SmolLM2-135M-Instruct (from its 4-bit GGUF)", 512, {"steps": 40, "batch": 4, "new_tokens": 96}),
-    "tiny": ("tiny byte-level LLaMA, trained for seconds", 256, {"steps": 30, "batch": 8, "new_tokens": 48}),
+    "smollm2": (
+        "SmolLM2-135M-Instruct (from its 4-bit GGUF)",
+        512,
+        {"steps": 40, "batch": 4, "calibration_blocks": 32, "group_size": 16, "new_tokens": 96},
+    ),
+    "tiny": (
+        "tiny byte-level LLaMA, trained for seconds",
+        256,
+        {"steps": 30, "batch": 8, "calibration_blocks": 16, "group_size": 8, "new_tokens": 48},
+    ),
 }
 
 
