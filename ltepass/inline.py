@@ -32,7 +32,8 @@ _calls = threading.local()
 class InlineSite:
     """Names, relative to the owner, of one inline FFN's up linear, down linear and router.
 
-    lowered: the down linear's forward is a `SparseDown`, which wants x and no scores; gate: the gate linear, or up.
+    lowered: the down linear's forward is a `SparseDown`, which wants x and no scores; gate: of a lowered gated FFN, the
+    linear that holds the gate's rows (it may be the up linear).
     """
 
     key: str
@@ -167,9 +168,9 @@ class SparseDown:
         owner, x = _note(site)
         assert x is not None, "the down hook has checked it"
         setattr(_calls, site.slot, (owner, None))
-        up, gate_linear = owner.get_submodule(site.up), owner.get_submodule(site.gate)
+        up, gate_linear = owner.get_submodule(site.up), owner.get_submodule(site.gate) if site.gate else None
         router, down = owner.get_submodule(site.router), owner.get_submodule(site.down)
-        return self.ffn(router, up, gate_linear if gate_linear is not up else None, down, x[0])
+        return self.ffn(router, up, gate_linear, down, x[0])
 
 
 def _note(site: InlineSite) -> tuple[nn.Module, tuple[Tensor | None] | None]:

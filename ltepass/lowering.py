@@ -114,7 +114,13 @@ def _called_modules(model: nn.Module) -> set[str]:
 
 def plain(module: nn.Module) -> bool:
     """A linear whose forward is the matrix product and nothing else: no subclass, no offload hook."""
-    return (type(module) is nn.Linear or _is_conv1d(module)) and "_hf_hook" not in module.__dict__
+    cls = type(module)
+    product = cls is nn.Linear or _is_conv1d(module) or f"{cls.__module__}.{cls.__name__}" in _SAME_AS_LINEAR
+    return product and "_hf_hook" not in module.__dict__
+
+
+# Subclasses of nn.Linear whose forward is the same product spelled out.
+_SAME_AS_LINEAR = frozenset({"transformers.models.falcon.modeling_falcon.FalconLinear"})
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -290,7 +296,7 @@ def _lower_inline(model: nn.Module, owner: str, sites: list[FFNSite], lowered: s
         if site.name not in lowered:
             inline.append(plain_site)
             continue
-        inline.append(replace(plain_site, gate=relative(site, site.gate or site.up), lowered=True))
+        inline.append(replace(plain_site, gate=relative(site, site.gate) if site.gate else "", lowered=True))
         for path in {site.up, site.gate or site.up}:
             linear = model.get_submodule(path)
             width = linear.get_parameter("weight").shape[1 if _is_conv1d(linear) else 0]
