@@ -25,7 +25,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 SOURCE = "routed_ffn_cpu.cpp"
-HEADERS = ("simd.h", "problem.h", "decode.h", "batch.h")
+HEADERS = ("simd.h", "problem.h", "decode.h", "gemm.h", "batch.h")
 STABLE_ABI = "0x020b000000000000"  # torch 2.11, the oldest that ltepass supports
 # What each object may assume of the CPU, as /proc/cpuinfo names it; the first that fits is taken.
 X86_LEVELS = {

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -41,6 +42,38 @@ inline float hsum(vf v) {
   return lane[0];
 #endif
 }
+
+// out[0..4) += the sums of four vectors: thirteen instructions where four hsums take forty.
+#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+// Takes elements (i, W + i) or (i, i + 1, W + i, W + i + 1) of each group of four: P is the first, STEP the pair's shape.
+template <bool PAIRS, int P, size_t... I>
+inline vf interleave(vf a, vf b, std::index_sequence<I...>) {
+  return __builtin_shufflevector(a, b, int(PAIRS ? I / 4 * 4 + P + I % 2 + (I % 4 / 2) * W
+                                                 : I / 4 * 4 + P + I % 4 / 2 + (I % 2) * W)...);
+}
+
+inline void add_hsum4(const vf* v, float* out) {
+  constexpr std::make_index_sequence<W> all{};
+  const vf ab = interleave<false, 0>(v[0], v[1], all) + interleave<false, 2>(v[0], v[1], all);
+  const vf cd = interleave<false, 0>(v[2], v[3], all) + interleave<false, 2>(v[2], v[3], all);
+  const vf abcd = interleave<true, 0>(ab, cd, all) + interleave<true, 2>(ab, cd, all);
+  float lane[W];
+  std::memcpy(lane, &abcd, sizeof abcd);
+  for (int g = 0; g < W; g += 4)
+    for (int i = 0; i < 4; i++) out[i] += lane[g + i];
+}
+#else
+inline void add_hsum4(const vf* v, float* out) {
+  for (int i = 0; i < 4; i++) out[i] += hsum(v[i]);
+}
+#endif
+
+// Keeps a vector that several products use in a register: GCC would load it again from memory for each of them.
+#if defined(__x86_64__)
+#define KEEP_IN_REGISTER(v) asm("" : "+v"(v))
+#else
+#define KEEP_IN_REGISTER(v)
+#endif
 
 // ---- element types: T as stored, load() W of them as fp32, from_float() rounds to nearest even ----
 

@@ -1,0 +1,192 @@
+// The two products of an expert, in fp32 registers: x . w^T over long rows, and h w into long rows.
+#pragma once
+
+#include "problem.h"
+
+namespace {
+
+constexpr int64_t NEURON_BLOCK = 32;   // neurons that are widened and multiplied together
+constexpr int64_t DEPTH_BLOCK = 1024;  // stretch of d_model: 6 token rows of it (24 KB) and 4 of a weight fit in L1
+constexpr int64_t DIRECT = 8;          // up to this many tokens a weight is read where it lies, not copied first
+
+// A register tile: M tokens by tile_rows(M) neurons, so that accumulators and operands fit in 32 (16) vector registers.
+constexpr int MAX_M = W == 16 ? 6 : 3;
+constexpr int tile_rows(int m) { return m == 1 || (W == 16 && m <= 3) ? 8 : 4; }
+
+template <class F>
+inline void with_m(int64_t m, F&& f) {
+  switch (m) {
+    case 1: return f.template operator()<1>();
+    case 2: return f.template operator()<2>();
+    case 3: return f.template operator()<3>();
+    case 4: return f.template operator()<std::min(4, MAX_M)>();
+    case 5: return f.template operator()<std::min(5, MAX_M)>();
+    default: return f.template operator()<MAX_M>();
+  }
+}
+
+// Calls f<M>(first) for consecutive tiles that cover `tokens`, of nearly equal sizes.
+template <class F>
+inline void by_tiles(int64_t tokens, F&& f) {
+  const int64_t tiles = (tokens + MAX_M - 1) / MAX_M;
+  for (int64_t tile = 0; tile < tiles; tile++) {
+    const auto [m0, m1] = share(tokens, 1, int(tile), int(tiles));
+    with_m(m1 - m0, [&]<int M>() { f.template operator()<M>(m0); });
+  }
+}
+
+// fp32 tokens, cut into stretches of DEPTH_BLOCK that lie together: rows of a whole number of pages would meet in the
+// same few cache sets. Every row is padded with zeros to whole vectors, and by one more against the same effect.
+struct Blocked {
+  float* data;
+  int64_t tokens, depth;
+  static int64_t stride(int64_t depth) { return std::min(DEPTH_BLOCK, round_up(depth, W)) + W; }
+  static int64_t size(int64_t tokens, int64_t depth) {
+    return (depth + DEPTH_BLOCK - 1) / DEPTH_BLOCK * tokens * stride(depth);
+  }
+  const float* row(int64_t i) const { return data + i * stride(depth); }
+  int64_t next_block() const { return tokens * stride(depth); }
+  template <class E>
+  void fill(int64_t i, const typename E::T* from) const {
+    for (int64_t k = 0; k < depth; k += DEPTH_BLOCK) {
+      float* to = data + k / DEPTH_BLOCK * next_block() + i * stride(depth);
+      const int64_t n = std::min(DEPTH_BLOCK, depth - k);
+      widen<E>(from + k, to, n);
+      std::fill(to + n, to + stride(depth), 0.0f);
+    }
+  }
+};
+
+struct Block {
+  const float* data;
+  int64_t stride;
+};
+
+// A block [rows, cols] of a weight as fp32 rows of whole vectors: where it lies, or copied together, widened or turned
+// into `buffer`, zeros behind each row.
+template <class E>
+inline Block fp32_block(const Matrix& m, int64_t r0, int64_t rows, int64_t c0, int64_t cols, int64_t tokens, float* buffer) {
+  if constexpr (std::is_same_v<E, F32>)
+    if (m.col == 1 && tokens <= DIRECT && cols % W == 0) return {m.at<E>(r0, c0), m.row};
+  const int64_t padded = round_up(cols, W), ld = padded + W;
+  if (m.col == 1) {
+    for (int64_t r = 0; r < rows; r++) widen<E>(m.at<E>(r0 + r, c0), buffer + r * ld, cols);
+  } else {
+    for (int64_t c = 0; c < cols; c++)
+      for (int64_t r = 0; r < rows; r++) buffer[r * ld + c] = E::to_float(*m.at<E>(r0 + r, c0 + c));
+  }
+  for (int64_t r = 0; r < rows; r++) std::fill(buffer + r * ld + cols, buffer + r * ld + padded, 0.0f);
+  return {buffer, ld};
+}
+
+// out[m * NEURON_BLOCK + n] += x[m] . w[n] over depth elements, a whole number of vectors
+template <int M, int N>
+inline void dot_tile(const float* const* x, const float* w, int64_t ldw, int64_t depth, float* out) {
+  vf acc[M][N] = {};
+  for (int64_t k = 0; k < depth; k += W) {
+    vf xv[M], wv[N];
+    if constexpr (M < N) {  // the shorter side stays in registers, the longer one passes through one
+#pragma GCC unroll 16
+      for (int m = 0; m < M; m++) {
+        xv[m] = load(x[m] + k);
+        KEEP_IN_REGISTER(xv[m]);
+      }
+#pragma GCC unroll 16
+      for (int n = 0; n < N; n++) {
+        wv[n] = load(w + n * ldw + k);
+        KEEP_IN_REGISTER(wv[n]);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; m++) acc[m][n] += xv[m] * wv[n];
+      }
+    } else {
+#pragma GCC unroll 16
+      for (int n = 0; n < N; n++) {
+        wv[n] = load(w + n * ldw + k);
+        KEEP_IN_REGISTER(wv[n]);
+      }
+#pragma GCC unroll 16
+      for (int m = 0; m < M; m++) {
+        xv[m] = load(x[m] + k);
+        KEEP_IN_REGISTER(xv[m]);
+#pragma GCC unroll 16
+        for (int n = 0; n < N; n++) acc[m][n] += xv[m] * wv[n];
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; m++) {
+    int n = 0;
+#pragma GCC unroll 16
+    for (; n + 4 <= N; n += 4) add_hsum4(acc[m] + n, out + m * NEURON_BLOCK + n);
+#pragma GCC unroll 16
+    for (; n < N; n++) out[m * NEURON_BLOCK + n] += hsum(acc[m][n]);
+  }
+}
+
+// out[i * NEURON_BLOCK + j] = x[i] . m[r0 + j] for i < tokens, j < rows; x holds the rows' first stretches
+template <class E>
+inline void project_rows(const Matrix& m, int64_t r0, int64_t rows, const Blocked& from, const float* const* x,
+                         int64_t tokens, float* out, float* buffer) {
+  std::fill(out, out + tokens * NEURON_BLOCK, 0.0f);
+  for (int64_t k = 0; k < from.depth; k += DEPTH_BLOCK) {
+    const int64_t depth = std::min(DEPTH_BLOCK, from.depth - k), offset = k / DEPTH_BLOCK * from.next_block();
+    const Block w = fp32_block<E>(m, r0, rows, k, depth, tokens, buffer);
+    const int64_t padded = round_up(depth, W);
+    by_tiles(tokens, [&]<int M>(int64_t first) {
+      constexpr int N = tile_rows(M);
+      const float* xs[M];
+      for (int i = 0; i < M; i++) xs[i] = x[first + i] + offset;
+      float* to = out + first * NEURON_BLOCK;
+      int64_t j = 0;
+      for (; j + N <= rows; j += N) dot_tile<M, N>(xs, w.data + j * w.stride, w.stride, padded, to + j);
+      for (; j < rows; j++) dot_tile<M, 1>(xs, w.data + j * w.stride, w.stride, padded, to + j);
+    });
+  }
+}
+
+// y[m][0 .. N*W) += sum over j < depth of h[m * ldh + j] * w[j * ldw ..]
+template <int M, int N>
+inline void outer_tile(const float* h, int64_t ldh, const float* w, int64_t ldw, int64_t depth, float* const* y) {
+  vf acc[M][N];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 16
+    for (int n = 0; n < N; n++) acc[m][n] = load(y[m] + n * W);
+  for (int64_t j = 0; j < depth; j++) {
+    vf wv[N];
+#pragma GCC unroll 16
+    for (int n = 0; n < N; n++) {
+      wv[n] = load(w + j * ldw + n * W);
+      KEEP_IN_REGISTER(wv[n]);
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) {
+      vf hv = splat(h[m * ldh + j]);
+      KEEP_IN_REGISTER(hv);
+#pragma GCC unroll 16
+      for (int n = 0; n < N; n++) acc[m][n] += hv * wv[n];
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 16
+    for (int n = 0; n < N; n++) store(y[m] + n * W, acc[m][n]);
+}
+
+// y[i][0 .. cols) += h[i * ldh ..] times w [depth, cols], cols a whole number of vectors
+inline void outer_block(float* const* y, int64_t tokens, const float* h, int64_t ldh, const Block& w, int64_t depth, int64_t cols) {
+  by_tiles(tokens, [&]<int M>(int64_t first) {
+    constexpr int N = tile_rows(M);
+    const float* hs = h + first * ldh;
+    float* ys[M];
+    auto at = [&](int64_t col) {
+      for (int m = 0; m < M; m++) ys[m] = y[first + m] + col;
+      return ys;
+    };
+    int64_t c = 0;
+    for (; c + N * W <= cols; c += N * W) outer_tile<M, N>(hs, ldh, w.data + c, w.stride, depth, at(c));
+    for (; c < cols; c += W) outer_tile<M, 1>(hs, ldh, w.data + c, w.stride, depth, at(c));
+  });
+}
+
+}  // namespace

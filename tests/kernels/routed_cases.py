@@ -1,0 +1,104 @@
+"""Random arguments of `ltepass::routed_ffn` whose decisions no rounding can flip, and the judge in fp64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ltepass.kernels import reference
+
+ARGUMENTS = ("x", "router_weight", "router_bias", "threshold", "up", "up_bias", "gate", "gate_bias", "down", "down_bias")
+LAYOUTS = ("linear", "neuron_rows", "fused", "conv1d", "scattered")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    T: int = 5
+    d_model: int = 60
+    n_experts: int = 10
+    group_size: int = 8
+    d_out: int = 60
+    dtype: torch.dtype = torch.float32
+    gated: bool = True
+    bias: bool = True
+    mask: str = "random"
+    layout: str = "linear"
+    activation: str = "silu"
+    contiguous: bool = True
+    seed: int = 0
+
+
+def make(r: Recipe) -> tuple[Any, ...]:
+    """Arguments in schema order. Every logit is at least 1 away from the threshold: each router row reads one element
+    of x, and no element of x is small."""
+    gen = torch.Generator().manual_seed(r.seed)
+    d_ff = r.n_experts * r.group_size
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=gen)
+
+    def weight(rows: int, cols: int) -> Tensor:
+        return (random(rows, cols) / cols**0.5).to(r.dtype)
+
+    def bias(n: int) -> Tensor | None:
+        return random(n).to(r.dtype) if r.bias else None
+
+    x = random(r.T, r.d_model)
+    x = (x + torch.sign(x) * 0.5).to(r.dtype)
+    router = torch.zeros(r.n_experts, r.d_model)
+    router[torch.arange(r.n_experts), torch.arange(r.n_experts) % r.d_model] = 4.0
+    router_bias = random(r.n_experts).clamp(-1, 1) / 2 if r.bias else None
+    threshold = torch.tensor({"none": 1e4, "all": -1e4}.get(r.mask, 0.25))
+    if r.mask == "one":
+        router_bias = torch.full((r.n_experts,), -1e4)
+        router_bias[r.n_experts // 2] = 1e4
+    up, gate = weight(d_ff, r.d_model), weight(d_ff, r.d_model)
+    up, gate, down = lay_out(r.layout, up, gate, weight(r.d_out, d_ff))
+    gate_bias = bias(d_ff)
+    if not r.contiguous:
+        x = torch.stack([x, x], -1)[..., 0]
+    gates = (gate, gate_bias) if r.gated else (None, None)
+    return (x, router, router_bias, threshold, up, bias(d_ff), *gates, down, bias(r.d_out), r.activation)
+
+
+def lay_out(layout: str, up: Tensor, gate: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same values as views of other buffers."""
+
+    def turned(w: Tensor) -> Tensor:
+        return w.t().contiguous().t()
+
+    def scattered(w: Tensor) -> Tensor:
+        return torch.repeat_interleave(torch.repeat_interleave(w, 2, 0), 2, 1)[::2, ::2]
+
+    if layout == "neuron_rows":
+        return up, gate, turned(down)
+    if layout == "fused":  # gate_up of Phi-3 and GLM
+        both = torch.cat([gate, up])
+        return both[up.shape[0] :], both[: up.shape[0]], down
+    if layout == "conv1d":  # GPT-2's weight.t()
+        return turned(up), turned(gate), turned(down)
+    if layout == "scattered":
+        return scattered(up), scattered(gate), scattered(down)
+    return up, gate, down
+
+
+def doubled(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(a.double() if isinstance(a, Tensor) else a for a in args)
+
+
+def assert_values(y: Tensor, args: tuple[Any, ...], factor: float = 1.5) -> None:
+    """fp32: within 1e-5 of the fp64 result's largest value. bf16, fp16: not further from fp64 than `factor` times
+    PyTorch's own low-precision result, plus one rounding of the output."""
+    exact = reference.routed_ffn(*doubled(args))
+    if exact.numel() == 0:
+        return
+    scale = exact.abs().max().clamp_min(1e-30)
+    error = ((y.double() - exact).abs().max() / scale).item()
+    if y.dtype == torch.float32:
+        assert error < 1e-5
+        return
+    stock = ((reference.routed_ffn(*args).double() - exact).abs().max() / scale).item()
+    assert error <= factor * stock + torch.finfo(y.dtype).eps / 2

@@ -1,0 +1,222 @@
+"""The op as PyTorch sees it: registration, fakes, gradients by name, compile, export, AOTInductor, torch.func."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from routed_cases import ARGUMENTS, LAYOUTS, Recipe, make
+from torch import Tensor
+from torch.autograd import forward_ad
+
+import ltepass.ops
+from ltepass.errors import LTEError
+from ltepass.kernels import reference
+
+op = torch.ops.ltepass.routed_ffn
+FROZEN = ("router_weight", "router_bias", "threshold")
+
+
+def with_grad(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Every tensor a leaf that wants a gradient, strides kept."""
+    out = []
+    for a in args:
+        if isinstance(a, Tensor):
+            a = a.detach().requires_grad_(True)
+        out.append(a)
+    return tuple(out)
+
+
+@pytest.mark.parametrize("name", ["routed_ffn", "routed_ffn_with_mask"])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(
+    "recipe",
+    [Recipe(T=1), Recipe(T=63), Recipe(T=0), Recipe(gated=False, bias=False, dtype=torch.bfloat16), Recipe(d_out=7)],
+)
+def test_opcheck(name: str, grad: bool, recipe: Recipe) -> None:
+    args = make(recipe)
+    torch.library.opcheck(getattr(torch.ops.ltepass, name).default, with_grad(args) if grad else args)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    st.builds(
+        Recipe,
+        T=st.sampled_from((0, 1, 5, 63)),
+        d_model=st.sampled_from((1, 60, 63)),
+        n_experts=st.sampled_from((1, 7)),
+        group_size=st.sampled_from((8, 9)),
+        dtype=st.sampled_from((torch.float32, torch.float64)),
+        gated=st.booleans(),
+        bias=st.booleans(),
+        mask=st.sampled_from(("random", "none", "one", "all")),
+        layout=st.sampled_from(LAYOUTS),
+        activation=st.sampled_from(tuple(reference.ACTIVATIONS)),
+        seed=st.integers(0, 100),
+    )
+)
+def test_gradients_by_name(recipe: Recipe) -> None:
+    """Against autograd of the masked form. float64 runs the plain path and the same formula."""
+    ours, theirs = with_grad(make(recipe)), with_grad(make(recipe))
+    if recipe.dtype == torch.float64:
+        ours, theirs = (with_grad(tuple(a.double() if isinstance(a, Tensor) else a for a in s)) for s in (ours, theirs))
+    up = torch.randn(recipe.T, recipe.d_out, dtype=ours[0].dtype)
+    (op(*ours) * up).sum().backward()
+    (reference.routed_ffn(*theirs) * up).sum().backward()
+    tolerance = 1e-10 if recipe.dtype == torch.float64 else 2e-5
+    for name, a, b in zip(ARGUMENTS, ours, theirs, strict=False):
+        if name in FROZEN or a is None:
+            assert a is None or a.grad is None, name
+            continue
+        assert a.grad is not None, name
+        scale = b.grad.abs().max().clamp_min(1e-6) if b.grad.numel() else 1.0
+        torch.testing.assert_close(a.grad / scale, b.grad / scale, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("wanted", [("x",), ("up",), ("down_bias",), ("gate", "gate_bias"), ("x", "down")])
+def test_only_the_wanted_gradients(wanted: tuple[str, ...]) -> None:
+    args = tuple(
+        a.detach().requires_grad_(name in wanted) if isinstance(a, Tensor) else a
+        for name, a in zip((*ARGUMENTS, "activation"), make(Recipe()), strict=True)
+    )
+    op(*args).sum().backward()
+    assert {n for n, a in zip(ARGUMENTS, args, strict=False) if a is not None and a.grad is not None} == set(wanted)
+
+
+def test_inactive_experts_get_zero_gradients() -> None:
+    recipe = Recipe(mask="one")
+    args = with_grad(make(recipe))
+    op(*args).sum().backward()
+    active = slice(5 * recipe.group_size, 6 * recipe.group_size)
+    for name, dim in (("up", 0), ("gate", 0), ("down", 1)):
+        grad = args[ARGUMENTS.index(name)].grad.movedim(dim, 0)
+        assert grad[active].abs().min() > 0, name
+        grad[active] = 0
+        assert grad.abs().max() == 0, name
+
+
+def test_low_precision_gradients_are_judged_in_fp64() -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        args = make(Recipe(T=31, dtype=dtype))
+        wide = with_grad(tuple(a.double() if isinstance(a, Tensor) else a for a in args))
+        ours, theirs = with_grad(args), with_grad(args)
+        op(*ours).float().square().sum().backward()
+        reference.routed_ffn(*theirs).float().square().sum().backward()
+        reference.routed_ffn(*wide).square().sum().backward()
+        for name, a, b, w in zip(ARGUMENTS, ours, theirs, wide, strict=False):
+            if name in FROZEN:
+                continue
+            error, stock = ((t.grad.double() - w.grad).abs().max().item() for t in (a, b))
+            assert error <= 1.5 * stock + 1e-3 * w.grad.abs().max().item(), name
+
+
+def test_forward_mode_raises() -> None:
+    args = make(Recipe())
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        op(forward_ad.make_dual(args[0], args[0]), *args[1:])
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(lambda w: op(*args[:4], w, *args[5:]), (args[4],), (args[4],))
+    with pytest.raises((NotImplementedError, RuntimeError)), forward_ad.dual_level():
+        op(forward_ad.make_dual(args[0].clone().requires_grad_(), args[0]), *args[1:])
+
+
+def test_torch_func_grad_and_vmap() -> None:
+    args = make(Recipe(T=6))
+    ours = torch.func.grad(lambda x: op(x, *args[1:]).square().sum())(args[0])
+    theirs = torch.func.grad(lambda x: reference.routed_ffn(x, *args[1:]).square().sum())(args[0])
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    batched = torch.vmap(lambda x: op(x, *args[1:]))(args[0].view(2, 3, -1))
+    assert torch.equal(batched, op(*args).view(2, 3, -1))
+    per_sample = torch.vmap(lambda x: op(x, *args[1:]), in_dims=1, out_dims=1)(args[0].view(2, 3, -1))
+    torch.testing.assert_close(per_sample, batched, rtol=0, atol=1e-6)
+    with pytest.raises(NotImplementedError, match="weights"):
+        torch.vmap(lambda w: op(*args[:4], w, *args[5:]))(torch.stack([args[4]] * 2))
+
+
+class Layer(torch.nn.Module):
+    """The op beside ordinary ones, so that a compiler has something to fuse around it."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        self.rest = make(recipe)[1:]
+        for name, a in zip(ARGUMENTS[1:], self.rest, strict=False):
+            if a is not None:
+                self.register_buffer(name, a)
+
+    def forward(self, x: Tensor) -> Tensor:
+        named = [getattr(self, name, None) for name in ARGUMENTS[1:]]
+        return torch.relu(op(torch.sin(x), *named, self.rest[-1])) + 1
+
+
+def test_fullgraph_compile_with_a_dynamic_batch() -> None:
+    torch._dynamo.reset()
+    layer = Layer(Recipe())
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    for T in (1, 5, 63):
+        x = make(Recipe(T=T))[0]
+        torch.testing.assert_close(compiled(x), layer(x), rtol=1e-5, atol=1e-6)
+
+
+def test_fullgraph_compile_of_a_backward() -> None:
+    torch._dynamo.reset()
+    layer = Layer(Recipe())
+    grads = []
+    for fn in (layer, torch.compile(layer, fullgraph=True)):
+        x = make(Recipe())[0].requires_grad_()
+        fn(x).square().sum().backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-5)
+
+
+def test_export_keeps_one_op() -> None:
+    layer, x = Layer(Recipe()), make(Recipe())[0]
+    tokens = torch.export.Dim("tokens", min=1, max=512)
+    program = torch.export.export(layer, (x,), dynamic_shapes={"x": {0: tokens}}).run_decompositions()
+    targets = [n.target for n in program.graph.nodes if n.op == "call_function"]
+    assert targets.count(op.default) == 1
+    more = make(Recipe(T=9))[0]
+    torch.testing.assert_close(program.module()(more), layer(more), rtol=1e-5, atol=1e-6)
+
+
+def test_aot_inductor(tmp_path: Path) -> None:
+    layer, x = Layer(Recipe()), make(Recipe())[0]
+    package = torch._inductor.aoti_compile_and_package(
+        torch.export.export(layer, (x,)), package_path=str(tmp_path / "layer.pt2")
+    )
+    loaded = torch._inductor.aoti_load_package(package)
+    torch.testing.assert_close(loaded(x), layer(x), rtol=1e-5, atol=1e-6)
+
+
+def test_fake_and_meta_have_the_real_shapes() -> None:
+    args = make(Recipe(d_out=7, dtype=torch.float16))
+    meta = tuple(a.to("meta") if isinstance(a, Tensor) else a for a in args)
+    y, mask, count = torch.ops.ltepass.routed_ffn_with_mask(*meta)
+    real = torch.ops.ltepass.routed_ffn_with_mask(*args)
+    for m, r in zip((y, mask, count), real, strict=True):
+        assert (m.shape, m.dtype, m.device.type) == (r.shape, r.dtype, "meta")
+    with pytest.raises(LTEError, match="expected"):
+        op(meta[0][:, :3], *meta[1:])
+
+
+def test_float64_takes_the_plain_path() -> None:
+    args = tuple(a.double() if isinstance(a, Tensor) else a for a in make(Recipe()))
+    assert torch.equal(op(*args), reference.routed_ffn(*args))
+
+
+def test_import_is_light() -> None:
+    code = (
+        "import sys, ltepass.ops, ltepass.kernels.reference; "
+        "assert 'triton' not in sys.modules and 'transformers' not in sys.modules; "
+        "from ltepass.kernels import routed_ffn_cpu; assert routed_ffn_cpu._loaded is None"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_which_path_is_visible() -> None:
+    assert ltepass.ops.which_path(1, 64, 64, 8, torch.float32) != ltepass.ops.which_path(64, 64, 64, 8, torch.float32)

@@ -1,0 +1,211 @@
+"""The C++ kernel against the reference: masks first, then values judged in fp64."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from routed_cases import LAYOUTS, Recipe, assert_values, make
+
+import ltepass.ops
+from ltepass.errors import LTEError
+from ltepass.kernels import reference, routed_ffn_cpu
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+op = torch.ops.ltepass.routed_ffn_with_mask
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def check(recipe: Recipe) -> None:
+    args = make(recipe)
+    y, mask, count = op(*args)
+    expected = reference.mask(*args[:4])
+    assert torch.equal(mask, expected)
+    assert count.item() == expected.sum().item()
+    assert y.shape == (recipe.T, recipe.d_out)
+    assert y.dtype == recipe.dtype
+    assert_values(y, args)
+    assert torch.equal(torch.ops.ltepass.routed_ffn(*args), y)
+
+
+def test_the_cpp_kernel_is_what_runs() -> None:
+    assert routed_ffn_cpu.load()
+    assert "C++" in ltepass.ops.which_path(1, 64, 64, 8, torch.float32)
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("ltepass::routed_ffn", "CPU")
+
+
+recipes = st.builds(
+    Recipe,
+    T=st.sampled_from((0, 1, 2, 3, 8, 9, 33, 63)),
+    d_model=st.sampled_from((1, 60, 63, 64, 100)),
+    n_experts=st.sampled_from((1, 2, 7, 10)),
+    group_size=st.sampled_from((1, 8, 9, 16, 32, 33, 128)),
+    d_out=st.sampled_from((1, 60, 63, 96)),
+    dtype=st.sampled_from(DTYPES),
+    gated=st.booleans(),
+    bias=st.booleans(),
+    mask=st.sampled_from(("random", "none", "one", "all")),
+    layout=st.sampled_from(LAYOUTS),
+    activation=st.sampled_from(tuple(reference.ACTIVATIONS)),
+    contiguous=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(recipes)
+def test_any_shape_and_layout(recipe: Recipe) -> None:
+    check(recipe)
+
+
+@pytest.mark.slow
+@settings(max_examples=3000, deadline=None)
+@given(recipes)
+def test_any_shape_and_layout_deep(recipe: Recipe) -> None:
+    check(recipe)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+def test_every_activation(activation: str, dtype: torch.dtype) -> None:
+    for T in (1, 7):
+        check(Recipe(T=T, activation=activation, dtype=dtype, d_model=100, n_experts=7, group_size=9))
+
+
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+def test_activations_far_from_zero(activation: str) -> None:
+    """The identity FFN shows the activation itself; tails must keep their digits and NaN must stay NaN."""
+    x = torch.cat([torch.linspace(-30, 30, 1001), torch.tensor([0.0, -1e4, 1e4, float("nan")])])[:, None]
+    one = torch.ones(1, 1)
+    y = torch.ops.ltepass.routed_ffn(x, one, None, torch.tensor(-1e9), one, None, None, None, one, None, activation)
+    wide = x.double()
+    expected = reference.ACTIVATIONS[activation](wide)
+    # F.gelu's 1 + erf and 1 + tanh have no digits left far below zero, in fp64 either
+    if activation == "gelu":
+        expected = wide * 0.5 * torch.erfc(-wide / 2**0.5)
+    if activation == "gelu_tanh":
+        expected = wide * torch.sigmoid(2 * (2 / torch.pi) ** 0.5 * (wide + 0.044715 * wide**3))
+    expected = expected.float()
+    y[-1], expected[-1] = y[-1].isnan().logical_not(), 1.0  # a NaN logit is not above the threshold: inactive, y = 0
+    torch.testing.assert_close(y, expected, rtol=2e-5, atol=1e-30)
+
+
+@pytest.mark.parametrize("T", [40, 520])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_more_tokens_and_features_than_a_block(T: int, dtype: torch.dtype) -> None:
+    check(Recipe(T=T, d_model=1100, n_experts=6, group_size=40, d_out=300, dtype=dtype))
+
+
+@pytest.mark.parametrize("T", [1, 12])
+def test_leading_dimensions(T: int) -> None:
+    args = make(Recipe(T=T))
+    flat = torch.ops.ltepass.routed_ffn(*args)
+    shaped = torch.ops.ltepass.routed_ffn(args[0].view(T, 1, 1, -1), *args[1:])
+    assert torch.equal(shaped, flat.view(T, 1, 1, -1))
+    vector = torch.ops.ltepass.routed_ffn(args[0][0], *args[1:])
+    assert vector.shape == flat.shape[1:]
+
+
+def test_decision_is_made_in_fp32_with_a_dense_router() -> None:
+    torch.manual_seed(0)
+    for dtype in DTYPES:
+        args = list(make(Recipe(T=63, d_model=100, dtype=dtype)))
+        args[1] = torch.randn_like(args[1]) / 10
+        _, mask, _ = op(*args)
+        logits = torch.nn.functional.linear(args[0].double(), args[1].double(), args[2].double()) - 0.25
+        sure = logits.abs() > 1e-5
+        assert sure.float().mean() > 0.99
+        assert torch.equal(mask[sure], (logits > 0)[sure])
+
+
+def test_threshold_is_strict() -> None:
+    x, router, one = torch.ones(1, 1), torch.ones(2, 1), torch.ones(2, 1)
+    router[1] = 1 + 2**-23
+    _, mask, _ = op(x, router, None, torch.tensor(1.0), one, None, None, None, one.t(), None, "identity")
+    assert mask.tolist() == [[False, True]]
+
+
+@pytest.mark.parametrize("T", [1, 4, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bitwise_repeatable(T: int, dtype: torch.dtype) -> None:
+    """Even across thread counts: every number is summed by one thread in one order."""
+    args = make(Recipe(T=T, d_model=200, n_experts=20, group_size=16, d_out=100, dtype=dtype, layout="neuron_rows"))
+    results = []
+    for threads in (1, 2, 3, 5, 2, 1):
+        torch.set_num_threads(threads)
+        results.append(torch.ops.ltepass.routed_ffn(*args))
+    for y in results[1:]:
+        assert torch.equal(y, results[0])
+
+
+def test_many_python_threads_at_once() -> None:
+    cases = [make(Recipe(T=1 + i % 3 * 5, d_model=96 + i, n_experts=10 + i, seed=i)) for i in range(8)]
+    expected = [torch.ops.ltepass.routed_ffn(*c) for c in cases]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        torch.set_num_threads(2)
+        for _ in range(50):
+            if not torch.equal(torch.ops.ltepass.routed_ffn(*cases[i]), expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+def test_inputs_are_left_alone() -> None:
+    args = make(Recipe(T=3, dtype=torch.bfloat16))
+    before = [a.clone() for a in args if isinstance(a, torch.Tensor)]
+    torch.ops.ltepass.routed_ffn(*args)
+    for a, b in zip((a for a in args if isinstance(a, torch.Tensor)), before, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("T", [1, 6])
+def test_nan_in_one_token_stays_there(T: int) -> None:
+    args = make(Recipe(T=T, mask="all"))
+    args[0][-1, 3] = torch.nan
+    y, mask, _ = op(*args)
+    assert not mask[-1, 3]  # its logit is NaN
+    assert y[-1].isnan().all() or not mask[-1].any()
+    assert y[:-1].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("position", "wrong"),
+    [(1, torch.zeros(7, 60)), (1, torch.zeros(10, 61)), (4, torch.zeros(80, 61)), (6, torch.zeros(40, 60))],
+)
+def test_shapes_that_do_not_fit_are_refused(position: int, wrong: torch.Tensor) -> None:
+    args = list(make(Recipe()))
+    args[position] = wrong
+    with pytest.raises((RuntimeError, LTEError), match="experts|shape"):
+        torch.ops.ltepass.routed_ffn(*args)
+
+
+@pytest.mark.parametrize("position", [1, 4, 5, 8])
+def test_mixed_dtypes_are_refused(position: int) -> None:
+    args = list(make(Recipe()))
+    args[position] = args[position].bfloat16()
+    with pytest.raises(RuntimeError, match="dtype|fp32"):
+        torch.ops.ltepass.routed_ffn(*args)
+
+
+def test_unknown_activation_is_refused() -> None:
+    args = make(Recipe())
+    with pytest.raises((RuntimeError, LTEError), match="activation"):
+        torch.ops.ltepass.routed_ffn(*args[:-1], "swoosh")
