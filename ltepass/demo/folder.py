@@ -61,7 +61,8 @@ class Folder:
         return result
 
     def finish(self, stage: str, result: dict[str, Any], seconds: float) -> None:
-        self.results["stages"][stage] = {**result, "seconds": round(seconds, 1)}
+        entry = {**result, "seconds": round(seconds, 1)}
+        self.results["stages"][stage] = json.loads(json.dumps(entry))  # as a later call will read it
         self._write()
 
     def _write(self) -> None:
