@@ -73,6 +73,20 @@ def report(folder: Folder) -> None:
     _print(ltepass.report(load(str(folder))))
 
 
+@app.command("eval")
+def evaluate(
+    folder: Folder,
+    text: Annotated[Path, typer.Argument(help="A text file that the model was not trained on.")],
+    length: Annotated[int, typer.Option(help="Tokens of one block.")] = 512,
+    limit: Annotated[int, typer.Option(help="At most so many blocks.")] = 16,
+    device: Device = "cpu",
+) -> None:
+    """Perplexity of a saved model on a text, with its gates and without, and how sparse it is there."""
+    from ltepass import models
+
+    _print(models.evaluate(str(folder), text.read_text(), length=length, limit=limit, device=device))
+
+
 @app.command()
 def generate(
     folder: Folder,

@@ -1,4 +1,4 @@
-"""What the command line does with a model's name: load it, inspect it on the meta device, continue a text."""
+"""What the command line does with a model's name: load, inspect, evaluate, continue a text."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from torch import nn
 import ltepass
 from ltepass.config import LTEConfig
 from ltepass.errors import ConfigError, NoFFNFoundError
-from ltepass.reporting import Report
+from ltepass.evaluation import perplexity
+from ltepass.reporting import Report, span
 from ltepass.sites import state_of
+from ltepass.texts import token_blocks
 
 
 def call_by_name(name: str) -> tuple[nn.Module, Any]:
@@ -80,6 +82,25 @@ def _skeleton(name: str) -> Any:
         return load(name)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config).eval()
+
+
+def evaluate(folder: str, text: str, *, length: int = 512, limit: int | None = 16, device: str = "cpu") -> Any:
+    """A rich table: perplexity of a saved model on blocks of `text`, in hard and in dense mode, and its sparsity."""
+    from rich.table import Table
+    from transformers import AutoTokenizer
+
+    model = load(folder, device)
+    blocks = token_blocks(AutoTokenizer.from_pretrained(folder), text, length, limit)
+    if not len(blocks):
+        raise ConfigError(f"the text has no whole block of {length} tokens; pass more text or a smaller --length")
+    table = Table(title=f"{len(blocks)} x {length} tokens", show_header=False, title_justify="left")
+    if state_of(model) is not None:
+        sparsity = ltepass.measure_sparsity(model, blocks[:, None].to(model.device))
+        table.add_row("perplexity, hard mode", f"{perplexity(model, blocks):.3f}")
+        table.add_row("inactive neurons, per site min / mean / max", span(list(sparsity.values())))
+        ltepass.set_mode(model, "dense")
+    table.add_row("perplexity, every neuron active", f"{perplexity(model, blocks):.3f}")
+    return table
 
 
 SMALL = {

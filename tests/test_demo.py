@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import ltepass
 from ltepass.demo import learning, speed
 from ltepass.demo.folder import DemoOptions, Folder
-from ltepass.demo.measure import perplexity, sparsity_of_tail
+from ltepass.evaluation import perplexity, sparsity_of_tail
 from ltepass.demo.readme import BEGIN, END, with_table
 from ltepass.demo.run import STAGES, run_demo
 from ltepass.demo.table import markdown, rows

@@ -1,4 +1,4 @@
-"""Quality on held-out text: perplexity; and the sparsity of the very tokens that a timing decodes."""
+"""Quality on held-out text: perplexity, and sparsity beside it."""
 
 from __future__ import annotations
 
