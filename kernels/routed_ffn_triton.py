@@ -89,7 +89,7 @@ def union(c: Call) -> Tensor:
     h = c.empty(c.n_tokens, c.d_ff)
     y = c.empty(c.n_tokens, c.d_out)
     tokens = {"n_tokens": c.n_tokens, "BLOCK_T": DOT if c.n_tokens <= DOT else 2 * DOT}
-    grid: tuple[int, ...] = (triton.cdiv(c.n_experts, r["BLOCK_E"]), 1)
+    grid: tuple[int, ...] = (triton.cdiv(c.n_experts, r["EXPERTS"]), 1)
     more = {"mask": mask, "plan": plan, "n_tickets": n_tiles, "UNION": True}
     c.launch(router_many, router, r, grid, **c.router_args(), **tokens, **more)
     grid = (c.n_experts * triton.cdiv(c.group_size, g["BLOCK_N"]),)
@@ -133,7 +133,7 @@ def mask_of(c: Call) -> Tensor:
     tuned = c.tuned("router_tokens")
     blocks = tuned.fit(DOT, BLOCK_E=c.n_experts, BLOCK_D=c.d_model)
     mask = c.empty(c.n_experts, c.n_tokens, dtype=torch.int8)
-    grid = (triton.cdiv(c.n_experts, blocks["BLOCK_E"]), triton.cdiv(c.n_tokens, blocks["BLOCK_T"]))
+    grid = (triton.cdiv(c.n_experts, blocks["EXPERTS"]), triton.cdiv(c.n_tokens, blocks["BLOCK_T"]))
     unused = {"plan": c.x, "n_tickets": 0, "UNION": False}
     c.launch(router_many, tuned, blocks, grid, **c.router_args(), n_tokens=c.n_tokens, mask=mask, **unused)
     return mask

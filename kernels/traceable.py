@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
@@ -24,7 +23,7 @@ def register(library: torch.library.Library) -> None:
 
 def decompose(
     mode: FunctionalTensorMode, op: Any, types: tuple[type, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Tensor:
+) -> Any:
     """The op as kernel launches that a graph can hold, where x is on a GPU and the graph is being compiled."""
     from torch.export._trace import custom_triton_ops_decomposition_disabled
 
@@ -32,8 +31,9 @@ def decompose(
     if not all(issubclass(t, known) for t in types):
         return NotImplemented
     # An exported program keeps the op: kernels would make it good for one kind of device only.
-    if args[0].device.type != "cuda" or custom_triton_ops_decomposition_disabled():
-        return mode.__torch_dispatch__(op, types, args, kwargs)  # type: ignore[no-any-return,no-untyped-call]
+    exporting = custom_triton_ops_decomposition_disabled()  # type: ignore[no-untyped-call]
+    if args[0].device.type != "cuda" or exporting:
+        return mode.__torch_dispatch__(op, types, args, kwargs)
     from ltepass.kernels.routed_ffn_triton import routed_ffn_traceable
 
     with mode:

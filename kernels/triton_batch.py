@@ -29,6 +29,29 @@ def token_tile(x, token_T, live_T, col_D, live_D, d_model):
 
 
 @jit
+def exact_dot(w_ED, x_DT, acc_ET, TF32: tl.constexpr):
+    """acc + w . x with w in fp32, to about fp32's own rounding, on the fastest unit that can.
+
+    bf16 x: w as three bf16 parts, 24 bits. fp16 x, which tf32 holds exactly: w as two tf32 parts, 22 bits.
+    """
+    if x_DT.dtype == tl.bfloat16:
+        high_ED = w_ED.to(tl.bfloat16)
+        rest_ED = w_ED - high_ED.to(tl.float32)
+        middle_ED = rest_ED.to(tl.bfloat16)
+        low_ED = (rest_ED - middle_ED.to(tl.float32)).to(tl.bfloat16)
+        acc_ET = tl.dot(low_ED, x_DT, acc_ET)
+        acc_ET = tl.dot(middle_ED, x_DT, acc_ET)
+        acc_ET = tl.dot(high_ED, x_DT, acc_ET)
+    elif TF32:
+        high_ED = (w_ED.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        acc_ET = tl.dot(w_ED - high_ED, x_DT.to(tl.float32), acc_ET, input_precision="tf32")
+        acc_ET = tl.dot(high_ED, x_DT.to(tl.float32), acc_ET, input_precision="tf32")
+    else:
+        acc_ET = tl.dot(w_ED, x_DT.to(tl.float32), acc_ET, input_precision="ieee")
+    return acc_ET
+
+
+@jit
 def router_many(
     x,
     weight,
@@ -43,31 +66,28 @@ def router_many(
     HAS_BIAS: tl.constexpr,
     UNION: tl.constexpr,
     TF32: tl.constexpr,
+    EXPERTS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """mask[e, t] = 1 (int8) where token t wants e; with UNION (n_tokens <= BLOCK_T) plan[e] = any. Grid: (E, T tiles).
+    """mask[e, t] = 1 (int8) where token t wants e; with UNION (n_tokens <= BLOCK_T) plan[e] = any.
 
-    TF32 is for 16-bit x, which tf32 holds exactly: the weight goes in as two tf32 parts (22 of its 24 bits), so that a
-    logit is as good as an fp32 sum at many times its speed. fp32 x takes fp32 products.
+    Grid: (cdiv(E, EXPERTS), T tiles). EXPERTS may be less than BLOCK_E, the least that matrix units take: with few
+    tokens the router is bound by memory, and more programs read faster.
     """
-    expert_E = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    place_E = tl.arange(0, BLOCK_E)
+    expert_E = tl.program_id(0) * EXPERTS + place_E
     token_T = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
-    live_E, live_T = expert_E < n_experts, token_T < n_tokens
+    live_E, live_T = (place_E < EXPERTS) & (expert_E < n_experts), token_T < n_tokens
     logit_ET = tl.zeros([BLOCK_E, BLOCK_T], tl.float32)
     for start in range(0, d_model, BLOCK_D):
         col_D = start + tl.arange(0, BLOCK_D)
         live_D = col_D < d_model
-        x_DT = token_tile(x, token_T, live_T, col_D, live_D, d_model).to(tl.float32)
+        x_DT = token_tile(x, token_T, live_T, col_D, live_D, d_model)
         at_ED = expert_E.to(tl.int64)[:, None] * d_model + col_D[None, :]
         w_ED = tl.load(weight + at_ED, mask=live_E[:, None] & live_D[None, :], other=0.0)
-        if TF32:
-            high_ED = (w_ED.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-            logit_ET = tl.dot(w_ED - high_ED, x_DT, logit_ET, input_precision="tf32")
-            logit_ET = tl.dot(high_ED, x_DT, logit_ET, input_precision="tf32")
-        else:
-            logit_ET = tl.dot(w_ED, x_DT, logit_ET, input_precision="ieee")
+        logit_ET = exact_dot(w_ED, x_DT, logit_ET, TF32)
     if HAS_BIAS:
         logit_ET += tl.load(bias + expert_E, mask=live_E, other=0.0)[:, None]
     wants_ET = ((logit_ET > tl.load(threshold)) & live_T[None, :]).to(tl.int32)

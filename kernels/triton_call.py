@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class Call:
     leading: tuple[int, ...]
     launcher: Launcher
     device: str
+    traced: bool
 
     @staticmethod
     def of(args: tuple[Any, ...], launcher: Launcher, device: str | None = None) -> Call:
@@ -57,6 +58,7 @@ class Call:
             x=x.reshape(-1, x.shape[-1]).contiguous(),
             leading=tuple(x.shape[:-1]),
             launcher=launcher,
+            traced=launcher is torch.library.wrap_triton,
             device=tuning.device_name(x.device) if device is None else device,
             activation=args[-1],
             **given,
@@ -141,8 +143,14 @@ class Call:
         return self.x.new_empty(shape, dtype=dtype)
 
     def tuned(self, kernel: str) -> Launch:
-        return tuning.launch_for(kernel, self.device, self.x.element_size() * 8, self.group_size)
+        """The table's row. A tracer's launch has no room for PDL, the overlap of one launch with the next."""
+        launch = tuning.launch_for(kernel, self.device, self.x.element_size() * 8, self.group_size)
+        if self.traced and launch.blocks.get("PDL"):
+            return replace(launch, blocks={**launch.blocks, "PDL": 0})
+        return launch
 
     def launch(self, kernel: Any, tuned: Launch, blocks: dict[str, int], grid: tuple[int, ...], **args: Any) -> None:
-        warps_and_stages = {"num_warps": tuned.num_warps, "num_stages": tuned.num_stages}
-        self.launcher(kernel)[grid](**args, **blocks, **warps_and_stages)
+        how: dict[str, Any] = {"num_warps": tuned.num_warps, "num_stages": tuned.num_stages}
+        if blocks.get("PDL"):
+            how["launch_pdl"] = True
+        self.launcher(kernel)[grid](**args, **blocks, **how)

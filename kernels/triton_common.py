@@ -62,6 +62,20 @@ def hidden_units(up, gate, ACT: tl.constexpr, GATED: tl.constexpr):
 
 
 @jit
+def wait_for_previous(PDL: tl.constexpr):
+    """First statement of a kernel that may start while the one before it still runs (Hopper and later)."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+
+@jit
+def let_next_start(PDL: tl.constexpr):
+    """The next kernel's programs take the places that this one's leave free, and wait there."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@jit
 def zero_tickets(plan, n_experts, n_tickets):
     """By one program of the router kernel, so that the down kernel needs no memset and no persistent buffer."""
     for start in range(0, n_tickets, 128):

@@ -16,8 +16,10 @@ from ltepass.kernels.triton_common import (
     finish_tile,
     hidden_units,
     jit,
+    let_next_start,
     list_expert,
     my_chunks,
+    wait_for_previous,
     zero_tickets,
 )
 
@@ -50,8 +52,10 @@ def router_one(
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """plan[e] = x . weight[e] + bias[e] > threshold. Grid: (cdiv(E, BLOCK_E),). weight: [E, D] contiguous."""
+    let_next_start(PDL)
     pid = tl.program_id(0)
     expert_E = pid * BLOCK_E + tl.arange(0, BLOCK_E)
     live_E = expert_E < n_experts
@@ -92,8 +96,11 @@ def gate_up_one(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """h[n] fp32 for the neurons of active experts; the rest of h stays unwritten. Grid: (E * cdiv(GROUP, BLOCK_N),)."""
+    wait_for_previous(PDL)
+    let_next_start(PDL)
     parts: tl.constexpr = (GROUP + BLOCK_N - 1) // BLOCK_N
     expert = tl.program_id(0) // parts
     part = tl.program_id(0) % parts
@@ -139,8 +146,10 @@ def down_one(
     BLOCK_O: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """y = down[:, active] . h[active] + bias. Grid: (cdiv(d_out, BLOCK_O), SPLITS). Either stride of down may be 1."""
+    wait_for_previous(PDL)
     tile, split = tl.program_id(0), tl.program_id(1)
     out_O = tile * BLOCK_O + tl.arange(0, BLOCK_O)
     live_O = out_O < d_out

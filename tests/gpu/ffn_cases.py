@@ -29,6 +29,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     layout: str = "rows"
     density: float = 0.5
+    margin: float = MARGIN
     seed: int = 0
 
     def __str__(self) -> str:
@@ -45,7 +46,7 @@ def make(case: Case, device: str = "cpu") -> tuple[Any, ...]:
     x = torch.randn(case.T, d).to(dtype)
     router_weight = torch.randn(case.n_experts, d)
     router_bias = torch.randn(case.n_experts) if case.bias else None
-    threshold = _threshold(x, router_weight, router_bias, case.density)
+    threshold = _threshold(x, router_weight, router_bias, case)
     up, gate = _up_and_gate(case, f, d)
     down = (torch.randn(o, f) * f**-0.5).to(dtype)
     if case.layout == "neuron":
@@ -70,16 +71,19 @@ def _up_and_gate(case: Case, f: int, d: int) -> tuple[Tensor, Tensor | None]:
     return up, gate if case.gated else None
 
 
-def _threshold(x: Tensor, weight: Tensor, bias: Tensor | None, density: float) -> Tensor:
-    """Near the quantile that leaves `density` active, in the widest gap between logits that is close by."""
+def _threshold(x: Tensor, weight: Tensor, bias: Tensor | None, case: Case) -> Tensor:
+    """Near the quantile that leaves `density` active, in a gap between logits: the widest close by, or, for a small
+    margin, the narrowest that keeps it."""
     logits = _logits(x, weight, bias)
     if logits.numel() == 0:
         return torch.tensor(0.0)
     ordered = torch.cat([logits[:1] - 2, logits, logits[-1:] + 2])
-    at = round((1 - density) * logits.numel())
-    near = range(max(at - 8, 0), min(at + 8, logits.numel()) + 1) if 0 < density < 1 else (at,)
-    best = max(near, key=lambda i: float(ordered[i + 1] - ordered[i]))
-    assert ordered[best + 1] - ordered[best] > 2 * MARGIN, "no gap between logits; take another seed"
+    at = round((1 - case.density) * logits.numel())
+    near = range(max(at - 8, 0), min(at + 8, logits.numel()) + 1) if 0 < case.density < 1 else (at,)
+    gaps = {i: float(ordered[i + 1] - ordered[i]) for i in near}
+    wide = {i: gap for i, gap in gaps.items() if gap > 2 * case.margin}
+    assert wide, "no gap between logits; take another seed"
+    best = max(wide, key=wide.__getitem__) if case.margin >= MARGIN else min(wide, key=wide.__getitem__)
     return ((ordered[best] + ordered[best + 1]) / 2).float()
 
 

@@ -162,6 +162,14 @@ def test_offsets_past_two_to_the_31(path: str) -> None:
     assert torch.equal(run(tuple(args), density), small)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("path", ["one", "union 32", "dense"])
+def test_decisions_are_fp32_decisions(path: str, dtype: torch.dtype) -> None:
+    """Logits near 10 and 1e-4 from the threshold: a router weight in bf16 or tf32 would be 3e-2 or 4e-3 off."""
+    T, density = PATHS[path]
+    check(Case(T=T, dtype=dtype, n_experts=60, group_size=1, d_out=30, margin=1e-4, seed=2), density)
+
+
 def test_the_threshold_is_read_on_every_call() -> None:
     args = ffn_cases.make(Case(T=1))
     assert not torch.equal(routed_ffn(*args)[0], args[9])

@@ -17,13 +17,13 @@ def test_every_kernel_has_a_row_for_any_device_dtype_and_group() -> None:
         for bits in (16, 32):
             launch = tuning.launch_for(kernel, "a GPU nobody has seen", bits, 43)
             assert launch.blocks, kernel
-            assert all(v > 0 or k in ("TF32", "PROGRAMS") for k, v in launch.blocks.items())
+            assert all(v > 0 or k in ("TF32", "PDL") for k, v in launch.blocks.items())
 
 
 def test_the_last_row_that_fits_wins(tmp_path: Path) -> None:
-    text = tuning.TABLE.read_text() + "down_one,H100,16,32,BLOCK_O=8 BLOCK_K=32 PROGRAMS=7 STAGES=2,8,2,9.1,H100 once\n"
+    row_text = "down_one,H100,16,32,BLOCK_O=8 BLOCK_K=32 PROGRAMS=7 STAGES=2 PDL=1,8,2,9.1,H100 once\n"
     path = tmp_path / "table.csv"
-    path.write_text(text)
+    path.write_text(tuning.TABLE.read_text() + row_text)
     row = tuning.table(path)[-1]
     assert (row.blocks["PROGRAMS"], row.num_warps, row.microseconds, row.where) == (7, 8, "9.1", "H100 once")
     assert row.fits("NVIDIA H100 80GB HBM3", 16, 32)
