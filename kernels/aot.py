@@ -58,7 +58,7 @@ class Launched:
 
     @property
     def variant(self) -> str:
-        names = {"GROUP", "ACT", "GATED", "SPLITS", "UNION", "TF32", "PDL"}
+        names = {"GROUP", "ACT", "GATED", "SPLITS", "UNION", "TF32", "PDL", "EXPERTS"}
         shown = ((k, int(v) if isinstance(v, bool) else v) for k, v in self.constants)
         return " ".join(f"{k}={v}" for k, v in shown if k in names or k.startswith(("BLOCK", "STAGES", "stride")))
 
