@@ -16,6 +16,7 @@ Folder = Annotated[Path, typer.Argument(help="A directory that save_pretrained o
 Out = Annotated[Path, typer.Option(help="Where results go.")]
 Sparsity = Annotated[float, typer.Option(help="Share of inactive neurons, in [0, 1).")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+GroupSize = Annotated[int | None, typer.Option(help="Neurons per expert; without it, chosen per site.")]
 Seed = Annotated[int, typer.Option(help="Seed of grouping, router start and batches.")]
 
 
@@ -44,7 +45,7 @@ def demo(
 @app.command()
 def inspect(
     model: Model,
-    group_size: Annotated[int | None, typer.Option(help="Neurons per expert; without it, chosen per site.")] = None,
+    group_size: GroupSize = None,
 ) -> None:
     """Show the FFN sites that transform would find, and why other candidates are refused. Needs no weights."""
     from ltepass.models import inspect_model
@@ -71,6 +72,36 @@ def report(folder: Folder) -> None:
     from ltepass.models import load
 
     _print(ltepass.report(load(str(folder))))
+
+
+@app.command()
+def train(
+    model: Model,
+    text: Annotated[Path, typer.Argument(help="A text file; its last tenth is held out.")],
+    out: Out = Path("lte-model"),
+    target_sparsity: Sparsity = 0.5,
+    group_size: GroupSize = None,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each of the two stages.")] = 100,
+    batch: Annotated[int, typer.Option(help="Blocks of one step.")] = 4,
+    length: Annotated[int, typer.Option(help="Tokens of one block.")] = 512,
+    learning_rate: Annotated[float, typer.Option(help="Of both stages.")] = 1e-4,
+    seed: Seed = 0,
+    device: Device = "cpu",
+) -> None:
+    """Transform a dense model, train its routers and weights on a text (soft stage, hard stage), and save it."""
+    from ltepass import models
+
+    options = models.TrainOptions(
+        target_sparsity=target_sparsity,
+        group_size=group_size,
+        steps=steps,
+        batch=batch,
+        length=length,
+        learning_rate=learning_rate,
+        seed=seed,
+        device=device,
+    )
+    _print(models.train(model, text.read_text(), out, options))
 
 
 @app.command("eval")

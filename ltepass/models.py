@@ -6,6 +6,8 @@ import importlib
 import os
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -82,6 +84,61 @@ def _skeleton(name: str) -> Any:
         return load(name)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config).eval()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """Of `ltepass train`. steps: optimizer steps of each of the two stages; length: tokens of a block."""
+
+    target_sparsity: float = 0.5
+    group_size: int | None = None
+    steps: int = 100
+    batch: int = 4
+    length: int = 512
+    learning_rate: float = 1e-4
+    seed: int = 0
+    device: str = "cpu"
+
+
+def train(name: str, text: str, out: Path, options: TrainOptions) -> Report:
+    """Transform a dense model, calibrate on the text, train both stages on it, save to `out` with the tokenizer.
+
+    The last tenth of the blocks is held out: the stages' thresholds are settled on it. Returns the report with the
+    sparsity measured there. Raises ConfigError where the text is too short, and what transform and the trainer raise.
+    """
+    from transformers import AutoTokenizer, TrainingArguments
+
+    model, tokenizer = load(name, options.device), AutoTokenizer.from_pretrained(name)
+    blocks = token_blocks(tokenizer, text, options.length)
+    held_out = max(1, len(blocks) // 10)
+    if len(blocks) < 2:
+        raise ConfigError(
+            f"the text has {len(blocks)} whole blocks of {options.length} tokens; expected at least 2; pass more text "
+            "or a smaller --length"
+        )
+    data = [{"input_ids": block, "labels": block} for block in blocks]
+    config = LTEConfig(
+        target_sparsity=options.target_sparsity, group_size=options.group_size or "auto", seed=options.seed
+    )
+    calibration = torch.split(blocks[:-held_out][:32].to(model.device), options.batch)
+    ltepass.transform(model, config=config, calibration=calibration)
+    args = TrainingArguments(
+        str(out / "training"),
+        max_steps=options.steps,
+        per_device_train_batch_size=options.batch,
+        learning_rate=options.learning_rate,
+        seed=options.seed,
+        use_cpu=options.device == "cpu",
+        save_strategy="no",
+        report_to="none",
+    )
+    trainer = ltepass.LTETrainer(model=model, args=args, train_dataset=data[:-held_out], eval_dataset=data[-held_out:])
+    trainer.fit()
+    ltepass.set_mode(model, "hard")
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    model.eval()
+    return ltepass.report(model, ltepass.measure_sparsity(model, blocks[-held_out:, None].to(model.device)))
 
 
 def evaluate(folder: str, text: str, *, length: int = 512, limit: int | None = 16, device: str = "cpu") -> Any:

@@ -1,14 +1,19 @@
-"""`python -m ltepass.demo.readme [OUT]` writes the demo's table into README.md, between its two markers."""
+"""`python -m ltepass.demo.readme [OUT]` writes the demo's table into README.md, between its two markers.
+
+The numbers themselves are kept beside it (KEPT), so that a test can tell whether the table was made from them.
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 from ltepass.demo.table import markdown
 
 BEGIN, END = "<!-- demo table: written by `make readme` -->", "<!-- end of demo table -->"
+KEPT = Path("examples/results/demo.json")
 
 
 def with_table(readme: str, table: str) -> str:
@@ -23,9 +28,10 @@ def with_table(readme: str, table: str) -> str:
 def main() -> None:
     out = Path(sys.argv[1] if len(sys.argv) > 1 else "lte-demo")
     readme = Path("README.md")
-    table = markdown(json.loads((out / "results.json").read_text()))
-    readme.write_text(with_table(readme.read_text(), table))
-    print(f"README.md now holds the table of {out}/results.json")
+    KEPT.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(out / "results.json", KEPT)
+    readme.write_text(with_table(readme.read_text(), markdown(json.loads(KEPT.read_text()))))
+    print(f"README.md now holds the table of {out}/results.json, which is kept as {KEPT}")
 
 
 if __name__ == "__main__":
