@@ -1,4 +1,4 @@
-"""Which neurons become one expert (paper section 4.1): exactly balanced groups, and the permutation that lays them out."""
+"""Which neurons become one expert (paper section 4.1): exactly balanced groups, as a permutation of the neurons."""
 
 from __future__ import annotations
 

@@ -58,6 +58,7 @@ class Router(nn.Module):
         self.register_buffer("permutation", torch.empty(d_ff, dtype=torch.int64, device=device))
         # (efficiency, separability) per token, set by a soft forward with gradients; the trainer takes them.
         self.aux: tuple[Tensor, Tensor] | None = None
+        self.inactive: Tensor | None = None  # beside it: the hard sparsity per token
         # Called with the hidden units h [..., d_ff] of every forward while calibration runs; None otherwise.
         self.observer: Callable[[Tensor], None] | None = None
         # How a lowered site reads its weights (lowering.Plan); None where it is not lowered.
@@ -90,6 +91,7 @@ class Router(nn.Module):
             from ltepass.losses import per_token_losses
 
             self.aux = per_token_losses(logits, self.tau)
+            self.inactive = (logits.detach() <= self.threshold).float().mean(-1)
         return logits
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:

@@ -43,7 +43,8 @@ def set_sparsity(model: nn.Module, sparsity: float) -> None:
     routers = [router_of(model, s) for s in state.sites]
     if any(bool(r.quantiles.isnan().any()) for r in routers):
         raise CalibrationError(
-            "the model has no calibrated sparsity table; set_sparsity expects one; call ltepass.calibrate(model, batches)"
+            "the model has no calibrated sparsity table; set_sparsity expects one; call "
+            "ltepass.calibrate(model, batches)"
         )
     for router in routers:
         router.threshold.copy_(interpolate(router.quantiles, sparsity))

@@ -1,0 +1,103 @@
+"""What the two stages of the paper (section 4.3) mean for a model, whoever runs the steps: Trainer or an own loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ltepass.errors import LoweredError, TrainingError
+from ltepass.sites import require_state, router_of, routers_of
+from ltepass.sparsity import measure_sparsity, set_mode, set_sparsity, update_table
+
+Stage = Literal["soft", "hard"]
+
+
+def begin_stage(model: nn.Module, stage: Stage) -> None:
+    """soft: everything learns. hard: routers frozen, so the task loss trains what is left. Set before the optimizer.
+
+    Raises NotTransformedError, LoweredError.
+    """
+    state = require_state(model, f"the {stage} stage")
+    if state.lowered is not None:
+        raise LoweredError(f"the {stage} stage expects the model as transformed; call ltepass.unlower(model)")
+    set_mode(model, stage)
+    for router in routers_of(model):
+        router.requires_grad_(stage == "soft")
+
+
+def settle(model: nn.Module, batches: Iterable[Any], sparsity: float) -> dict[str, float]:
+    """End a stage: new sparsity table, thresholds at `sparsity`; returns the hard sparsity by site on `batches`.
+
+    Use batches that were not trained on. The routers' weights stay; only their thresholds move.
+    """
+    batches = list(batches)
+    set_mode(model, "hard")
+    for _ in range(2):  # the second pass sees the inputs that the moved thresholds make
+        update_table(model, batches)
+        set_sparsity(model, sparsity)
+    return measure_sparsity(model, batches)
+
+
+@dataclass(frozen=True)
+class Auxiliary:
+    """Sums over label tokens of the two losses and the hard sparsity, means over layers; `tokens` counts them."""
+
+    efficiency: Tensor
+    separability: Tensor
+    sparsity: Tensor
+    tokens: Tensor
+
+
+def clear_auxiliary(model: nn.Module) -> None:
+    for router in routers_of(model):
+        router.aux = None
+
+
+def take_auxiliary(model: nn.Module, mask: Tensor | None) -> Auxiliary:
+    """Collect what the soft forward left on the routers, and clear it.
+
+    mask: bool [batch, length], True at tokens whose prediction counts; None counts all.
+    Raises TrainingError where a router kept nothing: its forward ran without gradients, as reentrant checkpointing
+    does, and its loss would silently be lost.
+    """
+    sums: list[Tensor] = []
+    flat = None if mask is None else mask.reshape(-1)
+    for router in _active_routers(model):
+        if router.aux is None:
+            raise TrainingError(
+                "a router's soft forward left no auxiliary loss: it ran without gradients; expected a plain forward or "
+                "non-reentrant checkpointing; pass gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        rows = torch.stack([part.reshape(-1) for part in (*router.aux, router.inactive)])
+        weights = torch.ones_like(rows[0]) if flat is None else flat.to(rows)
+        if len(weights) != rows.shape[1]:
+            raise TrainingError(
+                f"a router saw {rows.shape[1]} tokens and the labels have {len(weights)}; expected one token a label; "
+                "train with one sequence of labels for the same sequence of inputs"
+            )
+        sums.append(rows @ weights)
+        router.aux = None
+    total = torch.stack(sums).mean(0)
+    tokens = weights.sum()
+    return Auxiliary(total[0], total[1], total[2].detach(), tokens)
+
+
+def _active_routers(model: nn.Module) -> list[Any]:
+    from ltepass.sites import state_of
+
+    root = next((m for m in model.modules() if state_of(m) is not None), None)
+    state = None if root is None else state_of(root)
+    return list(routers_of(model)) if state is None or root is None else [router_of(root, s) for s in state.sites]
+
+
+def label_mask(labels: Tensor, *, shifted: bool = True) -> Tensor:
+    """bool like labels: True at the positions whose prediction counts in a causal loss (the next label is no -100)."""
+    if not shifted:
+        return labels != -100
+    mask = torch.zeros_like(labels, dtype=torch.bool)
+    mask[..., :-1] = labels[..., 1:] != -100
+    return mask

@@ -1,0 +1,235 @@
+"""LTETrainer: exact auxiliary gradient, sparsity on target after both stages, refusals, resuming."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+
+import ltepass
+from ltepass.errors import LoweredError, TrainingError
+from ltepass.losses import SEPARABILITY_CLAMP, per_token_losses
+from ltepass.sites import routers_of
+from ltepass.training.controller import SparsityController
+from ltepass.training.stages import begin_stage, label_mask
+from ltepass.training.trainer import LTESettings, LTETrainer
+
+VOCAB, LENGTH = 37, 24
+
+
+def text(n: int, seed: int) -> list[dict[str, torch.Tensor]]:
+    """Sequences with something to learn: each token is a fixed function of the one before, with some noise."""
+    g = torch.Generator().manual_seed(seed)
+    rows = torch.randint(0, VOCAB, (n, LENGTH), generator=g)
+    for t in range(1, LENGTH):
+        keep = torch.rand(n, generator=g) < 0.9
+        rows[:, t] = torch.where(keep, (rows[:, t - 1] * 5 + 3) % VOCAB, rows[:, t])
+    return [{"input_ids": r, "labels": r.clone()} for r in rows]
+
+
+def model(target: float = 0.5, calibrate: bool = True) -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4
+    )
+    m = LlamaForCausalLM(config).eval()
+    batches = [torch.stack([x["input_ids"] for x in text(64, 5)])] if calibrate else None
+    return ltepass.transform(m, config=ltepass.LTEConfig(group_size=8, target_sparsity=target), calibration=batches)
+
+
+def trainer(m: Any, folder: Path, lte: LTESettings | None = None, n: int = 640, **kwargs: Any) -> LTETrainer:
+    options = {
+        "per_device_train_batch_size": 8,
+        "learning_rate": 3e-3,
+        "max_steps": 40,
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_steps": 5,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 1,
+    }
+    args = TrainingArguments(output_dir=str(folder), **{**options, **kwargs})
+    return LTETrainer(model=m, args=args, train_dataset=text(n, 1), eval_dataset=text(64, 2), lte=lte)
+
+
+def gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int, accumulate: int) -> dict[str, torch.Tensor]:
+    """Gradients of one optimizer step over the same 8 sequences of unequal label counts."""
+    m = model()
+    begin_stage(m, "soft")
+    t = trainer(
+        m,
+        tmp_path,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulate,
+        max_steps=1,
+        max_grad_norm=0.0,
+        n=8,
+    )
+    for i, row in enumerate(t.train_dataset):
+        row["labels"][: 2 * i] = -100
+    kept: dict[str, torch.Tensor] = {}
+    step = torch.optim.AdamW.step
+
+    def keep(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kept.update({n: p.grad.clone() for n, p in m.named_parameters() if p.grad is not None})
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", keep)
+    t.train()
+    return kept
+
+
+def test_gradient_accumulation_gives_the_big_batch_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = gradients(tmp_path, monkeypatch, batch=8, accumulate=1)
+    for batch, accumulate in ((4, 2), (2, 4)):
+        parts = gradients(tmp_path, monkeypatch, batch, accumulate)
+        assert parts.keys() == whole.keys()
+        assert any("router" in n for n in whole)
+        for n, g in whole.items():
+            assert (parts[n] - g).abs().max() <= 1e-5 * g.abs().max(), n
+
+
+def test_the_losses_are_the_papers() -> None:
+    logits = torch.tensor([[-2.0, 0.01, 3.0]])
+    efficiency, separability = per_token_losses(logits, 0.5)
+    g = torch.sigmoid(logits)
+    assert torch.allclose(efficiency, g.square().mean(-1))
+    distance = torch.tensor([abs(float(v) - 0.5) for v in g[0]])
+    expected = (1 / distance.clamp_min(SEPARABILITY_CLAMP).square()).mean()
+    assert torch.allclose(separability, expected)
+    assert torch.isfinite(per_token_losses(torch.zeros(2, 3), 0.5)[1]).all()
+
+
+def test_label_mask_marks_the_positions_that_predict_a_label() -> None:
+    labels = torch.tensor([[-100, -100, 7, 8, -100]])
+    assert label_mask(labels).tolist() == [[False, True, True, False, False]]
+    assert label_mask(labels, shifted=False).tolist() == [[False, False, True, True, False]]
+
+
+@pytest.mark.parametrize("target", [0.3, 0.5, 0.8, 0.95])
+def test_both_stages_end_at_the_target_and_freeze_routers(tmp_path: Path, target: float) -> None:
+    m = model(target)
+    t = trainer(m, tmp_path, LTESettings(soft_steps=40, hard_steps=30))
+    routers = [r.weight.clone() for r in routers_of(m)]
+    held_out = [torch.stack([x["input_ids"] for x in text(64, 2)])]
+    ends = []
+    finish = t.finish_stage
+
+    def record(*args: Any) -> Any:
+        out = finish(*args)
+        ends.append(([r.weight.clone() for r in routers_of(m)], ltepass.measure_sparsity(m, held_out)))
+        return out
+
+    t.finish_stage = record  # type: ignore[method-assign]
+    t.fit()
+    (soft_routers, soft), (hard_routers, hard) = ends
+    assert all(not torch.equal(a, b) for a, b in zip(routers, soft_routers, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(soft_routers, hard_routers, strict=True))
+    for measured in (soft, hard):
+        assert abs(sum(measured.values()) / len(measured) - target) <= 0.01
+    losses = [row["loss"] for row in t.state.log_history if "loss" in row]
+    assert losses[-1] < losses[0]
+
+
+def test_the_controller_moves_sparsity_towards_the_target_by_itself(tmp_path: Path) -> None:
+    """Without settling: steered runs at two targets differ as asked, and eta is logged."""
+    reached = []
+    for target in (0.35, 0.8):
+        m = model(0.5)
+        t = trainer(m, tmp_path, LTESettings(soft_steps=80, hard_steps=0, settle=False, target_sparsity=target))
+        t.fit()
+        rows = [r for r in t.state.log_history if "lte_hard_sparsity" in r]
+        assert rows[0]["lte_eta"] > 0
+        reached.append(rows[-1]["lte_hard_sparsity"])
+    assert reached[0] < 0.5 < reached[1]
+
+
+def test_controller_raises_eta_while_sparsity_lags_and_lowers_it_beyond() -> None:
+    c = SparsityController(target=0.6, eta=1.0)
+    c.update(0.2, 0.0)
+    assert c.update(0.2, 0.9) > 1.0
+    high = SparsityController(target=0.2, eta=1.0)
+    high.update(0.2, 0.0)
+    for _ in range(5):
+        high.update(0.9, 0.9)
+    assert high.eta < 1.0
+    assert SparsityController.from_state(high.state_dict()) == high
+
+
+def test_reentrant_checkpointing_is_refused(tmp_path: Path) -> None:
+    m = model()
+    begin_stage(m, "soft")
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    with pytest.raises(TrainingError, match="use_reentrant"):
+        trainer(m, tmp_path, **options).train()
+    # behind the trainer's back it is seen at the first step
+    t = trainer(m, tmp_path, max_steps=1)
+    m.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    m.enable_input_require_grads()
+    with pytest.raises(TrainingError, match="left no auxiliary loss"):
+        t.train()
+
+
+def test_a_lowered_model_is_refused(tmp_path: Path) -> None:
+    m = model()
+    ltepass.set_mode(m, "hard")
+    ltepass.lower(m)
+    with pytest.raises(LoweredError, match="unlower"):
+        trainer(m, tmp_path).fit()
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(tmp_path: Path) -> None:
+    m = model()
+    t = trainer(m, tmp_path, LTESettings(soft_steps=20))
+    good: list[dict[str, torch.Tensor]] = []
+    original = type(m).forward
+    calls = 0
+
+    @functools.wraps(original)  # the Trainer reads the signature
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            good.append({k: v.clone() for k, v in m.state_dict().items()})
+        out = original(self, *args, **kwargs)
+        if calls == 4:
+            out.loss = out.loss * float("nan")
+        return out
+
+    m.forward = forward.__get__(m)
+    with pytest.raises(TrainingError, match="step 3"):
+        t.fit()
+    for k, v in m.state_dict().items():
+        assert torch.allclose(v, good[0][k], rtol=0, atol=0, equal_nan=True)
+    assert (tmp_path / "soft" / "last-good" / "model.safetensors").exists()
+
+
+def test_resuming_ends_with_bitwise_the_same_weights(tmp_path: Path) -> None:
+    whole = model()
+    begin_stage(whole, "soft")
+    trainer(whole, tmp_path / "a", max_steps=12).train()
+
+    first = model()
+    begin_stage(first, "soft")
+    t = trainer(first, tmp_path / "b", max_steps=12, save_strategy="steps", save_steps=5)
+    stop = t.training_step
+
+    def killed(*args: Any, **kwargs: Any) -> Any:
+        if t.state.global_step == 7:
+            raise KeyboardInterrupt
+        return stop(*args, **kwargs)
+
+    t.training_step = killed  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        t.train()
+    again = model()
+    begin_stage(again, "soft")
+    resumed = trainer(again, tmp_path / "b", max_steps=12, save_strategy="steps", save_steps=5)
+    resumed.train(resume_from_checkpoint=True)
+    for (k, a), (_, b) in zip(whole.state_dict().items(), again.state_dict().items(), strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=0, equal_nan=True), k
