@@ -7,6 +7,7 @@ Without `import ltepass` transformers warns and loads the dense model: names and
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator
@@ -159,8 +160,17 @@ def attach(model: Any) -> None:
         )
         return
     config = LTEQuantizationConfig(state)
+    _own_config(model)
     model.config.quantization_config = config
     model.hf_quantizer = LTEQuantizer(config, pre_quantized=True)
+
+
+def _own_config(model: Any) -> None:
+    """A config object may have built several models: only this one is to say that it has routers."""
+    shared, own = model.config, copy.copy(model.config)
+    for module in model.modules():
+        if module.__dict__.get("config") is shared:
+            module.config = own
 
 
 def detach(model: Any) -> None:

@@ -111,3 +111,41 @@ def test_a_function_that_returns_no_model_is_refused() -> None:
 def test_coverage_lists_types_and_goes_on_after_a_failure() -> None:
     output = run("coverage", "llama", "gpt2", "rwkv")
     assert "2 of 3" in output
+
+
+@pytest.fixture(scope="module")
+def dense_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny dense model with a word-level tokenizer, as a user would have it on disk."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("dense")
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(61)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", pad_token="w0").save_pretrained(folder)
+    AutoModelForCausalLM.from_config(CONFIG).save_pretrained(folder)
+    return folder
+
+
+def test_train_eval_and_generate_follow_each_other(dense_folder: Path, tmp_path: Path) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text(" ".join(f"w{(i * 7 + i // 9) % 61}" for i in range(800)))
+    common = ["--length", "20"]
+    shown = run("train", str(dense_folder), str(text), "--out", str(out), "--steps", "4", "--group-size", "12", *common)
+    assert "2 FFN sites" in shown
+    assert "not measured" not in shown
+    shown = run("eval", str(out), str(text), "--limit", "3", *common)
+    assert "3 x 20 tokens" in shown
+    assert "hard mode" in shown
+    assert "w3 " in run("generate", str(out), "w3 w4", "--new-tokens", "5")
+    assert "hard mode" not in run("eval", str(dense_folder), str(text), *common)
+
+
+def test_too_short_a_text_is_refused_before_anything_is_trained(dense_folder: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("w1 w2 w3")
+    with pytest.raises(ConfigError, match="0 whole blocks of 20 tokens"):
+        run("train", str(dense_folder), str(text), "--out", str(tmp_path / "out"), "--length", "20")
+    with pytest.raises(ConfigError, match="no whole block of 20 tokens"):
+        run("eval", str(dense_folder), str(text), "--length", "20")
+    assert not (tmp_path / "out").exists()

@@ -113,6 +113,15 @@ def test_a_new_process_finds_the_quantizer_in_either_import_order(saved: Path, f
     assert float(done.stdout.splitlines()[-1]) == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_config_that_built_several_models_is_left_alone() -> None:
+    config = copy.deepcopy(CONFIGS["llama"])
+    model, other = AutoModelForCausalLM.from_config(config), AutoModelForCausalLM.from_config(config)
+    ltepass.transform(model, config=ltepass.LTEConfig(grouping="identity"))
+    assert not hasattr(other.config, "quantization_config")
+    assert model.config.quantization_config.quant_method == "lte"
+    assert model.model.config is model.config, "settings such as use_cache still reach every part"
+
+
 def test_registering_twice_is_harmless() -> None:
     from ltepass.registration import register
 
