@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.fx import Graph, GraphModule
 
 from ltepass import ops as ops  # registers the op
@@ -26,6 +27,7 @@ from ltepass.router import gate as gate_call
 from ltepass.sites import FFNSite, LTEState, NeuronRows, require_state, router_of
 
 Scope = Literal["ffn", "model"]
+_routed_ffn = torch.ops.ltepass.routed_ffn.default
 
 
 @dataclass(frozen=True)
@@ -143,17 +145,17 @@ def lowered_ffn(router: Router, up: nn.Module, gate_linear: nn.Module | None, do
                 f"{type(module).__name__} stands where the lowered FFN expects a plain linear; it was wrapped after "
                 "ltepass.lower; call ltepass.unlower(model) before wrapping, then lower again"
             )
-    gate, gate_bias = (None, None) if gate_linear is None else (gate_linear.weight, gate_linear.bias)
-    return lowered_call(
-        router,
-        up.weight,  # type: ignore[arg-type]
-        up.bias,  # type: ignore[arg-type]
-        gate,  # type: ignore[arg-type]
-        gate_bias,  # type: ignore[arg-type]
-        down.weight,  # type: ignore[arg-type]
-        down.bias,  # type: ignore[arg-type]
-        x,
-    )
+    gate = (None, None) if gate_linear is None else _parameters(gate_linear)
+    return lowered_call(router, *_parameters(up), *gate, *_parameters(down), x)
+
+
+def _parameters(linear: nn.Module) -> tuple[Any, Any]:
+    """(weight, bias), without nn.Module.__getattr__, which costs more than the rest of a small FFN's call."""
+    own = linear._parameters
+    weight = own.get("weight")
+    if weight is None:  # a DataParallel replica keeps plain tensors as attributes
+        return linear.weight, linear.bias
+    return weight, own.get("bias")
 
 
 def lowered_call(
@@ -170,11 +172,12 @@ def lowered_call(
     plan = router.plan
     assert isinstance(plan, Plan), "a lowered site has a plan"
     f = plan.d_ff
-    return torch.ops.ltepass.routed_ffn.default(  # type: ignore[no-any-return]
+    weight, bias = _parameters(router)
+    args = (
         x,
-        router.weight,
-        router.bias,
-        router.threshold,
+        weight,
+        bias,
+        router._buffers["threshold"],
         _take(plan.up, up, f),
         _take(plan.up_bias, up_bias, f),
         _take(plan.gate, gate, f),
@@ -183,6 +186,10 @@ def lowered_call(
         down_bias,
         plan.activation,
     )
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        return _routed_ffn(*args)  # type: ignore[no-any-return]
+    with torch._C._AutoDispatchBelowAutograd():  # decoding: spares a Python frame of the op's autograd rule per call
+        return _routed_ffn(*args)  # type: ignore[no-any-return]
 
 
 def _take(rows: NeuronRows | None, parameter: Any, d_ff: int) -> Any:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ltepass.errors import TrainingError
 
-LEARNING_RATE = 1e-4
+LEARNING_RATE = 3e-4  # of 1e-4 and 3e-4 the better after 40 steps of 1,024 tokens on SmolLM2-135M (LTE 17.4 and 17.0)
+MAX_NORM = 1.0
 WARMUP = 0.06  # share of the steps, as in the paper
 OnStep = Callable[[int, float], None]
 
@@ -59,8 +60,10 @@ def tune(
     Raises KeyboardInterrupt once state_file holds where it stopped; TrainingError where the loss is not finite.
     """
     model.train()
+    # Its gradient is a tenth of a step's time, and rare tokens learn nothing from so little text.
+    model.get_input_embeddings().weight.requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     losses = _resume(model, optimizer, state_file)
     for step in range(len(losses), len(steps)):
         for group in optimizer.param_groups:
@@ -70,6 +73,7 @@ def tune(
         if not torch.isfinite(loss):
             raise TrainingError(f"the loss is {loss.item()} at step {step}; expected a number; try another --seed")
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, MAX_NORM)
         optimizer.step()
         optimizer.zero_grad()
         losses.append((step, loss.item()))

@@ -20,6 +20,7 @@ from ltepass.demo.folder import DemoOptions, Folder
 from ltepass.demo.task import Task, load_dense, load_task
 from ltepass.evaluation import perplexity, sparsity_of_tail
 from ltepass.sites import routers_of
+from ltepass.training.stages import settle
 
 PROMPT_TOKENS = 64  # of held-out text in the KV cache before the first timed token
 TIMED_TOKENS = 160
@@ -135,6 +136,8 @@ def train(demo: Demo) -> Result:
     for router in routers_of(model):
         router.requires_grad_(False)
     losses = demo.tune(model, "LTE training", "lte-training.pt")
+    blocks = demo.task.train[: demo.task.calibration_blocks].to(model.device)
+    settle(model, torch.split(blocks, demo.task.batch), demo.options.target_sparsity)
     ids = demo.task.test[:1, :128]
     reference = {"ids": ids, "logits": reload.logits_of(model, ids)}
     save_file(reference, demo.folder.path / "reference.safetensors")
