@@ -11,12 +11,16 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +72,8 @@ class Launched:
         return (self.kernel.__name__, self.dtype, self.variant, str(self.num_warps), str(self.num_stages))
 
 
-def launched(target: str) -> list[Launched]:
+@cache
+def launched(target: str) -> tuple[Launched, ...]:
     """Every distinct compilation that the host code asks for, over dtypes, activations, group sizes and layouts."""
     found: dict[Launched, None] = {}
     layouts = (False, True)
@@ -77,8 +82,9 @@ def launched(target: str) -> list[Launched]:
         args = _operands(dtype, activation, group_size, gated, by_neuron, n_tokens)
         found.update(dict.fromkeys(_record(args, density, TARGETS[target][1])))
     if target == "sm_90":  # what a measured row of the tuning table may ask for there
-        found.update(dict.fromkeys(_overlapping(launch) for launch in list(found) if ("PDL", 0) in launch.constants))
-    return list(found)
+        plain = [n for n in found if ("PDL", 0) in n.constants and dict(n.constants).get("ACT", "silu") == "silu"]
+        found.update(dict.fromkeys(_overlapping(launch) for launch in plain))
+    return tuple(found)
 
 
 def _overlapping(launch: Launched) -> Launched:
@@ -175,11 +181,19 @@ def _amd_usage(compiled: Any) -> tuple[int, int]:
     return counts["vgpr_count"], counts["vgpr_spill_count"] + counts["sgpr_spill_count"]
 
 
-def rows(every: int = 1) -> Iterator[dict[str, str]]:
-    """Rows of the table, compiled now; with `every` = n, each n-th one."""
-    work = [(target, launch) for target in TARGETS for launch in launched(target)]
-    for target, launch in work[::every]:
-        yield compile_row(launch, target)
+def rows(every: int = 1, jobs: int = 1) -> Iterator[dict[str, str]]:
+    """Rows of the table, compiled now by `jobs` processes; with `every` = n, each n-th one."""
+    work = [(target, i) for target in TARGETS for i in range(len(launched(target)))][::every]
+    if jobs == 1:
+        yield from map(_row, work)
+        return
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        yield from pool.map(_row, work, chunksize=4)
+
+
+def _row(work: tuple[str, int]) -> dict[str, str]:
+    target, i = work  # a kernel cannot be pickled, its place in the list can
+    return compile_row(launched(target)[i], target)
 
 
 def key(row: dict[str, str]) -> tuple[str, ...]:
@@ -211,18 +225,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--every", type=int, default=0, metavar="N", help="compile each N-th and compare, write nothing"
     )
-    every = parser.parse_args(argv).every
-    if every:
-        wrong = differences(list(rows(every)), stored())
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile")
+    options = parser.parse_args(argv)
+    if options.every:
+        wrong = differences(list(rows(options.every, options.jobs)), stored())
         print("\n".join(wrong) or "as in the table")
         return bool(wrong)
-    with TABLE.open("w", newline="") as file:
+    unfinished = TABLE.with_suffix(".part")
+    with unfinished.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        for row in rows():
+        for row in rows(jobs=options.jobs):
             writer.writerow(row)
             if row["spills"] != "0":
-                print("spills:", " ".join(key(row)), row["spills"])
+                print("spills:", " ".join(key(row)), row["spills"], flush=True)
+    unfinished.replace(TABLE)
     return 0
 
 

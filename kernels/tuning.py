@@ -9,6 +9,7 @@ one device go below the general ones. `examples/gpu/run_all.py` tunes and writes
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,7 +21,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-TABLE = Path(__file__).with_name("tuning_table.csv")
+# LTEPASS_TUNING_TABLE names another table, such as one that run_all.py has just written for this machine.
+TABLE = Path(os.environ.get("LTEPASS_TUNING_TABLE") or Path(__file__).with_name("tuning_table.csv"))
 ROUTED_PATHS = ("one", "union", "grouped")
 GPUPath = Literal["one", "union", "grouped", "dense"]
 

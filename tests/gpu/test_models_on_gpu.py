@@ -1,0 +1,76 @@
+"""Whole models on a GPU: transformed, lowered and compiled, token for token what hard mode says in eager."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ltepass
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+NEW_TOKENS = 24
+
+
+def llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(LlamaConfig(intermediate_size=600, num_key_value_heads=3, **_sizes()))
+
+
+def qwen2() -> nn.Module:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    return Qwen2ForCausalLM(Qwen2Config(intermediate_size=600, num_key_value_heads=3, **_sizes()))
+
+
+def gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(vocab_size=301, n_embd=192, n_layer=3, n_head=3, n_inner=600))
+
+
+def _sizes() -> dict[str, Any]:
+    return {"vocab_size": 301, "hidden_size": 192, "num_hidden_layers": 3, "num_attention_heads": 3}
+
+
+@pytest.fixture(params=[llama, qwen2, gpt2], ids=lambda build: build.__name__)
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    """Hard mode, fp32, experts of 8, about half of them active."""
+    build: Callable[[], nn.Module] = request.param
+    torch.manual_seed(0)
+    made = build().eval()
+    ltepass.transform(made, config=ltepass.LTEConfig(group_size=8, grouping="identity"))
+    made.cuda()
+    ltepass.set_mode(made, "hard")
+    torch._dynamo.reset()
+    return made
+
+
+def tokens_of(model: nn.Module, **how: Any) -> Tensor:
+    prompt = torch.arange(1, 8, device="cuda")[None]
+    limits = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
+    return model.generate(prompt, **limits, **how)  # type: ignore[operator,no-any-return]
+
+
+@pytest.mark.parametrize("scope", ["ffn", "model"])
+def test_lowered_generates_what_hard_eager_does(model: nn.Module, scope: str) -> None:
+    expected = tokens_of(model)
+    ltepass.lower(model, scope=scope)  # type: ignore[arg-type]
+    assert torch.equal(tokens_of(model), expected)
+    ltepass.unlower(model)
+    assert torch.equal(tokens_of(model), expected)
+
+
+def test_the_backend_with_cuda_graphs(model: nn.Module) -> None:
+    prompt = torch.arange(1, 8, device="cuda")[None]
+    with torch.no_grad():
+        expected = model(prompt).logits
+        compiled = torch.compile(model, backend="lte", fullgraph=True, mode="reduce-overhead")
+        for _ in range(3):
+            found = compiled(prompt, use_cache=False).logits.clone()
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
