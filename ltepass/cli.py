@@ -10,6 +10,8 @@ import typer
 from ltepass.errors import ConfigError, LTEError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Make a transformer decoder learn to be efficient.")
+bench_app = typer.Typer(no_args_is_help=True, help="Timings of a saved model.")
+app.add_typer(bench_app, name="bench")
 
 Model = Annotated[str, typer.Argument(help="A model directory, a hub name, or module:function that returns a model.")]
 Folder = Annotated[Path, typer.Argument(help="A directory that save_pretrained of a transformed model wrote.")]
@@ -116,6 +118,19 @@ def evaluate(
     from ltepass import models
 
     _print(models.evaluate(str(folder), text.read_text(), length=length, limit=limit, device=device))
+
+
+@bench_app.command("model")
+def bench_model(
+    folder: Folder,
+    text: Annotated[Path, typer.Argument(help="A text file; its first tokens are decoded.")],
+    tokens: Annotated[int, typer.Option(help="Tokens timed on each side.")] = 160,
+    device: Device = "cpu",
+) -> None:
+    """Decode speed of a saved model: dense and lowered take turns, and the cap is measured beside them."""
+    from ltepass import models
+
+    _print(models.bench(str(folder), text.read_text(), tokens=tokens, device=device))
 
 
 @app.command()

@@ -220,6 +220,27 @@ def _small(name: str) -> Any:
         return AutoModelForCausalLM.from_config(config).eval()
 
 
+def bench(folder: str, text: str, *, tokens: int = 160, prompt_tokens: int = 64, device: str = "cpu") -> Any:
+    """A rich table of decode speed, dense and lowered, of a saved model on the first tokens of `text`."""
+    from rich.table import Table
+    from transformers import AutoTokenizer
+
+    from ltepass.bench.model import bench_model
+
+    model = load(folder, device)
+    ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(text)["input_ids"][: prompt_tokens + tokens])
+    out = bench_model(model, ids.to(model.device), prompt_tokens=prompt_tokens)
+    threads, dtype = torch.get_num_threads(), str(model.dtype).removeprefix("torch.")
+    table = Table("", "tokens/s", "quartiles", title=f"decode, eager, {dtype}, {threads} threads", title_justify="left")
+    for name, spread in out["tokens_per_s"].items():
+        table.add_row(name, f"{spread['median']:.1f}", f"{spread['low']:.1f} .. {spread['high']:.1f}")
+    table.caption = (
+        f"speed-up {out['speedup']:.2f}x, {out['share_of_cap']:.0%} of the cap {out['cap']:.2f}x "
+        f"(active {out['active_share']:.1%}, routers {out['router_share']:.1%} of the FFN bytes)"
+    )
+    return table
+
+
 def continue_text(
     folder: str, prompt: str, *, new_tokens: int = 64, sparsity: float | None = None, device: str = "cpu"
 ) -> str:

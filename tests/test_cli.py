@@ -138,6 +138,7 @@ def test_train_eval_and_generate_follow_each_other(dense_folder: Path, tmp_path:
     assert "3 x 20 tokens" in shown
     assert "hard mode" in shown
     assert "w3 " in run("generate", str(out), "w3 w4", "--new-tokens", "5")
+    assert "of the cap" in " ".join(run("bench", "model", str(out), str(text), "--tokens", "30").split())
     assert "hard mode" not in run("eval", str(dense_folder), str(text), *common)
 
 
