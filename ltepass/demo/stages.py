@@ -136,7 +136,7 @@ def train(demo: Demo) -> Result:
     for router in routers_of(model):
         router.requires_grad_(False)
     losses = demo.tune(model, "LTE training", "lte-training.pt")
-    blocks = demo.task.train[: demo.task.calibration_blocks].to(model.device)
+    blocks = demo.task.train[: demo.task.calibration_blocks // 2].to(model.device)
     settle(model, torch.split(blocks, demo.task.batch), demo.options.target_sparsity)
     ids = demo.task.test[:1, :128]
     reference = {"ids": ids, "logits": reload.logits_of(model, ids)}

@@ -1,0 +1,137 @@
+"""Random FFNs: dense mode is the original, grouping a permutation, lowered equals hard eager, remove undoes all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import ltepass
+from ltepass.kernels.reference import ACTIVATIONS
+from ltepass.sites import router_of, routers_of
+
+QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@dataclass(frozen=True)
+class Form:
+    d_model: int
+    experts: int
+    group: int
+    activation: str
+    gated: bool
+    fused: bool
+    bias: bool
+    inline: bool
+    active: str  # which experts pass: "none", "some", "all"
+    tokens: tuple[int, ...]
+
+    @property
+    def d_ff(self) -> int:
+        return self.experts * self.group
+
+
+forms = st.builds(
+    Form,
+    d_model=st.sampled_from([3, 8, 16, 33]),
+    experts=st.integers(1, 9),
+    group=st.sampled_from([1, 3, 4, 8, 17]),
+    activation=st.sampled_from([a for a in ACTIVATIONS if a != "identity"]),
+    gated=st.booleans(),
+    fused=st.booleans(),
+    bias=st.booleans(),
+    inline=st.booleans(),
+    active=st.sampled_from(["none", "some", "all"]),
+    tokens=st.sampled_from([(1, 1), (2, 3), (1, 17), (5, 7)]),
+)
+
+
+class FFN(nn.Module):
+    def __init__(self, form: Form) -> None:
+        super().__init__()
+        self.form = form
+        d, f = form.d_model, form.d_ff
+        self.up = nn.Linear(d, 2 * f if form.gated and form.fused else f, bias=form.bias)
+        if form.gated and not form.fused:
+            self.gate = nn.Linear(d, f, bias=form.bias)
+        self.down = nn.Linear(f, d, bias=form.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        act = ACTIVATIONS[self.form.activation]
+        if not self.form.gated:
+            return self.down(act(self.up(x)))
+        if self.form.fused:
+            g, u = self.up(x).chunk(2, dim=-1)
+            return self.down(act(g) * u)
+        return self.down(self.up(x) * act(self.gate(x)))
+
+
+class Block(nn.Module):
+    """The FFN after a norm, in a residual; `inline` puts its linears where hooks must serve them."""
+
+    def __init__(self, form: Form) -> None:
+        super().__init__()
+        self.norm, self.ffn, self.inline = nn.LayerNorm(form.d_model), FFN(form), form.inline
+
+    def forward(self, x: Tensor, scale: float | None = None) -> Tensor:
+        y = FFN.forward(self.ffn, self.norm(x)) if self.inline else self.ffn(self.norm(x))
+        return x + (y if scale is None else scale * y)
+
+
+def build(form: Form, grouping: str) -> tuple[Block, nn.Module, Tensor]:
+    torch.manual_seed(form.experts)
+    model = Block(form).eval()
+    x = torch.randn(*form.tokens, form.d_model)
+    plain = Block(form).eval()
+    plain.load_state_dict(model.state_dict())
+    config = ltepass.LTEConfig(group_size=form.group, grouping=grouping)  # type: ignore[arg-type]
+    ltepass.transform(model, x, config)
+    for router in routers_of(model):
+        router.threshold.fill_({"none": torch.inf, "some": 0.0, "all": -torch.inf}[form.active])
+    return model, plain, x
+
+
+@QUICK
+@given(forms)
+@torch.no_grad()
+def test_dense_mode_is_bitwise_the_original_under_identity_grouping(form: Form) -> None:
+    model, plain, x = build(form, "identity")
+    assert [s.kind for s in model._lte.sites] == ["inline" if form.inline else "aligned"]
+    assert torch.equal(model(x), plain(x))
+
+
+@QUICK
+@given(forms)
+@torch.no_grad()
+def test_grouping_is_a_permutation_and_comes_off_again(form: Form) -> None:
+    model, plain, x = build(form, "random")
+    (site,) = model._lte.sites
+    permutation = router_of(model, site).permutation
+    assert torch.equal(permutation.sort().values, torch.arange(form.d_ff))
+    for rows in site.neurons:
+        ours, theirs = rows.of(model, form.d_ff), rows.of(plain, form.d_ff)
+        assert torch.equal(ours, theirs[permutation])
+    assert torch.allclose(model(x), plain(x), atol=1e-5)
+    ltepass.remove(model, undo_grouping=True)
+    assert all(torch.equal(v, plain.state_dict()[k]) for k, v in model.state_dict().items())
+    assert torch.equal(model(x), plain(x))
+
+
+@QUICK
+@given(forms)
+@torch.no_grad()
+def test_lowered_equals_hard_eager(form: Form) -> None:
+    model, plain, x = build(form, "random")
+    (site,) = model._lte.sites
+    assert site.activation == form.activation
+    ltepass.set_mode(model, "hard")
+    expected = model(x)
+    if form.active == "all":
+        assert torch.allclose(expected, plain(x), atol=1e-5)
+    ltepass.lower(model)
+    assert torch.allclose(model(x), expected, rtol=1e-5, atol=1e-5)
+    ltepass.unlower(model)
+    assert torch.equal(model(x), expected)

@@ -1,0 +1,127 @@
+"""Modes, the sparsity knob and its table, calibration: what they change, what they leave alone, what they refuse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import ltepass
+from ltepass.errors import CalibrationError, ConfigError, LoweredError, NotTransformedError
+from ltepass.sites import router_of, routers_of
+from ltepass.training.stages import settle
+
+
+def ids(seed: int, batch: int = 16, length: int = 32) -> torch.Tensor:
+    return torch.randint(0, 61, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def model(calibrated: bool = True, **config: Any) -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 3}
+    m = LlamaForCausalLM(LlamaConfig(vocab_size=61, **sizes)).eval()
+    settings = ltepass.LTEConfig(group_size=8, **config)
+    return ltepass.transform(m, config=settings, calibration=[ids(1), ids(2)] if calibrated else None)
+
+
+def mean(values: dict[str, float]) -> float:
+    return sum(values.values()) / len(values)
+
+
+@pytest.mark.parametrize("target", [0.0, 0.3, 0.7, 0.9])
+def test_calibration_starts_routers_near_the_target(target: float) -> None:
+    m = model(target_sparsity=target)
+    assert abs(mean(ltepass.measure_sparsity(m, [ids(3)])) - target) < 0.06
+    assert all(bool(r.quantiles.isfinite().all()) for r in routers_of(m))
+
+
+def test_a_calibrated_start_beats_a_random_one() -> None:
+    """The hard output stays nearer to the dense one than with routers that know nothing."""
+    distances = []
+    for calibrated in (True, False):
+        m = model(calibrated)
+        x = ids(4)
+        with torch.no_grad():
+            dense = m(x).logits
+            ltepass.set_mode(m, "hard")
+            if not calibrated:
+                settle(m, [ids(1)], 0.5)
+            distances.append(float((m(x).logits - dense).square().mean()))
+    assert distances[0] < 0.6 * distances[1]
+
+
+def test_calibration_leaves_mode_flags_rng_and_hooks() -> None:
+    m = model(calibrated=False)
+    ltepass.set_mode(m, "hard")
+    m.train()
+    state = torch.get_rng_state()
+    ltepass.calibrate(m, [ids(1), {"input_ids": ids(2)}])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(x.training for x in m.modules())
+    assert {r.mode for r in routers_of(m)} == {"hard"}
+    assert all(r.observer is None and not r._forward_pre_hooks for r in routers_of(m))
+
+
+def test_the_knob_is_monotonic_and_hits_what_the_table_says() -> None:
+    m = model()
+    reached = []
+    for s in (0.0, 0.2, 0.5, 0.8, 0.99):
+        ltepass.set_sparsity(m, s)
+        reached.append(mean(ltepass.measure_sparsity(m, [ids(5)])))
+        assert abs(reached[-1] - s) < 0.06
+    assert reached == sorted(reached)
+
+
+def test_settling_meets_the_target_within_a_point() -> None:
+    m = model()
+    for target in (0.25, 0.6, 0.95):
+        settle(m, [ids(6), ids(7)], target)
+        assert abs(mean(ltepass.measure_sparsity(m, [ids(8), ids(9)])) - target) <= 0.01
+
+
+def test_refusals_change_nothing() -> None:
+    m = model(calibrated=False)
+    thresholds = [r.threshold.clone() for r in routers_of(m)]
+    with pytest.raises(CalibrationError, match=r"ltepass\.calibrate"):
+        ltepass.set_sparsity(m, 0.5)
+    with pytest.raises(ConfigError, match="expected"):
+        ltepass.set_sparsity(m, 1.0)
+    with pytest.raises(ConfigError, match="soft, hard, dense"):
+        ltepass.set_mode(m, "sparse")  # type: ignore[arg-type]
+    with pytest.raises(CalibrationError, match="no token"):
+        ltepass.calibrate(m, [])
+    assert all(torch.equal(r.threshold, t) for r, t in zip(routers_of(m), thresholds, strict=True))
+    assert {r.mode for r in routers_of(m)} == {"dense"}
+    ltepass.set_mode(m, "hard")
+    ltepass.lower(m)
+    for call in (lambda: ltepass.calibrate(m, [ids(1)]), lambda: ltepass.measure_sparsity(m, [ids(1)])):
+        with pytest.raises(LoweredError, match="unlower"):
+            call()
+
+
+def test_a_failed_calibration_inside_transform_leaves_the_dense_model() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 3}
+    m = LlamaForCausalLM(LlamaConfig(vocab_size=61, **sizes)).eval()
+    before = {k: v.clone() for k, v in m.state_dict().items()}
+    with pytest.raises(CalibrationError):
+        ltepass.transform(m, config=ltepass.LTEConfig(group_size=8, grouping="random"), calibration=[])
+    assert before.keys() == m.state_dict().keys()
+    assert all(torch.equal(v, before[k]) for k, v in m.state_dict().items())
+    with pytest.raises(NotTransformedError):
+        ltepass.set_mode(m, "hard")
+
+
+@pytest.mark.parametrize("method", ["kmeans", "coactivation", "output_aware", "random"])
+def test_calibrated_groupings_are_permutations_that_keep_the_function(method: str) -> None:
+    plain = ltepass.remove(model(calibrated=False))
+    m = model(grouping=method)
+    for site in m._lte.sites:
+        permutation = router_of(m, site).permutation
+        assert torch.equal(permutation.sort().values, torch.arange(site.d_ff))
+        assert not torch.equal(permutation, torch.arange(site.d_ff))
+    ltepass.set_mode(m, "dense")
+    with torch.no_grad():
+        assert torch.allclose(m(ids(3)).logits, plain(ids(3)).logits, atol=1e-5)
