@@ -126,7 +126,8 @@ def start_router(model: nn.Module, site: FFNSite, sample: Sample, target_sparsit
     grid = torch.linspace(0.0, 1.0, N_QUANTILES, device=x.device)
     table = quantiles((scale * logits).flatten(), grid)
     # the threshold stays logit(tau), as in the paper: the bias carries the target
-    shift = logit_of(router) - interpolate(table, target_sparsity) if target_sparsity > 0 else LOGIT_STD * 4
+    cut = interpolate(table, target_sparsity) if target_sparsity > 0 else table[0] - LOGIT_STD
+    shift = logit_of(router) - cut
     with torch.no_grad():
         router.weight.copy_(scale * weight)
         if router.bias is not None:
