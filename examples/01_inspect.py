@@ -1,4 +1,4 @@
-"""What would be found in a model, and what is refused, without reading a weight: an 8-layer LLaMA on the meta device."""
+"""What would be found in a model, and what is refused, without reading a weight: a LLaMA on the meta device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lowering: each FFN becomes one sparse op. The result is that of hard mode in eager, and generate() works as before."""
+"""Lowering: each FFN becomes one sparse op. The result is that of hard mode in eager, and generate() works."""
 
 from __future__ import annotations
 

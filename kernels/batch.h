@@ -1,6 +1,6 @@
 // Many tokens: every active expert is a small GEMM over the tokens that chose it, so that its weights are read once
 // and each token keeps its own decision. Phases, with a barrier between:
-//   x widened | router and token lists | up (and gate) per expert | down per block of output columns
+//   x widened | router and token lists || up (and gate) per expert | down per block of output columns
 // Each number is computed by one thread in one order: bitwise repeatable for any thread count.
 #pragma once
 
@@ -10,7 +10,8 @@
 
 namespace {
 
-constexpr int64_t TOKEN_CHUNK = 512;  // tokens handled at a time: their hidden units fit in memory that is kept
+constexpr int64_t TOKEN_CHUNK = 512;   // tokens handled at a time, so that their hidden units stay small
+constexpr int64_t DENSE_TOKENS = 33;  // from here the library's GEMM is worth asking (see README.md, break-even)
 
 // What the phases of one chunk share.
 struct Chunk {
@@ -102,38 +103,30 @@ inline void down_block(const Problem& p, const Chunk& c, typename E::T* y, int64
     for (int64_t k = 0; k < cols; k++) y[i * p.d_out + c0 + k] = E::from_float(local.y[i * padded + k]);
 }
 
+// Memory of a chunk, and its decision: token lists per expert. Returns the number of (token, expert) pairs.
 template <class E>
-void batch_chunk(const Problem& p, int64_t first, int64_t tokens) {
-  Scratch& s = scratch();
-  s.reserve(Scratch::bytes_for<float>(Blocked::size(tokens, p.d_model)) +
-            Scratch::bytes_for<int32_t>(p.n_experts * tokens) + Scratch::bytes_for<int32_t>(p.n_experts) +
-            Scratch::bytes_for<int64_t>(p.n_experts + 1) + Scratch::bytes_for<float>(tokens * p.d_ff) +
-            p.threads * Local::bytes(p, tokens));
+inline int64_t route_chunk(const Problem& p, int64_t first, Chunk& c, std::vector<Local>& locals) {
   const auto* x = static_cast<const typename E::T*>(p.x) + first * p.x_stride;
-  auto* y = static_cast<typename E::T*>(p.y) + first * p.d_out;
-  Chunk c{};
-  c.tokens = tokens;
-  c.x = {s.take<float>(Blocked::size(tokens, p.d_model)), tokens, p.d_model};
-  c.list = s.take<int32_t>(p.n_experts * tokens);
-  c.count = s.take<int32_t>(p.n_experts);
-  c.offset = s.take<int64_t>(p.n_experts + 1);
-  c.offset[0] = 0;
-  c.hidden = s.take<float>(tokens * p.d_ff);
-  c.mask = p.mask ? p.mask + first * p.n_experts : nullptr;
-  std::vector<Local> locals;
-  for (int t = 0; t < p.threads; t++) locals.emplace_back(s, p, tokens);
-  const int64_t blocks = (p.group + NEURON_BLOCK - 1) / NEURON_BLOCK, columns = Local::columns(p, tokens);
-
 #pragma omp parallel num_threads(p.threads) if (p.threads > 1)
   {
     Local& local = locals[size_t(omp_get_thread_num())];
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < tokens; i++) c.x.fill<E>(i, x + i * p.x_stride);
+    for (int64_t i = 0; i < c.tokens; i++) c.x.fill<E>(i, x + i * p.x_stride);
 #pragma omp for schedule(dynamic)
     for (int64_t e = 0; e < p.n_experts; e += NEURON_BLOCK)
       route_block(p, c, e, std::min(e + NEURON_BLOCK, p.n_experts), local);
-#pragma omp single
-    for (int64_t e = 0; e < p.n_experts; e++) c.offset[e + 1] = c.offset[e] + c.count[e];
+  }
+  c.offset[0] = 0;
+  for (int64_t e = 0; e < p.n_experts; e++) c.offset[e + 1] = c.offset[e] + c.count[e];
+  return c.offset[p.n_experts];
+}
+
+template <class E>
+inline void expert_gemms(const Problem& p, const Chunk& c, typename E::T* y, std::vector<Local>& locals) {
+  const int64_t blocks = (p.group + NEURON_BLOCK - 1) / NEURON_BLOCK, columns = Local::columns(p, c.tokens);
+#pragma omp parallel num_threads(p.threads) if (p.threads > 1)
+  {
+    Local& local = locals[size_t(omp_get_thread_num())];
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < p.n_experts * blocks; task++) {
       const int64_t e = task / blocks, j = task % blocks * NEURON_BLOCK;
@@ -145,10 +138,34 @@ void batch_chunk(const Problem& p, int64_t first, int64_t tokens) {
   }
 }
 
-template <class E>
-void batch(const Problem& p) {
-  for (int64_t first = 0; first < p.tokens; first += TOKEN_CHUNK)
-    batch_chunk<E>(p, first, std::min(TOKEN_CHUNK, p.tokens - first));
+// dense(first, tokens, mask) computes a chunk with the library's own GEMMs; it is asked where too few pairs are skipped.
+template <class E, class Dense>
+void batch(const Problem& p, Dense&& dense) {
+  Scratch& s = scratch();
+  const int64_t most = std::min(TOKEN_CHUNK, p.tokens);
+  const bool keep_mask = !p.mask && p.tokens >= DENSE_TOKENS;
+  s.reserve(Scratch::bytes_for<float>(Blocked::size(most, p.d_model)) +
+            Scratch::bytes_for<int32_t>(p.n_experts * most) + Scratch::bytes_for<int32_t>(p.n_experts) +
+            Scratch::bytes_for<int64_t>(p.n_experts + 1) + Scratch::bytes_for<float>(most * p.d_ff) +
+            Scratch::bytes_for<uint8_t>(keep_mask ? most * p.n_experts : 0) + p.threads * Local::bytes(p, most));
+  Chunk c{};
+  c.x = {s.take<float>(Blocked::size(most, p.d_model)), most, p.d_model};
+  c.list = s.take<int32_t>(p.n_experts * most);
+  c.count = s.take<int32_t>(p.n_experts);
+  c.offset = s.take<int64_t>(p.n_experts + 1);
+  c.hidden = s.take<float>(most * p.d_ff);
+  uint8_t* own_mask = keep_mask ? s.take<uint8_t>(most * p.n_experts) : nullptr;
+  std::vector<Local> locals;
+  for (int t = 0; t < p.threads; t++) locals.emplace_back(s, p, most);
+  for (int64_t first = 0; first < p.tokens; first += TOKEN_CHUNK) {
+    c.tokens = c.x.tokens = std::min(TOKEN_CHUNK, p.tokens - first);
+    c.mask = p.mask ? p.mask + first * p.n_experts : own_mask;
+    const int64_t pairs = route_chunk<E>(p, first, c, locals);
+    if (c.tokens >= DENSE_TOKENS && double(pairs) > p.dense_above * double(c.tokens * p.n_experts))
+      dense(first, c.tokens, c.mask);
+    else
+      expert_gemms<E>(p, c, static_cast<typename E::T*>(p.y) + first * p.d_out, locals);
+  }
 }
 
 }  // namespace

@@ -33,6 +33,7 @@ struct Problem {
   void* y;        // [tokens, d_out] contiguous
   uint8_t* mask;  // [tokens, n_experts] or null
   int threads;
+  double dense_above;  // active share from which many tokens go to the library's own GEMMs
 };
 
 // Memory of one calling thread, kept between its calls up to KEEP bytes: a fresh mmap per token would cost page faults.

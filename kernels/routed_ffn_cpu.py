@@ -147,7 +147,7 @@ def load() -> bool:
             if _loaded is None:
                 path = _find_or_build()
                 if path is not None:
-                    torch.ops.load_library(path)
+                    torch.ops.load_library(path)  # type: ignore[no-untyped-call]
                 _loaded = path is not None
     return _loaded
 

@@ -51,9 +51,10 @@ def routed_ffn_traceable(*args: Any) -> Tensor:
 def run(c: Call, density: float | None) -> Tensor:
     """With any launcher: the eager one, a tracer's, the recorder of the ahead-of-time table."""
     if c.n_tokens == 0:
-        y = c.empty(0, c.d_out)
-    else:
-        path = tuning.choose_path(c.n_tokens, density, c.tuned("paths"))
+        return c.empty(*c.leading, c.d_out)
+    path = tuning.choose_path(c.n_tokens, density, c.tuned("paths"))
+    # The op's dtype is x's: autocast would change that of the dense products inside it.
+    with torch.autocast("cuda", enabled=False) if torch.is_autocast_enabled("cuda") else nullcontext():
         y = {"one": one, "union": union, "grouped": grouped, "dense": dense}[path](c)
     return y.reshape(*c.leading, c.d_out)
 

@@ -47,7 +47,7 @@ def lte(
     from torch._inductor.compile_fx import compile_fx
 
     gates = sum(is_gate(n) for n in gm.graph.nodes)
-    lowered, notes = 0, []
+    lowered, notes = 0, list[str]()
     if gates and not _trains(example_inputs):
         lowered, notes = LowerRoutedFFN()(gm)
     elif gates:
@@ -56,11 +56,11 @@ def lte(
     log.info("lte backend: %d gates, %d lowered%s", gates, lowered, "".join(f"; {n}" for n in notes))
     if not any(g.gates for g in history) and not _holds_op(gm) and len(history) == 1:
         warnings.warn(
-            "torch.compile(backend='lte') got a graph with no gate; expected a model that ltepass.transform changed, in "
-            "hard mode; inductor compiles it as it is",
+            "torch.compile(backend='lte') got a graph with no gate; expected a model that ltepass.transform changed, "
+            "in hard mode; inductor compiles it as it is",
             stacklevel=2,
         )
-    return compile_fx(gm, example_inputs, config_patches=_patches(mode, options))  # type: ignore[no-any-return]
+    return compile_fx(gm, example_inputs, config_patches=_patches(mode, options))  # type: ignore[return-value]
 
 
 def _trains(example_inputs: Sequence[Any]) -> bool:

@@ -42,7 +42,7 @@ class _Products:
         return self.points @ sums.T
 
 
-def balanced_kmeans(points: Tensor, seats: int, *, seed: int, lloyd: int = 3, rounds: int = 60) -> Tensor:
+def balanced_kmeans(points: Tensor, seats: int, *, seed: int, lloyd: int = 3, rounds: int = 40) -> Tensor:
     """points: [n, d] any float -> [n] int64 labels in [0, n / seats), each exactly `seats` times."""
     n = len(points)
     assert n % seats == 0, (n, seats)

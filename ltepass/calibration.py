@@ -147,7 +147,7 @@ def expert_energy(model: nn.Module, site: FFNSite, h: Tensor) -> Tensor:
     """[n_tokens, n_experts]: sum over an expert's neurons of (h_j ||down_j||)^2."""
     down = site.down_rows.of(model, site.d_ff).detach().float()
     weighted = h.float().square() * down.square().sum(1)
-    return weighted.unflatten(-1, (site.n_experts, -1)).sum(-1)
+    return weighted.view(*weighted.shape[:-1], site.n_experts, -1).sum(-1)
 
 
 def ridge(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

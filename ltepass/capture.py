@@ -1,42 +1,67 @@
-"""Capture a model as one graph whose nodes know their module: torch.export for modules, shape propagation for graphs.
+"""Capture one module as one graph whose nodes know their module: torch.export for modules, fake tensors for graphs.
 
 Nothing here runs the user's model for real: export traces under fake tensors, which works on the meta device too.
-The training flag, RNG state, hooks and caches of the model are as before.
+The training flag, RNG state, hooks, buffers and caches of the model are as before.
 """
 
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
+import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from ltepass.dataflow import Flow
+from ltepass.dataflow import Flow, is_movement, op_name, strip_identity
 from ltepass.errors import CaptureError
-
-TOKENS = 8  # length of the made-up prompt; long enough for token mixing to show
+from ltepass.example_inputs import make_example_inputs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Captured:
-    """A graph of (a part of) `root`. prefix: path of the captured part in the root, "" for all of it."""
+    """A graph of (a part of) a root module.
+
+    prefix: path of the captured part in the root, "" for all of it.
+    aliases: paths of modules that the root holds under several, to the first of them.
+    """
 
     flow: Flow
     prefix: str = ""
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
     def stack(self, node: Node) -> list[str]:
         """Paths of the module calls that a node stands in, outermost first; [""] is the root."""
         raw = node.meta.get("nn_module_stack") or {}
         paths = [re.sub(r"@\d+", "", str(path)) for path, _ in raw.values()]
-        joined = [".".join(p for p in (self.prefix, path) if p) for path in paths]
-        return list(dict.fromkeys([self.prefix, *joined]))
+        joined = [join(self.prefix, path) for path in paths]
+        return list(dict.fromkeys(self.aliases.get(p, p) for p in (self.prefix, *joined)))
+
+    def only_linears(self, path: str) -> bool:
+        """Whether what the graph holds of this module's calls is products with leaf weights, and views around them."""
+        return path not in self._busy
+
+    @cached_property
+    def _busy(self) -> set[str]:
+        """Paths of modules that compute something besides products with leaf weights."""
+        flow = self.flow
+        busy: set[str] = set()
+        for node in flow.nodes():
+            product = flow.linear(node) is not None or flow.product(node) is not None
+            plain = product or is_movement(node) or strip_identity(node) is not node
+            if not plain and op_name(node) not in (None, "_assert_tensor_metadata", "size", "sym_size", "getattr"):
+                busy.update(self.stack(node))
+        return busy
+
+
+def join(*paths: str) -> str:
+    return ".".join(p for p in paths if p)
 
 
 def capture(model: nn.Module, example_inputs: Any = None) -> Captured:
@@ -45,32 +70,45 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Captured:
     example_inputs: a tuple (args), a dict (kwargs), one tensor, or None for a Hugging Face model, which makes its own.
     Raises CaptureError with the tracer's own words where the model or the inputs cannot be traced.
     """
-    args, kwargs = _split(example_inputs if example_inputs is not None else make_example_inputs(model))
+    args, kwargs = split_inputs(example_inputs if example_inputs is not None else make_example_inputs(model))
     if isinstance(model, GraphModule):
         return _capture_graph_module(model, args, kwargs)
-    return export_module(model, args, kwargs)
+    return export_module(model, model, args, kwargs)
 
 
-def export_module(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], prefix: str = "") -> Captured:
+def export_module(
+    root: nn.Module, part: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], prefix: str = ""
+) -> Captured:
+    """One ATen graph of `part`, which is `root.<prefix>`; leaves carry their first name in the root."""
     try:
-        with _untouched(model), torch.no_grad():
-            program = torch.export.export(model, tuple(args), dict(kwargs), strict=False)
+        with untouched(root), torch.no_grad():
+            program = torch.export.export(part, tuple(args), dict(kwargs), strict=False)
     except Exception as e:
         said = str(e).strip().splitlines()
         raise CaptureError(
-            f"torch.export could not trace {type(model).__name__} with {_describe(args, kwargs)}: "
+            f"torch.export could not trace {type(part).__name__} with {_describe(args, kwargs)}: "
             f"{type(e).__name__}: {said[0] if said else ''}; pass example_inputs that model(...) accepts"
         ) from e
     names = program.graph_signature
     by_target = {**names.inputs_to_parameters, **names.inputs_to_buffers}
-    constants = names.inputs_to_lifted_tensor_constants
-    leaves = {
-        n: by_target.get(n.name, constants.get(n.name, n.name))
-        for n in program.graph.nodes
-        if n.op == "placeholder" and (n.name in by_target or n.name in constants)
-    }
-    leaves = {n: ".".join(p for p in (prefix, name) if p) for n, name in leaves.items()}
-    return Captured(flow=Flow(program.graph_module, leaves), prefix=prefix)
+    literals = names.inputs_to_lifted_tensor_constants
+    leaves = {n: by_target[n.name] for n in program.graph.nodes if n.op == "placeholder" and n.name in by_target}
+    first = {id(t): name for name, t in (*root.named_buffers(), *root.named_parameters())}
+    leaves = {n: first.get(id(_tensor(part, name)), join(prefix, name)) for n, name in leaves.items()}
+    constants = {literals[n.name]: n for n in program.graph.nodes if n.name in literals}
+    values = {k: program.constants[k] for k in constants if isinstance(program.constants.get(k), Tensor)}
+    flow = Flow(program.graph_module, {**leaves, **{constants[k]: k for k in constants}}, values)
+    return Captured(flow=flow, prefix=prefix, aliases=_aliases(root))
+
+
+def _tensor(part: nn.Module, name: str) -> Any:
+    path, _, attribute = name.rpartition(".")
+    return getattr(part.get_submodule(path), attribute)
+
+
+def _aliases(root: nn.Module) -> dict[str, str]:
+    first = {id(m): path for path, m in root.named_modules()}
+    return {path: first[id(m)] for path, m in root.named_modules(remove_duplicate=False) if first[id(m)] != path}
 
 
 def _capture_graph_module(gm: GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Captured:
@@ -81,9 +119,9 @@ def _capture_graph_module(gm: GraphModule, args: Sequence[Any], kwargs: Mapping[
     from ltepass.passes.normalize import inline_leaf_modules
 
     flat = inline_leaf_modules(gm)
+    placeholders = [n for n in flat.graph.nodes if n.op == "placeholder"]
     try:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        placeholders = [n for n in flat.graph.nodes if n.op == "placeholder"]
         values = _bind(placeholders, args, kwargs)
         with torch.no_grad():
             FakeTensorProp(flat, mode).propagate(*values)
@@ -92,7 +130,9 @@ def _capture_graph_module(gm: GraphModule, args: Sequence[Any], kwargs: Mapping[
             f"the GraphModule could not be run on fake tensors with {_describe(args, kwargs)}: "
             f"{type(e).__name__}: {e}; pass example_inputs for its {len(placeholders)} placeholders"
         ) from e
-    leaves = {n: str(n.target) for n in flat.graph.nodes if n.op == "get_attr" and isinstance(n.meta.get("val"), Tensor)}
+    leaves = {
+        n: str(n.target) for n in flat.graph.nodes if n.op == "get_attr" and isinstance(n.meta.get("val"), Tensor)
+    }
     return Captured(flow=Flow(flat, leaves))
 
 
@@ -112,39 +152,8 @@ def _bind(placeholders: Sequence[Node], args: Sequence[Any], kwargs: Mapping[str
     return out
 
 
-def make_example_inputs(model: nn.Module) -> dict[str, Any]:
-    """A prompt of token ids for a Hugging Face text model, on the model's device."""
-    config = getattr(model, "config", None)
-    if isinstance(model, GraphModule):
-        return {}
-    if config is None or not hasattr(config, "to_dict"):
-        raise CaptureError(
-            f"{type(model).__name__} is no Hugging Face model, so its inputs cannot be made up; expected "
-            "example_inputs; pass a tuple, a dict or a tensor that model(...) accepts"
-        )
-    parameter = next(iter(model.parameters()), None)
-    device = parameter.device if parameter is not None else torch.device("cpu")
-    known = inspect.signature(model.forward).parameters
-    ids = torch.zeros(1, TOKENS, dtype=torch.long, device=device)
-    inputs: dict[str, Any] = {}
-    if getattr(model, "main_input_name", "input_ids") == "input_ids":
-        inputs["input_ids"] = ids
-    elif model.main_input_name == "pixel_values":
-        size = getattr(config, "image_size", 32)
-        side = (size, size) if isinstance(size, int) else tuple(size)
-        inputs["pixel_values"] = torch.zeros(1, getattr(config, "num_channels", 3), *side, device=device)
-    else:
-        raise CaptureError(
-            f"{type(model).__name__} wants {model.main_input_name!r}, which cannot be made up; pass example_inputs"
-        )
-    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in known:
-        inputs["decoder_input_ids"] = ids
-    if "use_cache" in known or any(p.kind is p.VAR_KEYWORD for p in known.values()):
-        inputs["use_cache"] = False
-    return inputs
-
-
-def _split(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def split_inputs(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(args, kwargs) of example inputs in any accepted form."""
     if isinstance(example, Tensor):
         return (example,), {}
     if isinstance(example, Mapping):
@@ -163,14 +172,32 @@ def _describe(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """RNG state and buffers' identity as before; export's own chatter kept low."""
-    rng = torch.get_rng_state()
-    logger = logging.getLogger("torch.export")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def untouched(model: nn.Module) -> Iterator[None]:
+    """RNG state, and every module's attributes, buffers and hooks, as before; export's own chatter kept low."""
+    rng, python_rng = torch.get_rng_state(), random.getstate()
+    cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    kept = [(m, dict(m.__dict__), dict(m._buffers), dict(m._parameters)) for m in model.modules()]
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._subclasses.fake_tensor")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)  # a failed trace is an error of ours, with the tracer's words in it
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         torch.set_rng_state(rng)
+        random.setstate(python_rng)
+        if cuda_rng:
+            torch.cuda.set_rng_state_all(cuda_rng)
+        for module, attributes, buffers, parameters in kept:
+            _restore(module.__dict__, attributes)
+            _restore(module._buffers, buffers)
+            _restore(module._parameters, parameters)
+
+
+def _restore(now: dict[str, Any], before: dict[str, Any]) -> None:
+    """Only where something changed: an attribute may be watched."""
+    if now.keys() != before.keys() or any(now[k] is not before[k] for k in before):
+        now.clear()
+        now.update(before)

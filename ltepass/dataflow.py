@@ -1,16 +1,18 @@
 """One reading of FX graphs from three dialects: torch.export's ATen graph, Dynamo's graph, a user's GraphModule.
 
 Everything here asks "what kind of operation is this node": it never changes a graph. Kinds:
-  linear      a product with a weight that is a leaf of the graph (linear, addmm, mm, matmul)
+  linear      a product with a weight that is a leaf of the graph (linear, addmm, mm, matmul; a bias may be added apart)
   pointwise   neuron by neuron, token by token (activations, products, casts, dropout)
   movement    the same numbers in another shape (view, chunk, transpose, ...)
+  reduction   statistics over a dim (mean, norms, softmax), with which a gate does not commute
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -23,13 +25,24 @@ from ltepass import router as router  # registers ltepass::gate
 # Pointwise in meaning, without the tag in ATen.
 _EXTRA_POINTWISE = frozenset(
     "dropout to type_as float half bfloat16 double hardswish hardtanh prelu elu celu where masked_fill "
-    "alpha_dropout native_dropout square_ log_sigmoid truediv gate rsub".split()
+    "alpha_dropout native_dropout log_sigmoid gate rsub".split()
 )
 _MOVEMENT = frozenset(
     "view reshape _unsafe_view chunk split split_with_sizes slice getitem select narrow unbind unsqueeze squeeze "
     "transpose permute t flatten unflatten expand contiguous clone alias detach movedim swapaxes tensor_split "
     "as_view lift_fresh_copy roll flip".split()
 )
+_REDUCTIONS = frozenset(
+    "mean sum prod var std var_mean std_mean amax amin max min norm linalg_vector_norm layer_norm native_layer_norm "
+    "rms_norm group_norm batch_norm softmax log_softmax logsumexp topk sort kthvalue quantile cumsum".split()
+)
+# Pointwise, and affine in every input (products of two streams are affine in each): no activation by itself.
+_AFFINE = frozenset(
+    "add sub mul div neg rsub to float half bfloat16 double type_as dropout alias detach clone contiguous "
+    "gate zeros_like ones_like".split()
+)
+_SAME = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "truediv": "div"}  # Python's own operators
+UNKNOWN_SIZE = 5  # stands for a size that depends on data
 _IDENTITY = frozenset("alias detach contiguous clone to float half bfloat16 double type_as".split())
 
 
@@ -45,7 +58,8 @@ def op_name(node: Node) -> str | None:
             name = getattr(target, "__name__", "")
     else:
         return None
-    return name.rstrip("_") if not name.startswith("_") else name
+    name = name.rstrip("_") if not name.startswith("_") else name
+    return _SAME.get(name, name)
 
 
 def value(node: Node) -> Any:
@@ -61,12 +75,24 @@ def shape(node: Node) -> tuple[int, ...]:
 
 
 def concrete(size: Any) -> int:
-    return size if isinstance(size, int) else int(size.node.hint)
+    """A size as an integer: a symbol gives its hint, one that depends on data a made-up value."""
+    if isinstance(size, int):
+        return size
+    hint = size.node.hint
+    return UNKNOWN_SIZE if hint is None else int(hint)
+
+
+def numel(node: Node) -> int:
+    return math.prod(shape(node))
 
 
 def is_tensor(node: Node) -> bool:
     v = value(node)
     return isinstance(v, torch.Tensor) or (isinstance(v, (tuple, list)) and any(isinstance(t, torch.Tensor) for t in v))
+
+
+def is_plain_tensor(node: Node) -> bool:
+    return isinstance(value(node), torch.Tensor)
 
 
 def is_gate(node: Node) -> bool:
@@ -83,10 +109,21 @@ def is_pointwise(node: Node) -> bool:
         return False
     if name in _EXTRA_POINTWISE:
         return True
+    if name in ("min", "max"):  # of two tensors, or over one
+        return len(tensor_inputs(node)) == 2
     packet = getattr(torch.ops.aten, name, None)
-    if packet is None or node.op == "call_function" and node.target is operator.getitem:
+    if packet is None or (node.op == "call_function" and node.target is operator.getitem):
         return False
     return any(torch.Tag.pointwise in getattr(packet, overload).tags for overload in packet.overloads())
+
+
+def is_reduction(node: Node) -> bool:
+    return op_name(node) in _REDUCTIONS and not is_pointwise(node)
+
+
+def is_nonlinear(node: Node) -> bool:
+    """A pointwise operation that makes an activation: not merely affine."""
+    return is_pointwise(node) and op_name(node) not in _AFFINE
 
 
 def tensor_inputs(node: Node) -> list[Node]:
@@ -114,9 +151,13 @@ def strip_views(node: Node) -> Node:
 
 @dataclass(frozen=True, kw_only=True)
 class Linear:
-    """A product with a leaf weight. out_dim: the weight's dim that indexes output features."""
+    """A product with a leaf weight. out_dim: the weight's dim that indexes output features.
+
+    node: whose value is the linear's output: the product itself, or the addition of a bias after it.
+    """
 
     node: Node
+    product: Node
     x: Node
     weight: Node
     bias: Node | None
@@ -133,13 +174,23 @@ class Linear:
 
 @dataclass(frozen=True)
 class Flow:
-    """A graph, and which of its nodes are leaf tensors (parameters, buffers, constants) under which name."""
+    """A graph, and which of its nodes are leaf tensors (parameters, buffers, constants) under which name.
+
+    constants: values of the leaves that are literals of the code, by name.
+    """
 
     gm: GraphModule
     leaves: dict[Node, str]
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def nodes(self) -> Iterator[Node]:
         return iter(self.gm.graph.nodes)
+
+    @cached_property
+    def batch(self) -> int:
+        """Sequences in the example inputs: the first dim of the first one that has two."""
+        inputs = (n for n in self.gm.graph.nodes if n.op == "placeholder" and n not in self.leaves)
+        return next((shape(n)[0] for n in inputs if is_plain_tensor(n) and len(shape(n)) > 1), 1)
 
     @cached_property
     def back(self) -> nx.DiGraph:
@@ -165,7 +216,19 @@ class Flow:
         return node, transposed
 
     def linear(self, node: Node) -> Linear | None:
-        """Read a node as a linear, or None."""
+        """Read a node as a linear, or None. A product whose bias is added apart is read at the addition, not before."""
+        biased = self._biased(node)
+        if biased is not None:
+            return biased
+        product = self.product(node)
+        if product is not None and product.bias is None:
+            users = consumers(node)
+            if len(users) == 1 and self._biased(users[0]) is not None:
+                return None
+        return product
+
+    def product(self, node: Node) -> Linear | None:
+        """Read a node as a product with a leaf weight, whatever is added to it later."""
         parts = _linear_parts(node)
         if parts is None:
             return None
@@ -173,7 +236,24 @@ class Flow:
         leaf = self.leaf(weight) if isinstance(weight, Node) and is_tensor(weight) else None
         if leaf is None or not isinstance(x, Node) or len(shape(leaf[0])) != 2 or self.leaf(x) is not None:
             return None
-        return Linear(node=node, x=x, weight=leaf[0], bias=bias, out_dim=1 - out_dim if leaf[1] else out_dim)
+        return Linear(
+            node=node, product=node, x=x, weight=leaf[0], bias=bias, out_dim=1 - out_dim if leaf[1] else out_dim
+        )
+
+    def _biased(self, node: Node) -> Linear | None:
+        """product(x) + b, where b is a leaf with one entry per output feature and nobody else reads the product."""
+        if op_name(node) != "add" or len(node.args) != 2 or node.kwargs:
+            return None
+        for product, bias in (node.args, node.args[::-1]):
+            if not (isinstance(product, Node) and isinstance(bias, Node) and is_tensor(bias)):
+                continue
+            found = self.product(product)
+            if found is None or found.bias is not None or len(consumers(product)) != 1:
+                continue
+            leaf = self.leaf(bias)
+            if leaf is not None and shape(leaf[0]) == (found.width,):
+                return replace(found, node=node, bias=bias)
+        return None
 
 
 def _linear_parts(node: Node) -> tuple[Any, Any, Any, int] | None:

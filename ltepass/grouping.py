@@ -11,8 +11,6 @@ from ltepass.balanced import balanced_kmeans
 from ltepass.errors import CalibrationError, ConfigError
 from ltepass.sites import FFNSite, routers_of
 
-SKETCH = 512  # width of the random sketch that stands for outer products of activation and down column
-
 
 @dataclass(frozen=True)
 class ActivationStats:
@@ -35,7 +33,8 @@ def grouping_permutation(
 
     New neuron i was neuron permutation[i]; expert e is new neurons [e * group_size, (e + 1) * group_size).
     Methods: identity; random; kmeans (the paper: rows of gate, or of up in a plain FFN, L2-normalised); coactivation
-    (|h_j| ||down_j|| over tokens, normalised); output_aware (the neurons' output vectors h_j down_j over tokens).
+    (|h_j| over tokens, L2-normalised: which neurons fire together); output_aware (|h_j| ||down_j|| as a share of its
+    token's output, not normalised: a group's spread is then what dropping it whole loses or wastes).
     Deterministic for a seed. Raises CalibrationError where activations are needed and missing, ConfigError.
     """
     d_ff = up.shape[0]
@@ -46,23 +45,15 @@ def grouping_permutation(
     if method not in ("kmeans", "coactivation", "output_aware"):
         raise ConfigError(f"grouping is {method!r}; expected identity, random, kmeans, coactivation or output_aware")
     if method == "kmeans":
-        points = (up if gate is None else gate).float()
+        points = nn.functional.normalize((up if gate is None else gate).float(), dim=1)
     elif activations is None:
         raise CalibrationError(f"grouping {method!r} needs activations; expected calibration batches; pass them")
     elif method == "coactivation":
-        points = activations.h.abs().T * down.float().norm(dim=1, keepdim=True)
+        points = nn.functional.normalize(activations.h.abs().T, dim=1)
     else:
-        points = _output_sketch(activations.h, down.float(), seed)
-    labels = balanced_kmeans(nn.functional.normalize(points, dim=1), group_size, seed=seed)
-    return labels.argsort(stable=True)
-
-
-def _output_sketch(h: Tensor, down: Tensor, seed: int) -> Tensor:
-    """[d_ff, SKETCH] whose inner products are those of the outer products h_j (x) down_j, in expectation."""
-    random = torch.Generator().manual_seed(seed)
-    over_tokens = torch.randn(h.shape[0], SKETCH, generator=random)
-    over_width = torch.randn(down.shape[1], SKETCH, generator=random)
-    return (h.T @ over_tokens) * (down @ over_width) / SKETCH**0.5
+        importance = activations.h.abs() * down.float().norm(dim=1)
+        points = nn.functional.normalize(importance, dim=1).T
+    return balanced_kmeans(points, group_size, seed=seed).argsort(stable=True)
 
 
 def permute_site(model: nn.Module, site: FFNSite, permutation: Tensor) -> None:

@@ -61,7 +61,7 @@ class InlineSite:
 def attach(owner: nn.Module, sites: Sequence[InlineSite]) -> None:
     """Gate these FFNs of the owner; replaces whatever was attached before."""
     original = original_class(owner)
-    owner.__class__ = _gated_class(original, tuple(sites))
+    owner.__class__ = _gated_class(original, tuple(sites))  # type: ignore[arg-type]
     for site in sites:
         site.hook(owner)
 
@@ -101,7 +101,7 @@ def _gated_class(original: type[nn.Module], sites: tuple[InlineSite, ...]) -> ty
 
 
 def _rebuild(original: type[nn.Module], sites: tuple[InlineSite, ...]) -> nn.Module:
-    cls = _gated_class(original, sites)
+    cls = _gated_class(original, sites)  # type: ignore[arg-type]
     return cls.__new__(cls)
 
 
@@ -131,7 +131,7 @@ class _Hook:
 
 
 def _carries(module: nn.Module, kind: type[_Hook], key: str) -> bool:
-    return any(type(h) is kind and h.site.key == key for h in module._forward_pre_hooks.values())
+    return any(isinstance(h, kind) and h.site.key == key for h in module._forward_pre_hooks.values())
 
 
 class _UpBefore(_Hook):
@@ -154,7 +154,7 @@ class _DownBefore(_Hook):
         router = owner.get_submodule(self.site.router)
         setattr(_calls, self.site.slot, (owner, None))
         h: Tensor = args[0]
-        return gate(router, h, scores[0]), *args[1:]
+        return gate(router, h, scores[0]), *args[1:]  # type: ignore[arg-type]
 
 
 class SparseDown:

@@ -146,7 +146,8 @@ def lowered_ffn(router: Router, up: nn.Module, gate_linear: nn.Module | None, do
                 "ltepass.lower; call ltepass.unlower(model) before wrapping, then lower again"
             )
     gate = (None, None) if gate_linear is None else _parameters(gate_linear)
-    return lowered_call(router, *_parameters(up), *gate, *_parameters(down), x)
+    weights = (*_parameters(up), *gate, *_parameters(down))
+    return lowered_call(router, *weights, x)  # type: ignore[call-arg]
 
 
 def _parameters(linear: nn.Module) -> tuple[Any, Any]:

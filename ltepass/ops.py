@@ -28,6 +28,8 @@ _library.define(f"routed_ffn{_ARGUMENTS} -> Tensor", tags=(torch.Tag.pt2_complia
 # The same computation, with the decision beside it: mask bool [..., n_experts] and count int64 [], the number of
 # (token, expert) pairs that were active. Tests compare masks first; the autograd formula keeps the mask it returns.
 _library.define(f"routed_ffn_with_mask{_ARGUMENTS} -> (Tensor, Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
+# What the C++ kernel calls for a dtype that it has no code for.
+_library.define(f"_plain{_ARGUMENTS} -> (Tensor, Tensor)")
 
 Args = tuple[Any, ...]
 _N_TENSORS = 10  # every argument but the activation
@@ -161,6 +163,7 @@ def _vmap(with_mask: bool) -> Any:
 
 def _register() -> None:
     ops = torch.ops.ltepass
+    _library.impl("_plain", lambda *args: _plain(True, args)[:2], "CompositeExplicitAutograd")
     fakes = (("routed_ffn", False, _fake, _cuda), ("routed_ffn_with_mask", True, _fake_with_mask, _cuda_with_mask))
     for name, with_mask, fake, cuda in fakes:
         op = getattr(ops, name).default

@@ -61,7 +61,7 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 def regenerate(module: nn.Module, forwards: Forwards) -> None:
     """Swap the module's class for one with these forwards."""
-    module.__class__ = regenerated_class(original_class(module), forwards)
+    module.__class__ = regenerated_class(original_class(module), forwards)  # type: ignore[arg-type]
 
 
 @functools.cache
@@ -95,7 +95,7 @@ def subclass(
 
 
 def _rebuild(original: type[nn.Module], forwards: Forwards) -> nn.Module:
-    cls = regenerated_class(original, forwards)
+    cls = regenerated_class(original, forwards)  # type: ignore[arg-type]
     return cls.__new__(cls)
 
 

@@ -114,7 +114,8 @@ _library.define("gate(Tensor h, Tensor logits, Tensor threshold, bool soft) -> T
 def _gate(h: Tensor, logits: Tensor, threshold: Tensor, soft: bool) -> Tensor:
     scores = torch.sigmoid(logits) if soft else logits > threshold
     n_experts = logits.shape[-1]
-    return (h.unflatten(-1, (n_experts, -1)) * scores.to(h.dtype).unsqueeze(-1)).flatten(-2)
+    gated: Tensor = h.unflatten(-1, (n_experts, -1)) * scores.to(h.dtype).unsqueeze(-1)
+    return gated.flatten(-2)
 
 
 # One op in Dynamo's graph, so that a pass finds it without guessing; plain ATen ops for autograd, export and inductor.

@@ -119,8 +119,8 @@ def require_state(model: nn.Module, what: str) -> LTEState:
     state = state_of(model)
     if state is None:
         raise NotTransformedError(
-            f"{type(model).__name__} holds no routers; {what} expects a transformed model; call ltepass.transform(model) "
-            "first, and pass the same root module"
+            f"{type(model).__name__} holds no routers; {what} expects a transformed model; call "
+            "ltepass.transform(model) first, and pass the same root module"
         )
     return state
 

@@ -1,7 +1,7 @@
 """capture: the model as ATen graphs.
 
     before:  an nn.Module, or a GraphModule in any dialect
-    after:   graphs whose nodes carry the path of the module they came from
+    after:   graphs whose nodes carry the path of the module they came from; a refusal for each part that has none
 
 Nothing of the model changes: export runs under fake tensors.
 """
@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ltepass.capture import capture
+from ltepass.capture_parts import capture_all
 from ltepass.pipeline import Job
+from ltepass.sites import Refusal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +20,11 @@ class CaptureGraphs:
     name: str = "capture"
 
     def __call__(self, job: Job) -> str:
-        job.captured = [capture(job.model, job.example_inputs)]
+        captures = capture_all(job.model, job.example_inputs)
+        job.captured = captures.graphs
+        job.refusals += [
+            Refusal(module=path, node="", check="capture", reason=f"its linears are in no graph: {why}")
+            for path, why in captures.missed.items()
+        ]
         nodes = sum(len(c.flow.gm.graph.nodes) for c in job.captured)
         return f"{len(job.captured)} graph(s), {nodes} nodes"

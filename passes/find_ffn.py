@@ -9,19 +9,20 @@ Changes nothing. A site is legal to gate because y = sum_i h_i Wd[:, i] is a sum
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from torch import nn
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
 from ltepass.capture import Captured
-from ltepass.dataflow import Linear, op_name
+from ltepass.dataflow import consumers, is_movement, op_name, strip_identity
 from ltepass.errors import GroupSizeError, NoFFNFoundError
-from ltepass.match import Miss, Region, Rows, down_rows, match_down
+from ltepass.experts import ExpertStack, find_experts
+from ltepass.match import Miss, Region, match_down
 from ltepass.pipeline import Job
-from ltepass.regenerate import trace_owner
+from ltepass.placing import place
 from ltepass.sites import FFNSite, NeuronRows, Refusal
 
 TARGET_GROUP = 32  # the paper's group size
@@ -32,12 +33,12 @@ class FindFFN:
     name: str = "find_ffn"
 
     def __call__(self, job: Job) -> str:
-        sites: dict[tuple[NeuronRows, ...], FFNSite] = {}
+        found: list[Found] = []
         for captured in job.captured:
-            found, refusals = find_in(job.model, captured)
-            sites.update((s.neurons, s) for s in found if s.neurons not in sites)  # a shared FFN is one site
+            here, refusals = find_in(job.model, captured)
+            found += here
             job.refusals += refusals
-        kept, tied = _without_ties(sites.values(), job.captured)
+        kept, tied = _without_ties(found, job.captured)
         job.refusals += tied
         job.sites = _name_routers(job.model, [_sized(s, job.config.group_size) for s in kept])
         if not job.sites:
@@ -50,9 +51,18 @@ class FindFFN:
         return f"{len(job.sites)} sites, {len(job.refusals)} refusals"
 
 
-def find_in(root: nn.Module, captured: Captured) -> tuple[list[FFNSite], list[Refusal]]:
+@dataclass(frozen=True)
+class Found:
+    """A site as it stands in one graph. products: the nodes that read its linears' weights."""
+
+    site: FFNSite
+    captured: Captured
+    products: frozenset[Node]
+
+
+def find_in(root: nn.Module, captured: Captured) -> tuple[list[Found], list[Refusal]]:
     """Sites and near misses of one graph."""
-    sites: list[FFNSite] = []
+    found: list[Found] = []
     refusals: list[Refusal] = []
     for node in captured.flow.nodes():
         linear = captured.flow.linear(node)
@@ -63,12 +73,18 @@ def find_in(root: nn.Module, captured: Captured) -> tuple[list[FFNSite], list[Re
             if match.near:
                 refusals.append(_refusal(captured, linear.node, match))
             continue
-        site = _site(root, captured, match)
+        site = place(root, captured, match)
         if isinstance(site, Refusal):
             refusals.append(site)
         else:
-            sites.append(site)
-    return sites, refusals
+            found.append(Found(site, captured, _products(match)))
+    refusals += [_experts(captured, stack) for stack in find_experts(captured.flow)]
+    return found, refusals
+
+
+def _products(region: Region) -> frozenset[Node]:
+    linears = [region.up.linear, region.down] + ([region.gate.linear] if region.gate else [])
+    return frozenset({*(n.product for n in linears), *(n.node for n in linears), *region.inner})
 
 
 def _refusal(captured: Captured, down: Node, miss: Miss) -> Refusal:
@@ -77,104 +93,59 @@ def _refusal(captured: Captured, down: Node, miss: Miss) -> Refusal:
     )
 
 
-def _site(root: nn.Module, captured: Captured, region: Region) -> FFNSite | Refusal:
-    up, down = _holder(captured, region.up.linear), _holder(captured, region.down)
-    gate = _holder(captured, region.gate.linear) if region.gate else None
-    calls = [captured.stack(n) for n in (region.up.linear.node, *region.inner, region.down.node)]
-    calls += [captured.stack(region.gate.linear.node)] if region.gate else []
-    modules = {up, gate, down}
-    owner = [p for p in calls[0] if all(p in c for c in calls) and (p not in modules or p == "")][-1]
-
-    def named(rows: Rows | None) -> NeuronRows | None:
-        if rows is None:
-            return None
-        return NeuronRows(param=captured.flow.leaves[rows.leaf], dim=rows.dim, start=rows.start, step=rows.step)
-
-    site = FFNSite(
-        name=owner or down,
-        owner=owner,
-        kind="inline",
-        router="",
-        up=up,
-        gate=gate,
-        down=down,
-        activation=region.activation,
-        d_model=region.down.width,
-        d_ff=region.d_ff,
-        up_rows=named(region.up.rows),  # type: ignore[arg-type]
-        up_bias=named(region.up.bias),
-        gate_rows=named(region.gate.rows) if region.gate else None,
-        gate_bias=named(region.gate.bias) if region.gate else None,
-        down_rows=named(down_rows(region.down)),  # type: ignore[arg-type]
-        down_bias=captured.flow.leaves.get(region.down.bias) if region.down.bias is not None else None,
-        neurons=tuple(n for n in map(named, region.neurons) if n),
+def _experts(captured: Captured, stack: ExpertStack) -> Refusal:
+    return Refusal(
+        module=captured.stack(stack.node)[-1],
+        node=stack.node.name,
+        check="experts",
+        reason=f"a stack of {stack.n_experts} experts that the model's own router picks from: it is sparse already",
+        nearest=f"{stack.up}, {stack.down}",
     )
-    if isinstance(root, GraphModule) and _origin(region.up.linear.node) is not _origin(region.down.node):
-        return _graph_site(site, region)
-    return _placed(root, site, region)
 
 
-def _holder(captured: Captured, linear: Linear) -> str:
-    """Path of the module that holds a linear's weight (its first owner, where it is shared)."""
-    return captured.flow.leaves[linear.weight].rpartition(".")[0]
+def _without_ties(found: Iterable[Found], captured: list[Captured]) -> tuple[list[FFNSite], list[Refusal]]:
+    """One site for an FFN that is called several times; refused where something else reads its parameters.
 
-
-def _origin(node: Node) -> Node:
-    """The node of the user's own graph that a node of the normalised copy stands for."""
-    return node.meta.get("origin", node)  # type: ignore[no-any-return]
-
-
-def _graph_site(site: FFNSite, region: Region) -> FFNSite:
-    """A site in the user's own graph: the nodes between which the two new nodes go."""
-    up, down = _origin(region.up.linear.node), _origin(region.down.node)
-    first = 1 if op_name(region.up.linear.node) == "addmm" and up.op == "call_function" else 0
-    x = up.args[first]
-    h = down.args[1 if op_name(region.down.node) == "addmm" and down.op == "call_function" else 0]
-    assert isinstance(x, Node)
-    assert isinstance(h, Node)
-    return replace(site, owner="", name=site.down, kind="graph", nodes=(x.name, h.name, down.name))
-
-
-def _placed(root: nn.Module, site: FFNSite, region: Region) -> FFNSite | Refusal:
-    """Aligned where the owner's forward can be regenerated around the two linears, else inline hooks on them."""
-    owner = root.get_submodule(site.owner)
-    graphs = trace_owner(owner)
-    if graphs is not None and all(_calls_once(g, site) for g in graphs):
-        return replace(site, kind="aligned")
-    holds = all(site.owner != p for p in (site.up, site.down))
-    if not holds or isinstance(owner, (nn.Sequential, nn.ModuleList)):
-        return Refusal(
-            module=site.owner,
-            node=region.down.node.name,
-            check="owner",
-            reason=f"{type(owner).__name__}.forward cannot be regenerated, and its linears are no modules to hook",
-        )
-    return site
-
-
-def _calls_once(graph: Graph, site: FFNSite) -> bool:
-    cut = len(site.owner) + 1 if site.owner else 0
-    targets = Counter(str(n.target) for n in graph.nodes if n.op == "call_module")
-    return all(targets[path[cut:]] == 1 for path in (site.up, site.down))
-
-
-def _without_ties(sites: Iterable[FFNSite], captured: list[Captured]) -> tuple[list[FFNSite], list[Refusal]]:
-    """Refuse sites whose parameters are read by something that is not a site."""
-    sites = list(sites)
-    uses: Counter[str] = Counter()
-    for c in captured:
-        for leaf, name in c.flow.leaves.items():
-            uses[name] += len({u.meta.get("nn_module_stack") and c.stack(u)[-1] for u in leaf.users})
-    claims = Counter(name for s in sites for name in {r.param for r in s.neurons})
+    Else permuting its neurons, or gating them in one place, would change what the other place computes.
+    """
+    by_rows: dict[tuple[NeuronRows, ...], list[Found]] = defaultdict(list)
+    for f in found:
+        by_rows[f.site.neurons].append(f)
+    claims = Counter(name for rows in by_rows for name in {r.param for r in rows})
+    explained = {id(c): set[Node]() for c in captured}
+    for f in found:
+        explained[id(f.captured)] |= f.products
+    elsewhere = {
+        name
+        for c in captured
+        for leaf, name in c.flow.leaves.items()
+        if name in claims and not _readers(leaf) <= explained[id(c)]
+    }
     kept, refusals = [], []
-    for s in sites:
-        tied = next((r.param for r in s.neurons if max(uses[r.param], claims[r.param]) > 1), None)
+    for rows, group in by_rows.items():
+        site = group[0].site
+        tied = next((r.param for r in rows if r.param in elsewhere or claims[r.param] > 1), None)
+        if tied is None and any(f.site != site for f in group):
+            tied = rows[0].param  # the same weights in two modules: one would stay dense
         if tied is None:
-            kept.append(s)
+            kept.append(site)
         else:
             reason = f"{tied} is also used elsewhere, so its neurons cannot be permuted or gated here alone"
-            refusals.append(Refusal(module=s.owner, node=s.down, check="tied", reason=reason))
+            refusals.append(Refusal(module=site.owner, node=site.down, check="tied", reason=reason))
     return kept, refusals
+
+
+def _readers(leaf: Node) -> set[Node]:
+    """The nodes that compute with a leaf, seen through casts and transposes."""
+    readers: set[Node] = set()
+    stack = [leaf]
+    while stack:
+        for user in consumers(stack.pop()):
+            if is_movement(user) or strip_identity(user) is not user:
+                stack.append(user)
+            elif op_name(user) not in ("size", "sym_size", "getattr"):
+                readers.add(user)
+    return readers
 
 
 def divisors(n: int) -> list[int]:

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ltepass.grouping import grouping_permutation, permute_site
 from torch import Tensor, nn
 
 from ltepass.errors import CalibrationError, MetaWeightsError
-from ltepass.grouping import grouping_permutation, permute_site
 from ltepass.pipeline import Job
 from ltepass.sites import FFNSite
 
@@ -59,6 +59,7 @@ def site_permutation(model: nn.Module, site: FFNSite, method: str, seed: int) ->
     """A data-free method's permutation of one site."""
     up, down = (rows.of(model, site.d_ff).detach() for rows in (site.up_rows, site.down_rows))
     gate = site.gate_rows.of(model, site.d_ff).detach() if site.gate_rows else None
-    return grouping_permutation(
+    permutation: Tensor = grouping_permutation(
         method, up=up, gate=gate, down=down, activations=None, group_size=site.group_size, seed=seed
     )
+    return permutation

@@ -56,7 +56,7 @@ def _paste(graph: Graph, call: Node, child: nn.Module, env: dict[Node, Any]) -> 
             name = str(node.target).lstrip("*")
             default = node.args[0] if node.args else None
             bound = call.kwargs.get(name, default)
-            inner_env[node] = arguments.pop(0) if arguments else env.get(bound, bound)  # type: ignore[call-overload]
+            inner_env[node] = arguments.pop(0) if arguments else (env[bound] if isinstance(bound, Node) else bound)
         elif node.op == "output":
             result = torch.fx.node.map_arg(node.args[0], lambda n: inner_env[n])
         else:

@@ -63,7 +63,7 @@ def masked_columns_kernel(
     for step in range(PER_SPLIT):
         in_I = (tl.program_id(1) * PER_SPLIT + step) * BLOCK_I + tl.arange(0, BLOCK_I)
         value_I = tl.load(values + in_I, mask=in_I < n_in, other=0.0).to(tl.float32)
-        keep_I = tl.abs(value_I) > tl.load(threshold)
+        keep_I = (tl.abs(value_I) > tl.load(threshold)) & (in_I < n_in)
         at_IO = in_I.to(tl.int64)[:, None] * n_out + out_O[None, :]
         w_IO = tl.load(weight + at_IO, mask=keep_I[:, None] & (out_O < n_out)[None, :], other=0.0).to(tl.float32)
         acc_O += tl.sum(w_IO * tl.where(keep_I, value_I, 0.0)[:, None], axis=0)
@@ -95,7 +95,7 @@ def masked_rows_kernel(x, weight, gate, h, threshold, n_rows, d_model, BLOCK_N: 
     row_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     gate_N = tl.load(gate + row_N, mask=row_N < n_rows, other=0.0).to(tl.float32)
     gate_N = gate_N * tl.sigmoid(gate_N)
-    keep_N = tl.abs(gate_N) > tl.load(threshold)
+    keep_N = (tl.abs(gate_N) > tl.load(threshold)) & (row_N < n_rows)
     acc_ND = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for start in range(0, d_model, BLOCK_D):
         col_D = start + tl.arange(0, BLOCK_D)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._inductor import config as inductor_config
 from torch.nn import functional as F  # noqa: N812 -- the name everybody uses
 
 from ltepass.bench.timing import Contender
@@ -40,7 +41,7 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """One copy of an FFN's weights. `down` is neuron-contiguous (lowering's layout), `down_rows` row-major (nn.Linear's)."""
+    """One copy of an FFN's weights. `down` is neuron-contiguous (as lowering lays it out), `down_rows` row-major."""
 
     up: Tensor
     gate: Tensor | None
@@ -94,12 +95,13 @@ def routed(shape: Shape, weights: list[Weights], sparsity: float, *, row_major: 
     return lambda i: op(*calls[i % len(calls)])
 
 
-class Dense(torch.nn.Module):
+class Dense(nn.Module):
     """The FFN that everybody has, in nn.Linear's layout."""
 
     def __init__(self, shape: Shape, weights: Weights) -> None:
         super().__init__()
-        self.up, self.down, self.gate = weights.up, weights.down_rows, weights.gate
+        self.up, self.down = nn.Parameter(weights.up, False), nn.Parameter(weights.down_rows, False)
+        self.gate = None if weights.gate is None else nn.Parameter(weights.gate, False)
         self.act = ACTIVATIONS[shape.activation]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,13 +116,16 @@ def dense_eager(shape: Shape, weights: list[Weights]) -> Contender:
 
 
 def dense_compiled(shape: Shape, weights: list[Weights]) -> Contender:
-    """Inductor at its best for constant weights: freezing and max_autotune. Two copies: each one is compiled."""
+    """Inductor at its best for constant weights: freezing and max_autotune. Two copies: each one is compiled.
+
+    The settings are patched globally: given as `options=`, Dynamo does not see `freezing` and keeps weights as inputs.
+    """
     x, fns = decide(shape, 0.0).x, []
-    for w in weights[-2:]:
-        torch._dynamo.reset()
-        options = {"freezing": True, "max_autotune": True}
-        fns.append(torch.compile(Dense(shape, w).eval(), options=options))
-        fns[-1](x)
+    torch._dynamo.reset()
+    with torch.no_grad(), inductor_config.patch(freezing=True, max_autotune=True, autotune_num_choices_displayed=0):
+        for w in weights[-2:]:
+            fns.append(torch.compile(Dense(shape, w).eval()))
+            fns[-1](x)
     return lambda i: fns[i % len(fns)](x)
 
 

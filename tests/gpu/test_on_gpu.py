@@ -168,6 +168,15 @@ def test_no_second_copy_of_the_weights(path: str) -> None:
     assert torch.cuda.max_memory_allocated() - before < 40 * 2**20  # the three weights are 270 MB
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_autocast_changes_nothing(path: str) -> None:
+    T, density = PATHS[path]
+    args = operands(Case(T=T), density)
+    expected = OP(*args)
+    with torch.autocast("cuda", torch.bfloat16):
+        assert torch.equal(OP(*args), expected)
+
+
 @pytest.mark.parametrize("path", ["one", "union 16", "grouped"])
 def test_offsets_past_two_to_the_31(path: str) -> None:
     T, density = PATHS[path]

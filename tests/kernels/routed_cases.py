@@ -10,7 +10,18 @@ from torch import Tensor
 
 from ltepass.kernels import reference
 
-ARGUMENTS = ("x", "router_weight", "router_bias", "threshold", "up", "up_bias", "gate", "gate_bias", "down", "down_bias")
+ARGUMENTS = (
+    "x",
+    "router_weight",
+    "router_bias",
+    "threshold",
+    "up",
+    "up_bias",
+    "gate",
+    "gate_bias",
+    "down",
+    "down_bias",
+)
 LAYOUTS = ("linear", "neuron_rows", "fused", "conv1d", "scattered")
 
 

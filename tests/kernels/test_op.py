@@ -76,7 +76,9 @@ def test_gradients_by_name(recipe: Recipe) -> None:
             continue
         assert a.grad is not None, name
         scale = b.grad.abs().max().clamp_min(1e-6) if b.grad.numel() else 1.0
-        torch.testing.assert_close(a.grad / scale, b.grad / scale, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            a.grad / scale, b.grad / scale, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("wanted", [("x",), ("up",), ("down_bias",), ("gate", "gate_bias"), ("x", "down")])

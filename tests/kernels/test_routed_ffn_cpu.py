@@ -193,7 +193,7 @@ def test_nan_in_one_token_stays_there(T: int) -> None:
 def test_shapes_that_do_not_fit_are_refused(position: int, wrong: torch.Tensor) -> None:
     args = list(make(Recipe()))
     args[position] = wrong
-    with pytest.raises((RuntimeError, LTEError), match="experts|shape"):
+    with pytest.raises((RuntimeError, LTEError), match=r"experts|shape"):
         torch.ops.ltepass.routed_ffn(*args)
 
 
@@ -201,7 +201,7 @@ def test_shapes_that_do_not_fit_are_refused(position: int, wrong: torch.Tensor) 
 def test_mixed_dtypes_are_refused(position: int) -> None:
     args = list(make(Recipe()))
     args[position] = args[position].bfloat16()
-    with pytest.raises(RuntimeError, match="dtype|fp32"):
+    with pytest.raises(RuntimeError, match=r"dtype|fp32"):
         torch.ops.ltepass.routed_ffn(*args)
 
 

@@ -1,0 +1,52 @@
+"""Inputs for a Hugging Face model, made from its config: zeros of the right shape, for tracing under fake tensors."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from ltepass.errors import CaptureError
+
+TOKENS = 8  # length of the made-up prompt; long enough for token mixing to show
+
+
+def make_example_inputs(model: nn.Module) -> dict[str, Any]:
+    """One example on the model's device: token ids, an image or audio features.
+
+    Raises CaptureError where the model is no Hugging Face model, or wants an input that cannot be made up.
+    """
+    config = getattr(model, "config", None)
+    if isinstance(model, GraphModule):
+        return {}
+    if config is None or not hasattr(config, "to_dict"):
+        raise CaptureError(
+            f"{type(model).__name__} is no Hugging Face model, so its inputs cannot be made up; expected "
+            "example_inputs; pass a tuple, a dict or a tensor that model(...) accepts"
+        )
+    parameter = next(iter(model.parameters()), None)
+    like = parameter if parameter is not None else torch.empty(())
+    known = inspect.signature(model.forward).parameters
+    main = getattr(model, "main_input_name", "input_ids")
+    inputs: dict[str, Any] = {main: _main_input(model, config, main, like)}
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in known:
+        inputs["decoder_input_ids"] = torch.zeros(1, TOKENS, dtype=torch.long, device=like.device)
+    if "use_cache" in known or any(p.kind is p.VAR_KEYWORD for p in known.values()):
+        inputs["use_cache"] = False
+    return inputs
+
+
+def _main_input(model: nn.Module, config: Any, name: str, like: Tensor) -> Tensor:
+    if name == "input_ids":
+        return torch.zeros(1, TOKENS, dtype=torch.long, device=like.device)
+    if name == "pixel_values":
+        size = getattr(config, "image_size", 32)
+        side = (size, size) if isinstance(size, int) else tuple(size)
+        return like.new_zeros(1, getattr(config, "num_channels", 3), *side)
+    if name == "input_features" and hasattr(config, "num_mel_bins"):
+        length = 2 * getattr(config, "max_source_positions", 50)  # the encoders halve it
+        return like.new_zeros(1, config.num_mel_bins, length)
+    raise CaptureError(f"{type(model).__name__} wants {name!r}, which cannot be made up; pass example_inputs")

@@ -1,0 +1,115 @@
+"""A region run on sample values: which function of its streams it computes, named when a kernel knows it.
+
+In fp64, with values far out as well, so that clamps and thresholds show. Casts, dropout and gates are left out. What is
+affine in all streams together has no activation at all: a low-rank pair of linears, whatever is written between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ltepass.dataflow import Flow, Linear, is_pointwise, op_name, shape, tensor_inputs, value
+from ltepass.propagate import run
+from ltepass.values import MissError, Piece
+
+_SKIPPED = frozenset("to dropout float half bfloat16 double type_as gate alias detach contiguous clone".split())
+
+
+def identify(
+    flow: Flow, down: Linear, pieces: list[Piece], inner: Sequence[Node], leaves: Sequence[Node], scales: Sequence[Node]
+) -> tuple[list[Piece], str]:
+    """([gate, up] or [up], activation): a name in kernels.reference.ACTIVATIONS, or "custom(<ops>)".
+
+    Raises MissError where the region is affine: no activation between the linears.
+    """
+    custom = "custom(" + ",".join(dict.fromkeys(op_name(n) or "" for n in inner if is_pointwise(n))) + ")"
+    probe = _Probe(flow, down, pieces, inner, leaves, scales)
+    samples = [probe.sample(i) for i in range(len(pieces))]
+    h = probe(samples)
+    if h is None:  # an operation that takes no made-up values: nothing is known but the names of its operations
+        return pieces[:2], custom
+    if probe.affine(samples, list(range(len(pieces)))):
+        raise MissError(down.node, "activation", "two linears with no activation between them: a low-rank pair")
+    if len(pieces) > 2:
+        return pieces[:2], custom
+    if len(pieces) == 2 and not probe.affine(samples, [1]) and probe.affine(samples, [0]):
+        pieces, samples = pieces[::-1], samples[::-1]
+    if scales or any(shape(leaf) and leaf not in probe.known for leaf in leaves):
+        return pieces, custom
+    return _named(pieces, samples, h, custom)
+
+
+def _named(pieces: list[Piece], samples: list[Tensor], h: Tensor, custom: str) -> tuple[list[Piece], str]:
+    from ltepass.kernels.reference import ACTIVATIONS
+
+    orders = [(0,)] if len(pieces) == 1 else [(0, 1), (1, 0)]
+    for order in orders:
+        for name, act in ACTIVATIONS.items():
+            expected = act(samples[order[0]]) * (samples[order[1]] if len(order) == 2 else 1.0)
+            if torch.allclose(h, expected, rtol=1e-6, atol=1e-6):
+                return [pieces[i] for i in order], name
+    return pieces, custom
+
+
+class _Probe:
+    """Evaluates the region's hidden units [tokens, d_ff] at sample values of its pieces."""
+
+    def __init__(
+        self,
+        flow: Flow,
+        down: Linear,
+        pieces: Sequence[Piece],
+        inner: Sequence[Node],
+        leaves: Sequence[Node],
+        scales: Sequence[Node],
+    ) -> None:
+        self.down, self.pieces, self.inner = down, pieces, inner
+        self.generator = torch.Generator().manual_seed(0)
+        self.known = {n: flow.constants[flow.leaves[n]] for n in leaves if flow.leaves[n] in flow.constants}
+        self.fixed = {n: self.known[n] if n in self.known else self._uniform(shape(n), 0.25, 0.75) for n in leaves}
+        self.fixed |= {n: self._uniform(shape(n), 0.5, 1.5) for n in scales}
+
+    def _uniform(self, size: tuple[int, ...], low: float, high: float) -> Tensor:
+        return torch.empty(size, dtype=torch.float64).uniform_(low, high, generator=self.generator)
+
+    def sample(self, i: int) -> Tensor:
+        """Values of piece i: [tokens, d_ff], most within 6, some as far out as 6e4."""
+        node = self.pieces[i].linear.node
+        tokens = value(node).numel() // shape(node)[-1]
+        sample = self._uniform((tokens, self.down.in_width), -6.0, 6.0)
+        reach = torch.randint(-4, 5, sample.shape, generator=self.generator).clamp_min(0)
+        return sample * 10.0**reach
+
+    def __call__(self, samples: Sequence[Tensor]) -> Tensor | None:
+        """h [tokens, d_ff] in fp64; None where the region cannot be run on these values."""
+        env: dict[Node, object] = dict(self.fixed)
+        for piece, sample in zip(self.pieces, samples, strict=True):
+            node, rows = piece.linear.node, piece.rows
+            stream = env.setdefault(node, torch.zeros(shape(node), dtype=torch.float64))
+            assert isinstance(stream, Tensor)
+            flat = stream.view(-1, stream.shape[-1])
+            flat[:, rows.start + rows.step * torch.arange(self.down.in_width)] = sample
+        for node in self.inner:
+            try:
+                env[node] = env[tensor_inputs(node)[0]] if op_name(node) in _SKIPPED else run(node, env)
+            except (RuntimeError, TypeError, NotImplementedError, ValueError, AssertionError):
+                return None
+        h = env[self.down.x]
+        return h.reshape(-1, h.shape[-1]) if isinstance(h, Tensor) else None
+
+    def affine(self, samples: Sequence[Tensor], which: Sequence[int]) -> bool:
+        """Whether h is affine in the pieces `which` together, the others held at `samples`."""
+
+        def at(factor: float, shift: float) -> Tensor:
+            moved = [s * factor + shift if i in which else s for i, s in enumerate(samples)]
+            h = self(moved)
+            assert h is not None, "these values have the dtype and shape of the first ones"
+            return h
+
+        here, negative, zero, shifted = at(1.0, 0.0), at(-1.0, 0.0), at(0.0, 0.0), at(1.0, 3.0)
+        odd = torch.allclose(here + negative, 2 * zero, rtol=1e-9, atol=1e-9)
+        return odd and torch.allclose(shifted - here, at(0.0, 3.0) - zero, rtol=1e-6, atol=1e-4)

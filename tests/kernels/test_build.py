@@ -1,0 +1,112 @@
+"""Building on first use: two processes at once, no compiler, a broken one, a read-only cache, another ISA."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ltepass.kernels import routed_ffn_cpu
+
+RUN = """
+import warnings, torch, sys
+sys.path.insert(0, {here!r})
+from routed_cases import Recipe, make
+import ltepass.ops
+from ltepass.kernels import reference, routed_ffn_cpu
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    for T in (1, 9):
+        args = make(Recipe(T=T))
+        y = torch.ops.ltepass.routed_ffn(*args)
+        torch.testing.assert_close(y, reference.routed_ffn(*args), rtol=1e-4, atol=1e-5)
+print("loaded", routed_ffn_cpu._loaded)
+for w in seen:
+    if "ltepass" in str(w.message): print("warning", w.message)
+print(ltepass.ops.which_path(1, 64, 64, 8, torch.float32))
+"""
+
+
+def start(cache: Path, **env: str) -> subprocess.Popen[str]:
+    code = RUN.format(here=str(Path(__file__).parent))
+    full = {**os.environ, "LTEPASS_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1", **env}
+    return subprocess.Popen(
+        [sys.executable, "-c", code], env=full, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    return out
+
+
+def test_two_processes_build_once(tmp_path: Path) -> None:
+    """The compiler is a script that counts its calls."""
+    log, real = tmp_path / "calls", routed_ffn_cpu.compiler()
+    counting = tmp_path / "counting-g++"
+    counting.write_text(f'#!/bin/sh\necho call >> "{log}"\nexec "{real}" "$@"\n')
+    counting.chmod(0o755)
+    cache = tmp_path / "cache"
+    runs = [start(cache, CXX=str(counting), LTEPASS_ISA="x86-64-v3") for _ in range(2)]
+    for run in runs:
+        assert "loaded True" in finish(run)
+    assert log.read_text().count("call") == 1
+    assert [p.name for p in cache.glob("*.so")] == [routed_ffn_cpu.object_name("x86-64-v3")]
+    assert not [p for p in cache.iterdir() if p.is_dir()]  # no temporary folder is left
+    assert "loaded True" in finish(start(cache, CXX="/does/not/exist", LTEPASS_ISA="x86-64-v3"))  # from the cache
+
+
+def test_without_a_compiler_results_are_exact_and_one_warning_says_what_to_install(tmp_path: Path) -> None:
+    out = finish(start(tmp_path, CXX="/does/not/exist"))
+    assert "loaded False" in out
+    assert out.count("warning") == 1
+    assert "install g++" in out
+    assert "PyTorch" in out.splitlines()[-1]
+
+
+def test_a_failing_compiler_is_reported(tmp_path: Path) -> None:
+    broken = tmp_path / "broken-g++"
+    broken.write_text("#!/bin/sh\necho 'fatal error: out of ideas' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    out = finish(start(tmp_path / "cache", CXX=str(broken)))
+    assert "loaded False" in out
+    assert "out of ideas" in out
+
+
+def test_a_cache_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    out = finish(start(tmp_path / "file"))
+    assert "loaded False" in out
+    assert "LTEPASS_CACHE_DIR" in out
+
+
+@pytest.mark.skipif(routed_ffn_cpu.isa() not in routed_ffn_cpu.X86_LEVELS, reason="x86-64 only")
+def test_the_baseline_object_works(tmp_path: Path) -> None:
+    assert "loaded True" in finish(start(tmp_path, LTEPASS_ISA="x86-64"))
+
+
+def test_name_follows_source_isa_and_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    first = routed_ffn_cpu.object_name("x86-64")
+    assert first != routed_ffn_cpu.object_name("x86-64-v3")
+    monkeypatch.setattr(torch, "__version__", "2.99.0")
+    assert routed_ffn_cpu.object_name("x86-64") != first
+    monkeypatch.undo()
+    for name in (routed_ffn_cpu.SOURCE, *routed_ffn_cpu.HEADERS):
+        (tmp_path / name).write_bytes((routed_ffn_cpu.HERE / name).read_bytes())
+    monkeypatch.setattr(routed_ffn_cpu, "HERE", tmp_path)
+    assert routed_ffn_cpu.object_name("x86-64") == first
+    for name in (routed_ffn_cpu.SOURCE, *routed_ffn_cpu.HEADERS):
+        before = routed_ffn_cpu.object_name("x86-64")
+        (tmp_path / name).write_text((tmp_path / name).read_text() + "\n// changed\n")
+        assert routed_ffn_cpu.object_name("x86-64") != before, name
+
+
+def test_headers_are_all_listed() -> None:
+    """A header that is not in the hash would leave stale objects behind."""
+    folder = Path(routed_ffn_cpu.__file__).parent
+    assert {p.name for p in folder.glob("*.h")} == set(routed_ffn_cpu.HEADERS)

@@ -1,0 +1,108 @@
+"""Balanced k-means: exactly balanced, deterministic, close to the best partition, fast and small at full size."""
+
+from __future__ import annotations
+
+import resource
+import time
+from itertools import combinations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ltepass import balanced
+from ltepass.balanced import balanced_kmeans, greedy_assignment
+
+
+def objective(points: Tensor, labels: Tensor) -> float:
+    """Sum of squared distances to the means of the clusters, in fp64."""
+    points = points.double()
+    return float(sum(((p := points[labels == c]) - p.mean(0)).square().sum() for c in labels.unique()))
+
+
+def best_objective(points: Tensor, seats: int) -> float:
+    """By trying every partition into groups of `seats`."""
+
+    def rest(left: tuple[int, ...]) -> float:
+        if not left:
+            return 0.0
+        first, others = left[0], left[1:]
+        costs = []
+        for chosen in combinations(others, seats - 1):
+            group = points[[first, *chosen]].double()
+            cost = float((group - group.mean(0)).square().sum())
+            costs.append(cost + rest(tuple(i for i in others if i not in chosen)))
+        return min(costs)
+
+    return rest(tuple(range(len(points))))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    k=st.integers(1, 13), seats=st.integers(1, 9), d=st.integers(1, 20), seed=st.integers(0, 999), equal=st.booleans()
+)
+def test_every_cluster_gets_exactly_its_seats(k: int, seats: int, d: int, seed: int, equal: bool) -> None:
+    points = torch.randn(k * seats, d, generator=torch.Generator().manual_seed(seed))
+    if equal:
+        points = points.round()  # ties and points that coincide
+    labels = balanced_kmeans(points, seats, seed=seed)
+    assert torch.equal(torch.bincount(labels, minlength=k), torch.full((k,), seats))
+
+
+@pytest.mark.parametrize("whole", [4096, 0], ids=["all products kept", "products in chunks"])
+def test_planted_clusters_are_found(monkeypatch: pytest.MonkeyPatch, whole: int) -> None:
+    monkeypatch.setattr(balanced, "WHOLE_GRAM", whole)
+    monkeypatch.setattr(balanced, "ROW_CHUNK", 7)
+    g = torch.Generator().manual_seed(0)
+    truth = torch.arange(60) // 5
+    points = (5 * torch.randn(12, 30, generator=g))[truth] + 0.1 * torch.randn(60, 30, generator=g)
+    shuffled = torch.randperm(60, generator=g)
+    labels = balanced_kmeans(points[shuffled], 5, seed=3)
+    together = labels[:, None] == labels
+    assert torch.equal(together, truth[shuffled][:, None] == truth[shuffled])
+
+
+@pytest.mark.parametrize(("n", "seats"), [(8, 2), (8, 4), (9, 3), (12, 3), (12, 4)])
+def test_objective_is_within_three_percent_of_the_best_partition(n: int, seats: int) -> None:
+    """Mean over twenty random cases without structure, the hardest kind; three seeds each, as points are few."""
+    excess = []
+    for case in range(20):
+        points = torch.randn(n, 4, generator=torch.Generator().manual_seed(case))
+        found = min(objective(points, balanced_kmeans(points, seats, seed=s)) for s in range(3))
+        excess.append(found / best_objective(points, seats) - 1)
+    assert min(excess) > -1e-9  # else the reference is no optimum
+    assert sum(excess) / len(excess) < 0.03, excess
+
+
+def test_exchanges_improve_on_lloyd_alone() -> None:
+    points = torch.randn(96, 12, generator=torch.Generator().manual_seed(5))
+    alone = objective(points, balanced_kmeans(points, 8, seed=0, rounds=0))
+    assert objective(points, balanced_kmeans(points, 8, seed=0)) < 0.97 * alone
+
+
+def test_same_seed_same_labels_and_no_touch_of_the_global_rng() -> None:
+    points = torch.randn(70, 9, generator=torch.Generator().manual_seed(1))
+    before = torch.random.get_rng_state()
+    first, again, other = (balanced_kmeans(points, 7, seed=s) for s in (4, 4, 5))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_greedy_assignment_serves_the_most_eager_first() -> None:
+    value = torch.tensor([[3.0, 0.0], [9.0, 0.0], [5.0, 1.0], [1.0, 0.0]])
+    assert greedy_assignment(value, 2).tolist() == [1, 0, 0, 1]
+
+
+@pytest.mark.slow
+def test_a_layer_of_a_7b_model_takes_seconds_and_linear_memory() -> None:
+    points = torch.randn(11008, 4096, generator=torch.Generator().manual_seed(0))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    labels = balanced_kmeans(points, 32, seed=0)
+    assert time.perf_counter() - start < 30
+    assert torch.equal(torch.bincount(labels), torch.full((344,), 32))
+    # a full matrix of pairs would be 485 MB
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e6 < 0.4

@@ -1,0 +1,138 @@
+"""Grouping methods and the permutation that applies them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from learning_cases import assert_same, calibrated, dense_model, tokens, transformed, weights
+from torch import Tensor
+
+import ltepass
+from ltepass.calibration import collect, start_from
+from ltepass.errors import CalibrationError, ConfigError
+from ltepass.grouping import ActivationStats, grouping_permutation, permute_site
+from ltepass.sites import router_of
+
+METHODS = ("identity", "random", "kmeans", "coactivation", "output_aware")
+
+
+def arguments(d_ff: int = 60, seed: int = 0) -> dict[str, Tensor | ActivationStats]:
+    g = torch.Generator().manual_seed(seed)
+    up, gate, down = (torch.randn(d_ff, 12, generator=g) for _ in range(3))
+    return {"up": up, "gate": gate, "down": down, "activations": ActivationStats(torch.randn(33, d_ff, generator=g))}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("group_size", [1, 5, 60])
+def test_a_permutation_that_depends_on_the_seed_alone(method: str, group_size: int) -> None:
+    before = torch.random.get_rng_state()
+    first, again = (grouping_permutation(method, **arguments(), group_size=group_size, seed=7) for _ in range(2))
+    assert first.sort().values.tolist() == list(range(60))
+    assert torch.equal(first, again)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_the_paper_groups_by_the_gate_and_by_up_in_a_plain_ffn() -> None:
+    labels = torch.randperm(60, generator=torch.Generator().manual_seed(0)) // 5
+    directions = torch.nn.functional.one_hot(labels, 12).float()
+    lengths = torch.arange(1.0, 61.0)[:, None]  # k-means on rows as they are would group by length
+    noise = arguments()
+    for name, other in (("gate", "up"), ("up", "gate")):
+        given = {**noise, name: directions * lengths, other: noise["up"] if name == "gate" else None}
+        assert _groups("kmeans", given) == _planted(labels)
+
+
+def test_coactivation_finds_neurons_that_fire_together_whatever_their_size() -> None:
+    labels = torch.randperm(60, generator=torch.Generator().manual_seed(1)) // 5
+    g = torch.Generator().manual_seed(2)
+    fires = (torch.rand(200, 12, generator=g) < 0.2).float()[:, labels]
+    sign = torch.randint(0, 2, (200, 60), generator=g) * 2 - 1
+    h = fires * sign * torch.arange(1.0, 61.0)
+    assert _groups("coactivation", {**arguments(), "activations": ActivationStats(h)}) == _planted(labels)
+
+
+def test_output_aware_puts_neurons_of_one_importance_together() -> None:
+    """All fire alike: what differs is the size of the down rows, which coactivation does not see."""
+    g = torch.Generator().manual_seed(3)
+    labels = torch.randperm(60, generator=g) // 5
+    down = torch.nn.functional.normalize(torch.randn(60, 12, generator=g), dim=1) * (1 + labels[:, None])
+    h = torch.ones(50, 60) * (1 + torch.rand(50, 1, generator=g))
+    given = {**arguments(), "down": down, "activations": ActivationStats(h)}
+    assert _groups("output_aware", given) == _planted(labels)
+    assert _groups("coactivation", given) != _planted(labels)
+
+
+def _groups(method: str, given: dict[str, Tensor | ActivationStats]) -> set[frozenset[int]]:
+    permutation = grouping_permutation(method, **given, group_size=5, seed=0)
+    return {frozenset(group.tolist()) for group in permutation.view(-1, 5)}
+
+
+def _planted(labels: Tensor) -> set[frozenset[int]]:
+    return {frozenset((labels == c).nonzero().flatten().tolist()) for c in labels.unique()}
+
+
+def test_refusals_name_the_method() -> None:
+    without = {**arguments(), "activations": None}
+    with pytest.raises(CalibrationError, match="'coactivation' needs activations"):
+        grouping_permutation("coactivation", **without, group_size=5, seed=0)
+    with pytest.raises(ConfigError, match="'nearest'"):
+        grouping_permutation("nearest", **arguments(), group_size=5, seed=0)
+
+
+def test_permuting_leaves_the_function_and_its_inverse_restores_every_bit() -> None:
+    model, x = transformed(), tokens(3)
+    before, logits = weights(model), model(x).logits
+    site = model._lte.sites[1]
+    permutation = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    permute_site(model, site, permutation)
+    assert not torch.equal(weights(model)[f"{site.down}.weight"], before[f"{site.down}.weight"])
+    torch.testing.assert_close(model(x).logits, logits, rtol=1e-5, atol=1e-6)
+    permute_site(model, site, permutation.argsort())
+    assert_same(before, weights(model))
+
+
+def test_the_router_records_the_composition_of_permutations() -> None:
+    model = transformed()
+    site = model._lte.sites[0]
+    original = model.get_submodule(site.up).weight.clone()
+    for seed in (0, 1):
+        permute_site(model, site, torch.randperm(60, generator=torch.Generator().manual_seed(seed)))
+    recorded = router_of(model, site).permutation
+    assert torch.equal(model.get_submodule(site.up).weight, original[recorded])
+
+
+@pytest.mark.parametrize("bad", [[0] * 60, list(range(59)), list(range(1, 61))])
+def test_no_permutation_no_change(bad: list[int]) -> None:
+    model = transformed()
+    before = weights(model)
+    with pytest.raises(ConfigError, match="permutation of 60 neurons"):
+        permute_site(model, model._lte.sites[0], torch.tensor(bad))
+    assert_same(before, weights(model))
+
+
+@pytest.mark.parametrize("method", ["kmeans", "coactivation", "output_aware"])
+def test_each_method_loses_less_than_random_groups_under_an_oracle(method: str) -> None:
+    """At half the experts by energy, on text that was not used for grouping."""
+    lost = {name: _oracle_loss(name) for name in ("random", method)}
+    assert lost[method] < 0.97 * lost["random"], lost
+
+
+def _oracle_loss(method: str) -> float:
+    model = transformed(group_size=5)
+    start_from(model, collect(model, [tokens(40)]), grouping=method)
+    fresh = collect(model, [tokens(20, seed=9)])
+    lost = []
+    for site in model._lte.sites:
+        down = site.down_rows.of(model, site.d_ff).detach()
+        energy = (fresh[site.name].h.float() * down.norm(dim=1)).square().unflatten(-1, (-1, 5)).sum(-1)
+        half = energy.topk(energy.shape[1] // 2, dim=1, largest=False).values
+        lost.append(float(half.sum() / energy.sum()))
+    return sum(lost) / len(lost)
+
+
+def test_transform_with_data_groups_by_the_configured_method() -> None:
+    plain, model = dense_model(), calibrated(grouping="output_aware")
+    assert ltepass.report(model).grouping == "output_aware"
+    assert not torch.equal(router_of(model, model._lte.sites[0]).permutation, torch.arange(60))
+    ltepass.remove(model, undo_grouping=True)
+    assert_same(weights(plain), weights(model))
