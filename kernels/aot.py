@@ -13,6 +13,7 @@ import csv
 import itertools
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -231,15 +232,14 @@ def main(argv: list[str] | None = None) -> int:
         wrong = differences(list(rows(options.every, options.jobs)), stored())
         print("\n".join(wrong) or "as in the table")
         return bool(wrong)
-    unfinished = TABLE.with_suffix(".part")
-    with unfinished.open("w", newline="") as file:
+    with tempfile.NamedTemporaryFile("w", newline="", suffix=".csv", delete=False) as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         for row in rows(jobs=options.jobs):
             writer.writerow(row)
             if row["spills"] != "0":
                 print("spills:", " ".join(key(row)), row["spills"], flush=True)
-    unfinished.replace(TABLE)
+    shutil.move(file.name, TABLE)  # only a whole table replaces the committed one
     return 0
 
 

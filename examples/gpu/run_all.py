@@ -90,8 +90,10 @@ def software() -> str:
 
 
 def check(run: Run) -> subprocess.Popen[str]:
-    """The C++ op; then, side by side, the GPU tests and the sanitizer. Returns the suite, which goes on behind the rest,
-    on the CPU and at low priority: what is timed later are CUDA graphs."""
+    """The C++ op; then, side by side, the GPU tests and the sanitizer.
+
+    Returns the suite, which goes on behind the rest, on the CPU at low priority: what is timed later are CUDA graphs.
+    """
     build = "from ltepass.kernels import routed_ffn_cpu as k; ok = k.load(); print('C++ op:', ok); assert ok"
     run.stage("build", [sys.executable, "-c", build], 60)
     no_gpu = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"}
