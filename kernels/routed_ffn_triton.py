@@ -71,7 +71,7 @@ def one(c: Call) -> Tensor:
     y = c.empty(1, c.d_out)
     grid: tuple[int, ...] = (triton.cdiv(c.n_experts, r["BLOCK_E"]),)
     c.launch(router_one, router, r, grid, **c.router_args(), plan=plan, n_tickets=n_tiles)
-    grid = (c.n_experts * triton.cdiv(c.group_size, g["BLOCK_N"]),)
+    grid = (c.n_experts * (1 + triton.cdiv(c.group_size, g["BLOCK_N"])),)
     c.launch(gate_up_one, gate_up, g, grid, **c.gate_up_args(), plan=plan, h=h)
     outputs = {"h": h, "plan": plan, "partial": parts_of(c, splits, h), "y": y, "SPLITS": splits}
     c.launch(down_one, down, d, (n_tiles, splits), **c.down_args(), **outputs)
@@ -93,7 +93,7 @@ def union(c: Call) -> Tensor:
     grid: tuple[int, ...] = (triton.cdiv(c.n_experts, r["EXPERTS"]), 1)
     more = {"mask": mask, "plan": plan, "n_tickets": n_tiles, "UNION": True}
     c.launch(router_many, router, r, grid, **c.router_args(), **tokens, **more)
-    grid = (c.n_experts * triton.cdiv(c.group_size, g["BLOCK_N"]),)
+    grid = (c.n_experts * (1 + triton.cdiv(c.group_size, g["BLOCK_N"])),)
     c.launch(gate_up_many, gate_up, g, grid, **c.gate_up_args(), **tokens, mask=mask, plan=plan, h=h)
     outputs = {"h": h, "plan": plan, "partial": parts_of(c, splits, h), "y": y, "SPLITS": splits}
     c.launch(down_many, down, d, (n_tiles, splits), **c.down_args(), **tokens, **outputs)

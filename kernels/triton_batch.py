@@ -127,15 +127,17 @@ def gate_up_many(
 ):
     """h[t, n] in x's dtype for the neurons of the union's experts, 0 where token t does not want the expert.
 
-    Grid: (E * cdiv(GROUP, BLOCK_N),); n_tokens <= BLOCK_T.
+    Grid: (E + E * cdiv(GROUP, BLOCK_N),), the first E programs make the list; n_tokens <= BLOCK_T.
     """
     parts: tl.constexpr = (GROUP + BLOCK_N - 1) // BLOCK_N
-    expert = tl.program_id(0) // parts
-    part = tl.program_id(0) % parts
-    if tl.load(plan + expert) != 0:
+    pid = tl.program_id(0)
+    expert = (pid - n_experts) // parts
+    if pid < n_experts:
+        list_expert(plan, pid, n_experts)
+    elif tl.load(plan + expert) != 0:
         token_T = tl.arange(0, BLOCK_T)
         live_T = token_T < n_tokens
-        place_N = part * BLOCK_N + tl.arange(0, BLOCK_N)
+        place_N = (pid - n_experts) % parts * BLOCK_N + tl.arange(0, BLOCK_N)
         live_N = place_N < GROUP
         row_N = expert.to(tl.int64) * GROUP + place_N
         up_NT = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
@@ -160,8 +162,6 @@ def gate_up_many(
         h_NT = tl.where(wants_T[None, :] != 0, hidden_units(up_NT, gate_NT, ACT, GATED), 0.0)
         at_NT = token_T.to(tl.int64)[None, :] * (n_experts * GROUP) + row_N[:, None]
         tl.store(h + at_NT, h_NT.to(h.dtype.element_ty), mask=live_N[:, None] & live_T[None, :])
-    if part == 0:
-        list_expert(plan, expert, n_experts)
 
 
 @jit

@@ -8,8 +8,8 @@ The plan is one int32 buffer, written and read on the device only, never by the 
     plan[E : 2 E]     the active experts in ascending order (written by the gate/up kernel)
     plan[2 E]         their count
     plan[2 E + 1 :]   one ticket for each output tile of the down kernel (zeroed by the router kernel)
-An expert's place in the list is the number of active experts before it, so the program that owns an expert finds it by
-a sum: no atomics, no state that outlives a call (two streams never meet), and the same order on every run.
+An expert's place in the list is the number of active experts before it, so a program of its own finds it by a sum: no
+atomics, no state that outlives a call (two streams never meet), and the same order on every run.
 """
 
 # triton and inductor both evaluate a kernel's annotations, so only tl.constexpr may stand there:

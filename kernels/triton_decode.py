@@ -98,14 +98,19 @@ def gate_up_one(
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """h[n] fp32 for the neurons of active experts; the rest of h stays unwritten. Grid: (E * cdiv(GROUP, BLOCK_N),)."""
+    """h[n] fp32 for the neurons of active experts; the rest of h stays unwritten. The first E programs make the list.
+
+    Grid: (E + E * cdiv(GROUP, BLOCK_N),).
+    """
     wait_for_previous(PDL)
     let_next_start(PDL)
     parts: tl.constexpr = (GROUP + BLOCK_N - 1) // BLOCK_N
-    expert = tl.program_id(0) // parts
-    part = tl.program_id(0) % parts
-    if tl.load(plan + expert) != 0:
-        place_N = part * BLOCK_N + tl.arange(0, BLOCK_N)
+    pid = tl.program_id(0)
+    expert = (pid - n_experts) // parts
+    if pid < n_experts:
+        list_expert(plan, pid, n_experts)
+    elif tl.load(plan + expert) != 0:
+        place_N = (pid - n_experts) % parts * BLOCK_N + tl.arange(0, BLOCK_N)
         live_N = place_N < GROUP
         row_N = expert.to(tl.int64) * GROUP + place_N
         up_ND = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -124,8 +129,6 @@ def gate_up_one(
         if HAS_GATE_BIAS:
             gate_N += tl.load(gate_bias + row_N, mask=live_N, other=0.0).to(tl.float32)
         tl.store(h + row_N, hidden_units(up_N, gate_N, ACT, GATED).to(h.dtype.element_ty), mask=live_N)
-    if part == 0:
-        list_expert(plan, expert, n_experts)
 
 
 @jit

@@ -7,6 +7,7 @@ The training flag, RNG state, hooks, buffers and caches of the model are as befo
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import random
 import re
@@ -173,7 +174,7 @@ def _describe(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
 
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """RNG state, and every module's attributes, buffers and hooks, as before; export's own chatter kept low."""
+    """RNG state, and every module's attributes, buffers and hooks, as before; export's own chatter kept quiet."""
     rng, python_rng = torch.get_rng_state(), random.getstate()
     cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     kept = [(m, dict(m.__dict__), dict(m._buffers), dict(m._parameters)) for m in model.modules()]
@@ -182,7 +183,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)  # a failed trace is an error of ours, with the tracer's words in it
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):  # where export prints the whole graph of a failure
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

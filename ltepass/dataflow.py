@@ -282,3 +282,18 @@ def call(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     target: Callable[..., Any] = node.target  # type: ignore[assignment]
     return target(*args, **kwargs)
+
+
+def erase_upstream(node: Node) -> None:
+    """Erase an unused node, and then whatever fed only it.
+
+    Not `eliminate_dead_code`: that takes every method call with an unused result for dead, also the in-place update of
+    a static key-value cache.
+    """
+    todo = [node]
+    while todo:
+        dead = todo.pop()
+        if dead.users or dead.op in ("placeholder", "output") or dead._erased:
+            continue
+        todo += dead.all_input_nodes
+        dead.graph.erase_node(dead)

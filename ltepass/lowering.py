@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from torch.fx import Graph, GraphModule
 
 from ltepass import ops as ops  # registers the op
+from ltepass.dataflow import erase_upstream
 from ltepass.errors import ConfigError, LoweredError, LoweringError
 from ltepass.inline import SparseDown, attach
 from ltepass.passes.insert_routers import inline_site, insert_gates, relative
@@ -98,6 +99,9 @@ def why_not(model: nn.Module, site: FFNSite) -> str | None:
     extra = [r.param for r in site.neurons if r not in rows]
     if extra:
         return f"{extra[0]} also scales its neurons"
+    for rows_of, path in ((site.up_bias, site.up), (site.gate_bias, site.gate)):
+        if rows_of is not None and site.kind != "graph" and rows_of.param.rpartition(".")[0] != path:
+            return f"{rows_of.param} is added apart from {path}"
     for path in dict.fromkeys(p for p in (site.up, site.gate, site.down) if p is not None):
         module = model.get_submodule(path)
         if site.kind == "graph" and path not in _called_modules(model):
@@ -194,7 +198,10 @@ def lowered_call(
 
 
 def _take(rows: NeuronRows | None, parameter: Any, d_ff: int) -> Any:
-    return parameter if rows is None or parameter is None else rows.take(parameter, d_ff)
+    if rows is None or parameter is None:
+        return parameter
+    taken = rows.take(parameter, d_ff)
+    return taken.contiguous() if taken.dim() == 1 else taken  # the kernels take strided rows, and no strided bias
 
 
 def _plan(model: nn.Module, site: FFNSite) -> Plan:
@@ -282,8 +289,7 @@ def _call_op(graph: Graph, site: FFNSite) -> None:
             linears = [None if p is None else graph.get_attr(relative(site, p)) for p in paths]
             new = graph.call_function(lowered_ffn, (module, *linears, x))
     down.replace_all_uses_with(new)
-    graph.erase_node(down)
-    graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    erase_upstream(down)
 
 
 class _Stub:

@@ -31,10 +31,14 @@ def place(root: nn.Module, captured: Captured, region: Region) -> FFNSite | Refu
         if nodes is None:
             return _refusal(site, region, "a module of the graph computes more than one of the FFN's linears")
         return replace(site, owner="", name=site.down, kind="graph", nodes=nodes)
-    impure = [holder(captured, n) for n in linears if not _is_module(captured, n)]
-    if impure:
-        where = impure[0] or "the root"
-        return _refusal(site, region, f"a product with parameters of {where} itself: no linear module to gate around")
+    for linear in linears:
+        caller = captured.stack(linear.product)[-1]
+        if holder(captured, linear) != caller and _holds(root, caller, captured.flow.leaves[linear.weight]):
+            reason = f"{captured.flow.leaves[linear.weight]} is also {caller}'s, and would be gated in one place alone"
+            return replace(_refusal(site, region, reason), check="tied")
+        if not _is_module(captured, linear):
+            where = holder(captured, linear) or "the root"
+            return _refusal(site, region, f"a product with parameters of {where}: no linear module to gate around")
     return _in_modules(root, site, region)
 
 
@@ -98,6 +102,12 @@ def _is_module(captured: Captured, linear: Linear) -> bool:
     if captured.stack(linear.product)[-1] != path or path == captured.prefix:
         return False
     return captured.only_linears(path)
+
+
+def _holds(root: nn.Module, path: str, name: str) -> bool:
+    """Whether a module has this parameter of the root for its own."""
+    wanted = root.get_parameter(name)
+    return any(p is wanted for p in root.get_submodule(path).parameters(recurse=False))
 
 
 def _refusal(site: FFNSite, region: Region, reason: str) -> Refusal:

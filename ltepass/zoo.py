@@ -124,6 +124,8 @@ def _sizes(fields: Mapping[str, Any], tokens: Iterator[int]) -> dict[str, Any]:
             size = next((s for pattern, s in SIZES if re.fullmatch(pattern, name)), None)
             if size is not None and value > size:
                 out[name] = size
+        elif name == "intermediate_size" and isinstance(value, (list, tuple)):
+            out[name] = [D_FF] * len(value)
     if fields.get("num_key_value_heads") == fields.get("num_attention_heads") and "num_attention_heads" in out:
         out["num_key_value_heads"] = HEADS
     return out
@@ -166,7 +168,7 @@ def _layers(config: Any, fields: Mapping[str, Any], chosen: Mapping[str, Any]) -
     if special:
         kept = {new: _sizes(special[old], iter(())) for new, old in enumerate(picked) if old in special}
         cut["per_layer_config"] = {new: {**special[picked[new]], **sizes} for new, sizes in kept.items()}
-    return {**count, **cut}
+    return {**count, **{k: chosen[k][: len(picked)] if k in chosen else v for k, v in cut.items()}}
 
 
 def _pick(lists: Mapping[str, Any], total: int) -> list[int]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
-from ltepass.dataflow import Flow, Linear, is_gate, op_name, shape, strip_identity, strip_views, value
+from ltepass.dataflow import Flow, Linear, erase_upstream, is_gate, op_name, shape, strip_identity, strip_views, value
 from ltepass.match import Miss, Region, Rows, down_rows, match_down
 
 
@@ -39,7 +39,6 @@ class LowerRoutedFFN:
             reason = _lower(flow, region)
             lowered += reason is None
             notes += [] if reason is None else [f"{gate.name}: {reason}"]
-        gm.graph.eliminate_dead_code()
         gm.recompile()
         return lowered, notes
 
@@ -93,6 +92,7 @@ def _lower(flow: Flow, region: Region) -> str | None:
         new = graph.call_function(torch.ops.ltepass.routed_ffn.default, args)
         new.meta = dict(down.node.meta)
     down.node.replace_all_uses_with(new)
+    erase_upstream(down.node)
     return None
 
 
@@ -138,4 +138,8 @@ def _operand(flow: Flow, rows: Rows, d_ff: int) -> Node:
     args = (node, 0, rows.start, stop, rows.step)
     new = flow.gm.graph.call_function(torch.ops.aten.slice.Tensor, args)
     new.meta["example_value"] = value(node)[rows.start : stop : rows.step]
-    return new
+    if len(shape(node)) == 2 or rows.step == 1:
+        return new
+    dense = flow.gm.graph.call_function(torch.ops.aten.contiguous.default, (new,))  # the kernels take no strided bias
+    dense.meta["example_value"] = value(new).contiguous()
+    return dense

@@ -1,0 +1,130 @@
+"""Every written form of an FFN is found, gated exactly, lowered where a kernel knows it, and removed without a trace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from ffn_forms import (
+    Apart,
+    Conv,
+    D,
+    FusedHalves,
+    Gated,
+    H,
+    Inline,
+    Interleaved,
+    OwnersBias,
+    Plain,
+    Residual,
+    Scaled,
+    Shared,
+    Split,
+    Unbound,
+    check_exact,
+    sites_of,
+    x_of,
+)
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+FORMS: dict[str, tuple[Any, str, str, bool]] = {  # name: model, activation, kind, lowered
+    "plain": (lambda: Residual(Plain(F.gelu)), "gelu", "aligned", True),
+    "plain without biases": (lambda: Residual(Plain(F.relu, bias=False)), "relu", "aligned", True),
+    "relu squared": (lambda: Residual(Plain(lambda x: F.relu(x).square())), "relu2", "aligned", True),
+    "gated": (lambda: Residual(Gated()), "silu", "aligned", True),
+    "bilinear": (lambda: Residual(Gated(lambda x: x)), "identity", "aligned", True),
+    "fused, gate first": (lambda: Residual(FusedHalves()), "silu", "aligned", True),
+    "fused, up first": (lambda: Residual(FusedHalves(gate_first=False, bias=False)), "silu", "aligned", True),
+    "interleaved rows": (lambda: Residual(Interleaved()), "silu", "aligned", True),
+    "interleaved, clamped": (lambda: Residual(Interleaved(0.4)), "custom(", "aligned", False),
+    "view and unbind": (lambda: Residual(Unbound()), "gelu", "aligned", True),
+    "Conv1D": (lambda: Residual(Conv()), "gelu_tanh", "aligned", True),
+    "bias added apart": (lambda: Residual(Apart()), "gelu", "aligned", False),
+    "bias of the owner": (lambda: Residual(OwnersBias()), "relu", "aligned", False),
+    "scaled neurons": (lambda: Residual(Scaled()), "custom(", "aligned", False),
+    "scaled tokens": (lambda: Residual(Scaled(per_token=True)), "custom(", "aligned", False),
+    "Sequential": (
+        lambda: Residual(nn.Sequential(nn.Linear(D, H), nn.Dropout(0.1), nn.SiLU(), nn.Linear(H, D))),
+        "silu",
+        "aligned",
+        True,
+    ),
+    "inline": (Inline, "gelu", "inline", True),
+    "parallel with attention": (lambda: Inline(parallel=True), "gelu", "inline", True),
+    "split over modules": (Split, "gelu", "inline", True),
+    "called three times": (Shared, "gelu", "aligned", True),
+    "a decoder layer of torch": (lambda: _decoder(activation="gelu"), "gelu", "inline", True),
+    "an encoder layer of torch": (
+        lambda: nn.TransformerEncoderLayer(D, 2, H, 0.1, "relu", batch_first=True, norm_first=True),
+        "relu",
+        "inline",
+        True,
+    ),
+}
+
+
+class _Decoder(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.layer = nn.TransformerDecoderLayer(D, 2, H, 0.1, batch_first=True, **options)
+
+    def forward(self, x):
+        return self.layer(x, x)
+
+
+def _decoder(**options: Any) -> nn.Module:
+    return _Decoder(**options)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_form(form: str) -> None:
+    torch.manual_seed(0)
+    make, activation, kind, lowered = FORMS[form]
+    (site,) = sites_of(make().eval(), group_size=4)
+    assert site.activation.startswith(activation)
+    assert (site.kind, site.d_model, site.d_ff) == (kind, D, H)
+    check_exact(make().eval(), x_of(), lowered=lowered)
+
+
+def test_the_same_module_under_two_names_is_one_site() -> None:
+    torch.manual_seed(0)
+    ffn = Plain()
+    (site,) = sites_of(Residual(ffn, ffn), group_size=4)
+    assert site.owner == "ffns.0"
+    again = Plain()
+    check_exact(Residual(again, again).eval(), x_of(), lowered=True)
+
+
+def test_two_modules_with_one_weight_are_refused() -> None:
+    a, b, c = Plain(), Plain(), Gated()
+    b.up.weight = a.up.weight
+    model = Residual(a, b, c)
+    assert [s.owner for s in sites_of(model)] == ["ffns.2"]
+    assert {(r.module, r.check) for r in model._lte.refusals} == {("ffns.0", "tied"), ("ffns.1", "tied")}
+
+
+def test_rows_are_the_ones_that_make_a_neuron() -> None:
+    (halves,) = sites_of(FusedHalves(gate_first=True))
+    assert (halves.gate_rows.start, halves.gate_rows.step, halves.up_rows.start, halves.up_rows.step) == (0, 1, H, 1)
+    (turned,) = sites_of(FusedHalves(gate_first=False))
+    assert (turned.gate_rows.start, turned.up_rows.start) == (H, 0)
+    (woven,) = sites_of(Interleaved())
+    assert (woven.gate_rows.start, woven.gate_rows.step, woven.up_rows.start, woven.up_rows.step) == (0, 2, 1, 2)
+    assert (woven.gate_bias.start, woven.gate_bias.step) == (0, 2)
+    (conv,) = sites_of(Conv())
+    assert (conv.up_rows.dim, conv.down_rows.dim) == (1, 0)
+    (scaled,) = sites_of(Scaled())
+    assert any(r.param == "scale" for r in scaled.neurons)
+
+
+def test_where_no_kernel_knows_the_function_the_gate_factor_is_still_told_apart() -> None:
+    """Grouping goes by the gate's rows (paper section 4.1), whichever of the two linears is written first."""
+
+    class Turned(Gated):
+        def forward(self, x):
+            return self.w2(self.w3(x) * F.mish(self.w1(x)))
+
+    (site,) = sites_of(Turned())
+    assert (site.gate, site.up) == ("w1", "w3")
