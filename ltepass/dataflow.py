@@ -30,7 +30,7 @@ _EXTRA_POINTWISE = frozenset(
 _MOVEMENT = frozenset(
     "view reshape _unsafe_view chunk split split_with_sizes slice getitem select narrow unbind unsqueeze squeeze "
     "transpose permute t flatten unflatten expand contiguous clone alias detach movedim swapaxes tensor_split "
-    "as_view lift_fresh_copy roll flip".split()
+    "as_view lift_fresh_copy roll flip numpy_T mT".split()
 )
 _REDUCTIONS = frozenset(
     "mean sum prod var std var_mean std_mean amax amin max min norm linalg_vector_norm layer_norm native_layer_norm "
