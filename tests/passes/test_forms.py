@@ -1,4 +1,4 @@
-"""Every written form of an FFN is found, gated exactly, lowered where a kernel knows it, and removed without a trace."""
+"""Every written form of an FFN is found, gated exactly, lowered where a kernel knows it, and removed again."""
 
 from __future__ import annotations
 
