@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ltepass.grouping import grouping_permutation, permute_site
 from torch import Tensor, nn
 
 from ltepass.errors import CalibrationError, MetaWeightsError
+from ltepass.grouping import grouping_permutation, permute_site
 from ltepass.pipeline import Job
 from ltepass.sites import FFNSite
 
