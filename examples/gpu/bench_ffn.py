@@ -36,7 +36,7 @@ class Bench:
         self.name = torch.cuda.get_device_name() if not self.dry else ""
 
     def shape(self, row: Row) -> Shape:
-        d_model, d_ff = (32, 640) if self.dry else results.MODELS[row.model]
+        d_model, d_ff = (64, 640) if self.dry else results.MODELS[row.model]
         tokens = min(row.tokens, 40) if self.dry else row.tokens
         dtype = torch.float32 if self.dry else torch.bfloat16
         return Shape(

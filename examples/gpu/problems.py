@@ -53,6 +53,7 @@ def make(shape: Shape, active: float, masks: Masks, device: str, seed: int = 0, 
     """Random weights; the router is the least-squares solution that gives each token the experts drawn for it."""
     g = torch.Generator(device).manual_seed(seed)
     d, f, dtype = shape.d_model, shape.d_ff, shape.dtype
+    assert shape.tokens <= d, f"{shape.tokens} tokens of {d} numbers: no router gives each of them its own experts"
 
     def weight(rows: int, columns: int) -> Tensor:
         return torch.randn(rows, columns, generator=g, device=device, dtype=dtype).mul_(columns**-0.5)
