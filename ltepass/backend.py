@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
 
 from ltepass import ops as ops  # registers the op that the pass emits
 from ltepass.dataflow import is_gate
+from ltepass.kernels import tuning
 from ltepass.passes.lower_routed_ffn import LowerRoutedFFN
 from ltepass.router import Router as Router  # registers ltepass::gate, whose name graphs carry
 
@@ -60,7 +62,15 @@ def lte(
             "in hard mode; inductor compiles it as it is",
             stacklevel=2,
         )
-    return compile_fx(gm, example_inputs, config_patches=_patches(mode, options))  # type: ignore[return-value]
+    with tuning.assume_density(_density(example_inputs)):
+        return compile_fx(gm, example_inputs, config_patches=_patches(mode, options))  # type: ignore[return-value]
+
+
+def _density(example_inputs: Sequence[Any]) -> float | None:
+    """Mean over the graph's routers that are known, by the thresholds among its inputs; None where none is."""
+    scalars = [t for t in example_inputs if isinstance(t, Tensor) and t.dim() == 0 and not isinstance(t, FakeTensor)]
+    known = [density for t in scalars if (density := tuning.density_of(t)) is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _trains(example_inputs: Sequence[Any]) -> bool:

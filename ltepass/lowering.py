@@ -26,6 +26,7 @@ from ltepass.removal import require_not_lowered
 from ltepass.router import Router
 from ltepass.router import gate as gate_call
 from ltepass.sites import FFNSite, LTEState, NeuronRows, require_state, router_of
+from ltepass.sparsity import remember_densities
 
 Scope = Literal["ffn", "model"]
 _routed_ffn = torch.ops.ltepass.routed_ffn.default
@@ -69,6 +70,7 @@ def lower(model: nn.Module, scope: Scope = "ffn") -> nn.Module:
         raise LoweringError("no site can be lowered:\n" + "\n".join(state.notes))
     for site in sites:
         lay_out(model, site)
+    remember_densities(model)
     if scope == "ffn":
         _lower_sites(model, state, sites)
     else:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ltepass.config import Mode, check_mode, check_sparsity
 from ltepass.errors import CalibrationError, LoweredError
+from ltepass.kernels import tuning
 from ltepass.router import N_QUANTILES, Router
 from ltepass.sites import require_state, router_of, routers_of
 
@@ -30,6 +31,7 @@ def set_mode(model: nn.Module, mode: Mode) -> None:
     for router in routers_of(model):
         router.mode = mode
         router.aux = None
+    remember_densities(model)
 
 
 def set_sparsity(model: nn.Module, sparsity: float) -> None:
@@ -48,6 +50,22 @@ def set_sparsity(model: nn.Module, sparsity: float) -> None:
         )
     for router in routers:
         router.threshold.copy_(interpolate(router.quantiles, sparsity))
+    remember_densities(model)
+
+
+def remember_densities(model: nn.Module) -> None:
+    """Tell the GPU kernels how many experts to expect, so that no call has to count: their path depends on it."""
+    for router in routers_of(model):
+        density = expected_density(router)
+        if density is not None:
+            tuning.remember_density(router.threshold, density)
+
+
+def expected_density(router: Router) -> float | None:
+    """Share of (token, expert) pairs active at the present threshold, as the calibrated table has it; None without."""
+    if router.threshold.is_meta or bool(router.quantiles.isnan().any()):
+        return None
+    return float((router.quantiles > router.threshold).float().mean())
 
 
 def interpolate(quantiles: Tensor, sparsity: float) -> Tensor:

@@ -76,3 +76,30 @@ def test_an_override_lasts_until_it_is_taken_back() -> None:
     assert tuning.launch_for("router_one", "cpu", 16, 32) is tuning.table()[0]
     tuning.override(None, "router_one")
     assert tuning.launch_for("router_one", "cpu", 16, 32) == before
+
+
+def test_a_model_tells_its_densities_and_the_backend_assumes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import ltepass
+    from ltepass import backend
+    from ltepass.sites import routers_of
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=64)).eval()
+    ids = torch.randint(0, 64, (2, 16))
+    ltepass.transform(model, config=ltepass.LTEConfig(group_size=8), calibration=[ids])
+    ltepass.set_mode(model, "hard")
+    for sparsity in (0.2, 0.7):
+        ltepass.set_sparsity(model, sparsity)
+        told = [tuning.density_of(r.threshold) for r in routers_of(model)]
+        measured = ltepass.measure_sparsity(model, [ids]).values()
+        assert told == pytest.approx([1 - s for s in measured], abs=0.06)
+
+    assumed: list[float | None] = []
+    assume = tuning.assume_density
+    monkeypatch.setattr(backend.tuning, "assume_density", lambda d: (assumed.append(d), assume(d))[1])
+    with torch.no_grad():
+        torch.compile(model, backend="lte")(ids)
+    assert assumed == pytest.approx([sum(told) / 2])
