@@ -55,7 +55,7 @@ class Search:
 
     def problems(self, tokens: int, by_neuron: bool = False) -> list[Problem]:
         dry = self.device == "cpu"
-        sizes = (32, 320) if dry else (4096, 11008)
+        sizes = (64, 320) if dry else (4096, 11008)
         dtype = torch.float32 if dry else torch.bfloat16
         shape = Shape(
             name="tune", d_model=sizes[0], d_ff=sizes[1], tokens=min(tokens, 40) if dry else tokens, dtype=dtype
