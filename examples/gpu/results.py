@@ -1,6 +1,8 @@
 """The rows of the speed table: what must be measured, its target, and how it is printed and drawn.
 
 A row that no GPU filled says "not measured" and keeps its place.
+
+    python examples/gpu/results.py    # writes the rows that have a target from speed.csv into the README
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 NOT_MEASURED = "not measured"
+HERE = Path(__file__).resolve().parent
+BEGIN, END = "<!-- gpu table: written by examples/gpu/results.py -->", "<!-- end of gpu table -->"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +167,22 @@ def table(rows: Iterable[Row]) -> str:
     return "\n".join(lines)
 
 
+def markdown(rows: Iterable[Row]) -> str:
+    """The rows that have a target, as the README shows them."""
+    lines = ["| what | model, tokens | active | time, us | reached | target | met |", "|---|---|---|---|---|---|---|"]
+    devices = set()
+    for row in rows:
+        if not row.target:
+            continue
+        kind = row.target.partition(" ")[0]
+        masks = f", masks {row.masks}" if row.tokens > 1 else ""
+        what, model = f"{row.table}{masks}", f"{row.model}, {row.tokens}"
+        figures = f"{row.microseconds} | {kind} {getattr(row, kind)} | {row.target} | {row.met}"
+        lines.append(f"| {what} | {model} | {row.active_percent} % | {figures} |")
+        devices.add(f"{row.device}, {row.software}" if row.device != NOT_MEASURED else NOT_MEASURED)
+    return "\n".join([*lines, "", f"Measured on: {'; '.join(sorted(devices))}."])
+
+
 def plot(path: Path, rows: Iterable[Row]) -> bool:
     """Time of one FFN call against the active share, a line an implementation. False where nothing was measured."""
     measured = [r for r in rows if r.table == "FFN, one token" and r.microseconds != NOT_MEASURED]
@@ -193,3 +213,14 @@ def plot(path: Path, rows: Iterable[Row]) -> bool:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     return True
+
+
+def main() -> None:
+    from ltepass.demo.readme import with_table
+
+    readme = HERE.parents[1] / "README.md"
+    readme.write_text(with_table(readme.read_text(), markdown(read(HERE / "speed.csv")), BEGIN, END))
+
+
+if __name__ == "__main__":
+    main()
