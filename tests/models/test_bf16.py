@@ -1,4 +1,4 @@
-"""bf16, end to end: the lowered model says what hard mode says in eager, up to the first token that rounding can decide.
+"""bf16, end to end: the lowered model says what hard eager says, up to the first token that rounding can decide.
 
 Two roundings of the same sum differ, so a router's logit next to its threshold may flip and the two best tokens may
 swap. The models here are as random as they come, and only steps whose best token leads by more than GAP are compared.
