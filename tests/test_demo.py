@@ -202,9 +202,10 @@ def test_train_and_held_out_text_share_no_block() -> None:
 
 @pytest.mark.slow
 def test_ctrl_c_in_the_middle_leaves_a_state_that_the_same_command_finishes(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "ltepass.cli", "demo", "--model", "tiny", "--steps", "40", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "ltepass", "demo", "--model", "tiny", "--steps", "40", "--out", str(tmp_path)]
     first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "results.json").exists() or "dense" not in (tmp_path / "results.json").read_text():
+        assert first.poll() is None, "the demo ended before it was interrupted"
         time.sleep(0.2)
     time.sleep(3)
     os.kill(first.pid, signal.SIGINT)

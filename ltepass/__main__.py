@@ -1,0 +1,5 @@
+"""`python -m ltepass ...` is `ltepass ...`."""
+
+from ltepass.cli import main
+
+main()
