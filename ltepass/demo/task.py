@@ -59,7 +59,7 @@ _SIZES: dict[str, tuple[str, int, dict[str, int]]] = {
     "smollm2": (
         "SmolLM2-135M-Instruct (from its 4-bit GGUF)",
         512,
-        {"steps": 64, "batch": 4, "calibration_blocks": 32, "group_size": 8, "new_tokens": 96},
+        {"steps": 60, "batch": 4, "calibration_blocks": 32, "group_size": 8, "new_tokens": 96},
     ),
     "tiny": (
         "tiny byte-level LLaMA, trained for seconds",
