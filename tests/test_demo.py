@@ -201,6 +201,7 @@ def test_train_and_held_out_text_share_no_block() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_ctrl_c_in_the_middle_leaves_a_state_that_the_same_command_finishes(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ltepass", "demo", "--model", "tiny", "--steps", "40", "--out", str(tmp_path)]
     first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
