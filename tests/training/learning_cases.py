@@ -42,9 +42,8 @@ def transformed(target: float = 0.5, *, group_size: int = 4, **config: Any) -> A
 
 
 def calibrated(target: float = 0.5, *, group_size: int = 4, n: int = 60, **config: Any) -> Any:
-    model = transformed(target, group_size=group_size, **{"grouping": "coactivation", **config})
-    ltepass.calibrate(model, tokens(n).split(7))
-    return model
+    settings = {"group_size": group_size, "target_sparsity": target, **config}
+    return ltepass.transform(dense_model(), config=ltepass.LTEConfig(**settings), calibration=tokens(n).split(7))
 
 
 def weights(model: Any) -> dict[str, Tensor]:
