@@ -57,9 +57,9 @@ class Router(nn.Module):
         self.register_buffer("quantiles", torch.empty(N_QUANTILES, dtype=torch.float32, device=device))
         self.register_buffer("permutation", torch.empty(d_ff, dtype=torch.int64, device=device))
         # Set by a training stage, never saved. straight_through: hard mode learns through its decision as if it were
-        # the score. count_inactive: hard mode keeps `inactive` as well. share_neighbours: soft mode keeps the union term.
+        # the score. count_inactive: hard mode keeps `inactive` too. share_neighbours: soft mode keeps the union term.
         self.straight_through = self.count_inactive = self.share_neighbours = False
-        # (efficiency, separability, union, soft sparsity) per token, set by a soft forward with gradients for a trainer.
+        # (efficiency, separability, union, soft sparsity) per token: set by a soft forward with gradients.
         self.aux: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         self.inactive: Tensor | None = None  # beside it: the hard sparsity per token
         # Called with the hidden units h [..., d_ff] of every forward while calibration runs; None otherwise.

@@ -6,6 +6,7 @@ import ast
 import os
 import random
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +73,7 @@ def corpora(folder: Path | None, train_chars: int, test_chars: int) -> dict[str,
     if folder is None:
         reference = python_docs(held_out=0.1)
         out = {"reference": (reference[0][:train_chars], reference[1][:test_chars])}
-        sources = _standard_library()
-        docs = "\n\n".join(doc for source in sources for doc in _docstrings(source))
-        own = {"docstrings": docs, "source": "\n\n".join(sources)}
-        return out | {name: _slices(text, train_chars, test_chars) for name, text in own.items()}
+        return out | {name: _slices(text, train_chars, test_chars) for name, text in _standard_library().items()}
     files = sorted(folder.glob("*.txt"))
     if not files:
         raise FileNotFoundError(f"{folder} holds no *.txt file; expected one or more texts")
@@ -90,9 +88,12 @@ def _slices(text: str, train_chars: int, test_chars: int) -> tuple[str, str]:
     return train, text[middle : middle + test_chars]
 
 
-def _standard_library() -> list[str]:
-    """Sources of the top-level modules, in the order of their names."""
-    return [path.read_text(errors="replace") for path in sorted(Path(os.__file__).parent.glob("*.py"))]
+@cache
+def _standard_library() -> dict[str, str]:
+    """Docstrings and sources of the top-level modules, in the order of their names."""
+    sources = [path.read_text(errors="replace") for path in sorted(Path(os.__file__).parent.glob("*.py"))]
+    docs = "\n\n".join(doc for source in sources for doc in _docstrings(source))
+    return {"docstrings": docs, "source": "\n\n".join(sources)}
 
 
 def _docstrings(source: str) -> Iterator[str]:

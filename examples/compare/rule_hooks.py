@@ -13,6 +13,20 @@ import ltepass
 from ltepass.sites import FFNSite, require_state
 from ltepass.sparsity import run_batches
 
+Samples = list[tuple[Tensor, Tensor, Tensor]]  # x, gate product and h of each site, [n, ...] bf16
+
+
+def collect(model: nn.Module, batches: Iterable[Tensor], room: int = 4096) -> Samples:
+    """Up to `room` tokens of each site of a transformed model in dense mode."""
+    ltepass.set_mode(model, "dense")
+    taps = [_Tap(model, site, room) for site in require_state(model, "samples").sites]
+    try:
+        run_batches(model, batches)
+    finally:
+        for tap in taps:
+            tap.close()
+    return [tap.samples() for tap in taps]
+
 
 class Ruled:
     """A model under one rule per site. `rules` also hang on the model, so that a Trainer trains what they train."""
@@ -25,18 +39,11 @@ class Ruled:
         model.add_module("compared_rules", nn.ModuleList(self.rules))
         self.handles: list[Any] = []
 
-    def calibrate(self, batches: Iterable[Tensor], room: int = 4096) -> None:
+    def calibrate(self, samples: Samples) -> None:
         """Each rule gets samples of its own site on the dense model."""
-        batches = list(batches)
-        taps = [_Tap(self.model, site, room) for site in self.sites]
-        try:
-            run_batches(self.model, batches)
-        finally:
-            for tap in taps:
-                tap.close()
         with torch.no_grad():
-            for rule, tap in zip(self.rules, taps, strict=True):
-                rule.calibrate(self.model, *tap.samples())
+            for rule, (x, gate, h) in zip(self.rules, samples, strict=True):
+                rule.calibrate(self.model, x.float(), gate.float(), h.float())
 
     def __enter__(self) -> Ruled:
         for rule, site in zip(self.rules, self.sites, strict=True):
@@ -47,6 +54,10 @@ class Ruled:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+
+    def take_off(self) -> None:
+        """The model is as it was, but for weights that were trained."""
+        delattr(self.model, "compared_rules")
 
     def reset(self) -> None:
         for rule in self.rules:
@@ -112,8 +123,9 @@ class _Tap:
             self.rows[name].append(value.detach().flatten(0, -2)[:left].to(torch.bfloat16, copy=True))
 
     def samples(self) -> tuple[Tensor, Tensor, Tensor]:
-        x, gate, h = (torch.cat(r).float() if r else None for r in self.rows.values())
-        assert x is not None and h is not None
+        x, gate, h = (torch.cat(r) if r else None for r in self.rows.values())
+        assert x is not None
+        assert h is not None
         return x, h if gate is None else gate, h
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The methods that LTE is compared with, each as one rule for one FFN: which hidden units take part, and at what weight.
+"""The methods that LTE is compared with, each as one rule for one FFN: which hidden units take part, and how much.
 
 A rule sees what the FFN sees (its input x, the gate's product, the hidden units h) and returns factors for h. Rules are
 put on a transformed model in dense mode, so that every method runs on the same grouped weights and the same harness.
@@ -9,20 +9,18 @@ the dense FFN's weight bytes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 from zlib import crc32
 
 import torch
 from torch import Tensor, nn
 
-from ltepass.calibration import expert_energy
 from ltepass.kernels.reference import ACTIVATIONS
 from ltepass.sites import FFNSite, router_of
 
 
 @dataclass
 class Seen:
-    """One forward of one FFN: x [..., d_model], gate [..., d_ff] before its activation (h in a plain FFN), h [..., d_ff]."""
+    """One forward of one FFN: x [..., d_model]; gate [..., d_ff] before its activation (else h); h [..., d_ff]."""
 
     x: Tensor
     gate: Tensor
@@ -248,82 +246,3 @@ class PrunePath(TopK):
         self.extra = self.coefficient * len(load) * (load / load.sum() * share.flatten(0, -2).mean(0)).sum()
         through = kept + kept * (share - share.detach()) * len(load)  # value kept, gradient of the scores
         return spread(through, self.site.d_ff).to(seen.h.dtype)
-
-
-class Predictor(Rule):
-    """A small network fitted after the fact to predict what matters, from x. Subclasses say what it predicts."""
-
-    steps, batch, learning_rate = 300, 512, 2e-3
-
-    def __init__(self, model: nn.Module, site: FFNSite, sparsity: float, outputs: int, rank: int) -> None:
-        super().__init__(model, site, sparsity)
-        state = torch.random.get_rng_state()
-        torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Linear(site.d_model, rank, bias=False), self.activation(), nn.Linear(rank, outputs))
-        torch.random.set_rng_state(state)
-        self.net.requires_grad_(False)
-
-    activation: Any = nn.Identity
-
-    def labels(self, model: nn.Module, h: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def calibrate(self, model: nn.Module, x: Tensor, gate: Tensor, h: Tensor) -> None:
-        with torch.enable_grad():
-            self._fit(x, self.labels(model, h))
-
-    def _fit(self, x: Tensor, labels: Tensor) -> None:
-        generator = torch.Generator().manual_seed(0)
-        scale = x.std(0).clamp_min(1e-6)  # folded into the first layer afterwards
-        self.net.requires_grad_(True)
-        optimizer = torch.optim.Adam(self.net.parameters(), lr=self.learning_rate)
-        for _ in range(self.steps):
-            rows = torch.randint(len(x), (self.batch,), generator=generator).to(x.device)
-            loss = nn.functional.binary_cross_entropy_with_logits(self.net(x[rows] / scale), labels[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        self.net.requires_grad_(False)
-        self.net[0].weight.div_(scale)
-
-
-class MoEfication(Predictor):
-    """MoEfication (2110.01786): a post-hoc MLP router (tanh) predicts each expert's share of the token's largest."""
-
-    name = "moefication"
-    activation = nn.Tanh
-
-    def __init__(self, model: nn.Module, site: FFNSite, sparsity: float) -> None:
-        super().__init__(model, site, sparsity, site.n_experts, rank=min(128, site.d_model))
-
-    def labels(self, model: nn.Module, h: Tensor) -> Tensor:
-        size = expert_energy(model, self.site, h).sqrt()
-        return size / size.max(dim=-1, keepdim=True).values.clamp_min(1e-12)
-
-    def factors(self, seen: Seen) -> Tensor:
-        return spread(top(self.net(seen.x.float()), self.n_active), self.site.d_ff).to(seen.h.dtype)
-
-
-class DejaVu(Predictor):
-    """Deja Vu (2310.17157): a low-rank predictor of which single neurons are among the token's most important."""
-
-    name = "dejavu"
-
-    def __init__(self, model: nn.Module, site: FFNSite, sparsity: float) -> None:
-        super().__init__(model, site, sparsity, site.d_ff, rank=max(1, min(96, site.d_model // 4)))
-        self.n_neurons = max(1, round((1 - sparsity) * site.d_ff))
-
-    def labels(self, model: nn.Module, h: Tensor) -> Tensor:
-        norm = self.site.down_rows.of(model, self.site.d_ff).detach().float().norm(dim=1)
-        return top(h.float().abs() * norm, self.n_neurons)
-
-    def factors(self, seen: Seen) -> Tensor:
-        return top(self.net(seen.x.float()), self.n_neurons).to(seen.h.dtype)
-
-
-RULES: dict[str, type[Rule]] = {
-    r.name: r  # type: ignore[misc]
-    for r in (
-        Rule, Cats, Teal, Oracle, RandomExperts, TopK, Threshold, NoisyTopK, PrunePath, MoEfication, DejaVu,
-    )
-}  # fmt: skip

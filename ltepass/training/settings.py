@@ -18,9 +18,9 @@ class LTESettings:
 
     lam: separability coefficient (0.5 in the paper). eta: first efficiency coefficient, then steered to
     `target_sparsity` (None: the model's config) unless `steer` is off, as in the paper.
-    soft_steps, hard_steps: optimizer steps of each stage; None takes the arguments' epochs or max_steps, 0 leaves it out.
+    soft_steps, hard_steps: optimizer steps of each stage; None takes the arguments' epochs or max_steps, 0 none.
     settle: move thresholds at the end of each stage so that held-out sparsity meets the target.
-    hold: in the hard stage, thresholds follow the measured sparsity from step to step, so that settling is a small move.
+    hold: in the hard stage, thresholds follow the measured sparsity step by step, so that settling is a small move.
     budget: "layer" brings every FFN to the target, "model" their mean, by one threshold for all.
     trainable: "all" (the paper), "lora" (low-rank updates of the FFNs' linears, merged after each stage; needs peft) or
         "routers". The routers learn in the soft stage; in the hard stage they are frozen, except with "routers", where

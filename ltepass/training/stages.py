@@ -65,13 +65,13 @@ def hold(model: nn.Module, shares: Tensor, sparsity: float, *, budget: Budget = 
 
 
 def held_out_perplexity(model: Any, batches: Iterable[Any]) -> float | None:
-    """exp of the mean loss over label tokens in the present mode; None where the batches have no labels."""
+    """exp of the mean loss over label tokens in the present mode; None where no batch has labels of tokens."""
     was_training = model.training
     model.eval()
     total = count = 0.0
     with torch.no_grad():
         for batch in batches:
-            if not isinstance(batch, dict) or "labels" not in batch:
+            if not isinstance(batch, dict) or "labels" not in batch or batch["labels"].dim() < 2:
                 continue
             tokens = float(label_mask(batch["labels"]).sum())
             total += float(model(**batch).loss) * tokens

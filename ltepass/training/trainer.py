@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ from ltepass.losses import kl_from
 from ltepass.sites import require_state, router_of, routers_of
 from ltepass.training.checkpoints import STATE_FILE, is_finished, last_complete, mark_complete
 from ltepass.training.controller import SparsityController
-from ltepass.training.lora import add_lora, merge_lora
+from ltepass.training.lora import merge_lora
+from ltepass.training.options import stage_options
 from ltepass.training.settings import LTESettings
 from ltepass.training.stages import (
     Stage,
@@ -119,7 +119,7 @@ class LTETrainerMixin:
 
     def train(self, resume_from_checkpoint: bool | str | None = None, **kwargs: Any) -> Any:
         _refuse_reentrant(self.args)
-        with self._options():
+        with stage_options(self.lte_model, self.lte, self.stage):
             if resume_from_checkpoint is True:
                 # none is whole where the kill came before the first: the stage begins anew
                 resume_from_checkpoint = last_complete(self.args.output_dir)
@@ -127,28 +127,6 @@ class LTETrainerMixin:
                 self._load_from_checkpoint(str(resume_from_checkpoint))
                 return None
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)  # type: ignore[misc]
-
-    @contextmanager
-    def _options(self) -> Iterator[None]:
-        """The stage's settings on the model, and afterwards its flags and modules as they were."""
-        model, lte, stage = self.lte_model, self.lte, self.stage
-        flags = {name: p.requires_grad for name, p in model.named_parameters()}
-        begin_stage(model, stage, trainable=lte.trainable, straight_through=lte.straight_through)
-        if lte.trainable == "lora":
-            routers = [p for p in model.parameters() if p.requires_grad]
-            add_lora(model, lte.lora_rank)
-            for p in routers:
-                p.requires_grad_(True)
-        for router in routers_of(model):
-            router.count_inactive, router.share_neighbours = lte.hold, lte.union > 0
-        try:
-            yield
-        finally:
-            merge_lora(model)
-            for router in routers_of(model):
-                router.straight_through = router.count_inactive = router.share_neighbours = False
-            for name, p in model.named_parameters():
-                p.requires_grad_(flags[name])
 
     def compute_loss(
         self,
@@ -178,7 +156,10 @@ class LTETrainerMixin:
     def _training_loss(
         self, loss: Tensor, inputs: dict[str, Any], labels: Tensor | None, outputs: Any, items: Tensor | int | None
     ) -> Tensor:
-        mask = None if labels is None else label_mask(labels, shifted=getattr(self, "_loss_shifts_labels", True))
+        if labels is None or labels.dim() > 1:
+            mask = None if labels is None else label_mask(labels, shifted=getattr(self, "_loss_shifts_labels", True))
+        else:  # one label a sequence: every real token counts, and the items of the batch are no tokens
+            mask, items = inputs.get("attention_mask"), None
         if self.teacher is not None:
             kl = self._distillation(inputs, outputs, mask)
             loss = (1.0 - self.lte.distill) * loss + self._per_item(self.lte.distill * kl[0], kl[1], items)

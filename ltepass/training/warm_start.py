@@ -5,10 +5,11 @@ One forward runs through hard gates. At each FFN in turn, with the inputs that t
     threshold   is placed so that the target share of experts is inactive on these inputs
     down        is refitted in closed form so that the gated output meets what the whole FFN gives for the same input
 
-    min over D of  sum_t w_t |g_t (W + D) - h_t W|^2 + sum_j penalty_j |D_j|^2,   h hidden units, g gated
+    min over D of  |G (W + D) - H W|^2 + sum_j penalty_j |D_j|^2,   H hidden units, G gated
 
-w_t = 1 / (|h_t W|^2 + median): a decoder has a few tokens whose outputs are a hundred times larger than the others', and
-without weights they decide the fit alone. Nothing is learned from labels: one forward, and one solve of size d_ff a site.
+Nothing is learned from labels: one forward, and one solve of size d_ff a site. To aim at what the dense model computes
+from its own inputs instead looks better and is not: on SmolLM2-135M at 50 % (groups of 8, 8,192 tokens) it took the
+perplexities of three texts from 38 / 58 / 123 to 63 / 62 / 133, this target to 27 / 44 / 59.
 """
 
 from __future__ import annotations
@@ -38,8 +39,7 @@ def warm_start(
     penalty: float = PENALTY,
     on_site: Callable[[int, float], None] | None = None,
 ) -> dict[str, float]:
-    """Refit thresholds and down projections in place; returns each site's remaining weighted error, relative to the
-    whole FFN's output.
+    """Refit thresholds and down projections in place; returns each site's error |G (W + D) - H W|^2 / |H W|^2.
 
     input_ids: [n, T] int64, all run in one forward; 8,192 tokens are enough for d_ff = 1,536. The model must be
     calibrated (routers started). Leaves mode, training flags and hooks as they were; weights change but for routers'.
@@ -100,16 +100,13 @@ class _SiteFit:
         weight = self.site.down_rows.of(self.model, self.site.d_ff)
         gated, h = args[0].flatten(0, -2).float(), self.h
         del self.h
-        whole = h @ weight.float()
-        energy = whole.square().sum(1)
-        scale = (energy + energy.median()).clamp_min(1e-12).rsqrt()[:, None]
-        rows, missing = gated * scale, ((h - gated) @ weight.float()) * scale
-        gram = rows.T @ rows
+        missing = (h - gated) @ weight.float()
+        gram = gated.T @ gated
         energy = gram.diagonal().clone()
         gram.diagonal().add_(self.penalty * energy + 1e-3 * energy.mean() + 1e-12)
-        change = torch.linalg.solve(gram, rows.T @ missing)
+        change = torch.linalg.solve(gram, gated.T @ missing)
+        error = float((missing - gated @ change).square().sum() / (h @ weight.float()).square().sum())
         weight.add_(change.to(weight.dtype))
-        error = float((missing - rows @ change).square().sum() / (whole * scale).square().sum())
         fixed = out + (gated @ change).view_as(out).to(out.dtype)
         self.fitted(self.site, error)
         return fixed
