@@ -87,6 +87,13 @@ def train(
     batch: Annotated[int, typer.Option(help="Blocks of one step.")] = 4,
     length: Annotated[int, typer.Option(help="Tokens of one block.")] = 512,
     learning_rate: Annotated[float, typer.Option(help="Of both stages.")] = 1e-4,
+    soft_steps: Annotated[int | None, typer.Option(help="Of the soft stage, where not --steps; 0: none.")] = None,
+    warm_start: Annotated[bool, typer.Option("--warm-start", help="Refit each FFN before the first step.")] = False,
+    trainable: Annotated[str, typer.Option(help="all, lora (on the FFNs) or routers.")] = "all",
+    straight_through: Annotated[bool, typer.Option("--straight-through", help="Routers learn in both stages.")] = False,
+    distill: Annotated[float, typer.Option(help="Weight of the KL to the dense model, instead of labels.")] = 0.0,
+    union: Annotated[float, typer.Option(help="Coefficient by which neighbouring tokens share experts.")] = 0.0,
+    budget: Annotated[str, typer.Option(help="layer (each meets the target) or model (their mean).")] = "layer",
     seed: Seed = 0,
     device: Device = "cpu",
 ) -> None:
@@ -102,6 +109,15 @@ def train(
         learning_rate=learning_rate,
         seed=seed,
         device=device,
+        soft_steps=soft_steps,
+        warm_start=warm_start,
+        stages={
+            "trainable": trainable,
+            "straight_through": straight_through,
+            "distill": distill,
+            "union": union,
+            "budget": budget,
+        },
     )
     _print(models.train(model, text.read_text(), out, options))
 
@@ -112,12 +128,14 @@ def evaluate(
     text: Annotated[Path, typer.Argument(help="A text file that the model was not trained on.")],
     length: Annotated[int, typer.Option(help="Tokens of one block.")] = 512,
     limit: Annotated[int, typer.Option(help="At most so many blocks.")] = 16,
+    sparsities: Annotated[str, typer.Option(help="Others, comma-separated: this checkpoint's curve.")] = "",
     device: Device = "cpu",
 ) -> None:
     """Perplexity of a saved model on a text, with its gates and without, and how sparse it is there."""
     from ltepass import models
 
-    _print(models.evaluate(str(folder), text.read_text(), length=length, limit=limit, device=device))
+    wanted = [float(s) for s in sparsities.split(",") if s]
+    _print(models.evaluate(str(folder), text.read_text(), wanted, length=length, limit=limit, device=device))
 
 
 @bench_app.command("model")

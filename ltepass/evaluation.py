@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ltepass.sites import require_state, router_of
-from ltepass.sparsity import record_logits
+from ltepass.sparsity import measure_sparsity, record_logits, set_sparsity
 
 
 @torch.no_grad()
@@ -33,3 +34,20 @@ def sparsity_of_tail(model: Any, ids: Tensor, skip: int) -> float:
         (logits,) = seen[site.name]
         shares.append(1.0 - (logits[skip:] > router_of(model, site).threshold).float().mean().item())
     return sum(shares) / len(shares)
+
+
+def sparsity_curve(model: Any, blocks: Tensor, sparsities: Iterable[float]) -> Iterator[tuple[float, float, float]]:
+    """(asked for, perplexity, measured sparsity) of one checkpoint in hard mode at other points of its table.
+
+    blocks: [n, T] int64. The thresholds stand where they stood afterwards. Raises CalibrationError without a table.
+    """
+    routers = [router_of(model, s) for s in require_state(model, "sparsity_curve").sites]
+    before = [r.threshold.clone() for r in routers]
+    try:
+        for sparsity in sparsities:
+            set_sparsity(model, sparsity)
+            shares = measure_sparsity(model, blocks[:, None].to(model.device))
+            yield sparsity, perplexity(model, blocks), sum(shares.values()) / len(shares)
+    finally:
+        for router, threshold in zip(routers, before, strict=True):
+            router.threshold.copy_(threshold)

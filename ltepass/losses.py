@@ -1,4 +1,7 @@
-"""The paper's two auxiliary losses (section 4.3), kept per token so that a trainer can mask and weigh them exactly."""
+"""The paper's two auxiliary losses (section 4.3), kept per token so that a trainer can mask and weigh them exactly.
+
+Beside them, not in the paper: a term by which neighbouring tokens share experts, and distillation from a dense model.
+"""
 
 from __future__ import annotations
 
@@ -18,3 +21,22 @@ def per_token_losses(logits: Tensor, tau: float) -> tuple[Tensor, Tensor]:
     scores = torch.sigmoid(logits)
     distance = (scores - tau).abs().clamp_min(SEPARABILITY_CLAMP)
     return scores.square().mean(-1), distance.pow(-2).mean(-1)
+
+
+def union_per_token(logits: Tensor) -> Tensor:
+    """logits: [..., T, n_experts] -> [..., T] fp32: mean_i (G_t,i - G_t-1,i)^2, 0 at the first token.
+
+    What a batched kernel reads is the union over neighbouring tokens: at a given sparsity it is smallest where they
+    agree.
+    """
+    scores = torch.sigmoid(logits)
+    change = scores.new_zeros(scores.shape[:-1])
+    if scores.dim() > 1:
+        change[..., 1:] = (scores[..., 1:, :] - scores[..., :-1, :]).square().mean(-1)
+    return change
+
+
+def kl_from(teacher: Tensor, student: Tensor) -> Tensor:
+    """KL(teacher || student) in nats per position: logits [..., V] of any float dtype -> [...] fp32."""
+    log_p, log_q = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)

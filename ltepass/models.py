@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
 import sys
@@ -16,7 +17,7 @@ from torch import nn
 import ltepass
 from ltepass.config import LTEConfig
 from ltepass.errors import ConfigError, NoFFNFoundError
-from ltepass.evaluation import perplexity
+from ltepass.evaluation import perplexity, sparsity_curve
 from ltepass.reporting import Report, span
 from ltepass.sites import state_of
 from ltepass.texts import token_blocks
@@ -88,7 +89,9 @@ def _skeleton(name: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """Of `ltepass train`. steps: optimizer steps of each of the two stages; length: tokens of a block."""
+    """Of `ltepass train`. steps: optimizer steps of each stage, soft_steps of the soft one where given (0: none);
+    warm_start: refit each FFN before the first step; stages: what `LTESettings` takes beside the steps.
+    length: tokens of a block."""
 
     target_sparsity: float = 0.5
     group_size: int | None = None
@@ -98,6 +101,9 @@ class TrainOptions:
     learning_rate: float = 1e-4
     seed: int = 0
     device: str = "cpu"
+    soft_steps: int | None = None
+    warm_start: bool = False
+    stages: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def train(name: str, text: str, out: Path, options: TrainOptions) -> Report:
@@ -107,6 +113,9 @@ def train(name: str, text: str, out: Path, options: TrainOptions) -> Report:
     sparsity measured there. Raises ConfigError where the text is too short, and what transform and the trainer raise.
     """
     from transformers import AutoTokenizer, TrainingArguments
+
+    from ltepass.training.settings import LTESettings
+    from ltepass.training.warm_start import warm_start
 
     model, tokenizer = load(name, options.device), AutoTokenizer.from_pretrained(name)
     blocks = token_blocks(tokenizer, text, options.length)
@@ -121,7 +130,10 @@ def train(name: str, text: str, out: Path, options: TrainOptions) -> Report:
         target_sparsity=options.target_sparsity, group_size=options.group_size or "auto", seed=options.seed
     )
     calibration = torch.split(blocks[:-held_out][:32].to(model.device), options.batch)
+    lte = LTESettings(soft_steps=options.soft_steps, **options.stages)
     ltepass.transform(model, config=config, calibration=calibration)
+    if options.warm_start:
+        warm_start(model, torch.cat(calibration))
     args = TrainingArguments(
         str(out / "training"),
         max_steps=options.steps,
@@ -132,7 +144,8 @@ def train(name: str, text: str, out: Path, options: TrainOptions) -> Report:
         save_strategy="no",
         report_to="none",
     )
-    trainer = ltepass.LTETrainer(model=model, args=args, train_dataset=data[:-held_out], eval_dataset=data[-held_out:])
+    sets = {"train_dataset": data[:-held_out], "eval_dataset": data[-held_out:]}
+    trainer = ltepass.LTETrainer(model=model, args=args, lte=lte, **sets)
     trainer.fit()
     ltepass.set_mode(model, "hard")
     model.save_pretrained(out)
@@ -141,8 +154,19 @@ def train(name: str, text: str, out: Path, options: TrainOptions) -> Report:
     return ltepass.report(model, ltepass.measure_sparsity(model, blocks[-held_out:, None].to(model.device)))
 
 
-def evaluate(folder: str, text: str, *, length: int = 512, limit: int | None = 16, device: str = "cpu") -> Any:
-    """A rich table: perplexity of a saved model on blocks of `text`, in hard and in dense mode, and its sparsity."""
+def evaluate(
+    folder: str,
+    text: str,
+    sparsities: Iterable[float] = (),
+    *,
+    length: int = 512,
+    limit: int | None = 16,
+    device: str = "cpu",
+) -> Any:
+    """A rich table: perplexity of a saved model on blocks of `text`, in hard and in dense mode, and its sparsity.
+
+    sparsities: rows of `set_sparsity`, from the saved table. Raises ConfigError where the text is too short.
+    """
     from rich.table import Table
     from transformers import AutoTokenizer
 
@@ -155,6 +179,8 @@ def evaluate(folder: str, text: str, *, length: int = 512, limit: int | None = 1
         sparsity = ltepass.measure_sparsity(model, blocks[:, None].to(model.device))
         table.add_row("perplexity, hard mode", f"{perplexity(model, blocks):.3f}")
         table.add_row("inactive neurons, per site min / mean / max", span(list(sparsity.values())))
+        for s, value, measured in sparsity_curve(model, blocks, sparsities):
+            table.add_row(f"set_sparsity {s:g}: perplexity, inactive neurons", f"{value:.3f}, {measured:.1%}")
         ltepass.set_mode(model, "dense")
     table.add_row("perplexity, every neuron active", f"{perplexity(model, blocks):.3f}")
     return table

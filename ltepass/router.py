@@ -56,8 +56,11 @@ class Router(nn.Module):
         self.register_buffer("threshold", torch.empty((), dtype=torch.float32, device=device))
         self.register_buffer("quantiles", torch.empty(N_QUANTILES, dtype=torch.float32, device=device))
         self.register_buffer("permutation", torch.empty(d_ff, dtype=torch.int64, device=device))
-        # (efficiency, separability) per token, set by a soft forward with gradients; the trainer takes them.
-        self.aux: tuple[Tensor, Tensor] | None = None
+        # Set by a training stage, never saved. straight_through: hard mode learns through its decision as if it were
+        # the score. count_inactive: hard mode keeps `inactive` too. share_neighbours: soft mode keeps the union term.
+        self.straight_through = self.count_inactive = self.share_neighbours = False
+        # (efficiency, separability, union, soft sparsity) per token: set by a soft forward with gradients.
+        self.aux: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         self.inactive: Tensor | None = None  # beside it: the hard sparsity per token
         # Called with the hidden units h [..., d_ff] of every forward while calibration runs; None otherwise.
         self.observer: Callable[[Tensor], None] | None = None
@@ -87,11 +90,14 @@ class Router(nn.Module):
                 logits = nn.functional.linear(x.float(), self.weight, self.bias)
         else:
             logits = nn.functional.linear(x.float(), self.weight, self.bias)
-        if self.mode == "soft" and torch.is_grad_enabled():
-            from ltepass.losses import per_token_losses
-
-            self.aux = per_token_losses(logits, self.tau)
+        if torch.is_grad_enabled() and (self.mode == "soft" or self.count_inactive):
             self.inactive = (logits.detach() <= self.threshold).float().mean(-1)
+        if self.mode == "soft" and torch.is_grad_enabled():
+            from ltepass.losses import per_token_losses, union_per_token
+
+            efficiency, separability = per_token_losses(logits, self.tau)
+            union = union_per_token(logits) if self.share_neighbours else torch.zeros_like(efficiency)
+            self.aux = (efficiency, separability, union, 1.0 - torch.sigmoid(logits.detach()).mean(-1))
         return logits
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
@@ -118,6 +124,13 @@ def _gate(h: Tensor, logits: Tensor, threshold: Tensor, soft: bool) -> Tensor:
     return gated.flatten(-2)
 
 
+def _straight_through(h: Tensor, logits: Tensor, threshold: Tensor) -> Tensor:
+    """The hard gate's value, with the gradient of a sigmoid around the threshold."""
+    scores = torch.sigmoid(logits - threshold)
+    mask = (logits > threshold).to(scores.dtype) + (scores - scores.detach())
+    return (h.unflatten(-1, (logits.shape[-1], -1)) * mask.to(h.dtype).unsqueeze(-1)).flatten(-2)
+
+
 # One op in Dynamo's graph, so that a pass finds it without guessing; plain ATen ops for autograd, export and inductor.
 _library.impl("gate", _gate, "CompositeImplicitAutograd")
 
@@ -130,4 +143,6 @@ def gate(router: Router, h: Tensor, logits: Tensor | None) -> Tensor:
         router.observer(h)
     if logits is None:
         return h
+    if router.straight_through and router.mode == "hard" and torch.is_grad_enabled():
+        return _straight_through(h, logits, router.threshold)
     return torch.ops.ltepass.gate.default(h, logits, router.threshold, router.mode == "soft")  # type: ignore[no-any-return]

@@ -15,6 +15,8 @@ from ltepass.kernels import tuning
 from ltepass.router import N_QUANTILES, Router
 from ltepass.sites import require_state, router_of, routers_of
 
+SHARED_POINTS = 4096  # quantiles that stand for one site's logits in a table that sites share
+
 
 def set_mode(model: nn.Module, mode: Mode) -> None:
     """Switch every router: "soft" and "hard" as the paper has them, "dense" leaves the gates open.
@@ -78,10 +80,10 @@ def interpolate(quantiles: Tensor, sparsity: float) -> Tensor:
 
 
 @contextmanager
-def record_logits(model: nn.Module, keep: int | None = None) -> Iterator[dict[str, list[Tensor]]]:
+def record_logits(model: nn.Module, keep: int | None = None, *, flat: bool = True) -> Iterator[dict[str, list[Tensor]]]:
     """Collect every router's logits [n_tokens, n_experts] by site name while the block runs.
 
-    keep: at most so many tokens per forward, evenly spaced; None keeps all.
+    keep: at most so many tokens per forward, evenly spaced; None keeps all. flat: False leaves the shape as it is.
     """
     seen: dict[str, list[Tensor]] = {}
     handles = []
@@ -89,10 +91,12 @@ def record_logits(model: nn.Module, keep: int | None = None) -> Iterator[dict[st
         rows = seen.setdefault(site.name, [])
 
         def hook(module: nn.Module, args: Any, logits: Tensor | None, rows: list[Tensor] = rows) -> None:
-            if logits is not None:
-                flat = logits.detach().reshape(-1, logits.shape[-1])
-                step = 1 if keep is None else max(1, len(flat) // keep)
-                rows.append(flat[::step].clone())
+            if logits is not None and not flat:
+                rows.append(logits.detach().clone())
+            elif logits is not None:
+                tokens = logits.detach().reshape(-1, logits.shape[-1])
+                step = 1 if keep is None else max(1, len(tokens) // keep)
+                rows.append(tokens[::step].clone())
 
         handles.append(router_of(model, site).register_forward_hook(hook))
     try:
@@ -148,19 +152,42 @@ def measure_sparsity(model: nn.Module, batches: Iterable[Any]) -> dict[str, floa
     }
 
 
-def update_table(model: nn.Module, batches: Iterable[Any]) -> None:
-    """Fill every router's quantile table from the logits on these batches, seen through the model's present gates."""
-    state = require_state(model, "update_table")
-    current: Mode = (
-        "hard" if router_of(model, state.sites[0]).mode == "dense" else router_of(model, state.sites[0]).mode
-    )
-    with mode_of(model, current), record_logits(model, keep=512) as seen:
+def measure_union(model: nn.Module, batches: Iterable[Any], window: int = 2) -> dict[str, float]:
+    """Share of experts by site name that no token of `window` neighbouring ones uses: what a batched kernel can skip.
+
+    Every whole window of every row counts. Raises NotTransformedError.
+    """
+    with mode_of(model, "hard"), record_logits(model, flat=False) as seen:
         run_batches(model, batches)
-    grid = torch.linspace(0.0, 1.0, N_QUANTILES)
+    thresholds = {s.name: router_of(model, s).threshold for s in require_state(model, "measure_union").sites}
+    out = {}
+    for name, rows in seen.items():
+        unused = [(r <= thresholds[name]).unfold(-2, window, 1).all(-1).float().flatten(0, -2) for r in rows]
+        out[name] = float(torch.cat(unused).mean())
+    return out
+
+
+def update_table(model: nn.Module, batches: Iterable[Any], *, shared: bool = False) -> None:
+    """Fill every router's quantile table from the logits on these batches, seen through the model's present gates.
+
+    shared: one table for all sites, of their logits together (each site counts alike): one threshold for the model.
+    """
+    state = require_state(model, "update_table")
+    present = router_of(model, state.sites[0]).mode
+    with mode_of(model, "hard" if present == "dense" else present), record_logits(model, keep=512) as seen:
+        run_batches(model, batches)
+    logits = {name: torch.cat(rows).flatten().float() for name, rows in seen.items()}
+    if shared:
+        even = [
+            quantiles(flat, torch.linspace(0.0, 1.0, SHARED_POINTS, device=flat.device)) for flat in logits.values()
+        ]
+        pooled = torch.cat([part.to(even[0].device) for part in even])
+        logits = dict.fromkeys(logits, pooled)
     for site in state.sites:
         router = router_of(model, site)
-        flat = torch.cat(seen[site.name]).flatten().float()
-        router.quantiles.copy_(quantiles(flat, grid.to(flat.device)))
+        flat = logits[site.name]
+        table = quantiles(flat, torch.linspace(0.0, 1.0, N_QUANTILES, device=flat.device))
+        router.quantiles.copy_(table)
 
 
 def quantiles(values: Tensor, grid: Tensor) -> Tensor:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import os
 import random
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,3 +61,44 @@ def token_blocks(tokenizer: Any, text: str, length: int, limit: int | None = Non
     if limit is not None:
         n_blocks = min(n_blocks, limit)
     return torch.tensor(ids[: n_blocks * length], dtype=torch.int64).view(n_blocks, length)
+
+
+def corpora(folder: Path | None, train_chars: int, test_chars: int) -> dict[str, tuple[str, str]]:
+    """name -> (train, test) texts of about these sizes; the test slice comes from the last tenth, never trained on.
+
+    folder: of *.txt files; None takes what ships with Python: the language reference, docstrings and source code of the
+    standard library. The training slice is eight pieces spread evenly over the first nine tenths.
+    Raises FileNotFoundError where the folder has no *.txt file.
+    """
+    if folder is None:
+        reference = python_docs(held_out=0.1)
+        out = {"reference": (reference[0][:train_chars], reference[1][:test_chars])}
+        return out | {name: _slices(text, train_chars, test_chars) for name, text in _standard_library().items()}
+    files = sorted(folder.glob("*.txt"))
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no *.txt file; expected one or more texts")
+    return {f.stem: _slices(f.read_text(errors="replace"), train_chars, test_chars) for f in files}
+
+
+def _slices(text: str, train_chars: int, test_chars: int) -> tuple[str, str]:
+    cut = int(0.9 * len(text))
+    piece = min(train_chars // 8, cut // 8)
+    train = "\n\n".join(text[i * (cut // 8) : i * (cut // 8) + piece] for i in range(8))
+    middle = (cut + len(text)) // 2  # the first half of the tenth stays unused between training and test text
+    return train, text[middle : middle + test_chars]
+
+
+@cache
+def _standard_library() -> dict[str, str]:
+    """Docstrings and sources of the top-level modules, in the order of their names."""
+    sources = [path.read_text(errors="replace") for path in sorted(Path(os.__file__).parent.glob("*.py"))]
+    docs = "\n\n".join(doc for source in sources for doc in _docstrings(source))
+    return {"docstrings": docs, "source": "\n\n".join(sources)}
+
+
+def _docstrings(source: str) -> Iterator[str]:
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            doc = ast.get_docstring(node)
+            if doc and len(doc) > 40:
+                yield doc

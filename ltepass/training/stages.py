@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,42 +13,81 @@ from torch import Tensor, nn
 from ltepass.errors import LoweredError, TrainingError
 from ltepass.sites import require_state, router_of, routers_of
 from ltepass.sparsity import measure_sparsity, set_mode, set_sparsity, update_table
+from ltepass.training.settings import Budget, Trainable
 
 Stage = Literal["soft", "hard"]
 
 
-def begin_stage(model: nn.Module, stage: Stage) -> None:
+def begin_stage(
+    model: nn.Module, stage: Stage, *, trainable: Trainable = "all", straight_through: bool = False
+) -> None:
     """soft: everything learns. hard: routers frozen, so the task loss trains what is left. Set before the optimizer.
 
+    trainable: "all" leaves the flags of what is no router as they are; "routers" and "lora" freeze it.
+    straight_through: routers learn in the hard stage too, as they do with "routers".
     Raises NotTransformedError, LoweredError.
     """
     state = require_state(model, f"the {stage} stage")
     if state.lowered is not None:
         raise LoweredError(f"the {stage} stage expects the model as transformed; call ltepass.unlower(model)")
     set_mode(model, stage)
+    learns_hard = straight_through or trainable == "routers"
+    if trainable != "all":
+        model.requires_grad_(False)
     for router in routers_of(model):
-        router.requires_grad_(stage == "soft")
+        router.straight_through = stage == "hard" and learns_hard
+        router.requires_grad_(stage == "soft" or learns_hard)
 
 
-def settle(model: nn.Module, batches: Iterable[Any], sparsity: float) -> dict[str, float]:
+def settle(model: nn.Module, batches: Iterable[Any], sparsity: float, *, budget: Budget = "layer") -> dict[str, float]:
     """End a stage: new sparsity table, thresholds at `sparsity`; returns the hard sparsity by site on `batches`.
 
-    Use batches that were not trained on. The routers' weights stay; only their thresholds move.
+    budget: "layer" brings every site to it; "model" the mean over sites, by one threshold that all share (so the table
+    does: `set_sparsity` then keeps the sites' differences). Use batches that were not trained on. The routers' weights
+    stay; only their thresholds move.
     """
     batches = list(batches)
     set_mode(model, "hard")
     for _ in range(2):  # the second pass sees the inputs that the moved thresholds make
-        update_table(model, batches)
+        update_table(model, batches, shared=budget == "model")
         set_sparsity(model, sparsity)
     return measure_sparsity(model, batches)
 
 
+def hold(model: nn.Module, shares: Tensor, sparsity: float, *, budget: Budget = "layer", gain: float = 1.0) -> None:
+    """Move thresholds a little towards a sparsity. shares: [n_sites], inactive share of each in the last step.
+
+    gain: logits per unit of error; at logits of unit spread the error shrinks by about gain / 3 a step.
+    """
+    error = sparsity - (shares.mean().expand_as(shares) if budget == "model" else shares)
+    for site, missing in zip(require_state(model, "hold").sites, error, strict=True):
+        router_of(model, site).threshold.add_((gain * missing).to(router_of(model, site).threshold.device))
+
+
+def held_out_perplexity(model: Any, batches: Iterable[Any]) -> float | None:
+    """exp of the mean loss over label tokens in the present mode; None where no batch has labels of tokens."""
+    was_training = model.training
+    model.eval()
+    total = count = 0.0
+    with torch.no_grad():
+        for batch in batches:
+            if not isinstance(batch, dict) or "labels" not in batch or batch["labels"].dim() < 2:
+                continue
+            tokens = float(label_mask(batch["labels"]).sum())
+            total += float(model(**batch).loss) * tokens
+            count += tokens
+    model.train(was_training)
+    return math.exp(min(total / count, 80.0)) if count else None
+
+
 @dataclass(frozen=True)
 class Auxiliary:
-    """Sums over label tokens of the two losses and the hard sparsity, means over layers; `tokens` counts them."""
+    """Sums over label tokens of the losses and of hard and soft sparsity, means over layers; `tokens` counts them."""
 
     efficiency: Tensor
     separability: Tensor
+    union: Tensor
+    soft_sparsity: Tensor
     sparsity: Tensor
     tokens: Tensor
 
@@ -83,7 +123,21 @@ def take_auxiliary(model: nn.Module, mask: Tensor | None) -> Auxiliary:
         router.aux = None
     total = torch.stack(sums).mean(0)
     tokens = weights.sum()
-    return Auxiliary(total[0], total[1], total[2].detach(), tokens)
+    efficiency, separability, union, soft, hard = total
+    return Auxiliary(efficiency, separability, union, soft.detach(), hard.detach(), tokens)
+
+
+def inactive_shares(model: nn.Module) -> Tensor:
+    """[n_sites]: mean hard sparsity of each site in the last forward with gradients, and forget it."""
+    shares = []
+    for router in _active_routers(model):
+        if router.inactive is None:
+            raise TrainingError(
+                "a router kept no sparsity: its forward ran without gradients; expected a plain forward"
+            )
+        shares.append(router.inactive.mean())
+        router.inactive = None
+    return torch.stack(shares)
 
 
 def _active_routers(model: nn.Module) -> list[Any]:

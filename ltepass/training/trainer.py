@@ -2,48 +2,38 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, set_seed
 
 from ltepass.errors import TrainingError
-from ltepass.sites import require_state, router_of
+from ltepass.losses import kl_from
+from ltepass.sites import require_state, router_of, routers_of
+from ltepass.training.checkpoints import STATE_FILE, is_finished, last_complete, mark_complete
 from ltepass.training.controller import SparsityController
+from ltepass.training.lora import merge_lora
+from ltepass.training.options import stage_options
+from ltepass.training.settings import LTESettings
 from ltepass.training.stages import (
     Stage,
     begin_stage,
     clear_auxiliary,
+    held_out_perplexity,
+    hold,
+    inactive_shares,
     label_mask,
     settle,
     take_auxiliary,
 )
 
-STATE_FILE = "lte_state.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class LTESettings:
-    """Beside TrainingArguments, which each stage uses as they are.
-
-    lam: separability coefficient (0.5 in the paper). eta: first efficiency coefficient, then steered to
-    `target_sparsity` (None: the model's config) unless `steer` is off, as in the paper.
-    soft_steps, hard_steps: optimizer steps of each stage; None takes the arguments' epochs or max_steps.
-    settle: move thresholds at the end of each stage so that held-out sparsity meets the target.
-    """
-
-    lam: float = 0.5
-    eta: float = 0.3
-    steer: bool = True
-    target_sparsity: float | None = None
-    soft_steps: int | None = None
-    hard_steps: int | None = None
-    settle: bool = True
+__all__ = ["LTESettings", "LTETrainer", "LTETrainerMixin"]
 
 
 class LTETrainerMixin:
@@ -65,7 +55,10 @@ class LTETrainerMixin:
     get_eval_dataloader: Any
     _prepare_inputs: Any
 
-    def __init__(self, *args: Any, lte: LTESettings | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, lte: LTESettings | None = None, teacher: nn.Module | None = None, **kwargs: Any
+    ) -> None:
+        """teacher: of `LTESettings.distill`; None takes a copy of the model with every neuron active, as it is now."""
         super().__init__(*args, **kwargs)
         self.lte = lte or LTESettings()
         self.lte_model: nn.Module = _root(self.model)
@@ -73,8 +66,11 @@ class LTETrainerMixin:
         target = self.lte.target_sparsity
         self.target_sparsity: float = config["target_sparsity"] if target is None else target
         self.controller = SparsityController(target=self.target_sparsity, eta=self.lte.eta)
-        self._seen: dict[str, float] = {}
+        self.teacher = _dense_teacher(self.lte_model, teacher) if self.lte.distill else None
+        self._seen: dict[str, Tensor | float] = {}
         self._pending: list[tuple[Tensor, Tensor]] = []
+        self._shares: list[Tensor] = []
+        self._task: list[Tensor] = []
         self.add_callback(_Guard(self))
 
     @property
@@ -83,14 +79,18 @@ class LTETrainerMixin:
         return "soft" if router_of(self.lte_model, sites[0]).mode == "soft" else "hard"
 
     def fit(self, resume_from_checkpoint: bool | str | None = None) -> None:
-        """Soft stage, then hard stage, each an own `train()` with an own optimizer and folder (soft/, hard/)."""
+        """Soft stage, then hard stage, each an own `train()` with an own optimizer and folder (soft/, hard/).
+
+        resume_from_checkpoint: True goes on from the newest whole checkpoint, wherever the last run was killed.
+        """
         base, steps = self.args.output_dir, self.args.max_steps  # type: ignore[has-type]
         stages: tuple[tuple[Stage, int | None], ...] = (("soft", self.lte.soft_steps), ("hard", self.lte.hard_steps))
         try:
-            for stage, stage_steps in stages:
+            for number, (stage, stage_steps) in enumerate(stages):
                 if stage_steps == 0:
                     continue
                 begin_stage(self.lte_model, stage)
+                set_seed(self.args.seed + number)  # a stage that is resumed starts as one that follows another
                 self.args.output_dir = str(Path(base) / stage)
                 self.args.max_steps = steps if stage_steps is None else stage_steps
                 self.optimizer, self.lr_scheduler = None, None
@@ -100,19 +100,33 @@ class LTETrainerMixin:
             self.args.output_dir, self.args.max_steps = base, steps
 
     def finish_stage(self, batches: Iterable[Any] | None = None) -> dict[str, float]:
-        """Settle thresholds on `batches` (None: up to 8 of the evaluation set, else of the training set)."""
+        """Settle thresholds on `batches` (None: up to 8 of the evaluation set, else of the training set), and log."""
         if not self.lte.settle:
             return {}
+        stage = self.stage
         if batches is None:
             has_eval = self.eval_dataset is not None
             loader = self.get_eval_dataloader() if has_eval else self.get_train_dataloader()
             batches = [self._prepare_inputs(b) for b, _ in zip(loader, range(8), strict=False)]
-        return settle(self.lte_model, batches, self.target_sparsity)
+        batches = list(batches)
+        shares = settle(self.lte_model, batches, self.target_sparsity, budget=self.lte.budget)
+        end = {"eta": self.controller.eta, "held_out_sparsity": sum(shares.values()) / len(shares)}
+        perplexity = held_out_perplexity(self.lte_model, batches)
+        if perplexity is not None:
+            end["held_out_perplexity"] = perplexity
+        self.log({f"lte_{stage}_stage_{k}": v for k, v in end.items()})
+        return shares
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        begin_stage(self.lte_model, self.stage)  # refuses a lowered model before anything is built
+    def train(self, resume_from_checkpoint: bool | str | None = None, **kwargs: Any) -> Any:
         _refuse_reentrant(self.args)
-        return super().train(*args, **kwargs)  # type: ignore[misc]
+        with stage_options(self.lte_model, self.lte, self.stage):
+            if resume_from_checkpoint is True:
+                # none is whole where the kill came before the first: the stage begins anew
+                resume_from_checkpoint = last_complete(self.args.output_dir)
+            if resume_from_checkpoint and is_finished(str(resume_from_checkpoint)):
+                self._load_from_checkpoint(str(resume_from_checkpoint))
+                return None
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)  # type: ignore[misc]
 
     def compute_loss(
         self,
@@ -123,61 +137,106 @@ class LTETrainerMixin:
         **kwargs: Any,
     ) -> Any:
         labels = inputs.get("labels")
-        steps_soft = self.stage == "soft" and model.training
-        if steps_soft:
+        learns = model.training and torch.is_grad_enabled()
+        if learns and self.stage == "soft":
             clear_auxiliary(self.lte_model)
+        wants_outputs = return_outputs or (learns and self.teacher is not None)
         out = super().compute_loss(  # type: ignore[misc]
-            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch, **kwargs
+            model, inputs, return_outputs=wants_outputs, num_items_in_batch=num_items_in_batch, **kwargs
         )
-        loss, outputs = out if return_outputs else (out, None)
-        if steps_soft and torch.is_grad_enabled():
-            loss = loss + self._auxiliary_loss(labels, num_items_in_batch)
-        if model.training and not torch.isfinite(loss.detach()).all():
-            self._stop(f"the loss is {float(loss.detach().sum())}")
+        loss, outputs = out if wants_outputs else (out, None)
+        if learns:
+            self._task.append(loss.detach())
+            loss = self._training_loss(loss, inputs, labels, outputs, num_items_in_batch)
+            # Several processes stop together, when the gradient that they share is looked at.
+            if self.args.world_size == 1 and not torch.isfinite(loss.detach()).all():
+                self._stop(f"the loss is {float(loss.detach().sum())}")
         return (loss, outputs) if return_outputs else loss
 
-    def _auxiliary_loss(self, labels: Tensor | None, num_items_in_batch: Tensor | int | None) -> Tensor:
-        """Sum over label tokens / the number of items that divides the task loss: exact under accumulation."""
-        mask = None if labels is None else label_mask(labels, shifted=getattr(self, "_loss_shifts_labels", True))
+    def _training_loss(
+        self, loss: Tensor, inputs: dict[str, Any], labels: Tensor | None, outputs: Any, items: Tensor | int | None
+    ) -> Tensor:
+        if labels is None or labels.dim() > 1:
+            mask = None if labels is None else label_mask(labels, shifted=getattr(self, "_loss_shifts_labels", True))
+        else:  # one label a sequence: every real token counts, and the items of the batch are no tokens
+            mask, items = inputs.get("attention_mask"), None
+        if self.teacher is not None:
+            kl = self._distillation(inputs, outputs, mask)
+            loss = (1.0 - self.lte.distill) * loss + self._per_item(self.lte.distill * kl[0], kl[1], items)
+        if self.stage == "soft":
+            loss = loss + self._auxiliary_loss(mask, items)
+        elif self.lte.hold:
+            self._shares.append(inactive_shares(self.lte_model))
+        return loss
+
+    def _auxiliary_loss(self, mask: Tensor | None, items: Tensor | int | None) -> Tensor:
         aux = take_auxiliary(self.lte_model, mask)
         self._pending.append((aux.sparsity, aux.tokens))
-        share = self.controller.eta * aux.efficiency + self.lte.lam * aux.separability
         tokens = aux.tokens.clamp_min(1)
         self._seen.update(
-            efficiency=float(aux.efficiency.detach() / tokens), separability=float(aux.separability.detach() / tokens)
+            efficiency=aux.efficiency.detach() / tokens,
+            separability=aux.separability.detach() / tokens,
+            soft_sparsity=aux.soft_sparsity / tokens,
         )
+        share = self.controller.eta * aux.efficiency + self.lte.lam * aux.separability + self.lte.union * aux.union
+        return self._per_item(share, aux.tokens, items)
+
+    def _distillation(self, inputs: dict[str, Any], outputs: Any, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(sum of KL over the positions whose prediction counts, their number)."""
+        assert self.teacher is not None
+        self.teacher.to(self.args.device)
+        with torch.no_grad():
+            taught = self.teacher(**{k: v for k, v in inputs.items() if k != "labels"}).logits
+        kl = kl_from(taught, outputs.logits)
+        weights = torch.ones_like(kl) if mask is None else mask.to(kl)
+        return (kl * weights).sum(), weights.sum()
+
+    def _per_item(self, total: Tensor, tokens: Tensor, items: Tensor | int | None) -> Tensor:
+        """A sum over label tokens, divided by what divides the task loss: exact under accumulation."""
         scaled = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
-        if not scaled or num_items_in_batch is None:
-            return share / tokens
-        loss = share / num_items_in_batch
+        if not scaled or items is None:
+            return total / tokens.clamp_min(1)
+        loss = total / items
         if self.args.average_tokens_across_devices:
             tp_size = self.get_tp_size() if hasattr(self, "get_tp_size") else 1
             loss = loss * (self.accelerator.num_processes // tp_size)
         return loss
 
     def steer(self, progress: float) -> None:
-        """After an optimizer step: the controller sees the hard sparsity of the step's tokens."""
-        if not self._pending:
-            return
-        inactive, tokens = (torch.stack(part).sum() for part in zip(*self._pending, strict=True))
-        sparsity = float(inactive / tokens.clamp_min(1))
-        self._pending.clear()
-        if self.lte.steer:
-            self.controller.update(sparsity, progress)
-        self._seen.update(hard_sparsity=sparsity, eta=self.controller.eta)
+        """After an optimizer step: the controller, or the thresholds, see the hard sparsity of the step's tokens."""
+        if self._task:
+            self._seen["task_loss"] = torch.stack(self._task).sum()
+            if not (self.model_accepts_loss_kwargs or self.compute_loss_func is not None):
+                self._seen["task_loss"] /= len(self._task)
+            self._task.clear()
+        if self._pending:
+            sums = torch.stack([torch.stack(pair) for pair in self._pending]).sum(0)
+            inactive, tokens = self.accelerator.reduce(sums, "sum")
+            self._pending.clear()
+            sparsity = float(inactive / tokens.clamp_min(1))
+            if self.lte.steer:
+                self.controller.update(sparsity, progress)
+            self._seen.update(hard_sparsity=sparsity, eta=self.controller.eta)
+        if self._shares:
+            shares = self.accelerator.reduce(torch.stack(self._shares).mean(0), "mean")
+            self._shares.clear()
+            hold(self.lte_model, shares, self.target_sparsity, budget=self.lte.budget)
+            self._seen["hard_sparsity"] = shares.mean()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds eta, sparsity and both losses to every training log, so that all reporters get them."""
+        """Adds eta, sparsities, losses and perplexity to every training log, so that all reporters get them."""
         if "loss" in logs:
-            logs = {**logs, **{f"lte_{k}": v for k, v in self._seen.items()}}
+            seen = {k: float(v) for k, v in self._seen.items()}
+            if "task_loss" in seen:
+                seen["perplexity"] = math.exp(min(seen["task_loss"], 80.0))
+            logs = {**logs, **{f"lte_{k}": v for k, v in seen.items()}}
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save and folder.is_dir():
-            state = {"stage": self.stage, "controller": self.controller.state_dict()}
-            (folder / STATE_FILE).write_text(json.dumps(state))
+            mark_complete(folder, {"stage": self.stage, "controller": self.controller.state_dict()})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
@@ -188,6 +247,7 @@ class LTETrainerMixin:
     def _stop(self, seen: str) -> None:
         """Training has diverged: the weights are those of the last good step; keep them on disk and stop."""
         folder = Path(self.args.output_dir) / "last-good"
+        merge_lora(self.lte_model)
         self.save_model(str(folder))
         raise TrainingError(
             f"{seen} at step {self.state.global_step}; expected a finite number; the weights of the last good step are "
@@ -207,8 +267,9 @@ class _Guard(TrainerCallback):  # type: ignore[misc]
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         grads = [p.grad for p in self.trainer.lte_model.parameters() if p.grad is not None]
-        norms = torch.stack([g.detach().float().norm() for g in grads]) if grads else torch.zeros(1)
-        if not torch.isfinite(norms).all():
+        norm = nn.utils.get_total_norm(grads)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded gradients
+        if not torch.isfinite(norm):
             self.trainer._stop("a gradient is not finite")
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -218,6 +279,14 @@ class _Guard(TrainerCallback):  # type: ignore[misc]
 def _root(model: nn.Module) -> nn.Module:
     """The transformed model inside whatever wraps it (PEFT)."""
     return next((m for m in model.modules() if hasattr(m, "_lte")), model)
+
+
+def _dense_teacher(model: nn.Module, teacher: nn.Module | None) -> nn.Module:
+    if teacher is None:
+        teacher = copy.deepcopy(model)
+        for router in routers_of(teacher):
+            router.mode = "dense"
+    return teacher.eval().requires_grad_(False)
 
 
 def _refuse_reentrant(args: Any) -> None:

@@ -1,14 +1,15 @@
-"""Layer-wise warm start: before any gradient step, each FFN is refitted to what the dense model computed.
+"""Layer-wise warm start: before any gradient step, each FFN's down projection makes up for the experts left out.
 
-One forward runs two copies of the text side by side. The first copy stays dense; the second goes through hard gates. At
-each FFN in turn, with the inputs that the layers below already made sparse:
+One forward runs through hard gates. At each FFN in turn, with the inputs that the layers below already made sparse:
 
     threshold   is placed so that the target share of experts is inactive on these inputs
-    down        is refitted in closed form so that the gated output meets the dense copy's output
+    down        is refitted in closed form so that the gated output meets what the whole FFN gives for the same input
 
-    min over D of  |H (W + D) - Y|^2 + sum_j penalty_j |D_j|^2,   H gated hidden units, Y dense outputs
+    min over D of  |G (W + D) - H W|^2 + sum_j penalty_j |D_j|^2,   H hidden units, G gated
 
-Nothing is learned from labels, so this costs two forwards and one solve of size d_ff for each site.
+Nothing is learned from labels: one forward, and one solve of size d_ff a site. To aim at what the dense model computes
+from its own inputs instead looks better and is not: on SmolLM2-135M at 50 % (groups of 8, 8,192 tokens) it took the
+perplexities of three texts from 38 / 58 / 123 to 63 / 62 / 133, this target to 27 / 44 / 59.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def warm_start(
     penalty: float = PENALTY,
     on_site: Callable[[int, float], None] | None = None,
 ) -> dict[str, float]:
-    """Refit thresholds and down projections in place; returns each site's remaining relative error |HW - Y|^2 / |Y|^2.
+    """Refit thresholds and down projections in place; returns each site's error |G (W + D) - H W|^2 / |H W|^2.
 
     input_ids: [n, T] int64, all run in one forward; 8,192 tokens are enough for d_ff = 1,536. The model must be
     calibrated (routers started). Leaves mode, training flags and hooks as they were; weights change but for routers'.
@@ -60,59 +61,55 @@ def warm_start(
             raise _DoneError
 
     handles: list[Any] = []
-    for site in state.sites:
-        fit = _SiteFit(model, site, target, penalty, len(input_ids), fitted)
-        handles.append(router_of(model, site).register_forward_hook(fit.on_logits))
+    routers = [router_of(model, site) for site in state.sites]
+    for site, router in zip(state.sites, routers, strict=True):
+        fit = _SiteFit(model, site, target, penalty, fitted)
+        handles.append(router.register_forward_hook(fit.on_logits))
         handles.append(model.get_submodule(site.down).register_forward_hook(fit.on_down))
+        router.observer = fit.on_hidden
     try:
         with mode_of(model, "hard"):
-            run_batches(model, [{"input_ids": torch.cat([input_ids, input_ids]), "use_cache": False}])
+            run_batches(model, [{"input_ids": input_ids, "use_cache": False}])
     except _DoneError:
         pass
     finally:
         for handle in handles:
             handle.remove()
+        for router in routers:
+            router.observer = None
     return errors
 
 
 class _SiteFit:
-    """The two hooks of one site; rows [:half] of every tensor are the dense copy, the others the sparse one."""
+    """What happens at one site, in the order of the forward: logits, hidden units, output."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        site: FFNSite,
-        target: float,
-        penalty: float,
-        half: int,
-        fitted: Callable[[FFNSite, float], None],
+        self, model: nn.Module, site: FFNSite, target: float, penalty: float, fitted: Callable[[FFNSite, float], None]
     ) -> None:
-        self.model, self.site, self.target, self.penalty, self.half = model, site, target, penalty, half
-        self.fitted = fitted
+        self.model, self.site, self.target, self.penalty, self.fitted = model, site, target, penalty, fitted
 
     def on_logits(self, router: Router, args: tuple[Tensor, ...], logits: Tensor) -> Tensor:
-        sparse = logits[self.half :]
-        table = quantiles(sparse.flatten(), torch.linspace(0.0, 1.0, N_QUANTILES, device=logits.device))
+        table = quantiles(logits.flatten(), torch.linspace(0.0, 1.0, N_QUANTILES, device=logits.device))
         place_threshold(router, table, self.target)
-        if router.bias is not None:
-            shift = router.quantiles[0] - table[0]
-            sparse = sparse + shift
-        return torch.cat([torch.full_like(logits[: self.half], torch.inf), sparse])
+        return logits + (router.quantiles[0] - table[0])  # the bias may have moved
+
+    def on_hidden(self, h: Tensor) -> None:
+        self.h = h.flatten(0, -2).float()
 
     def on_down(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        h = args[0][self.half :].flatten(0, -2).float()
-        missing = (out[: self.half] - out[self.half :]).flatten(0, -2).float()
-        gram = h.T @ h
+        weight = self.site.down_rows.of(self.model, self.site.d_ff)
+        gated, h = args[0].flatten(0, -2).float(), self.h
+        del self.h
+        missing = (h - gated) @ weight.float()
+        gram = gated.T @ gated
         energy = gram.diagonal().clone()
         gram.diagonal().add_(self.penalty * energy + 1e-3 * energy.mean() + 1e-12)
-        change = torch.linalg.solve(gram, h.T @ missing)
-        weight = self.site.down_rows.of(self.model, self.site.d_ff)
+        change = torch.linalg.solve(gram, gated.T @ missing)
+        error = float((missing - gated @ change).square().sum() / (h @ weight.float()).square().sum())
         weight.add_(change.to(weight.dtype))
-        fixed = out[self.half :] + (h @ change).view_as(out[self.half :]).to(out.dtype)
-        dense = out[: self.half]
-        error = float((fixed - dense).float().square().sum() / dense.float().square().sum())
+        fixed = out + (gated @ change).view_as(out).to(out.dtype)
         self.fitted(self.site, error)
-        return torch.cat([dense, fixed])
+        return fixed
 
 
 def place_threshold(router: Router, table: Tensor, sparsity: float) -> None:

@@ -1,0 +1,257 @@
+"""The frontier: one command trains and measures every method at several FFN sparsities on the same text and tokens.
+
+    python examples/compare/frontier.py --preset smoke                   a minute: a tiny model
+    python examples/compare/frontier.py --preset small --texts FOLDER    SmolLM2-135M, few tokens, half an hour
+    python examples/compare/frontier.py --preset cpu --texts FOLDER      SmolLM2-135M, about an hour on 2 cores
+    python examples/compare/frontier.py --preset gpu --texts FOLDER      SmolLM2-135M, three seeds, on a GPU
+
+Rows go to RESULTS.csv as they are measured; what stands there already is not run again, so a run that was stopped goes
+on. The table (RESULTS.md) and the plot (RESULTS.svg) are made from the rows at the end.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import models
+import torch
+import typer
+from frontier_rows import Rows, write_plot, write_table
+from methods import RULES
+from rule_hooks import Ruled, Samples, collect
+from study import (
+    Budget,
+    Data,
+    Measured,
+    Recipe,
+    calibration_blocks,
+    load_data,
+    measure_lte,
+    measure_rule,
+    perplexities,
+    retarget,
+    transform,
+    tune_dense,
+    tune_lte,
+)
+
+POST_HOC = ("cats", "teal", "moefication", "dejavu", "lte-calibrated", "oracle")
+TRAINED = ("lte", "topk", "prunepath", "noisy-topk", "random")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """points: FFN sparsities of LTE and the post-hoc methods; trained_points: of the baselines with a training."""
+
+    budget: Budget
+    points: tuple[float, ...]
+    trained_points: tuple[float, ...]
+    seeds: int = 1
+
+
+SMOLLM2 = {"model": "smollm2", "length": 256, "group_size": 8, "learning_rate": 3e-4}
+PRESETS = {
+    "smoke": Preset(
+        budget=Budget(
+            model="tiny", steps=30, batch=8, length=128, learning_rate=1e-3, test=2, test_length=128, calibration=16,
+            group_size=8,
+        ),
+        points=(0.5, 0.8),
+        trained_points=(0.5,),
+    ),
+    "ablation": Preset(  # of ablations.py and tasks.py
+        budget=Budget(
+            model="tiny", steps=60, batch=8, length=128, learning_rate=1e-3, test=12, test_length=128, calibration=32,
+            group_size=8,
+        ),
+        points=(0.5, 0.8),
+        trained_points=(0.5, 0.8),
+    ),
+    "tiny": Preset(
+        budget=Budget(
+            model="tiny", steps=150, batch=16, length=128, learning_rate=1e-3, test=16, test_length=128, calibration=64,
+            group_size=8,
+        ),
+        points=(0.5, 0.7, 0.8, 0.9),
+        trained_points=(0.5, 0.7, 0.8, 0.9),
+        seeds=3,
+    ),
+    "small": Preset(
+        budget=Budget(**SMOLLM2, steps=32, batch=4, test=3, test_length=512, calibration=24),
+        points=(0.5, 0.7, 0.8, 0.9),
+        trained_points=(0.5,),
+    ),
+    "cpu": Preset(
+        budget=Budget(**SMOLLM2, steps=64, batch=4, test=4, test_length=512, calibration=32),
+        points=(0.5, 0.8),
+        trained_points=(0.5,),
+    ),
+    "gpu": Preset(
+        budget=Budget(
+            **SMOLLM2 | {"length": 512}, steps=2000, batch=32, test=16, test_length=512, calibration=32,
+            dtype="bfloat16",
+        ),
+        points=(0.5, 0.7, 0.8, 0.9),
+        trained_points=(0.5, 0.7, 0.8, 0.9),
+        seeds=3,
+    ),
+}  # fmt: skip
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+RECIPE = Recipe(soft_share=0.0, warm=True)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method at one sparsity and seed; dense stands at 0."""
+
+    method: str
+    sparsity: float
+    seed: int
+
+
+def cells(preset: Preset) -> Iterator[Cell]:
+    """In an order in which what is prepared for one serves the next."""
+    for seed in range(preset.seeds):
+        yield Cell("dense-untuned", 0.0, seed)
+        yield Cell("dense", 0.0, seed)
+        for s in preset.points:
+            yield Cell("lte", s, seed)
+        for method in TRAINED[1:]:
+            for s in preset.trained_points:
+                yield Cell(method, s, seed)
+        for method in POST_HOC:
+            for s in preset.points:
+                yield Cell(method, s, seed)
+
+
+class Frontier:
+    """Where a run keeps its models, and what it has loaded."""
+
+    def __init__(self, preset: str, texts: Path | None, work: Path, rows: Rows) -> None:
+        self.name, self.preset, self.texts, self.work, self.rows = preset, PRESETS[preset], texts, work, rows
+        self.budget = self.preset.budget
+        work.mkdir(parents=True, exist_ok=True)
+        self.tokenizer = models.tokenizer(self.budget.model)
+        self._data: dict[int, Data] = {}
+        self._prepared: tuple[tuple[str, int], Any] | None = None
+        self._samples: Samples | None = None
+
+    def data(self, seed: int) -> Data:
+        if seed not in self._data:
+            self._data[seed] = load_data(self.budget, self.texts, self.tokenizer, seed)
+        return self._data[seed]
+
+    def base(self) -> Any:
+        return models.load(self.budget.model, self.work, self.data(0).train).to(DEVICE)
+
+    def tuned(self, seed: int) -> Any:
+        """The dense model fine-tuned on the same tokens; trained once for each seed."""
+        folder = self.work / f"dense-{self.name}-{seed}"
+        if not (folder / "config.json").exists():
+            model = self.base()
+            tune_dense(model, self.data(seed), self.budget, folder / "log", seed)
+            model.save_pretrained(folder)
+        return models.load(str(folder), self.work).to(DEVICE)
+
+    def prepared(self, start: str, seed: int) -> Any:
+        """A calibrated model, from the dense one as it came ("base") or tuned.
+
+        The last one is kept: everything that does not depend on the sparsity is done once.
+        """
+        if self._prepared is None or self._prepared[0] != (start, seed):
+            self._prepared = self._samples = None
+            model, data = self.base() if start == "base" else self.tuned(seed), self.data(seed)
+            self._prepared = (start, seed), transform(model, data, self.budget, 0.5, Recipe(), seed)
+        return self._prepared[1]
+
+    def samples(self, start: str, seed: int) -> Samples:
+        """What the FFNs of the prepared model see on training text."""
+        model = self.prepared(start, seed)
+        if self._samples is None:
+            blocks = calibration_blocks(self.data(seed), self.budget).to(model.device)
+            self._samples = collect(model, torch.split(blocks[: len(blocks) // 2], self.budget.batch))
+        return self._samples
+
+    def run(self, cell: Cell) -> None:
+        data, start, trained = self.data(cell.seed), time.perf_counter(), True
+        flat, whole = dict.fromkeys(data.test, 0.0), dict.fromkeys(data.test, 1.0)
+        if cell.method == "dense-untuned":
+            measured, trained = (perplexities(self.base(), data.test), flat, whole), False
+        elif cell.method == "dense":
+            measured = perplexities(self.tuned(cell.seed), data.test), flat, whole
+        elif cell.method == "lte":
+            folder = self.work / f"lte-{self.name}-{cell.sparsity:g}-{cell.seed}"
+            model = retarget(copy.deepcopy(self.prepared("base", cell.seed)), cell.sparsity)
+            model, _ = tune_lte(model, data, self.budget, folder / "log", cell.seed, recipe=RECIPE)
+            model.save_pretrained(folder)
+            measured = measure_lte(model, data.test)
+        elif cell.method in POST_HOC:
+            measured = self._post_hoc(cell, data)
+        else:
+            measured = self._trained(cell, data)
+        seconds = time.perf_counter() - start
+        self.rows.add(cell, self.name, self.budget, measured, trained=trained, seconds=seconds, where=machine())
+        gc.collect()
+
+    def _post_hoc(self, cell: Cell, data: Data) -> Measured:
+        model, samples = self.prepared("tuned", cell.seed), self.samples("tuned", cell.seed)
+        ruled = Ruled(model, RULES[cell.method], cell.sparsity)
+        ruled.calibrate(samples)
+        measured = measure_rule(ruled, data.test)
+        ruled.take_off()
+        return measured
+
+    def _trained(self, cell: Cell, data: Data) -> Measured:
+        model, samples = self.prepared("base", cell.seed), self.samples("base", cell.seed)
+        ruled = Ruled(copy.deepcopy(model), RULES[cell.method], cell.sparsity)
+        ruled.calibrate(samples)
+        with ruled:
+            tune_dense(ruled.model, data, self.budget, self.work / "log", cell.seed, ruled)
+        blocks = torch.split(calibration_blocks(data, self.budget).to(DEVICE), self.budget.batch)
+        ruled.calibrate(collect(ruled.model, blocks[: len(blocks) // 4]))  # what is set on data follows the weights
+        return measure_rule(ruled, data.test)
+
+
+def machine() -> str:
+    if torch.cuda.is_available():
+        return str(torch.cuda.get_device_name())
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} of {os.cpu_count()} cores"
+
+
+def main(
+    preset: Annotated[str, typer.Option(help=", ".join(PRESETS))] = "smoke",
+    texts: Annotated[Path | None, typer.Option(help="Folder of *.txt files; else text that ships with Python.")] = None,
+    results: Annotated[Path, typer.Option(help="RESULTS.csv, .md and .svg are written.")] = Path("frontier"),
+    work: Annotated[Path, typer.Option(help="Where trained models are kept.")] = Path("frontier-work"),
+    only: Annotated[str, typer.Option(help="Methods, comma-separated; all if empty.")] = "",
+    points: Annotated[str, typer.Option(help="Sparsities, comma-separated; the preset's if empty.")] = "",
+    minutes: Annotated[float, typer.Option(help="Begin no cell after so many minutes.")] = 1e9,
+) -> None:
+    rows = Rows(results.with_suffix(".csv"))
+    study = Frontier(preset, texts, work, rows)
+    wanted = [c for c in cells(study.preset) if not only or c.method in only.split(",")]
+    if points:
+        wanted = [c for c in wanted if c.sparsity in (0.0, *map(float, points.split(",")))]
+    start = time.perf_counter()
+    for cell in wanted:
+        if rows.has(cell, preset):
+            continue
+        if time.perf_counter() - start > 60 * minutes:
+            break
+        study.run(cell)
+        print(f"{cell.method} {cell.sparsity:g} seed {cell.seed}: {time.perf_counter() - start:.0f} s", flush=True)
+    write_table(rows.read(), results.with_suffix(".md"))
+    write_plot(rows.read(), results.with_suffix(".svg"))
+    print(results.with_suffix(".md").read_text())
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,216 @@
+"""The frontier's rows: one per method, sparsity, seed and text; the table and the plot are made from them alone."""
+
+from __future__ import annotations
+
+import csv
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+FIELDS = (
+    "preset model method deployable trained_tokens group_size target_sparsity seed text ffn_sparsity bytes_share "
+    "perplexity seconds machine torch transformers".split()
+)
+Row = dict[str, str]
+NOT_DEPLOYABLE = ("oracle",)
+
+
+class Rows:
+    """A CSV that grows by whole cells."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> list[Row]:
+        if not self.path.exists():
+            return []
+        with self.path.open() as file:
+            return list(csv.DictReader(file))
+
+    def has(self, cell: Any, preset: str) -> bool:
+        return any(
+            (r["preset"], r["method"], float(r["target_sparsity"]), int(r["seed"]))
+            == (preset, cell.method, cell.sparsity, cell.seed)
+            for r in self.read()
+        )
+
+    def add(
+        self, cell: Any, preset: str, budget: Any, measured: Any, *, trained: bool, seconds: float, where: str
+    ) -> None:
+        ppl, sparsity, read = measured
+        known = self.read()
+        for text in ppl:
+            known.append(
+                {
+                    "preset": preset,
+                    "model": budget.model,
+                    "method": cell.method,
+                    "deployable": str(cell.method not in NOT_DEPLOYABLE),
+                    "trained_tokens": str(budget.tokens if trained else 0),
+                    "group_size": str(budget.group_size),
+                    "target_sparsity": f"{cell.sparsity:g}",
+                    "seed": str(cell.seed),
+                    "text": text,
+                    "ffn_sparsity": f"{sparsity[text]:.4f}",
+                    "bytes_share": f"{read[text]:.4f}",
+                    "perplexity": f"{ppl[text]:.4f}",
+                    "seconds": f"{seconds:.0f}",
+                    "machine": where,
+                    "torch": torch.__version__,
+                    "transformers": transformers.__version__,
+                }
+            )
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = self.path.with_suffix(".tmp")
+        with scratch.open("w", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(known)
+        scratch.replace(self.path)
+
+
+def ratios(rows: Sequence[Row]) -> dict[tuple[str, str, str], dict[str, list[tuple[float, float, float]]]]:
+    """(preset, text, method) -> target -> [(perplexity / tuned dense, FFN sparsity, bytes share)] by seed."""
+    dense = {(r["preset"], r["text"], r["seed"]): float(r["perplexity"]) for r in rows if r["method"] == "dense"}
+    out: dict[Any, Any] = defaultdict(lambda: defaultdict(list))
+    for r in rows:
+        base = dense.get((r["preset"], r["text"], r["seed"]))
+        if base is not None and r["method"] != "dense":
+            point = float(r["perplexity"]) / base, float(r["ffn_sparsity"]), float(r["bytes_share"])
+            out[r["preset"], r["text"], r["method"]][r["target_sparsity"]].append(point)
+    return out
+
+
+def at_bytes(curve: Sequence[tuple[float, float]], share: float) -> float | None:
+    """The ratio at a share of bytes, log-linear between measured (bytes, ratio) points; None outside them."""
+    points = sorted(curve)
+    for (b0, r0), (b1, r1) in pairwise(points):
+        if b0 <= share <= b1:
+            t = (share - b0) / (b1 - b0) if b1 > b0 else 0.0
+            return math.exp((1 - t) * math.log(r0) + t * math.log(r1))
+    return None
+
+
+def spread_of(values: Sequence[float]) -> str:
+    """Mean, and the seeds' range where there are several."""
+    mean = statistics.fmean(values)
+    shown = f"{mean:.3f}" if mean < 10 else f"{mean:.3g}"
+    return shown if len(values) < 2 else f"{shown} ({min(values):.3f} .. {max(values):.3f})"
+
+
+def write_table(rows: Sequence[Row], path: Path) -> None:
+    lines = [
+        "# The frontier",
+        "",
+        "Made by `examples/compare/frontier.py` from the CSV beside it; nothing here is typed.",
+    ]
+    by = ratios(rows)
+    for preset, text in sorted({(p, t) for p, t, _ in by}):
+        here = [r for r in rows if (r["preset"], r["text"]) == (preset, text)]
+        seeds = len({r["seed"] for r in here})
+        dense = [float(r["perplexity"]) for r in here if r["method"] == "dense"]
+        facts = here[-1]
+        untuned = [float(r["perplexity"]) for r in here if r["method"] == "dense-untuned"]
+        lines += [
+            "",
+            f"## {facts['model']}, {text}, preset {preset}",
+            "",
+            f"Dense: {spread_of(untuned) if untuned else '-'} before, {spread_of(dense)} after "
+            f"{max(int(r['trained_tokens']) for r in here):,} tokens. Groups of {facts['group_size']}; "
+            f"{seeds} seed(s); torch {facts['torch']}; {facts['machine']}.",
+            "",
+            *_equal_sparsity(by, preset, text),
+            "",
+            *_equal_bytes(by, preset, text),
+        ]
+    for preset in sorted({"cpu", "gpu"} - {r["preset"] for r in rows}):
+        command = (
+            f"python examples/compare/frontier.py --preset {preset} --texts FOLDER --results {path.with_suffix('')}"
+        )
+        lines += ["", f"## Preset {preset}: not measured", "", f"`{command}`"]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def _methods(by: Any, preset: str, text: str) -> list[str]:
+    found = [m for p, t, m in by if (p, t) == (preset, text) and m != "dense-untuned"]
+    return sorted(found, key=lambda m: (m != "lte", m in NOT_DEPLOYABLE, m))
+
+
+def _equal_sparsity(by: Any, preset: str, text: str) -> list[str]:
+    targets = sorted(
+        {s for (p, t, m), c in by.items() if (p, t) == (preset, text) for s in c if float(s) > 0}, key=float
+    )
+    lines = ["Equal FFN sparsity (perplexity over the tuned dense model's; measured sparsity in brackets):", ""]
+    lines += ["| method | " + " | ".join(f"{float(s):.0%}" for s in targets) + " |", "|---|" + "---|" * len(targets)]
+    for method in _methods(by, preset, text):
+        curve = by[preset, text, method]
+        values = [
+            f"x{spread_of([r for r, _, _ in curve[s]])} [{statistics.fmean(x for _, x, _ in curve[s]):.1%}]"
+            if s in curve
+            else "not measured"
+            for s in targets
+        ]
+        lines.append(f"| {_label(method)} | " + " | ".join(values) + " |")
+    return lines
+
+
+def _equal_bytes(by: Any, preset: str, text: str) -> list[str]:
+    """At the bytes that LTE reads at each of its points, every method interpolated between its own points."""
+    lte = by.get((preset, text, "lte"), {})
+    shares = [
+        (s, statistics.fmean(b for _, _, b in points)) for s, points in sorted(lte.items(), key=lambda kv: float(kv[0]))
+    ]
+    if not shares:
+        return []
+    lines = ["Equal bytes of FFN weights read per token (interpolated between measured points; - is outside them):", ""]
+    lines += ["| method | " + " | ".join(f"{b:.1%}" for _, b in shares) + " |", "|---|" + "---|" * len(shares)]
+    for method in _methods(by, preset, text):
+        curve = [
+            (statistics.fmean(b for _, _, b in p), math.exp(statistics.fmean(math.log(r) for r, _, _ in p)))
+            for p in by[preset, text, method].values()
+        ]
+        curve.append((1.0, 1.0))  # with every neuron active each method is the dense model
+        values = [at_bytes(curve, b) for _, b in shares]
+        lines.append(
+            f"| {_label(method)} | " + " | ".join("-" if v is None else f"x{spread_of([v])}" for v in values) + " |"
+        )
+    return lines
+
+
+def _label(method: str) -> str:
+    return f"{method} (not deployable)" if method in NOT_DEPLOYABLE else method
+
+
+def write_plot(rows: Sequence[Row], path: Path) -> None:
+    """One panel per preset and text: perplexity over dense against bytes read, both views' points on one line."""
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
+
+    rcParams["svg.hashsalt"] = "ltepass"  # the same rows give the same file
+    by = ratios(rows)
+    panels = sorted({(p, t) for p, t, _ in by})
+    if not panels:
+        return
+    figure = Figure(figsize=(4.6 * len(panels), 4.0), layout="constrained")
+    for axes, (preset, text) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for i, method in enumerate(_methods(by, preset, text)):
+            curve = sorted(
+                (statistics.fmean(b for _, _, b in p), statistics.fmean(r for r, _, _ in p))
+                for p in by[preset, text, method].values()
+            )
+            style = {"linewidth": 2.4, "color": "#ea580c"} if method == "lte" else {"linewidth": 1.2, "color": f"C{i}"}
+            axes.plot(*zip(*curve, strict=True), marker="o", markersize=3, label=_label(method), **style)
+        axes.set_yscale("log")
+        axes.set_title(f"{text} ({preset})", fontsize=9)
+        axes.set_xlabel("share of FFN weight bytes read per token")
+        axes.set_ylabel("perplexity / tuned dense")
+        axes.grid(True, which="both", color="#e5e7eb")
+        axes.legend(fontsize=6)
+    figure.savefig(path, metadata={"Date": None})

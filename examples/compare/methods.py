@@ -1,0 +1,13 @@
+"""Every method that LTE is compared with, by name."""
+
+from __future__ import annotations
+
+from predictors import DejaVu, MoEfication
+from rules import Cats, NoisyTopK, Oracle, PrunePath, RandomExperts, Rule, Teal, Threshold, TopK
+
+RULES: dict[str, type[Rule]] = {
+    r.name: r
+    for r in (
+        Rule, Cats, Teal, Oracle, RandomExperts, TopK, Threshold, NoisyTopK, PrunePath, MoEfication, DejaVu,
+    )
+}  # fmt: skip

@@ -1,0 +1,98 @@
+"""What groups of neurons cost before any training: perplexity of a dense model that keeps the experts an oracle picks.
+
+    python examples/compare/oracle.py --model smollm2 --text FILE
+    python examples/compare/oracle.py --model tiny                  seconds
+
+The oracle knows every expert's energy, sum (h_j |down_j|)^2, and keeps the largest of each token. Untrained groups are
+poor even so; which grouping is least so is what the grouping methods are judged by.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import models
+import torch
+import typer
+from rule_hooks import Ruled
+from rules import Rule, Seen, top
+from torch import Tensor
+
+import ltepass
+from ltepass.calibration import Sample, collect, site_permutation
+from ltepass.evaluation import perplexity
+from ltepass.texts import python_docs, token_blocks
+
+CALIBRATION, LENGTH = 8, 512
+ROWS = (
+    ("identity", 1),
+    ("coactivation", 8), ("output_aware", 8), ("kmeans", 8),
+    ("coactivation", 32), ("output_aware", 32), ("kmeans", 32), ("random", 32), ("identity", 32),
+)  # fmt: skip
+
+
+class OracleGroups(Rule):
+    """Keeps whole groups of a permutation, whatever groups the model has."""
+
+    name, deployable = "oracle-groups", False
+
+    def group(self, permutation: Tensor, group_size: int, down_square: Tensor) -> None:
+        self.permutation, self.group_size, self.down_square = permutation, group_size, down_square
+
+    def factors(self, seen: Seen) -> Tensor:
+        energy = (seen.h.float().square() * self.down_square)[..., self.permutation]
+        energy = energy.unflatten(-1, (-1, self.group_size)).sum(-1)
+        kept = top(energy, max(1, round((1 - self.sparsity) * energy.shape[-1])))
+        factors = torch.empty_like(seen.h)
+        factors[..., self.permutation] = kept.repeat_interleave(self.group_size, -1).to(seen.h.dtype)
+        return factors
+
+
+def oracle_perplexity(
+    model: torch.nn.Module, samples: dict[str, Sample], test: Tensor, method: str, group_size: int, sparsity: float
+) -> float:
+    ruled = Ruled(model, OracleGroups, sparsity)
+    for rule, site in zip(ruled.rules, ruled.sites, strict=True):
+        assert isinstance(rule, OracleGroups)
+        sized = dataclasses.replace(site, group_size=group_size)
+        permutation = site_permutation(model, sized, method, samples[site.name], seed=0)
+        down = site.down_rows.of(model, site.d_ff).detach()
+        rule.group(permutation, group_size, down.float().square().sum(1))
+    with ruled:
+        out = perplexity(model.eval(), test)
+    ruled.take_off()
+    return out
+
+
+def main(
+    model: Annotated[str, typer.Option(help="smollm2, tiny or a directory.")] = "tiny",
+    text: Annotated[Path | None, typer.Option(help="Text to measure on; else the Python reference.")] = None,
+    sparsities: Annotated[str, typer.Option(help="Comma-separated.")] = "0.5,0.7",
+    blocks: Annotated[int, typer.Option(help="Blocks of 512 tokens to measure on.")] = 4,
+    work: Annotated[Path, typer.Option(help="Where a tiny model is kept.")] = Path("frontier-work"),
+) -> None:
+    tokenizer = models.tokenizer(model)
+    if text is None:
+        train, held_out = python_docs()
+    else:
+        whole = text.read_text(errors="replace")
+        cut = int(0.9 * len(whole))
+        train, held_out = whole[: 40 * CALIBRATION * LENGTH], whole[(cut + len(whole)) // 2 :][: 40 * blocks * LENGTH]
+    calibration = token_blocks(tokenizer, train[: 40 * CALIBRATION * LENGTH], LENGTH, CALIBRATION)
+    test = token_blocks(tokenizer, held_out[: 40 * blocks * LENGTH], LENGTH, blocks)
+    dense = models.load(model, work, token_blocks(tokenizer, train[:400_000], 128))
+    print(f"dense: {perplexity(dense, test):.2f} on {len(test)} x {LENGTH} tokens, no training\n")
+    ltepass.transform(dense, config=ltepass.LTEConfig(grouping="identity"))
+    samples = collect(dense, calibration.split(1))
+    wanted = [float(s) for s in sparsities.split(",")]
+    print("| experts | " + " | ".join(f"{s:.0%}" for s in wanted) + " |\n|---|" + "---|" * len(wanted))
+    for method, size in ROWS:
+        values = [oracle_perplexity(dense, samples, test, method, size, s) for s in wanted]
+        name = "single neurons" if size == 1 else f"of {size}, {method}"
+        print(f"| {name} | " + " | ".join(f"{v:.2f}" for v in values) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)

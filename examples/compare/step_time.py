@@ -1,0 +1,103 @@
+"""Time of one optimizer step: dense fine-tuning, LTE's soft stage and its hard stage, interleaved, eager.
+
+    python examples/compare/step_time.py --model smollm2 --tokens 1024 --results step_time.csv
+    python examples/compare/step_time.py --model smollm2 --tokens 1024,8192 --device cuda --results step_time.csv
+
+Forward, backward with the auxiliary losses, clipping and AdamW, on one model: dense mode, soft mode, hard mode.
+"""
+
+from __future__ import annotations
+
+import csv
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import models
+import torch
+import typer
+from frontier import machine
+from frontier_rows import spread_of
+from torch import Tensor
+
+import ltepass
+from ltepass.training.stages import begin_stage, take_auxiliary
+
+FIELDS = "model tokens side median_s low_s high_s ratio_to_dense repeats machine torch".split()
+SIDES = ("dense", "soft", "hard")
+
+
+def step(model: Any, optimizer: torch.optim.Optimizer, ids: Tensor, side: str) -> None:
+    if side == "dense":
+        ltepass.set_mode(model, "dense")
+    else:
+        begin_stage(model, side)  # type: ignore[arg-type]
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    if side == "soft":
+        aux = take_auxiliary(model, None)
+        loss = loss + (0.3 * aux.efficiency + 0.5 * aux.separability) / aux.tokens
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def seconds(model: Any, optimizer: torch.optim.Optimizer, ids: Tensor, side: str) -> float:
+    if ids.is_cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step(model, optimizer, ids, side)
+    if ids.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure(model: Any, ids: Tensor, repeats: int) -> dict[str, list[float]]:
+    """The sides take turns; the first round is not counted."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    times: dict[str, list[float]] = {side: [] for side in SIDES}
+    for turn in range(repeats + 1):
+        for side in SIDES[turn % 3 :] + SIDES[: turn % 3]:
+            taken = seconds(model, optimizer, ids, side)
+            if turn:
+                times[side].append(taken)
+    return times
+
+
+def main(
+    model: Annotated[str, typer.Option(help="smollm2, or a directory.")] = "smollm2",
+    tokens: Annotated[str, typer.Option(help="Tokens of a step, comma-separated.")] = "1024",
+    length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 256,
+    group_size: Annotated[int, typer.Option(help="Neurons per expert.")] = 8,
+    repeats: Annotated[int, typer.Option(help="Counted rounds.")] = 5,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    results: Annotated[Path, typer.Option(help="Rows are added to this CSV.")] = Path("step_time.csv"),
+) -> None:
+    loaded = models.load(model, Path())
+    ltepass.transform(loaded, config=ltepass.LTEConfig(group_size=group_size))
+    loaded.to(device).train()
+    new = not results.exists()
+    results.parent.mkdir(parents=True, exist_ok=True)
+    with results.open("a", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        for count in map(int, tokens.split(",")):
+            ids = torch.randint(0, loaded.config.vocab_size, (count // length, length), device=device)
+            times = measure(loaded, ids, repeats)
+            for side, taken in times.items():
+                # each round's ratio to its own dense step: a slow spell hits both
+                ratios = [a / b for a, b in zip(taken, times["dense"], strict=True)]
+                row = {
+                    "model": model, "tokens": count, "side": side, "median_s": f"{statistics.median(taken):.4f}",
+                    "low_s": f"{min(taken):.4f}", "high_s": f"{max(taken):.4f}",
+                    "ratio_to_dense": f"{statistics.median(ratios):.3f}", "repeats": repeats, "machine": machine(),
+                    "torch": torch.__version__,
+                }  # fmt: skip
+                writer.writerow(row)
+                print(f"{count} tokens, {side}: {statistics.median(taken):.3f} s, x{spread_of(ratios)} of dense")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,254 @@
+"""One harness for every comparison: models, texts, budgets, training, evaluation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rule_hooks import Ruled
+from torch import Tensor, nn
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import Trainer, TrainingArguments
+
+import ltepass
+from ltepass.demo.speed import router_share
+from ltepass.evaluation import perplexity
+from ltepass.sites import router_of, routers_of
+from ltepass.sparsity import set_sparsity, update_table
+from ltepass.texts import corpora, token_blocks
+from ltepass.training.settings import LTESettings
+from ltepass.training.trainer import LTETrainerMixin
+from ltepass.training.warm_start import place_threshold, warm_start
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What every method gets: steps x batch x length training tokens, and of each text `test` blocks to measure on."""
+
+    model: str
+    steps: int
+    batch: int
+    length: int
+    learning_rate: float
+    test: int
+    test_length: int
+    calibration: int  # blocks of `length` tokens
+    group_size: int
+    dtype: str = "float32"
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.batch * self.length
+
+
+@dataclass(frozen=True)
+class Data:
+    """train: [steps * batch, length] blocks of all texts in a seed's order, none of them twice; test by text."""
+
+    train: Tensor
+    test: dict[str, Tensor]
+    tokenizer: Any
+
+
+def load_data(budget: Budget, folder: Path | None, tokenizer: Any, seed: int) -> Data:
+    """Test blocks are the same for every seed."""
+    wanted = budget.steps * budget.batch
+    chars = 8 if budget.model == "smollm2" else 1  # a token has about 4 characters; code fewer
+    each = -(-wanted // 3) + 8
+    texts = corpora(folder, chars * each * budget.length, chars * budget.test * budget.test_length)
+    train = torch.cat([token_blocks(tokenizer, a, budget.length) for a, _ in texts.values()])
+    test = {n: token_blocks(tokenizer, b, budget.test_length, limit=budget.test) for n, (_, b) in texts.items()}
+    if len(train) < wanted or any(len(blocks) < budget.test for blocks in test.values()):
+        raise ValueError(
+            f"the texts give {len(train)} training blocks and {min(map(len, test.values()))} test blocks; expected "
+            f"{wanted} and {budget.test}; use longer texts or a smaller preset"
+        )
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+    return Data(train[order[:wanted]], test, tokenizer)
+
+
+class InOrder:
+    """A Trainer that takes the blocks as they come: every method sees the same tokens in the same order."""
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler[int]:
+        return SequentialSampler(self.train_dataset)  # type: ignore[attr-defined]
+
+
+class DenseTrainer(InOrder, Trainer):  # type: ignore[misc]
+    ruled: Ruled | None = None
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        out = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        extra = self.ruled.extra_loss() if self.ruled is not None and model.training else None
+        if extra is None:
+            return out
+        return (out[0] + extra, out[1]) if return_outputs else out + extra
+
+
+class RoutedTrainer(InOrder, LTETrainerMixin, Trainer):  # type: ignore[misc]
+    """LTE on the same loop."""
+
+
+def arguments(budget: Budget, folder: Path, seed: int, steps: int) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=budget.batch,
+        learning_rate=budget.learning_rate,
+        adam_beta2=0.95,
+        weight_decay=0.0,
+        warmup_steps=max(1, round(0.06 * steps)),
+        lr_scheduler_type="linear",
+        bf16=budget.dtype == "bfloat16",
+        seed=seed,
+        save_strategy="no",
+        logging_steps=max(1, steps // 8),
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+    )
+
+
+def examples(blocks: Tensor) -> list[dict[str, Tensor]]:
+    return [{"input_ids": block, "labels": block} for block in blocks]
+
+
+def freeze_embeddings(model: Any) -> None:
+    """A tenth of a step's time, and rare tokens learn nothing from so little text. For every method alike."""
+    model.get_input_embeddings().weight.requires_grad_(False)
+
+
+def tune_dense(
+    model: Any, data: Data, budget: Budget, folder: Path, seed: int, ruled: Ruled | None = None
+) -> list[Any]:
+    """Plain fine-tuning, under rules where there are any; returns the log."""
+    freeze_embeddings(model)
+    args = arguments(budget, folder, seed, budget.steps)
+    trainer = DenseTrainer(model=model, args=args, train_dataset=examples(data.train))
+    trainer.ruled = ruled
+    trainer.train()
+    model.eval()
+    return list(trainer.state.log_history)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How LTE uses the budget: soft_share of the steps in the soft stage; warm: the layer-wise warm start."""
+
+    name: str = "lte"
+    soft_share: float = 0.0
+    warm: bool = True
+    settings: dict[str, Any] = field(default_factory=dict)
+    grouping: str = "coactivation"
+    group_size: int | None = None
+    random_routers: bool = False
+
+
+def calibration_blocks(data: Data, budget: Budget) -> Tensor:
+    """The first training blocks: nothing is seen that the others do not see."""
+    return data.train[: budget.calibration]
+
+
+def transform(model: Any, data: Data, budget: Budget, sparsity: float, recipe: Recipe, seed: int) -> Any:
+    config = ltepass.LTEConfig(
+        group_size=recipe.group_size or budget.group_size, target_sparsity=sparsity, grouping=recipe.grouping, seed=seed
+    )
+    batches = torch.split(calibration_blocks(data, budget).to(model.device), budget.batch)
+    return ltepass.transform(model, config=config, calibration=batches)
+
+
+def retarget(model: Any, sparsity: float) -> Any:
+    """A calibrated model, as if it had been calibrated for another sparsity: only thresholds depend on it."""
+    model._lte.config["target_sparsity"] = sparsity
+    for router in routers_of(model):
+        place_threshold(router, router.quantiles.clone(), sparsity)
+    return model
+
+
+def tune_lte(
+    model: Any, data: Data, budget: Budget, folder: Path, seed: int, *, recipe: Recipe
+) -> tuple[Any, list[Any]]:
+    """Train a calibrated model with this recipe to its target; returns (model in hard mode, log)."""
+    blocks = calibration_blocks(data, budget).to(model.device)
+    if recipe.random_routers:
+        forget_routers(model, blocks, seed)
+    if recipe.warm:
+        warm_start(model, blocks)
+    freeze_embeddings(model)
+    return model, run_stages(model, examples(data.train), examples(blocks), budget, folder, seed, recipe)
+
+
+def run_stages(
+    model: Any, rows: list[Any], held_out: list[Any], budget: Budget, folder: Path, seed: int, recipe: Recipe
+) -> list[Any]:
+    """Both stages, each on its own share of the rows, so that none is seen twice; returns the log."""
+    soft = round(recipe.soft_share * budget.steps)
+    cut = soft * budget.batch
+    log: list[Any] = []
+    for stage, steps, part in (("soft", soft, rows[:cut]), ("hard", budget.steps - soft, rows[cut:])):
+        if steps:
+            none = {"soft_steps": 0, "hard_steps": 0}
+            lte = LTESettings(**{**recipe.settings, **none, f"{stage}_steps": steps})
+            args = arguments(budget, folder, seed, steps)
+            trainer = RoutedTrainer(model=model, args=args, train_dataset=part, eval_dataset=held_out, lte=lte)
+            trainer.fit()
+            log += trainer.state.log_history
+    ltepass.set_mode(model, "hard")
+    model.eval()
+    return log
+
+
+def forget_routers(model: nn.Module, blocks: Tensor, seed: int) -> None:
+    """Random routers with thresholds at the target: what the calibrated start is compared with."""
+    generator = torch.Generator().manual_seed(seed)
+    for router in routers_of(model):
+        permutation = router.permutation.clone()
+        router.reset(generator)
+        router.permutation.copy_(permutation)
+    ltepass.set_mode(model, "hard")
+    update_table(model, [blocks])
+    set_sparsity(model, model._lte.config["target_sparsity"])
+
+
+def perplexities(model: Any, test: dict[str, Tensor]) -> dict[str, float]:
+    return {name: perplexity(model, blocks) for name, blocks in test.items()}
+
+
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+Measured = tuple[dict[str, float], dict[str, float], dict[str, float]]  # perplexity, FFN sparsity, bytes share by text
+
+
+def measure_rule(ruled: Ruled, test: dict[str, Tensor]) -> Measured:
+    ppl, sparsity, read = {}, {}, {}
+    ruled.model.eval()
+    with ruled:
+        for name, blocks in test.items():
+            ruled.reset()
+            ppl[name] = perplexity(ruled.model, blocks)
+            sparsity[name], read[name] = ruled.measured()
+    return ppl, sparsity, read
+
+
+@torch.no_grad()
+def measure_lte(model: Any, test: dict[str, Tensor]) -> Measured:
+    own = router_share(model, model._lte.sites)
+    routers = [router_of(model, site) for site in model._lte.sites]
+    ppl, sparsity = {}, {}
+    for name, blocks in test.items():
+        shares: list[Tensor] = []
+        handles = [r.register_forward_hook(_keep_share(shares)) for r in routers]
+        ppl[name] = perplexity(model, blocks)
+        for handle in handles:
+            handle.remove()
+        sparsity[name] = float(torch.stack(shares).mean())
+    return ppl, sparsity, {n: 1.0 - s + own for n, s in sparsity.items()}
+
+
+def _keep_share(shares: list[Tensor]) -> Any:
+    return lambda router, args, logits: shares.append((logits <= router.threshold).float().mean())

@@ -1,0 +1,59 @@
+"""What a user may choose about the two stages: one frozen dataclass, checked when it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ltepass.config import check_sparsity
+from ltepass.errors import ConfigError
+
+Trainable = Literal["all", "lora", "routers"]
+Budget = Literal["layer", "model"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LTESettings:
+    """Beside TrainingArguments, which each stage uses as they are.
+
+    lam: separability coefficient (0.5 in the paper). eta: first efficiency coefficient, then steered to
+    `target_sparsity` (None: the model's config) unless `steer` is off, as in the paper.
+    soft_steps, hard_steps: optimizer steps of each stage; None takes the arguments' epochs or max_steps, 0 none.
+    settle: move thresholds at the end of each stage so that held-out sparsity meets the target.
+    hold: in the hard stage, thresholds follow the measured sparsity step by step, so that settling is a small move.
+    budget: "layer" brings every FFN to the target, "model" their mean, by one threshold for all.
+    trainable: "all" (the paper), "lora" (low-rank updates of the FFNs' linears, merged after each stage; needs peft) or
+        "routers". The routers learn in the soft stage; in the hard stage they are frozen, except with "routers", where
+        nothing else is left to learn, or with `straight_through`: the hard decision's value, a sigmoid's gradient.
+    lora_rank: of "lora". distill: weight of the KL to the dense model; the labels' loss gets 1 - distill.
+    union: coefficient of the soft stage's term by which neighbouring tokens share experts.
+    """
+
+    lam: float = 0.5
+    eta: float = 0.3
+    steer: bool = True
+    target_sparsity: float | None = None
+    soft_steps: int | None = None
+    hard_steps: int | None = None
+    settle: bool = True
+    hold: bool = True
+    budget: Budget = "layer"
+    trainable: Trainable = "all"
+    straight_through: bool = False
+    lora_rank: int = 16
+    distill: float = 0.0
+    union: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.target_sparsity is not None:
+            check_sparsity(self.target_sparsity)
+        for name, allowed in (("trainable", ("all", "lora", "routers")), ("budget", ("layer", "model"))):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
+        if not 0.0 <= self.distill <= 1.0:
+            raise ConfigError(f"distill is {self.distill}; expected a share of the loss in [0, 1]")
+        for name in ("lam", "eta", "union"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected a coefficient of at least 0")
+        if self.lora_rank < 1:
+            raise ConfigError(f"lora_rank is {self.lora_rank}; expected at least 1")

@@ -1,0 +1,122 @@
+"""Run by test_robust in a process of its own: gradients of one soft step, by one process, by DDP and by FSDP2 of two.
+
+python distributed_driver.py FOLDER: FOLDER/{single,ddp,fsdp}.pt hold gradients by parameter name.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from learning_cases import copied_text, small_llama
+from torch.distributed.fsdp import fully_shard
+from transformers import TrainingArguments
+
+import ltepass
+from ltepass.sites import routers_of
+from ltepass.training.settings import LTESettings
+from ltepass.training.stages import begin_stage, label_mask, take_auxiliary
+from ltepass.training.trainer import LTETrainer
+
+ROWS, ETA, LAM = 8, 0.3, 0.5
+
+
+def model_and_rows() -> tuple[Any, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    config = ltepass.LTEConfig(group_size=4)
+    model = ltepass.transform(small_llama().eval(), config=config, calibration=copied_text(32, 5).split(16))
+    begin_stage(model, "soft")
+    ids = copied_text(ROWS, 21)
+    labels = ids.clone()
+    for i in range(ROWS):
+        labels[i, : 3 * i] = -100  # unequal counts: a mean per process would be wrong
+    return model.train(), ids, labels
+
+
+def by_trainer(folder: Path, batch: int) -> dict[str, torch.Tensor]:
+    model, ids, labels = model_and_rows()
+    kept: dict[str, torch.Tensor] = {}
+
+    class Keeps(LTETrainer):
+        def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+            optimizer = super().create_optimizer(*args, **kwargs)
+            optimizer.register_step_pre_hook(
+                lambda *a: kept.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+            )
+            return optimizer
+
+    args = TrainingArguments(
+        str(folder / "log"), max_steps=1, per_device_train_batch_size=batch, max_grad_norm=0.0, use_cpu=True,
+        report_to=[], save_strategy="no", disable_tqdm=True, learning_rate=1e-3,
+        **({"ddp_backend": "gloo"} if dist_size() > 1 else {}),
+    )  # fmt: skip
+    rows = [{"input_ids": a, "labels": b} for a, b in zip(ids, labels, strict=True)]
+    trainer = Keeps(model=model, args=args, train_dataset=rows, lte=LTESettings(eta=ETA, lam=LAM))
+    assert trainer.accelerator.num_processes == dist_size()
+    trainer.train()
+    return kept
+
+
+def dist_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def by_fsdp(folder: Path) -> dict[str, torch.Tensor]:
+    rank, world = int(os.environ["RANK"]), dist_size()
+    dist.init_process_group("gloo")
+    model, ids, labels = model_and_rows()
+    items = label_mask(labels).sum()
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    mine = slice(rank * ROWS // world, (rank + 1) * ROWS // world)
+    loss = model(input_ids=ids[mine], labels=labels[mine], num_items_in_batch=items).loss
+    aux = take_auxiliary(model, label_mask(labels[mine]))
+    loss = loss + (ETA * aux.efficiency + LAM * aux.separability) / items
+    (loss * world).backward()  # FSDP takes the mean over processes
+    assert all(type(p).__name__ == "DTensor" for r in routers_of(model) for p in r.parameters())
+    return {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def in_children(world: int, file: Path, work: Callable[[], dict[str, torch.Tensor]]) -> None:
+    """Forked children, one per rank; the first writes what it got. Nothing has used threads before."""
+    children = []
+    for rank in range(world):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                torch.set_num_threads(1)
+                if world > 1:
+                    port = str(20000 + os.getppid() % 20000 + len(file.stem))
+                    ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+                    os.environ.update(ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+                gradients = work()
+                if rank == 0:
+                    torch.save(gradients, file)
+                if dist.is_initialized():
+                    dist.barrier()
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        children.append(pid)
+    statuses = [os.waitpid(pid, 0)[1] for pid in children]
+    assert not any(statuses), (file.stem, statuses)
+
+
+def main() -> None:
+    out = Path(sys.argv[1])
+    in_children(1, out / "single.pt", lambda: by_trainer(out, ROWS))
+    in_children(2, out / "ddp.pt", lambda: by_trainer(out, ROWS // 2))
+    in_children(2, out / "fsdp.pt", lambda: by_fsdp(out))
+
+
+if __name__ == "__main__":
+    main()

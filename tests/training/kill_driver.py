@@ -1,0 +1,94 @@
+"""Run by test_robust in a process of its own: trains in forked children that kill themselves, and resumes them.
+
+python kill_driver.py FOLDER: FOLDER/CASE/final.pt holds the weights that each case ended with.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from learning_cases import copied_text, fit, small_llama
+from transformers import TrainerCallback
+
+import ltepass
+from ltepass.training import trainer as trainer_module
+from ltepass.training.settings import LTESettings
+from ltepass.training.trainer import LTETrainer
+
+# (stage, step, what is cut short): at the end of that step, or in the middle of writing its checkpoint
+CASES: dict[str, tuple[str, int, str] | None] = {
+    "whole": None,
+    "before the first checkpoint": ("soft", 1, "step"),
+    "soft": ("soft", 5, "step"),
+    "soft, torn checkpoint": ("soft", 4, "checkpoint"),
+    "hard": ("hard", 3, "step"),
+    "hard, before its first checkpoint": ("hard", 1, "step"),
+}
+SETTINGS = LTESettings(soft_steps=6, hard_steps=5)
+
+
+def run(folder: Path, kill: tuple[str, int, str] | None) -> None:
+    torch.manual_seed(0)
+    config = ltepass.LTEConfig(group_size=4)
+    model = ltepass.transform(small_llama().eval(), config=config, calibration=copied_text(32, 5).split(16))
+
+    def die(trainer: Any, what: str) -> None:
+        if kill == (trainer.stage, trainer.state.global_step, what):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    class Dying(LTETrainer):
+        def fit(self, *args: Any) -> None:
+            super().fit(resume_from_checkpoint=True)
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            trainer = self
+
+            class AtStepEnd(TrainerCallback):  # type: ignore[misc]
+                def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+                    die(trainer, "step")
+
+            self.add_callback(AtStepEnd())
+
+        def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+            die(self, "checkpoint")
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    fit(model, folder, SETTINGS, trainer=Dying, save_strategy="steps", save_steps=2)
+    torch.save(model.state_dict(), folder / "final.pt")
+
+
+def in_child(*args: Any) -> int:
+    """The exit status of `run` in a forked child; nothing has used threads before."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            torch.set_num_threads(1)
+            run(*args)
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(pid, 0)[1]
+
+
+def main() -> None:
+    out = Path(sys.argv[1])
+    for name, kill in CASES.items():
+        if kill:
+            status = in_child(out / name, kill)
+            assert os.WIFSIGNALED(status), (name, status)
+            assert os.WTERMSIG(status) == signal.SIGKILL
+        assert in_child(out / name, None) == 0, name
+
+
+if __name__ == "__main__":
+    assert trainer_module.LTETrainer is LTETrainer
+    main()

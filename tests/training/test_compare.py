@@ -1,0 +1,180 @@
+"""The comparison commands on a model and budget of seconds: every cell runs, rows resume, tables come from rows."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from learning_cases import copied_text, trained
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "compare"))
+
+import ablations
+import frontier
+import models
+import step_time
+import tasks
+from frontier_rows import at_bytes, ratios, write_table
+
+import ltepass
+from ltepass.evaluation import perplexity, sparsity_curve
+from ltepass.sites import routers_of
+from ltepass.texts import corpora
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("work")
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "TINY_STEPS", 8)
+    budget = dataclasses.replace(
+        frontier.PRESETS["smoke"].budget, steps=4, batch=4, length=64, test=1, test_length=64, calibration=8
+    )
+    preset = dataclasses.replace(frontier.PRESETS["smoke"], budget=budget, points=(0.5,), trained_points=(0.5,))
+    monkeypatch.setitem(frontier.PRESETS, "smoke", preset)
+
+
+def run_frontier(folder: Path, work: Path, **kwargs: Any) -> list[dict[str, str]]:
+    options = {"preset": "smoke", "texts": None, "only": "", "points": "", "minutes": 1e9, **kwargs}
+    frontier.main(results=folder / "frontier", work=work, **options)
+    with (folder / "frontier.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_frontier_has_a_row_for_every_method_and_text_and_goes_on_where_it_stopped(
+    tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some = run_frontier(tmp_path, shared, only="dense,lte")
+    rows = run_frontier(tmp_path, shared)
+    assert rows[: len(some)] == some  # nothing was measured twice
+    methods = {"dense-untuned", "dense", *frontier.POST_HOC, *frontier.TRAINED}
+    assert {(r["method"], r["text"]) for r in rows} == {
+        (m, t) for m in methods for t in ("reference", "docstrings", "source")
+    }
+    for row in rows:
+        target = float(row["target_sparsity"])
+        # thresholds were set on a few tokens of other text
+        assert float(row["ffn_sparsity"]) == pytest.approx(target, abs=0.12), row
+        assert float(row["perplexity"]) > 1
+    tuned = {r["text"]: float(r["perplexity"]) for r in rows if r["method"] == "dense"}
+    assert all(float(r["perplexity"]) != tuned[r["text"]] for r in rows if r["method"] != "dense")
+    table = (tmp_path / "frontier.md").read_text()
+    assert all(m in table for m in methods - {"dense", "dense-untuned"})
+    assert "oracle (not deployable)" in table
+    assert (tmp_path / "frontier.svg").read_text().startswith("<?xml")
+    monkeypatch.setattr(frontier.Frontier, "run", None)  # all cells are there
+    assert run_frontier(tmp_path, shared) == rows
+
+
+def made(method: str, target: float, ppl: float, share: float, seed: int = 0) -> dict[str, str]:
+    values = {
+        "preset": "p",
+        "model": "m",
+        "method": method,
+        "deployable": "True",
+        "trained_tokens": 10,
+        "group_size": 8,
+    }
+    values |= {"target_sparsity": f"{target:g}", "seed": seed, "text": "t", "ffn_sparsity": target}
+    values |= {"bytes_share": share, "perplexity": ppl, "seconds": 1, "machine": "x", "torch": "2"}
+    return {k: str(v) for k, v in values.items()}
+
+
+def test_ratios_are_to_the_same_seeds_dense_model() -> None:
+    rows = [
+        made("dense", 0, 10, 1),
+        made("dense", 0, 20, 1, 1),
+        made("lte", 0.5, 11, 0.5),
+        made("lte", 0.5, 30, 0.5, 1),
+    ]
+    assert ratios(rows)["p", "t", "lte"]["0.5"] == [(1.1, 0.5, 0.5), (1.5, 0.5, 0.5)]
+
+
+def test_equal_bytes_interpolates_between_points_and_never_beyond_them() -> None:
+    curve = [(0.2, 4.0), (0.6, 1.0)]
+    assert at_bytes(curve, 0.4) == pytest.approx(2.0)
+    assert at_bytes(curve, 0.2) == pytest.approx(4.0)
+    assert at_bytes(curve, 0.1) is None
+    assert at_bytes(curve, 0.7) is None
+
+
+def test_the_table_shows_spread_over_seeds_and_what_was_not_measured(tmp_path: Path) -> None:
+    rows = [made("dense", 0, 10, 1, s) for s in (0, 1)]
+    rows += [made("lte", 0.5, 11 + s, 0.5, s) for s in (0, 1)] + [made("cats", 0.8, 20, 0.4)]
+    write_table(rows, tmp_path / "t.md")
+    table = (tmp_path / "t.md").read_text()
+    assert "x1.150 (1.100 .. 1.200) [50.0%]" in table
+    assert "| cats | not measured | x2.000 [80.0%] |" in table
+
+
+@pytest.mark.usefixtures("quick")
+def test_ablations_and_tasks_write_their_rows(tmp_path: Path, shared: Path) -> None:
+    common = {"preset": "smoke", "texts": None, "work": shared, "seeds": 1}
+    for only, variant in (("stages", "both, warm start"), ("routers", "random, frozen"), ("group size", "64")):
+        ablations.main(results=tmp_path / "a", only=only, variant=variant, sparsity=0.5, minutes=9.0, **common)
+    rows = ablations.read_rows(tmp_path / "a.csv")
+    assert [r["variant"] for r in rows] == ["both, warm start", "random, frozen", "64"]
+    assert all(float(r["ratio"]) > 0 for r in rows)
+    assert "| group size | 64 |" in (tmp_path / "a.md").read_text()
+    tasks.main(results=tmp_path / "t", points="0,0.5", **common)
+    rows = tasks.read_rows(tmp_path / "t.csv")
+    assert [(r["task"], r["target"]) for r in rows] == [
+        (t, p) for t in ("instructions", "classification") for p in ("0", "0.5")
+    ]
+    assert all(abs(float(r["ffn_sparsity"]) - float(r["target"])) < 0.12 for r in rows)
+
+
+@pytest.mark.usefixtures("quick")
+def test_instructions_are_learned_from_answers_only() -> None:
+    budget = frontier.PRESETS["smoke"].budget
+    task = tasks.instruction_task(models.tokenizer("tiny"), budget, 0)
+    row = task.train[0]
+    counted = row["labels"] != tasks.IGNORED
+    text = bytes(row["input_ids"][~counted].tolist()).decode()
+    assert text.startswith("<user>What does the Python reference")
+    assert counted.any()
+    assert torch.equal(row["input_ids"][counted], row["labels"][counted])
+    questions = [{bytes(r["input_ids"][:60].tolist()) for r in rows} for rows in (task.train, task.test)]
+    assert len(questions[0]) > 1
+
+
+def test_step_time_takes_turns_and_trains(tmp_path: Path) -> None:
+    model = trained().train()
+    before = model.model.layers[0].mlp.up_proj.weight.clone()
+    times = step_time.measure(model, copied_text(2, 1), repeats=2)
+    assert {side: len(t) for side, t in times.items()} == {"dense": 2, "soft": 2, "hard": 2}
+    assert not torch.equal(before, model.model.layers[0].mlp.up_proj.weight)
+
+
+def test_one_checkpoint_gives_a_curve_and_keeps_its_thresholds() -> None:
+    model, blocks = trained(), copied_text(8, 2)
+    ltepass.set_mode(model, "hard")
+    thresholds = [r.threshold.clone() for r in routers_of(model)]
+    curve = list(sparsity_curve(model, blocks, (0.0, 0.3, 0.6, 0.9)))
+    assert [s for s, _, _ in curve] == [0.0, 0.3, 0.6, 0.9]
+    assert all(measured == pytest.approx(s, abs=0.04) for s, _, measured in curve)
+    values = [value for _, value, _ in curve]
+    assert values == sorted(values)
+    ltepass.set_mode(model, "dense")
+    assert values[0] == pytest.approx(perplexity(model, blocks))
+    assert all(torch.equal(r.threshold, t) for r, t in zip(routers_of(model), thresholds, strict=True))
+
+
+def test_test_slices_are_never_trained_on(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("".join(f"line {i}\n" for i in range(20_000)))
+    for folder in (tmp_path, None):
+        for train, test in corpora(folder, 40_000, 4_000).values():
+            assert len(test) >= 1_000
+            lines = [line for line in test.splitlines() if len(line) > 60] or test.splitlines()[1:-1]
+            assert sum(line in train for line in lines) < 0.05 * len(lines)
+    with pytest.raises(FileNotFoundError, match=r"no \*\.txt file"):
+        corpora(tmp_path / "none", 1, 1)

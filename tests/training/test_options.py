@@ -1,0 +1,180 @@
+"""The stages' options: each test fails if its option did nothing, and says what it must leave alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from learning_cases import copied_text, fit, perplexity_of, trained
+from torch import nn
+
+import ltepass
+from ltepass.errors import ConfigError
+from ltepass.losses import kl_from, union_per_token
+from ltepass.sites import router_of, routers_of
+from ltepass.sparsity import measure_union, mode_of
+from ltepass.training.lora import ffn_linears
+from ltepass.training.settings import LTESettings
+from ltepass.training.stages import begin_stage, settle
+
+
+def changed(before: dict[str, torch.Tensor], model: Any) -> set[str]:
+    after = dict(model.named_parameters())
+    assert before.keys() == after.keys()
+    return {name for name, value in before.items() if not torch.equal(value, after[name])}
+
+
+def parameters(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("stage", ["soft", "hard"])
+@pytest.mark.parametrize("trainable", ["all", "lora", "routers"])
+def test_what_learns_is_what_was_asked_for(tmp_path: Path, stage: str, trainable: Any) -> None:
+    model = trained()
+    before, kinds = parameters(model), {n: type(m) for n, m in model.named_modules()}
+    steps = {"soft_steps": 3, "hard_steps": 0} if stage == "soft" else {"soft_steps": 0, "hard_steps": 3}
+    fit(model, tmp_path, LTESettings(trainable=trainable, **steps))
+    moved = changed(before, model)
+    routers = {n for n in before if ".router." in n}
+    linears = {f"{path}.weight" for path in ffn_linears(model)}
+    base = {"all": before.keys() - routers, "lora": linears, "routers": set()}[trainable]
+    assert moved == base | (routers if stage == "soft" or trainable == "routers" else set())
+    assert {n: type(m) for n, m in model.named_modules()} == kinds  # nothing of peft is left
+    assert not any(r.straight_through or r.count_inactive or r.share_neighbours for r in routers_of(model))
+
+
+def test_lora_learns_a_low_rank_update_of_that_rank(tmp_path: Path) -> None:
+    model = trained()
+    before = parameters(model)
+    fit(model, tmp_path, LTESettings(trainable="lora", lora_rank=3, soft_steps=0, hard_steps=5))
+    for path in ffn_linears(model):
+        change = (model.get_parameter(f"{path}.weight") - before[f"{path}.weight"]).double()
+        singular = torch.linalg.svdvals(change)
+        assert singular[2] > 1e-6
+        assert singular[3] < 1e-3 * singular[0], path
+
+
+@pytest.mark.parametrize("trainable", ["all", "lora", "routers"])
+def test_every_hard_stage_lowers_held_out_perplexity(tmp_path: Path, trainable: Any) -> None:
+    model = trained(0.8)
+    before = perplexity_of(model)
+    fit(model, tmp_path, LTESettings(trainable=trainable, soft_steps=0, hard_steps=40))
+    assert perplexity_of(model) < 0.9 * before
+
+
+def test_straight_through_is_the_hard_value_with_the_routers_gradient() -> None:
+    model, x = trained(), copied_text(2, 3)
+    ltepass.set_mode(model, "hard")
+    hard = model(x).logits
+    begin_stage(model, "hard", straight_through=True)
+    assert torch.equal(model(x).logits, hard)
+    model(input_ids=x, labels=x).loss.backward()
+    assert all(float(r.weight.grad.abs().sum()) > 0 for r in routers_of(model))
+    begin_stage(model, "hard")
+    assert not any(p.requires_grad for r in routers_of(model) for p in r.parameters())
+
+
+def test_straight_through_moves_routers_towards_a_lower_loss(tmp_path: Path) -> None:
+    """The same steps and frozen weights: what differs is the routers alone."""
+    model = trained(0.8)
+    frozen = perplexity_of(model)
+    fit(model, tmp_path, LTESettings(trainable="routers", soft_steps=0, hard_steps=40))
+    assert perplexity_of(model) < frozen
+
+
+def test_distillation_learns_the_teacher_and_not_the_labels(tmp_path: Path) -> None:
+    """Labels are noise: only a student that listens to the teacher alone comes closer to it."""
+    distances = {}
+    for share in (0.0, 1.0):
+        model = trained(0.8)
+        x = copied_text(16, 7)
+        with torch.no_grad(), mode_of(model, "dense"):
+            teacher = model(x).logits
+        settings = LTESettings(distill=share, soft_steps=0, hard_steps=30)
+        fit(model, tmp_path / str(share), settings, labels=torch.randint(0, 61, (512, 32)))
+        with torch.no_grad():
+            distances[share] = float(kl_from(teacher, model(x).logits).mean())
+        if share:
+            with torch.no_grad():
+                ltepass.set_mode(trained(0.8), "hard")
+    start = trained(0.8)
+    ltepass.set_mode(start, "hard")
+    with torch.no_grad():
+        untrained = float(kl_from(teacher, start(x).logits).mean())
+    assert distances[1.0] < 0.8 * untrained < distances[0.0]
+
+
+def test_kl_is_torchs() -> None:
+    g = torch.Generator().manual_seed(0)
+    p, q = (torch.randn(5, 11, generator=g) for _ in range(2))
+    expected = nn.functional.kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+    torch.testing.assert_close(kl_from(p, q), expected)
+    assert float(kl_from(p, p).abs().max()) < 1e-6
+
+
+def test_the_union_term_makes_neighbours_share_experts_at_the_same_sparsity(tmp_path: Path) -> None:
+    shared = {}
+    x = [copied_text(16, 8)]
+    for coefficient in (0.0, 20.0):
+        model = trained()
+        fit(model, tmp_path / str(coefficient), LTESettings(union=coefficient, soft_steps=40, hard_steps=0))
+        settle(model, x, 0.5)
+        union = measure_union(model, x, window=4)
+        shared[coefficient] = sum(union.values()) / len(union)
+    assert shared[20.0] > shared[0.0] + 0.03, shared
+
+
+def test_union_is_the_squared_change_between_neighbours() -> None:
+    logits = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
+    scores = torch.sigmoid(logits)
+    expected = torch.zeros(2, 5)
+    for b in range(2):
+        for t in range(1, 5):
+            expected[b, t] = sum((scores[b, t, i] - scores[b, t - 1, i]) ** 2 for i in range(3)) / 3
+    torch.testing.assert_close(union_per_token(logits), expected)
+    assert union_per_token(logits[0, 0]).shape == ()
+
+
+def test_measured_union_counts_experts_that_a_whole_window_leaves_out() -> None:
+    model, x = trained(), copied_text(2, 3)
+    ltepass.set_mode(model, "hard")
+    site = model._lte.sites[0]
+    rows: list[torch.Tensor] = []
+    router = router_of(model, site)
+    hook = router.register_forward_hook(lambda m, a, logits: rows.append(logits.detach()))
+    with torch.no_grad():
+        model(x)
+    hook.remove()
+    off = rows[0] <= router.threshold
+    windows = [off[b, t : t + 3].all(0).float().mean() for b in range(2) for t in range(off.shape[1] - 2)]
+    assert measure_union(model, [x], window=3)[site.name] == pytest.approx(float(torch.stack(windows).mean()))
+    single, plain = measure_union(model, [x], window=1), ltepass.measure_sparsity(model, [x])
+    assert single == pytest.approx(plain)
+
+
+@pytest.mark.parametrize("budget", ["layer", "model"])
+def test_a_budget_is_met_by_every_layer_or_by_their_mean(budget: Any) -> None:
+    model = trained()
+    with torch.no_grad():
+        router_of(model, model._lte.sites[0]).bias.add_(1.0)  # one layer asks for more than the other
+    shares = settle(model, copied_text(64, 4).split(16), 0.6, budget=budget)
+    values = list(ltepass.measure_sparsity(model, [copied_text(64, 5)]).values())
+    assert sum(values) / len(values) == pytest.approx(0.6, abs=0.01)
+    if budget == "layer":
+        assert all(v == pytest.approx(0.6, abs=0.02) for v in values)
+    else:
+        assert values[0] < values[1] - 0.1
+        assert len({float(r.threshold) for r in routers_of(model)}) == 1
+    assert shares.keys() == {s.name for s in model._lte.sites}
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"trainable": "some"}, {"budget": "token"}, {"distill": 1.5}, {"union": -1.0}, {"lora_rank": 0}, {"lam": -0.5}],
+)
+def test_settings_are_checked_when_made(bad: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(bad))):
+        LTESettings(**bad)

@@ -1,0 +1,119 @@
+"""Killed, resumed, distributed, checkpointed, in low precision: the same weights or the same gradients."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kill_driver import CASES
+from learning_cases import copied_text, fit, trained
+
+from ltepass.errors import TrainingError
+from ltepass.training.checkpoints import last_complete, mark_complete
+from ltepass.training.settings import LTESettings
+from ltepass.training.stages import begin_stage, take_auxiliary
+
+HERE = Path(__file__).parent
+
+
+def drive(script: str, folder: Path) -> None:
+    path = os.pathsep.join([str(HERE), *filter(None, sys.path)])
+    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, str(HERE / script), str(folder)], env=env, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
+    folder = tmp_path_factory.mktemp("killed")
+    drive("kill_driver.py", folder)
+    return {name: torch.load(folder / name / "final.pt") for name in CASES}
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name != "whole"])
+def test_killed_training_resumes_to_bitwise_the_same_weights(ends: Any, case: str) -> None:
+    whole = ends["whole"]
+    assert whole.keys() == ends[case].keys()
+    for name, value in whole.items():
+        assert torch.equal(value.nan_to_num(), ends[case][name].nan_to_num()), name
+
+
+def test_a_checkpoint_that_was_cut_short_is_not_taken(tmp_path: Path) -> None:
+    assert last_complete(tmp_path) is None
+    for step in (2, 10, 12):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    for step in (2, 10):
+        mark_complete(tmp_path / f"checkpoint-{step}", {})
+    assert last_complete(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+@pytest.fixture(scope="module")
+def distributed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
+    folder = tmp_path_factory.mktemp("distributed")
+    drive("distributed_driver.py", folder)
+    return {name: torch.load(folder / f"{name}.pt") for name in ("single", "ddp", "fsdp")}
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_two_processes_give_the_gradients_of_one(distributed: Any, way: str) -> None:
+    assert_close(distributed["single"], distributed[way], 1e-5)
+
+
+def assert_close(expected: dict[str, torch.Tensor], got: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert expected.keys() == got.keys()
+    assert any("router" in name for name in expected)
+    for name, gradient in expected.items():
+        assert (got[name] - gradient).abs().max() <= tolerance * gradient.abs().max(), name
+
+
+def gradients(*, checkpointing: bool = False, autocast: bool = False, mode: str = "soft") -> dict[str, torch.Tensor]:
+    model, x = trained(), copied_text(8, 3)
+    begin_stage(model, "soft")
+    model.train()
+    if mode == "dense":
+        import ltepass
+
+        ltepass.set_mode(model, "dense")
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = model(input_ids=x, labels=x).loss
+        if mode == "soft":
+            aux = take_auxiliary(model, None)
+            loss = loss + (0.3 * aux.efficiency + 0.5 * aux.separability) / aux.tokens
+    loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_non_reentrant_checkpointing_gives_the_same_gradients() -> None:
+    assert_close(gradients(), gradients(checkpointing=True), 1e-5)
+
+
+def test_autocast_costs_the_soft_stage_no_more_than_it_costs_the_dense_model() -> None:
+    """Relative error of the whole gradient under bf16 autocast, with routers and without."""
+
+    def error(mode: str) -> float:
+        exact, rough = gradients(mode=mode), gradients(mode=mode, autocast=True)
+        assert exact.keys() == rough.keys()
+        missed = sum(float((rough[n].float() - g).square().sum()) for n, g in exact.items())
+        return float((missed / sum(float(g.square().sum()) for g in exact.values())) ** 0.5)
+
+    dense = error("dense")
+    assert 0 < error("soft") < 1.5 * dense
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_is_applied(tmp_path: Path) -> None:
+    model = trained()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    model.lm_head.weight.register_hook(lambda g: g * float("inf"))
+    with pytest.raises(TrainingError, match="gradient is not finite"):
+        fit(model, tmp_path, LTESettings(soft_steps=3, hard_steps=0))
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert (tmp_path / "soft" / "last-good" / "model.safetensors").exists()
