@@ -162,7 +162,7 @@ template <class E, class Dense>
 void batch(const Problem& p, Dense&& dense) {
   Scratch& s = scratch();
   const int64_t most = std::min(TOKEN_CHUNK, p.tokens);
-  const bool keep_mask = !p.mask && p.tokens >= DENSE_TOKENS;
+  const bool keep_mask = !p.mask && p.dense_above < 1;
   s.reserve(Scratch::bytes_for<float>(Blocked::size(most, p.d_model)) +
             Scratch::bytes_for<int32_t>(p.n_experts * most) + Scratch::bytes_for<int32_t>(p.n_experts) +
             Scratch::bytes_for<int64_t>(p.n_experts + 1) + Scratch::bytes_for<float>(most * p.d_ff) +
@@ -180,7 +180,7 @@ void batch(const Problem& p, Dense&& dense) {
     c.tokens = c.x.tokens = std::min(TOKEN_CHUNK, p.tokens - first);
     c.mask = p.mask ? p.mask + first * p.n_experts : own_mask;
     const int64_t pairs = route_chunk<E>(p, first, c, locals);
-    if (c.tokens >= DENSE_TOKENS && double(pairs) > p.dense_above * double(c.tokens * p.n_experts))
+    if (double(pairs) > p.dense_above * double(c.tokens * p.n_experts))
       dense(first, c.tokens, c.mask);
     else
       expert_gemms<E>(p, c, static_cast<typename E::T*>(p.y) + first * p.d_out, locals);

@@ -130,10 +130,9 @@ def make_contenders(case: Case, sparsities: Sequence[float]) -> dict[tuple[str, 
     shape = case.shape
     least = shape.weight_bytes * (1 - max(sparsities))
     weights = cases.make_weights(shape, copies_needed(least, len(sparsities) + 2))
-    out: dict[tuple[str, float], Contender] = {
-        ("dense eager", 0.0): cases.dense_eager(shape, weights),
-        ("dense compiled", 0.0): cases.dense_compiled(shape, weights),
-    }
+    out: dict[tuple[str, float], Contender] = {("dense eager", 0.0): cases.dense_eager(shape, weights)}
+    if case.compiled:
+        out["dense compiled", 0.0] = cases.dense_compiled(shape, weights)
     if shape.dtype == torch.bfloat16 and shape.tokens >= UPCAST_TOKENS:
         out["dense upcast", 0.0] = cases.dense_upcast(shape, weights)
     out |= {(ROUTED, s): cases.routed(shape, weights, s) for s in sparsities}

@@ -15,17 +15,19 @@ TARGETS_AT = (0.5, 0.75, 0.9)
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One shape on a number of threads. peers: other ways to skip neurons are measured beside it."""
+    """One shape on a number of threads. peers: other ways to skip neurons are measured beside it; compiled: dense under
+    inductor is, which takes minutes to tune for thousands of tokens."""
 
     name: str
     shape: Shape
     threads: int
     peers: bool = False
+    compiled: bool = True
 
 
 def _case(name: str, d_model: int, d_ff: int, tokens: int, dtype: str, threads: int, gated: bool = True) -> Case:
     shape = Shape(tokens=tokens, d_model=d_model, d_ff=d_ff, gated=gated, dtype=getattr(torch, dtype))
-    return Case(name=name, shape=shape, threads=threads, peers=tokens == 1 and gated)
+    return Case(name=name, shape=shape, threads=threads, peers=tokens == 1 and gated, compiled=tokens <= 256)
 
 
 F32, BF16 = "float32", "bfloat16"

@@ -58,6 +58,8 @@ def copies_needed(touched_bytes: float, n_contenders: int) -> int:
 
 
 Name = TypeVar("Name", bound=Hashable)
+WARM_UP = 2  # turns
+LONG = 1.0  # seconds
 
 
 def interleaved(
@@ -67,25 +69,28 @@ def interleaved(
 
     A contender takes the number of the copy of the weights to use. A turn begins with emptied caches and one untimed
     call, since emptying them also threw out the interpreter's and torch's own code, which a running model keeps
-    there. seconds: rough time to spend in all. Two untimed turns come first. A contender that alone has used up
-    `seconds` sits out once it has three times.
+    there. seconds: rough time to spend in all. The first two turns count for calls above a second only, which no
+    warm-up decides. A contender that alone has used up `seconds` sits out.
     """
     flush = Flush()
     taken: dict[Name, list[float]] = {name: [] for name in contenders}
     start = time.perf_counter()
-    for turn in range(max_repeats + 2):
-        if turn >= min_repeats + 2 and time.perf_counter() - start > seconds:
+    for turn in range(max_repeats + WARM_UP):
+        if turn >= min_repeats + WARM_UP and time.perf_counter() - start > seconds:
+            break
+        going = [name for name in contenders if sum(taken[name]) <= seconds]
+        if not going:
             break
         flush()
-        next(iter(contenders.values()))(turn + len(contenders))
-        for i, (name, call) in enumerate(contenders.items()):
-            if len(taken[name]) >= 3 and sum(taken[name]) > seconds:
-                continue
+        first = going[0]
+        if max(taken[first], default=0.0) <= LONG:
+            contenders[first](turn + len(contenders))
+        for i, name in enumerate(going):
             t0 = time.perf_counter()
-            call(turn + i)
-            t1 = time.perf_counter()
-            if turn >= 2:
-                taken[name].append(t1 - t0)
+            contenders[name](turn + i)
+            t = time.perf_counter() - t0
+            if turn >= WARM_UP or t > LONG:
+                taken[name].append(t)
     return {name: Timing.of(s) for name, s in taken.items()}
 
 
