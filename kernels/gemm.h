@@ -7,7 +7,7 @@ namespace {
 
 constexpr int64_t NEURON_BLOCK = 32;   // neurons that are widened and multiplied together
 constexpr int64_t DEPTH_BLOCK = 1024;  // stretch of d_model: 6 token rows of it (24 KB) and 4 of a weight fit in L1
-constexpr int64_t DIRECT = 8;          // up to this many tokens a weight is read where it lies, not copied first
+constexpr int64_t COLUMN_PIECE = 128;  // columns that the down product takes through all tokens before the next ones
 
 // A register tile: M tokens by tile_rows(M) neurons, so that accumulators and operands fit in 32 (16) vector registers.
 constexpr int MAX_M = W == 16 ? 6 : 3;
@@ -62,12 +62,24 @@ struct Block {
   int64_t stride;
 };
 
+// The stored rows that will be wanted after a block: the arithmetic fetches them meanwhile, or memory would idle.
+struct Next {
+  const char* data = nullptr;
+  int64_t row = 0, element = 0;  // bytes
+  template <class E>
+  static Next of(const Matrix& m, int64_t r, int64_t c) {
+    if (m.col != 1) return {};
+    return {reinterpret_cast<const char*>(m.at<E>(r, c)), m.row * int64_t(sizeof(typename E::T)), sizeof(typename E::T)};
+  }
+  Next at(int64_t r, int64_t c) const { return {data + r * row + c * element, row, element}; }
+};
+
 // A block [rows, cols] of a weight as fp32 rows of whole vectors: where it lies, or copied together, widened or turned
 // into `buffer`, zeros behind each row.
 template <class E>
-inline Block fp32_block(const Matrix& m, int64_t r0, int64_t rows, int64_t c0, int64_t cols, int64_t tokens, float* buffer) {
+inline Block fp32_block(const Matrix& m, int64_t r0, int64_t rows, int64_t c0, int64_t cols, float* buffer) {
   if constexpr (std::is_same_v<E, F32>)
-    if (m.col == 1 && tokens <= DIRECT && cols % W == 0) return {m.at<E>(r0, c0), m.row};
+    if (m.col == 1 && cols % W == 0) return {m.at<E>(r0, c0), m.row};
   const int64_t padded = round_up(cols, W), ld = padded + W;
   if (m.col == 1) {
     for (int64_t r = 0; r < rows; r++) widen<E>(m.at<E>(r0 + r, c0), buffer + r * ld, cols);
@@ -81,10 +93,12 @@ inline Block fp32_block(const Matrix& m, int64_t r0, int64_t rows, int64_t c0, i
 
 // out[m * NEURON_BLOCK + n] += x[m] . w[n] over depth elements, a whole number of vectors
 template <int M, int N>
-inline void dot_tile(const float* const* x, const float* w, int64_t ldw, int64_t depth, float* out) {
+inline void dot_tile(const float* const* x, const float* w, int64_t ldw, int64_t depth, float* out, const Next& next) {
   vf acc[M][N] = {};
   for (int64_t k = 0; k < depth; k += W) {
     vf xv[M], wv[N];
+#pragma GCC unroll 16
+    for (int n = 0; n < N; n++) __builtin_prefetch(next.data + n * next.row + k * next.element, 0, 2);
     if constexpr (M < N) {  // the shorter side stays in registers, the longer one passes through one
 #pragma GCC unroll 16
       for (int m = 0; m < M; m++) {
@@ -123,30 +137,38 @@ inline void dot_tile(const float* const* x, const float* w, int64_t ldw, int64_t
   }
 }
 
-// out[i * NEURON_BLOCK + j] = x[i] . m[r0 + j] for i < tokens, j < rows; x holds the rows' first stretches
+// out[i * NEURON_BLOCK + j] = x[i] . m[r0 + j] for i < tokens, j < rows; x holds the rows' first stretches, `after` is
+// what to fetch during the last one
 template <class E>
 inline void project_rows(const Matrix& m, int64_t r0, int64_t rows, const Blocked& from, const float* const* x,
-                         int64_t tokens, float* out, float* buffer) {
+                         int64_t tokens, float* out, float* buffer, const Next& after) {
   std::fill(out, out + tokens * NEURON_BLOCK, 0.0f);
   for (int64_t k = 0; k < from.depth; k += DEPTH_BLOCK) {
     const int64_t depth = std::min(DEPTH_BLOCK, from.depth - k), offset = k / DEPTH_BLOCK * from.next_block();
-    const Block w = fp32_block<E>(m, r0, rows, k, depth, tokens, buffer);
-    const int64_t padded = round_up(depth, W);
+    const Block w = fp32_block<E>(m, r0, rows, k, depth, buffer);
+    const Next next = k + depth < from.depth ? Next::of<E>(m, r0, k + depth) : after;
+    const int64_t padded = round_up(depth, W), tiles = (tokens + MAX_M - 1) / MAX_M;
+    int64_t tile = 0;
     by_tiles(tokens, [&]<int M>(int64_t first) {
       constexpr int N = tile_rows(M);
       const float* xs[M];
       for (int i = 0; i < M; i++) xs[i] = x[first + i] + offset;
       float* to = out + first * NEURON_BLOCK;
       int64_t j = 0;
-      for (; j + N <= rows; j += N) dot_tile<M, N>(xs, w.data + j * w.stride, w.stride, padded, to + j);
-      for (; j < rows; j++) dot_tile<M, 1>(xs, w.data + j * w.stride, w.stride, padded, to + j);
+      for (; j + N <= rows; j += N) {
+        const bool fetches = j / N % tiles == tile;  // every tile of tokens fetches its part
+        dot_tile<M, N>(xs, w.data + j * w.stride, w.stride, padded, to + j, fetches ? next.at(j, 0) : Next{});
+      }
+      for (; j < rows; j++) dot_tile<M, 1>(xs, w.data + j * w.stride, w.stride, padded, to + j, next.at(j, 0));
+      tile++;
     });
   }
 }
 
 // y[m][0 .. N*W) += sum over j < depth of h[m * ldh + j] * w[j * ldw ..]
 template <int M, int N>
-inline void outer_tile(const float* h, int64_t ldh, const float* w, int64_t ldw, int64_t depth, float* const* y) {
+inline void outer_tile(const float* h, int64_t ldh, const float* w, int64_t ldw, int64_t depth, float* const* y,
+                       const Next& next) {
   vf acc[M][N];
 #pragma GCC unroll 16
   for (int m = 0; m < M; m++)
@@ -154,6 +176,8 @@ inline void outer_tile(const float* h, int64_t ldh, const float* w, int64_t ldw,
     for (int n = 0; n < N; n++) acc[m][n] = load(y[m] + n * W);
   for (int64_t j = 0; j < depth; j++) {
     vf wv[N];
+#pragma GCC unroll 16
+    for (int n = 0; n < N; n++) __builtin_prefetch(next.data + j * next.row + n * W * next.element, 0, 2);
 #pragma GCC unroll 16
     for (int n = 0; n < N; n++) {
       wv[n] = load(w + j * ldw + n * W);
@@ -174,19 +198,29 @@ inline void outer_tile(const float* h, int64_t ldh, const float* w, int64_t ldw,
 }
 
 // y[i][0 .. cols) += h[i * ldh ..] times w [depth, cols], cols a whole number of vectors
-inline void outer_block(float* const* y, int64_t tokens, const float* h, int64_t ldh, const Block& w, int64_t depth, int64_t cols) {
-  by_tiles(tokens, [&]<int M>(int64_t first) {
-    constexpr int N = tile_rows(M);
-    const float* hs = h + first * ldh;
-    float* ys[M];
-    auto at = [&](int64_t col) {
-      for (int m = 0; m < M; m++) ys[m] = y[first + m] + col;
-      return ys;
-    };
-    int64_t c = 0;
-    for (; c + N * W <= cols; c += N * W) outer_tile<M, N>(hs, ldh, w.data + c, w.stride, depth, at(c));
-    for (; c < cols; c += W) outer_tile<M, 1>(hs, ldh, w.data + c, w.stride, depth, at(c));
-  });
+inline void outer_block(float* const* y, int64_t tokens, const float* h, int64_t ldh, const Block& w, int64_t depth,
+                        int64_t cols, const Next& next) {
+  const int64_t tiles = (tokens + MAX_M - 1) / MAX_M;
+  for (int64_t c0 = 0; c0 < cols; c0 += COLUMN_PIECE) {
+    const int64_t c1 = std::min(c0 + COLUMN_PIECE, cols);
+    int64_t tile = 0;
+    by_tiles(tokens, [&]<int M>(int64_t first) {
+      constexpr int N = tile_rows(M);
+      const float* hs = h + first * ldh;
+      float* ys[M];
+      auto at = [&](int64_t col) {
+        for (int m = 0; m < M; m++) ys[m] = y[first + m] + col;
+        return ys;
+      };
+      int64_t c = c0;
+      for (; c + N * W <= c1; c += N * W) {
+        const bool fetches = c / (N * W) % tiles == tile;
+        outer_tile<M, N>(hs, ldh, w.data + c, w.stride, depth, at(c), fetches ? next.at(0, c) : Next{});
+      }
+      for (; c < c1; c += W) outer_tile<M, 1>(hs, ldh, w.data + c, w.stride, depth, at(c), next.at(0, c));
+      tile++;
+    });
+  }
 }
 
 }  // namespace

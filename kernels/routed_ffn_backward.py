@@ -1,6 +1,8 @@
-"""Backward of the hard mode with a frozen router: plain PyTorch, so that it traces, compiles and differentiates again.
+"""Backward of the hard mode with a frozen router: the decision is a constant here.
 
-The decision is a constant here, so an expert that no token chose gets a zero gradient and costs what the mask costs.
+Two forms of the same gradients. `masked_dense` is plain PyTorch without data-dependent shapes: it traces, compiles and
+differentiates again. `per_expert` computes the active (token, expert) pairs alone; `gradients` takes it where it can
+run and measures faster.
 """
 
 from __future__ import annotations
@@ -9,6 +11,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.nn import functional as F  # noqa: N812 -- the name everybody uses
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ltepass.kernels.reference import ACTIVATIONS
 
@@ -30,6 +35,93 @@ ACTIVATION_GRADS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+# Multiply-adds of one expert's products from which a loop over experts hides its own cost (see README.md, Backward).
+LEAST_WORK = 1 << 62
+MOST_ACTIVE = 0.6  # share of active pairs above which gathering tokens costs more than it saves
+
+
+def gradients(
+    grad: Tensor,
+    x: Tensor,
+    active: Tensor,
+    up: Tensor,
+    up_bias: Tensor | None,
+    gate: Tensor | None,
+    gate_bias: Tensor | None,
+    down: Tensor,
+    activation: str,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """`masked_dense` or `per_expert`, which take the same arguments: whichever measures faster and can run here."""
+    args = (grad, x, active, up, up_bias, gate, gate_bias, down, activation, needs)
+    group_size = up.shape[0] // active.shape[-1]
+    if not _eager(grad, x, active, up) or x.device.type != "cpu":
+        return masked_dense(*args)
+    pairs = int(active.sum())
+    work = pairs / max(1, active.shape[-1]) * group_size * x.shape[-1]
+    return (per_expert if work >= LEAST_WORK and pairs <= MOST_ACTIVE * active.numel() else masked_dense)(*args)
+
+
+def _eager(*tensors: Tensor) -> bool:
+    """Shapes may depend on data: nothing traces, batches or differentiates this backward."""
+    plain = all(type(t) in (Tensor, torch.nn.Parameter) and not is_functorch_wrapped_tensor(t) for t in tensors)
+    return plain and not torch.is_grad_enabled() and _get_current_dispatch_mode() is None
+
+
+def per_expert(
+    grad: Tensor,
+    x: Tensor,
+    active: Tensor,
+    up: Tensor,
+    up_bias: Tensor | None,
+    gate: Tensor | None,
+    gate_bias: Tensor | None,
+    down: Tensor,
+    activation: str,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """The gradients from the active pairs alone, expert by expert; see `masked_dense` for the arguments.
+
+    Sums over experts (of dx) are kept in fp32 or wider. An expert that no token chose is never read.
+    """
+    group_size = up.shape[0] // active.shape[-1]
+    act, act_grad = ACTIVATIONS[activation], ACTIVATION_GRADS[activation]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    dx = torch.zeros_like(x, dtype=wide) if needs[0] else None
+    sources = (up, up_bias, gate, gate_bias, down)
+    d_up, d_up_bias, d_gate, d_gate_bias, d_down = (
+        torch.zeros_like(t) if want and t is not None else None for t, want in zip(sources, needs[1:6], strict=True)
+    )
+    expert_tokens = active.T.nonzero()[:, 1].split(active.sum(0).tolist())
+    for e, tokens in enumerate(expert_tokens):
+        if len(tokens) == 0:
+            continue
+        own = slice(e * group_size, (e + 1) * group_size)
+        x_e, grad_e = x[tokens], grad[tokens]
+        u = F.linear(x_e, up[own], None if up_bias is None else up_bias[own])
+        dh = grad_e @ down[:, own]
+        if gate is None:
+            h, du, dg = act(u), act_grad(dh, u), None
+        else:
+            g = F.linear(x_e, gate[own], None if gate_bias is None else gate_bias[own])
+            a = act(g)
+            h, du, dg = a * u, dh * a, act_grad(dh * u, g)
+        if dx is not None:
+            dx_e = du @ up[own] if gate is None or dg is None else torch.addmm(du @ up[own], dg, gate[own])
+            dx.index_add_(0, tokens, dx_e.to(dx.dtype))
+        for out, d in ((d_up, du), (d_gate, dg)):
+            if out is not None and d is not None:
+                torch.mm(d.mT, x_e, out=out[own])
+        for out, d in ((d_up_bias, du), (d_gate_bias, dg)):
+            if out is not None and d is not None:
+                out[own] = d.sum(0)
+        if d_down is not None:
+            d_down[:, own] = grad_e.mT @ h
+    d_down_bias = grad.sum(0) if needs[6] else None
+    dx = None if dx is None else dx.to(x.dtype)
+    return dx, d_up, d_up_bias, d_gate, d_gate_bias, d_down, d_down_bias
+
+
 def masked_dense(
     grad: Tensor,
     x: Tensor,
@@ -49,8 +141,8 @@ def masked_dense(
     """
     group_size = up.shape[0] // active.shape[-1]
     mask = active.to(grad.dtype).repeat_interleave(group_size, -1)
-    u = torch.nn.functional.linear(x, up, up_bias)
-    g = None if gate is None else torch.nn.functional.linear(x, gate, gate_bias)
+    u = F.linear(x, up, up_bias)
+    g = None if gate is None else F.linear(x, gate, gate_bias)
     act, act_grad = ACTIVATIONS[activation], ACTIVATION_GRADS[activation]
     dh = (grad @ down) * mask
     if g is None:

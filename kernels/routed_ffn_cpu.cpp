@@ -94,17 +94,21 @@ void dense(const Problem& p, const Tensor& x, const Weights& w, const Tensor& y,
   torch::stable::copy_(flat, linear(h, w.down, w.down_bias));
 }
 
-// Where PyTorch's GEMM in this dtype is at its best it does 1.2 times our tiles' fp32 rate; without units for 16 bits it
-// does far less than they do (Ice Lake Xeon, 2 threads, 4096 x 11008, see README.md), and with them far more.
-double dense_above(ScalarType dtype) {
-  if (dtype == ScalarType::Float) return 0.8;
+// The active share from which PyTorch's own GEMMs are faster, 2 where they never are (Ice Lake Xeon, 2 threads, see
+// README.md, break-even). At its best PyTorch does 1.2 times our tiles' fp32 rate; without units for 16 bits it does far
+// less than they do, and with them far more.
+double dense_above(ScalarType dtype, int64_t tokens) {
+  if (dtype == ScalarType::Float) return tokens < DENSE_TOKENS ? 2.0 : 0.8;
 #if defined(__x86_64__)
   const bool has_units = dtype == ScalarType::BFloat16 ? __builtin_cpu_supports("avx512bf16") : false;
-  return has_units ? 0.2 : 2.0;
+  return has_units && tokens >= DENSE_TOKENS ? 0.2 : 2.0;
 #else
   return 2.0;
 #endif
 }
+
+// The same for ltepass.ops.which_path: x is any tensor of the dtype.
+double dense_above_op(const Tensor& x, int64_t tokens) { return dense_above(x.scalar_type(), tokens); }
 
 template <class E>
 void run(const Problem& p, const Tensor& x, const Weights& w, const Tensor& y) {
@@ -178,8 +182,8 @@ std::tuple<Tensor, OptionalTensor> forward(const Tensor& x_in, const Tensor& rou
   p.down_bias = bias_data(down_bias, dtype, p.d_out, "down_bias");
   p.act = act_from_name(activation.c_str());
   STD_TORCH_CHECK(p.act != Act::unknown, "unknown activation ", activation);
+  p.dense_above = dense_above(dtype, p.tokens);
   // Inside somebody's parallel region there are no further threads to take.
-  p.dense_above = dense_above(dtype);
   p.threads = omp_in_parallel() ? 1 : int(torch::stable::get_num_threads());
 
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
@@ -234,4 +238,5 @@ std::tuple<Tensor, Tensor, Tensor> routed_ffn_with_mask(const Tensor& x, const T
 STABLE_TORCH_LIBRARY_IMPL(ltepass, CPU, m) {
   m.impl("routed_ffn", TORCH_BOX(&routed_ffn));
   m.impl("routed_ffn_with_mask", TORCH_BOX(&routed_ffn_with_mask));
+  m.impl("_dense_above", TORCH_BOX(&dense_above_op));
 }

@@ -138,17 +138,46 @@ def evaluate(
     _print(models.evaluate(str(folder), text.read_text(), wanted, length=length, limit=limit, device=device))
 
 
+@bench_app.command("op")
+def bench_op(
+    cases: Annotated[list[str] | None, typer.Argument(help="Names or patterns such as '7b-*'; all if none.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Only cases for this number of threads.")] = None,
+    seconds: Annotated[float, typer.Option(help="Rough time of the turns of each case.")] = 20.0,
+    repeats: Annotated[int, typer.Option(help="Turns at least.")] = 15,
+    out: Out = Path("lte-bench/op.csv"),
+    plot: Annotated[Path | None, typer.Option(help="An SVG of everything in OUT: time against sparsity.")] = None,
+    show: Annotated[bool, typer.Option("--list", help="Name the cases and stop.")] = False,
+) -> None:
+    """Time the sparse op against dense and against other ways to skip neurons; appends to a CSV."""
+    from ltepass.bench.op import bench
+
+    _print(bench(cases, threads=threads, seconds=seconds, repeats=repeats, out=out, plot=plot, only_list=show))
+
+
 @bench_app.command("model")
 def bench_model(
     folder: Folder,
     text: Annotated[Path, typer.Argument(help="A text file; its first tokens are decoded.")],
-    tokens: Annotated[int, typer.Option(help="Tokens timed on each side.")] = 160,
+    tokens: Annotated[int, typer.Option(help="Tokens decoded in a round.")] = 64,
+    rounds: Annotated[int, typer.Option(help="Rounds of every side.")] = 4,
+    sparsity: Annotated[list[float] | None, typer.Option(help="Sparsity for the knob; as saved if none.")] = None,
+    compiled: Annotated[bool, typer.Option("--compiled", help="torch.compile on every side.")] = False,
+    tokenizer: Annotated[str | None, typer.Option(help="Where the tokenizer is, if not in FOLDER.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A CSV to append to.")] = None,
     device: Device = "cpu",
 ) -> None:
     """Decode speed of a saved model: dense and lowered take turns, and the cap is measured beside them."""
     from ltepass import models
 
-    _print(models.bench(str(folder), text.read_text(), tokens=tokens, device=device))
+    options = models.BenchOptions(
+        tokens=tokens,
+        rounds=rounds,
+        compiled=compiled,
+        sparsities=tuple(sparsity or ()),
+        tokenizer=tokenizer,
+        device=device,
+    )
+    _print(models.bench(str(folder), text.read_text(), out, options))
 
 
 @app.command()

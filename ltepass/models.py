@@ -144,8 +144,8 @@ def train(name: str, text: str, out: Path, options: TrainOptions) -> Report:
         save_strategy="no",
         report_to="none",
     )
-    sets = {"train_dataset": data[:-held_out], "eval_dataset": data[-held_out:]}
-    trainer = ltepass.LTETrainer(model=model, args=args, lte=lte, **sets)
+    train, held = data[:-held_out], data[-held_out:]
+    trainer = ltepass.LTETrainer(model=model, args=args, lte=lte, train_dataset=train, eval_dataset=held)
     trainer.fit()
     ltepass.set_mode(model, "hard")
     model.save_pretrained(out)
@@ -246,25 +246,45 @@ def _small(name: str) -> Any:
         return AutoModelForCausalLM.from_config(config).eval()
 
 
-def bench(folder: str, text: str, *, tokens: int = 160, prompt_tokens: int = 64, device: str = "cpu") -> Any:
-    """A rich table of decode speed, dense and lowered, of a saved model on the first tokens of `text`."""
-    from rich.table import Table
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """Of `ltepass bench model`. sparsities: for the knob; none keeps the saved thresholds. tokenizer: where it lies."""
+
+    tokens: int = 64
+    rounds: int = 4
+    compiled: bool = False
+    sparsities: tuple[float, ...] = ()
+    tokenizer: str | None = None
+    device: str = "cpu"
+
+
+def bench(folder: str, text: str, out: Path | None, options: BenchOptions) -> Any:
+    """A rich table of decode speed, dense and lowered, of a saved model on the first tokens of `text`.
+
+    The same figures are appended to the CSV file `out`. Raises ConfigError where the text is too short.
+    """
     from transformers import AutoTokenizer
 
-    from ltepass.bench.model import bench_model
+    from ltepass.bench import model as timed
+    from ltepass.bench.records import append
+    from ltepass.bench.table import model_table
 
-    model = load(folder, device)
-    ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(text)["input_ids"][: prompt_tokens + tokens])
-    out = bench_model(model, ids.to(model.device), prompt_tokens=prompt_tokens)
-    threads, dtype = torch.get_num_threads(), str(model.dtype).removeprefix("torch.")
-    table = Table("", "tokens/s", "quartiles", title=f"decode, eager, {dtype}, {threads} threads", title_justify="left")
-    for name, spread in out["tokens_per_s"].items():
-        table.add_row(name, f"{spread['median']:.1f}", f"{spread['low']:.1f} .. {spread['high']:.1f}")
-    table.caption = (
-        f"speed-up {out['speedup']:.2f}x, {out['share_of_cap']:.0%} of the cap {out['cap']:.2f}x "
-        f"(active {out['active_share']:.1%}, routers {out['router_share']:.1%} of the FFN bytes)"
+    model = load(folder, options.device)
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer or folder)
+    ids = torch.tensor(tokenizer(text)["input_ids"][: timed.PROMPT_TOKENS + options.tokens])
+    length = min(512, len(tokenizer(text)["input_ids"]))
+    records = timed.bench_model(
+        model,
+        ids.to(model.device),
+        token_blocks(tokenizer, text, length, limit=8),
+        name=Path(folder).resolve().name,
+        how="compiled" if options.compiled else "eager",
+        sparsities=options.sparsities or (None,),
+        rounds=options.rounds,
     )
-    return table
+    if out is not None:
+        append(out, records)
+    return model_table(records)
 
 
 def continue_text(

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from ltepass.errors import LTEError
 from ltepass.kernels import reference, routed_ffn_cpu, traceable
-from ltepass.kernels.routed_ffn_backward import masked_dense
+from ltepass.kernels.routed_ffn_backward import gradients
 
 _ARGUMENTS = (
     "(Tensor x, Tensor router_weight, Tensor? router_bias, Tensor threshold, Tensor up, Tensor? up_bias, Tensor? gate, "
@@ -30,6 +30,8 @@ _library.define(f"routed_ffn{_ARGUMENTS} -> Tensor", tags=(torch.Tag.pt2_complia
 _library.define(f"routed_ffn_with_mask{_ARGUMENTS} -> (Tensor, Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
 # What the C++ kernel calls for a dtype that it has no code for.
 _library.define(f"_plain{_ARGUMENTS} -> (Tensor, Tensor)")
+# The active share from which the C++ kernel leaves this many tokens to PyTorch's own GEMMs; above 1: it never does.
+_library.define("_dense_above(Tensor x, int tokens) -> float")
 
 Args = tuple[Any, ...]
 _N_TENSORS = 10  # every argument but the activation
@@ -116,7 +118,7 @@ class _HardFFN(torch.autograd.Function):
         need = ctx.needs_input_grad
         wanted = (need[0], need[4], need[5], need[6], need[7], need[8], need[9])
         flat = (grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]), active.reshape(-1, active.shape[-1]))
-        grads = masked_dense(*flat, up, up_bias, gate, gate_bias, down, ctx.activation, wanted)
+        grads = gradients(*flat, up, up_bias, gate, gate_bias, down, ctx.activation, wanted)
         dx = None if grads[0] is None else grads[0].reshape(x.shape)
         return (dx, None, None, None, *grads[1:], None)
 

@@ -19,7 +19,7 @@ class Report:
     """sites: every FFN that has a router; refusals: every candidate left alone, with the reason.
 
     modes: router mode by site name; sparsity: measured share of inactive neurons by site name, empty until measured;
-    notes: what lowering kept masked-dense, and why.
+    notes: what lowering kept masked-dense, and why; paths: what the op does on this CPU, for a few numbers of tokens.
     """
 
     sites: list[FFNSite]
@@ -28,6 +28,7 @@ class Report:
     grouping: str
     lowered: str | None
     notes: list[str]
+    paths: list[str] = field(default_factory=list)
     modes: dict[str, str] = field(default_factory=dict)
     sparsity: dict[str, float] = field(default_factory=dict)
 
@@ -63,9 +64,27 @@ def report(model: nn.Module, sparsity: dict[str, float] | None = None) -> Report
         grouping=state.grouping,
         lowered=state.lowered,
         notes=list(state.notes),
+        paths=_paths(model, state) if state.lowered else [],
         modes=_modes(model, state),
         sparsity=dict(sparsity or {}),
     )
+
+
+def _paths(model: nn.Module, state: LTEState) -> list[str]:
+    """One line for each stretch of token counts that the op treats alike, where the model is on the CPU."""
+    from ltepass.ops import which_path
+
+    site = state.sites[0]
+    parameter = model.get_parameter(site.up_rows.param)
+    if parameter.device.type != "cpu":
+        return []
+    tokens: dict[str, list[int]] = {}
+    for T in (1, 2, 8, 32, 128, 512, 2048):
+        path = which_path(T, site.d_model, site.d_ff, site.n_experts, parameter.dtype)
+        tokens.setdefault(path, []).append(T)
+    return [
+        f"{' '.join(map(str, counts))} token{'s' if counts[-1] > 1 else ''}: {path}" for path, counts in tokens.items()
+    ]
 
 
 def _modes(model: nn.Module, state: LTEState) -> dict[str, str]:
@@ -89,8 +108,8 @@ def _tables(report: Report) -> Iterator[Any]:
     yield table
     if report.refusals:
         yield refusals_table(report.refusals)
-    for note in report.notes:
-        yield Text(note)
+    for line in (*report.notes, *report.paths):
+        yield Text(line)
 
 
 _NUMBERS = {"d_model", "d_ff", "group", "experts", "sparsity"}

@@ -128,7 +128,8 @@ def _straight_through(h: Tensor, logits: Tensor, threshold: Tensor) -> Tensor:
     """The hard gate's value, with the gradient of a sigmoid around the threshold."""
     scores = torch.sigmoid(logits - threshold)
     mask = (logits > threshold).to(scores.dtype) + (scores - scores.detach())
-    return (h.unflatten(-1, (logits.shape[-1], -1)) * mask.to(h.dtype).unsqueeze(-1)).flatten(-2)
+    gated: Tensor = h.unflatten(-1, (logits.shape[-1], -1)) * mask.to(h.dtype).unsqueeze(-1)
+    return gated.flatten(-2)
 
 
 # One op in Dynamo's graph, so that a pass finds it without guessing; plain ATen ops for autograd, export and inductor.

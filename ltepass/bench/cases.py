@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -74,13 +76,17 @@ def make_weights(shape: Shape, copies: int, seed: int = 0) -> list[Weights]:
     return [one() for _ in range(copies)]
 
 
+@lru_cache(maxsize=16)
 def decide(shape: Shape, sparsity: float, seed: int = 0) -> Decision:
-    """The router solves logits = +-1 for the given tokens, which has an exact solution while T <= d_model."""
+    """The router is the smallest that gives the tokens logits of +-1; there is one while T is well below d_model."""
     gen = torch.Generator().manual_seed(seed)
     x = torch.randn(shape.tokens, shape.d_model, generator=gen).to(shape.dtype)
     n_active = round((1 - sparsity) * shape.n_experts)
     active = torch.rand(shape.tokens, shape.n_experts, generator=gen).argsort(-1) < n_active
-    router = torch.linalg.lstsq(x.double(), active.double() * 2 - 1, driver="gelsd").solution.T.float().contiguous()
+    wide = x.double()
+    factors = torch.linalg.cholesky(wide @ wide.T)
+    router = torch.cholesky_solve(active.double() * 2 - 1, factors).T.mm(wide).float()
+    assert torch.equal(x.float() @ router.T > 0, active), "the router does not give the decision it was made for"
     return Decision(x=x, router=router, active=active)
 
 
@@ -129,6 +135,23 @@ def dense_compiled(shape: Shape, weights: list[Weights]) -> Contender:
     return lambda i: fns[i % len(fns)](x)
 
 
+def dense_upcast(shape: Shape, weights: list[Weights]) -> Contender:
+    """bf16 weights widened to fp32 a tile at a time, multiplied in fp32: dense at its best where the CPU has no units
+    for bf16 and tokens are many."""
+    x, act = decide(shape, 0.0).x.float(), ACTIVATIONS[shape.activation]
+
+    def linear(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.cat([F.linear(x, tile.float()) for tile in weight.split(1024)], -1)
+
+    def call(i: int) -> Tensor:
+        w = weights[i % len(weights)]
+        h = linear(x, w.up)
+        h = act(h) if w.gate is None else act(linear(x, w.gate)) * h
+        return linear(h, w.down_rows).to(shape.dtype)
+
+    return call
+
+
 def index_select(shape: Shape, weights: list[Weights], sparsity: float) -> Contender:
     """Copy the active rows, then multiply: what a few lines of PyTorch give. One token; the decision costs nothing."""
     d, act = decide(shape, sparsity), ACTIVATIONS[shape.activation]
@@ -159,13 +182,22 @@ def gate_first(shape: Shape, weights: list[Weights], sparsity: float) -> Contend
     return call
 
 
-def single_neurons(shape: Shape, weights: list[Weights], sparsity: float) -> Contender:
+Turned = tuple[Tensor, Tensor | None, Tensor]
+
+
+def turned_weights(weights: Sequence[Weights], copies: int = 2) -> list[Turned]:
+    """up, gate and down with a row for each input, which is what TEAL's kernels read."""
+    return [
+        (w.up.T.contiguous(), None if w.gate is None else w.gate.T.contiguous(), w.down.T) for w in weights[:copies]
+    ]
+
+
+def single_neurons(shape: Shape, turned: Sequence[Turned], sparsity: float) -> Contender:
     """TEAL: an unstructured mask on the input of each linear (largest |value|), read from transposed weights.
 
     One token: h = sum over kept j of x_j up[:, j], and the same for down, whose rows are neurons already.
     """
     d, act = decide(shape, sparsity), ACTIVATIONS[shape.activation]
-    turned = [(w.up.T.contiguous(), None if w.gate is None else w.gate.T.contiguous(), w.down.T) for w in weights]
 
     def kept(v: Tensor, matrix: Tensor) -> Tensor:
         index = v[0].abs().topk(round((1 - sparsity) * v.shape[1]), sorted=False).indices

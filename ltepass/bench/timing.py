@@ -6,9 +6,10 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -56,29 +57,40 @@ def copies_needed(touched_bytes: float, n_contenders: int) -> int:
     return max(2, min(n_contenders + 1, math.ceil(3 * last_level_cache() / touched_bytes)))
 
 
+Name = TypeVar("Name", bound=Hashable)
+WARM_UP = 2  # turns
+LONG = 1.0  # seconds
+
+
 def interleaved(
-    contenders: Mapping[str, Contender], *, seconds: float = 10.0, min_repeats: int = 15, max_repeats: int = 200
-) -> dict[str, Timing]:
+    contenders: Mapping[Name, Contender], *, seconds: float = 10.0, min_repeats: int = 15, max_repeats: int = 200
+) -> dict[Name, Timing]:
     """Times all contenders turn by turn, so that a slow spell of the machine hits each of them alike.
 
     A contender takes the number of the copy of the weights to use. A turn begins with emptied caches and one untimed
     call, since emptying them also threw out the interpreter's and torch's own code, which a running model keeps
-    there. seconds: rough time to spend in all. Two untimed turns come first.
+    there. seconds: rough time to spend in all. The first two turns count for calls above a second only, which no
+    warm-up decides. A contender that alone has used up `seconds` sits out.
     """
     flush = Flush()
-    taken: dict[str, list[float]] = {name: [] for name in contenders}
+    taken: dict[Name, list[float]] = {name: [] for name in contenders}
     start = time.perf_counter()
-    for turn in range(max_repeats + 2):
-        if turn >= min_repeats + 2 and time.perf_counter() - start > seconds:
+    for turn in range(max_repeats + WARM_UP):
+        if turn >= min_repeats + WARM_UP and time.perf_counter() - start > seconds:
+            break
+        going = [name for name in contenders if sum(taken[name]) <= seconds]
+        if not going:
             break
         flush()
-        next(iter(contenders.values()))(turn + len(contenders))
-        for i, (name, call) in enumerate(contenders.items()):
+        first = going[0]
+        if max(taken[first], default=0.0) <= LONG:
+            contenders[first](turn + len(contenders))
+        for i, name in enumerate(going):
             t0 = time.perf_counter()
-            call(turn + i)
-            t1 = time.perf_counter()
-            if turn >= 2:
-                taken[name].append(t1 - t0)
+            contenders[name](turn + i)
+            t = time.perf_counter() - t0
+            if turn >= WARM_UP or t > LONG:
+                taken[name].append(t)
     return {name: Timing.of(s) for name, s in taken.items()}
 
 
@@ -96,6 +108,16 @@ def stream_bandwidth(repeats: int = 7) -> float:
             seconds.append(time.perf_counter() - t0)
         best = max(best, matrix.nbytes / sorted(seconds)[len(seconds) // 2])
     return best
+
+
+def gemm_rate(size: int = 2048, repeats: int = 5) -> float:
+    """Floating-point operations/s of torch.mm on square fp32 matrices with torch's current thread count."""
+    a, seconds = torch.ones(size, size), []
+    for _ in range(repeats):
+        t0 = time.perf_counter()
+        torch.mm(a, a)
+        seconds.append(time.perf_counter() - t0)
+    return 2 * size**3 / sorted(seconds)[repeats // 2]
 
 
 def machine() -> str:

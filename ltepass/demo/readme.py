@@ -16,13 +16,13 @@ BEGIN, END = "<!-- demo table: written by `make readme` -->", "<!-- end of demo 
 KEPT = Path("examples/results/demo.json")
 
 
-def with_table(readme: str, table: str, first: str = BEGIN, last: str = END) -> str:
+def with_table(readme: str, table: str, begin: str = BEGIN, end: str = END) -> str:
     """The README text with what stands between the markers replaced. Raises ValueError where a marker is missing."""
-    before, begin, rest = readme.partition(first)
-    _, end, after = rest.partition(last)
-    if not begin or not end:
-        raise ValueError(f"README.md lacks the lines {first!r} and {last!r}; put them where the table belongs")
-    return f"{before}{first}\n{table}\n{last}{after}"
+    before, found_begin, rest = readme.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found_begin or not found_end:
+        raise ValueError(f"README.md lacks the lines {begin!r} and {end!r}; put them where the table belongs")
+    return f"{before}{begin}\n{table}\n{end}{after}"
 
 
 def main() -> None:

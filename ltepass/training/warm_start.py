@@ -107,7 +107,7 @@ class _SiteFit:
         change = torch.linalg.solve(gram, gated.T @ missing)
         error = float((missing - gated @ change).square().sum() / (h @ weight.float()).square().sum())
         weight.add_(change.to(weight.dtype))
-        fixed = out + (gated @ change).view_as(out).to(out.dtype)
+        fixed: Tensor = out + (gated @ change).view_as(out).to(out.dtype)
         self.fitted(self.site, error)
         return fixed
 

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 import ltepass.ops
 from ltepass.errors import LTEError
-from ltepass.kernels import reference
+from ltepass.kernels import reference, routed_ffn_backward
 
 op = torch.ops.ltepass.routed_ffn
 FROZEN = ("router_weight", "router_bias", "threshold")
@@ -79,6 +79,59 @@ def test_gradients_by_name(recipe: Recipe) -> None:
         torch.testing.assert_close(
             a.grad / scale, b.grad / scale, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("mask", ["random", "none", "one", "all"])
+@pytest.mark.parametrize("layout", ["linear", "neuron_rows", "conv1d"])
+def test_active_pairs_alone_give_the_same_gradients(dtype: torch.dtype, gated: bool, mask: str, layout: str) -> None:
+    recipe = Recipe(T=23, gated=gated, mask=mask, layout=layout, d_out=31)
+    for needs in ((True,) * 7, (False, True, False, False, True, True, False)):
+        args = tuple(a.to(dtype) if isinstance(a, Tensor) else a for a in make(recipe))
+        x, *router, up, up_bias, gate, gate_bias, down, _, activation = args
+        grad = torch.randn(23, 31).to(dtype)
+        active = reference.mask(x, *router)
+        rest = (x, active, up, up_bias, gate, gate_bias, down)
+        wide = tuple(t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in (grad, *rest))
+        ours, stock, exact = (
+            form(*tensors, activation, needs)
+            for form, tensors in (
+                (routed_ffn_backward.per_expert, (grad, *rest)),
+                (routed_ffn_backward.masked_dense, (grad, *rest)),
+                (routed_ffn_backward.masked_dense, wide),
+            )
+        )
+        names = ("x", "up", "up_bias", "gate", "gate_bias", "down", "down_bias")
+        for name, a, b, w in zip(names, ours, stock, exact, strict=True):
+            assert (a is None) == (b is None), name
+            if a is None or b is None or w is None:
+                continue
+            assert (a.shape, a.dtype) == (b.shape, b.dtype), name
+            allowed = 1.5 * (b - w).abs().max() + 2 * torch.finfo(dtype).eps * w.abs().max()
+            assert (a - w).abs().max() <= allowed, name
+
+
+def test_active_pairs_are_used_in_eager_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[int] = []
+
+    def noting(*args: Any) -> Any:
+        used.append(len(args[0]))
+        return per_expert(*args)
+
+    per_expert = routed_ffn_backward.per_expert
+    monkeypatch.setattr(routed_ffn_backward, "per_expert", noting)
+    monkeypatch.setattr(routed_ffn_backward, "LEAST_WORK", 0)
+    monkeypatch.setattr(routed_ffn_backward, "MOST_ACTIVE", 1.0)
+    args = make(Recipe(T=6))
+    x = args[0].detach().requires_grad_()
+    op(x, *args[1:]).sum().backward()
+    assert used == [6]
+    first = torch.func.grad(lambda x: op(x, *args[1:]).square().sum())(args[0])
+    (second,) = torch.autograd.grad(op(x, *args[1:]).square().sum(), x, create_graph=True)
+    assert second.requires_grad
+    assert used == [6]
+    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("wanted", [("x",), ("up",), ("down_bias",), ("gate", "gate_bias"), ("x", "down")])
@@ -220,5 +273,33 @@ def test_import_is_light() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_which_path_is_visible() -> None:
-    assert ltepass.ops.which_path(1, 64, 64, 8, torch.float32) != ltepass.ops.which_path(64, 64, 64, 8, torch.float32)
+def gemms(args: tuple[Any, ...]) -> int:
+    """How many of PyTorch's own linears one call runs."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        op(*args)
+    return sum(event.name == "aten::linear" for event in seen.events())
+
+
+def test_the_path_that_is_told_is_the_path_that_runs() -> None:
+    """The dense one is PyTorch's GEMMs; it is taken from shapes and counts alone."""
+    assert "dense and mask above" in ltepass.ops.which_path(64, 64, 64, 8, torch.float32)
+    assert "dense" not in ltepass.ops.which_path(1, 64, 64, 8, torch.float32)
+    assert "float64" in ltepass.ops.which_path(1, 64, 64, 8, torch.float64)
+    assert gemms(make(Recipe(T=64, mask="all"))) == 3
+    assert gemms(make(Recipe(T=64, mask="all", gated=False))) == 2
+    assert gemms(make(Recipe(T=64, mask="one"))) == 0
+    assert gemms(make(Recipe(T=1, mask="all"))) == 0
+
+
+def test_the_report_of_a_lowered_model_shows_the_paths() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import ltepass
+
+    sizes = dict(hidden_size=32, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, vocab_size=64)
+    model = ltepass.transform(LlamaForCausalLM(LlamaConfig(**sizes)).eval(), config=ltepass.LTEConfig(group_size=8))
+    ltepass.set_mode(model, "hard")
+    assert ltepass.report(model).paths == []
+    shown = str(ltepass.report(ltepass.lower(model)))
+    assert "1 token: C++" in shown
+    assert "dense and mask above" in shown

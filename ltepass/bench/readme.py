@@ -1,0 +1,30 @@
+"""`python -m ltepass.bench.readme` writes README.md's section "Speed" and its plot from the kept measurements."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ltepass.bench.plot import draw
+from ltepass.bench.records import ModelRecord, OpRecord, read
+from ltepass.bench.table import markdown
+from ltepass.demo.readme import with_table
+
+BEGIN, END = "<!-- speed: written by `python -m ltepass.bench.readme` -->", "<!-- end of speed -->"
+FOLDER = Path("examples/results")
+OP_CSV, MODEL_CSV, PLOT = FOLDER / "bench_op.csv", FOLDER / "bench_model.csv", FOLDER / "bench_op.svg"
+
+
+def section(root: Path) -> str:
+    """The text between the markers, from the CSV files below `root`."""
+    return markdown(read(root / OP_CSV, OpRecord), read(root / MODEL_CSV, ModelRecord))
+
+
+def main() -> None:
+    readme = Path("README.md")
+    readme.write_text(with_table(readme.read_text(), section(Path()), BEGIN, END))
+    draw(PLOT, read(OP_CSV, OpRecord))
+    print(f"README.md and {PLOT} now show {OP_CSV} and {MODEL_CSV}")
+
+
+if __name__ == "__main__":
+    main()

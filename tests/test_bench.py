@@ -1,0 +1,217 @@
+"""The benchmark: baselines compute what they claim, decisions are exact, rows are whole, the README shows the CSV."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from ltepass.bench import cases, op, op_cases, readme, table, timing
+from ltepass.bench.cases import Shape
+from ltepass.bench.op_cases import CASES, TARGETS, Case
+from ltepass.bench.records import ModelRecord, OpRecord, append, read
+from ltepass.bench.timing import Timing, interleaved
+from ltepass.cli import app
+from ltepass.demo.readme import with_table
+from ltepass.kernels import reference
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = Shape(tokens=1, d_model=96, d_ff=256, group_size=8)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_every_token_has_its_own_experts_at_exactly_the_sparsity(
+    sparsity: float, dtype: torch.dtype, tokens: int
+) -> None:
+    shape = replace(TINY, tokens=tokens, dtype=dtype)
+    d = cases.decide(shape, sparsity)
+    expected = round((1 - sparsity) * shape.n_experts)
+    assert d.active.sum(-1).eq(expected).all()
+    assert torch.equal(reference.mask(d.x, d.router, None, torch.tensor(0.0)), d.active)
+    if tokens > 1 and sparsity > 0:
+        assert not torch.equal(d.active[0], d.active[1])
+    assert op.union_share(shape, sparsity) == d.active.any(0).float().mean().item()
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_every_contender_computes_what_it_claims(gated: bool) -> None:
+    shape = replace(TINY, gated=gated)
+    weights = cases.make_weights(shape, 2)
+    turned = cases.turned_weights(weights)
+    w, d = weights[1], cases.decide(shape, 0.5)
+    assert torch.equal(w.down, w.down_rows)
+    assert w.down.stride() == (1, shape.d_model)
+
+    def masked(active: torch.Tensor) -> torch.Tensor:
+        return reference.masked_ffn(d.x, active, w.up, None, w.gate, None, w.down, None, "silu")
+
+    sparse, dense = masked(d.active), masked(torch.ones_like(d.active))
+    same: dict[str, tuple[Any, torch.Tensor]] = {
+        "routed": (cases.routed(shape, weights, 0.5), sparse),
+        "row major": (cases.routed(shape, weights, 0.5, row_major=True), sparse),
+        "index_select": (cases.index_select(shape, weights, 0.5), sparse),
+        "every expert on": (cases.routed(shape, weights, 0.0), dense),
+        "dense eager": (cases.dense_eager(shape, weights), dense),
+        "dense upcast": (cases.dense_upcast(shape, weights), dense),
+        "single neurons, none dropped": (cases.single_neurons(shape, turned, 0.0), dense),
+    }
+    if gated:
+        same["gate-first, none dropped"] = (cases.gate_first(shape, weights, 0.0), dense)
+        a = torch.nn.functional.silu(d.x @ w.gate.T)  # type: ignore[union-attr]
+        keep = a.abs() >= a.abs().flatten().sort(descending=True).values[shape.d_ff // 2 - 1]
+        kept = (a * (d.x @ w.up.T) * keep) @ w.down.T
+        same["gate-first"] = (cases.gate_first(shape, weights, 0.5), kept)
+    for name, (call, expected) in same.items():
+        torch.testing.assert_close(call(1), expected, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.slow
+def test_the_compiled_baseline_is_frozen_and_right() -> None:
+    weights = cases.make_weights(TINY, 2)
+    with torch.no_grad():
+        eager, compiled = cases.dense_eager(TINY, weights), cases.dense_compiled(TINY, weights)
+        for i in range(2):
+            torch.testing.assert_close(compiled(i), eager(i), rtol=1e-4, atol=1e-5)
+
+
+def test_turns_are_interleaved() -> None:
+    calls: list[tuple[str, int]] = []
+    both = {"a": lambda i: calls.append(("a", i)), "b": lambda i: calls.append(("b", i))}
+    timings = interleaved(both, seconds=1e9, max_repeats=5)
+    assert timings["a"].repeats == timings["b"].repeats == 5
+    names = [name for name, _ in calls]
+    assert names == ["a", "a", "b"] * 7  # two turns of warm-up; one untimed call begins each turn
+    assert calls[1] != calls[4]  # another copy of the weights
+
+
+def test_a_slow_contender_sits_out_and_its_first_turns_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    calls: list[str] = []
+
+    def contender(name: str, seconds: float) -> Any:
+        def call(i: int) -> None:
+            calls.append(name)
+            clock[0] += seconds
+
+        return call
+
+    sides = {"slow": contender("slow", 8.0), "fast": contender("fast", 0.5)}
+    timings = interleaved(sides, seconds=10.0, min_repeats=4)
+    assert timings["slow"].repeats == 2
+    assert timings["fast"].repeats == 4
+    assert calls[:3] == ["slow", "slow", "fast"]
+    assert calls.count("slow") == 3
+
+
+def test_quantiles_are_of_the_sorted_times() -> None:
+    t = Timing.of([5.0, 1.0, 2.0, 4.0, 3.0])
+    assert (t.p20, t.median, t.p80, t.repeats) == (2.0, 3.0, 5.0, 5)
+
+
+@pytest.fixture
+def tiny_case(monkeypatch: pytest.MonkeyPatch) -> Case:
+    """A case that takes no time; nothing is compiled."""
+    case = Case(name="7b-fp32-1", shape=TINY, threads=1, peers=True)
+    monkeypatch.setattr(op, "CASES", (case,))
+    monkeypatch.setattr(table, "CASES", (case,))
+    monkeypatch.setattr(op, "stream_bandwidth", lambda: 10e9)
+    monkeypatch.setattr(op, "gemm_rate", lambda: 50e9)
+    monkeypatch.setattr(cases, "dense_compiled", cases.dense_eager)
+    return case
+
+
+def test_the_command_appends_whole_rows_and_draws(tiny_case: Case, tmp_path: Path) -> None:
+    out, plot = tmp_path / "op.csv", tmp_path / "op.svg"
+    common = ["bench", "op", "7b-*", "--out", str(out), "--seconds", "1", "--repeats", "2"]
+    for _ in range(2):
+        result = CliRunner().invoke(app, [*common, "--plot", str(plot)], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+    records = read(out, OpRecord)
+    names = {(r.contender, r.sparsity) for r in records}
+    assert {("dense eager", 0.0), ("dense compiled", 0.0), ("index_select", 0.9), ("gate-first", 0.5)} <= names
+    assert {s for name, s in names if name == "routed"} == set(op_cases.SPARSITIES)
+    assert len(records) == 2 * len(names)
+    for r in records:
+        assert all(getattr(r, f.name) not in ("", None) for f in fields(r) if f.name not in ("path", "case"))
+        assert 0 < r.p20_ms <= r.median_ms <= r.p80_ms
+        assert bool(r.path) == (r.contender == "routed")
+    routed = next(r for r in records if (r.contender, r.sparsity) == ("routed", 0.5))
+    weight_bytes = 3 * 96 * 256 * 4
+    router_bytes = 32 * 96 * 4
+    assert routed.byte_ideal_ms == pytest.approx(1e3 * (weight_bytes / 2 + router_bytes) / 10e9, rel=1e-3)
+    cats = next(r for r in records if (r.contender, r.sparsity) == ("gate-first", 0.5))
+    assert cats.byte_ideal_ms == pytest.approx(1e3 * weight_bytes * 2 / 3 / 10e9, rel=1e-3)
+    assert "<svg" in plot.read_text()
+
+
+def test_a_case_that_does_not_exist_is_refused(tiny_case: Case, tmp_path: Path) -> None:
+    from ltepass.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="no case matches 'nothing-\\*'"):
+        CliRunner().invoke(app, ["bench", "op", "nothing-*"], catch_exceptions=False)
+    listed = CliRunner().invoke(app, ["bench", "op", "--list"]).output
+    assert "7b-fp32-1: T=1, 96 x 256, fp32, 1 thread" in listed
+
+
+def record(contender: str, sparsity: float, ms: float, ideal: float, **more: Any) -> OpRecord:
+    """A made-up measurement of the case 7b-fp32-1."""
+    values = {f.name: {"int": 1, "float": 1.0, "bool": True, "str": "x"}[str(f.type)] for f in fields(OpRecord)}
+    values |= {"case": "7b-fp32-1", "contender": contender, "sparsity": sparsity, "run": "2026-01-01"}
+    values |= {"median_ms": ms, "byte_ideal_ms": ideal, "bound_ms": ideal}
+    return OpRecord(**values | more)  # type: ignore[arg-type]
+
+
+def test_verdicts_follow_the_newest_run_and_the_best_baseline() -> None:
+    run = [
+        record("dense eager", 0.0, 12.0, 10.0),
+        record("dense compiled", 0.0, 10.0, 10.0),
+        record("routed", 0.5, 5.2, 5.0),
+        record("routed", 0.75, 4.0, 2.5),
+    ]
+    older = [replace(r, run="2025-01-01", median_ms=1.0) for r in run]
+    target = TARGETS[0]
+    assert target.of_ideal
+    half, three_quarters, missing = table.judge(target, table.latest([*run, *older])["7b-fp32-1"])
+    assert missing is None
+    assert half is not None
+    assert half.value == pytest.approx((10 / 5.2) / 2)
+    assert half.met
+    assert half.ceiling == pytest.approx(1.0)
+    assert three_quarters is not None
+    assert three_quarters.value == pytest.approx((10 / 4) / 4)
+    assert not three_quarters.met
+    shown = table.markdown(run, [])
+    assert "0.96 / 0.62 / -" in shown
+    assert "| no |" in shown
+    assert "Whole token: not measured." in shown
+
+
+def test_targets_name_cases_that_exist_and_measure_what_they_need() -> None:
+    known = {case.name: case for case in CASES}
+    for target in TARGETS:
+        assert len(target.values) == len(target.at)
+        assert set(target.at) <= set(op_cases.SPARSITIES)
+        assert set(target.cases) <= known.keys()
+    assert len(known) == len(CASES)
+
+
+def test_records_survive_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    rows = [record("routed", s, 1.25, 0.5, gated=s > 0.5) for s in (0.5, 0.75)]
+    append(path, rows[:1])
+    append(path, rows[1:])
+    assert read(path, OpRecord) == rows
+    assert read(tmp_path / "none.csv", ModelRecord) == []
+
+
+def test_the_readme_shows_the_kept_measurements() -> None:
+    text = (ROOT / "README.md").read_text()
+    shown = with_table(text, readme.section(ROOT), readme.BEGIN, readme.END)
+    assert shown == text, "run `python -m ltepass.bench.readme`"
