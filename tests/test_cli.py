@@ -41,7 +41,7 @@ def no_ffn() -> tuple[nn.Module, Any]:
 
 
 def run(*arguments: str) -> str:
-    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    done = CliRunner(env={"COLUMNS": "200"}).invoke(app, arguments, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return done.output
 
