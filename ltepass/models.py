@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -104,7 +104,7 @@ def _experts(captured: Captured, stack: ExpertStack) -> Refusal:
 
 
 def _without_ties(found: Iterable[Found], captured: list[Captured]) -> tuple[list[FFNSite], list[Refusal]]:
-    """One site for each module of an FFN, however often it is called; refused where something else reads its parameters.
+    """One site for each module of an FFN, however often it is called; refused where others read its parameters.
 
     Else permuting its neurons, or gating them in one place, would change what the other place computes. Modules that
     share all of an FFN's weights (Zamba's blocks) are a site each, with a router each and one order of the neurons.
