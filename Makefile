@@ -35,6 +35,7 @@ test: $(STAMP)
 
 deep: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow $(ARGS)
+	$(BIN)/python -m pytest -q --hypothesis-profile=deep tests/properties
 
 check: $(STAMP)
 	$(BIN)/ruff check $(SOURCES)

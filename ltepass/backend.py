@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 from ltepass import ops as ops  # registers the op that the pass emits
 from ltepass.dataflow import is_gate
 from ltepass.kernels import tuning
-from ltepass.passes.lower_routed_ffn import LowerRoutedFFN
+from ltepass.passes.lower_routed_ffn import LowerRoutedFFN, router_path
 from ltepass.router import Router as Router  # registers ltepass::gate, whose name graphs carry
 
 log = logging.getLogger("ltepass")
@@ -44,18 +44,25 @@ def lte(
     *,
     mode: str | None = None,
     options: dict[str, Any] | None = None,
+    kept: Callable[[str, str], None] | None = None,
 ) -> Callable[..., Any]:
-    """Dynamo's backend signature. mode, options: as torch.compile has them for inductor."""
+    """Dynamo's backend signature. mode, options: as torch.compile has them for inductor.
+
+    kept: is told the path of the router and the reason for each gate that stays masked-dense.
+    """
     from torch._inductor.compile_fx import compile_fx
 
     gates = sum(is_gate(n) for n in gm.graph.nodes)
-    lowered, notes = 0, list[str]()
+    lowered, notes = 0, dict[str, str]()
     if gates and not _trains(example_inputs):
         lowered, notes = LowerRoutedFFN()(gm)
     elif gates:
-        notes = ["the graph is traced with gradients: gates stay as they are"]
-    history.append(CompiledGraph(gates=gates, lowered=lowered, notes=notes))
-    log.info("lte backend: %d gates, %d lowered%s", gates, lowered, "".join(f"; {n}" for n in notes))
+        notes = {router_path(n): "the graph is traced with gradients" for n in gm.graph.nodes if is_gate(n)}
+    for path, reason in notes.items() if kept is not None else ():
+        kept(path, reason)
+    lines = [f"{path}: {reason}" for path, reason in notes.items()]
+    history.append(CompiledGraph(gates=gates, lowered=lowered, notes=lines))
+    log.info("lte backend: %d gates, %d lowered%s", gates, lowered, "".join(f"; {line}" for line in lines))
     if not any(g.gates for g in history) and not _holds_op(gm) and len(history) == 1:
         warnings.warn(
             "torch.compile(backend='lte') got a graph with no gate; expected a model that ltepass.transform changed, "

@@ -96,12 +96,14 @@ def start_from(model: nn.Module, samples: dict[str, Sample], *, grouping: str | 
     state = require_state(model, "calibrate")
     method = grouping or state.config["grouping"]
     method = "coactivation" if method == "auto" else method
+    orders: dict[Any, Tensor] = {}  # sites that share their weights share their order
     for site in state.sites:
         sample = samples[site.name]
         if method != state.grouping and method != "identity":
-            permutation = site_permutation(model, site, method, sample, state.config["seed"])
-            permute_site(model, site, permutation)
-            sample.h = sample.h[:, permutation]
+            if site.neurons not in orders:
+                orders[site.neurons] = site_permutation(model, site, method, sample, state.config["seed"])
+                permute_site(model, site, orders[site.neurons])
+            sample.h = sample.h[:, orders[site.neurons]]
         start_router(model, site, sample, state.config["target_sparsity"])
     state.grouping = method
 

@@ -7,6 +7,7 @@ The training flag, RNG state, hooks, buffers and caches of the model are as befo
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 import random
@@ -31,11 +32,13 @@ class Captured:
 
     prefix: path of the captured part in the root, "" for all of it.
     aliases: paths of modules that the root holds under several, to the first of them.
+    sharers: names of parameters that several modules hold, to the paths of these modules.
     """
 
     flow: Flow
     prefix: str = ""
     aliases: Mapping[str, str] = field(default_factory=dict)
+    sharers: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def stack(self, node: Node) -> list[str]:
         """Paths of the module calls that a node stands in, outermost first; [""] is the root."""
@@ -65,13 +68,8 @@ def join(*paths: str) -> str:
     return ".".join(p for p in paths if p)
 
 
-def capture(model: nn.Module, example_inputs: Any = None) -> Captured:
-    """One ATen graph of the model.
-
-    example_inputs: a tuple (args), a dict (kwargs), one tensor, or None for a Hugging Face model, which makes its own.
-    Raises CaptureError with the tracer's own words where the model or the inputs cannot be traced.
-    """
-    args, kwargs = split_inputs(example_inputs if example_inputs is not None else make_example_inputs(model))
+def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Captured:
+    """One ATen graph of the model. Raises CaptureError with the tracer's own words where it cannot be traced."""
     if isinstance(model, GraphModule):
         return _capture_graph_module(model, args, kwargs)
     return export_module(model, model, args, kwargs)
@@ -99,7 +97,7 @@ def export_module(
     constants = {literals[n.name]: n for n in program.graph.nodes if n.name in literals}
     values = {k: program.constants[k] for k in constants if isinstance(program.constants.get(k), Tensor)}
     flow = Flow(program.graph_module, {**leaves, **{constants[k]: k for k in constants}}, values)
-    return Captured(flow=flow, prefix=prefix, aliases=_aliases(root))
+    return Captured(flow=flow, prefix=prefix, aliases=_aliases(root), sharers=_sharers(root))
 
 
 def _tensor(part: nn.Module, name: str) -> Any:
@@ -110,6 +108,15 @@ def _tensor(part: nn.Module, name: str) -> Any:
 def _aliases(root: nn.Module) -> dict[str, str]:
     first = {id(m): path for path, m in root.named_modules()}
     return {path: first[id(m)] for path, m in root.named_modules(remove_duplicate=False) if first[id(m)] != path}
+
+
+def _sharers(root: nn.Module) -> dict[str, list[str]]:
+    first: dict[int, str] = {}
+    holders: dict[str, list[str]] = {}
+    for path, module in root.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            holders.setdefault(first.setdefault(id(parameter), join(path, name)), []).append(path)
+    return {name: paths for name, paths in holders.items() if len(paths) > 1}
 
 
 def _capture_graph_module(gm: GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Captured:
@@ -153,6 +160,11 @@ def _bind(placeholders: Sequence[Node], args: Sequence[Any], kwargs: Mapping[str
     return out
 
 
+def inputs_of(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(args, kwargs) of a tuple (args), a dict (kwargs), one tensor, or None: a Hugging Face model makes its own."""
+    return split_inputs(make_example_inputs(model) if example_inputs is None else example_inputs)
+
+
 def split_inputs(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """(args, kwargs) of example inputs in any accepted form."""
     if isinstance(example, Tensor):
@@ -174,10 +186,11 @@ def _describe(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
 
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """RNG state, and every module's attributes, buffers and hooks, as before; export's own chatter kept quiet."""
+    """RNG state, every module's attributes and the containers in them as before; export's own chatter kept quiet."""
     rng, python_rng = torch.get_rng_state(), random.getstate()
     cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    kept = [(m, dict(m.__dict__), dict(m._buffers), dict(m._parameters)) for m in model.modules()]
+    kept = [(m.__dict__, dict(m.__dict__)) for m in model.modules()]
+    kept += [(v, copy.copy(v)) for _, was in kept for v in was.values() if isinstance(v, (dict, list, set))]
     loggers = [logging.getLogger(name) for name in ("torch.export", "torch._subclasses.fake_tensor")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -192,14 +205,16 @@ def untouched(model: nn.Module) -> Iterator[None]:
         random.setstate(python_rng)
         if cuda_rng:
             torch.cuda.set_rng_state_all(cuda_rng)
-        for module, attributes, buffers, parameters in kept:
-            _restore(module.__dict__, attributes)
-            _restore(module._buffers, buffers)
-            _restore(module._parameters, parameters)
+        for now, before in kept:
+            _restore(now, before)
 
 
-def _restore(now: dict[str, Any], before: dict[str, Any]) -> None:
+def _restore(now: Any, before: Any) -> None:
     """Only where something changed: an attribute may be watched."""
-    if now.keys() != before.keys() or any(now[k] is not before[k] for k in before):
+    if isinstance(now, dict):
+        same = now.keys() == before.keys() and all(now[k] is before[k] for k in before)
+    else:
+        same = [id(v) for v in now] == [id(v) for v in before]
+    if not same:
         now.clear()
-        now.update(before)
+        (now.extend if isinstance(now, list) else now.update)(before)

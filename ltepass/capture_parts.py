@@ -8,18 +8,29 @@ A part that does not export is left to its children: an FFN module is small, and
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from ltepass.capture import Captured, capture, export_module, join, split_inputs, untouched
+from ltepass.capture import Captured, capture, export_module, inputs_of, join, split_inputs, untouched
 from ltepass.errors import CaptureError
 from ltepass.example_inputs import TOKENS, make_example_inputs
 
+# Raised where the code needs a value, which a fake tensor does not have: the inputs may be right.
+_ONLY_UNDER_FAKE_TENSORS = (
+    fake_tensor.DataDependentOutputException,
+    fake_tensor.DynamicOutputShapeException,
+    fake_tensor.UnsupportedFakeTensorException,
+    fake_tensor.UnsupportedOperatorException,
+    GuardOnDataDependentSymNode,
+)
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -32,13 +43,21 @@ class Captures:
 
 
 def capture_all(model: nn.Module, example_inputs: Any = None) -> Captures:
-    """Every part of the model that can be traced. Raises CaptureError where nothing can."""
+    """Every part of the model that can be traced.
+
+    Raises CaptureError where nothing can, where the model takes inputs that cannot be made up, and where it does not
+    take the ones that were given.
+    """
+    args, kwargs = inputs_of(model, example_inputs)
     try:
-        whole = capture(model, example_inputs)
+        whole = capture(model, args, kwargs)
     except CaptureError as error:
         if isinstance(model, GraphModule):
             raise
-        found = _Parts(model, _recorded_calls(model, example_inputs))
+        calls, failure = _recorded_calls(model, args, kwargs)
+        if example_inputs is not None and failure is not None and not isinstance(failure, _ONLY_UNDER_FAKE_TENSORS):
+            raise
+        found = _Parts(model, calls)
         for name, child in model.named_children():
             found.add(name, child)
         if not found.captures.graphs:
@@ -72,7 +91,10 @@ def _unreached(model: nn.Module, reached: set[str], path: str = "") -> Iterator[
 
 
 def _linears(module: nn.Module) -> int:
-    return sum(_width(m) is not None for m in module.modules())
+    """Matrices below a module: of linears, and bare parameters of a class that is no layer of torch."""
+    bare = [m for m in module.modules() if not type(m).__module__.startswith("torch.nn") and _width(m) is None]
+    matrices = sum(p.dim() in (2, 3) for m in bare for p in m.parameters(recurse=False))
+    return matrices + sum(_width(m) is not None for m in module.modules())
 
 
 def _width(module: nn.Module) -> int | None:
@@ -154,16 +176,13 @@ def _one_tensor(module: nn.Module) -> Call | None:
     return (like.new_zeros(1, TOKENS, width),), {}
 
 
-def _recorded_calls(model: nn.Module, example_inputs: Any) -> dict[str, Call]:
-    """What each module was called with in a run under fake tensors; the run may end early, nothing is computed."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    try:
-        args, kwargs = split_inputs(example_inputs if example_inputs is not None else make_example_inputs(model))
-    except CaptureError:
-        return {}
+def _recorded_calls(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[dict[str, Call], Exception | None]:
+    """What each module was called with in a run under fake tensors, which compute nothing, and how the run failed."""
     calls: dict[str, Call] = {}
     handles = []
+    failure = None
 
     def recorder(path: str) -> Any:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -175,14 +194,14 @@ def _recorded_calls(model: nn.Module, example_inputs: Any) -> dict[str, Call]:
         for path, module in model.named_modules():
             handles.append(module.register_forward_pre_hook(recorder(path), with_kwargs=True))
         try:
-            fake = torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
+            fake = torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, (tuple(args), dict(kwargs)))
             model(*fake[0], **fake[1])
-        except Exception:  # data-dependent code ends the run: what was called before is known
-            pass
+        except Exception as e:  # what was called before is known
+            failure = e
         finally:
             for handle in handles:
                 handle.remove()
-    return {path: (_plain(args), _plain(kwargs)) for path, (args, kwargs) in calls.items()}
+    return {path: (_plain(args), _plain(kwargs)) for path, (args, kwargs) in calls.items()}, failure
 
 
 def _plain(tree: Any) -> Any:

@@ -50,21 +50,40 @@ def inspect(
     group_size: GroupSize = None,
 ) -> None:
     """Show the FFN sites that transform would find, and why other candidates are refused. Needs no weights."""
-    from ltepass.models import inspect_model
+    import time
 
+    from ltepass.models import inspect_model, peak_memory
+
+    start = time.perf_counter()
     _print(inspect_model(model, group_size=group_size))
+    typer.echo(f"found in {time.perf_counter() - start:.1f} s; peak memory of the process {peak_memory() / 1e9:.2f} GB")
 
 
 @app.command()
 def coverage(
-    types: Annotated[
-        list[str] | None, typer.Argument(help="Model types of transformers; all causal LMs if none.")
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Model types or families; every causal LM and family if none.")
     ] = None,
+    out: Annotated[Path | None, typer.Option(help="Where coverage.csv and coverage.md go.")] = None,
+    jobs: Annotated[int, typer.Option(help="Processes at a time, one thread each.")] = 1,
+    timeout: Annotated[float, typer.Option(help="Seconds that one architecture may take.")] = 180.0,
 ) -> None:
-    """Which architectures of transformers are found, each as a small model on the meta device."""
-    from ltepass.models import coverage_table
+    """Transform, gate and lower a tiny model of every architecture, and compare what each computes."""
+    from ltepass import census
 
-    _print(coverage_table(types))
+    rows = []
+    for row in census.take_census(names or (), jobs=jobs, timeout=timeout):
+        typer.echo(census.line_of(row))
+        rows.append(row)
+        if out is not None:
+            census.write_table(rows, out)  # after each: a run that is stopped keeps what it has
+    for line in census.summary_lines(rows):
+        typer.echo(line)
+    lacking = {row.name: missing for row in rows if (missing := census.unexplained(row))}
+    for name, missing in lacking.items():
+        typer.echo(f"{name}: no reason is known for {', '.join(missing)}", err=True)
+    if lacking:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -1,6 +1,6 @@
-"""The census behind `ltepass coverage`: what transform does to every architecture, each checked in its own process.
+"""One row of the census behind `ltepass coverage`: what transform does to one architecture.
 
-A row says what was captured, found and refused, and whether the gated model still computes the same: dense mode against
+It says what was captured, found and refused, and whether the gated model still computes the same: dense mode against
 the original, and the lowered model against hard mode in eager, the decisions first and then the values.
 """
 
@@ -11,7 +11,7 @@ import re
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,26 +19,42 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ltepass.sites import require_state
+from ltepass import registration
+from ltepass.config import LTEConfig
+from ltepass.errors import CaptureError, LoweringError, NoFFNFoundError
+from ltepass.passes import transform_passes
+from ltepass.pipeline import Job, run_passes
+from ltepass.sites import Refusal, require_state, routers_of
 
-TIMEOUT_S = 180.0
-MEMORY_BYTES = 8 << 30  # address space of one check; torch alone maps about 2 GB
-DENSE_TOLERANCE = 1e-5  # relative, fp32
+TOLERANCE = 1e-5  # relative to the largest output value, fp32
+GROUP_SIZE = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A model in eval mode, the kwargs that it runs with, and what transform gets (None: it makes its own)."""
+
+    model: nn.Module
+    inputs: dict[str, Any]
+    traced: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One architecture.
 
-    status: "ok"; "no dense FFN"; or the step that failed: "build", "capture", "transform", "dense", "masks", "lowered".
-    named: dense down projections that go by a usual name; found: those of them that are sites; the difference stands in
-        `unfound`. refusals: "check: reason" by number of places. errors are relative to the largest output value.
+    status: "ok"; "no dense FFN"; or the step that failed: "build", "capture", "transform", "dense", "masks", "lowered",
+        "stopped" (time or memory).
+    graphs, nodes: of the capture. named: linears with a usual name of a dense FFN's second one; found: those of them
+        that are sites; the difference stands in `unfound`.
+    refusals: "check: reason" by number of places. Errors are relative to the largest output value.
+    gates_act: whether hard mode at a random start changes the output, so that the comparisons mean something.
     """
 
     name: str
     model: str = ""
     status: str = "ok"
-    graphs: str = ""
+    graphs: int = 0
     nodes: int = 0
     sites: int = 0
     kinds: str = ""
@@ -59,7 +75,7 @@ class Row:
 
 # The usual names of a dense FFN's second linear. An independent check of the finder, which knows no names.
 _DOWN_NAMES = re.compile(
-    r"(.*\.)?(down_proj|fc2|fc_out|fc_down|w2|wo|dense_4h_to_h|lin2|linear2|linear_2|c_proj|proj_down|mlp\.2|"
+    r"(.*\.)?(down_proj|fc2|fc_out|fc_down|w2|wo|dense_4h_to_h|lin2|linear2|linear_2|dense2|c_proj|proj_down|mlp\.2|"
     r"(intermediate|ffn|mlp)\.(output|out_proj|dense_out)|(?<!attention\.)output\.dense|ffn_output|output_linear|out_lin)"
 )
 _NOT_FFN = re.compile(r".*(attn|attention|(?<!shared_)experts|mixer|pooler|embed|patch|projector|vision_adapter).*")
@@ -77,6 +93,79 @@ def named_downs(model: nn.Module) -> set[str]:
     }
 
 
+def examine(name: str, make: Callable[[], Example]) -> Row:
+    """The row of one architecture; never raises: an error is a status and a detail."""
+    start = time.perf_counter()
+    row = Row(name=name, status="build")
+    try:
+        example = make()
+        before = _run(example)
+        row = replace(row, model=type(example.model).__name__, named=len(named_downs(example.model)))
+        row = _transformed(row, example)
+        row = _compared(row, example, before) if row.status == "ok" else row
+    except Exception as e:
+        said = str(e).strip().splitlines() or [""]
+        where = traceback.extract_tb(e.__traceback__)[-1]
+        detail = f"{type(e).__name__}: {said[0][:240]} ({os.path.basename(where.filename)}:{where.lineno})"
+        row = replace(row, detail=detail)
+    return replace(row, seconds=round(time.perf_counter() - start, 1))
+
+
+def _run(example: Example) -> Tensor:
+    """The first floating output that is no scalar; some models draw random numbers in their forward."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        output = example.model(**example.inputs)
+    leaves = torch.utils._pytree.tree_leaves(dict(output) if hasattr(output, "items") else output)
+    return next(t for t in leaves if isinstance(t, Tensor) and t.is_floating_point() and t.dim())
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    finite = torch.isfinite(b)
+    assert torch.equal(finite, torch.isfinite(a)), "one output is infinite where the other is not"
+    a, b = a[finite].double(), b[finite].double()
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
+
+
+def _counted(texts: Iterable[str]) -> str:
+    return "; ".join(f"{n} x {text}" if n > 1 else text for text, n in sorted(Counter(texts).items()))
+
+
+def _refused(refusals: Iterable[Refusal]) -> str:
+    """Reasons by number of places; nodes' numbers and the tracer's own words would differ from run to run."""
+    return _counted(
+        f"{r.check}: {re.sub(r'_[0-9]+', '', r.reason.partition(' (the whole model')[0])}" for r in refusals
+    )
+
+
+def _transformed(row: Row, example: Example) -> Row:
+    """What `ltepass.transform` does, keeping the job, which knows the graphs."""
+    model, expected = example.model, named_downs(example.model)
+    job = Job(model=model, config=LTEConfig(group_size=GROUP_SIZE, grouping="random"), example_inputs=example.traced)
+    try:
+        run_passes(transform_passes(), job)
+        status = "ok"
+    except CaptureError as e:
+        return replace(row, status="capture", detail=str(e)[:300], unfound=" ".join(sorted(expected)))
+    except NoFFNFoundError:
+        status = "transform" if expected else "no dense FFN"
+    if status == "ok":
+        registration.attach(model)
+    downs = {s.down for s in job.sites}
+    return replace(
+        row,
+        status=status,
+        graphs=len(job.captured),
+        nodes=sum(len(c.flow.gm.graph.nodes) for c in job.captured),
+        sites=len(job.sites),
+        kinds=" ".join(sorted({s.kind for s in job.sites})),
+        activations=" ".join(sorted({s.activation for s in job.sites})),
+        found=len(expected & downs),
+        unfound=" ".join(sorted(expected - downs)),
+        refusals=_refused(job.refusals),
+    )
+
+
 class _Decisions(TorchDispatchMode):
     """The decision of every lowered op that runs: the op's own mask, by the address of the router's weight."""
 
@@ -92,126 +181,49 @@ class _Decisions(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _eager_decisions(model: nn.Module) -> tuple[dict[int, list[Tensor]], list[Any]]:
-    """Hooks that note each router's decision in eager hard mode."""
-    from ltepass.sites import routers_of
-
+def _hard_in_eager(example: Example) -> tuple[Tensor, dict[int, list[Tensor]]]:
+    """Hard mode's output, and each router's decisions by the address of its weight."""
     masks: dict[int, list[Tensor]] = {}
 
     def note(router: Any, args: Any, logits: Tensor) -> None:
         masks.setdefault(router.weight.data_ptr(), []).append(logits > router.threshold)
 
-    return masks, [r.register_forward_hook(note) for r in routers_of(model)]
-
-
-def first_tensor(output: Any) -> Tensor:
-    """The first floating tensor of a model's output."""
-    leaves = torch.utils._pytree.tree_leaves(dict(output) if hasattr(output, "items") else output)
-    return next(t for t in leaves if isinstance(t, Tensor) and t.is_floating_point())
-
-
-def _relative(a: Tensor, b: Tensor) -> float:
-    finite = torch.isfinite(b)
-    assert torch.equal(finite, torch.isfinite(a))
-    a, b = a[finite].double(), b[finite].double()
-    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
-
-
-def examine(name: str, make: Callable[[], tuple[nn.Module, Any, Any]]) -> Row:
-    """One row. make: returns (model in eval mode, example inputs for transform or None, kwargs to run it with)."""
-    start = time.perf_counter()
-    row = Row(name=name, status="build")
+    hooks = [r.register_forward_hook(note) for r in routers_of(example.model)]
     try:
-        model, example, inputs = make()
-        row = replace(row, model=type(model).__name__, named=len(named_downs(model)))
-        for step in (_transformed, _dense_equal, _lowered_equal):
-            row = step(row, model, example, inputs)
-            if row.status != "ok":
-                break
-    except Exception as e:
-        said = str(e).strip().splitlines() or [""]
-        where = traceback.extract_tb(e.__traceback__)[-1]
-        detail = f"{type(e).__name__}: {said[0][:240]} ({os.path.basename(where.filename)}:{where.lineno})"
-        row = replace(row, detail=detail)
-    return replace(row, seconds=round(time.perf_counter() - start, 1))
+        return _run(example), masks
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
-def _transformed(row: Row, model: nn.Module, example: Any, inputs: Any) -> Row:
+def _compared(row: Row, example: Example, before: Tensor) -> Row:
     import ltepass
-    from ltepass.errors import CaptureError, NoFFNFoundError
 
-    row = replace(row, status="transform")
-    with torch.no_grad():
-        model._census_before = first_tensor(model(**inputs))  # type: ignore[assignment]
-    expected = named_downs(model)
-    try:
-        ltepass.transform(model, example, ltepass.LTEConfig(group_size=8))
-    except CaptureError as e:
-        return replace(row, status="capture", detail=str(e)[:300])
-    except NoFFNFoundError as e:
-        text = str(e).partition("refusals:\n")[2]
-        return replace(
-            row,
-            status="no dense FFN" if not expected else "transform",
-            refusals=text.strip(),
-            unfound=" ".join(sorted(expected)),
-        )
-    state = require_state(model, "the census")
-    downs = {s.down for s in state.sites}
-    counts = Counter(f"{r.check}: {r.reason}" for r in state.refusals)
-    return replace(
-        row,
-        status="ok",
-        sites=len(state.sites),
-        kinds=" ".join(sorted({s.kind for s in state.sites})),
-        activations=" ".join(sorted({s.activation for s in state.sites})),
-        found=len(expected & downs),
-        unfound=" ".join(sorted(expected - downs)),
-        refusals="; ".join(f"{n} x {text}" if n > 1 else text for text, n in counts.items()),
-    )
-
-
-def _dense_equal(row: Row, model: nn.Module, example: Any, inputs: Any) -> Row:
-    before: Tensor = model.__dict__.pop("_census_before")
-    with torch.no_grad():
-        error = _relative(first_tensor(model(**inputs)), before)
-    model._census_dense = before  # type: ignore[assignment]
-    return replace(row, dense_error=error, status="ok" if error <= DENSE_TOLERANCE else "dense")
-
-
-def _lowered_equal(row: Row, model: nn.Module, example: Any, inputs: Any) -> Row:
-    import ltepass
-    from ltepass.sites import routers_of
-
-    dense: Tensor = model.__dict__.pop("_census_dense")
+    model = example.model
+    error = _relative(_run(example), before)
+    row = replace(row, dense_error=error, status="dense")
+    if error > TOLERANCE:
+        return row
     for router in routers_of(model):
         router.mode = "hard"
-    wanted, hooks = _eager_decisions(model)
-    with torch.no_grad():
-        hard = first_tensor(model(**inputs))
-    for hook in hooks:
-        hook.remove()
-    row = replace(row, status="lowered", gates_act=len(wanted) == row.sites and _relative(hard, dense) > 1e-4)
+    hard, wanted = _hard_in_eager(example)
+    row = replace(row, status="lowered", gates_act=_relative(hard, before) > 1e-4)
     try:
         ltepass.lower(model)
-    except ltepass.errors.LoweringError as e:
-        return replace(
-            row, status="ok", kept="; ".join(dict.fromkeys(line.partition(": ")[2] for line in str(e).splitlines()[1:]))
-        )
-    state = require_state(model, "the census")
-    with torch.no_grad(), _Decisions() as seen:
-        lowered = first_tensor(model(**inputs))
+    except LoweringError as e:  # its text has one line for each site
+        return replace(row, status="ok", kept=_counted(t.partition(": ")[2] for t in str(e).splitlines()[1:]))
+    with _Decisions() as seen:
+        lowered = _run(example)
     same = all(
         len(masks) == len(wanted[key]) and all(torch.equal(a, b) for a, b in zip(masks, wanted[key], strict=True))
         for key, masks in seen.masks.items()
     )
     error = _relative(lowered, hard)
-    kept = Counter(note.partition(": ")[2] for note in state.notes)
     return replace(
         row,
         lowered=len(seen.masks),
         masks_equal=same,
         lowered_error=error,
-        kept="; ".join(f"{n} x {text}" if n > 1 else text for text, n in kept.items()),
-        status="masks" if not same else "lowered" if error > DENSE_TOLERANCE else "ok",
+        kept=_counted(note.partition(": ")[2] for note in require_state(model, "the census").notes),
+        status="masks" if not same else "lowered" if error > TOLERANCE else "ok",
     )

@@ -25,7 +25,8 @@ from ltepass import router as router  # registers ltepass::gate
 # Pointwise in meaning, without the tag in ATen.
 _EXTRA_POINTWISE = frozenset(
     "dropout to type_as float half bfloat16 double hardswish hardtanh prelu elu celu where masked_fill "
-    "alpha_dropout native_dropout log_sigmoid gate rsub".split()
+    "alpha_dropout native_dropout log_sigmoid gate rsub zeros_like ones_like full_like zeros ones full "
+    "scalar_tensor".split()
 )
 _MOVEMENT = frozenset(
     "view reshape _unsafe_view chunk split split_with_sizes slice getitem select narrow unbind unsqueeze squeeze "
@@ -39,7 +40,7 @@ _REDUCTIONS = frozenset(
 # Pointwise, and affine in every input (products of two streams are affine in each): no activation by itself.
 _AFFINE = frozenset(
     "add sub mul div neg rsub to float half bfloat16 double type_as dropout alias detach clone contiguous "
-    "gate zeros_like ones_like".split()
+    "gate zeros_like ones_like full_like zeros ones full scalar_tensor".split()
 )
 _SAME = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "truediv": "div"}  # Python's own operators
 UNKNOWN_SIZE = 5  # stands for a size that depends on data
@@ -176,12 +177,13 @@ class Linear:
 class Flow:
     """A graph, and which of its nodes are leaf tensors (parameters, buffers, constants) under which name.
 
-    constants: values of the leaves that are literals of the code, by name.
+    constants: values of the leaves that are literals of the code, by name. identified: what identify.py has learnt.
     """
 
     gm: GraphModule
     leaves: dict[Node, str]
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
+    identified: dict[str, Any] = field(default_factory=dict)
 
     def nodes(self) -> Iterator[Node]:
         return iter(self.gm.graph.nodes)

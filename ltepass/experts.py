@@ -25,6 +25,7 @@ from ltepass.dataflow import (
 )
 
 _INDEXING = frozenset("index index_select gather embedding take_along_dim".split())
+_JOINING = frozenset("cat stack index_add index_put scatter scatter_add".split())  # of one expert's tokens to all's
 MAX_STEPS = 64
 
 
@@ -92,7 +93,7 @@ def _product_behind(node: Node, products: dict[Node, tuple[Node, int]]) -> Node 
         source = queue.popleft()
         if source in products:
             up = up or source
-        elif is_pointwise(source) or is_movement(source) or op_name(source) in _INDEXING:
+        elif is_pointwise(source) or is_movement(source) or op_name(source) in _INDEXING | _JOINING:
             nonlinear |= is_nonlinear(source)
             fresh = [n for n in tensor_inputs(source) if n not in seen]
             seen.update(fresh)

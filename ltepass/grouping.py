@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ltepass.balanced import balanced_kmeans
 from ltepass.errors import CalibrationError, ConfigError
-from ltepass.sites import FFNSite, routers_of
+from ltepass.sites import FFNSite, routers_of, state_of
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,9 @@ def grouping_permutation(
 
 
 def permute_site(model: nn.Module, site: FFNSite, permutation: Tensor) -> None:
-    """Reorder a site's neurons in place: every slice in `site.neurons`, and the router's record of the order.
+    """Reorder a site's neurons in place: every slice in `site.neurons`, and its routers' record of the order.
+
+    Sites that share their weights have a router each: permute one of them, and all are done.
 
     permutation: [d_ff] int64; new neuron i is old neuron permutation[i]. Names, shapes and strides stay.
     """
@@ -67,7 +69,7 @@ def permute_site(model: nn.Module, site: FFNSite, permutation: Tensor) -> None:
         for rows in site.neurons:
             slice_ = rows.of(model, site.d_ff)
             slice_.copy_(slice_[permutation.to(slice_.device)].clone())
-        parent, _, child = site.router.rpartition(".")
-        if hasattr(model.get_submodule(parent), child):
-            for router in routers_of(model.get_submodule(site.router)):
+        state = state_of(model)
+        for same in [s for s in state.sites if s.neurons == site.neurons] if state else []:
+            for router in routers_of(model.get_submodule(same.router)):
                 router.permutation.copy_(router.permutation[permutation.to(router.permutation.device)])

@@ -7,16 +7,26 @@ affine in all streams together has no activation at all: a low-rank pair of line
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.fx.node import map_arg
 
-from ltepass.dataflow import Flow, Linear, is_pointwise, op_name, shape, tensor_inputs, value
+from ltepass.dataflow import Flow, Linear, is_plain_tensor, is_pointwise, numel, op_name, shape, tensor_inputs
 from ltepass.propagate import run
 from ltepass.values import MissError, Piece
 
 _SKIPPED = frozenset("to dropout float half bfloat16 double type_as gate alias detach contiguous clone".split())
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a region computes. order: which pieces are (gate, up) or (up,); activation: None where it is affine."""
+
+    order: tuple[int, ...]
+    activation: str | None
 
 
 def identify(
@@ -26,33 +36,44 @@ def identify(
 
     Raises MissError where the region is affine: no activation between the linears.
     """
-    custom = "custom(" + ",".join(dict.fromkeys(op_name(n) or "" for n in inner if is_pointwise(n))) + ")"
     probe = _Probe(flow, down, pieces, inner, leaves, scales)
-    samples = [probe.sample(i) for i in range(len(pieces))]
+    key = probe.signature()  # the layers of a model are alike: one of them is run
+    if key not in flow.identified:
+        flow.identified[key] = _run(probe, leaves, scales)
+    known: Known = flow.identified[key]
+    if known.activation is None:
+        raise MissError(down.node, "activation", "two linears with no activation between them: a low-rank pair")
+    return [pieces[i] for i in known.order], known.activation
+
+
+def _run(probe: _Probe, leaves: Sequence[Node], scales: Sequence[Node]) -> Known:
+    names = [op_name(n) or "" for n in probe.inner if is_pointwise(n)]
+    custom = "custom(" + ",".join(dict.fromkeys(n for n in names if n not in _SKIPPED)) + ")"
+    order = tuple(range(len(probe.pieces)))
+    samples = [probe.sample(i) for i in order]
     h = probe(samples)
     if h is None:  # an operation that takes no made-up values: nothing is known but the names of its operations
-        return pieces[:2], custom
-    if probe.affine(samples, list(range(len(pieces)))):
-        raise MissError(down.node, "activation", "two linears with no activation between them: a low-rank pair")
-    if len(pieces) > 2:
-        return pieces[:2], custom
-    if len(pieces) == 2 and not probe.affine(samples, [1]) and probe.affine(samples, [0]):
-        pieces, samples = pieces[::-1], samples[::-1]
+        return Known(order[:2], custom)
+    if probe.affine(samples, order):
+        return Known(order, None)
+    if len(order) > 2:
+        return Known(order[:2], custom)
+    if len(order) == 2 and not probe.affine(samples, [1]) and probe.affine(samples, [0]):
+        order = (1, 0)
     if scales or any(shape(leaf) and leaf not in probe.known for leaf in leaves):
-        return pieces, custom
-    return _named(pieces, samples, h, custom)
+        return Known(order, custom)
+    return _named(order, samples, h) or Known(order, custom)
 
 
-def _named(pieces: list[Piece], samples: list[Tensor], h: Tensor, custom: str) -> tuple[list[Piece], str]:
+def _named(order: tuple[int, ...], samples: list[Tensor], h: Tensor) -> Known | None:
     from ltepass.kernels.reference import ACTIVATIONS
 
-    orders = [(0,)] if len(pieces) == 1 else [(0, 1), (1, 0)]
-    for order in orders:
+    for turned in dict.fromkeys((order, order[::-1])):
         for name, act in ACTIVATIONS.items():
-            expected = act(samples[order[0]]) * (samples[order[1]] if len(order) == 2 else 1.0)
+            expected = act(samples[turned[0]]) * (samples[turned[1]] if len(turned) == 2 else 1.0)
             if torch.allclose(h, expected, rtol=1e-6, atol=1e-6):
-                return [pieces[i] for i in order], name
-    return pieces, custom
+                return Known(turned, name)
+    return None
 
 
 class _Probe:
@@ -73,13 +94,25 @@ class _Probe:
         self.fixed = {n: self.known[n] if n in self.known else self._uniform(shape(n), 0.25, 0.75) for n in leaves}
         self.fixed |= {n: self._uniform(shape(n), 0.5, 1.5) for n in scales}
 
+    def signature(self) -> str:
+        """Equal for two regions that compute the same: roles in place of names, and all that the values depend on."""
+        roles: dict[Node, str] = {leaf: f"leaf {i}" for i, leaf in enumerate(self.fixed)}
+        streams = list(dict.fromkeys(piece.linear.node for piece in self.pieces))
+        roles |= {node: f"stream {i}" for i, node in enumerate(streams)}
+        roles |= {node: f"inner {i}" for i, node in enumerate(self.inner)}
+        where = [(roles[p.linear.node], p.rows.start, p.rows.step) for p in self.pieces]
+        shapes = [shape(n) if is_plain_tensor(n) else () for n in roles]
+        literals = [(roles[n], v.tolist()) for n, v in self.known.items()]
+        steps = [(str(n.target), map_arg((n.args, n.kwargs), lambda a: roles.get(a, a.name))) for n in self.inner]
+        return repr((where, shapes, literals, steps, roles.get(self.down.x)))
+
     def _uniform(self, size: tuple[int, ...], low: float, high: float) -> Tensor:
         return torch.empty(size, dtype=torch.float64).uniform_(low, high, generator=self.generator)
 
     def sample(self, i: int) -> Tensor:
         """Values of piece i: [tokens, d_ff], most within 6, some as far out as 6e4."""
         node = self.pieces[i].linear.node
-        tokens = value(node).numel() // shape(node)[-1]
+        tokens = numel(node) // shape(node)[-1]
         sample = self._uniform((tokens, self.down.in_width), -6.0, 6.0)
         reach = torch.randint(-4, 5, sample.shape, generator=self.generator).clamp_min(0)
         return sample * 10.0**reach

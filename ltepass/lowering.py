@@ -8,6 +8,7 @@ scope "model": the `lte` backend compiles the whole model and lowers the same re
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from typing import Any, Literal
 
@@ -74,7 +75,7 @@ def lower(model: nn.Module, scope: Scope = "ffn") -> nn.Module:
     if scope == "ffn":
         _lower_sites(model, state, sites)
     else:
-        _compile(model)
+        _compile(model, state)
     state.lowered = scope
     return model
 
@@ -322,8 +323,19 @@ def _lower_inline(model: nn.Module, owner: str, sites: list[FFNSite], lowered: s
     attach(module, inline)
 
 
-def _compile(model: nn.Module) -> None:
-    model.compile(backend="lte")
+def _compile(model: nn.Module, state: LTEState) -> None:
+    from ltepass.backend import lte
+
+    def note(router: str, reason: str) -> None:
+        """After a graph break Dynamo's paths begin at the part that it traced: a path that ends so is taken."""
+        names = [s.name for s in state.sites if s.router == router]
+        names = names or [s.name for s in state.sites if s.router.endswith(f".{router}")]
+        line = f"{names[0] if len(names) == 1 else router}: kept masked-dense: {reason}"
+        state.notes += [] if line in state.notes else [line]
+
+    # Sizes are symbols from the start: else a few prompts of other lengths and batches reach Dynamo's recompile limit,
+    # and the model silently runs eager.
+    model.compile(backend=partial(lte, kept=note), dynamic=True)
     config = getattr(model, "generation_config", None)
     if config is not None:
         model._lte_cache_implementation = config.cache_implementation  # type: ignore[assignment]

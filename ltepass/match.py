@@ -8,8 +8,7 @@ The checks around it ask whether a gate before the down projection switches a ne
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch.fx import Node
@@ -20,7 +19,6 @@ from ltepass.dataflow import (
     consumers,
     is_gate,
     is_movement,
-    is_nonlinear,
     is_plain_tensor,
     is_pointwise,
     is_reduction,
@@ -32,12 +30,12 @@ from ltepass.dataflow import (
     tensor_inputs,
 )
 from ltepass.identify import identify
+from ltepass.near import MAX_REGION, MAX_SOURCES, breadth_first, is_near, without_adapters
 from ltepass.propagate import keeps_tokens, trace_rows
 from ltepass.values import Miss, MissError, Piece, Rows
 
 __all__ = ["Miss", "Piece", "Region", "Rows", "down_rows", "match_down"]
 
-MAX_REGION = 64  # nodes; the longest activation in transformers has 14. Keeps the search linear in the graph's size
 _SQUASH = frozenset("sigmoid tanh softmax exp softplus hardsigmoid relu gelu silu elu log_sigmoid topk".split())
 _PASSING = frozenset("to dropout float half bfloat16 type_as".split())
 
@@ -68,9 +66,10 @@ class Region:
 
 @dataclass
 class _Walk:
-    """What lies behind a down projection. scales: one factor per token, from outside."""
+    """What lies behind a down projection. sources: inputs of the streams. scales: one factor a token, from outside."""
 
     streams: list[Linear] = field(default_factory=list)
+    sources: set[Node] = field(default_factory=set)
     leaves: list[Node] = field(default_factory=list)
     scales: list[Node] = field(default_factory=list)
     inner: set[Node] = field(default_factory=set)
@@ -93,7 +92,7 @@ def match_down(flow: Flow, down: Linear) -> Region | Miss:
             node=e.node,
             check=e.check,
             reason=e.reason,
-            near=_is_near(flow, down, walk, e.check),
+            near=is_near(flow, down, walk.sources, walk.inner, e.check),
             nearest=seen,
             gate_op=next(iter(walk.gates), None),
         )
@@ -102,32 +101,25 @@ def match_down(flow: Flow, down: Linear) -> Region | Miss:
 def _walk_back(flow: Flow, down: Linear, walk: _Walk) -> None:
     """Collect the region behind `down`, nearest first; ends at linears, leaves and scales, misses at anything else."""
     tokens = numel(down.x) // down.in_width
-    for node in _breadth_first(down.x, lambda n: flow.back.successors(n) if n in walk.inner else ()):
+    for node in breadth_first(down.x, lambda n: flow.back.successors(n) if n in walk.inner else ()):
         if node in flow.leaves:
             walk.leaves.append(node)
         elif node is not down.x and is_plain_tensor(node) and numel(node) <= tokens < numel(down.x):
             walk.scales.append(node)
         elif (linear := flow.linear(node)) is not None:
             walk.streams.append(linear)
+            walk.sources.add(strip_views(linear.x))
         elif is_pointwise(node) or is_movement(node):
             walk.inner.add(node)
             walk.gates += [node] if is_gate(node) else []
         else:
             raise MissError(node, *_blocked(node))
+        if len(walk.sources) > MAX_SOURCES:
+            raise MissError(
+                down.node, "one source", f"the up projections read more than {MAX_SOURCES} different inputs"
+            )
         if len(walk.inner) > MAX_REGION:
             raise MissError(node, "size", f"more than {MAX_REGION} elementwise operations before the down projection")
-
-
-def _breadth_first(start: Node, behind: Callable[[Node], Iterable[Node]]) -> Iterator[Node]:
-    """Nodes from `start` back; `behind` is asked after the node was handed out."""
-    seen, queue = {start}, deque([start])
-    while queue:
-        node = queue.popleft()
-        yield node
-        for source in behind(node):
-            if source not in seen:
-                seen.add(source)
-                queue.append(source)
 
 
 def _blocked(node: Node) -> tuple[str, str]:
@@ -142,7 +134,7 @@ def _match(flow: Flow, down: Linear, walk: _Walk) -> Region:
         raise MissError(down.node, "up", "no linear feeds this one through elementwise operations")
     if not any(is_pointwise(n) and op_name(n) not in ("to", "dropout") for n in walk.inner):
         raise MissError(down.node, "activation", "two linears with no activation between them: a low-rank pair")
-    x = _one_source(down, walk.streams)
+    x = _one_source(flow, down, walk.sources)
     inner = tuple(sorted(walk.inner))
     _check_private(walk, inner, down)
     pieces, neurons = trace_rows(flow, down, walk.streams, walk.leaves, inner)
@@ -166,11 +158,12 @@ def _match(flow: Flow, down: Linear, walk: _Walk) -> Region:
     )
 
 
-def _one_source(down: Linear, streams: Sequence[Linear]) -> Node:
-    sources = {strip_views(s.x) for s in streams}
+def _one_source(flow: Flow, down: Linear, sources: set[Node]) -> Node:
     if len(sources) != 1:
-        raise MissError(down.node, "one source", f"the up projections read {len(sources)} different inputs")
-    return sources.pop()
+        what = ": an adapter adds to one of them" if len(without_adapters(flow, sources)) == 1 else ""
+        raise MissError(down.node, "one source", f"the up projections read {len(sources)} different inputs{what}")
+    (source,) = sources
+    return source
 
 
 def _check_private(walk: _Walk, inner: Sequence[Node], down: Linear) -> None:
@@ -241,42 +234,3 @@ def _check_output(down: Linear) -> None:
         if not (is_movement(user) or op_name(user) in _PASSING):
             return
         node = user
-
-
-def _is_near(flow: Flow, down: Linear, walk: _Walk, check: str) -> bool:
-    """Worth a line: up linears of one source and an activation behind this linear, whatever check failed then.
-
-    Everything behind a residual stream has several sources; attention has a product of two computed tensors between.
-    """
-    streams, inner = list(walk.streams), set(walk.inner)
-    if check in ("norm", "elementwise", "size"):
-        streams, inner, ended = _relaxed(flow, down)
-        if ended:
-            return False
-    if not streams or not any(is_nonlinear(n) for n in inner):
-        return False
-    sources = {strip_views(s.x) for s in streams}
-    if check == "one source":
-        return len(sources) == 2 and any(op_name(n) == "mul" for n in inner)
-    return len(sources) == 1 and (check == "residual width" or down.width == shape(sources.pop())[-1])
-
-
-def _relaxed(flow: Flow, down: Linear) -> tuple[list[Linear], set[Node], bool]:
-    """The region behind `down` when statistics may stand in it: (streams, inner nodes, ended at something else)."""
-    streams: list[Linear] = []
-    inner: set[Node] = set()
-
-    def behind(node: Node) -> Iterable[Node]:
-        return tensor_inputs(node) if node in inner else ()
-
-    for node in _breadth_first(down.x, behind):
-        linear = flow.linear(node)
-        if node in flow.leaves or not node.all_input_nodes:
-            continue
-        if linear is not None:
-            streams.append(linear)
-        elif (is_pointwise(node) or is_movement(node) or is_reduction(node)) and len(inner) < MAX_REGION:
-            inner.add(node)
-        else:
-            return streams, inner, True
-    return streams, inner, False

@@ -16,7 +16,7 @@ from torch import nn
 
 import ltepass
 from ltepass.config import LTEConfig
-from ltepass.errors import ConfigError, NoFFNFoundError
+from ltepass.errors import ConfigError
 from ltepass.evaluation import perplexity, sparsity_curve
 from ltepass.reporting import Report, span
 from ltepass.sites import state_of
@@ -69,6 +69,14 @@ def inspect_model(name: str, group_size: int | None = None) -> Report | str:
         config = LTEConfig(group_size=group_size or "auto", grouping="identity")
         ltepass.transform(model, example_inputs=inputs, config=config)
     return ltepass.report(model)
+
+
+def peak_memory() -> int:
+    """Most bytes that this process ever held in memory."""
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _skeleton(name: str) -> Any:
@@ -184,66 +192,6 @@ def evaluate(
         ltepass.set_mode(model, "dense")
     table.add_row("perplexity, every neuron active", f"{perplexity(model, blocks):.3f}")
     return table
-
-
-SMALL = {
-    "num_hidden_layers": 2,
-    "n_layer": 2,
-    "n_layers": 2,
-    "num_layers": 2,
-    "decoder_layers": 2,
-    "encoder_layers": 2,
-}
-
-
-def coverage_table(types: Iterable[str] | None = None) -> Any:
-    """A rich table: for each model type its sites, refusals, or the error. Two layers each, on the meta device."""
-    from rich.table import Table
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    names = list(types) if types else sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    table = Table("model type", "sites", "kind", "activation", "refused", "what happened", title_justify="left")
-    found = 0
-    for name in names:
-        try:
-            report = ltepass.report(ltepass.transform(_small(name), config=LTEConfig(grouping="identity")))
-        except Exception as error:  # a survey goes on: the table shows what each type raised
-            table.add_row(name, "0", "", "", "", _first_line(error))
-            continue
-        found += 1
-        kinds, activations = ({getattr(s, field) for s in report.sites} for field in ("kind", "activation"))
-        table.add_row(
-            name,
-            str(len(report.sites)),
-            " ".join(sorted(kinds)),
-            " ".join(sorted(activations)),
-            str(len(report.refusals)),
-            "",
-        )
-    table.title = f"FFN sites found in {found} of {len(names)} model types"
-    return table
-
-
-def _first_line(error: Exception) -> str:
-    kind = "no FFN" if isinstance(error, NoFFNFoundError) else type(error).__name__
-    return f"{kind}: {str(error).splitlines()[0] if str(error) else ''}"[:160]
-
-
-def _small(name: str) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model(name)
-    for field, value in SMALL.items():
-        if isinstance(getattr(config, field, None), int):
-            try:
-                setattr(config, field, value)
-            except (AttributeError, NotImplementedError):
-                continue  # a read-only alias of another field
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types:
-        config.layer_types = layer_types[:2]
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config).eval()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,10 +32,6 @@ def place(root: nn.Module, captured: Captured, region: Region) -> FFNSite | Refu
             return _refusal(site, region, "a module of the graph computes more than one of the FFN's linears")
         return replace(site, owner="", name=site.down, kind="graph", nodes=nodes)
     for linear in linears:
-        caller = captured.stack(linear.product)[-1]
-        if holder(captured, linear) != caller and _holds(root, caller, captured.flow.leaves[linear.weight]):
-            reason = f"{captured.flow.leaves[linear.weight]} is also {caller}'s, and would be gated in one place alone"
-            return replace(_refusal(site, region, reason), check="tied")
         if not _is_module(captured, linear):
             where = holder(captured, linear) or "the root"
             return _refusal(site, region, f"a product with parameters of {where}: no linear module to gate around")
@@ -43,8 +39,12 @@ def place(root: nn.Module, captured: Captured, region: Region) -> FFNSite | Refu
 
 
 def holder(captured: Captured, linear: Linear) -> str:
-    """Path of the module that holds a linear's weight (its first owner, where it is shared)."""
-    path = captured.flow.leaves[linear.weight].rpartition(".")[0]
+    """Path of the module that holds a linear's weight: of several that share it, the one that is called here."""
+    name = captured.flow.leaves[linear.weight]
+    caller = captured.stack(linear.product)[-1]
+    if caller in captured.sharers.get(name, ()):
+        return caller
+    path = name.rpartition(".")[0]
     return captured.aliases.get(path, path)
 
 
@@ -102,12 +102,6 @@ def _is_module(captured: Captured, linear: Linear) -> bool:
     if captured.stack(linear.product)[-1] != path or path == captured.prefix:
         return False
     return captured.only_linears(path)
-
-
-def _holds(root: nn.Module, path: str, name: str) -> bool:
-    """Whether a module has this parameter of the root for its own."""
-    wanted = root.get_parameter(name)
-    return any(p is wanted for p in root.get_submodule(path).parameters(recurse=False))
 
 
 def _refusal(site: FFNSite, region: Region, reason: str) -> Refusal:

@@ -24,6 +24,7 @@ from ltepass.dataflow import (
     is_plain_tensor,
     is_tensor,
     numel,
+    op_name,
     shape,
     tensor_inputs,
     value,
@@ -132,6 +133,8 @@ def _propagate(node: Node, env: dict[Node, Any]) -> Any:
         for key, cs in env.get(source, {}).items():
             known = out.setdefault(key, [])
             for code in cs:
+                if op_name(node) == "prelu" and code.dim() == 1:  # its weight lies along dim 1, wherever that is
+                    code = code.view(-1, *[1] * (len(shape(node)) - 2)).expand(shape(node))
                 wide = code.expand(_broadcast(code, node)) if code.dim() else code
                 known += [] if any(torch.equal(wide, k) for k in known) else [wide]
     return out

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import operator
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -140,7 +141,17 @@ def trace_owner(owner: nn.Module) -> tuple[Graph, Graph] | None:
         owner.__dict__.clear()
         owner.__dict__.update(state)
         owner.training = before
-    return graphs[0], graphs[1]
+    lifted = any(n.op == "get_attr" and not _resolves(owner, str(n.target)) for graph in graphs for n in graph.nodes)
+    return None if lifted else (graphs[0], graphs[1])
+
+
+def _resolves(owner: nn.Module, path: str) -> bool:
+    """Not for a tensor that the forward makes out of nothing: the tracer hangs it on the module for a while."""
+    try:
+        operator.attrgetter(path)(owner)
+    except AttributeError:
+        return False
+    return True
 
 
 def forwards_of(graphs: Sequence[Graph]) -> Forwards:

@@ -16,7 +16,7 @@ from ltepass.sites import FFNSite, LTEState, router_of
 
 def remove_routers(model: nn.Module, state: LTEState, *, undo_grouping: bool) -> None:
     require_not_lowered(state, "remove")
-    for site in state.sites:
+    for site in {s.neurons: s for s in state.sites}.values():  # sites that share their weights share their order
         if undo_grouping:
             permute_site(model, site, torch.argsort(router_of(model, site).permutation))
     for site in state.sites:

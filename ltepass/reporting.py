@@ -165,14 +165,15 @@ def refusals_table(refusals: Sequence[Refusal]) -> Any:
     from rich.table import Table
 
     table = Table(title=f"{len(refusals)} candidate{'s' if len(refusals) != 1 else ''} refused", title_justify="left")
-    for heading in ("module", "check", "reason", "nearest miss"):
+    for heading in ("module", "node", "check", "reason", "nearest miss"):
         table.add_column(heading, overflow="fold")
-    rows: dict[tuple[str, ...], list[str]] = {}
+    rows: dict[tuple[str, ...], list[Refusal]] = {}
     for refusal in refusals:
         key = (re.sub(r"\d+", "#", refusal.module), refusal.check, *_unnumbered(refusal))
-        rows.setdefault(key, []).append(refusal.module)
-    for (_, check, reason, nearest), modules in rows.items():
-        table.add_row(pattern(modules), check, reason, nearest or "-")
+        rows.setdefault(key, []).append(refusal)
+    for (_, check, reason, nearest), alike in rows.items():
+        node = alike[0].node + (", ..." if len(alike) > 1 else "")
+        table.add_row(pattern([r.module for r in alike]), node or "-", check, reason, nearest or "-")
     return table
 
 

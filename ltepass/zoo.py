@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ltepass.coverage import Example
+
 D_MODEL, D_FF, HEADS, HEAD_DIM, VOCAB = 64, 96, 4, 16, 120
 MAX_PARAMETERS = 30_000_000
 
@@ -40,6 +42,7 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r".*intermediate_size.*|.*ffn_dim|n_inner|d_ff|dff|dim_ff|ffn_hidden_size|mlp_dim", D_FF),
     (r"(num|n)_(local_|routed_)?experts|moe_num_experts|zero_expert_num", 4),
     (r"num_experts_per_tok(en)?|moe_top_?k|moe_k|top_k|experts_top_k|topk", 2),
+    (r"first_k_dense_replace|(num|n)_dense_layers", 1),
     (r"n_groups?|topk_group|num_expert_group|mamba_n_groups", 1),
     (r"mamba_n_heads|mamba_num_heads", 8),
     (r"mamba_d_head|mamba_head_dim|linear_head_dim|linear_(key|value)_head_dim", 16),
@@ -63,11 +66,15 @@ QWEN4_INDEXER = {
 # What the table of names cannot know, mostly defaults of transformers that do not build a model as they stand.
 FIXES: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
-    "dbrx": {"attn_config": {"rope_theta": 1e4}},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
+    "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "gemma3n_text": {"num_kv_shared_layers": 0},
+    "granitemoeshared": {"shared_intermediate_size": 32},
     "hunyuan_v1_dense": {"head_dim": HEAD_DIM},
     "hunyuan_v1_moe": {"head_dim": HEAD_DIM},
+    "inkling_text": {"mlp_layer_types": ["dense", "sparse"]},
+    "inkling2_text": {"mlp_layer_types": ["dense", "sparse"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3, "num_dense_layers": 1},
     "mamba2": {"num_heads": 8},
     "ministral": {"head_dim": HEAD_DIM},
@@ -81,7 +88,18 @@ FIXES: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": QWEN4_INDEXER,
     "qwen4_exp": {"text_config": QWEN4_INDEXER},
     "xlm": {"emb_dim": D_MODEL},
-    "zamba": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 3},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+        "num_hidden_layers": 3,
+        "attention_hidden_size": 2 * D_MODEL,
+        "attention_head_dim": 2 * D_MODEL // HEADS,
+    },
+    "zamba2": {
+        "attention_hidden_size": 2 * D_MODEL,
+        "attention_head_dim": 2 * D_MODEL // HEADS,
+        "mamba_headdim": 2 * D_MODEL // 8,
+    },
 }
 
 
@@ -126,6 +144,8 @@ def _sizes(fields: Mapping[str, Any], tokens: Iterator[int]) -> dict[str, Any]:
                 out[name] = size
         elif name == "intermediate_size" and isinstance(value, (list, tuple)):
             out[name] = [D_FF] * len(value)
+    if "qk_rope_head_dim" in out and fields.get("head_dim") == fields["qk_rope_head_dim"]:  # one width, two names
+        out["head_dim"] = out["qk_rope_head_dim"]
     if fields.get("num_key_value_heads") == fields.get("num_attention_heads") and "num_attention_heads" in out:
         out["num_key_value_heads"] = HEADS
     return out
@@ -199,6 +219,25 @@ def tiny_model(model_type: str, model_class: Any = None, seed: int = 0) -> nn.Mo
     model = model_class._from_config(config).float().eval()
     spread_weights(model, seed)
     return model  # type: ignore[no-any-return]
+
+
+def causal_lms() -> list[str]:
+    """Every model type in transformers' causal-LM mapping."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def causal_lm(model_type: str) -> Example:
+    """A tiny causal LM with a prompt. It makes its own example inputs for transform, where it can."""
+    model = tiny_model(model_type)
+    rows = 2 * model.config.num_codebooks if model_type in CODEBOOKS else 2
+    ids = torch.randint(3, 100, (rows, 11), generator=torch.Generator().manual_seed(1))
+    inputs = {"input_ids": ids, "use_cache": False}
+    return Example(model=model, inputs=inputs, traced=inputs if model_type in CODEBOOKS else None)
+
+
+CODEBOOKS = ("musicgen", "musicgen_melody")  # their prompt has one row for each codebook of a sequence
 
 
 def spread_weights(model: nn.Module, seed: int = 0) -> None:

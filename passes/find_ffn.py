@@ -98,15 +98,16 @@ def _experts(captured: Captured, stack: ExpertStack) -> Refusal:
         module=captured.stack(stack.node)[-1],
         node=stack.node.name,
         check="experts",
-        reason=f"a stack of {stack.n_experts} experts that the model's own router picks from: it is sparse already",
+        reason=f"a stack of {stack.n_experts} experts behind the model's own router; the sparse op takes no stack",
         nearest=f"{stack.up}, {stack.down}",
     )
 
 
 def _without_ties(found: Iterable[Found], captured: list[Captured]) -> tuple[list[FFNSite], list[Refusal]]:
-    """One site for an FFN that is called several times; refused where something else reads its parameters.
+    """One site for each module of an FFN, however often it is called; refused where others read its parameters.
 
-    Else permuting its neurons, or gating them in one place, would change what the other place computes.
+    Else permuting its neurons, or gating them in one place, would change what the other place computes. Modules that
+    share all of an FFN's weights (Zamba's blocks) are a site each, with a router each and one order of the neurons.
     """
     by_rows: dict[tuple[NeuronRows, ...], list[Found]] = defaultdict(list)
     for f in found:
@@ -125,10 +126,11 @@ def _without_ties(found: Iterable[Found], captured: list[Captured]) -> tuple[lis
     for rows, group in by_rows.items():
         site = group[0].site
         tied = next((r.param for r in rows if r.param in elsewhere or claims[r.param] > 1), None)
-        if tied is None and any(f.site != site for f in group):
-            tied = rows[0].param  # the same weights in two modules: one would stay dense
+        sites = list(dict.fromkeys(f.site for f in group))
+        if tied is None and any(s.kind == "graph" for s in sites[1:]):
+            tied = rows[0].param  # a graph's site is one place in it: the other would stay dense
         if tied is None:
-            kept.append(site)
+            kept += sites
         else:
             reason = f"{tied} is also used elsewhere, so its neurons cannot be permuted or gated here alone"
             refusals.append(Refusal(module=site.owner, node=site.down, check="tied", reason=reason))

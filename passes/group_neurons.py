@@ -38,10 +38,11 @@ class GroupNeurons:
         if method in (*DATA_DRIVEN, "auto", "identity"):
             return "unchanged"
         check_real_weights(job.model, job.sites, f"grouping {method!r}")
-        permutations = [(s, site_permutation(job.model, s, method, job.config.seed)) for s in job.sites]
-        for site, permutation in permutations:
-            permute_site(job.model, site, permutation)
-        job.permutations = {s.name: p for s, p in permutations}
+        sites = {s.neurons: s for s in job.sites}  # sites that share their weights share their order
+        permutations = {n: site_permutation(job.model, s, method, job.config.seed) for n, s in sites.items()}
+        for neurons, site in sites.items():
+            permute_site(job.model, site, permutations[neurons])
+        job.permutations = {s.name: permutations[s.neurons] for s in job.sites}
         return f"{len(permutations)} sites permuted"
 
 

@@ -59,14 +59,14 @@ def insert_routers(
         parent, _, child = site.router.rpartition(".")
         model.get_submodule(parent).add_module(child, router)
     for owner, group in groupby(sorted(sites, key=lambda s: s.owner), key=lambda s: s.owner):
-        gated = [s for s in group if s.kind == "aligned"]
+        here = list(group)
+        gated, inline = ([s for s in here if s.kind == kind] for kind in ("aligned", "inline"))
         for graph in graphs.get(owner, ()):
             insert_gates(graph, gated)
         if gated:
             regenerate(model.get_submodule(owner), forwards_of(graphs[owner]))
-        inline = [inline_site(s) for s in sites if s.kind == "inline" and s.owner == owner]
         if inline:
-            attach(model.get_submodule(owner), inline)
+            attach(model.get_submodule(owner), [inline_site(s) for s in inline])
     for site in sites:
         if site.kind == "graph":
             assert isinstance(model, GraphModule)

@@ -10,12 +10,23 @@ the reason is returned as a value. The graph's other nodes are untouched.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
 from torch.fx import GraphModule, Node
 
-from ltepass.dataflow import Flow, Linear, erase_upstream, is_gate, op_name, shape, strip_identity, strip_views, value
+from ltepass.dataflow import (
+    Flow,
+    Linear,
+    erase_upstream,
+    is_gate,
+    is_plain_tensor,
+    shape,
+    strip_identity,
+    strip_views,
+    value,
+)
 from ltepass.match import Miss, Region, Rows, down_rows, match_down
 
 
@@ -23,24 +34,32 @@ from ltepass.match import Miss, Region, Rows, down_rows, match_down
 class LowerRoutedFFN:
     name: str = "lower_routed_ffn"
 
-    def __call__(self, gm: GraphModule) -> tuple[int, list[str]]:
-        """(number of regions lowered, a reason for each hard gate left masked-dense)."""
+    def __call__(self, gm: GraphModule) -> tuple[int, dict[str, str]]:
+        """(number of regions lowered, for each gate left masked-dense the path of its router and the reason)."""
         flow = Flow(gm, _parameters(gm))
         matches = [match_down(flow, linear) for linear in map(flow.linear, list(flow.nodes())) if linear is not None]
         regions = {m.gate_op: m for m in matches if isinstance(m, Region) and m.gate_op is not None}
         misses = {m.gate_op: m for m in matches if isinstance(m, Miss) and m.gate_op is not None}
-        notes, lowered = [], 0
+        notes, lowered = dict[str, str](), 0
         for gate in [n for n in flow.nodes() if is_gate(n)]:
             region = regions.get(gate)
             if region is None:
                 miss = misses.get(gate)
-                notes.append(f"{gate.name}: {miss.reason if miss else 'no down projection reads the gate'}")
+                notes[router_path(gate)] = miss.reason if miss else "no down projection reads the gate"
                 continue
             reason = _lower(flow, region)
             lowered += reason is None
-            notes += [] if reason is None else [f"{gate.name}: {reason}"]
+            notes |= {} if reason is None else {router_path(gate): reason}
         gm.recompile()
         return lowered, notes
+
+
+def router_path(gate: Node) -> str:
+    """Path of a gate's router in the module that Dynamo traced; the gate's own name where Dynamo does not say."""
+    scores = gate.args[1]
+    assert isinstance(scores, Node)
+    stack = list((scores.meta.get("nn_module_stack") or {}).values())
+    return re.sub(r"^L\['\w+'\]\.?", "", stack[-1][0]) if stack else gate.name
 
 
 def _parameters(gm: GraphModule) -> dict[Node, str]:
@@ -110,7 +129,8 @@ def _why_not(region: Region, router: Linear | None, soft: bool) -> str | None:
         return "the gate's scores are no linear of the FFN's input"
     if region.x is not strip_views(x) or value(region.x).dtype != value(x).dtype:
         return "the router and the up projection read different dtypes"
-    if any(value(n).dtype != value(x).dtype for n in region.inner if op_name(n) in ("to", "float", "type_as")):
+    inner = [value(n) for n in region.inner if is_plain_tensor(n)]
+    if any(v.is_floating_point() and v.dtype != value(x).dtype for v in inner):
         return "a cast inside the region"
     if shape(x)[:-1] != shape(region.down.node)[:-1]:
         return "the region changes the token dims"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import random
 import threading
 
 import pytest
@@ -145,6 +146,42 @@ def test_training_flag_rng_and_buffers_stay() -> None:
     ltepass.transform(model, ids(), ltepass.LTEConfig(group_size=4))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(m.training for m in model.modules())
+
+
+class Leaky(nn.Module):
+    """A forward that remembers in attributes, containers and a buffer, and draws numbers; `breaks` ends the trace."""
+
+    def __init__(self, breaks: bool) -> None:
+        super().__init__()
+        self.breaks, self.last, self.seen, self.cache, self.shapes = breaks, None, [], {}, set()
+        self.register_buffer("steps", torch.zeros(()))
+        self.ffn = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 8))
+
+    def forward(self, x):
+        self.last, self.cache["x"], self.steps = x, x, self.steps + 1
+        self.seen.append(x)
+        self.shapes.add(tuple(x.shape))
+        if self.breaks and x.sum().item() > 1e9:  # data-dependent
+            return x
+        return x + self.ffn(x) + torch.rand_like(x) * random.random()
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_capture_never_runs_the_model_for_real_and_leaves_nothing_behind(breaks: bool) -> None:
+    model, real = Leaky(breaks).train(), []
+    hook = model.ffn.register_forward_hook(lambda m, args, out: real.append(type(args[0]) is torch.Tensor))
+    before = {k: v for k, v in model.__dict__.items() if k not in ("_modules", "_buffers")}
+    containers = [list(model.seen), dict(model.cache), set(model.shapes)]
+    steps, rng, python_rng = model.steps, torch.get_rng_state(), random.getstate()
+    ltepass.transform(model, torch.randn(2, 3, 8, generator=torch.Generator()), ltepass.LTEConfig(group_size=4))
+    assert [s.name for s in model._lte.sites] == ["ffn"]
+    assert {k: v for k, v in model.__dict__.items() if k in before} == before
+    assert [model.seen, model.cache, model.shapes] == containers == [[], {}, set()]
+    assert model.steps is steps
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert random.getstate() == python_rng
+    assert list(model.ffn._forward_hooks) == [hook.id]
+    assert not any(real), "a hook saw a real tensor: the model was run"
 
 
 def test_dropout_follows_the_training_flag() -> None:

@@ -29,6 +29,9 @@ from ffn_forms import (
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
+import ltepass
+from ltepass.sites import router_of
+
 FORMS: dict[str, tuple[Any, str, str, bool]] = {  # name: model, activation, kind, lowered
     "plain": (lambda: Residual(Plain(F.gelu)), "gelu", "aligned", True),
     "plain without biases": (lambda: Residual(Plain(F.relu, bias=False)), "relu", "aligned", True),
@@ -95,6 +98,39 @@ def test_the_same_module_under_two_names_is_one_site() -> None:
     assert site.owner == "ffns.0"
     again = Plain()
     check_exact(Residual(again, again).eval(), x_of(), lowered=True)
+
+
+def tied_twins() -> nn.Module:
+    """Zamba's blocks: two modules, all weights of the one are the other's."""
+    torch.manual_seed(0)
+    a, b = Gated(bias=True), Gated(bias=True)
+    for name in ("w1", "w2", "w3"):
+        getattr(b, name).weight, getattr(b, name).bias = getattr(a, name).weight, getattr(a, name).bias
+    return Residual(a, Plain(), b).eval()
+
+
+def test_modules_that_share_all_their_weights_have_a_router_each_and_one_order() -> None:
+    check_exact(tied_twins(), x_of(), lowered=True)
+    model = tied_twins()
+    sites = {s.owner: s for s in sites_of(model, group_size=4, grouping="random")}
+    assert sorted(sites) == ["ffns.0", "ffns.1", "ffns.2"]
+    first, second = (router_of(model, sites[owner]) for owner in ("ffns.0", "ffns.2"))
+    assert first is not second
+    assert torch.equal(first.permutation, second.permutation)
+    assert not torch.equal(first.permutation, torch.arange(H))
+    assert model._lte.refusals == []
+
+
+def test_calibration_orders_shared_weights_once() -> None:
+    model, original = tied_twins(), tied_twins()
+    config = ltepass.LTEConfig(group_size=4, grouping="coactivation")
+    ltepass.transform(model, x_of(), config, calibration=[x_of(4, 16)])
+    first, second = (router_of(model, s) for s in model._lte.sites if s.owner != "ffns.1")
+    assert torch.equal(first.permutation, second.permutation)
+    assert not torch.equal(first.quantiles, second.quantiles)
+    torch.testing.assert_close(model(x_of()), original(x_of()), rtol=1e-5, atol=1e-5)
+    ltepass.remove(model, undo_grouping=True)
+    assert all(torch.equal(v, original.state_dict()[k]) for k, v in model.state_dict().items())
 
 
 def test_two_modules_with_one_weight_are_refused() -> None:

@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from trees import examples
 
 import ltepass
 from ltepass.kernels.reference import ACTIVATIONS
 from ltepass.sites import router_of, routers_of
-
-QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ def build(form: Form, grouping: str) -> tuple[Block, nn.Module, Tensor]:
     return model, plain, x
 
 
-@QUICK
+@examples(40)
 @given(forms)
 @torch.no_grad()
 def test_dense_mode_is_bitwise_the_original_under_identity_grouping(form: Form) -> None:
@@ -103,7 +102,7 @@ def test_dense_mode_is_bitwise_the_original_under_identity_grouping(form: Form) 
     assert torch.equal(model(x), plain(x))
 
 
-@QUICK
+@examples(40)
 @given(forms)
 @torch.no_grad()
 def test_grouping_is_a_permutation_and_comes_off_again(form: Form) -> None:
@@ -120,7 +119,7 @@ def test_grouping_is_a_permutation_and_comes_off_again(form: Form) -> None:
     assert torch.equal(model(x), plain(x))
 
 
-@QUICK
+@examples(40)
 @given(forms)
 @torch.no_grad()
 def test_lowered_equals_hard_eager(form: Form) -> None:

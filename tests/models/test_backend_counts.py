@@ -1,0 +1,137 @@
+"""The compiled model stays one graph, compiles a bounded number of times, and calls the op once a layer and step.
+
+Inductor stands aside here (it would cost minutes and changes none of these counts): what Dynamo hands over is lowered
+by the real backend and then run as it is. test_lower.py has the whole way with inductor.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+from zoo import ids, logits, transformed
+
+import ltepass
+from ltepass import backend
+from ltepass.sites import routers_of
+
+LAYERS, NEW = 12, 3
+LENGTHS, BATCHES = (3, 5, 8, 13, 21), (1, 2, 4)
+MOST_GRAPHS = 6  # prompts and single tokens, one sequence or more; the cache before and after it is filled
+
+
+@pytest.fixture(autouse=True)
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter]:
+    """How often compiled graphs ran, and the ops in them."""
+    seen: Counter = Counter()
+
+    def stand_in(gm: torch.fx.GraphModule, inputs: list, config_patches: dict) -> Callable:
+        ops = sum(n.target is torch.ops.ltepass.routed_ffn.default for n in gm.graph.nodes)
+
+        def run(*args: Any) -> Any:
+            seen.update(graphs=1, ops=ops)
+            return gm.forward(*args)
+
+        return run
+
+    torch._dynamo.reset()
+    counters.clear()
+    backend.history.clear()
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", stand_in)
+    yield seen
+    torch._dynamo.reset()
+
+
+def generate(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return model.generate(x, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_graph_breaks_recompiles_and_op_calls(name: str, calls: Counter) -> None:
+    model = transformed(name, layers=LAYERS)
+    prompts = [ids(batch, length) for length in LENGTHS for batch in BATCHES]
+    expected = [generate(model, x) for x in prompts]
+    ltepass.lower(model, scope="model")
+    for x, tokens in zip(prompts, expected, strict=True):
+        calls.clear()
+        assert torch.equal(generate(model, x), tokens)
+        assert calls == {"graphs": NEW, "ops": LAYERS * NEW}, tuple(x.shape)
+    assert dict(counters["graph_break"]) == {}
+    assert all(g.gates == g.lowered == LAYERS and g.notes == [] for g in backend.history)
+    compiled = len(backend.history)
+    print(f"{name}: {len(prompts)} prompts, {compiled} graphs, 0 breaks, {LAYERS} op calls a step")
+    assert compiled <= MOST_GRAPHS
+    for x in prompts[::4]:
+        generate(model, x)
+    assert len(backend.history) == compiled, "a prompt seen before compiles nothing"
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_fullgraph_stays_fullgraph_over_lengths_and_batches(name: str) -> None:
+    model = transformed(name)
+    compiled = torch.compile(model, backend="lte", fullgraph=True, dynamic=True)
+    for batch in BATCHES:
+        for length in LENGTHS:
+            x = ids(batch, length)
+            torch.testing.assert_close(logits(compiled, x), logits(model, x), rtol=1e-5, atol=1e-5)
+    assert len(backend.history) <= 2, "batch 1 is a graph of its own"
+    assert all(g.gates == g.lowered == 2 for g in backend.history)
+
+
+class _Two(nn.Module):
+    """An FFN that the op names, and one that it does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 8))
+        self.unknown = nn.Sequential(nn.Linear(8, 24), nn.Mish(), nn.Linear(24, 8))
+
+    def forward(self, x):
+        x = x + self.known(x)
+        return x + self.unknown(x)
+
+
+def test_what_the_backend_keeps_masked_dense_reaches_the_report() -> None:
+    model, x = _Two().eval(), torch.randn(2, 3, 8)
+    ltepass.transform(model, x, ltepass.LTEConfig(group_size=4))
+    for router in routers_of(model):
+        router.mode = "hard"
+    expected = logits(model, x)
+    ltepass.lower(model, scope="model")
+    torch.testing.assert_close(logits(model, x), expected)
+    ((graph),) = backend.history
+    assert (graph.gates, graph.lowered) == (2, 1)
+    (note,) = ltepass.report(model).notes
+    assert note == "unknown: kept masked-dense: no kernel knows its activation custom(mish)"
+    ltepass.unlower(model)
+    assert ltepass.report(model).notes == []
+
+
+class _Wide(nn.Module):
+    """Beside these, one with its activation in another dtype: the op would compute it in the input's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.two, self.up, self.down = _Two(), nn.Linear(8, 24), nn.Linear(24, 8)
+
+    def forward(self, x):
+        return self.two(x) + self.down(torch.relu(self.up(x).double()).float())
+
+
+def test_what_only_the_compiled_graph_shows_reaches_the_report_as_well() -> None:
+    model, x = _Wide().eval(), torch.randn(2, 3, 8)
+    ltepass.transform(model, x, ltepass.LTEConfig(group_size=4))
+    for router in routers_of(model):
+        router.mode = "hard"
+    expected = logits(model, x)
+    ltepass.lower(model, scope="model")
+    assert [n.partition(":")[0] for n in ltepass.report(model).notes] == ["two.unknown"]
+    torch.testing.assert_close(logits(model, x), expected)
+    notes = ltepass.report(model).notes
+    assert notes[1:] == ["down: kept masked-dense: a cast inside the region"]
+    assert notes[1] in str(ltepass.report(model))
