@@ -6,13 +6,12 @@
 
 #include <omp.h>
 
-#include <atomic>
-
 #include "gemm.h"
 
 namespace {
 
 constexpr int64_t TOKEN_CHUNK = 512;   // tokens handled at a time, so that their hidden units stay small
+constexpr int64_t FEW_ROWS = 8;       // weight rows read side by side where one tile holds all tokens of an expert
 constexpr int64_t DENSE_TOKENS = 33;  // from here the library's GEMM is worth asking (see README.md, break-even)
 
 // What the phases of one chunk share.
@@ -24,11 +23,6 @@ struct Chunk {
   int64_t* offset;  // [n_experts + 1] rows of `hidden` before expert e
   float* hidden;    // [rows, group]
   uint8_t* mask;    // [tokens, n_experts] or null
-  // The first expert from e on that a token chose, or n_experts.
-  int64_t next_active(const Problem& p, int64_t e) const {
-    while (e < p.n_experts && !count[e]) e++;
-    return e;
-  }
 };
 
 // Buffers of one thread.
@@ -60,7 +54,7 @@ struct Local {
 
 inline void route_block(const Problem& p, const Chunk& c, int64_t e0, int64_t e1, Local& local) {
   for (int64_t i = 0; i < c.tokens; i++) local.rows[i] = c.x.row(i);
-  project_rows<F32>(p.router, e0, e1 - e0, c.x, local.rows, c.tokens, local.up, local.block, {});
+  project_rows<F32>(p.router, e0, e1 - e0, c.x, local.rows, c.tokens, local.up, local.block);
   for (int64_t e = e0; e < e1; e++) {
     const float bias = p.router_bias ? p.router_bias[e] : 0.0f;
     int32_t n = 0;
@@ -74,14 +68,13 @@ inline void route_block(const Problem& p, const Chunk& c, int64_t e0, int64_t e1
   }
 }
 
-// Hidden units [j0, j1) of expert e, for the tokens that chose it; `after` is the neuron that this thread goes on with.
+// Hidden units [j0, j1) of expert e, for the tokens that chose it.
 template <class E>
-inline void hidden_block(const Problem& p, const Chunk& c, int64_t e, int64_t j0, int64_t j1, int64_t after, Local& local) {
+inline void hidden_block(const Problem& p, const Chunk& c, int64_t e, int64_t j0, int64_t j1, Local& local) {
   const int64_t tokens = c.count[e], rows = j1 - j0, neuron = e * p.group + j0;
   for (int64_t i = 0; i < tokens; i++) local.rows[i] = c.x.row(c.list[e * c.tokens + i]);
-  const Next next = Next::of<E>(p.up, after, 0), gate = Next::of<E>(p.gate, neuron, 0);
-  project_rows<E>(p.up, neuron, rows, c.x, local.rows, tokens, local.up, local.block, p.gate.data ? gate : next);
-  if (p.gate.data) project_rows<E>(p.gate, neuron, rows, c.x, local.rows, tokens, local.gate, local.block, next);
+  project_rows<E>(p.up, neuron, rows, c.x, local.rows, tokens, local.up, local.block);
+  if (p.gate.data) project_rows<E>(p.gate, neuron, rows, c.x, local.rows, tokens, local.gate, local.block);
   for (int64_t i = 0; i < tokens; i++) {
     float *u = local.up + i * NEURON_BLOCK, *g = p.gate.data ? local.gate + i * NEURON_BLOCK : nullptr;
     for (int64_t j = 0; j < rows; j++) {
@@ -100,13 +93,17 @@ inline void down_block(const Problem& p, const Chunk& c, typename E::T* y, int64
   const Matrix turned{p.down.data, p.down.col, p.down.row};  // [d_ff, d_out]
   for (int64_t k = 0; k < cols; k++) local.y[k] = bias_at<E>(p.down_bias, c0 + k);
   for (int64_t i = 1; i < c.tokens; i++) std::copy(local.y, local.y + cols, local.y + i * padded);
-  for (int64_t e = c.next_active(p, 0), after; e < p.n_experts; e = after) {
-    after = c.next_active(p, e + 1);
+  for (int64_t e = 0; e < p.n_experts; e++) {
     const int64_t n = c.count[e];
+    if (n == 0) continue;
     for (int64_t i = 0; i < n; i++) local.out_rows[i] = local.y + c.list[e * c.tokens + i] * padded;
-    const Block w = fp32_block<E>(turned, e * p.group, p.group, c0, cols, local.block);
-    const Next next = after < p.n_experts ? Next::of<E>(turned, after * p.group, c0) : Next{};
-    outer_block(local.out_rows, n, c.hidden + c.offset[e] * p.group, p.group, w, p.group, padded, next);
+    const float* h = c.hidden + c.offset[e] * p.group;
+    const int64_t depth = n <= MAX_M ? FEW_ROWS : p.group;
+    for (int64_t j = 0; j < p.group; j += depth) {
+      const int64_t rows = std::min(depth, p.group - j);
+      const Block w = fp32_block<E>(turned, e * p.group + j, rows, c0, cols, local.block);
+      outer_block(local.out_rows, n, h + j, p.group, w, rows, padded);
+    }
   }
   for (int64_t i = 0; i < c.tokens; i++)
     for (int64_t k = 0; k < cols; k++) y[i * p.d_out + c0 + k] = E::from_float(local.y[i * padded + k]);
@@ -133,24 +130,14 @@ inline int64_t route_chunk(const Problem& p, int64_t first, Chunk& c, std::vecto
 template <class E>
 inline void expert_gemms(const Problem& p, const Chunk& c, typename E::T* y, std::vector<Local>& locals) {
   const int64_t blocks = (p.group + NEURON_BLOCK - 1) / NEURON_BLOCK, columns = Local::columns(p, c.tokens);
-  const int64_t tasks = p.n_experts * blocks;
-  std::atomic<int64_t> taken{0};
 #pragma omp parallel num_threads(p.threads) if (p.threads > 1)
   {
     Local& local = locals[size_t(omp_get_thread_num())];
-    // Tasks are taken one ahead, so that a thread knows what it will read next.
-    auto take = [&] {
-      int64_t task = taken.fetch_add(1, std::memory_order_relaxed);
-      while (task < tasks && !c.count[task / blocks]) task = taken.fetch_add(1, std::memory_order_relaxed);
-      return task;
-    };
-    auto neuron = [&](int64_t task) { return task / blocks * p.group + task % blocks * NEURON_BLOCK; };
-    for (int64_t task = take(), after; task < tasks; task = after) {
-      after = take();
-      const int64_t j = task % blocks * NEURON_BLOCK, next = after < tasks ? neuron(after) : 0;
-      hidden_block<E>(p, c, task / blocks, j, std::min(j + NEURON_BLOCK, p.group), next, local);
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < p.n_experts * blocks; task++) {
+      const int64_t e = task / blocks, j = task % blocks * NEURON_BLOCK;
+      if (c.count[e]) hidden_block<E>(p, c, e, j, std::min(j + NEURON_BLOCK, p.group), local);
     }
-#pragma omp barrier
 #pragma omp for schedule(dynamic)
     for (int64_t col = 0; col < p.d_out; col += columns)
       down_block<E>(p, c, y, col, std::min(col + columns, p.d_out), local);

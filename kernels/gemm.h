@@ -7,7 +7,7 @@ namespace {
 
 constexpr int64_t NEURON_BLOCK = 32;   // neurons that are widened and multiplied together
 constexpr int64_t DEPTH_BLOCK = 1024;  // stretch of d_model: 6 token rows of it (24 KB) and 4 of a weight fit in L1
-constexpr int64_t COLUMN_PIECE = 128;  // columns that the down product takes through all tokens before the next ones
+constexpr int64_t COLUMN_PIECE = 128;  // columns of down that all tokens take before the next ones: 32 rows of them fit in L1
 
 // A register tile: M tokens by tile_rows(M) neurons, so that accumulators and operands fit in 32 (16) vector registers.
 constexpr int MAX_M = W == 16 ? 6 : 3;
@@ -62,18 +62,6 @@ struct Block {
   int64_t stride;
 };
 
-// The stored rows that will be wanted after a block: the arithmetic fetches them meanwhile, or memory would idle.
-struct Next {
-  const char* data = nullptr;
-  int64_t row = 0, element = 0;  // bytes
-  template <class E>
-  static Next of(const Matrix& m, int64_t r, int64_t c) {
-    if (m.col != 1) return {};
-    return {reinterpret_cast<const char*>(m.at<E>(r, c)), m.row * int64_t(sizeof(typename E::T)), sizeof(typename E::T)};
-  }
-  Next at(int64_t r, int64_t c) const { return {data + r * row + c * element, row, element}; }
-};
-
 // A block [rows, cols] of a weight as fp32 rows of whole vectors: where it lies, or copied together, widened or turned
 // into `buffer`, zeros behind each row.
 template <class E>
@@ -93,12 +81,10 @@ inline Block fp32_block(const Matrix& m, int64_t r0, int64_t rows, int64_t c0, i
 
 // out[m * NEURON_BLOCK + n] += x[m] . w[n] over depth elements, a whole number of vectors
 template <int M, int N>
-inline void dot_tile(const float* const* x, const float* w, int64_t ldw, int64_t depth, float* out, const Next& next) {
+inline void dot_tile(const float* const* x, const float* w, int64_t ldw, int64_t depth, float* out) {
   vf acc[M][N] = {};
   for (int64_t k = 0; k < depth; k += W) {
     vf xv[M], wv[N];
-#pragma GCC unroll 16
-    for (int n = 0; n < N; n++) __builtin_prefetch(next.data + n * next.row + k * next.element, 0, 2);
     if constexpr (M < N) {  // the shorter side stays in registers, the longer one passes through one
 #pragma GCC unroll 16
       for (int m = 0; m < M; m++) {
@@ -137,38 +123,35 @@ inline void dot_tile(const float* const* x, const float* w, int64_t ldw, int64_t
   }
 }
 
-// out[i * NEURON_BLOCK + j] = x[i] . m[r0 + j] for i < tokens, j < rows; x holds the rows' first stretches, `after` is
-// what to fetch during the last one
+// out[i * NEURON_BLOCK + j] += x[i] . w[j] for i < tokens, j < rows, from `offset` of x on
+inline void dot_block(const float* const* x, int64_t offset, int64_t tokens, const float* w, int64_t ldw, int64_t rows,
+                      int64_t depth, float* out) {
+  by_tiles(tokens, [&]<int M>(int64_t first) {
+    constexpr int N = tile_rows(M);
+    const float* xs[M];
+    for (int i = 0; i < M; i++) xs[i] = x[first + i] + offset;
+    float* to = out + first * NEURON_BLOCK;
+    int64_t j = 0;
+    for (; j + N <= rows; j += N) dot_tile<M, N>(xs, w + j * ldw, ldw, depth, to + j);
+    for (; j < rows; j++) dot_tile<M, 1>(xs, w + j * ldw, ldw, depth, to + j);
+  });
+}
+
+// out[i * NEURON_BLOCK + j] = x[i] . m[r0 + j] for i < tokens, j < rows; x holds the rows' first stretches
 template <class E>
 inline void project_rows(const Matrix& m, int64_t r0, int64_t rows, const Blocked& from, const float* const* x,
-                         int64_t tokens, float* out, float* buffer, const Next& after) {
+                         int64_t tokens, float* out, float* buffer) {
   std::fill(out, out + tokens * NEURON_BLOCK, 0.0f);
   for (int64_t k = 0; k < from.depth; k += DEPTH_BLOCK) {
     const int64_t depth = std::min(DEPTH_BLOCK, from.depth - k), offset = k / DEPTH_BLOCK * from.next_block();
     const Block w = fp32_block<E>(m, r0, rows, k, depth, buffer);
-    const Next next = k + depth < from.depth ? Next::of<E>(m, r0, k + depth) : after;
-    const int64_t padded = round_up(depth, W), tiles = (tokens + MAX_M - 1) / MAX_M;
-    int64_t tile = 0;
-    by_tiles(tokens, [&]<int M>(int64_t first) {
-      constexpr int N = tile_rows(M);
-      const float* xs[M];
-      for (int i = 0; i < M; i++) xs[i] = x[first + i] + offset;
-      float* to = out + first * NEURON_BLOCK;
-      int64_t j = 0;
-      for (; j + N <= rows; j += N) {
-        const bool fetches = j / N % tiles == tile;  // every tile of tokens fetches its part
-        dot_tile<M, N>(xs, w.data + j * w.stride, w.stride, padded, to + j, fetches ? next.at(j, 0) : Next{});
-      }
-      for (; j < rows; j++) dot_tile<M, 1>(xs, w.data + j * w.stride, w.stride, padded, to + j, next.at(j, 0));
-      tile++;
-    });
+    dot_block(x, offset, tokens, w.data, w.stride, rows, round_up(depth, W), out);
   }
 }
 
 // y[m][0 .. N*W) += sum over j < depth of h[m * ldh + j] * w[j * ldw ..]
 template <int M, int N>
-inline void outer_tile(const float* h, int64_t ldh, const float* w, int64_t ldw, int64_t depth, float* const* y,
-                       const Next& next) {
+inline void outer_tile(const float* h, int64_t ldh, const float* w, int64_t ldw, int64_t depth, float* const* y) {
   vf acc[M][N];
 #pragma GCC unroll 16
   for (int m = 0; m < M; m++)
@@ -176,8 +159,6 @@ inline void outer_tile(const float* h, int64_t ldh, const float* w, int64_t ldw,
     for (int n = 0; n < N; n++) acc[m][n] = load(y[m] + n * W);
   for (int64_t j = 0; j < depth; j++) {
     vf wv[N];
-#pragma GCC unroll 16
-    for (int n = 0; n < N; n++) __builtin_prefetch(next.data + j * next.row + n * W * next.element, 0, 2);
 #pragma GCC unroll 16
     for (int n = 0; n < N; n++) {
       wv[n] = load(w + j * ldw + n * W);
@@ -198,12 +179,10 @@ inline void outer_tile(const float* h, int64_t ldh, const float* w, int64_t ldw,
 }
 
 // y[i][0 .. cols) += h[i * ldh ..] times w [depth, cols], cols a whole number of vectors
-inline void outer_block(float* const* y, int64_t tokens, const float* h, int64_t ldh, const Block& w, int64_t depth,
-                        int64_t cols, const Next& next) {
-  const int64_t tiles = (tokens + MAX_M - 1) / MAX_M;
-  for (int64_t c0 = 0; c0 < cols; c0 += COLUMN_PIECE) {
-    const int64_t c1 = std::min(c0 + COLUMN_PIECE, cols);
-    int64_t tile = 0;
+inline void outer_block(float* const* y, int64_t tokens, const float* h, int64_t ldh, const Block& w, int64_t depth, int64_t cols) {
+  const int64_t piece = tokens > MAX_M ? COLUMN_PIECE : cols;
+  for (int64_t c0 = 0; c0 < cols; c0 += piece) {
+    const int64_t c1 = std::min(c0 + piece, cols);
     by_tiles(tokens, [&]<int M>(int64_t first) {
       constexpr int N = tile_rows(M);
       const float* hs = h + first * ldh;
@@ -213,12 +192,8 @@ inline void outer_block(float* const* y, int64_t tokens, const float* h, int64_t
         return ys;
       };
       int64_t c = c0;
-      for (; c + N * W <= c1; c += N * W) {
-        const bool fetches = c / (N * W) % tiles == tile;
-        outer_tile<M, N>(hs, ldh, w.data + c, w.stride, depth, at(c), fetches ? next.at(0, c) : Next{});
-      }
-      for (; c < c1; c += W) outer_tile<M, 1>(hs, ldh, w.data + c, w.stride, depth, at(c), next.at(0, c));
-      tile++;
+      for (; c + N * W <= c1; c += N * W) outer_tile<M, N>(hs, ldh, w.data + c, w.stride, depth, at(c));
+      for (; c < c1; c += W) outer_tile<M, 1>(hs, ldh, w.data + c, w.stride, depth, at(c));
     });
   }
 }

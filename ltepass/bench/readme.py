@@ -20,9 +20,10 @@ def section(root: Path) -> str:
 
 
 def main() -> None:
-    readme = Path("README.md")
+    readme, records = Path("README.md"), read(OP_CSV, OpRecord)
     readme.write_text(with_table(readme.read_text(), section(Path()), BEGIN, END))
-    draw(PLOT, read(OP_CSV, OpRecord))
+    if records:
+        draw(PLOT, records)
     print(f"README.md and {PLOT} now show {OP_CSV} and {MODEL_CSV}")
 
 
