@@ -26,6 +26,14 @@ import results
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 SECONDS = 525  # for all stages
+# The test suite in parts that run side by side; together they are every folder and file of tests/.
+SUITE = (
+    ("tests/kernels", "tests/gpu"),
+    ("tests/models",),
+    ("tests/passes", "tests/properties"),
+    ("tests/training",),
+    tuple(sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_*.py"))),
+)
 
 
 @dataclass
@@ -89,7 +97,7 @@ def software() -> str:
     return f"torch {torch.__version__} triton {triton.__version__} python {sys.version.split()[0]}"
 
 
-def check(run: Run) -> subprocess.Popen[str]:
+def check(run: Run) -> dict[str, subprocess.Popen[str]]:
     """The C++ op; then, side by side, the GPU tests and the sanitizer.
 
     Returns the suite, which goes on behind the rest, on the CPU at low priority: what is timed later are CUDA graphs.
@@ -97,7 +105,10 @@ def check(run: Run) -> subprocess.Popen[str]:
     build = "from ltepass.kernels import routed_ffn_cpu as k; ok = k.load(); print('C++ op:', ok); assert ok"
     run.stage("build", [sys.executable, "-c", build], 60)
     no_gpu = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"}
-    suite = run.start("suite", ["nice", *pytest("-m", "not gpu and not slow", processes=6)], **no_gpu)
+    suite = {}
+    for number, part in enumerate(SUITE, 1):
+        command = ["nice", *pytest("-m", "not gpu and not slow", *part, processes=2)]
+        suite[f"suite_{number}"] = run.start(f"suite_{number}", command, **no_gpu)
     stages = {"gpu_tests": run.start("gpu_tests", pytest("-m", "gpu", "tests/gpu", processes=4))}
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if Path(tool).exists():
@@ -144,15 +155,15 @@ def main(argv: list[str] | None = None) -> int:
     run = Run(options.out.resolve(), options.dry_run)
     (run.out / "log.txt").write_text("")
     run.say(software())
-    suite = None
+    suite = {}
     if run.dry:
         run.stage("sanitize", python("sanitize.py"), 120)
     elif options.only != "measure":
         suite = check(run)
     if options.only != "check":
         measure(run)
-    if suite:
-        run.finish("suite", suite, SECONDS)
+    for name, part in suite.items():
+        run.finish(name, part, SECONDS)
     report(run)
     return bool(run.failed)
 

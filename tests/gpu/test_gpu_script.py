@@ -14,6 +14,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "examples" / "gpu"
 sys.path.insert(0, str(FOLDER))
 
 import results  # noqa: E402 -- lies beside the script, which is no package
+import run_all  # noqa: E402
 
 
 def test_dry_run(tmp_path: Path) -> None:
@@ -25,6 +26,12 @@ def test_dry_run(tmp_path: Path) -> None:
     rows = results.read(tmp_path / "speed.csv")
     assert rows == results.expected()
     assert done.stdout.count(results.NOT_MEASURED) >= 3 * len(rows)
+
+
+def test_the_suite_has_every_test() -> None:
+    tests = FOLDER.parents[1] / "tests"
+    there = {p.parent if p.parent != tests else p for p in tests.rglob("test_*.py")}
+    assert {str(p.relative_to(tests.parent)) for p in there} == {path for part in run_all.SUITE for path in part}
 
 
 def test_the_committed_table_has_every_row_once() -> None:
