@@ -58,8 +58,9 @@ def lte(
         lowered, notes = LowerRoutedFFN()(gm)
     elif gates:
         notes = {router_path(n): "the graph is traced with gradients" for n in gm.graph.nodes if is_gate(n)}
-    for path, reason in notes.items() if kept is not None else ():
-        kept(path, reason)
+    if kept is not None:
+        for path, reason in notes.items():
+            kept(path, reason)
     lines = [f"{path}: {reason}" for path, reason in notes.items()]
     history.append(CompiledGraph(gates=gates, lowered=lowered, notes=lines))
     log.info("lte backend: %d gates, %d lowered%s", gates, lowered, "".join(f"; {line}" for line in lines))

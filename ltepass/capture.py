@@ -189,7 +189,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """RNG state, every module's attributes and the containers in them as before; export's own chatter kept quiet."""
     rng, python_rng = torch.get_rng_state(), random.getstate()
     cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    kept = [(m.__dict__, dict(m.__dict__)) for m in model.modules()]
+    kept: list[tuple[Any, Any]] = [(m.__dict__, dict(m.__dict__)) for m in model.modules()]
     kept += [(v, copy.copy(v)) for _, was in kept for v in was.values() if isinstance(v, (dict, list, set))]
     loggers = [logging.getLogger(name) for name in ("torch.export", "torch._subclasses.fake_tensor")]
     levels = [logger.level for logger in loggers]
