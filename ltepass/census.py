@@ -175,10 +175,10 @@ def _made_with() -> str:
 
 def read_table(folder: Path) -> list[Row]:
     """The rows of a written coverage.csv."""
-    defaults = {f.name: f.default for f in fields(Row)}
+    texts = {f.name for f in fields(Row) if f.type == "str"}
 
     def value(name: str, text: str) -> Any:
-        if isinstance(defaults.get(name, ""), str):
+        if name in texts:
             return text
         return ast.literal_eval(text) if text else None
 

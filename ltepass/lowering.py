@@ -103,7 +103,7 @@ def why_not(model: nn.Module, site: FFNSite) -> str | None:
     if extra:
         return f"{extra[0]} also scales its neurons"
     for rows_of, path in ((site.up_bias, site.up), (site.gate_bias, site.gate)):
-        if rows_of is not None and site.kind != "graph" and rows_of.param.rpartition(".")[0] != path:
+        if rows_of is not None and site.kind != "graph" and not _has_bias(model, path, rows_of.param):
             return f"{rows_of.param} is added apart from {path}"
     for path in dict.fromkeys(p for p in (site.up, site.gate, site.down) if p is not None):
         module = model.get_submodule(path)
@@ -114,6 +114,14 @@ def why_not(model: nn.Module, site: FFNSite) -> str | None:
         if not plain(module):
             return f"{path} is a {type(module).__module__}.{type(module).__name__}, not a plain linear"
     return None
+
+
+def _has_bias(model: nn.Module, path: str, name: str) -> bool:
+    """Whether the linear at `path` adds this parameter itself, also where another module shares it and names it."""
+    if name.rpartition(".")[0] == path:
+        return True
+    own = model.get_submodule(path)._parameters.get("bias")
+    return own is not None and any(p is own for n, p in model.named_parameters(remove_duplicate=False) if n == name)
 
 
 def _called_modules(model: nn.Module) -> set[str]:

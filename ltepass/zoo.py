@@ -230,8 +230,9 @@ def causal_lms() -> list[str]:
 
 def causal_lm(model_type: str) -> Example:
     """A tiny causal LM with a prompt. It makes its own example inputs for transform, where it can."""
-    model: Any = tiny_model(model_type)
-    rows = 2 * model.config.num_codebooks if model_type in CODEBOOKS else 2
+    model = tiny_model(model_type)
+    config: Any = model.config
+    rows = 2 * config.num_codebooks if model_type in CODEBOOKS else 2
     ids = torch.randint(3, 100, (rows, 11), generator=torch.Generator().manual_seed(1))
     inputs = {"input_ids": ids, "use_cache": False}
     return Example(model=model, inputs=inputs, traced=inputs if model_type in CODEBOOKS else None)

@@ -51,7 +51,7 @@ def generate(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return model.generate(x, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0)
 
 
-@pytest.mark.parametrize("name", ["llama", "opt"])
+@pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.slow), "opt"])
 def test_graph_breaks_recompiles_and_op_calls(name: str, calls: Counter) -> None:
     model = transformed(name, layers=LAYERS)
     prompts = [ids(batch, length) for length in LENGTHS for batch in BATCHES]

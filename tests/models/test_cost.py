@@ -36,7 +36,7 @@ def lines_run(layers: int, name: str) -> int:
     return count
 
 
-@pytest.mark.parametrize("name", ["llama", "opt"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("opt", marks=pytest.mark.slow)])
 def test_work_grows_linearly_with_layers(name: str) -> None:
     work = {layers: lines_run(layers, name) for layers in (2, 4, 8, 16)}
     per_layer = [(work[2 * n] - work[n]) / n for n in (2, 4, 8)]

@@ -113,7 +113,7 @@ def check_life(model: nn.Module, planted: set[int]) -> None:
     assert torch.equal(model(X), expected)
 
 
-@examples(80)
+@examples(60)
 @given(trees, st.integers(0, 99))
 def test_the_life_of_a_graph_module(tree: Any, seed: int) -> None:
     model, planted = build(tree, seed)
