@@ -188,8 +188,11 @@ def test_verdicts_follow_the_newest_run_and_the_best_baseline() -> None:
     assert three_quarters.value == pytest.approx((10 / 4) / 4)
     assert not three_quarters.met
     shown = table.markdown(run, [])
-    assert "0.96 / 0.62 / -" in shown
-    assert "| no |" in shown
+    assert "| 0.96 / 0.62 / - | 1.00 / 1.00 / - | not measured |" in shown
+    shown = table.markdown([*run, record("routed", 0.9, 1.2, 1.0)], [])
+    assert "| 0.96 / 0.62 / 0.83 | 1.00 / 1.00 / 1.00 | no |" in shown
+    shown = table.markdown([*run, record("routed", 0.0, 20.0, 10.0)], [])
+    assert "1 thread (worst of 1 measured, 1 below the target) | >= 0.95x | 0.60 / - / -x" in shown
     assert "Whole token: not measured." in shown
 
 

@@ -126,23 +126,41 @@ def _op_table(runs: dict[str, list[OpRecord]]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for target in TARGETS:
-        unit = "" if target.of_ideal else "x"
-        at = " / ".join(f"{s:.0%}" for s in target.at)
-        for case in target.cases:
-            values = judge(target, runs.get(case, []))
-            met = [v.met for v in values if v is not None]
-            verdict = NOT_MEASURED if not met else "yes" if len(met) == len(values) and all(met) else "no"
-            lines.append(
-                f"| {target.where}, at {at} | {target.over} | {describe(case)} | {_goals(target, unit)} "
-                f"| {_all(v.value if v else None for v in values)}{unit} "
-                f"| {_all(v.ceiling if v else None for v in values)}{unit} | {verdict} |"
-            )
+        judged = {case: judge(target, runs.get(case, [])) for case in target.cases}
+        if target.worst:
+            lines.append(_row(target, *_worst(judged)))
+        else:
+            lines += [_row(target, describe(case), values) for case, values in judged.items()]
     return "\n".join(lines)
 
 
-def _goals(target: Target, unit: str) -> str:
-    goals = dict.fromkeys(target.values) if len(set(target.values)) == 1 else target.values
-    return f">= {' / '.join(f'{goal:g}' for goal in goals)}{unit}"
+def _row(target: Target, case: str, values: Sequence[Value | None]) -> str:
+    unit = "" if target.of_ideal else "x"
+    at = " / ".join(f"{s:.0%}" for s in target.at)
+    goals = dict.fromkeys(target.values)
+    met = [v.met for v in values if v is not None]
+    cells = (
+        f"{target.where}, at {at}",
+        target.over,
+        case,
+        f">= {_all(target.values if len(goals) > 1 else goals)}{unit}",
+        _all(v.value if v else None for v in values) + unit if met else NOT_MEASURED,
+        _all(v.ceiling if v else None for v in values) + unit if met else NOT_MEASURED,
+        NOT_MEASURED if len(met) < len(values) else "yes" if all(met) else "no",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _worst(judged: dict[str, list[Value | None]]) -> tuple[str, list[Value | None]]:
+    """The measured case with the least value, how many were measured, and the case's values."""
+    measured = {case: [v.value for v in values if v is not None] for case, values in judged.items()}
+    measured = {case: values for case, values in measured.items() if values}
+    if not measured:
+        return f"worst of {len(judged)}", next(iter(judged.values()))
+    worst = min(measured, key=lambda case: min(measured[case]))
+    missed = sum(any(v is not None and not v.met for v in values) for values in judged.values())
+    counts = f"worst of {len(measured)} measured, {missed} below the target"
+    return f"{describe(worst)} ({counts})", judged[worst]
 
 
 def _all(values: Iterable[float | None]) -> str:
