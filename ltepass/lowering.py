@@ -103,7 +103,9 @@ def why_not(model: nn.Module, site: FFNSite) -> str | None:
     if extra:
         return f"{extra[0]} also scales its neurons"
     for rows_of, path in ((site.up_bias, site.up), (site.gate_bias, site.gate)):
-        if rows_of is not None and path is not None and site.kind != "graph" and not _has_bias(model, path, rows_of.param):
+        if rows_of is None or path is None or site.kind == "graph":
+            continue
+        if not _has_bias(model, path, rows_of.param):
             return f"{rows_of.param} is added apart from {path}"
     for path in dict.fromkeys(p for p in (site.up, site.gate, site.down) if p is not None):
         module = model.get_submodule(path)
