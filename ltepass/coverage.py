@@ -48,6 +48,7 @@ class Row:
     graphs, nodes: of the capture. named: linears with a usual name of a dense FFN's second one; found: those of them
         that are sites; the difference stands in `unfound`.
     refusals: "check: reason" by number of places. Errors are relative to the largest output value.
+    lowered: sites that call the sparse op, also those that the inputs do not reach (an image tower).
     gates_act: whether hard mode at a random start changes the output, so that the comparisons mean something.
     """
 
@@ -221,7 +222,7 @@ def _compared(row: Row, example: Example, before: Tensor) -> Row:
     error = _relative(lowered, hard)
     return replace(
         row,
-        lowered=len(seen.masks),
+        lowered=sum(r.plan is not None for r in routers_of(model)),
         masks_equal=same,
         lowered_error=error,
         kept=_counted(note.partition(": ")[2] for note in require_state(model, "the census").notes),

@@ -38,7 +38,7 @@ UNFOUND: dict[str, dict[str, str]] = {
         "feed_forward.down_proj": "Each call adds another adapter of low rank to the shared up projection: a neuron is "
         "made of two matrices that read different inputs, and its order would tie every layer's adapter."
     },
-    "zaya": {"mlp.gate.down_proj": f"{PARTS} the MLP is the model's own router, its output goes into a softmax."},
+    "zaya": {"mlp.gate.": f"{PARTS} it belongs to the deep MLP that is the model's own router of experts."},
 }
 
 # Sites whose gates do not show in the output of the tiny model, so that its comparisons say little.
