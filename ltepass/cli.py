@@ -182,6 +182,7 @@ def bench_model(
     sparsity: Annotated[list[float] | None, typer.Option(help="Sparsity for the knob; as saved if none.")] = None,
     compiled: Annotated[bool, typer.Option("--compiled", help="torch.compile on every side.")] = False,
     tokenizer: Annotated[str | None, typer.Option(help="Where the tokenizer is, if not in FOLDER.")] = None,
+    name: Annotated[str | None, typer.Option(help="What the CSV calls it; the folder's name if none.")] = None,
     out: Annotated[Path | None, typer.Option(help="A CSV to append to.")] = None,
     device: Device = "cpu",
 ) -> None:
@@ -194,6 +195,7 @@ def bench_model(
         compiled=compiled,
         sparsities=tuple(sparsity or ()),
         tokenizer=tokenizer,
+        name=name,
         device=device,
     )
     _print(models.bench(str(folder), text.read_text(), out, options))

@@ -196,13 +196,15 @@ def evaluate(
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions:
-    """Of `ltepass bench model`. sparsities: for the knob; none keeps the saved thresholds. tokenizer: where it lies."""
+    """Of `ltepass bench model`. sparsities: for the knob; none keeps the saved thresholds. tokenizer: where it lies;
+    name: what the CSV calls the model."""
 
     tokens: int = 64
     rounds: int = 4
     compiled: bool = False
     sparsities: tuple[float, ...] = ()
     tokenizer: str | None = None
+    name: str | None = None
     device: str = "cpu"
 
 
@@ -225,7 +227,7 @@ def bench(folder: str, text: str, out: Path | None, options: BenchOptions) -> An
         model,
         ids.to(model.device),
         token_blocks(tokenizer, text, length, limit=8),
-        name=Path(folder).resolve().name,
+        name=options.name or Path(folder).resolve().name,
         how="compiled" if options.compiled else "eager",
         sparsities=options.sparsities or (None,),
         rounds=options.rounds,

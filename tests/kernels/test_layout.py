@@ -22,6 +22,11 @@ def routed_model() -> torch.nn.Module:
     return model
 
 
+def assert_same(ours: torch.Tensor, theirs: torch.Tensor, name: str) -> None:
+    """Bit for bit; a sparsity table that was never calibrated is all NaN."""
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{name}: {m}")
+
+
 def test_lowering_moves_weights_and_keeps_no_second_copy() -> None:
     model = routed_model()
     before = {name: (p.detach().clone(), p.stride()) for name, p in model.state_dict().items()}
@@ -31,7 +36,7 @@ def test_lowering_moves_weights_and_keeps_no_second_copy() -> None:
     after = model.state_dict()
     assert after.keys() == before.keys()
     for name, (value, _) in before.items():
-        assert torch.equal(after[name], value), name
+        assert_same(after[name], value, name)
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
     assert sum(storages.values()) == sum(p.nbytes for p in model.parameters())
     ltepass.unlower(model)
@@ -47,6 +52,6 @@ def test_a_lowered_model_saves_the_same_files(tmp_path: Path) -> None:
     files = [load_file(tmp_path / name / "model.safetensors") for name in ("before", "lowered")]
     assert files[0].keys() == files[1].keys()
     for name, value in files[0].items():
-        assert torch.equal(value, files[1][name]), name
+        assert_same(files[1][name], value, name)
     assert (tmp_path / "before/config.json").read_text() == (tmp_path / "lowered/config.json").read_text()
     assert model.get_parameter("model.layers.0.mlp.down_proj.weight").stride()[0] == 1  # and stays lowered

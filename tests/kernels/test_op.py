@@ -108,7 +108,8 @@ def test_active_pairs_alone_give_the_same_gradients(dtype: torch.dtype, gated: b
             if a is None or b is None or w is None:
                 continue
             assert (a.shape, a.dtype) == (b.shape, b.dtype), name
-            allowed = 1.5 * (b - w).abs().max() + 2 * torch.finfo(dtype).eps * w.abs().max()
+            order = 1e-13 if dtype == torch.float64 else 2 * torch.finfo(dtype).eps  # sums come in another order
+            allowed = 1.5 * (b - w).abs().max() + order * w.abs().max()
             assert (a - w).abs().max() <= allowed, name
 
 
