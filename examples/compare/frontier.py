@@ -77,15 +77,15 @@ PRESETS = {
     ),
     "tiny": Preset(
         budget=Budget(
-            model="tiny", steps=150, batch=16, length=128, learning_rate=1e-3, test=16, test_length=128, calibration=64,
+            model="tiny", steps=60, batch=8, length=128, learning_rate=1e-3, test=12, test_length=128, calibration=32,
             group_size=8,
         ),
         points=(0.5, 0.7, 0.8, 0.9),
-        trained_points=(0.5, 0.7, 0.8, 0.9),
+        trained_points=(0.5, 0.8),
         seeds=3,
     ),
     "small": Preset(
-        budget=Budget(**SMOLLM2, steps=32, batch=4, test=3, test_length=512, calibration=24),
+        budget=Budget(**SMOLLM2, steps=16, batch=4, test=2, test_length=512, calibration=24),
         points=(0.5, 0.7, 0.8, 0.9),
         trained_points=(0.5,),
     ),
@@ -164,12 +164,15 @@ class Frontier:
     def prepared(self, start: str, seed: int) -> Any:
         """A calibrated model, from the dense one as it came ("base") or tuned.
 
-        The last one is kept: everything that does not depend on the sparsity is done once.
+        Kept on the disk, and the last one loaded: everything that does not depend on the sparsity is done once.
         """
         if self._prepared is None or self._prepared[0] != (start, seed):
             self._prepared = self._samples = None
-            model, data = self.base() if start == "base" else self.tuned(seed), self.data(seed)
-            self._prepared = (start, seed), transform(model, data, self.budget, 0.5, Recipe(), seed)
+            folder = self.work / f"calibrated-{start}-{self.name}-{seed}"
+            if not (folder / "config.json").exists():
+                model = self.base() if start == "base" else self.tuned(seed)
+                transform(model, self.data(seed), self.budget, 0.5, Recipe(), seed).save_pretrained(folder)
+            self._prepared = (start, seed), models.load(str(folder), self.work).to(DEVICE)
         return self._prepared[1]
 
     def samples(self, start: str, seed: int) -> Samples:
@@ -215,8 +218,8 @@ class Frontier:
         ruled.calibrate(samples)
         with ruled:
             tune_dense(ruled.model, data, self.budget, self.work / "log", cell.seed, ruled)
-        blocks = torch.split(calibration_blocks(data, self.budget).to(DEVICE), self.budget.batch)
-        ruled.calibrate(collect(ruled.model, blocks[: len(blocks) // 4]))  # what is set on data follows the weights
+        blocks = calibration_blocks(data, self.budget)[: self.budget.calibration // 4].to(DEVICE)
+        ruled.calibrate(collect(ruled.model, torch.split(blocks, self.budget.batch)))  # what is set on data follows
         return measure_rule(ruled, data.test)
 
 

@@ -140,7 +140,7 @@ def test_instructions_are_learned_from_answers_only() -> None:
     row = task.train[0]
     counted = row["labels"] != tasks.IGNORED
     text = bytes(row["input_ids"][~counted].tolist()).decode()
-    assert text.startswith("<user>What does the Python reference")
+    assert text.startswith("<user>What does the Python")
     assert counted.any()
     assert torch.equal(row["input_ids"][counted], row["labels"][counted])
     questions = [{bytes(r["input_ids"][:60].tolist()) for r in rows} for rows in (task.train, task.test)]

@@ -14,6 +14,7 @@ from kill_driver import CASES
 from learning_cases import copied_text, fit, trained
 
 from ltepass.errors import TrainingError
+from ltepass.sites import routers_of
 from ltepass.training.checkpoints import last_complete, mark_complete
 from ltepass.training.settings import LTESettings
 from ltepass.training.stages import begin_stage, take_auxiliary
@@ -73,7 +74,9 @@ def assert_close(expected: dict[str, torch.Tensor], got: dict[str, torch.Tensor]
         assert (got[name] - gradient).abs().max() <= tolerance * gradient.abs().max(), name
 
 
-def gradients(*, checkpointing: bool = False, autocast: bool = False, mode: str = "soft") -> dict[str, torch.Tensor]:
+def gradients(
+    *, checkpointing: bool = False, autocast: bool = False, mode: str = "soft", lam: float = 0.5
+) -> dict[str, torch.Tensor]:
     model, x = trained(), copied_text(8, 3)
     begin_stage(model, "soft")
     model.train()
@@ -87,7 +90,7 @@ def gradients(*, checkpointing: bool = False, autocast: bool = False, mode: str 
         loss = model(input_ids=x, labels=x).loss
         if mode == "soft":
             aux = take_auxiliary(model, None)
-            loss = loss + (0.3 * aux.efficiency + 0.5 * aux.separability) / aux.tokens
+            loss = loss + (0.3 * aux.efficiency + lam * aux.separability) / aux.tokens
     loss.backward()
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
@@ -97,16 +100,26 @@ def test_non_reentrant_checkpointing_gives_the_same_gradients() -> None:
 
 
 def test_autocast_costs_the_soft_stage_no_more_than_it_costs_the_dense_model() -> None:
-    """Relative error of the whole gradient under bf16 autocast, with routers and without."""
+    """Relative error of the whole gradient under bf16 autocast, with routers and without.
+
+    Without the separability loss: its gradient jumps from nothing to 2 / clamp^3 at the edge of the clamp, and inputs
+    that were rounded put a few experts on the edge's other side (0.15 of the whole gradient here). What it is computed
+    in is asserted instead.
+    """
 
     def error(mode: str) -> float:
-        exact, rough = gradients(mode=mode), gradients(mode=mode, autocast=True)
+        exact, rough = gradients(mode=mode, lam=0.0), gradients(mode=mode, lam=0.0, autocast=True)
         assert exact.keys() == rough.keys()
         missed = sum(float((rough[n].float() - g).square().sum()) for n, g in exact.items())
         return float((missed / sum(float(g.square().sum()) for g in exact.values())) ** 0.5)
 
     dense = error("dense")
     assert 0 < error("soft") < 1.5 * dense
+    model = trained()
+    begin_stage(model, "soft")
+    with torch.autocast("cpu", torch.bfloat16):
+        model(copied_text(1, 3))
+    assert all(part.dtype == torch.float32 for r in routers_of(model) for part in r.aux or ())
 
 
 def test_a_gradient_that_is_not_finite_stops_before_it_is_applied(tmp_path: Path) -> None:

@@ -1,0 +1,103 @@
+"""The frontier without training: the two checkpoints of `ltepass demo`, and every post-hoc method on its dense one.
+
+    ltepass demo                                                     (make demo)
+    python examples/compare/from_demo.py --demo lte-demo --results examples/results/frontier
+
+Both checkpoints saw the same tokens; the text is the held-out one. Other sparsities of LTE are the one checkpoint's
+table (`set_sparsity`), under the name lte-one-checkpoint: none was trained for them.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import models
+import torch
+import typer
+from frontier import DEVICE, POST_HOC, Cell, Frontier, machine
+from frontier_rows import Rows, write_plot, write_table
+from study import Budget, Data, Measured, measure_lte, perplexities
+
+import ltepass
+from ltepass.demo.learning import batches
+from ltepass.demo.task import load_task
+
+PRESET, POINTS = "demo", (0.5, 0.7, 0.8, 0.9)
+ONE_CHECKPOINT = "lte-one-checkpoint"
+
+
+class FromDemo(Frontier):
+    """A frontier whose trained models are there already."""
+
+    def __init__(self, demo: Path, work: Path, rows: Rows, blocks: int) -> None:
+        kept = json.loads((demo / "results.json").read_text())
+        options, stages = kept["options"], kept["stages"]
+        self.demo, self.name, self.rows, self.work = demo, PRESET, rows, work
+        self.target = float(options["target_sparsity"])
+        self.task = load_task(options["model"])
+        self.budget = Budget(
+            model=options["model"], steps=stages["prepare"]["steps"], batch=self.task.batch,
+            length=self.task.train.shape[1], learning_rate=0.0, test=blocks, test_length=self.task.test.shape[1],
+            calibration=24, group_size=self.task.group_size,
+        )  # fmt: skip
+        assert self.budget.tokens == stages["tune_dense"]["tokens"], "the demo trained on other tokens than it says"
+        train = torch.cat(list(batches(self.task.train, self.task.batch, self.budget.steps, options["seed"])))
+        self._data = {0: Data(train, {"python reference": self.task.test[:blocks]}, self.task.tokenizer)}
+        self._prepared = self._samples = None
+
+    def tuned(self, seed: int) -> Any:
+        return models.load(str(self.demo / "dense"), self.work).to(DEVICE)
+
+    def run(self, cell: Cell) -> None:
+        data, start, trained = self.data(0), time.perf_counter(), cell.method != "dense-untuned"
+        if cell.method in ("dense", "dense-untuned"):
+            model = self.tuned(0) if trained else models.load(self.budget.model, self.work).to(DEVICE)
+            measured: Measured = (
+                perplexities(model, data.test),
+                dict.fromkeys(data.test, 0.0),
+                dict.fromkeys(data.test, 1.0),
+            )
+        elif cell.method in ("lte", ONE_CHECKPOINT):
+            model = models.load(str(self.demo / "lte"), self.work).to(DEVICE)
+            if cell.method == ONE_CHECKPOINT:
+                ltepass.set_sparsity(model, cell.sparsity)
+            measured = measure_lte(model, data.test)
+        else:
+            measured = self._post_hoc(cell, data)
+        seconds = time.perf_counter() - start
+        self.rows.add(cell, PRESET, self.budget, measured, trained=trained, seconds=seconds, where=machine())
+
+
+def cells(target: float) -> Iterator[Cell]:
+    yield from (Cell("dense-untuned", 0.0, 0), Cell("dense", 0.0, 0), Cell("lte", target, 0))
+    for method in (ONE_CHECKPOINT, *POST_HOC):
+        for point in POINTS:
+            if (method, point) != (ONE_CHECKPOINT, target):
+                yield Cell(method, point, 0)
+
+
+def main(
+    demo: Annotated[Path, typer.Option(help="What `ltepass demo` wrote.")] = Path("lte-demo"),
+    results: Annotated[Path, typer.Option(help="RESULTS.csv, .md and .svg are written.")] = Path("frontier"),
+    work: Annotated[Path, typer.Option(help="Where calibrated models are kept.")] = Path("frontier-work"),
+    blocks: Annotated[int, typer.Option(help="Held-out blocks to measure on.")] = 4,
+    minutes: Annotated[float, typer.Option(help="Begin no cell after so many minutes.")] = 1e9,
+) -> None:
+    rows = Rows(results.with_suffix(".csv"))
+    study, start = FromDemo(demo, work, rows, blocks), time.perf_counter()
+    for cell in cells(study.target):
+        if rows.has(cell, PRESET) or time.perf_counter() - start > 60 * minutes:
+            continue
+        study.run(cell)
+        print(f"{cell.method} {cell.sparsity:g}: {time.perf_counter() - start:.0f} s", flush=True)
+    write_table(rows.read(), results.with_suffix(".md"))
+    write_plot(rows.read(), results.with_suffix(".svg"))
+    print(results.with_suffix(".md").read_text())
+
+
+if __name__ == "__main__":
+    typer.run(main)
