@@ -239,6 +239,7 @@ def main(argv: list[str] | None = None) -> int:
             writer.writerow(row)
             if row["spills"] != "0":
                 print("spills:", " ".join(key(row)), row["spills"], flush=True)
+    Path(file.name).chmod(0o644)
     shutil.move(file.name, TABLE)  # only a whole table replaces the committed one
     return 0
 
