@@ -27,29 +27,31 @@ struct Chunk {
 
 // Buffers of one thread.
 struct Local {
+  int64_t columns;  // of the output that a task takes, for every chunk of the call: the last one has fewer tokens
   const float** rows;  // [tokens]
   float** out_rows;    // [tokens]
   float *block, *up, *gate, *y;
   static size_t bytes(const Problem& p, int64_t tokens) {
     return 2 * Scratch::bytes_for<float*>(tokens) + Scratch::bytes_for<float>(block_size(p, tokens)) +
-           2 * Scratch::bytes_for<float>(tokens * NEURON_BLOCK) + Scratch::bytes_for<float>(tokens * columns(p, tokens));
+           2 * Scratch::bytes_for<float>(tokens * NEURON_BLOCK) + Scratch::bytes_for<float>(tokens * columns_for(p, tokens));
   }
   static int64_t block_size(const Problem& p, int64_t tokens) {
-    return std::max(NEURON_BLOCK * (DEPTH_BLOCK + W), p.group * (columns(p, tokens) + W));
+    return std::max(NEURON_BLOCK * (DEPTH_BLOCK + W), p.group * (columns_for(p, tokens) + W));
   }
   // Output columns a task takes: its y block (tokens x columns) should stay in L2, and every thread gets some.
-  static int64_t columns(const Problem& p, int64_t tokens) {
+  static int64_t columns_for(const Problem& p, int64_t tokens) {
     const int64_t even = round_up((p.d_out + p.threads - 1) / p.threads, 64);
     const int64_t in_cache = round_up((int64_t(128) << 10) / std::max<int64_t>(tokens, 1), 64);
     return std::clamp<int64_t>(in_cache, 64, std::min<int64_t>(even, 1024));
   }
   Local(Scratch& s, const Problem& p, int64_t tokens)
-      : rows(s.take<const float*>(tokens)),
+      : columns(columns_for(p, tokens)),
+        rows(s.take<const float*>(tokens)),
         out_rows(s.take<float*>(tokens)),
         block(s.take<float>(block_size(p, tokens))),
         up(s.take<float>(tokens * NEURON_BLOCK)),
         gate(s.take<float>(tokens * NEURON_BLOCK)),
-        y(s.take<float>(tokens * columns(p, tokens))) {}
+        y(s.take<float>(tokens * columns)) {}
 };
 
 inline void route_block(const Problem& p, const Chunk& c, int64_t e0, int64_t e1, Local& local) {
@@ -129,7 +131,7 @@ inline int64_t route_chunk(const Problem& p, int64_t first, Chunk& c, std::vecto
 
 template <class E>
 inline void expert_gemms(const Problem& p, const Chunk& c, typename E::T* y, std::vector<Local>& locals) {
-  const int64_t blocks = (p.group + NEURON_BLOCK - 1) / NEURON_BLOCK, columns = Local::columns(p, c.tokens);
+  const int64_t blocks = (p.group + NEURON_BLOCK - 1) / NEURON_BLOCK, columns = locals[0].columns;
 #pragma omp parallel num_threads(p.threads) if (p.threads > 1)
   {
     Local& local = locals[size_t(omp_get_thread_num())];

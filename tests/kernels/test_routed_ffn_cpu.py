@@ -107,6 +107,13 @@ def test_more_tokens_and_features_than_a_block(T: int, dtype: torch.dtype) -> No
     check(Recipe(T=T, d_model=1100, n_experts=6, group_size=40, d_out=300, dtype=dtype))
 
 
+@pytest.mark.parametrize("T", [513, 864])
+def test_the_last_chunk_has_fewer_tokens(T: int) -> None:
+    """Fewer tokens would take wider blocks of columns, which the buffers of the call have no room for."""
+    torch.set_num_threads(1)
+    check(Recipe(T=T, d_out=576, bias=False))
+
+
 @pytest.mark.parametrize("T", [1, 12])
 def test_leading_dimensions(T: int) -> None:
     args = make(Recipe(T=T))
