@@ -150,6 +150,23 @@ def test_train_eval_and_generate_follow_each_other(dense_folder: Path, tmp_path:
     assert "hard mode" not in run("eval", str(dense_folder), str(text), *common)
 
 
+def test_train_takes_the_stages_options_and_eval_shows_the_curve(dense_folder: Path, tmp_path: Path) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text(" ".join(f"w{(i * 7 + i // 9) % 61}" for i in range(800)))
+    options = ["--length", "20", "--steps", "2", "--soft-steps", "0", "--warm-start", "--trainable", "routers"]
+    run("train", str(dense_folder), str(text), "--out", str(out), "--group-size", "12", *options)
+    before, after = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (dense_folder, out))
+    same = [name for name in before if torch.equal(before[name].sort().values, after[name].sort().values)]
+    # grouping permutes the rows of gate and up; the warm start refits down; nothing else but the routers has moved
+    assert {name for name in before if name not in same} >= {n for n in before if "down_proj" in n}
+    assert all(name in same for name in before if "mlp" not in name)
+    shown = run("eval", str(out), str(text), "--length", "20", "--sparsities", "0.2,0.8")
+    assert "set_sparsity 0.2" in shown
+    assert "set_sparsity 0.8" in shown
+    with pytest.raises(ConfigError, match="trainable is 'some'"):
+        run("train", str(dense_folder), str(text), "--out", str(out), "--trainable", "some", *options[:2])
+
+
 def test_too_short_a_text_is_refused_before_anything_is_trained(dense_folder: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("w1 w2 w3")

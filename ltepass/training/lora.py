@@ -32,10 +32,6 @@ def add_lora(model: nn.Module, rank: int) -> None:
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names), model)
 
 
-def has_lora(model: nn.Module) -> bool:
-    return any(True for _ in _layers(model))
-
-
 def merge_lora(model: nn.Module) -> None:
     """Add the updates to the weights and put the plain linears back: same names, same classes as before."""
     for path, layer in list(_layers(model)):
