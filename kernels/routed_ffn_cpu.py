@@ -79,10 +79,19 @@ def cache_dir() -> Path:
 
 def object_name(march: str) -> str:
     """Changes with the source, the flags, the ISA and the torch version, so that a stale object is never loaded."""
-    digest = hashlib.sha256(" ".join([torch.__version__, *flags(march)]).encode())
+    return f"routed_ffn_{march}_{_digest(march, torch.__version__)}.so"
+
+
+def prebuilt_name(march: str) -> str:
+    """As `object_name`, for every torch version: an object in a wheel serves them all."""
+    return f"routed_ffn_{march}_{_digest(march)}.so"
+
+
+def _digest(march: str, *more: str) -> str:
+    digest = hashlib.sha256(" ".join([*more, *flags(march)]).encode())
     for name in (SOURCE, *HEADERS):
         digest.update((HERE / name).read_bytes())
-    return f"routed_ffn_{march}_{digest.hexdigest()[:16]}.so"
+    return digest.hexdigest()[:16]
 
 
 def build(march: str, target: Path) -> None:
@@ -108,7 +117,7 @@ def _only_one_process(directory: Path) -> Iterator[None]:
 
 
 def _find_or_build() -> Path | None:
-    prebuilt = HERE / "prebuilt" / f"routed_ffn_{isa()}.so"
+    prebuilt = HERE / "prebuilt" / prebuilt_name(isa())
     if prebuilt.exists():
         return prebuilt
     target = cache_dir() / object_name(isa())
@@ -172,8 +181,8 @@ def main() -> None:
     args = parser.parse_args()
     args.directory.mkdir(parents=True, exist_ok=True)
     for march in args.isa:
-        build(march, args.directory / f"routed_ffn_{march}.so")
-        print(args.directory / f"routed_ffn_{march}.so")
+        build(march, args.directory / prebuilt_name(march))
+        print(args.directory / prebuilt_name(march))
 
 
 if __name__ == "__main__":

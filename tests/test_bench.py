@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ltepass.bench import cases, op, op_cases, readme, table, timing
+from ltepass.bench import backward, cases, op, op_cases, readme, table, timing
 from ltepass.bench.cases import Shape
 from ltepass.bench.op_cases import CASES, TARGETS, Case
 from ltepass.bench.records import ModelRecord, OpRecord, append, read
@@ -212,6 +212,13 @@ def test_records_survive_the_file(tmp_path: Path) -> None:
     append(path, rows[1:])
     assert read(path, OpRecord) == rows
     assert read(tmp_path / "none.csv", ModelRecord) == []
+
+
+def test_the_backward_table_has_its_columns() -> None:
+    shape = (32, 64, 8, 40)
+    timings = interleaved(backward.contenders(*shape, 0.5), seconds=0.0, min_repeats=1)
+    assert len(timings) == 4
+    assert backward.line(shape, 0.5, timings).startswith("| 32 x 64, 8, 40 | 50% | ")
 
 
 def test_the_readme_shows_the_kept_measurements() -> None:

@@ -96,7 +96,7 @@ def model_table(records: Sequence[ModelRecord]) -> Any:
     """A rich table for the terminal, one column a record."""
     from rich.table import Table
 
-    how = "; ".join(dict.fromkeys(f"{r.how}, {r.dtype}, {r.threads} threads" for r in records))
+    how = "; ".join(dict.fromkeys(f"{r.how}, {r.dtype}, {_threads(r.threads)}" for r in records))
     table = Table("sparsity asked for", title=f"one token of generate, {how}", title_justify="left")
     for r in records:
         table.add_column(f"{r.sparsity:.0%}", justify="right")
@@ -172,10 +172,14 @@ def _all(values: Iterable[float | None]) -> str:
 def describe(case: str) -> str:
     """A case's shape, in words."""
     found = next(c for c in CASES if c.name == case)
-    s, plural = found.shape, "s" if found.threads != 1 else ""
+    s = found.shape
     kind = "" if s.gated else " plain"
     dtype = {"float32": "fp32", "bfloat16": "bf16"}[str(s.dtype).removeprefix("torch.")]
-    return f"T={s.tokens}, {s.d_model} x {s.d_ff}{kind}, {dtype}, {found.threads} thread{plural}"
+    return f"T={s.tokens}, {s.d_model} x {s.d_ff}{kind}, {dtype}, {_threads(found.threads)}"
+
+
+def _threads(n: int) -> str:
+    return f"{n} thread{'s' if n > 1 else ''}"
 
 
 def _notes(runs: dict[str, list[OpRecord]]) -> list[str]:
@@ -186,9 +190,7 @@ def _notes(runs: dict[str, list[OpRecord]]) -> list[str]:
     by_threads = {
         n: sorted(r.bandwidth_gbs for r in measured if r.threads == n) for n in sorted({r.threads for r in measured})
     }
-    speeds = "; ".join(
-        f"{v[0]:.0f}-{v[-1]:.0f} GB/s read on {n} thread{'s' if n > 1 else ''}" for n, v in by_threads.items()
-    )
+    speeds = "; ".join(f"{v[0]:.0f}-{v[-1]:.0f} GB/s read on {_threads(n)}" for n, v in by_threads.items())
     return [f"Measured on {machines}; {speeds}."]
 
 
@@ -205,7 +207,7 @@ def _model_table(records: Sequence[ModelRecord]) -> str:
         share = f"{r.share_of_cap:.2f}" + (f" (target {value.target:g})" if value else "")
         met = "" if value is None else "yes" if value.met else "no"
         cells = (
-            f"{r.model}, experts of {r.group_size}, {r.dtype}, {r.how} on both sides, {r.threads} threads",
+            f"{r.model}, experts of {r.group_size}, {r.dtype}, {r.how} on both sides, {_threads(r.threads)}",
             f"{r.sparsity:.0%} / {1 - r.active:.1%}",
             f"{r.perplexity:.2f} ({r.perplexity_dense:.2f})",
             f"{1e3 / r.dense_ms:.1f}",

@@ -109,6 +109,25 @@ def test_name_follows_source_isa_and_torch(monkeypatch: pytest.MonkeyPatch, tmp_
         assert routed_ffn_cpu.object_name("x86-64") != before, name
 
 
+def test_an_object_from_the_wheel_is_taken_while_it_fits_the_source(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in (routed_ffn_cpu.SOURCE, *routed_ffn_cpu.HEADERS):
+        (tmp_path / name).write_bytes((routed_ffn_cpu.HERE / name).read_bytes())
+    monkeypatch.setattr(routed_ffn_cpu, "HERE", tmp_path)
+    monkeypatch.setattr(routed_ffn_cpu, "compiler", lambda: None)
+    monkeypatch.setenv("LTEPASS_CACHE_DIR", str(tmp_path / "cache"))
+    prebuilt = tmp_path / "prebuilt" / routed_ffn_cpu.prebuilt_name(routed_ffn_cpu.isa())
+    prebuilt.parent.mkdir()
+    prebuilt.touch()
+    assert routed_ffn_cpu._find_or_build() == prebuilt
+    monkeypatch.setattr(torch, "__version__", "2.99.0")
+    assert routed_ffn_cpu._find_or_build() == prebuilt  # the stable ABI serves every torch
+    (tmp_path / routed_ffn_cpu.SOURCE).write_text("// changed\n")
+    with pytest.warns(UserWarning, match="no C\\+\\+ compiler"):
+        assert routed_ffn_cpu._find_or_build() is None
+
+
 def test_headers_are_all_listed() -> None:
     """A header that is not in the hash would leave stale objects behind."""
     folder = Path(routed_ffn_cpu.__file__).parent

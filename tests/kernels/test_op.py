@@ -122,9 +122,11 @@ def test_active_pairs_are_used_in_eager_only(monkeypatch: pytest.MonkeyPatch) ->
 
     per_expert = routed_ffn_backward.per_expert
     monkeypatch.setattr(routed_ffn_backward, "per_expert", noting)
-    monkeypatch.setattr(routed_ffn_backward, "LEAST_WORK", 0)
-    monkeypatch.setattr(routed_ffn_backward, "MOST_ACTIVE", 1.0)
     args = make(Recipe(T=6))
+    op(args[0].detach().requires_grad_(), *args[1:]).sum().backward()
+    assert used == []  # six tokens do not pay
+    for name, value in (("LEAST_TOKENS", 0), ("LEAST_GROUP", 1), ("MOST_ACTIVE", 1.0)):
+        monkeypatch.setattr(routed_ffn_backward, name, value)
     x = args[0].detach().requires_grad_()
     op(x, *args[1:]).sum().backward()
     assert used == [6]
