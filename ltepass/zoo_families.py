@@ -111,7 +111,7 @@ class TorchDecoder(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:
         x = self.embed(input_ids)
         mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
-        y: Tensor = self.head(self.decoder(x, x, tgt_mask=mask, memory_mask=mask))
+        y: Tensor = self.head(self.decoder(x, x, tgt_mask=mask, memory_mask=mask, tgt_is_causal=True))
         return y
 
 
