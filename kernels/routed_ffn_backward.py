@@ -70,6 +70,15 @@ def _eager(*tensors: Tensor) -> bool:
     return plain and not torch.is_grad_enabled() and _get_current_dispatch_mode() is None
 
 
+def _hidden(u: Tensor, g: Tensor | None, dh: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Hidden units, and the gradients of the pre-activations u and g (None: plain) from that of the hidden units."""
+    act, act_grad = ACTIVATIONS[activation], ACTIVATION_GRADS[activation]
+    if g is None:
+        return act(u), act_grad(dh, u), None
+    a = act(g)
+    return a * u, dh * a, act_grad(dh * u, g)
+
+
 def per_expert(
     grad: Tensor,
     x: Tensor,
@@ -87,7 +96,6 @@ def per_expert(
     Sums over experts (of dx) are kept in fp32 or wider. An expert that no token chose is never read.
     """
     group_size = up.shape[0] // active.shape[-1]
-    act, act_grad = ACTIVATIONS[activation], ACTIVATION_GRADS[activation]
     wide = torch.promote_types(x.dtype, torch.float32)
     dx = torch.zeros_like(x, dtype=wide) if needs[0] else None
     sources = (up, up_bias, gate, gate_bias, down)
@@ -102,12 +110,8 @@ def per_expert(
         x_e, grad_e = x[tokens], grad[tokens]
         u = F.linear(x_e, up[own], None if up_bias is None else up_bias[own])
         dh = grad_e @ down[:, own]
-        if gate is None:
-            h, du, dg = act(u), act_grad(dh, u), None
-        else:
-            g = F.linear(x_e, gate[own], None if gate_bias is None else gate_bias[own])
-            a = act(g)
-            h, du, dg = a * u, dh * a, act_grad(dh * u, g)
+        g = None if gate is None else F.linear(x_e, gate[own], None if gate_bias is None else gate_bias[own])
+        h, du, dg = _hidden(u, g, dh, activation)
         if dx is not None:
             dx_e = du @ up[own] if gate is None or dg is None else torch.addmm(du @ up[own], dg, gate[own])
             dx.index_add_(0, tokens, dx_e.to(dx.dtype))
@@ -145,13 +149,7 @@ def masked_dense(
     mask = active.to(grad.dtype).repeat_interleave(group_size, -1)
     u = F.linear(x, up, up_bias)
     g = None if gate is None else F.linear(x, gate, gate_bias)
-    act, act_grad = ACTIVATIONS[activation], ACTIVATION_GRADS[activation]
-    dh = (grad @ down) * mask
-    if g is None:
-        h, du, dg = act(u), act_grad(dh, u), None
-    else:
-        a = act(g)
-        h, du, dg = a * u, dh * a, act_grad(dh * u, g)
+    h, du, dg = _hidden(u, g, (grad @ down) * mask, activation)
 
     def weight_grad(want: bool, out: Tensor | None, inp: Tensor) -> Tensor | None:
         return out.mT @ inp if want and out is not None else None

@@ -191,10 +191,3 @@ def reload_elsewhere(demo: Demo) -> Result:
     return reload.compare(
         path / "lte", path / "reference.safetensors", path / "reloaded.safetensors", demo.options.device
     )
-
-
-def write_page(demo: Demo) -> Result:
-    from ltepass.demo.page import page
-
-    (demo.folder.path / "report.html").write_text(page(demo.folder.results))
-    return {}
