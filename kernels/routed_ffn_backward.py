@@ -35,8 +35,8 @@ ACTIVATION_GRADS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-# Where a loop over experts beats dense products (Ice Lake Xeon, 1 thread, fp32, see README.md, Backward): 1.7x at 20 %
-# active and experts of 32, 0.8-0.9x at 50 %, 0.3-0.6x with experts of 8.
+# Where a loop over experts beats dense products (1 thread, fp32, see README.md, Backward): 1.3-1.4x at 20 %
+# active and experts of 32, 0.7-0.8x at 50 %, 0.2-0.5x with experts of 8.
 MOST_ACTIVE = 0.33
 LEAST_GROUP = 32
 LEAST_TOKENS = 100  # an expert, on average
