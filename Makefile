@@ -6,7 +6,7 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
-SOURCES := ltepass kernels passes tests examples
+SOURCES := ltepass kernels passes tests examples setup.py
 
 .PHONY: help install demo test deep check readme clean
 

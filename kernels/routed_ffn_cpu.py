@@ -116,10 +116,8 @@ def _only_one_process(directory: Path) -> Iterator[None]:
         yield
 
 
-def _find_or_build() -> Path | None:
-    prebuilt = HERE / "prebuilt" / prebuilt_name(isa())
-    if prebuilt.exists():
-        return prebuilt
+def _built() -> Path | None:
+    """The object of this machine's cache, built where it is not there yet; None where that fails."""
     target = cache_dir() / object_name(isa())
     if target.exists():
         return target
@@ -154,11 +152,32 @@ def load() -> bool:
     if _loaded is None:
         with _lock:
             if _loaded is None:
-                path = _find_or_build()
-                if path is not None:
-                    torch.ops.load_library(path)  # type: ignore[no-untyped-call]
-                _loaded = path is not None
+                _loaded = _load_prebuilt() or _load_built()
     return _loaded
+
+
+def _prebuilt() -> Path | None:
+    """The object that a wheel brought along, where it fits source and machine."""
+    path = HERE / "prebuilt" / prebuilt_name(isa())
+    return path if path.exists() else None
+
+
+def _load_prebuilt() -> bool:
+    path = _prebuilt()
+    if path is None:
+        return False
+    try:
+        torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+    except OSError:  # linked with the OpenMP of another build of torch: this machine builds its own
+        return False
+    return True
+
+
+def _load_built() -> bool:
+    path = _built()
+    if path is not None:
+        torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+    return path is not None
 
 
 def which_path(T: int, d_model: int, d_ff: int, n_experts: int, dtype: torch.dtype) -> str:

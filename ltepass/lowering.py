@@ -12,15 +12,13 @@ from functools import partial
 from itertools import groupby
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.fx import Graph, GraphModule
 
-from ltepass import ops as ops  # registers the op
 from ltepass.dataflow import erase_upstream
 from ltepass.errors import ConfigError, LoweredError, LoweringError
 from ltepass.inline import SparseDown, attach
+from ltepass.ops import routed_ffn
 from ltepass.passes.insert_routers import inline_site, insert_gates, relative
 from ltepass.regenerate import forwards_of, original_class, regenerate, trace_owner
 from ltepass.removal import require_not_lowered
@@ -30,7 +28,6 @@ from ltepass.sites import FFNSite, LTEState, NeuronRows, require_state, router_o
 from ltepass.sparsity import remember_densities
 
 Scope = Literal["ffn", "model"]
-_routed_ffn = torch.ops.ltepass.routed_ffn.default
 
 
 @dataclass(frozen=True)
@@ -204,10 +201,7 @@ def lowered_call(
         down_bias,
         plan.activation,
     )
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or forward_ad._current_level >= 0:
-        return _routed_ffn(*args)  # type: ignore[no-any-return]
-    with torch._C._AutoDispatchBelowAutograd():  # decoding: spares a Python frame of the op's autograd rule per call
-        return _routed_ffn(*args)  # type: ignore[no-any-return]
+    return routed_ffn(*args)
 
 
 def _take(rows: NeuronRows | None, parameter: Any, d_ff: int) -> Any:

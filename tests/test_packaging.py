@@ -13,27 +13,29 @@ from pathlib import Path
 
 import pytest
 
+from ltepass.kernels import routed_ffn_cpu
+
 ROOT = Path(__file__).resolve().parent.parent
 SITE = sysconfig.get_paths()["purelib"]
 HEAVY = ("transformers", "triton", "matplotlib", "networkx", "peft", "typer", "torch._dynamo", "torch._inductor")
 BUILDS = ("wheel", "wheel from sdist", "editable")
-TREE = ("ltepass", "kernels", "passes", "pyproject.toml", "README.md", "LICENSE")
+TREE = ("ltepass", "kernels", "passes", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 
 pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="runs in a source tree only")
 
 
-def run(code: str, *, cwd: Path, flags: tuple[str, ...] = ()) -> str:
+def run(code: str, *, cwd: Path, flags: tuple[str, ...] = (), **more: str) -> str:
     """Runs code in a new interpreter, away from the repository root, and returns what it printed."""
-    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | more
     command = [sys.executable, *flags, "-c", code]
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def build(kind: str, source: Path, out: Path) -> Path:
+def build(kind: str, source: Path, out: Path, prebuild: str = "") -> Path:
     code = f"import setuptools.build_meta as b; print(b.build_{kind}({str(out)!r}))"
-    return out / run(code, cwd=source).splitlines()[-1]
+    return out / run(code, cwd=source, LTEPASS_PREBUILD=prebuild).splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +75,23 @@ def test_every_kind_of_install_imports_every_package(kind: str, source: Path, tm
     if kind != "editable":
         assert file_names(target / "ltepass/kernels", "*.cpp") == file_names(source / "kernels", "*.cpp")
         assert (target / "ltepass/py.typed").exists()
+
+
+@pytest.mark.skipif(routed_ffn_cpu.compiler() is None, reason="needs a C++ compiler")
+def test_a_wheel_built_beside_torch_brings_the_kernel_along(source: Path, tmp_path: Path) -> None:
+    """It runs where there is no compiler and nothing in the cache."""
+    wheel = build("wheel", source, tmp_path, prebuild=routed_ffn_cpu.isa())
+    assert not wheel.stem.endswith("any")
+    target = tmp_path / "target"
+    shutil.unpack_archive(wheel, target, "zip")
+    code = (
+        f"import site, sys; site.addsitedir({str(target)!r}); sys.path.append({SITE!r})\n"
+        "from ltepass.kernels import routed_ffn_cpu as k; import ltepass.ops\n"
+        "print(k.load(), k._prebuilt() is not None, k.__file__)"
+    )
+    out = run(code, cwd=tmp_path, flags=("-S",), CXX="/does/not/exist", LTEPASS_CACHE_DIR=str(tmp_path / "cache"))
+    assert out.split()[:2] == ["True", "True"]
+    assert Path(out.split()[2]).is_relative_to(target)
 
 
 def file_names(folder: Path, pattern: str) -> set[str]:

@@ -27,8 +27,8 @@ COUNTING = """
 import atexit, pathlib, sys
 from ltepass import lowering
 from ltepass.cli import main
-file, op, calls = pathlib.Path(sys.argv.pop(1)), lowering._routed_ffn, []
-lowering._routed_ffn = lambda *a: (calls.append(1), op(*a))[1]
+file, op, calls = pathlib.Path(sys.argv.pop(1)), lowering.routed_ffn, []
+lowering.routed_ffn = lambda *a: (calls.append(1), op(*a))[1]
 atexit.register(lambda: file.write_text(str(len(calls))))
 main()
 """

@@ -15,24 +15,13 @@ import json
 import statistics
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import models
 import torch
 import typer
-from frontier import DEVICE, PRESETS
+from frontier import PRESETS
 from frontier_rows import spread_of
-from study import (
-    Data,
-    Recipe,
-    geometric_mean,
-    load_data,
-    measure_lte,
-    perplexities,
-    transform,
-    tune_dense,
-    tune_lte,
-)
+from study import Recipe, Workshop, geometric_mean, measure_lte, perplexities, transform, tune_lte
 
 import ltepass
 
@@ -76,38 +65,17 @@ FIELDS = (
 )
 
 
-class Study:
+class Study(Workshop):
     def __init__(self, preset: str, texts: Path | None, work: Path, path: Path, sparsity: float) -> None:
-        self.preset, self.budget, self.path, self.work, self.sparsity = (
-            preset,
-            PRESETS[preset].budget,
-            path,
-            work,
-            sparsity,
-        )
-        work.mkdir(parents=True, exist_ok=True)
-        self.tokenizer, self.texts = models.tokenizer(self.budget.model), texts
-        self._data: dict[int, Data] = {}
+        super().__init__(preset, PRESETS[preset].budget, texts, work)
+        self.path, self.sparsity = path, sparsity
         self._dense: dict[int, float] = {}
-
-    def data(self, seed: int) -> Data:
-        if seed not in self._data:
-            self._data[seed] = load_data(self.budget, self.texts, self.tokenizer, seed)
-        return self._data[seed]
-
-    def base(self) -> Any:
-        return models.load(self.budget.model, self.work, self.data(0).train).to(DEVICE)
 
     def dense(self, seed: int) -> float:
         """Mean perplexity (geometric, over texts) of the dense model tuned on the same tokens."""
-        folder = self.work / f"dense-{self.preset}-{seed}"
         if seed not in self._dense:
-            if not (folder / "config.json").exists():
-                model = self.base()
-                tune_dense(model, self.data(seed), self.budget, folder / "log", seed)
-                model.save_pretrained(folder)
-            tuned = models.load(str(folder), self.work).to(DEVICE)
-            self._dense[seed] = geometric_mean(list(perplexities(tuned, self.data(seed).test).values()))
+            measured = perplexities(self.tuned(seed), self.data(seed).test)
+            self._dense[seed] = geometric_mean(list(measured.values()))
         return self._dense[seed]
 
     def run(self, ablation: str, variant: str, seed: int) -> None:
@@ -118,7 +86,7 @@ class Study:
         per_layer = ltepass.measure_sparsity(model, torch.cat(list(data.test.values()))[:, None].to(model.device))
         quality = geometric_mean(list(ppl.values()))
         row = {
-            "preset": self.preset,
+            "preset": self.name,
             "ablation": ablation,
             "variant": variant,
             "seed": seed,

@@ -18,9 +18,9 @@ from typing import Annotated, Any
 import models
 import torch
 import typer
-from frontier import DEVICE, POST_HOC, Cell, Frontier, machine
-from frontier_rows import Rows, write_plot, write_table
-from study import Budget, Data, Measured, measure_lte, perplexities
+from frontier import POST_HOC, Cell, Frontier, finish, machine
+from frontier_rows import Rows
+from study import DEVICE, Budget, Data, Measured, measure_lte, perplexities
 
 import ltepass
 from ltepass.demo.learning import batches
@@ -95,9 +95,7 @@ def main(
             continue
         study.run(cell)
         print(f"{cell.method} {cell.sparsity:g}: {time.perf_counter() - start:.0f} s", flush=True)
-    write_table(rows.read(), results.with_suffix(".md"))
-    write_plot(rows.read(), results.with_suffix(".svg"))
-    print(results.with_suffix(".md").read_text())
+    finish(rows, results)
 
 
 if __name__ == "__main__":

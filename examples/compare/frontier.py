@@ -28,12 +28,13 @@ from frontier_rows import Rows, write_plot, write_table
 from methods import RULES
 from rule_hooks import Ruled, Samples, collect
 from study import (
+    DEVICE,
     Budget,
     Data,
     Measured,
     Recipe,
+    Workshop,
     calibration_blocks,
-    load_data,
     measure_lte,
     measure_rule,
     perplexities,
@@ -104,7 +105,6 @@ PRESETS = {
         seeds=3,
     ),
 }  # fmt: skip
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RECIPE = Recipe(soft_share=0.0, warm=True)
 
 
@@ -132,34 +132,14 @@ def cells(preset: Preset) -> Iterator[Cell]:
                 yield Cell(method, s, seed)
 
 
-class Frontier:
-    """Where a run keeps its models, and what it has loaded."""
+class Frontier(Workshop):
+    """Every method on what the workshop has, row by row."""
 
     def __init__(self, preset: str, texts: Path | None, work: Path, rows: Rows) -> None:
-        self.name, self.preset, self.texts, self.work, self.rows = preset, PRESETS[preset], texts, work, rows
-        self.budget = self.preset.budget
-        work.mkdir(parents=True, exist_ok=True)
-        self.tokenizer = models.tokenizer(self.budget.model)
-        self._data: dict[int, Data] = {}
+        super().__init__(preset, PRESETS[preset].budget, texts, work)
+        self.preset, self.rows = PRESETS[preset], rows
         self._prepared: tuple[tuple[str, int], Any] | None = None
         self._samples: Samples | None = None
-
-    def data(self, seed: int) -> Data:
-        if seed not in self._data:
-            self._data[seed] = load_data(self.budget, self.texts, self.tokenizer, seed)
-        return self._data[seed]
-
-    def base(self) -> Any:
-        return models.load(self.budget.model, self.work, self.data(0).train).to(DEVICE)
-
-    def tuned(self, seed: int) -> Any:
-        """The dense model fine-tuned on the same tokens; trained once for each seed."""
-        folder = self.work / f"dense-{self.name}-{seed}"
-        if not (folder / "config.json").exists():
-            model = self.base()
-            tune_dense(model, self.data(seed), self.budget, folder / "log", seed)
-            model.save_pretrained(folder)
-        return models.load(str(folder), self.work).to(DEVICE)
 
     def prepared(self, start: str, seed: int) -> Any:
         """A calibrated model, from the dense one as it came ("base") or tuned.
@@ -229,6 +209,13 @@ def machine() -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} of {os.cpu_count()} cores"
 
 
+def finish(rows: Rows, results: Path) -> None:
+    """Table and plot from the rows."""
+    write_table(rows.read(), results.with_suffix(".md"), Rows(results.with_name(results.name + "_time.csv")).read())
+    write_plot(rows.read(), results.with_suffix(".svg"))
+    print(results.with_suffix(".md").read_text())
+
+
 def main(
     preset: Annotated[str, typer.Option(help=", ".join(PRESETS))] = "smoke",
     texts: Annotated[Path | None, typer.Option(help="Folder of *.txt files; else text that ships with Python.")] = None,
@@ -251,9 +238,7 @@ def main(
             break
         study.run(cell)
         print(f"{cell.method} {cell.sparsity:g} seed {cell.seed}: {time.perf_counter() - start:.0f} s", flush=True)
-    write_table(rows.read(), results.with_suffix(".md"))
-    write_plot(rows.read(), results.with_suffix(".svg"))
-    print(results.with_suffix(".md").read_text())
+    finish(rows, results)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,12 @@ FIELDS = (
 )
 Row = dict[str, str]
 NOT_DEPLOYABLE = ("oracle",)
+# How each method skips, as ffn_time.py measures it.
+WAYS = {
+    "lte": "routed", "lte-calibrated": "routed", "lte-one-checkpoint": "routed", "topk": "routed",
+    "prunepath": "routed", "noisy-topk": "routed", "random": "routed", "moefication": "predicted experts",
+    "dejavu": "predicted neurons", "cats": "gate-first", "teal": "single neurons",
+}  # fmt: skip
 
 
 class Rows:
@@ -98,6 +104,15 @@ def at_bytes(curve: Sequence[tuple[float, float]], share: float) -> float | None
     return None
 
 
+def time_at(times: Sequence[Row], way: str, sparsity: float) -> float | None:
+    """Milliseconds of an FFN computed in this way at a sparsity, linear between measured ones; None outside them."""
+    points = sorted((float(r["sparsity"]), float(r["median_ms"])) for r in times if r["way"] == way)
+    for (s0, t0), (s1, t1) in pairwise(points):
+        if s0 <= sparsity <= s1:
+            return t0 + (t1 - t0) * (sparsity - s0) / (s1 - s0)
+    return None
+
+
 def spread_of(values: Sequence[float]) -> str:
     """Mean, and the seeds' range where there are several."""
     mean = statistics.fmean(values)
@@ -105,7 +120,8 @@ def spread_of(values: Sequence[float]) -> str:
     return shown if len(values) < 2 else f"{shown} ({min(values):.3f} .. {max(values):.3f})"
 
 
-def write_table(rows: Sequence[Row], path: Path) -> None:
+def write_table(rows: Sequence[Row], path: Path, times: Sequence[Row] = ()) -> None:
+    """times: rows of ffn_time.py, for the model whose FFN they measure; a third view is made where there are any."""
     lines = [
         "# The frontier",
         "",
@@ -129,6 +145,7 @@ def write_table(rows: Sequence[Row], path: Path) -> None:
             *_equal_sparsity(by, preset, text),
             "",
             *_equal_bytes(by, preset, text),
+            *(_equal_time(by, preset, text, times) if facts["model"] == "smollm2" and times else ()),
         ]
     for preset in sorted({"cpu", "gpu"} - {r["preset"] for r in rows}):
         command = (
@@ -181,6 +198,35 @@ def _equal_bytes(by: Any, preset: str, text: str) -> list[str]:
         lines.append(
             f"| {_label(method)} | " + " | ".join("-" if v is None else f"x{spread_of([v])}" for v in values) + " |"
         )
+    return lines
+
+
+def _equal_time(by: Any, preset: str, text: str, times: Sequence[Row]) -> list[str]:
+    """At the time that LTE's FFN takes at each of its points, every method interpolated between its own points."""
+    stock = min((r for r in times if r["way"].startswith("dense")), key=lambda r: float(r["median_ms"]))
+    dense = float(stock["median_ms"])
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for method in _methods(by, preset, text):
+        points = by[preset, text, method].values()
+        means = [(statistics.fmean(s for _, s, _ in p), statistics.fmean(math.log(r) for r, _, _ in p)) for p in points]
+        timed = [(time_at(times, WAYS.get(method, ""), s), math.exp(r)) for s, r in means]
+        curves[method] = [(t, r) for t, r in timed if t is not None] + [(dense, 1.0)]
+    wanted = sorted((t for t, _ in curves.get("lte", [])[:-1]), reverse=True)
+    if not wanted:
+        return []
+    shape = f"{stock['d_model']} x {stock['d_ff']}, {stock['dtype']}, {stock['threads']} threads, {stock['machine']}"
+    lines = [
+        "",
+        f"Equal measured time of the FFN at one token ({shape}; `ffn_time.py` says what runs for each method; dense at "
+        f"its best {dense:.3f} ms; - is outside the measured points):",
+        "",
+        "| method | " + " | ".join(f"{t:.3f} ms ({dense / t:.2f}x)" for t in wanted) + " |",
+        "|---|" + "---|" * len(wanted),
+    ]
+    for method, curve in curves.items():
+        values = [at_bytes(curve, t) for t in wanted]
+        shown = " | ".join("-" if v is None else f"x{spread_of([v])}" for v in values)
+        lines.append(f"| {_label(method)} | {shown} |")
     return lines
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import models
 import torch
 from rule_hooks import Ruled
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ from ltepass.texts import corpora, token_blocks
 from ltepass.training.settings import LTESettings
 from ltepass.training.trainer import LTETrainerMixin
 from ltepass.training.warm_start import place_threshold, warm_start
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +214,37 @@ def forget_routers(model: nn.Module, blocks: Tensor, seed: int) -> None:
     ltepass.set_mode(model, "hard")
     update_table(model, [blocks])
     set_sparsity(model, model._lte.config["target_sparsity"])
+
+
+class Workshop:
+    """Where a command keeps its models, and what it has loaded.
+
+    name: of the preset, in the folders' names. texts: folder of *.txt files, None for text that ships with Python.
+    """
+
+    def __init__(self, name: str, budget: Budget, texts: Path | None, work: Path) -> None:
+        self.name, self.budget, self.texts, self.work = name, budget, texts, work
+        work.mkdir(parents=True, exist_ok=True)
+        self.tokenizer = models.tokenizer(budget.model)
+        self._data: dict[int, Data] = {}
+
+    def data(self, seed: int) -> Data:
+        if seed not in self._data:
+            self._data[seed] = load_data(self.budget, self.texts, self.tokenizer, seed)
+        return self._data[seed]
+
+    def base(self) -> Any:
+        """The model as it came."""
+        return models.load(self.budget.model, self.work, self.data(0).train).to(DEVICE)
+
+    def tuned(self, seed: int) -> Any:
+        """The dense model fine-tuned on the same tokens; trained once for each seed."""
+        folder = self.work / f"dense-{self.name}-{seed}"
+        if not (folder / "config.json").exists():
+            model = self.base()
+            tune_dense(model, self.data(seed), self.budget, folder / "log", seed)
+            model.save_pretrained(folder)
+        return models.load(str(folder), self.work).to(DEVICE)
 
 
 def perplexities(model: Any, test: dict[str, Tensor]) -> dict[str, float]:

@@ -22,9 +22,9 @@ from typing import Annotated, Any
 import models
 import torch
 import typer
-from frontier import DEVICE, PRESETS, RECIPE
+from frontier import PRESETS, RECIPE
 from frontier_rows import spread_of
-from study import Budget, DenseTrainer, Recipe, arguments, freeze_embeddings, load_data, run_stages
+from study import DEVICE, Budget, DenseTrainer, Recipe, arguments, freeze_embeddings, load_data, run_stages
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F  # noqa: N812 -- the name everybody uses
 
 from ltepass.bench.timing import Contender
 from ltepass.kernels.reference import ACTIVATIONS
+from ltepass.ops import routed_ffn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,14 +92,14 @@ def decide(shape: Shape, sparsity: float, seed: int = 0) -> Decision:
 
 
 def routed(shape: Shape, weights: list[Weights], sparsity: float, *, row_major: bool = False) -> Contender:
-    """The op; sparsity 0 has every expert on. Each copy of the weights comes with its own copy of the router."""
+    """The op as a lowered module calls it; sparsity 0 has every expert on. Each copy of the weights has a router."""
     d = decide(shape, sparsity)
-    op, threshold = torch.ops.ltepass.routed_ffn.default, torch.tensor(0.0)
+    threshold = torch.tensor(0.0)
     calls = []
     for w in weights:
         down = w.down_rows if row_major else w.down
         calls.append((d.x, d.router.clone(), None, threshold, w.up, None, w.gate, None, down, None, shape.activation))
-    return lambda i: op(*calls[i % len(calls)])
+    return lambda i: routed_ffn(*calls[i % len(calls)])
 
 
 class Dense(nn.Module):

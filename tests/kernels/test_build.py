@@ -120,12 +120,14 @@ def test_an_object_from_the_wheel_is_taken_while_it_fits_the_source(
     prebuilt = tmp_path / "prebuilt" / routed_ffn_cpu.prebuilt_name(routed_ffn_cpu.isa())
     prebuilt.parent.mkdir()
     prebuilt.touch()
-    assert routed_ffn_cpu._find_or_build() == prebuilt
+    assert routed_ffn_cpu._prebuilt() == prebuilt
     monkeypatch.setattr(torch, "__version__", "2.99.0")
-    assert routed_ffn_cpu._find_or_build() == prebuilt  # the stable ABI serves every torch
+    assert routed_ffn_cpu._prebuilt() == prebuilt  # the stable ABI serves every torch
+    assert not routed_ffn_cpu._load_prebuilt()  # it cannot be loaded (it is empty), so one is built
     (tmp_path / routed_ffn_cpu.SOURCE).write_text("// changed\n")
+    assert routed_ffn_cpu._prebuilt() is None
     with pytest.warns(UserWarning, match="no C\\+\\+ compiler"):
-        assert routed_ffn_cpu._find_or_build() is None
+        assert not routed_ffn_cpu._load_built()
 
 
 def test_headers_are_all_listed() -> None:

@@ -1,0 +1,49 @@
+"""What pyproject.toml cannot say: a wheel that is built beside torch and a C++ compiler carries the CPU kernel.
+
+    pip wheel --no-build-isolation --no-deps .          objects for every ISA level of this architecture
+    LTEPASS_PREBUILD=x86-64-v3 pip wheel ...            for this one; empty: none, a wheel for any platform
+
+Without torch (pip's own isolated build) the wheel carries none, and the kernel is built on its first call.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
+
+BUILDER = Path(__file__).resolve().parent / "kernels" / "routed_ffn_cpu.py"
+
+
+def prebuilds() -> bool:
+    return importlib.util.find_spec("torch") is not None and os.environ.get("LTEPASS_PREBUILD") != ""
+
+
+class BuildPy(build_py):
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode and prebuilds():
+            levels = os.environ.get("LTEPASS_PREBUILD", "").split()
+            only = ["--isa", *levels] if levels else []
+            target = Path(self.build_lib) / "ltepass" / "kernels" / "prebuilt"
+            subprocess.run([sys.executable, str(BUILDER), str(target), *only], check=True)
+
+
+class Wheel(bdist_wheel):
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.root_is_pure = not prebuilds()
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """The objects use torch's stable ABI and no Python: one wheel for every Python version."""
+        _, _, platform = super().get_tag()
+        return "py3", "none", platform
+
+
+setup(cmdclass={"build_py": BuildPy, "bdist_wheel": Wheel})
