@@ -147,6 +147,8 @@ def test_the_command_appends_whole_rows_and_draws(tiny_case: Case, tmp_path: Pat
     router_bytes = 32 * 96 * 4
     assert routed.byte_ideal_ms == pytest.approx(1e3 * (weight_bytes / 2 + router_bytes) / 10e9, rel=1e-3)
     cats = next(r for r in records if (r.contender, r.sparsity) == ("gate-first", 0.5))
+    call = next(r for r in records if r.contender == op_cases.CALL)
+    assert call.byte_ideal_ms == call.bound_ms == 0
     assert cats.byte_ideal_ms == pytest.approx(1e3 * weight_bytes * 2 / 3 / 10e9, rel=1e-3)
     assert "<svg" in plot.read_text()
 

@@ -102,6 +102,12 @@ def routed(shape: Shape, weights: list[Weights], sparsity: float, *, row_major: 
     return lambda i: routed_ffn(*calls[i % len(calls)])
 
 
+def call_alone() -> Contender:
+    """The op on an FFN that is hardly there: what a call costs before it reads weights, with code as cold as theirs."""
+    shape = Shape(tokens=1, d_model=64, d_ff=128)
+    return routed(shape, make_weights(shape, 1), 0.5)
+
+
 class Dense(nn.Module):
     """The FFN that everybody has, in nn.Linear's layout."""
 

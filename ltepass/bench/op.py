@@ -13,7 +13,7 @@ import torch
 from ltepass import ops
 from ltepass.bench import cases
 from ltepass.bench.cases import Shape
-from ltepass.bench.op_cases import CASES, SPARSITIES, Case
+from ltepass.bench.op_cases import CALL, CASES, SPARSITIES, Case
 from ltepass.bench.records import Environment, OpRecord, append, read
 from ltepass.bench.table import describe, op_table
 from ltepass.bench.timing import Contender, copies_needed, gemm_rate, interleaved, stream_bandwidth
@@ -87,7 +87,7 @@ def _measure(case: Case, seconds: float, min_repeats: int, sparsities: Sequence[
         routed = name == ROUTED
         union = union_share(shape, sparsity)
         ideal = bytes_read(name, shape, sparsity, union) / (environment.bandwidth_gbs * 1e9)
-        flops = 2 * shape.tokens * shape.weight_bytes / shape.dtype.itemsize * (1 - sparsity)
+        flops = 0.0 if name == CALL else 2 * shape.tokens * shape.weight_bytes / shape.dtype.itemsize * (1 - sparsity)
         records.append(
             OpRecord(
                 **vars(environment),
@@ -116,10 +116,8 @@ def _measure(case: Case, seconds: float, min_repeats: int, sparsities: Sequence[
 
 def bytes_read(contender: str, shape: Shape, sparsity: float, union: float) -> float:
     """Weight bytes that a contender cannot do without. CATS reads the whole gate, then a share of up and down."""
-    share = {ROUTED: union + shape.router_share, "gate-first": (1 + 2 * (1 - sparsity)) / 3}.get(
-        contender, 1 - sparsity
-    )
-    return share * shape.weight_bytes
+    shares = {ROUTED: union + shape.router_share, "gate-first": (1 + 2 * (1 - sparsity)) / 3, CALL: 0.0}
+    return shares.get(contender, 1 - sparsity) * shape.weight_bytes
 
 
 def union_share(shape: Shape, sparsity: float) -> float:
@@ -138,6 +136,8 @@ def make_contenders(case: Case, sparsities: Sequence[float]) -> dict[tuple[str, 
     if shape.dtype == torch.bfloat16 and shape.tokens >= UPCAST_TOKENS:
         out["dense upcast", 0.0] = cases.dense_upcast(shape, weights)
     out |= {(ROUTED, s): cases.routed(shape, weights, s) for s in sparsities}
+    if shape.tokens == 1:
+        out[CALL, 0.0] = cases.call_alone()
     if case.peers:
         turned = cases.turned_weights(weights)
         for s in (s for s in sparsities if s >= 0.5):

@@ -57,6 +57,7 @@ CASES = (
 
 # What a time is divided by: the fastest of these contenders.
 STOCK = ("dense eager", "dense compiled")
+CALL = "call alone"  # the op on next to no FFN
 Over = Literal["best stock dense", "stock dense", "dense compiled", "best dense", "every expert on"]
 BASELINES: dict[Over, tuple[str, ...]] = {
     "best stock dense": STOCK,

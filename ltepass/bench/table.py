@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ltepass.bench.op_cases import BASELINES, CASES, STOCK, TARGETS, Target
+from ltepass.bench.op_cases import BASELINES, CALL, CASES, STOCK, TARGETS, Target
 from ltepass.bench.records import ModelRecord, OpRecord
 
 NOT_MEASURED = "not measured"
@@ -191,7 +191,14 @@ def _notes(runs: dict[str, list[OpRecord]]) -> list[str]:
         n: sorted(r.bandwidth_gbs for r in measured if r.threads == n) for n in sorted({r.threads for r in measured})
     }
     speeds = "; ".join(f"{v[0]:.0f}-{v[-1]:.0f} GB/s read on {_threads(n)}" for n, v in by_threads.items())
-    return [f"Measured on {machines}; {speeds}."]
+    notes = [f"Measured on {machines}; {speeds}."]
+    calls = sorted(1e3 * r.median_ms for r in measured if r.contender == CALL)
+    if calls:
+        notes[0] += (
+            f" Rows of one token include the call, {calls[0]:.0f}-{calls[-1]:.0f} us before a weight is read (an "
+            "FFN of 64 x 128 in the same turns): reading weights empties the caches of code too."
+        )
+    return notes
 
 
 def _model_table(records: Sequence[ModelRecord]) -> str:
