@@ -11,7 +11,9 @@
 namespace {
 
 constexpr int64_t TOKEN_CHUNK = 512;   // tokens handled at a time, so that their hidden units stay small
+constexpr int64_t DENSE_SPAN = 8 * TOKEN_CHUNK;  // tokens that the library's GEMMs take at a time: they like many
 constexpr int64_t FEW_ROWS = 8;       // weight rows read side by side where one tile holds all tokens of an expert
+constexpr int64_t MANY_TOKENS = 1024;  // from here that GEMM is at its best
 constexpr int64_t DENSE_TOKENS = 33;  // from here the library's GEMM is worth asking (see README.md, break-even)
 
 // What the phases of one chunk share.
@@ -146,33 +148,46 @@ inline void expert_gemms(const Problem& p, const Chunk& c, typename E::T* y, std
   }
 }
 
-// dense(first, tokens, mask) computes a chunk with the library's own GEMMs; it is asked where too few pairs are skipped.
+// dense(first, tokens, mask) computes tokens with the library's own GEMMs; it is asked where too few pairs are skipped,
+// for neighbouring chunks together.
 template <class E, class Dense>
 void batch(const Problem& p, Dense&& dense) {
   Scratch& s = scratch();
-  const int64_t most = std::min(TOKEN_CHUNK, p.tokens);
+  const int64_t most = std::min(TOKEN_CHUNK, p.tokens), span = std::min(DENSE_SPAN, p.tokens);
   const bool keep_mask = !p.mask && p.dense_above < 1;
   s.reserve(Scratch::bytes_for<float>(Blocked::size(most, p.d_model)) +
             Scratch::bytes_for<int32_t>(p.n_experts * most) + Scratch::bytes_for<int32_t>(p.n_experts) +
             Scratch::bytes_for<int64_t>(p.n_experts + 1) + Scratch::bytes_for<float>(most * p.d_ff) +
-            Scratch::bytes_for<uint8_t>(keep_mask ? most * p.n_experts : 0) + p.threads * Local::bytes(p, most));
+            Scratch::bytes_for<uint8_t>(keep_mask ? span * p.n_experts : 0) + p.threads * Local::bytes(p, most));
   Chunk c{};
   c.x = {s.take<float>(Blocked::size(most, p.d_model)), most, p.d_model};
   c.list = s.take<int32_t>(p.n_experts * most);
   c.count = s.take<int32_t>(p.n_experts);
   c.offset = s.take<int64_t>(p.n_experts + 1);
   c.hidden = s.take<float>(most * p.d_ff);
-  uint8_t* own_mask = keep_mask ? s.take<uint8_t>(most * p.n_experts) : nullptr;
+  uint8_t* own_mask = keep_mask ? s.take<uint8_t>(span * p.n_experts) : nullptr;
   std::vector<Local> locals;
   for (int t = 0; t < p.threads; t++) locals.emplace_back(s, p, most);
-  for (int64_t first = 0; first < p.tokens; first += TOKEN_CHUNK) {
-    c.tokens = c.x.tokens = std::min(TOKEN_CHUNK, p.tokens - first);
-    c.mask = p.mask ? p.mask + first * p.n_experts : own_mask;
-    const int64_t pairs = route_chunk<E>(p, first, c, locals);
-    if (double(pairs) > p.dense_above * double(c.tokens * p.n_experts))
-      dense(first, c.tokens, c.mask);
-    else
+  for (int64_t start = 0; start < p.tokens; start += DENSE_SPAN) {
+    const int64_t end = std::min(start + DENSE_SPAN, p.tokens);
+    auto mask = [&](int64_t token) -> uint8_t* {
+      if (p.mask) return p.mask + token * p.n_experts;
+      return own_mask ? own_mask + (token - start) * p.n_experts : nullptr;
+    };
+    int64_t waiting = start;  // tokens from here to the present chunk are for the library
+    auto flush = [&](int64_t to) {
+      if (to > waiting) dense(waiting, to - waiting, mask(waiting));
+    };
+    for (int64_t first = start; first < end; first += TOKEN_CHUNK) {
+      c.tokens = c.x.tokens = std::min(TOKEN_CHUNK, end - first);
+      c.mask = mask(first);
+      const int64_t pairs = route_chunk<E>(p, first, c, locals);
+      if (double(pairs) > p.dense_above * double(c.tokens * p.n_experts)) continue;
+      flush(first);
       expert_gemms<E>(p, c, static_cast<typename E::T*>(p.y) + first * p.d_out, locals);
+      waiting = first + c.tokens;
+    }
+    flush(end);
   }
 }
 

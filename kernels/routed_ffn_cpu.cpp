@@ -98,7 +98,7 @@ void dense(const Problem& p, const Tensor& x, const Weights& w, const Tensor& y,
 // README.md, break-even). At its best PyTorch does 1.2 times our tiles' fp32 rate; without units for 16 bits it does far
 // less than they do, and with them far more.
 double dense_above(ScalarType dtype, int64_t tokens) {
-  if (dtype == ScalarType::Float) return tokens < DENSE_TOKENS ? 2.0 : 0.8;
+  if (dtype == ScalarType::Float) return tokens < DENSE_TOKENS ? 2.0 : tokens < MANY_TOKENS ? 0.8 : 0.68;
 #if defined(__x86_64__)
   const bool has_units = dtype == ScalarType::BFloat16 ? __builtin_cpu_supports("avx512bf16") : false;
   return has_units && tokens >= DENSE_TOKENS ? 0.2 : 2.0;

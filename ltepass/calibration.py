@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from ltepass.errors import CalibrationError, LoweredError, MetaWeightsError
 from ltepass.grouping import ActivationStats, grouping_permutation, permute_site
 from ltepass.router import N_QUANTILES, Router
+from ltepass.sensitivity import loss_sensitivity
 from ltepass.sites import FFNSite, require_state, router_of
-from ltepass.sparsity import interpolate, mode_of, quantiles, run_batches
+from ltepass.sparsity import interpolate, mode_of, quantiles, run_batches, shared_table
 
 BUDGET_BYTES = 900_000_000  # of sampled activations, all sites together
 RIDGE = 1e-2  # relative to the mean variance of x; the fit is flat between 1e-3 and 1e-1
@@ -44,8 +45,10 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, grouping: str | None 
     state = require_state(model, "calibrate")
     if state.lowered is not None:
         raise LoweredError("calibrate expects the model as trained; call ltepass.unlower(model)")
+    if state.config["budget"] == "model":
+        batches = list(batches)
     samples = collect(model, batches)
-    start_from(model, samples, grouping=grouping)
+    start_from(model, samples, batches, grouping=grouping)
 
 
 def collect(model: nn.Module, batches: Iterable[Any]) -> dict[str, Sample]:
@@ -91,8 +94,13 @@ class _Collector:
         self.router.observer = None
 
 
-def start_from(model: nn.Module, samples: dict[str, Sample], *, grouping: str | None = None) -> None:
-    """Grouping, router start and table from collected samples, which are reordered with the neurons."""
+def start_from(
+    model: nn.Module, samples: dict[str, Sample], batches: Iterable[Any] = (), *, grouping: str | None = None
+) -> None:
+    """Grouping, router start and table from collected samples, which are reordered with the neurons.
+
+    batches: what the samples came from; only the budget "model" runs the model on them again.
+    """
     state = require_state(model, "calibrate")
     method = grouping or state.config["grouping"]
     method = "coactivation" if method == "auto" else method
@@ -104,8 +112,12 @@ def start_from(model: nn.Module, samples: dict[str, Sample], *, grouping: str | 
                 orders[site.neurons] = site_permutation(model, site, method, sample, state.config["seed"])
                 permute_site(model, site, orders[site.neurons])
             sample.h = sample.h[:, orders[site.neurons]]
-        start_router(model, site, sample, state.config["target_sparsity"])
     state.grouping = method
+    if state.config["budget"] == "model":
+        start_together(model, samples, loss_sensitivity(model, batches), state.config["target_sparsity"])
+    else:
+        for site in state.sites:
+            start_router(model, site, samples[site.name], state.config["target_sparsity"])
 
 
 def site_permutation(model: nn.Module, site: FFNSite, method: str, sample: Sample | None, seed: int) -> Tensor:
@@ -118,27 +130,63 @@ def site_permutation(model: nn.Module, site: FFNSite, method: str, sample: Sampl
     )
 
 
+@dataclass
+class _Fit:
+    """Linear fit of the log energy of a site's experts, and its values on the sample."""
+
+    weight: Tensor
+    bias: Tensor
+    logits: Tensor
+
+    def scaled(self, scale: float, offset: float = 0.0) -> _Fit:
+        return _Fit(scale * self.weight, scale * self.bias + offset, scale * self.logits + offset)
+
+
+def fit_energy(model: nn.Module, site: FFNSite, sample: Sample) -> _Fit:
+    x = sample.x.float()
+    weight, bias = ridge(x, expert_energy(model, site, sample.h).clamp_min(1e-12).log())
+    return _Fit(weight, bias, x @ weight.T + bias)
+
+
 def start_router(model: nn.Module, site: FFNSite, sample: Sample, target_sparsity: float) -> None:
     """Fit one router to its experts' energies and place its threshold; fills the table."""
-    router, x = router_of(model, site), sample.x.float()
-    energy = expert_energy(model, site, sample.h)
-    weight, bias = ridge(x, energy.clamp_min(1e-12).log())
-    logits = x @ weight.T + bias
-    scale = LOGIT_STD / float(logits.std().clamp_min(1e-6))
-    grid = torch.linspace(0.0, 1.0, N_QUANTILES, device=x.device)
-    table = quantiles((scale * logits).flatten(), grid)
-    # the threshold stays logit(tau), as in the paper: the bias carries the target
+    router, fit = router_of(model, site), fit_energy(model, site, sample)
+    fit = fit.scaled(LOGIT_STD / float(fit.logits.std().clamp_min(1e-6)))
+    grid = torch.linspace(0.0, 1.0, N_QUANTILES, device=fit.logits.device)
+    if router.bias is not None:
+        _place(router, fit, quantiles(fit.logits.flatten(), grid), target_sparsity)
+        return
+    with torch.no_grad():
+        router.weight.copy_(fit.weight)
+        router.quantiles.copy_(quantiles((fit.logits - fit.bias).flatten(), grid))
+        router.threshold.copy_(interpolate(router.quantiles, target_sparsity))
+
+
+def start_together(
+    model: nn.Module, samples: dict[str, Sample], sensitivity: dict[str, float], target_sparsity: float
+) -> None:
+    """Fit all routers to what the loss would miss, log(energy * sensitivity): one scale, one threshold, one table."""
+    sites = require_state(model, "calibrate").sites
+    fits = [fit_energy(model, site, samples[site.name]) for site in sites]
+    spread = sum(float(fit.logits.std()) for fit in fits) / len(fits)
+    scale = LOGIT_STD / max(spread, 1e-6)
+    offsets = [scale * math.log(max(sensitivity[site.name], 1e-30)) for site in sites]
+    fits = [fit.scaled(scale, offset) for fit, offset in zip(fits, offsets, strict=True)]
+    table = shared_table([fit.logits.flatten() for fit in fits])
+    for site, fit in zip(sites, fits, strict=True):
+        _place(router_of(model, site), fit, table.to(fit.logits.device), target_sparsity)
+
+
+def _place(router: Router, fit: _Fit, table: Tensor, target_sparsity: float) -> None:
+    """The threshold stays logit(tau), as in the paper: the bias carries the target."""
+    assert router.bias is not None
     cut = interpolate(table, target_sparsity) if target_sparsity > 0 else table[0] - LOGIT_STD
     shift = logit_of(router) - cut
     with torch.no_grad():
-        router.weight.copy_(scale * weight)
-        if router.bias is not None:
-            router.bias.copy_(scale * bias + shift)
-            router.quantiles.copy_(table + shift)
-            router.threshold.fill_(logit_of(router))
-        else:
-            router.quantiles.copy_(quantiles((scale * (x @ weight.T)).flatten(), grid))
-            router.threshold.copy_(interpolate(router.quantiles, target_sparsity))
+        router.weight.copy_(fit.weight)
+        router.bias.copy_(fit.bias + shift)
+        router.quantiles.copy_(table + shift)
+        router.threshold.fill_(logit_of(router))
 
 
 def logit_of(router: Router) -> float:

@@ -130,12 +130,12 @@ def train(
         device=device,
         soft_steps=soft_steps,
         warm_start=warm_start,
+        budget=budget,  # type: ignore[arg-type]  # checked by LTEConfig
         stages={
             "trainable": trainable,
             "straight_through": straight_through,
             "distill": distill,
             "union": union,
-            "budget": budget,
         },
     )
     _print(models.train(model, text.read_text(), out, options))

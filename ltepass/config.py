@@ -9,8 +9,10 @@ from ltepass.errors import ConfigError
 
 GroupingName = Literal["auto", "identity", "random", "kmeans", "coactivation", "output_aware"]
 Mode = Literal["soft", "hard", "dense"]
+Budget = Literal["layer", "model"]
 
 MODES: tuple[Mode, ...] = ("soft", "hard", "dense")
+BUDGETS: tuple[Budget, ...] = ("layer", "model")
 GROUPINGS: tuple[GroupingName, ...] = ("auto", "identity", "random", "kmeans", "coactivation", "output_aware")
 
 
@@ -34,6 +36,8 @@ class LTEConfig:
     target_sparsity: share of inactive neurons that training steers to, in [0, 1).
     grouping: how neurons become experts (paper section 4.1: balanced k-means on the gate's rows). "auto" takes
         co-activation where calibration data is given and identity where it is not.
+    budget: "layer" brings every FFN to the target; "model" their mean, by one threshold for all: FFNs to whose experts
+        the loss is less sensitive give up more (calibration measures it, with one backward pass).
     router_bias: the paper's router has none; a calibrated start fits better with one.
     tau: threshold on the sigmoid score (0.5 everywhere in the paper).
     seed: for grouping and router start.
@@ -42,6 +46,7 @@ class LTEConfig:
     group_size: int | Literal["auto"] = "auto"
     target_sparsity: float = 0.5
     grouping: GroupingName = "auto"
+    budget: Budget = "layer"
     router_bias: bool = True
     tau: float = 0.5
     seed: int = 0
@@ -52,6 +57,10 @@ class LTEConfig:
             raise ConfigError(f'group_size is {self.group_size!r}; expected "auto" or an integer of at least 1')
         if self.grouping not in GROUPINGS:
             raise ConfigError(f"grouping is {self.grouping!r}; expected one of {', '.join(GROUPINGS)}")
+        if self.budget not in BUDGETS:
+            raise ConfigError(f"budget is {self.budget!r}; expected one of {', '.join(BUDGETS)}")
+        if self.budget == "model" and not self.router_bias:
+            raise ConfigError('budget "model" puts what an FFN matters into its router\'s bias; pass router_bias=True')
         if not 0.0 < self.tau < 1.0:
             raise ConfigError(f"tau is {self.tau}; expected a sigmoid score in (0, 1); the paper uses 0.5")
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import ltepass
-from ltepass.config import LTEConfig
+from ltepass.config import Budget, LTEConfig
 from ltepass.errors import ConfigError
 from ltepass.evaluation import perplexity, sparsity_curve
 from ltepass.reporting import Report, span
@@ -98,8 +98,8 @@ def _skeleton(name: str) -> Any:
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
     """Of `ltepass train`. steps: optimizer steps of each stage, soft_steps of the soft one where given (0: none);
-    warm_start: refit each FFN before the first step; stages: what `LTESettings` takes beside the steps.
-    length: tokens of a block."""
+    warm_start: refit each FFN before the first step; budget: as in `LTEConfig`; length: tokens of a block;
+    stages: what `LTESettings` takes beside the steps."""
 
     target_sparsity: float = 0.5
     group_size: int | None = None
@@ -111,6 +111,7 @@ class TrainOptions:
     device: str = "cpu"
     soft_steps: int | None = None
     warm_start: bool = False
+    budget: Budget = "layer"
     stages: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -135,7 +136,10 @@ def train(name: str, text: str, out: Path, options: TrainOptions) -> Report:
         )
     data = [{"input_ids": block, "labels": block} for block in blocks]
     config = LTEConfig(
-        target_sparsity=options.target_sparsity, group_size=options.group_size or "auto", seed=options.seed
+        target_sparsity=options.target_sparsity,
+        group_size=options.group_size or "auto",
+        budget=options.budget,
+        seed=options.seed,
     )
     calibration = torch.split(blocks[:-held_out][:32].to(model.device), options.batch)
     lte = LTESettings(soft_steps=options.soft_steps, **options.stages)

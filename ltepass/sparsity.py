@@ -177,17 +177,18 @@ def update_table(model: nn.Module, batches: Iterable[Any], *, shared: bool = Fal
     with mode_of(model, "hard" if present == "dense" else present), record_logits(model, keep=512) as seen:
         run_batches(model, batches)
     logits = {name: torch.cat(rows).flatten().float() for name, rows in seen.items()}
-    if shared:
-        even = [
-            quantiles(flat, torch.linspace(0.0, 1.0, SHARED_POINTS, device=flat.device)) for flat in logits.values()
-        ]
-        pooled = torch.cat([part.to(even[0].device) for part in even])
-        logits = dict.fromkeys(logits, pooled)
+    table = shared_table(list(logits.values())) if shared else None
     for site in state.sites:
-        router = router_of(model, site)
         flat = logits[site.name]
-        table = quantiles(flat, torch.linspace(0.0, 1.0, N_QUANTILES, device=flat.device))
-        router.quantiles.copy_(table)
+        own = quantiles(flat, torch.linspace(0.0, 1.0, N_QUANTILES, device=flat.device)) if table is None else table
+        router_of(model, site).quantiles.copy_(own)
+
+
+def shared_table(logits: list[Tensor]) -> Tensor:
+    """[101]: quantiles of all sites' logits together; each site counts alike, however many it has."""
+    even = [quantiles(flat, torch.linspace(0.0, 1.0, SHARED_POINTS, device=flat.device)) for flat in logits]
+    pooled = torch.cat([part.to(even[0].device) for part in even])
+    return quantiles(pooled, torch.linspace(0.0, 1.0, N_QUANTILES, device=pooled.device))
 
 
 def quantiles(values: Tensor, grid: Tensor) -> Tensor:

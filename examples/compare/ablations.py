@@ -57,7 +57,7 @@ VARIANTS: dict[str, dict[str, Recipe]] = {
         "distillation only": Recipe(settings={"distill": 1.0}),
         "thresholds not held": Recipe(settings={"hold": False}),
     },
-    "budget": {name: dataclasses.replace(BASE, settings={"budget": name}) for name in ("layer", "model")},
+    "budget": {name: dataclasses.replace(BASE, budget=name) for name in ("layer", "model")},
     "union term": {f"{u:g}": dataclasses.replace(BASE, settings={"union": u}) for u in (0.0, 5.0)},
 }
 FIELDS = (

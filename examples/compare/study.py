@@ -146,6 +146,7 @@ class Recipe:
     warm: bool = True
     settings: dict[str, Any] = field(default_factory=dict)
     grouping: str = "coactivation"
+    budget: str = "layer"
     group_size: int | None = None
     random_routers: bool = False
 
@@ -157,7 +158,11 @@ def calibration_blocks(data: Data, budget: Budget) -> Tensor:
 
 def transform(model: Any, data: Data, budget: Budget, sparsity: float, recipe: Recipe, seed: int) -> Any:
     config = ltepass.LTEConfig(
-        group_size=recipe.group_size or budget.group_size, target_sparsity=sparsity, grouping=recipe.grouping, seed=seed
+        group_size=recipe.group_size or budget.group_size,
+        target_sparsity=sparsity,
+        grouping=recipe.grouping,
+        budget=recipe.budget,
+        seed=seed,
     )
     batches = torch.split(calibration_blocks(data, budget).to(model.device), budget.batch)
     return ltepass.transform(model, config=config, calibration=batches)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ltepass.config import check_sparsity
+from ltepass.config import BUDGETS, Budget, check_sparsity
 from ltepass.errors import ConfigError
 
 Trainable = Literal["all", "lora", "routers"]
-Budget = Literal["layer", "model"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +20,7 @@ class LTESettings:
     soft_steps, hard_steps: optimizer steps of each stage; None takes the arguments' epochs or max_steps, 0 none.
     settle: move thresholds at the end of each stage so that held-out sparsity meets the target.
     hold: in the hard stage, thresholds follow the measured sparsity step by step, so that settling is a small move.
-    budget: "layer" brings every FFN to the target, "model" their mean, by one threshold for all.
+    budget: "layer" brings every FFN to the target, "model" their mean, by one threshold for all; None: the config's.
     trainable: "all" (the paper), "lora" (low-rank updates of the FFNs' linears, merged after each stage; needs peft) or
         "routers". The routers learn in the soft stage; in the hard stage they are frozen, except with "routers", where
         nothing else is left to learn, or with `straight_through`: the hard decision's value, a sigmoid's gradient.
@@ -37,7 +36,7 @@ class LTESettings:
     hard_steps: int | None = None
     settle: bool = True
     hold: bool = True
-    budget: Budget = "layer"
+    budget: Budget | None = None
     trainable: Trainable = "all"
     straight_through: bool = False
     lora_rank: int = 16
@@ -47,9 +46,9 @@ class LTESettings:
     def __post_init__(self) -> None:
         if self.target_sparsity is not None:
             check_sparsity(self.target_sparsity)
-        for name, allowed in (("trainable", ("all", "lora", "routers")), ("budget", ("layer", "model"))):
+        for name, allowed in (("trainable", ("all", "lora", "routers")), ("budget", (None, *BUDGETS))):
             if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(map(str, allowed))}")
         if not 0.0 <= self.distill <= 1.0:
             raise ConfigError(f"distill is {self.distill}; expected a share of the loss in [0, 1]")
         for name in ("lam", "eta", "union"):

@@ -10,10 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ltepass.config import Budget
 from ltepass.errors import LoweredError, TrainingError
 from ltepass.sites import require_state, router_of, routers_of
 from ltepass.sparsity import measure_sparsity, set_mode, set_sparsity, update_table
-from ltepass.training.settings import Budget, Trainable
+from ltepass.training.settings import Trainable
 
 Stage = Literal["soft", "hard"]
 
@@ -39,14 +40,17 @@ def begin_stage(
         router.requires_grad_(stage == "soft" or learns_hard)
 
 
-def settle(model: nn.Module, batches: Iterable[Any], sparsity: float, *, budget: Budget = "layer") -> dict[str, float]:
+def settle(
+    model: nn.Module, batches: Iterable[Any], sparsity: float, *, budget: Budget | None = None
+) -> dict[str, float]:
     """End a stage: new sparsity table, thresholds at `sparsity`; returns the hard sparsity by site on `batches`.
 
     budget: "layer" brings every site to it; "model" the mean over sites, by one threshold that all share (so the table
-    does: `set_sparsity` then keeps the sites' differences). Use batches that were not trained on. The routers' weights
-    stay; only their thresholds move.
+    does: `set_sparsity` then keeps the sites' differences); None takes the config's. Use batches that were not trained
+    on. The routers' weights stay; only their thresholds move.
     """
     batches = list(batches)
+    budget = budget or require_state(model, "settle").config["budget"]
     set_mode(model, "hard")
     for _ in range(2):  # the second pass sees the inputs that the moved thresholds make
         update_table(model, batches, shared=budget == "model")
@@ -54,13 +58,16 @@ def settle(model: nn.Module, batches: Iterable[Any], sparsity: float, *, budget:
     return measure_sparsity(model, batches)
 
 
-def hold(model: nn.Module, shares: Tensor, sparsity: float, *, budget: Budget = "layer", gain: float = 1.0) -> None:
+def hold(model: nn.Module, shares: Tensor, sparsity: float, *, budget: Budget | None = None, gain: float = 1.0) -> None:
     """Move thresholds a little towards a sparsity. shares: [n_sites], inactive share of each in the last step.
 
-    gain: logits per unit of error; at logits of unit spread the error shrinks by about gain / 3 a step.
+    budget: as in `settle`. gain: logits per unit of error; at logits of unit spread the error shrinks by about
+    gain / 3 a step.
     """
+    state = require_state(model, "hold")
+    budget = budget or state.config["budget"]
     error = sparsity - (shares.mean().expand_as(shares) if budget == "model" else shares)
-    for site, missing in zip(require_state(model, "hold").sites, error, strict=True):
+    for site, missing in zip(state.sites, error, strict=True):
         router_of(model, site).threshold.add_((gain * missing).to(router_of(model, site).threshold.device))
 
 

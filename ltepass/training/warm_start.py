@@ -2,7 +2,7 @@
 
 One forward runs through hard gates. At each FFN in turn, with the inputs that the layers below already made sparse:
 
-    threshold   is placed so that the target share of experts is inactive on these inputs
+    threshold   is placed so that the target share of experts is inactive on these inputs (not with budget "model")
     down        is refitted in closed form so that the gated output meets what the whole FFN gives for the same input
 
     min over D of  |G (W + D) - H W|^2 + sum_j penalty_j |D_j|^2,   H hidden units, G gated
@@ -63,7 +63,7 @@ def warm_start(
     handles: list[Any] = []
     routers = [router_of(model, site) for site in state.sites]
     for site, router in zip(state.sites, routers, strict=True):
-        fit = _SiteFit(model, site, target, penalty, fitted)
+        fit = _SiteFit(model, site, None if state.config["budget"] == "model" else target, penalty, fitted)
         handles.append(router.register_forward_hook(fit.on_logits))
         handles.append(model.get_submodule(site.down).register_forward_hook(fit.on_down))
         router.observer = fit.on_hidden
@@ -84,11 +84,18 @@ class _SiteFit:
     """What happens at one site, in the order of the forward: logits, hidden units, output."""
 
     def __init__(
-        self, model: nn.Module, site: FFNSite, target: float, penalty: float, fitted: Callable[[FFNSite, float], None]
+        self,
+        model: nn.Module,
+        site: FFNSite,
+        target: float | None,
+        penalty: float,
+        fitted: Callable[[FFNSite, float], None],
     ) -> None:
         self.model, self.site, self.target, self.penalty, self.fitted = model, site, target, penalty, fitted
 
     def on_logits(self, router: Router, args: tuple[Tensor, ...], logits: Tensor) -> Tensor:
+        if self.target is None:  # one threshold serves all sites: none moves alone
+            return logits
         table = quantiles(logits.flatten(), torch.linspace(0.0, 1.0, N_QUANTILES, device=logits.device))
         place_threshold(router, table, self.target)
         return logits + (router.quantiles[0] - table[0])  # the bias may have moved
