@@ -48,6 +48,15 @@ VARIANTS: dict[str, dict[str, Recipe]] = {
         "hard only, warm start": Recipe(),
         "both, warm start": dataclasses.replace(BASE, warm=True),
     },
+    "recipe": {
+        "calibrated": Recipe(warm=False),
+        "warm start": Recipe(),
+        "one budget": Recipe(warm=False, budget="model"),
+        "one budget, warm start": Recipe(budget="model"),
+        "one budget, warm start, half distillation": Recipe(budget="model", settings={"distill": 0.5}),
+        "one budget, warm start, straight-through": Recipe(budget="model", settings={"straight_through": True}),
+        "one budget, warm start, a quarter soft": Recipe(budget="model", soft_share=0.25),
+    },
     "hard stage": {
         "all weights": Recipe(),
         "all, straight-through routers": Recipe(settings={"straight_through": True}),

@@ -86,7 +86,7 @@ PRESETS = {
         seeds=3,
     ),
     "small": Preset(
-        budget=Budget(**SMOLLM2, steps=16, batch=4, test=2, test_length=512, calibration=24),
+        budget=Budget(**SMOLLM2, steps=24, batch=4, test=2, test_length=512, calibration=24),
         points=(0.5, 0.7, 0.8, 0.9),
         trained_points=(0.5,),
     ),
