@@ -64,7 +64,10 @@ def remember_densities(model: nn.Module) -> None:
 
 
 def expected_density(router: Router) -> float | None:
-    """Share of (token, expert) pairs active at the present threshold, as the calibrated table has it; None without."""
+    """Share of (token, expert) pairs active at the present threshold, as the calibrated table has it; None without.
+
+    Where all sites share one table (budget "model") it is their mean.
+    """
     if router.threshold.is_meta or bool(router.quantiles.isnan().any()):
         return None
     return float((router.quantiles > router.threshold).float().mean())
