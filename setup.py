@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
@@ -36,14 +36,15 @@ class BuildPy(build_py):
 
 
 class Wheel(bdist_wheel):
-    def finalize_options(self) -> None:
-        super().finalize_options()
-        self.root_is_pure = not prebuilds()
-
     def get_tag(self) -> tuple[str, str, str]:
         """The objects use torch's stable ABI and no Python: one wheel for every Python version."""
-        _, _, platform = super().get_tag()
-        return "py3", "none", platform
+        tag: tuple[str, str, str] = super().get_tag()
+        return ("py3", "none", tag[2]) if prebuilds() else tag
 
 
-setup(cmdclass={"build_py": BuildPy, "bdist_wheel": Wheel})
+class WithObjects(Distribution):
+    def has_ext_modules(self) -> bool:
+        return prebuilds()
+
+
+setup(cmdclass={"build_py": BuildPy, "bdist_wheel": Wheel}, distclass=WithObjects)
