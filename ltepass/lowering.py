@@ -12,6 +12,7 @@ from functools import partial
 from itertools import groupby
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
@@ -201,6 +202,10 @@ def lowered_call(
         down_bias,
         plan.activation,
     )
+    if router.count_inactive and torch.is_grad_enabled():
+        y, active, _ = torch.ops.ltepass.routed_ffn_with_mask(*args)
+        router.inactive = (~active).float().mean(-1)
+        return y  # type: ignore[no-any-return]
     return routed_ffn(*args)
 
 

@@ -24,6 +24,8 @@ class LTESettings:
     trainable: "all" (the paper), "lora" (low-rank updates of the FFNs' linears, merged after each stage; needs peft) or
         "routers". The routers learn in the soft stage; in the hard stage they are frozen, except with "routers", where
         nothing else is left to learn, or with `straight_through`: the hard decision's value, a sigmoid's gradient.
+    through_op: the hard stage computes the active (token, expert) pairs alone, with the sparse op and its backward.
+        None: where that measures faster, which is on a CPU in fp32, eager, with experts of 32 or more at 67 % or more.
     lora_rank: of "lora". distill: weight of the KL to the dense model; the labels' loss gets 1 - distill.
     union: coefficient of the soft stage's term by which neighbouring tokens share experts.
     """
@@ -39,6 +41,7 @@ class LTESettings:
     budget: Budget | None = None
     trainable: Trainable = "all"
     straight_through: bool = False
+    through_op: bool | None = None
     lora_rank: int = 16
     distill: float = 0.0
     union: float = 0.0

@@ -12,10 +12,12 @@ from torch import nn
 
 import ltepass
 from ltepass.errors import ConfigError
+from ltepass.kernels import routed_ffn_backward
 from ltepass.losses import kl_from, union_per_token
 from ltepass.sites import router_of, routers_of
 from ltepass.sparsity import measure_union, mode_of
 from ltepass.training.lora import ffn_linears
+from ltepass.training.options import op_pays
 from ltepass.training.settings import LTESettings
 from ltepass.training.stages import begin_stage, settle
 
@@ -150,6 +152,44 @@ def test_measured_union_counts_experts_that_a_whole_window_leaves_out() -> None:
     assert measure_union(model, [x], window=3)[site.name] == pytest.approx(float(torch.stack(windows).mean()))
     single, plain = measure_union(model, [x], window=1), ltepass.measure_sparsity(model, [x])
     assert single == pytest.approx(plain)
+
+
+def test_the_hard_stage_through_the_op_ends_where_the_masked_form_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same thresholds, held by the same measured shares, and weights equal but for the order of sums."""
+    calls: list[int] = []
+    per_expert = routed_ffn_backward.per_expert
+    monkeypatch.setattr(routed_ffn_backward, "per_expert", lambda *a: (calls.append(1), per_expert(*a))[1])
+    monkeypatch.setattr(routed_ffn_backward, "LEAST_TOKENS", 1)
+    ends = []
+    for through_op in (False, True):
+        model = trained(0.75, group_size=32)
+        start = parameters(model)
+        settings = LTESettings(soft_steps=0, hard_steps=5, through_op=through_op)
+        trainer = fit(model, tmp_path / str(through_op), settings)
+        assert model._lte.lowered is None
+        assert all(p.is_contiguous() for p in model.parameters())
+        assert bool(calls) == through_op
+        moved = {n: p.detach() - start[n] for n, p in model.named_parameters()}
+        ends.append((moved, [r.threshold.clone() for r in routers_of(model)], trainer.state.log_history))
+    (masked, thresholds, log), (op, op_thresholds, op_log) = ends
+    for name, change in masked.items():
+        torch.testing.assert_close(op[name], change, rtol=1e-2, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    torch.testing.assert_close(op_thresholds, thresholds, rtol=1e-4, atol=1e-4)
+    seen = [[entry["lte_hard_sparsity"] for entry in log if "loss" in entry] for log in (log, op_log)]
+    assert seen[0] == pytest.approx(seen[1], abs=1e-3)
+
+
+def test_the_op_is_taken_where_it_measures_faster() -> None:
+    model = trained(0.75, group_size=32)
+    none = LTESettings()
+    assert op_pays(model, none, 0.75)
+    assert not op_pays(model, none, 0.5)
+    assert not op_pays(model, LTESettings(straight_through=True), 0.75)
+    assert not op_pays(model, LTESettings(trainable="lora"), 0.75)
+    assert not op_pays(trained(0.75, group_size=16), none, 0.75)
+    assert not op_pays(model.to(torch.bfloat16), none, 0.75)
 
 
 @pytest.mark.parametrize("budget", ["layer", "model"])
