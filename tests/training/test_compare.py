@@ -151,7 +151,7 @@ def test_step_time_takes_turns_and_trains(tmp_path: Path) -> None:
     model = trained().train()
     before = model.model.layers[0].mlp.up_proj.weight.clone()
     times = step_time.measure(model, copied_text(2, 1), repeats=2)
-    assert {side: len(t) for side, t in times.items()} == {"dense": 2, "soft": 2, "hard": 2}
+    assert {side: len(t) for side, t in times.items()} == dict.fromkeys(step_time.SIDES, 2)
     assert not torch.equal(before, model.model.layers[0].mlp.up_proj.weight)
 
 
