@@ -91,7 +91,7 @@ PRESETS = {
         trained_points=(0.5,),
     ),
     "cpu": Preset(
-        budget=Budget(**SMOLLM2, steps=64, batch=4, test=4, test_length=512, calibration=32),
+        budget=Budget(**SMOLLM2, steps=48, batch=4, test=4, test_length=512, calibration=32),
         points=(0.5, 0.8),
         trained_points=(0.5,),
     ),
@@ -105,7 +105,7 @@ PRESETS = {
         seeds=3,
     ),
 }  # fmt: skip
-RECIPE = Recipe(soft_share=0.0, warm=True)
+RECIPE = Recipe(budget="model")  # of the candidates in ablations.py ("recipe")
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class Frontier(Workshop):
             folder = self.work / f"calibrated-{start}-{self.name}-{seed}"
             if not (folder / "config.json").exists():
                 model = self.base() if start == "base" else self.tuned(seed)
-                transform(model, self.data(seed), self.budget, 0.5, Recipe(), seed).save_pretrained(folder)
+                transform(model, self.data(seed), self.budget, 0.5, RECIPE, seed).save_pretrained(folder)
             self._prepared = (start, seed), models.load(str(folder), self.work).to(DEVICE)
         return self._prepared[1]
 

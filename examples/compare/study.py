@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +139,8 @@ def tune_dense(
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How LTE uses the budget: soft_share of the steps in the soft stage; warm: the layer-wise warm start."""
+    """How LTE uses the budget: soft_share of the steps in the soft stage; warm: the layer-wise warm start; rate: its
+    learning rate over the budget's."""
 
     name: str = "lte"
     soft_share: float = 0.0
@@ -149,6 +150,7 @@ class Recipe:
     budget: str = "layer"
     group_size: int | None = None
     random_routers: bool = False
+    rate: float = 1.0
 
 
 def calibration_blocks(data: Data, budget: Budget) -> Tensor:
@@ -193,6 +195,7 @@ def run_stages(
     model: Any, rows: list[Any], held_out: list[Any], budget: Budget, folder: Path, seed: int, recipe: Recipe
 ) -> list[Any]:
     """Both stages, each on its own share of the rows, so that none is seen twice; returns the log."""
+    budget = replace(budget, learning_rate=recipe.rate * budget.learning_rate)
     soft = round(recipe.soft_share * budget.steps)
     cut = soft * budget.batch
     log: list[Any] = []
