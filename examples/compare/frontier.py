@@ -17,7 +17,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -196,8 +196,9 @@ class Frontier(Workshop):
         model, samples = self.prepared("base", cell.seed), self.samples("base", cell.seed)
         ruled = Ruled(copy.deepcopy(model), RULES[cell.method], cell.sparsity)
         ruled.calibrate(samples)
+        budget = replace(self.budget, learning_rate=RECIPE.rate * self.budget.learning_rate)  # as LTE trains
         with ruled:
-            tune_dense(ruled.model, data, self.budget, self.work / "log", cell.seed, ruled)
+            tune_dense(ruled.model, data, budget, self.work / "log", cell.seed, ruled)
         blocks = calibration_blocks(data, self.budget)[: self.budget.calibration // 4].to(DEVICE)
         ruled.calibrate(collect(ruled.model, torch.split(blocks, self.budget.batch)))  # what is set on data follows
         return measure_rule(ruled, data.test)
