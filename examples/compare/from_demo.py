@@ -47,7 +47,7 @@ class FromDemo(Frontier):
         )  # fmt: skip
         assert self.budget.tokens == stages["tune_dense"]["tokens"], "the demo trained on other tokens than it says"
         train = torch.cat(list(batches(self.task.train, self.task.batch, self.budget.steps, options["seed"])))
-        self._data = {0: Data(train, {"python reference": self.task.test[:blocks]}, self.task.tokenizer)}
+        self._data = {0: Data(train, train[:0], {"python reference": self.task.test[:blocks]}, self.task.tokenizer)}
         self._prepared = self._samples = None
 
     def tuned(self, seed: int) -> Any:

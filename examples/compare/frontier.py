@@ -199,8 +199,8 @@ class Frontier(Workshop):
         budget = replace(self.budget, learning_rate=RECIPE.rate * self.budget.learning_rate)  # as LTE trains
         with ruled:
             tune_dense(ruled.model, data, budget, self.work / "log", cell.seed, ruled)
-        blocks = calibration_blocks(data, self.budget)[: self.budget.calibration // 4].to(DEVICE)
-        ruled.calibrate(collect(ruled.model, torch.split(blocks, self.budget.batch)))  # what is set on data follows
+        blocks = torch.split(data.held_out.to(DEVICE), self.budget.batch)
+        ruled.calibrate(collect(ruled.model, blocks))  # what is set on data follows
         return measure_rule(ruled, data.test)
 
 

@@ -24,6 +24,7 @@ from ltepass.training.settings import LTESettings
 from ltepass.training.trainer import LTETrainerMixin
 from ltepass.training.warm_start import place_threshold, warm_start
 
+HELD_OUT = 12  # blocks
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -49,9 +50,11 @@ class Budget:
 
 @dataclass(frozen=True)
 class Data:
-    """train: [steps * batch, length] blocks of all texts in a seed's order, none of them twice; test by text."""
+    """train: [steps * batch, length] blocks of all texts in a seed's order, none of them twice; held_out: some more that
+    nothing trains on, to settle thresholds; test by text."""
 
     train: Tensor
+    held_out: Tensor
     test: dict[str, Tensor]
     tokenizer: Any
 
@@ -64,13 +67,13 @@ def load_data(budget: Budget, folder: Path | None, tokenizer: Any, seed: int) ->
     texts = corpora(folder, chars * each * budget.length, chars * budget.test * budget.test_length)
     train = torch.cat([token_blocks(tokenizer, a, budget.length) for a, _ in texts.values()])
     test = {n: token_blocks(tokenizer, b, budget.test_length, limit=budget.test) for n, (_, b) in texts.items()}
-    if len(train) < wanted or any(len(blocks) < budget.test for blocks in test.values()):
+    if len(train) < wanted + HELD_OUT or any(len(blocks) < budget.test for blocks in test.values()):
         raise ValueError(
             f"the texts give {len(train)} training blocks and {min(map(len, test.values()))} test blocks; expected "
-            f"{wanted} and {budget.test}; use longer texts or a smaller preset"
+            f"{wanted + HELD_OUT} and {budget.test}; use longer texts or a smaller preset"
         )
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-    return Data(train[order[:wanted]], test, tokenizer)
+    return Data(train[order[:wanted]], train[order[wanted : wanted + HELD_OUT]], test, tokenizer)
 
 
 class InOrder:
@@ -188,13 +191,15 @@ def tune_lte(
     if recipe.warm:
         warm_start(model, blocks)
     freeze_embeddings(model)
-    return model, run_stages(model, examples(data.train), examples(blocks), budget, folder, seed, recipe)
+    held_out = examples(data.held_out.to(model.device))
+    return model, run_stages(model, examples(data.train), held_out, budget, folder, seed, recipe)
 
 
 def run_stages(
     model: Any, rows: list[Any], held_out: list[Any], budget: Budget, folder: Path, seed: int, recipe: Recipe
 ) -> list[Any]:
-    """Both stages, each on its own share of the rows, so that none is seen twice; returns the log."""
+    """Both stages, each on its own share of the rows, so that none is seen twice; thresholds settle on `held_out`;
+    returns the log."""
     budget = replace(budget, learning_rate=recipe.rate * budget.learning_rate)
     soft = round(recipe.soft_share * budget.steps)
     cut = soft * budget.batch
