@@ -50,8 +50,8 @@ class Budget:
 
 @dataclass(frozen=True)
 class Data:
-    """train: [steps * batch, length] blocks of all texts in a seed's order, none of them twice; held_out: some more that
-    nothing trains on, to settle thresholds; test by text."""
+    """train: [steps * batch, length] blocks of all texts in a seed's order, none of them twice; held_out: some more, to
+    settle thresholds on, that nothing trains on; test by text."""
 
     train: Tensor
     held_out: Tensor

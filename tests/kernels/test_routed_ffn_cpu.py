@@ -114,6 +114,36 @@ def test_the_last_chunk_has_fewer_tokens(T: int) -> None:
     check(Recipe(T=T, d_out=576, bias=False))
 
 
+@pytest.mark.parametrize("crowded", ["", "all", "first", "last", "alternate", "ends of a span"])
+def test_dense_and_sparse_chunks_side_by_side(crowded: str) -> None:
+    """Chunks of 512 tokens; neighbouring ones in which most experts are active go to the library's GEMM together, up to
+    4,096 tokens at a time. Here x[:, 0] says whether a token wants one expert or all four."""
+    T, chunk = 5000, 512
+    chunks = -(-T // chunk)
+    dense = {
+        "": set(),
+        "all": set(range(chunks)),
+        "first": {0, 1},
+        "last": {chunks - 1},
+        "alternate": set(range(0, chunks, 2)),
+        "ends of a span": {0, 6, 7, 8},
+    }[crowded]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(T, 8, generator=generator)
+    x[:, 0] = torch.tensor([1.0 if t // chunk in dense else -1.0 for t in range(T)])
+    router = torch.zeros(4, 8)
+    router[:, 0] = 1.0
+    bias = torch.tensor([5.0, 0.0, 0.0, 0.0])
+    up, gate, down = (torch.randn(*s, generator=generator) for s in ((32, 8), (32, 8), (8, 32)))
+    args = (x, router, bias, torch.tensor(0.0), up, None, gate, None, down, None, "silu")
+    y, mask, count = op(*args)
+    assert torch.equal(mask, reference.mask(*args[:4]))
+    assert count.item() == mask.sum().item()
+    wanted = reference.masked_ffn(x.double(), mask, up.double(), None, gate.double(), None, down.double(), None, "silu")
+    torch.testing.assert_close(y.double(), wanted, rtol=1e-4, atol=1e-4)
+    assert torch.equal(torch.ops.ltepass.routed_ffn(*args), y)
+
+
 @pytest.mark.parametrize("T", [1, 12])
 def test_leading_dimensions(T: int) -> None:
     args = make(Recipe(T=T))
