@@ -102,12 +102,12 @@ def train(
     out: Out = Path("lte-model"),
     target_sparsity: Sparsity = 0.5,
     group_size: GroupSize = None,
-    steps: Annotated[int, typer.Option(help="Optimizer steps of each of the two stages.")] = 100,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of the hard stage.")] = 100,
     batch: Annotated[int, typer.Option(help="Blocks of one step.")] = 4,
     length: Annotated[int, typer.Option(help="Tokens of one block.")] = 512,
     learning_rate: Annotated[float, typer.Option(help="Of both stages.")] = 1e-4,
-    soft_steps: Annotated[int | None, typer.Option(help="Of the soft stage, where not --steps; 0: none.")] = None,
-    warm_start: Annotated[bool, typer.Option("--warm-start", help="Refit each FFN before the first step.")] = False,
+    soft_steps: Annotated[int, typer.Option(help="Of the paper's soft stage before it; for long trainings.")] = 0,
+    warm_start: Annotated[bool, typer.Option(help="Refit each FFN before the first step.")] = True,
     trainable: Annotated[str, typer.Option(help="all, lora (on the FFNs) or routers.")] = "all",
     straight_through: Annotated[bool, typer.Option("--straight-through", help="Routers learn in both stages.")] = False,
     distill: Annotated[float, typer.Option(help="Weight of the KL to the dense model, instead of labels.")] = 0.0,
@@ -116,7 +116,7 @@ def train(
     seed: Seed = 0,
     device: Device = "cpu",
 ) -> None:
-    """Transform a dense model, train its routers and weights on a text (soft stage, hard stage), and save it."""
+    """Transform a dense model, calibrate its routers and train it on a text, and save it."""
     from ltepass import models
 
     options = models.TrainOptions(

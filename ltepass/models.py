@@ -97,9 +97,11 @@ def _skeleton(name: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """Of `ltepass train`. steps: optimizer steps of each stage, soft_steps of the soft one where given (0: none);
-    warm_start: refit each FFN before the first step; budget: as in `LTEConfig`; length: tokens of a block;
-    stages: what `LTESettings` takes beside the steps."""
+    """Of `ltepass train`; the defaults are what measured best at up to 61,440 tokens (examples/results/ablations.md).
+
+    steps: optimizer steps of the hard stage; soft_steps: of the soft stage before it; warm_start: refit each FFN before
+    the first step; budget: as in `LTEConfig`; length: tokens of a block; stages: what `LTESettings` takes beside these.
+    """
 
     target_sparsity: float = 0.5
     group_size: int | None = None
@@ -109,8 +111,8 @@ class TrainOptions:
     learning_rate: float = 1e-4
     seed: int = 0
     device: str = "cpu"
-    soft_steps: int | None = None
-    warm_start: bool = False
+    soft_steps: int = 0
+    warm_start: bool = True
     budget: Budget = "layer"
     stages: dict[str, Any] = dataclasses.field(default_factory=dict)
 

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import models
 import torch
 import typer
-from frontier import POST_HOC, Cell, Frontier, finish, machine
+from frontier import POST_HOC, Cell, Frontier, Preset, finish, machine
 from frontier_rows import Rows
 from study import DEVICE, Budget, Data, Measured, measure_lte, perplexities
 
@@ -47,6 +47,7 @@ class FromDemo(Frontier):
         )  # fmt: skip
         assert self.budget.tokens == stages["tune_dense"]["tokens"], "the demo trained on other tokens than it says"
         train = torch.cat(list(batches(self.task.train, self.task.batch, self.budget.steps, options["seed"])))
+        self.preset = Preset(budget=self.budget, points=POINTS, trained_points=())
         self._data = {0: Data(train, train[:0], {"python reference": self.task.test[:blocks]}, self.task.tokenizer)}
         self._prepared = self._samples = None
 

@@ -17,7 +17,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,8 +56,10 @@ class Preset:
     points: tuple[float, ...]
     trained_points: tuple[float, ...]
     seeds: int = 1
+    recipe: Recipe = field(default_factory=Recipe)  # of the candidates in ablations.py ("recipe")
 
 
+ONE_BUDGET = Recipe(budget="model")  # measured better on SmolLM2's 30 layers, and worse on the tiny model's four
 SMOLLM2 = {"model": "smollm2", "length": 256, "group_size": 8, "learning_rate": 3e-4}
 PRESETS = {
     "smoke": Preset(
@@ -89,11 +91,13 @@ PRESETS = {
         budget=Budget(**SMOLLM2, steps=24, batch=4, test=2, test_length=512, calibration=24),
         points=(0.5, 0.7, 0.8, 0.9),
         trained_points=(0.5,),
+        recipe=ONE_BUDGET,
     ),
     "cpu": Preset(
         budget=Budget(**SMOLLM2, steps=48, batch=4, test=4, test_length=512, calibration=32),
         points=(0.5, 0.8),
         trained_points=(0.5,),
+        recipe=ONE_BUDGET,
     ),
     "gpu": Preset(
         budget=Budget(
@@ -103,9 +107,9 @@ PRESETS = {
         points=(0.5, 0.7, 0.8, 0.9),
         trained_points=(0.5, 0.7, 0.8, 0.9),
         seeds=3,
+        recipe=ONE_BUDGET,
     ),
 }  # fmt: skip
-RECIPE = Recipe(budget="model")  # of the candidates in ablations.py ("recipe")
 
 
 @dataclass(frozen=True)
@@ -151,7 +155,7 @@ class Frontier(Workshop):
             folder = self.work / f"calibrated-{start}-{self.name}-{seed}"
             if not (folder / "config.json").exists():
                 model = self.base() if start == "base" else self.tuned(seed)
-                transform(model, self.data(seed), self.budget, 0.5, RECIPE, seed).save_pretrained(folder)
+                transform(model, self.data(seed), self.budget, 0.5, self.preset.recipe, seed).save_pretrained(folder)
             self._prepared = (start, seed), models.load(str(folder), self.work).to(DEVICE)
         return self._prepared[1]
 
@@ -173,7 +177,7 @@ class Frontier(Workshop):
         elif cell.method == "lte":
             folder = self.work / f"lte-{self.name}-{cell.sparsity:g}-{cell.seed}"
             model = retarget(copy.deepcopy(self.prepared("base", cell.seed)), cell.sparsity)
-            model, _ = tune_lte(model, data, self.budget, folder / "log", cell.seed, recipe=RECIPE)
+            model, _ = tune_lte(model, data, self.budget, folder / "log", cell.seed, recipe=self.preset.recipe)
             model.save_pretrained(folder)
             measured = measure_lte(model, data.test)
         elif cell.method in POST_HOC:
@@ -196,7 +200,9 @@ class Frontier(Workshop):
         model, samples = self.prepared("base", cell.seed), self.samples("base", cell.seed)
         ruled = Ruled(copy.deepcopy(model), RULES[cell.method], cell.sparsity)
         ruled.calibrate(samples)
-        budget = replace(self.budget, learning_rate=RECIPE.rate * self.budget.learning_rate)  # as LTE trains
+        budget = replace(
+            self.budget, learning_rate=self.preset.recipe.rate * self.budget.learning_rate
+        )  # as LTE trains
         with ruled:
             tune_dense(ruled.model, data, budget, self.work / "log", cell.seed, ruled)
         blocks = torch.split(data.held_out.to(DEVICE), self.budget.batch)

@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import models
 import torch
 import typer
-from frontier import PRESETS, RECIPE
+from frontier import PRESETS
 from frontier_rows import spread_of
 from study import DEVICE, Budget, DenseTrainer, Recipe, arguments, freeze_embeddings, load_data, run_stages
 from torch import Tensor, nn
@@ -130,7 +130,9 @@ def tune(model: Any, task: Task, budget: Budget, folder: Path, seed: int, sparsi
             {k: torch.stack([r[k] for r in rows[i : i + 4]]).to(DEVICE) for k in rows[0]}
             for i in range(0, len(rows), 4)
         ]
-        config = ltepass.LTEConfig(group_size=budget.group_size, target_sparsity=sparsity, seed=seed)
+        config = ltepass.LTEConfig(
+            group_size=budget.group_size, target_sparsity=sparsity, budget=recipe.budget, seed=seed
+        )
         ltepass.transform(model, config=config, calibration=batches)
         if recipe.warm:
             warm_start(model, torch.cat([b["input_ids"] for b in batches]))
@@ -213,7 +215,7 @@ def main(
                     continue
                 start = time.perf_counter()
                 model = model_of(task, budget, work, data.train, len(data.test))
-                model = tune(model, task, budget, work / "log", seed, point, RECIPE)
+                model = tune(model, task, budget, work / "log", seed, point, PRESETS[preset].recipe)
                 value, sparsity = measure(model, task, point)
                 row = {
                     "preset": preset, "task": task.name, "method": "lte" if point else "dense", "target": f"{point:g}",
