@@ -53,6 +53,7 @@ VARIANTS: dict[str, dict[str, Recipe]] = {
         "warm start": Recipe(),
         "one budget": Recipe(warm=False, budget="model"),
         "one budget, warm start": Recipe(budget="model"),
+        "one budget, warm start, experts of 4": Recipe(budget="model", group_size=4),
         "one budget, warm start, 2 x learning rate": Recipe(budget="model", rate=2.0),
         "one budget, warm start, half distillation": Recipe(budget="model", settings={"distill": 0.5}),
         "one budget, warm start, straight-through": Recipe(budget="model", settings={"straight_through": True}),
