@@ -106,7 +106,8 @@ class _Tap:
         self.count += ratio.numel()
 
     def _by_expert(self, neurons: Tensor) -> Tensor:
-        return neurons.unflatten(-1, (self.site.n_experts, -1)).sum(-1)
+        experts: Tensor = neurons.unflatten(-1, (self.site.n_experts, -1)).sum(-1)
+        return experts
 
     def close(self) -> None:
         self.handle.remove()
