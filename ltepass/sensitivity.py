@@ -9,8 +9,8 @@ experts, of (g . E_e)^2 over the expert's energy, sum of |h_j|^2 |down_j|^2: wha
 multiplied by to compare them. One forward and one backward pass; no parameter gets a gradient.
 
 The geometric mean, because of the massive activations that a few tokens have in a few layers: they decide an arithmetic
-one alone. On SmolLM2-135M at 50 % (groups of 8, no training) perplexity was 55 with one target for every FFN, 50 with
-these sensitivities, and 131 with half the logarithm of arithmetic ones, which switched one whole FFN off.
+one alone, which on SmolLM2-135M switched a whole FFN off. What it is worth after training stands in the ablations
+(examples/results/ablations.md, "recipe").
 """
 
 from __future__ import annotations
@@ -59,8 +59,11 @@ def loss_sensitivity(model: nn.Module, batches: Iterable[Any], *, seed: int = 0)
 
 def _one(model: nn.Module, batch: Any, taps: list[_Tap], generator: torch.Generator) -> int:
     """One batch into the taps; returns its tokens."""
-    inputs = {k: v for k, v in batch.items() if k != "labels"} if isinstance(batch, dict) else {"input_ids": batch}
-    logits = getattr(model(**inputs), "logits", None)
+    if isinstance(batch, dict):
+        out = model(**{k: v for k, v in batch.items() if k != "labels"})
+    else:
+        out = model(batch)
+    logits = getattr(out, "logits", None)
     if logits is None:
         raise CalibrationError(
             f'{type(model).__name__} returns no logits; budget "model" expects a model that predicts tokens; '
