@@ -186,9 +186,15 @@ class NoisyTopK(TopK):
 
     name = "noisy-topk"
     coefficient = 0.01
+    start = (
+        0.05  # of the calibrated logits: the same experts as `topk`, of nearly equal weights, as near to the dense FFN
+    )
 
     def __init__(self, model: nn.Module, site: FFNSite, sparsity: float) -> None:
         super().__init__(model, site, sparsity)
+        with torch.no_grad():
+            self.weight.mul_(self.start)
+            self.bias.mul_(self.start)
         self.weight.requires_grad_(True)
         self.bias.requires_grad_(True)
         self.noise = nn.Parameter(torch.zeros_like(self.weight))
@@ -196,7 +202,7 @@ class NoisyTopK(TopK):
     def factors(self, seen: Seen) -> Tensor:
         logits = self.logits(seen)
         if self.training:
-            deviation = nn.functional.softplus(nn.functional.linear(seen.x.float(), self.noise) - 2.0)
+            deviation = self.start * nn.functional.softplus(nn.functional.linear(seen.x.float(), self.noise) - 2.0)
             logits = logits + torch.randn_like(logits) * deviation
         best = top(logits.detach(), self.n_active)
         share = logits.masked_fill(best == 0, -torch.inf).softmax(-1)
