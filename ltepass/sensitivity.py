@@ -59,11 +59,8 @@ def loss_sensitivity(model: nn.Module, batches: Iterable[Any], *, seed: int = 0)
 
 def _one(model: nn.Module, batch: Any, taps: list[_Tap], generator: torch.Generator) -> int:
     """One batch into the taps; returns its tokens."""
-    if isinstance(batch, dict):
-        out = model(**{k: v for k, v in batch.items() if k != "labels"})
-    else:
-        out = model(batch)
-    logits = getattr(out, "logits", None)
+    inputs = {k: v for k, v in batch.items() if k != "labels"} if isinstance(batch, dict) else None
+    logits = getattr(model(batch) if inputs is None else model(**inputs), "logits", None)
     if logits is None:
         raise CalibrationError(
             f'{type(model).__name__} returns no logits; budget "model" expects a model that predicts tokens; '

@@ -24,8 +24,8 @@ class LTESettings:
     trainable: "all" (the paper), "lora" (low-rank updates of the FFNs' linears, merged after each stage; needs peft) or
         "routers". The routers learn in the soft stage; in the hard stage they are frozen, except with "routers", where
         nothing else is left to learn, or with `straight_through`: the hard decision's value, a sigmoid's gradient.
-    through_op: the hard stage computes the active (token, expert) pairs alone, with the sparse op and its backward.
-        None: where that measures faster, which is on a CPU in fp32, eager, with experts of 32 or more at 67 % or more.
+    through_op: the hard stage computes the active (token, expert) pairs alone, by the sparse op and its backward. Off:
+        it pays for an FFN alone (kernels/README.md) and not for a whole step of SmolLM2-135M (step_time.csv).
     lora_rank: of "lora". distill: weight of the KL to the dense model; the labels' loss gets 1 - distill.
     union: coefficient of the soft stage's term by which neighbouring tokens share experts.
     """
@@ -41,7 +41,7 @@ class LTESettings:
     budget: Budget | None = None
     trainable: Trainable = "all"
     straight_through: bool = False
-    through_op: bool | None = None
+    through_op: bool = False
     lora_rank: int = 16
     distill: float = 0.0
     union: float = 0.0
@@ -57,5 +57,10 @@ class LTESettings:
         for name in ("lam", "eta", "union"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected a coefficient of at least 0")
+        if self.through_op and (self.trainable != "all" or self.straight_through):
+            raise ConfigError(
+                "through_op computes with a frozen decision and plain linears; expected trainable 'all' and no "
+                "straight_through; pass one or the other"
+            )
         if self.lora_rank < 1:
             raise ConfigError(f"lora_rank is {self.lora_rank}; expected at least 1")

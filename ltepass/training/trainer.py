@@ -19,7 +19,7 @@ from ltepass.sites import require_state, router_of, routers_of
 from ltepass.training.checkpoints import STATE_FILE, is_finished, last_complete, mark_complete
 from ltepass.training.controller import SparsityController
 from ltepass.training.lora import merge_lora
-from ltepass.training.options import op_pays, stage_options
+from ltepass.training.options import stage_options
 from ltepass.training.settings import LTESettings
 from ltepass.training.stages import (
     Stage,
@@ -119,7 +119,7 @@ class LTETrainerMixin:
 
     def train(self, resume_from_checkpoint: bool | str | None = None, **kwargs: Any) -> Any:
         _refuse_reentrant(self.args)
-        with stage_options(self.lte_model, self.lte, self.stage, through_op=self._through_op()):
+        with stage_options(self.lte_model, self.lte, self.stage):
             if resume_from_checkpoint is True:
                 # none is whole where the kill came before the first: the stage begins anew
                 resume_from_checkpoint = last_complete(self.args.output_dir)
@@ -127,13 +127,6 @@ class LTETrainerMixin:
                 self._load_from_checkpoint(str(resume_from_checkpoint))
                 return None
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)  # type: ignore[misc]
-
-    def _through_op(self) -> bool:
-        if self.lte.through_op is not None:
-            return self.lte.through_op
-        args = self.args
-        plain = args.world_size == 1 and not (args.bf16 or args.fp16 or args.torch_compile)
-        return plain and op_pays(self.lte_model, self.lte, self.target_sparsity)
 
     def compute_loss(
         self,

@@ -17,7 +17,6 @@ from ltepass.losses import kl_from, union_per_token
 from ltepass.sites import router_of, routers_of
 from ltepass.sparsity import measure_union, mode_of
 from ltepass.training.lora import ffn_linears
-from ltepass.training.options import op_pays
 from ltepass.training.settings import LTESettings
 from ltepass.training.stages import begin_stage, settle
 
@@ -181,15 +180,10 @@ def test_the_hard_stage_through_the_op_ends_where_the_masked_form_does(
     assert seen[0] == pytest.approx(seen[1], abs=1e-3)
 
 
-def test_the_op_is_taken_where_it_measures_faster() -> None:
-    model = trained(0.75, group_size=32)
-    none = LTESettings()
-    assert op_pays(model, none, 0.75)
-    assert not op_pays(model, none, 0.5)
-    assert not op_pays(model, LTESettings(straight_through=True), 0.75)
-    assert not op_pays(model, LTESettings(trainable="lora"), 0.75)
-    assert not op_pays(trained(0.75, group_size=16), none, 0.75)
-    assert not op_pays(model.to(torch.bfloat16), none, 0.75)
+def test_a_straight_through_router_cannot_learn_through_the_op() -> None:
+    for bad in ({"straight_through": True}, {"trainable": "routers"}, {"trainable": "lora"}):
+        with pytest.raises(ConfigError, match="through_op"):
+            LTESettings(through_op=True, **bad)
 
 
 @pytest.mark.parametrize("budget", ["layer", "model"])
