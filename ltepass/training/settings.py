@@ -24,8 +24,8 @@ class LTESettings:
     trainable: "all" (the paper), "lora" (low-rank updates of the FFNs' linears, merged after each stage; needs peft) or
         "routers". The routers learn in the soft stage; in the hard stage they are frozen, except with "routers", where
         nothing else is left to learn, or with `straight_through`: the hard decision's value, a sigmoid's gradient.
-    through_op: the hard stage computes the active (token, expert) pairs alone, by the sparse op and its backward. Off:
-        it pays for an FFN alone (kernels/README.md) and not for a whole step of SmolLM2-135M (step_time.csv).
+    through_op: the hard stage computes the active (token, expert) pairs alone, by the sparse op and its backward. What
+        that saves of an FFN is in kernels/README.md, of whole steps in examples/results/step_time.csv.
     lora_rank: of "lora". distill: weight of the KL to the dense model; the labels' loss gets 1 - distill.
     union: coefficient of the soft stage's term by which neighbouring tokens share experts.
     """
