@@ -100,6 +100,8 @@ def test_a_model_tells_its_densities_and_the_backend_assumes_them(monkeypatch: p
     assumed: list[float | None] = []
     assume = tuning.assume_density
     monkeypatch.setattr(backend.tuning, "assume_density", lambda d: (assumed.append(d), assume(d))[1])
+    torch._dynamo.reset()  # what other tests compiled of the same classes may split the model into more graphs
     with torch.no_grad():
         torch.compile(model, backend="lte")(ids)
-    assert assumed == pytest.approx([sum(told) / 2])
+    assert assumed
+    assert assumed == pytest.approx([sum(told) / 2] * len(assumed))
