@@ -3,7 +3,7 @@
     pip wheel --no-build-isolation --no-deps .          objects for every ISA level of this architecture
     LTEPASS_PREBUILD=x86-64-v3 pip wheel ...            for this one; empty: none, a wheel for any platform
 
-Without torch (pip's own isolated build) the wheel carries none, and the kernel is built on its first call.
+Without torch (pip's own isolated build) or a compiler it carries none, and the kernel is built on its first call.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 from setuptools import Distribution, setup
@@ -21,8 +22,16 @@ from setuptools.command.build_py import build_py
 BUILDER = Path(__file__).resolve().parent / "kernels" / "routed_ffn_cpu.py"
 
 
+@cache
 def prebuilds() -> bool:
-    return importlib.util.find_spec("torch") is not None and os.environ.get("LTEPASS_PREBUILD") != ""
+    if os.environ.get("LTEPASS_PREBUILD") == "" or importlib.util.find_spec("torch") is None:
+        return False
+    spec = importlib.util.spec_from_file_location("builder", BUILDER)
+    assert spec is not None
+    assert spec.loader is not None
+    builder = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(builder)
+    return builder.compiler() is not None
 
 
 class BuildPy(build_py):

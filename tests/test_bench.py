@@ -198,6 +198,22 @@ def test_verdicts_follow_the_newest_run_and_the_best_baseline() -> None:
     assert "Whole token: not measured." in shown
 
 
+def test_rows_below_their_targets_say_where_the_time_goes() -> None:
+    run = [
+        record("dense eager", 0.0, 60.0, 50.0),
+        record("routed", 0.5, 30.0, 25.0, union=0.5),
+        record("routed", 0.75, 20.0, 12.5, union=0.25, bandwidth_gbs=11.0),
+    ]
+    missed = "| T=1, 4096 x 11008, fp32, 1 thread, 75% (25% of the experts) | 20.00 |"
+    shown = table.markdown(run, [])
+    assert f"{missed} not measured | 135.3 | not measured | 11.0 | 60.00, 9.0 |" in shown
+    assert "fp32, 1 thread, 50% (" not in shown  # that one is met
+    shown = table.markdown([*run, record("routed", 1.0, 1.0, 0.1)], [])
+    assert f"{missed} 1.00 | 135.3 | 7.1 | 11.0 | 60.00, 9.0 |" in shown
+    met = [run[0], replace(run[1], median_ms=25.0)]
+    assert "below the target |" not in table.markdown(met, []).split("Measured on")[1]
+
+
 def test_targets_name_cases_that_exist_and_measure_what_they_need() -> None:
     known = {case.name: case for case in CASES}
     for target in TARGETS:

@@ -33,9 +33,9 @@ def run(code: str, *, cwd: Path, flags: tuple[str, ...] = (), **more: str) -> st
     return done.stdout
 
 
-def build(kind: str, source: Path, out: Path, prebuild: str = "") -> Path:
+def build(kind: str, source: Path, out: Path, prebuild: str = "", **more: str) -> Path:
     code = f"import setuptools.build_meta as b; print(b.build_{kind}({str(out)!r}))"
-    return out / run(code, cwd=source, LTEPASS_PREBUILD=prebuild).splitlines()[-1]
+    return out / run(code, cwd=source, LTEPASS_PREBUILD=prebuild, **more).splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +92,13 @@ def test_a_wheel_built_beside_torch_brings_the_kernel_along(source: Path, tmp_pa
     out = run(code, cwd=tmp_path, flags=("-S",), CXX="/does/not/exist", LTEPASS_CACHE_DIR=str(tmp_path / "cache"))
     assert out.split()[:2] == ["True", "True"]
     assert Path(out.split()[2]).is_relative_to(target)
+
+
+def test_a_wheel_built_without_a_compiler_is_one_for_any_platform(source: Path, tmp_path: Path) -> None:
+    wheel = build("wheel", source, tmp_path, prebuild=routed_ffn_cpu.isa(), CXX="/does/not/exist")
+    assert wheel.stem.endswith("any")
+    shutil.unpack_archive(wheel, tmp_path / "target", "zip")
+    assert not file_names(tmp_path / "target", "*.so")
 
 
 def file_names(folder: Path, pattern: str) -> set[str]:

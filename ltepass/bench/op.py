@@ -128,7 +128,8 @@ def union_share(shape: Shape, sparsity: float) -> float:
 def make_contenders(case: Case, sparsities: Sequence[float]) -> dict[tuple[str, float], Contender]:
     """By name and sparsity. Dense ones have sparsity 0."""
     shape = case.shape
-    least = shape.weight_bytes * (1 - max(sparsities))
+    some = [s for s in sparsities if s < 1]
+    least = shape.weight_bytes * (1 - max(some))
     weights = cases.make_weights(shape, copies_needed(least, len(sparsities) + 2))
     out: dict[tuple[str, float], Contender] = {("dense eager", 0.0): cases.dense_eager(shape, weights)}
     if case.compiled:
@@ -140,7 +141,7 @@ def make_contenders(case: Case, sparsities: Sequence[float]) -> dict[tuple[str, 
         out[CALL, 0.0] = cases.call_alone()
     if case.peers:
         turned = cases.turned_weights(weights)
-        for s in (s for s in sparsities if s >= 0.5):
+        for s in (s for s in some if s >= 0.5):
             out["index_select", s] = cases.index_select(shape, weights, s)
             out["gate-first", s] = cases.gate_first(shape, weights, s)
             out["single neurons", s] = cases.single_neurons(shape, turned, s)

@@ -9,7 +9,7 @@ import torch
 
 from ltepass.bench.cases import Shape
 
-SPARSITIES = (0.0, 0.1, 0.2, 0.5, 0.75, 0.9)
+SPARSITIES = (0.0, 0.1, 0.2, 0.5, 0.75, 0.9, 1.0)  # the last: what is left when no expert is active
 TARGETS_AT = (0.5, 0.75, 0.9)
 
 

@@ -118,7 +118,7 @@ def model_table(records: Sequence[ModelRecord]) -> Any:
 def markdown(op_records: Sequence[OpRecord], model_records: Sequence[ModelRecord]) -> str:
     """The README's section: one table for the op, one for whole tokens, and where they were measured."""
     runs = latest(op_records)
-    parts = [_op_table(runs), "", *_notes(runs), "", _model_table(model_records)]
+    parts = [_op_table(runs), "", *_notes(runs), "", *_profile_table(runs), _model_table(model_records)]
     return "\n".join(parts)
 
 
@@ -134,6 +134,44 @@ def _op_table(runs: dict[str, list[OpRecord]]) -> str:
         else:
             lines += [_row(target, describe(case), values) for case, values in judged.items()]
     return "\n".join(lines)
+
+
+def _profile_table(runs: dict[str, list[OpRecord]]) -> list[str]:
+    """Where the time of rows below their targets goes: what a call takes without any expert, and what the rest reads."""
+    lines = [
+        "| below the target | the op, ms | no expert active, ms | expert weights read, MB | GB/s of the difference "
+        "| GB/s of a plain read in that run | the baseline, ms, GB/s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    empty = len(lines)
+    for target in TARGETS:
+        for case in target.cases:
+            values = judge(target, runs.get(case, []))
+            missed = [s for s, v in zip(target.at, values, strict=True) if v is not None and not v.met]
+            lines += [_profile_row(target, case, runs[case], s) for s in missed]
+    return [*lines, ""] if len(lines) > empty else []
+
+
+def _profile_row(target: Target, case: str, run: Sequence[OpRecord], sparsity: float) -> str:
+    rows = {(r.contender, r.sparsity): r for r in run}
+    ours, idle = rows["routed", sparsity], rows.get(("routed", 1.0))
+    baseline = min((r for r in run if r.contender in BASELINES[target.over] and r.sparsity == 0), key=_median)
+    shape = next(c for c in CASES if c.name == case).shape
+    read = ours.union * shape.weight_bytes / 1e6  # MB; a millisecond for each is one GB/s
+    cells = (
+        f"{describe(case)}, {sparsity:.0%} ({ours.union:.0%} of the experts)",
+        f"{ours.median_ms:.2f}",
+        f"{idle.median_ms:.2f}" if idle else NOT_MEASURED,
+        f"{read:.1f}",
+        f"{read / (ours.median_ms - idle.median_ms):.1f}" if idle else NOT_MEASURED,
+        f"{ours.bandwidth_gbs:.1f}",
+        f"{baseline.median_ms:.2f}, {shape.weight_bytes / 1e6 / baseline.median_ms:.1f}",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _median(record: OpRecord) -> float:
+    return record.median_ms
 
 
 def _row(target: Target, case: str, values: Sequence[Value | None]) -> str:
