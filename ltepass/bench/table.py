@@ -137,7 +137,7 @@ def _op_table(runs: dict[str, list[OpRecord]]) -> str:
 
 
 def _profile_table(runs: dict[str, list[OpRecord]]) -> list[str]:
-    """Where the time of rows below their targets goes: what a call takes without any expert, and what the rest reads."""
+    """Where the time of rows below their targets goes: what a call takes without experts, and what the rest reads."""
     lines = [
         "| below the target | the op, ms | no expert active, ms | expert weights read, MB | GB/s of the difference "
         "| GB/s of a plain read in that run | the baseline, ms, GB/s |",
