@@ -1,14 +1,18 @@
 """From a few batches of text: data-driven grouping, a router start, and the sparsity table.
 
 The paper gives no router start. Ours predicts each expert's energy, the norm of h_j ||down_j|| over its neurons, from
-the FFN's input by ridge regression, and puts the threshold where the target share of experts is inactive.
+the FFN's input by ridge regression, and puts the threshold where the target share of experts is inactive. Two passes of
+the dense model: the first samples tokens to group neurons by, the second adds up what the regression needs, which is as
+small for a million tokens as for one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -22,6 +26,7 @@ from ltepass.sites import FFNSite, require_state, router_of
 from ltepass.sparsity import interpolate, mode_of, quantiles, run_batches, shared_table
 
 BUDGET_BYTES = 900_000_000  # of sampled activations, all sites together
+SAMPLE_TOKENS = 2048  # for grouping and tables; the regression sees every token
 RIDGE = 1e-2  # relative to the mean variance of x; the fit is flat between 1e-3 and 1e-1
 LOGIT_STD = 2.0  # spread of the starting logits: a quarter of the scores lie within 0.15 of tau, off the pole
 
@@ -35,9 +40,10 @@ class Sample:
 
 
 def calibrate(model: nn.Module, batches: Iterable[Any], *, grouping: str | None = None) -> None:
-    """Group neurons, start routers and fill the sparsity table from one dense pass over `batches`.
+    """Group neurons, start routers and fill the sparsity table from two dense passes over `batches`.
 
-    batches: dicts of model inputs, or token id tensors; a few thousand tokens are enough.
+    batches: dicts of model inputs, or token id tensors; a few thousand tokens are enough, and more make better routers
+        (what they are worth: examples/results/ablations.md, "start").
     grouping: a method of `ltepass.grouping`; None takes the config's ("auto" is coactivation here).
     Leaves mode, training flags, RNG and hooks as they were. Raises NotTransformedError, LoweredError,
     MetaWeightsError, CalibrationError (no tokens seen).
@@ -45,26 +51,19 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, grouping: str | None 
     state = require_state(model, "calibrate")
     if state.lowered is not None:
         raise LoweredError("calibrate expects the model as trained; call ltepass.unlower(model)")
-    if state.config["budget"] == "model":
-        batches = list(batches)
-    samples = collect(model, batches)
-    start_from(model, samples, batches, grouping=grouping)
+    batches = list(batches)
+    start_from(model, collect(model, batches), batches, grouping=grouping)
 
 
 def collect(model: nn.Module, batches: Iterable[Any]) -> dict[str, Sample]:
-    """Sampled inputs and hidden units of every site, in dense mode, bounded by BUDGET_BYTES."""
+    """The first inputs and hidden units of every site, in dense mode: SAMPLE_TOKENS, or what BUDGET_BYTES holds."""
     state = require_state(model, "collect")
     if any(p.is_meta for p in model.parameters()):
         raise MetaWeightsError("calibration needs real weights and the model is on the meta device; load them first")
     per_token = sum(2 * (s.d_model + s.d_ff) for s in state.sites)
-    room = max(256, BUDGET_BYTES // per_token)
+    room = min(SAMPLE_TOKENS, max(256, BUDGET_BYTES // per_token))
     collectors = [_Collector(s, router_of(model, s), room) for s in state.sites]
-    try:
-        with mode_of(model, "dense"):
-            run_batches(model, batches)
-    finally:
-        for c in collectors:
-            c.close()
+    _watch(model, takewhile(lambda _: not all(c.full for c in collectors), batches), collectors)
     empty = [c.site.name for c in collectors if not c.x]
     if empty:
         raise CalibrationError(
@@ -74,33 +73,86 @@ def collect(model: nn.Module, batches: Iterable[Any]) -> dict[str, Sample]:
     return {c.site.name: Sample(torch.cat(c.x), torch.cat(c.h)) for c in collectors}
 
 
-class _Collector:
-    """Keeps bfloat16 copies of what one site sees, up to `room` tokens."""
+def _watch(model: nn.Module, batches: Iterable[Any], observers: Sequence[_Observer]) -> None:
+    """A dense pass in which every observer sees its own site."""
+    try:
+        for observer in observers:
+            observer.open()
+        with mode_of(model, "dense"):
+            run_batches(model, batches)
+    finally:
+        for observer in observers:
+            observer.close()
 
-    def __init__(self, site: FFNSite, router: Router, room: int) -> None:
-        self.site, self.router, self.room = site, router, room
-        self.x: list[Tensor] = []
-        self.h: list[Tensor] = []
-        self.handle = router.register_forward_pre_hook(lambda _, args: self._keep(self.x, args[0]))
-        router.observer = lambda h: self._keep(self.h, h)
 
-    def _keep(self, rows: list[Tensor], value: Tensor) -> None:
-        left = self.room - sum(len(r) for r in rows)
-        if left > 0:
-            rows.append(value.detach().reshape(-1, value.shape[-1])[:left].to(torch.bfloat16, copy=True))
+class _Observer(ABC):
+    """Sees the inputs x [n, d_model], then the hidden units h [n, d_ff], of every forward of one site."""
+
+    def __init__(self, site: FFNSite, router: Router) -> None:
+        self.site, self.router = site, router
+
+    @abstractmethod
+    def on_input(self, x: Tensor) -> None: ...
+
+    @abstractmethod
+    def on_hidden(self, h: Tensor) -> None: ...
+
+    def open(self) -> None:
+        self.handle = self.router.register_forward_pre_hook(lambda _, args: self.on_input(_rows(args[0])))
+        self.router.observer = lambda h: self.on_hidden(_rows(h))
 
     def close(self) -> None:
         self.handle.remove()
         self.router.observer = None
 
 
-def start_from(
-    model: nn.Module, samples: dict[str, Sample], batches: Iterable[Any] = (), *, grouping: str | None = None
-) -> None:
-    """Grouping, router start and table from collected samples, which are reordered with the neurons.
+def _rows(value: Tensor) -> Tensor:
+    return value.detach().reshape(-1, value.shape[-1])
 
-    batches: what the samples came from; only the budget "model" runs the model on them again.
-    """
+
+class _Collector(_Observer):
+    """Keeps bfloat16 copies of what one site sees, up to `room` tokens."""
+
+    def __init__(self, site: FFNSite, router: Router, room: int) -> None:
+        super().__init__(site, router)
+        self.room = room
+        self.x: list[Tensor] = []
+        self.h: list[Tensor] = []
+
+    def on_input(self, x: Tensor) -> None:
+        self._keep(self.x, x)
+
+    def on_hidden(self, h: Tensor) -> None:
+        self._keep(self.h, h)
+
+    def _keep(self, rows: list[Tensor], value: Tensor) -> None:
+        left = self.room - sum(len(r) for r in rows)
+        if left > 0:
+            rows.append(value[:left].to(torch.bfloat16, copy=True))
+
+    @property
+    def full(self) -> bool:
+        return sum(len(r) for r in self.h) >= self.room
+
+
+class _EnergyFit(_Observer):
+    """Regression of the log energy of one site's experts on its input."""
+
+    def __init__(self, model: nn.Module, site: FFNSite, router: Router) -> None:
+        super().__init__(site, router)
+        self.model, self.sums = model, RidgeSums()
+
+    def on_input(self, x: Tensor) -> None:
+        self.x = x.float()
+
+    def on_hidden(self, h: Tensor) -> None:
+        self.sums.add(self.x, expert_energy(self.model, self.site, h).clamp_min(1e-12).log())
+
+
+def start_from(
+    model: nn.Module, samples: dict[str, Sample], batches: Sequence[Any], *, grouping: str | None = None
+) -> None:
+    """Grouping and table from collected samples, which are reordered with the neurons; routers from all `batches`."""
     state = require_state(model, "calibrate")
     method = grouping or state.config["grouping"]
     method = "coactivation" if method == "auto" else method
@@ -113,11 +165,12 @@ def start_from(
                 permute_site(model, site, orders[site.neurons])
             sample.h = sample.h[:, orders[site.neurons]]
     state.grouping = method
+    fits, target = fit_energies(model, samples, batches), state.config["target_sparsity"]
     if state.config["budget"] == "model":
-        start_together(model, samples, loss_sensitivity(model, batches), state.config["target_sparsity"])
+        start_together(model, fits, loss_sensitivity(model, batches), target)
     else:
         for site in state.sites:
-            start_router(model, site, samples[site.name], state.config["target_sparsity"])
+            start_router(router_of(model, site), fits[site.name], target)
 
 
 def site_permutation(model: nn.Module, site: FFNSite, method: str, sample: Sample | None, seed: int) -> Tensor:
@@ -142,15 +195,19 @@ class _Fit:
         return _Fit(scale * self.weight, scale * self.bias + offset, scale * self.logits + offset)
 
 
-def fit_energy(model: nn.Module, site: FFNSite, sample: Sample) -> _Fit:
-    x = sample.x.float()
-    weight, bias = ridge(x, expert_energy(model, site, sample.h).clamp_min(1e-12).log())
-    return _Fit(weight, bias, x @ weight.T + bias)
+def fit_energies(model: nn.Module, samples: dict[str, Sample], batches: Iterable[Any]) -> dict[str, _Fit]:
+    """By site name: fitted on every token of the batches, with its values on the sample."""
+    observers = [_EnergyFit(model, s, router_of(model, s)) for s in require_state(model, "calibrate").sites]
+    _watch(model, batches, observers)
+    fits = {}
+    for o in observers:
+        weight, bias = o.sums.solve()
+        fits[o.site.name] = _Fit(weight, bias, samples[o.site.name].x.float() @ weight.T + bias)
+    return fits
 
 
-def start_router(model: nn.Module, site: FFNSite, sample: Sample, target_sparsity: float) -> None:
-    """Fit one router to its experts' energies and place its threshold; fills the table."""
-    router, fit = router_of(model, site), fit_energy(model, site, sample)
+def start_router(router: Router, fit: _Fit, target_sparsity: float) -> None:
+    """One router from the fit of its experts' energies, with its threshold; fills the table."""
     fit = fit.scaled(LOGIT_STD / float(fit.logits.std().clamp_min(1e-6)))
     grid = torch.linspace(0.0, 1.0, N_QUANTILES, device=fit.logits.device)
     if router.bias is not None:
@@ -163,17 +220,15 @@ def start_router(model: nn.Module, site: FFNSite, sample: Sample, target_sparsit
 
 
 def start_together(
-    model: nn.Module, samples: dict[str, Sample], sensitivity: dict[str, float], target_sparsity: float
+    model: nn.Module, fits: dict[str, _Fit], sensitivity: dict[str, float], target_sparsity: float
 ) -> None:
-    """Fit all routers to what the loss would miss, log(energy * sensitivity): one scale, one threshold, one table."""
-    sites = require_state(model, "calibrate").sites
-    fits = [fit_energy(model, site, samples[site.name]) for site in sites]
-    spread = sum(float(fit.logits.std()) for fit in fits) / len(fits)
+    """All routers from what the loss would miss, log(energy * sensitivity): one scale, one threshold, one table."""
+    spread = sum(float(fit.logits.std()) for fit in fits.values()) / len(fits)
     scale = LOGIT_STD / max(spread, 1e-6)
-    offsets = [scale * math.log(max(sensitivity[site.name], 1e-30)) for site in sites]
-    fits = [fit.scaled(scale, offset) for fit, offset in zip(fits, offsets, strict=True)]
-    table = shared_table([fit.logits.flatten() for fit in fits])
-    for site, fit in zip(sites, fits, strict=True):
+    fits = {name: fit.scaled(scale, scale * math.log(max(sensitivity[name], 1e-30))) for name, fit in fits.items()}
+    table = shared_table([fit.logits.flatten() for fit in fits.values()])
+    for site in require_state(model, "calibrate").sites:
+        fit = fits[site.name]
         _place(router_of(model, site), fit, table.to(fit.logits.device), target_sparsity)
 
 
@@ -200,11 +255,32 @@ def expert_energy(model: nn.Module, site: FFNSite, h: Tensor) -> Tensor:
     return weighted.view(*weighted.shape[:-1], site.n_experts, -1).sum(-1)
 
 
-def ridge(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Least squares y = x W^T + b with a small penalty on W: x [n, d], y [n, k] -> W [k, d], b [k]."""
-    x_mean, y_mean = x.mean(0), y.mean(0)
-    centred = x - x_mean
-    gram = centred.T @ centred
-    gram.diagonal().add_(RIDGE * gram.diagonal().mean().clamp_min(1e-12))
-    weight = torch.linalg.solve(gram, centred.T @ (y - y_mean)).T
-    return weight, y_mean - weight @ x_mean
+class RidgeSums:
+    """Least squares y = x W^T + b with a small penalty on W, from running sums about the first rows' means.
+
+    x [n, d], y [n, k] in any number of parts; d^2 + d k numbers are kept, in fp32.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        if self.count == 0:
+            self.origin = x.mean(0), y.mean(0)  # sums about it cancel little
+            self.x_sum, self.y_sum = torch.zeros_like(x[0]), torch.zeros_like(y[0])
+            self.gram, self.cross = x.new_zeros(x.shape[1], x.shape[1]), x.new_zeros(x.shape[1], y.shape[1])
+        x, y = x - self.origin[0], y - self.origin[1]
+        self.count += len(x)
+        self.x_sum += x.sum(0)
+        self.y_sum += y.sum(0)
+        self.gram.addmm_(x.T, x)
+        self.cross.addmm_(x.T, y)
+
+    def solve(self) -> tuple[Tensor, Tensor]:
+        """W [k, d], b [k]."""
+        x_mean, y_mean = self.x_sum / self.count, self.y_sum / self.count
+        gram = self.gram - self.count * x_mean[:, None] * x_mean
+        cross = self.cross - self.count * x_mean[:, None] * y_mean
+        gram.diagonal().add_(RIDGE * gram.diagonal().mean().clamp_min(1e-12))
+        weight = torch.linalg.solve(gram, cross).T
+        return weight, self.origin[1] + y_mean - weight @ (self.origin[0] + x_mean)

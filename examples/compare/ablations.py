@@ -15,13 +15,27 @@ import json
 import statistics
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from frontier import PRESETS
 from frontier_rows import spread_of
-from study import Recipe, Workshop, geometric_mean, measure_lte, perplexities, transform, tune_lte
+from methods import RULES
+from rule_hooks import Ruled, collect
+from study import (
+    Data,
+    Measured,
+    Recipe,
+    Workshop,
+    geometric_mean,
+    measure_lte,
+    measure_rule,
+    perplexities,
+    transform,
+    tune_dense,
+    tune_lte,
+)
 
 import ltepass
 
@@ -59,6 +73,12 @@ VARIANTS: dict[str, dict[str, Recipe]] = {
         "one budget, warm start, straight-through": Recipe(budget="model", settings={"straight_through": True}),
         "one budget, warm start, a quarter soft": Recipe(budget="model", soft_share=0.25),
     },
+    "start": {
+        "on all training tokens": Recipe(budget="model"),
+        "on a quarter of them": Recipe(budget="model", start=0.25),
+        "routers on all, no warm start": Recipe(budget="model", warm=False),
+        "an oracle's experts, no warm start": Recipe(oracle=True),
+    },
     "hard stage": {
         "all weights": Recipe(),
         "all, straight-through routers": Recipe(settings={"straight_through": True}),
@@ -92,9 +112,12 @@ class Study(Workshop):
     def run(self, ablation: str, variant: str, seed: int) -> None:
         recipe, data, start = VARIANTS[ablation][variant], self.data(seed), time.perf_counter()
         model = transform(self.base(), data, self.budget, self.sparsity, recipe, seed)
-        model, _ = tune_lte(model, data, self.budget, self.work / "log", seed, recipe=recipe)
-        ppl, sparsity, read = measure_lte(model, data.test)
-        per_layer = ltepass.measure_sparsity(model, torch.cat(list(data.test.values()))[:, None].to(model.device))
+        if recipe.oracle:
+            (ppl, sparsity, read), per_layer = self._oracle(model, data, seed), {"": self.sparsity}
+        else:
+            model, _ = tune_lte(model, data, self.budget, self.work / "log", seed, recipe=recipe)
+            ppl, sparsity, read = measure_lte(model, data.test)
+            per_layer = ltepass.measure_sparsity(model, torch.cat(list(data.test.values()))[:, None].to(model.device))
         quality = geometric_mean(list(ppl.values()))
         row = {
             "preset": self.name,
@@ -117,6 +140,14 @@ class Study(Workshop):
             if new:
                 writer.writeheader()
             writer.writerow(row)
+
+    def _oracle(self, model: Any, data: Data, seed: int) -> Measured:
+        """Trained like LTE's hard stage, under a rule that needs to know every expert's energy."""
+        ruled = Ruled(model, RULES["oracle"], self.sparsity)
+        ruled.calibrate(collect(model, [data.train[: self.budget.batch].to(model.device)]))
+        with ruled:
+            tune_dense(model, data, self.budget, self.work / "log", seed, ruled)
+        return measure_rule(ruled, data.test)
 
     def done(self) -> set[tuple[str, str, str, str, str]]:
         return {(r["preset"], r["ablation"], r["variant"], r["seed"], r["target"]) for r in read_rows(self.path)}

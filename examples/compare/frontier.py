@@ -44,6 +44,7 @@ from study import (
     tune_lte,
 )
 
+SAMPLE_TOKENS = 16_384  # of training text, kept for the rules
 POST_HOC = ("cats", "teal", "moefication", "dejavu", "lte-calibrated", "oracle")
 TRAINED = ("lte", "topk", "prunepath", "noisy-topk", "random")
 
@@ -88,20 +89,20 @@ PRESETS = {
         seeds=3,
     ),
     "small": Preset(
-        budget=Budget(**SMOLLM2, steps=24, batch=4, test=2, test_length=512, calibration=24),
+        budget=Budget(**SMOLLM2, steps=24, batch=4, test=2, test_length=512, calibration=96),
         points=(0.5, 0.7, 0.8, 0.9),
         trained_points=(0.5,),
         recipe=ONE_BUDGET,
     ),
     "cpu": Preset(
-        budget=Budget(**SMOLLM2, steps=48, batch=4, test=4, test_length=512, calibration=32),
+        budget=Budget(**SMOLLM2, steps=48, batch=4, test=4, test_length=512, calibration=192),
         points=(0.5, 0.8),
         trained_points=(0.5,),
         recipe=ONE_BUDGET,
     ),
     "gpu": Preset(
         budget=Budget(
-            **SMOLLM2 | {"length": 512}, steps=2000, batch=32, test=16, test_length=512, calibration=32,
+            **SMOLLM2 | {"length": 512}, steps=2000, batch=32, test=16, test_length=512, calibration=128,
             dtype="bfloat16",
         ),
         points=(0.5, 0.7, 0.8, 0.9),
@@ -163,8 +164,9 @@ class Frontier(Workshop):
         """What the FFNs of the prepared model see on training text."""
         model = self.prepared(start, seed)
         if self._samples is None:
-            blocks = calibration_blocks(self.data(seed), self.budget).to(model.device)
-            self._samples = collect(model, torch.split(blocks[: len(blocks) // 2], self.budget.batch))
+            blocks = calibration_blocks(self.data(seed), self.budget)[: SAMPLE_TOKENS // self.budget.length]
+            batches = torch.split(blocks.to(model.device), self.budget.batch)
+            self._samples = collect(model, batches, room=SAMPLE_TOKENS)
         return self._samples
 
     def run(self, cell: Cell) -> None:

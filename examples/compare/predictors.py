@@ -15,7 +15,7 @@ from ltepass.sites import FFNSite
 class Predictor(Rule):
     """A small network fitted after the fact to predict what matters, from x. Subclasses say what it predicts."""
 
-    steps, batch, learning_rate = 150, 256, 3e-3
+    steps, batch, learning_rate = 600, 256, 3e-3
 
     def __init__(self, model: nn.Module, site: FFNSite, sparsity: float, outputs: int, rank: int) -> None:
         super().__init__(model, site, sparsity)

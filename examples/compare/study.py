@@ -39,7 +39,7 @@ class Budget:
     learning_rate: float
     test: int
     test_length: int
-    calibration: int  # blocks of `length` tokens
+    calibration: int  # training blocks that routers and the warm start are fitted on, before training
     group_size: int
     dtype: str = "float32"
 
@@ -143,7 +143,8 @@ def tune_dense(
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """How LTE uses the budget: soft_share of the steps in the soft stage; warm: the layer-wise warm start; rate: its
-    learning rate over the budget's."""
+    learning rate over the budget's; start: share of the calibration blocks that it starts from; oracle: no routers, but
+    the experts that turn out to have most energy, what better routers could reach at best."""
 
     name: str = "lte"
     soft_share: float = 0.0
@@ -154,11 +155,13 @@ class Recipe:
     group_size: int | None = None
     random_routers: bool = False
     rate: float = 1.0
+    start: float = 1.0
+    oracle: bool = False
 
 
-def calibration_blocks(data: Data, budget: Budget) -> Tensor:
+def calibration_blocks(data: Data, budget: Budget, share: float = 1.0) -> Tensor:
     """The first training blocks: nothing is seen that the others do not see."""
-    return data.train[: budget.calibration]
+    return data.train[: round(share * budget.calibration)]
 
 
 def transform(model: Any, data: Data, budget: Budget, sparsity: float, recipe: Recipe, seed: int) -> Any:
@@ -169,7 +172,7 @@ def transform(model: Any, data: Data, budget: Budget, sparsity: float, recipe: R
         budget=recipe.budget,
         seed=seed,
     )
-    batches = torch.split(calibration_blocks(data, budget).to(model.device), budget.batch)
+    batches = torch.split(calibration_blocks(data, budget, recipe.start).to(model.device), budget.batch)
     return ltepass.transform(model, config=config, calibration=batches)
 
 
@@ -185,7 +188,7 @@ def tune_lte(
     model: Any, data: Data, budget: Budget, folder: Path, seed: int, *, recipe: Recipe
 ) -> tuple[Any, list[Any]]:
     """Train a calibrated model with this recipe to its target; returns (model in hard mode, log)."""
-    blocks = calibration_blocks(data, budget).to(model.device)
+    blocks = calibration_blocks(data, budget, recipe.start).to(model.device)
     if recipe.random_routers:
         forget_routers(model, blocks, seed)
     if recipe.warm:

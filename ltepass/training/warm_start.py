@@ -41,7 +41,8 @@ def warm_start(
 ) -> dict[str, float]:
     """Refit thresholds and down projections in place; returns each site's error |G (W + D) - H W|^2 / |H W|^2.
 
-    input_ids: [n, T] int64, all run in one forward; 8,192 tokens are enough for d_ff = 1,536. The model must be
+    input_ids: [n, T] int64, all run in one forward; as many as memory allows, and none that is kept for measuring: on
+    SmolLM2-135M 24,576 tokens leave a third less excess perplexity than 6,144. The model must be
     calibrated (routers started). Leaves mode, training flags and hooks as they were; weights change but for routers'.
     Raises NotTransformedError, LoweredError, CalibrationError.
     """

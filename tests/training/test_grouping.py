@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from learning_cases import assert_same, calibrated, dense_model, tokens, transformed, weights
 from torch import Tensor
 
 import ltepass
-from ltepass.calibration import collect, start_from
+from ltepass import calibration
+from ltepass.calibration import RIDGE, RidgeSums, collect, expert_energy, start_from
 from ltepass.errors import CalibrationError, ConfigError
 from ltepass.grouping import ActivationStats, grouping_permutation, permute_site
 from ltepass.sites import router_of
+from ltepass.sparsity import mode_of
 
 METHODS = ("identity", "random", "kmeans", "coactivation", "output_aware")
 
@@ -119,7 +125,7 @@ def test_each_method_loses_less_than_random_groups_under_an_oracle(method: str) 
 
 def _oracle_loss(method: str) -> float:
     model = transformed(group_size=5)
-    start_from(model, collect(model, [tokens(40)]), grouping=method)
+    start_from(model, collect(model, [tokens(40)]), [tokens(40)], grouping=method)
     fresh = collect(model, [tokens(20, seed=9)])
     lost = []
     for site in model._lte.sites:
@@ -136,3 +142,42 @@ def test_transform_with_data_groups_by_the_configured_method() -> None:
     assert not torch.equal(router_of(model, model._lte.sites[0]).permutation, torch.arange(60))
     ltepass.remove(model, undo_grouping=True)
     assert_same(weights(plain), weights(model))
+
+
+@given(rows=st.lists(st.integers(1, 40), min_size=1, max_size=5), d=st.integers(1, 12), offset=st.floats(-50, 50))
+def test_running_sums_solve_the_regression_of_all_rows_together(rows: list[int], d: int, offset: float) -> None:
+    generator = torch.Generator().manual_seed(sum(rows) + d)
+    x = torch.randn(sum(rows), d, generator=generator) + offset  # a mean far from 0, as massive activations have
+    y = torch.randn(sum(rows), 3, generator=generator) + 2 * x[:, :1] - offset
+    sums = RidgeSums()
+    for part in zip(x.split(rows), y.split(rows), strict=True):
+        sums.add(*part)
+    weight, bias = sums.solve()
+    centred = x.double() - x.double().mean(0)
+    gram = centred.T @ centred
+    gram.diagonal().add_(RIDGE * gram.diagonal().mean().clamp_min(1e-12))
+    expected = torch.linalg.solve(gram, centred.T @ (y.double() - y.double().mean(0))).T
+    torch.testing.assert_close(weight.double(), expected, rtol=1e-2, atol=1e-3)
+    fitted = y.double().mean(0) + centred @ expected.T
+    torch.testing.assert_close((x @ weight.T + bias).double(), fitted, rtol=1e-3, atol=2e-3)
+
+
+def test_routers_are_fitted_on_every_token_and_the_sample_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "SAMPLE_TOKENS", 64)
+    batches = [tokens(8, seed=s) for s in range(4)]
+    model = transformed()
+    assert {len(s.h) for s in collect(model, batches).values()} == {64}
+    ltepass.calibrate(model, batches, grouping="identity")
+    seen: dict[str, Any] = {}
+    for site in model._lte.sites:
+        router_of(model, site).register_forward_hook(lambda _, args, out, name=site.name: seen.update({name: args[0]}))
+    with mode_of(model, "dense"), torch.no_grad():
+        model(torch.cat(batches))
+    for site in model._lte.sites:
+        x = seen[site.name].flatten(0, -2)
+        gate, up = (model.get_submodule(n).weight for n in (site.gate, site.up))
+        h = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
+        sums = RidgeSums()
+        sums.add(x, expert_energy(model, site, h).clamp_min(1e-12).log())
+        expected, own = sums.solve()[0], router_of(model, site).weight
+        torch.testing.assert_close(own / own.norm(), expected / expected.norm(), rtol=1e-3, atol=1e-4)
