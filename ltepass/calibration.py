@@ -23,7 +23,7 @@ from ltepass.grouping import ActivationStats, grouping_permutation, permute_site
 from ltepass.router import N_QUANTILES, Router
 from ltepass.sensitivity import loss_sensitivity
 from ltepass.sites import FFNSite, require_state, router_of
-from ltepass.sparsity import interpolate, mode_of, quantiles, run_batches, shared_table
+from ltepass.sparsity import interpolate, mode_of, quantiles, run_batches, shared_cut
 
 BUDGET_BYTES = 900_000_000  # of sampled activations, all sites together
 SAMPLE_TOKENS = 2048  # for grouping and tables; the regression sees every token
@@ -194,6 +194,14 @@ class _Fit:
     def scaled(self, scale: float, offset: float = 0.0) -> _Fit:
         return _Fit(scale * self.weight, scale * self.bias + offset, scale * self.logits + offset)
 
+    def table(self) -> Tensor:
+        return _table(self.logits)
+
+
+def _table(logits: Tensor) -> Tensor:
+    """[101]: what leaves 0 %, 1 %, ... 100 % of the sample's experts inactive."""
+    return quantiles(logits.flatten(), torch.linspace(0.0, 1.0, N_QUANTILES, device=logits.device))
+
 
 def fit_energies(model: nn.Module, samples: dict[str, Sample], batches: Iterable[Any]) -> dict[str, _Fit]:
     """By site name: fitted on every token of the batches, with its values on the sample."""
@@ -209,34 +217,39 @@ def fit_energies(model: nn.Module, samples: dict[str, Sample], batches: Iterable
 def start_router(router: Router, fit: _Fit, target_sparsity: float) -> None:
     """One router from the fit of its experts' energies, with its threshold; fills the table."""
     fit = fit.scaled(LOGIT_STD / float(fit.logits.std().clamp_min(1e-6)))
-    grid = torch.linspace(0.0, 1.0, N_QUANTILES, device=fit.logits.device)
     if router.bias is not None:
-        _place(router, fit, quantiles(fit.logits.flatten(), grid), target_sparsity)
+        _place(router, fit, _cut([fit.table()], target_sparsity))
         return
     with torch.no_grad():
         router.weight.copy_(fit.weight)
-        router.quantiles.copy_(quantiles((fit.logits - fit.bias).flatten(), grid))
+        router.quantiles.copy_(_table(fit.logits - fit.bias))
         router.threshold.copy_(interpolate(router.quantiles, target_sparsity))
 
 
 def start_together(
     model: nn.Module, fits: dict[str, _Fit], sensitivity: dict[str, float], target_sparsity: float
 ) -> None:
-    """All routers from what the loss would miss, log(energy * sensitivity): one scale, one threshold, one table."""
+    """All routers from what the loss would miss, log(energy * sensitivity): one scale and one threshold."""
     spread = sum(float(fit.logits.std()) for fit in fits.values()) / len(fits)
     scale = LOGIT_STD / max(spread, 1e-6)
     fits = {name: fit.scaled(scale, scale * math.log(max(sensitivity[name], 1e-30))) for name, fit in fits.items()}
-    table = shared_table([fit.logits.flatten() for fit in fits.values()])
+    cut = _cut([fit.table() for fit in fits.values()], target_sparsity)
     for site in require_state(model, "calibrate").sites:
-        fit = fits[site.name]
-        _place(router_of(model, site), fit, table.to(fit.logits.device), target_sparsity)
+        _place(router_of(model, site), fits[site.name], cut)
 
 
-def _place(router: Router, fit: _Fit, table: Tensor, target_sparsity: float) -> None:
+def _cut(tables: Sequence[Tensor], target_sparsity: float) -> Tensor:
+    """Where the sites of these tables have their threshold together; below them all for a target of 0."""
+    if target_sparsity > 0:
+        return shared_cut(tables, target_sparsity)
+    return torch.stack([table[0].to(tables[0].device) for table in tables]).min() - LOGIT_STD
+
+
+def _place(router: Router, fit: _Fit, cut: Tensor) -> None:
     """The threshold stays logit(tau), as in the paper: the bias carries the target."""
     assert router.bias is not None
-    cut = interpolate(table, target_sparsity) if target_sparsity > 0 else table[0] - LOGIT_STD
-    shift = logit_of(router) - cut
+    table = fit.table()
+    shift = logit_of(router) - cut.to(table.device)
     with torch.no_grad():
         router.weight.copy_(fit.weight)
         router.bias.copy_(fit.bias + shift)

@@ -95,6 +95,9 @@ def _skeleton(name: str) -> Any:
         return AutoModelForCausalLM.from_config(config).eval()
 
 
+START_TOKENS = 49_152  # that routers and the warm start are fitted on, at most: it holds hidden units of all of them
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
     """Of `ltepass train`; the defaults are what measured best at up to 61,440 tokens (examples/results/ablations.md).
@@ -143,7 +146,8 @@ def train(name: str, text: str, out: Path, options: TrainOptions) -> Report:
         budget=options.budget,
         seed=options.seed,
     )
-    calibration = torch.split(blocks[:-held_out][:32].to(model.device), options.batch)
+    start = blocks[:-held_out][: max(1, START_TOKENS // options.length)]
+    calibration = torch.split(start.to(model.device), options.batch)
     lte = LTESettings(soft_steps=options.soft_steps, **options.stages)
     ltepass.transform(model, config=config, calibration=calibration)
     if options.warm_start:

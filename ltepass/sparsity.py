@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from ltepass.kernels import tuning
 from ltepass.router import N_QUANTILES, Router
 from ltepass.sites import require_state, router_of, routers_of
 
-SHARED_POINTS = 4096  # quantiles that stand for one site's logits in a table that sites share
+SHARED_POINTS = 4096  # values that stand for one site's logits where sites share a threshold
 
 
 def set_mode(model: nn.Module, mode: Mode) -> None:
@@ -39,7 +39,8 @@ def set_mode(model: nn.Module, mode: Mode) -> None:
 def set_sparsity(model: nn.Module, sparsity: float) -> None:
     """Move every router's threshold to the value that left this share of its calibration experts inactive.
 
-    Changes a tensor in place: works on a lowered model and causes no recompile.
+    With the budget "model" all get the one value that leaves this share of all sites' experts inactive. Changes tensors
+    in place: works on a lowered model and causes no recompile.
     Raises ConfigError outside [0, 1), CalibrationError without a calibrated table, NotTransformedError.
     """
     check_sparsity(sparsity, "sparsity")
@@ -50,9 +51,19 @@ def set_sparsity(model: nn.Module, sparsity: float) -> None:
             "the model has no calibrated sparsity table; set_sparsity expects one; call "
             "ltepass.calibrate(model, batches)"
         )
-    for router in routers:
-        router.threshold.copy_(interpolate(router.quantiles, sparsity))
+    for router, cut in zip(routers, cuts_at(model, sparsity), strict=True):
+        router.threshold.copy_(cut)
     remember_densities(model)
+
+
+def cuts_at(model: nn.Module, sparsity: float) -> list[Tensor]:
+    """By site: the logit that `sparsity` puts the threshold at, from the tables and the config's budget."""
+    state = require_state(model, "cuts_at")
+    tables = [router_of(model, s).quantiles for s in state.sites]
+    if state.config["budget"] == "model":
+        cut = shared_cut(tables, sparsity)
+        return [cut.to(table.device) for table in tables]
+    return [interpolate(table, sparsity) for table in tables]
 
 
 def remember_densities(model: nn.Module) -> None:
@@ -64,10 +75,7 @@ def remember_densities(model: nn.Module) -> None:
 
 
 def expected_density(router: Router) -> float | None:
-    """Share of (token, expert) pairs active at the present threshold, as the calibrated table has it; None without.
-
-    Where all sites share one table (budget "model") it is their mean.
-    """
+    """Share of (token, expert) pairs active at the present threshold, as the calibrated table has it; None without."""
     if router.threshold.is_meta or bool(router.quantiles.isnan().any()):
         return None
     return float((router.quantiles > router.threshold).float().mean())
@@ -170,28 +178,26 @@ def measure_union(model: nn.Module, batches: Iterable[Any], window: int = 2) -> 
     return out
 
 
-def update_table(model: nn.Module, batches: Iterable[Any], *, shared: bool = False) -> None:
-    """Fill every router's quantile table from the logits on these batches, seen through the model's present gates.
-
-    shared: one table for all sites, of their logits together (each site counts alike): one threshold for the model.
-    """
+def update_table(model: nn.Module, batches: Iterable[Any]) -> None:
+    """Fill every router's quantile table from its logits on these batches, seen through the model's present gates."""
     state = require_state(model, "update_table")
     present = router_of(model, state.sites[0]).mode
     with mode_of(model, "hard" if present == "dense" else present), record_logits(model, keep=512) as seen:
         run_batches(model, batches)
-    logits = {name: torch.cat(rows).flatten().float() for name, rows in seen.items()}
-    table = shared_table(list(logits.values())) if shared else None
     for site in state.sites:
-        flat = logits[site.name]
-        own = quantiles(flat, torch.linspace(0.0, 1.0, N_QUANTILES, device=flat.device)) if table is None else table
-        router_of(model, site).quantiles.copy_(own)
+        flat = torch.cat(seen[site.name]).flatten().float()
+        grid = torch.linspace(0.0, 1.0, N_QUANTILES, device=flat.device)
+        router_of(model, site).quantiles.copy_(quantiles(flat, grid))
 
 
-def shared_table(logits: list[Tensor]) -> Tensor:
-    """[101]: quantiles of all sites' logits together; each site counts alike, however many it has."""
-    even = [quantiles(flat, torch.linspace(0.0, 1.0, SHARED_POINTS, device=flat.device)) for flat in logits]
-    pooled = torch.cat([part.to(even[0].device) for part in even])
-    return quantiles(pooled, torch.linspace(0.0, 1.0, N_QUANTILES, device=pooled.device))
+def shared_cut(tables: Sequence[Tensor], sparsity: float) -> Tensor:
+    """The logit below which this share of all sites' experts lies; each site counts alike. tables: [101] each."""
+    device = tables[0].device
+    if sparsity == 0.0:
+        return torch.tensor(-torch.inf, device=device)
+    grid = torch.linspace(0.0, 1.0, SHARED_POINTS, device=device)
+    pooled = torch.cat([quantiles(table.to(device), grid) for table in tables])
+    return quantiles(pooled, torch.tensor(sparsity, device=device))
 
 
 def quantiles(values: Tensor, grid: Tensor) -> Tensor:

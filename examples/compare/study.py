@@ -18,7 +18,7 @@ import ltepass
 from ltepass.demo.speed import router_share
 from ltepass.evaluation import perplexity
 from ltepass.sites import router_of, routers_of
-from ltepass.sparsity import set_sparsity, update_table
+from ltepass.sparsity import cuts_at, set_sparsity, update_table
 from ltepass.texts import corpora, token_blocks
 from ltepass.training.settings import LTESettings
 from ltepass.training.trainer import LTETrainerMixin
@@ -179,8 +179,9 @@ def transform(model: Any, data: Data, budget: Budget, sparsity: float, recipe: R
 def retarget(model: Any, sparsity: float) -> Any:
     """A calibrated model, as if it had been calibrated for another sparsity: only thresholds depend on it."""
     model._lte.config["target_sparsity"] = sparsity
-    for router in routers_of(model):
-        place_threshold(router, router.quantiles.clone(), sparsity)
+    routers = [router_of(model, site) for site in model._lte.sites]
+    for router, cut in zip(routers, cuts_at(model, sparsity), strict=True):
+        place_threshold(router, router.quantiles.clone(), cut)
     return model
 
 

@@ -45,15 +45,16 @@ def settle(
 ) -> dict[str, float]:
     """End a stage: new sparsity table, thresholds at `sparsity`; returns the hard sparsity by site on `batches`.
 
-    budget: "layer" brings every site to it; "model" the mean over sites, by one threshold that all share (so the table
-    does: `set_sparsity` then keeps the sites' differences); None takes the config's. Use batches that were not trained
-    on. The routers' weights stay; only their thresholds move.
+    budget: "layer" brings every site to it; "model" the mean over sites, by one threshold that all share; None takes
+    the config's, any other becomes it, so that `set_sparsity` goes on like this. Use batches that were not trained on.
+    The routers' weights stay; only their thresholds move.
     """
     batches = list(batches)
-    budget = budget or require_state(model, "settle").config["budget"]
+    config = require_state(model, "settle").config
+    config["budget"] = budget or config["budget"]
     set_mode(model, "hard")
     for _ in range(2):  # the second pass sees the inputs that the moved thresholds make
-        update_table(model, batches, shared=budget == "model")
+        update_table(model, batches)
         set_sparsity(model, sparsity)
     return measure_sparsity(model, batches)
 

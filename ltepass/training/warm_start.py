@@ -98,7 +98,7 @@ class _SiteFit:
         if self.target is None:  # one threshold serves all sites: none moves alone
             return logits
         table = quantiles(logits.flatten(), torch.linspace(0.0, 1.0, N_QUANTILES, device=logits.device))
-        place_threshold(router, table, self.target)
+        place_threshold(router, table, interpolate(table, self.target))
         return logits + (router.quantiles[0] - table[0])  # the bias may have moved
 
     def on_hidden(self, h: Tensor) -> None:
@@ -120,14 +120,14 @@ class _SiteFit:
         return fixed
 
 
-def place_threshold(router: Router, table: Tensor, sparsity: float) -> None:
-    """Take over a new table of logits; the bias moves so that the threshold stays logit(tau), as in the paper."""
+def place_threshold(router: Router, table: Tensor, cut: Tensor) -> None:
+    """Take over a new table of logits; the bias moves, so that a threshold at `cut` is logit(tau), as in the paper."""
     with torch.no_grad():
         if router.bias is None:
             router.quantiles.copy_(table)
-            router.threshold.copy_(interpolate(table, sparsity))
+            router.threshold.copy_(cut)
             return
-        shift = logit(router.tau) - interpolate(table, sparsity)
+        shift = logit(router.tau) - cut
         router.bias.add_(shift)
         router.quantiles.copy_(table + shift)
         router.threshold.fill_(logit(router.tau))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,7 +79,8 @@ def test_an_override_lasts_until_it_is_taken_back() -> None:
     assert tuning.launch_for("router_one", "cpu", 16, 32) == before
 
 
-def test_a_model_tells_its_densities_and_the_backend_assumes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("budget", ["layer", "model"])
+def test_a_model_tells_its_densities_and_the_backend_assumes_them(budget: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import ltepass
@@ -89,13 +91,17 @@ def test_a_model_tells_its_densities_and_the_backend_assumes_them(monkeypatch: p
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=64)).eval()
     ids = torch.randint(0, 64, (2, 16))
-    ltepass.transform(model, config=ltepass.LTEConfig(group_size=8), calibration=[ids])
+    if budget == "model":  # the second FFN matters less to the loss than the first
+        with torch.no_grad():
+            model.model.layers[1].mlp.down_proj.weight.mul_(0.2)
+    ltepass.transform(model, config=ltepass.LTEConfig(group_size=8, budget=budget), calibration=[ids])
     ltepass.set_mode(model, "hard")
     for sparsity in (0.2, 0.7):
         ltepass.set_sparsity(model, sparsity)
         told = [tuning.density_of(r.threshold) for r in routers_of(model)]
         measured = ltepass.measure_sparsity(model, [ids]).values()
         assert told == pytest.approx([1 - s for s in measured], abs=0.06)
+        assert (abs(told[0] - told[1]) > 0.1) == (budget == "model")
 
     assumed: list[float | None] = []
     assume = tuning.assume_density
