@@ -119,10 +119,14 @@ def test_the_table_shows_spread_over_seeds_and_what_was_not_measured(tmp_path: P
 @pytest.mark.usefixtures("quick")
 def test_ablations_and_tasks_write_their_rows(tmp_path: Path, shared: Path) -> None:
     common = {"preset": "smoke", "texts": None, "work": shared, "seeds": 1}
-    for only, variant in (("stages", "both, warm start"), ("routers", "random, frozen"), ("group size", "64")):
+    oracle = "an oracle's experts, no warm start"
+    chosen = {"stages": "both, warm start", "routers": "random, frozen", "group size": "64", "start": oracle}
+    for only, variant in chosen.items():
         ablations.main(results=tmp_path / "a", only=only, variant=variant, sparsity=0.5, minutes=9.0, **common)
     rows = ablations.read_rows(tmp_path / "a.csv")
-    assert [r["variant"] for r in rows] == ["both, warm start", "random, frozen", "64"]
+    assert [r["variant"] for r in rows] == list(chosen.values())
+    ratios_of = {r["variant"]: float(r["ratio"]) for r in rows}
+    assert ratios_of[oracle] < ratios_of["random, frozen"]
     assert all(float(r["ratio"]) > 0 for r in rows)
     assert "| group size | 64 |" in (tmp_path / "a.md").read_text()
     tasks.main(results=tmp_path / "t", points="0,0.5", **common)
