@@ -73,7 +73,7 @@ PRESETS = {
     ),
     "ablation": Preset(  # of ablations.py and tasks.py
         budget=Budget(
-            model="tiny", steps=60, batch=8, length=128, learning_rate=1e-3, test=12, test_length=128, calibration=480,
+            model="tiny", steps=60, batch=8, length=128, learning_rate=1e-3, test=12, test_length=128, calibration=32,
             group_size=8,
         ),
         points=(0.5, 0.8),
@@ -81,7 +81,7 @@ PRESETS = {
     ),
     "tiny": Preset(
         budget=Budget(
-            model="tiny", steps=60, batch=8, length=128, learning_rate=1e-3, test=12, test_length=128, calibration=480,
+            model="tiny", steps=60, batch=8, length=128, learning_rate=1e-3, test=12, test_length=128, calibration=32,
             group_size=8,
         ),
         points=(0.5, 0.7, 0.8, 0.9),

@@ -177,16 +177,17 @@ def test_held_thresholds_follow_the_target_in_the_hard_stage(tmp_path: Path) -> 
 
 
 def test_the_controller_moves_sparsity_towards_the_target_by_itself(tmp_path: Path) -> None:
-    """Without settling: steered runs at two targets differ as asked, and eta is logged."""
-    reached = []
+    """Without settling: eta pushes sparsity up; where there is too much of it already, eta can only let go."""
+    reached, etas = [], []
     for target in (0.35, 0.8):
         m = model(0.5)
         t = trainer(m, tmp_path, LTESettings(soft_steps=80, hard_steps=0, settle=False, target_sparsity=target))
         t.fit()
         rows = [r for r in t.state.log_history if "lte_hard_sparsity" in r]
-        assert rows[0]["lte_eta"] > 0
         reached.append(rows[-1]["lte_hard_sparsity"])
-    assert reached[0] < 0.5 < reached[1]
+        etas.append(rows[-1]["lte_eta"])
+    assert 0 < etas[0] < LTESettings().eta < etas[1]
+    assert reached[0] + 0.2 < reached[1], reached
 
 
 def test_controller_raises_eta_while_sparsity_lags_and_lowers_it_beyond() -> None:
