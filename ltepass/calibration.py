@@ -9,34 +9,23 @@ small for a million tokens as for one.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ltepass.errors import CalibrationError, LoweredError, MetaWeightsError
+from ltepass.errors import LoweredError
 from ltepass.grouping import ActivationStats, grouping_permutation, permute_site
+from ltepass.observing import Observer, Sample, collect, watch
+from ltepass.ridge import RidgeSums
 from ltepass.router import N_QUANTILES, Router
 from ltepass.sensitivity import loss_sensitivity
 from ltepass.sites import FFNSite, require_state, router_of
-from ltepass.sparsity import interpolate, mode_of, quantiles, run_batches, shared_cut
+from ltepass.sparsity import interpolate, quantiles, shared_cut
 
-BUDGET_BYTES = 900_000_000  # of sampled activations, all sites together
-SAMPLE_TOKENS = 2048  # for grouping and tables; the regression sees every token
-RIDGE = 1e-2  # relative to the mean variance of x; the fit is flat between 1e-3 and 1e-1
 LOGIT_STD = 2.0  # spread of the starting logits: a quarter of the scores lie within 0.15 of tau, off the pole
-
-
-@dataclass
-class Sample:
-    """What one site saw: x [n_tokens, d_model] and hidden units h [n_tokens, d_ff], both fp32 when read."""
-
-    x: Tensor
-    h: Tensor
 
 
 def calibrate(model: nn.Module, batches: Iterable[Any], *, grouping: str | None = None) -> None:
@@ -55,87 +44,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, grouping: str | None 
     start_from(model, collect(model, batches), batches, grouping=grouping)
 
 
-def collect(model: nn.Module, batches: Iterable[Any]) -> dict[str, Sample]:
-    """The first inputs and hidden units of every site, in dense mode: SAMPLE_TOKENS, or what BUDGET_BYTES holds."""
-    state = require_state(model, "collect")
-    if any(p.is_meta for p in model.parameters()):
-        raise MetaWeightsError("calibration needs real weights and the model is on the meta device; load them first")
-    per_token = sum(2 * (s.d_model + s.d_ff) for s in state.sites)
-    room = min(SAMPLE_TOKENS, max(256, BUDGET_BYTES // per_token))
-    collectors = [_Collector(s, router_of(model, s), room) for s in state.sites]
-    _watch(model, takewhile(lambda _: not all(c.full for c in collectors), batches), collectors)
-    empty = [c.site.name for c in collectors if not c.x]
-    if empty:
-        raise CalibrationError(
-            f"calibration saw no token at {empty[0]} ({len(empty)} of {len(collectors)} sites); expected at least one "
-            "batch that runs through every FFN; pass batches of token ids"
-        )
-    return {c.site.name: Sample(torch.cat(c.x), torch.cat(c.h)) for c in collectors}
-
-
-def _watch(model: nn.Module, batches: Iterable[Any], observers: Sequence[_Observer]) -> None:
-    """A dense pass in which every observer sees its own site."""
-    try:
-        for observer in observers:
-            observer.open()
-        with mode_of(model, "dense"):
-            run_batches(model, batches)
-    finally:
-        for observer in observers:
-            observer.close()
-
-
-class _Observer(ABC):
-    """Sees the inputs x [n, d_model], then the hidden units h [n, d_ff], of every forward of one site."""
-
-    def __init__(self, site: FFNSite, router: Router) -> None:
-        self.site, self.router = site, router
-
-    @abstractmethod
-    def on_input(self, x: Tensor) -> None: ...
-
-    @abstractmethod
-    def on_hidden(self, h: Tensor) -> None: ...
-
-    def open(self) -> None:
-        self.handle = self.router.register_forward_pre_hook(lambda _, args: self.on_input(_rows(args[0])))
-        self.router.observer = lambda h: self.on_hidden(_rows(h))
-
-    def close(self) -> None:
-        self.handle.remove()
-        self.router.observer = None
-
-
-def _rows(value: Tensor) -> Tensor:
-    return value.detach().reshape(-1, value.shape[-1])
-
-
-class _Collector(_Observer):
-    """Keeps bfloat16 copies of what one site sees, up to `room` tokens."""
-
-    def __init__(self, site: FFNSite, router: Router, room: int) -> None:
-        super().__init__(site, router)
-        self.room = room
-        self.x: list[Tensor] = []
-        self.h: list[Tensor] = []
-
-    def on_input(self, x: Tensor) -> None:
-        self._keep(self.x, x)
-
-    def on_hidden(self, h: Tensor) -> None:
-        self._keep(self.h, h)
-
-    def _keep(self, rows: list[Tensor], value: Tensor) -> None:
-        left = self.room - sum(len(r) for r in rows)
-        if left > 0:
-            rows.append(value[:left].to(torch.bfloat16, copy=True))
-
-    @property
-    def full(self) -> bool:
-        return sum(len(r) for r in self.h) >= self.room
-
-
-class _EnergyFit(_Observer):
+class _EnergyFit(Observer):
     """Regression of the log energy of one site's experts on its input."""
 
     def __init__(self, model: nn.Module, site: FFNSite, router: Router) -> None:
@@ -206,7 +115,7 @@ def _table(logits: Tensor) -> Tensor:
 def fit_energies(model: nn.Module, samples: dict[str, Sample], batches: Iterable[Any]) -> dict[str, _Fit]:
     """By site name: fitted on every token of the batches, with its values on the sample."""
     observers = [_EnergyFit(model, s, router_of(model, s)) for s in require_state(model, "calibrate").sites]
-    _watch(model, batches, observers)
+    watch(model, batches, observers)
     fits = {}
     for o in observers:
         weight, bias = o.sums.solve()
@@ -266,34 +175,3 @@ def expert_energy(model: nn.Module, site: FFNSite, h: Tensor) -> Tensor:
     down = site.down_rows.of(model, site.d_ff).detach().float()
     weighted = h.float().square() * down.square().sum(1)
     return weighted.view(*weighted.shape[:-1], site.n_experts, -1).sum(-1)
-
-
-class RidgeSums:
-    """Least squares y = x W^T + b with a small penalty on W, from running sums about the first rows' means.
-
-    x [n, d], y [n, k] in any number of parts; d^2 + d k numbers are kept, in fp32.
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def add(self, x: Tensor, y: Tensor) -> None:
-        if self.count == 0:
-            self.origin = x.mean(0), y.mean(0)  # sums about it cancel little
-            self.x_sum, self.y_sum = torch.zeros_like(x[0]), torch.zeros_like(y[0])
-            self.gram, self.cross = x.new_zeros(x.shape[1], x.shape[1]), x.new_zeros(x.shape[1], y.shape[1])
-        x, y = x - self.origin[0], y - self.origin[1]
-        self.count += len(x)
-        self.x_sum += x.sum(0)
-        self.y_sum += y.sum(0)
-        self.gram.addmm_(x.T, x)
-        self.cross.addmm_(x.T, y)
-
-    def solve(self) -> tuple[Tensor, Tensor]:
-        """W [k, d], b [k]."""
-        x_mean, y_mean = self.x_sum / self.count, self.y_sum / self.count
-        gram = self.gram - self.count * x_mean[:, None] * x_mean
-        cross = self.cross - self.count * x_mean[:, None] * y_mean
-        gram.diagonal().add_(RIDGE * gram.diagonal().mean().clamp_min(1e-12))
-        weight = torch.linalg.solve(gram, cross).T
-        return weight, self.origin[1] + y_mean - weight @ (self.origin[0] + x_mean)

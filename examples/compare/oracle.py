@@ -21,8 +21,9 @@ from rules import Rule, Seen, top
 from torch import Tensor
 
 import ltepass
-from ltepass.calibration import Sample, collect, site_permutation
+from ltepass.calibration import site_permutation
 from ltepass.evaluation import perplexity
+from ltepass.observing import Sample, collect
 from ltepass.texts import python_docs, token_blocks
 
 CALIBRATION, LENGTH = 8, 512

@@ -12,10 +12,12 @@ from learning_cases import assert_same, calibrated, dense_model, tokens, transfo
 from torch import Tensor
 
 import ltepass
-from ltepass import calibration
-from ltepass.calibration import RIDGE, RidgeSums, collect, expert_energy, start_from
+from ltepass import observing
+from ltepass.calibration import expert_energy, start_from
 from ltepass.errors import CalibrationError, ConfigError
 from ltepass.grouping import ActivationStats, grouping_permutation, permute_site
+from ltepass.observing import collect
+from ltepass.ridge import RIDGE, RidgeSums
 from ltepass.sites import router_of
 from ltepass.sparsity import mode_of
 
@@ -163,7 +165,7 @@ def test_running_sums_solve_the_regression_of_all_rows_together(rows: list[int],
 
 
 def test_routers_are_fitted_on_every_token_and_the_sample_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "SAMPLE_TOKENS", 64)
+    monkeypatch.setattr(observing, "SAMPLE_TOKENS", 64)
     batches = [tokens(8, seed=s) for s in range(4)]
     model = transformed()
     assert {len(s.h) for s in collect(model, batches).values()} == {64}

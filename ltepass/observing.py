@@ -1,0 +1,108 @@
+"""A dense pass in which every FFN site is watched, and the sample of activations that one such pass keeps."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ltepass.errors import CalibrationError, MetaWeightsError
+from ltepass.router import Router
+from ltepass.sites import FFNSite, require_state, router_of
+from ltepass.sparsity import mode_of, run_batches
+
+BUDGET_BYTES = 900_000_000  # of sampled activations, all sites together
+SAMPLE_TOKENS = 2048  # for grouping and tables; the routers' regression sees every token
+
+
+@dataclass
+class Sample:
+    """What one site saw: x [n_tokens, d_model] and hidden units h [n_tokens, d_ff], both fp32 when read."""
+
+    x: Tensor
+    h: Tensor
+
+
+def collect(model: nn.Module, batches: Iterable[Any]) -> dict[str, Sample]:
+    """The first inputs and hidden units of every site, in dense mode: SAMPLE_TOKENS, or what BUDGET_BYTES holds."""
+    state = require_state(model, "collect")
+    if any(p.is_meta for p in model.parameters()):
+        raise MetaWeightsError("calibration needs real weights and the model is on the meta device; load them first")
+    per_token = sum(2 * (s.d_model + s.d_ff) for s in state.sites)
+    room = min(SAMPLE_TOKENS, max(256, BUDGET_BYTES // per_token))
+    collectors = [_Collector(s, router_of(model, s), room) for s in state.sites]
+    watch(model, takewhile(lambda _: not all(c.full for c in collectors), batches), collectors)
+    empty = [c.site.name for c in collectors if not c.x]
+    if empty:
+        raise CalibrationError(
+            f"calibration saw no token at {empty[0]} ({len(empty)} of {len(collectors)} sites); expected at least one "
+            "batch that runs through every FFN; pass batches of token ids"
+        )
+    return {c.site.name: Sample(torch.cat(c.x), torch.cat(c.h)) for c in collectors}
+
+
+def watch(model: nn.Module, batches: Iterable[Any], observers: Sequence[Observer]) -> None:
+    """A dense pass in which every observer sees its own site."""
+    try:
+        for observer in observers:
+            observer.open()
+        with mode_of(model, "dense"):
+            run_batches(model, batches)
+    finally:
+        for observer in observers:
+            observer.close()
+
+
+class Observer(ABC):
+    """Sees the inputs x [n, d_model], then the hidden units h [n, d_ff], of every forward of one site."""
+
+    def __init__(self, site: FFNSite, router: Router) -> None:
+        self.site, self.router = site, router
+
+    @abstractmethod
+    def on_input(self, x: Tensor) -> None: ...
+
+    @abstractmethod
+    def on_hidden(self, h: Tensor) -> None: ...
+
+    def open(self) -> None:
+        self.handle = self.router.register_forward_pre_hook(lambda _, args: self.on_input(rows_of(args[0])))
+        self.router.observer = lambda h: self.on_hidden(rows_of(h))
+
+    def close(self) -> None:
+        self.handle.remove()
+        self.router.observer = None
+
+
+def rows_of(value: Tensor) -> Tensor:
+    return value.detach().reshape(-1, value.shape[-1])
+
+
+class _Collector(Observer):
+    """Keeps bfloat16 copies of what one site sees, up to `room` tokens."""
+
+    def __init__(self, site: FFNSite, router: Router, room: int) -> None:
+        super().__init__(site, router)
+        self.room = room
+        self.x: list[Tensor] = []
+        self.h: list[Tensor] = []
+
+    def on_input(self, x: Tensor) -> None:
+        self._keep(self.x, x)
+
+    def on_hidden(self, h: Tensor) -> None:
+        self._keep(self.h, h)
+
+    def _keep(self, rows: list[Tensor], value: Tensor) -> None:
+        left = self.room - sum(len(r) for r in rows)
+        if left > 0:
+            rows.append(value[:left].to(torch.bfloat16, copy=True))
+
+    @property
+    def full(self) -> bool:
+        return sum(len(r) for r in self.h) >= self.room
