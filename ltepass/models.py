@@ -19,7 +19,7 @@ from ltepass.config import Budget, LTEConfig
 from ltepass.errors import ConfigError
 from ltepass.evaluation import perplexity, sparsity_curve
 from ltepass.reporting import Report, span
-from ltepass.sites import state_of
+from ltepass.sites import require_state, state_of
 from ltepass.texts import token_blocks
 
 
@@ -95,7 +95,8 @@ def _skeleton(name: str) -> Any:
         return AutoModelForCausalLM.from_config(config).eval()
 
 
-START_TOKENS = 49_152  # that routers and the warm start are fitted on, at most: it holds hidden units of all of them
+START_TOKENS = 49_152  # that routers and the warm start are fitted on, at most
+START_BYTES = 512_000_000  # of one FFN's hidden units, of which the warm start holds several copies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +130,8 @@ def train(name: str, text: str, out: Path, options: TrainOptions) -> Report:
     from transformers import AutoTokenizer, TrainingArguments
 
     from ltepass.training.settings import LTESettings
-    from ltepass.training.warm_start import warm_start
 
+    lte = LTESettings(soft_steps=options.soft_steps, **options.stages)
     model, tokenizer = load(name, options.device), AutoTokenizer.from_pretrained(name)
     blocks = token_blocks(tokenizer, text, options.length)
     held_out = max(1, len(blocks) // 10)
@@ -140,18 +141,7 @@ def train(name: str, text: str, out: Path, options: TrainOptions) -> Report:
             "or a smaller --length"
         )
     data = [{"input_ids": block, "labels": block} for block in blocks]
-    config = LTEConfig(
-        target_sparsity=options.target_sparsity,
-        group_size=options.group_size or "auto",
-        budget=options.budget,
-        seed=options.seed,
-    )
-    start = blocks[:-held_out][: max(1, START_TOKENS // options.length)]
-    calibration = torch.split(start.to(model.device), options.batch)
-    lte = LTESettings(soft_steps=options.soft_steps, **options.stages)
-    ltepass.transform(model, config=config, calibration=calibration)
-    if options.warm_start:
-        warm_start(model, torch.cat(calibration))
+    _start(model, blocks[:-held_out][: max(1, START_TOKENS // options.length)].to(model.device), options)
     args = TrainingArguments(
         str(out / "training"),
         max_steps=options.steps,
@@ -170,6 +160,22 @@ def train(name: str, text: str, out: Path, options: TrainOptions) -> Report:
     tokenizer.save_pretrained(out)
     model.eval()
     return ltepass.report(model, ltepass.measure_sparsity(model, blocks[-held_out:, None].to(model.device)))
+
+
+def _start(model: Any, blocks: torch.Tensor, options: TrainOptions) -> None:
+    """Transform, and fit the routers and the warm start to blocks [n, length] of training text."""
+    from ltepass.training.warm_start import warm_start
+
+    config = LTEConfig(
+        target_sparsity=options.target_sparsity,
+        group_size=options.group_size or "auto",
+        budget=options.budget,
+        seed=options.seed,
+    )
+    ltepass.transform(model, config=config, calibration=torch.split(blocks, options.batch))
+    if options.warm_start:
+        widest = max(site.d_ff for site in require_state(model, "train").sites)
+        warm_start(model, blocks[: max(1, START_BYTES // (4 * widest * options.length))])
 
 
 def evaluate(
