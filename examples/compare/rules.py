@@ -8,7 +8,7 @@ the dense FFN's weight bytes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from zlib import crc32
 
 import torch
@@ -217,7 +217,8 @@ class NoisyTopK(TopK):
 
 class PrunePath(TopK):
     """PrunePath (2605.28283): softmax over the router's logits, experts kept by falling score up to a cumulative mass,
-    which is set on training text to meet the target; load-balance loss. Routers learn through the kept scores."""
+    which is set on training text to meet the target; load-balance loss. Routers learn through the kept scores: not x
+    through them, and each score relative to itself, else gradients grow with every layer."""
 
     name = "prunepath"
     coefficient = 0.01
@@ -246,9 +247,10 @@ class PrunePath(TopK):
         return torch.zeros_like(share).scatter(-1, order, (before < self.mass).to(share.dtype))
 
     def factors(self, seen: Seen) -> Tensor:
-        share = self.logits(seen).softmax(-1)
+        scores = self.logits(replace(seen, x=seen.x.detach())).log_softmax(-1)
+        share = scores.exp()
         kept = self._kept(share.detach())
         load = kept.flatten(0, -2).mean(0)
         self.extra = self.coefficient * len(load) * (load / load.sum() * share.flatten(0, -2).mean(0)).sum()
-        through = kept + kept * (share - share.detach()) * len(load)  # value kept, gradient of the scores
+        through = kept + kept * (scores - scores.detach())  # value kept, gradient of the scores
         return spread(through, self.site.d_ff).to(seen.h.dtype)

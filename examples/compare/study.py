@@ -130,14 +130,19 @@ def freeze_embeddings(model: Any) -> None:
 def tune_dense(
     model: Any, data: Data, budget: Budget, folder: Path, seed: int, ruled: Ruled | None = None
 ) -> list[Any]:
-    """Plain fine-tuning, under rules where there are any; returns the log."""
+    """Plain fine-tuning, under rules where there are any; returns the log. Raises ValueError where gradients overflow:
+    clipping would turn them into zeros, and the row would show a model that never learned."""
     freeze_embeddings(model)
     args = arguments(budget, folder, seed, budget.steps)
     trainer = DenseTrainer(model=model, args=args, train_dataset=examples(data.train))
     trainer.ruled = ruled
     trainer.train()
     model.eval()
-    return list(trainer.state.log_history)
+    log = list(trainer.state.log_history)
+    norms = [row["grad_norm"] for row in log if "grad_norm" in row]
+    if not all(map(math.isfinite, norms)):
+        raise ValueError(f"gradient norms were {norms}; expected finite ones; look at the rule's scale of scores")
+    return log
 
 
 @dataclass(frozen=True, kw_only=True)

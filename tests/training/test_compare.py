@@ -18,6 +18,7 @@ import ablations
 import frontier
 import models
 import step_time
+import study
 import tasks
 from frontier_rows import at_bytes, ratios, write_table
 
@@ -149,6 +150,23 @@ def test_instructions_are_learned_from_answers_only() -> None:
     assert torch.equal(row["input_ids"][counted], row["labels"][counted])
     questions = [{bytes(r["input_ids"][:60].tolist()) for r in rows} for rows in (task.train, task.test)]
     assert len(questions[0]) > 1
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_training_whose_gradients_overflow_gives_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = study.Workshop("smoke", frontier.PRESETS["smoke"].budget, None, tmp_path)
+    model = work.base()
+    forward = model.forward
+
+    def scaled(input_ids: Any = None, labels: Any = None, **more: Any) -> Any:
+        """The same loss with a gradient 1e30 times as large."""
+        out = forward(input_ids=input_ids, labels=labels, **more)
+        out.loss = out.loss.detach() + 1e30 * (out.loss - out.loss.detach())
+        return out
+
+    monkeypatch.setattr(model, "forward", scaled)
+    with pytest.raises(ValueError, match=r"gradient norms were .*inf"):
+        study.tune_dense(model, work.data(0), work.budget, tmp_path / "log", 0)
 
 
 def test_step_time_takes_turns_and_trains(tmp_path: Path) -> None:

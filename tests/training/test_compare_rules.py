@@ -169,6 +169,20 @@ def test_prunepath_keeps_experts_up_to_its_mass() -> None:
         assert rule._kept(share)[0, [0, 2]].tolist() == [kept[0], kept[2]]
 
 
+def test_prunepath_learns_from_its_scores_and_not_through_the_input() -> None:
+    """A gradient that came back through the router would grow with every layer: it once overflowed on 30 of them."""
+    rule = ruled("prunepath").rules[0].train()
+    x, h = torch.randn(50, 12, requires_grad=True), torch.randn(50, 128)
+    logits = rule.logits(Seen(x.detach(), h, h)).detach()
+    kept = rule._kept(logits.softmax(-1))
+    weights = torch.randn(50, 128)
+    (rule.factors(Seen(x, h, h)) * weights).sum().backward()
+    assert x.grad is None
+    pulled = kept * weights.unflatten(-1, (32, 4)).sum(-1)  # what each expert's factor is pulled by
+    expected = pulled - logits.softmax(-1) * pulled.sum(-1, keepdim=True)
+    torch.testing.assert_close(rule.bias.grad, expected.sum(0), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["noisy-topk", "prunepath"])
 def test_balance_losses_are_least_where_all_experts_get_alike(name: str) -> None:
     rule = ruled(name).rules[0].eval()
