@@ -38,7 +38,7 @@ struct Local {
            2 * Scratch::bytes_for<float>(tokens * NEURON_BLOCK) + Scratch::bytes_for<float>(tokens * columns_for(p, tokens));
   }
   static int64_t block_size(const Problem& p, int64_t tokens) {
-    return std::max(NEURON_BLOCK * (DEPTH_BLOCK + W), p.group * (columns_for(p, tokens) + W));
+    return std::max(NEURON_BLOCK * (depth_block(tokens) + W), p.group * (columns_for(p, tokens) + W));
   }
   // Output columns a task takes: its y block (tokens x columns) should stay in L2, and every thread gets some.
   static int64_t columns_for(const Problem& p, int64_t tokens) {
@@ -155,12 +155,13 @@ void batch(const Problem& p, Dense&& dense) {
   Scratch& s = scratch();
   const int64_t most = std::min(TOKEN_CHUNK, p.tokens), span = std::min(DENSE_SPAN, p.tokens);
   const bool keep_mask = !p.mask && p.dense_above < 1;
-  s.reserve(Scratch::bytes_for<float>(Blocked::size(most, p.d_model)) +
+  Chunk c{};
+  c.x = {nullptr, most, p.d_model, depth_block(most)};
+  s.reserve(Scratch::bytes_for<float>(c.x.size()) +
             Scratch::bytes_for<int32_t>(p.n_experts * most) + Scratch::bytes_for<int32_t>(p.n_experts) +
             Scratch::bytes_for<int64_t>(p.n_experts + 1) + Scratch::bytes_for<float>(most * p.d_ff) +
             Scratch::bytes_for<uint8_t>(keep_mask ? span * p.n_experts : 0) + p.threads * Local::bytes(p, most));
-  Chunk c{};
-  c.x = {s.take<float>(Blocked::size(most, p.d_model)), most, p.d_model};
+  c.x.data = s.take<float>(c.x.size());
   c.list = s.take<int32_t>(p.n_experts * most);
   c.count = s.take<int32_t>(p.n_experts);
   c.offset = s.take<int64_t>(p.n_experts + 1);

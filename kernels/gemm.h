@@ -6,7 +6,11 @@
 namespace {
 
 constexpr int64_t NEURON_BLOCK = 32;   // neurons that are widened and multiplied together
-constexpr int64_t DEPTH_BLOCK = 1024;  // stretch of d_model: 6 token rows of it (24 KB) and 4 of a weight fit in L1
+// Stretch of d_model: 6 token rows of it (24 KB) and 4 of a weight fit in L1. With few tokens reading the weights takes
+// longest, which is faster in longer stretches, and the tokens come from L2 in time.
+constexpr int64_t FEW_TOKENS = 32;
+constexpr int64_t depth_block(int64_t tokens) { return tokens <= FEW_TOKENS ? 2048 : 1024; }
+constexpr int64_t AHEAD = 6;  // cache lines of each of the next rows that are asked for early: a new stream starts slowly
 constexpr int64_t COLUMN_PIECE = 128;  // columns of down that all tokens take before the next ones: 32 rows of them fit in L1
 
 // A register tile: M tokens by tile_rows(M) neurons, so that accumulators and operands fit in 32 (16) vector registers.
@@ -35,24 +39,22 @@ inline void by_tiles(int64_t tokens, F&& f) {
   }
 }
 
-// fp32 tokens, cut into stretches of DEPTH_BLOCK that lie together: rows of a whole number of pages would meet in the
+// fp32 tokens, cut into stretches of `block` that lie together: rows of a whole number of pages would meet in the
 // same few cache sets. Every row is padded with zeros to whole vectors, and by one more against the same effect.
 struct Blocked {
   float* data;
-  int64_t tokens, depth;
-  static int64_t stride(int64_t depth) { return std::min(DEPTH_BLOCK, round_up(depth, W)) + W; }
-  static int64_t size(int64_t tokens, int64_t depth) {
-    return (depth + DEPTH_BLOCK - 1) / DEPTH_BLOCK * tokens * stride(depth);
-  }
-  const float* row(int64_t i) const { return data + i * stride(depth); }
-  int64_t next_block() const { return tokens * stride(depth); }
+  int64_t tokens, depth, block;
+  int64_t stride() const { return std::min(block, round_up(depth, W)) + W; }
+  int64_t size() const { return (depth + block - 1) / block * tokens * stride(); }
+  const float* row(int64_t i) const { return data + i * stride(); }
+  int64_t next_block() const { return tokens * stride(); }
   template <class E>
   void fill(int64_t i, const typename E::T* from) const {
-    for (int64_t k = 0; k < depth; k += DEPTH_BLOCK) {
-      float* to = data + k / DEPTH_BLOCK * next_block() + i * stride(depth);
-      const int64_t n = std::min(DEPTH_BLOCK, depth - k);
+    for (int64_t k = 0; k < depth; k += block) {
+      float* to = data + k / block * next_block() + i * stride();
+      const int64_t n = std::min(block, depth - k);
       widen<E>(from + k, to, n);
-      std::fill(to + n, to + stride(depth), 0.0f);
+      std::fill(to + n, to + stride(), 0.0f);
     }
   }
 };
@@ -132,7 +134,12 @@ inline void dot_block(const float* const* x, int64_t offset, int64_t tokens, con
     for (int i = 0; i < M; i++) xs[i] = x[first + i] + offset;
     float* to = out + first * NEURON_BLOCK;
     int64_t j = 0;
-    for (; j + N <= rows; j += N) dot_tile<M, N>(xs, w + j * ldw, ldw, depth, to + j);
+    for (; j + N <= rows; j += N) {
+      if (first == 0)
+        for (int64_t n = j + N; n < std::min(j + 2 * N, rows); n++)
+          for (int64_t line = 0; line < AHEAD; line++) __builtin_prefetch(w + n * ldw + line * 16);
+      dot_tile<M, N>(xs, w + j * ldw, ldw, depth, to + j);
+    }
     for (; j < rows; j++) dot_tile<M, 1>(xs, w + j * ldw, ldw, depth, to + j);
   });
 }
@@ -142,8 +149,8 @@ template <class E>
 inline void project_rows(const Matrix& m, int64_t r0, int64_t rows, const Blocked& from, const float* const* x,
                          int64_t tokens, float* out, float* buffer) {
   std::fill(out, out + tokens * NEURON_BLOCK, 0.0f);
-  for (int64_t k = 0; k < from.depth; k += DEPTH_BLOCK) {
-    const int64_t depth = std::min(DEPTH_BLOCK, from.depth - k), offset = k / DEPTH_BLOCK * from.next_block();
+  for (int64_t k = 0; k < from.depth; k += from.block) {
+    const int64_t depth = std::min(from.block, from.depth - k), offset = k / from.block * from.next_block();
     const Block w = fp32_block<E>(m, r0, rows, k, depth, buffer);
     dot_block(x, offset, tokens, w.data, w.stride, rows, round_up(depth, W), out);
   }
