@@ -20,10 +20,10 @@ from ltepass.errors import LoweredError
 from ltepass.grouping import ActivationStats, grouping_permutation, permute_site
 from ltepass.observing import Observer, Sample, collect, watch
 from ltepass.ridge import RidgeSums
-from ltepass.router import N_QUANTILES, Router
+from ltepass.router import Router
 from ltepass.sensitivity import loss_sensitivity
 from ltepass.sites import FFNSite, require_state, router_of
-from ltepass.sparsity import interpolate, quantiles, shared_cut
+from ltepass.sparsity import interpolate, place_threshold, shared_cut, table_of
 
 LOGIT_STD = 2.0  # spread of the starting logits: a quarter of the scores lie within 0.15 of tau, off the pole
 
@@ -32,7 +32,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, grouping: str | None 
     """Group neurons, start routers and fill the sparsity table from two dense passes over `batches`.
 
     batches: dicts of model inputs, or token id tensors; a few thousand tokens are enough, and more make better routers
-        (what they are worth: examples/results/ablations.md, "start").
+        (`examples/compare/ablations.py --only start` measures what they are worth).
     grouping: a method of `ltepass.grouping`; None takes the config's ("auto" is coactivation here).
     Leaves mode, training flags, RNG and hooks as they were. Raises NotTransformedError, LoweredError,
     MetaWeightsError, CalibrationError (no tokens seen).
@@ -104,12 +104,7 @@ class _Fit:
         return _Fit(scale * self.weight, scale * self.bias + offset, scale * self.logits + offset)
 
     def table(self) -> Tensor:
-        return _table(self.logits)
-
-
-def _table(logits: Tensor) -> Tensor:
-    """[101]: what leaves 0 %, 1 %, ... 100 % of the sample's experts inactive."""
-    return quantiles(logits.flatten(), torch.linspace(0.0, 1.0, N_QUANTILES, device=logits.device))
+        return table_of(self.logits)
 
 
 def fit_energies(model: nn.Module, samples: dict[str, Sample], batches: Iterable[Any]) -> dict[str, _Fit]:
@@ -131,7 +126,7 @@ def start_router(router: Router, fit: _Fit, target_sparsity: float) -> None:
         return
     with torch.no_grad():
         router.weight.copy_(fit.weight)
-        router.quantiles.copy_(_table(fit.logits - fit.bias))
+        router.quantiles.copy_(table_of(fit.logits - fit.bias))
         router.threshold.copy_(interpolate(router.quantiles, target_sparsity))
 
 
@@ -158,16 +153,10 @@ def _place(router: Router, fit: _Fit, cut: Tensor) -> None:
     """The threshold stays logit(tau), as in the paper: the bias carries the target."""
     assert router.bias is not None
     table = fit.table()
-    shift = logit_of(router) - cut.to(table.device)
     with torch.no_grad():
         router.weight.copy_(fit.weight)
-        router.bias.copy_(fit.bias + shift)
-        router.quantiles.copy_(table + shift)
-        router.threshold.fill_(logit_of(router))
-
-
-def logit_of(router: Router) -> float:
-    return math.log(router.tau / (1.0 - router.tau))
+        router.bias.copy_(fit.bias)
+    place_threshold(router, table, cut.to(table.device))
 
 
 def expert_energy(model: nn.Module, site: FFNSite, h: Tensor) -> Tensor:

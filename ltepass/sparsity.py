@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ltepass.config import Mode, check_mode, check_sparsity
 from ltepass.errors import CalibrationError, LoweredError
 from ltepass.kernels import tuning
-from ltepass.router import N_QUANTILES, Router
+from ltepass.router import N_QUANTILES, Router, logit
 from ltepass.sites import require_state, router_of, routers_of
 
 SHARED_POINTS = 4096  # values that stand for one site's logits where sites share a threshold
@@ -185,9 +185,25 @@ def update_table(model: nn.Module, batches: Iterable[Any]) -> None:
     with mode_of(model, "hard" if present == "dense" else present), record_logits(model, keep=512) as seen:
         run_batches(model, batches)
     for site in state.sites:
-        flat = torch.cat(seen[site.name]).flatten().float()
-        grid = torch.linspace(0.0, 1.0, N_QUANTILES, device=flat.device)
-        router_of(model, site).quantiles.copy_(quantiles(flat, grid))
+        router_of(model, site).quantiles.copy_(table_of(torch.cat(seen[site.name]).float()))
+
+
+def table_of(logits: Tensor) -> Tensor:
+    """[101]: the thresholds that leave 0 %, 1 %, ... 100 % of these logits, of any shape, at or below them."""
+    return quantiles(logits.flatten(), torch.linspace(0.0, 1.0, N_QUANTILES, device=logits.device))
+
+
+def place_threshold(router: Router, table: Tensor, cut: Tensor) -> None:
+    """Take over a new table of logits; the bias moves, so that a threshold at `cut` is logit(tau), as in the paper."""
+    with torch.no_grad():
+        if router.bias is None:
+            router.quantiles.copy_(table)
+            router.threshold.copy_(cut)
+            return
+        shift = logit(router.tau) - cut
+        router.bias.add_(shift)
+        router.quantiles.copy_(table + shift)
+        router.threshold.fill_(logit(router.tau))
 
 
 def shared_cut(tables: Sequence[Tensor], sparsity: float) -> Tensor:

@@ -18,11 +18,11 @@ import ltepass
 from ltepass.demo.speed import router_share
 from ltepass.evaluation import perplexity
 from ltepass.sites import router_of, routers_of
-from ltepass.sparsity import cuts_at, set_sparsity, update_table
+from ltepass.sparsity import cuts_at, place_threshold, set_sparsity, update_table
 from ltepass.texts import corpora, token_blocks
 from ltepass.training.settings import LTESettings
 from ltepass.training.trainer import LTETrainerMixin
-from ltepass.training.warm_start import place_threshold, warm_start
+from ltepass.training.warm_start import warm_start
 
 HELD_OUT = 12  # blocks
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from ltepass.errors import CalibrationError, LoweredError
-from ltepass.router import N_QUANTILES, Router, logit
+from ltepass.router import Router
 from ltepass.sites import FFNSite, require_state, router_of
-from ltepass.sparsity import interpolate, mode_of, quantiles, run_batches
+from ltepass.sparsity import interpolate, mode_of, place_threshold, run_batches, table_of
 
 PENALTY = 0.3  # of each neuron's own energy: shrinks the refit of neurons that were rarely seen
 
@@ -41,9 +41,9 @@ def warm_start(
 ) -> dict[str, float]:
     """Refit thresholds and down projections in place; returns each site's error |G (W + D) - H W|^2 / |H W|^2.
 
-    input_ids: [n, T] int64, all run in one forward; as many as memory allows, and none that is kept for measuring: on
-    SmolLM2-135M 24,576 tokens leave a third less excess perplexity than 6,144. The model must be
-    calibrated (routers started). Leaves mode, training flags and hooks as they were; weights change but for routers'.
+    input_ids: [n, T] int64, all run in one forward; as many as memory allows, and none that is kept for measuring. The
+    model must be calibrated (routers started). Leaves mode, training flags and hooks as they were; weights change but
+    for routers'.
     Raises NotTransformedError, LoweredError, CalibrationError.
     """
     state = require_state(model, "warm_start")
@@ -97,7 +97,7 @@ class _SiteFit:
     def on_logits(self, router: Router, args: tuple[Tensor, ...], logits: Tensor) -> Tensor:
         if self.target is None:  # one threshold serves all sites: none moves alone
             return logits
-        table = quantiles(logits.flatten(), torch.linspace(0.0, 1.0, N_QUANTILES, device=logits.device))
+        table = table_of(logits)
         place_threshold(router, table, interpolate(table, self.target))
         return logits + (router.quantiles[0] - table[0])  # the bias may have moved
 
@@ -118,16 +118,3 @@ class _SiteFit:
         fixed: Tensor = out + (gated @ change).view_as(out).to(out.dtype)
         self.fitted(self.site, error)
         return fixed
-
-
-def place_threshold(router: Router, table: Tensor, cut: Tensor) -> None:
-    """Take over a new table of logits; the bias moves, so that a threshold at `cut` is logit(tau), as in the paper."""
-    with torch.no_grad():
-        if router.bias is None:
-            router.quantiles.copy_(table)
-            router.threshold.copy_(cut)
-            return
-        shift = logit(router.tau) - cut
-        router.bias.add_(shift)
-        router.quantiles.copy_(table + shift)
-        router.threshold.fill_(logit(router.tau))
