@@ -3,6 +3,7 @@
     python examples/compare/frontier.py --preset smoke                   a minute: a tiny model
     python examples/compare/frontier.py --preset small --texts FOLDER    SmolLM2-135M, few tokens, half an hour
     python examples/compare/frontier.py --preset cpu --texts FOLDER      SmolLM2-135M, about an hour on 2 cores
+    python examples/compare/frontier.py --preset long --texts FOLDER --only dense,lte,teal,cats   three times the tokens
     python examples/compare/frontier.py --preset gpu --texts FOLDER      SmolLM2-135M, three seeds, on a GPU
 
 Rows go to RESULTS.csv as they are measured; what stands there already is not run again, so a run that was stopped goes
@@ -97,6 +98,12 @@ PRESETS = {
     "cpu": Preset(
         budget=Budget(**SMOLLM2, steps=48, batch=4, test=4, test_length=512, calibration=192),
         points=(0.5, 0.8),
+        trained_points=(0.5,),
+        recipe=ONE_BUDGET,
+    ),
+    "long": Preset(  # what more tokens change at the point where LTE is not ahead
+        budget=Budget(**SMOLLM2, steps=144, batch=4, test=4, test_length=512, calibration=576),
+        points=(0.5,),
         trained_points=(0.5,),
         recipe=ONE_BUDGET,
     ),
