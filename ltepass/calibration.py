@@ -8,7 +8,6 @@ small for a million tokens as for one.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +24,7 @@ from ltepass.sensitivity import loss_sensitivity
 from ltepass.sites import FFNSite, require_state, router_of
 from ltepass.sparsity import interpolate, place_threshold, shared_cut, table_of
 
+LOG_LEAST = 70.0  # of an offset: an FFN that the output does not hear has none
 LOGIT_STD = 2.0  # spread of the starting logits: a quarter of the scores lie within 0.15 of tau, off the pole
 
 
@@ -47,15 +47,15 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, grouping: str | None 
 class _EnergyFit(Observer):
     """Regression of the log energy of one site's experts on its input."""
 
-    def __init__(self, model: nn.Module, site: FFNSite, router: Router) -> None:
+    def __init__(self, site: FFNSite, router: Router, weights: Tensor) -> None:
         super().__init__(site, router)
-        self.model, self.sums = model, RidgeSums()
+        self.weights, self.sums = weights, RidgeSums()
 
     def on_input(self, x: Tensor) -> None:
         self.x = x.float()
 
     def on_hidden(self, h: Tensor) -> None:
-        self.sums.add(self.x, expert_energy(self.model, self.site, h).clamp_min(1e-12).log())
+        self.sums.add(self.x, log_energy(self.site, h, self.weights))
 
 
 def start_from(
@@ -74,12 +74,25 @@ def start_from(
                 permute_site(model, site, orders[site.neurons])
             sample.h = sample.h[:, orders[site.neurons]]
     state.grouping = method
-    fits, target = fit_energies(model, samples, batches), state.config["target_sparsity"]
+    target = state.config["target_sparsity"]
     if state.config["budget"] == "model":
-        start_together(model, fits, loss_sensitivity(model, batches), target)
-    else:
-        for site in state.sites:
-            start_router(router_of(model, site), fits[site.name], target)
+        found = loss_sensitivity(model, batches)
+        weights = {name: s.neurons for name, s in found.items()}
+        fits = fit_energies(model, samples, batches, weights)
+        offsets = {
+            s.name: found[s.name].log_cost - _mean_log(s, samples[s.name].h, weights[s.name]) for s in state.sites
+        }
+        start_together(model, fits, offsets, target)
+        return
+    fits = fit_energies(model, samples, batches, {s.name: down_energy(model, s) for s in state.sites})
+    for site in state.sites:
+        start_router(router_of(model, site), fits[site.name], target)
+
+
+def _mean_log(site: FFNSite, h: Tensor, weights: Tensor) -> float:
+    """Of the experts' energies that are not exactly 0."""
+    energy = expert_energy(site, h, weights)
+    return float(energy[energy > 0].log().mean().nan_to_num())
 
 
 def site_permutation(model: nn.Module, site: FFNSite, method: str, sample: Sample | None, seed: int) -> Tensor:
@@ -107,9 +120,12 @@ class _Fit:
         return table_of(self.logits)
 
 
-def fit_energies(model: nn.Module, samples: dict[str, Sample], batches: Iterable[Any]) -> dict[str, _Fit]:
-    """By site name: fitted on every token of the batches, with its values on the sample."""
-    observers = [_EnergyFit(model, s, router_of(model, s)) for s in require_state(model, "calibrate").sites]
+def fit_energies(
+    model: nn.Module, samples: dict[str, Sample], batches: Iterable[Any], weights: dict[str, Tensor]
+) -> dict[str, _Fit]:
+    """By site name: fitted on every token of the batches, with its values on the sample. weights: of the neurons."""
+    sites = require_state(model, "calibrate").sites
+    observers = [_EnergyFit(s, router_of(model, s), weights[s.name]) for s in sites]
     watch(model, batches, observers)
     fits = {}
     for o in observers:
@@ -130,13 +146,11 @@ def start_router(router: Router, fit: _Fit, target_sparsity: float) -> None:
         router.threshold.copy_(interpolate(router.quantiles, target_sparsity))
 
 
-def start_together(
-    model: nn.Module, fits: dict[str, _Fit], sensitivity: dict[str, float], target_sparsity: float
-) -> None:
-    """All routers from what the loss would miss, log(energy * sensitivity): one scale and one threshold."""
+def start_together(model: nn.Module, fits: dict[str, _Fit], offsets: dict[str, float], target_sparsity: float) -> None:
+    """All routers from what the loss would miss, log energy + the site's offset: one scale and one threshold."""
     spread = sum(float(fit.logits.std()) for fit in fits.values()) / len(fits)
     scale = LOGIT_STD / max(spread, 1e-6)
-    fits = {name: fit.scaled(scale, scale * math.log(max(sensitivity[name], 1e-30))) for name, fit in fits.items()}
+    fits = {name: fit.scaled(scale, scale * max(offsets[name], -LOG_LEAST)) for name, fit in fits.items()}
     cut = _cut([fit.table() for fit in fits.values()], target_sparsity)
     for site in require_state(model, "calibrate").sites:
         _place(router_of(model, site), fits[site.name], cut)
@@ -159,8 +173,16 @@ def _place(router: Router, fit: _Fit, cut: Tensor) -> None:
     place_threshold(router, table, cut.to(table.device))
 
 
-def expert_energy(model: nn.Module, site: FFNSite, h: Tensor) -> Tensor:
-    """[n_tokens, n_experts]: sum over an expert's neurons of (h_j ||down_j||)^2."""
-    down = site.down_rows.of(model, site.d_ff).detach().float()
-    weighted = h.float().square() * down.square().sum(1)
-    return weighted.view(*weighted.shape[:-1], site.n_experts, -1).sum(-1)
+def expert_energy(site: FFNSite, h: Tensor, weights: Tensor) -> Tensor:
+    """[n_tokens, n_experts]: sum over an expert's neurons of h_j^2 weights_j; h [n_tokens, d_ff], weights [d_ff]."""
+    energy: Tensor = (h.float().square() * weights).unflatten(-1, (site.n_experts, -1)).sum(-1)
+    return energy
+
+
+def log_energy(site: FFNSite, h: Tensor, weights: Tensor) -> Tensor:
+    return expert_energy(site, h, weights).clamp_min(1e-12).log()
+
+
+def down_energy(model: nn.Module, site: FFNSite) -> Tensor:
+    """[d_ff]: |down_j|^2, what a unit of h_j^2 adds to the energy of the FFN's output."""
+    return site.down_rows.of(model, site.d_ff).detach().float().square().sum(1)

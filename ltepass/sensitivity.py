@@ -4,19 +4,23 @@ To leave expert e out at a token changes the FFN's output by -E_e(x), and the ou
 
     KL = 1/2 (g . E_e(x))^2,    g the gradient, at the FFN's output, of the loss of labels drawn from the model itself
 
-(the Fisher information, after Optimal Brain Damage). A site's sensitivity is the geometric mean, over tokens and
-experts, of (g . E_e)^2 over the expert's energy, sum of |h_j|^2 |down_j|^2: what energies of different FFNs are
-multiplied by to compare them. One forward and one backward pass; no parameter gets a gradient.
+(the Fisher information, after Optimal Brain Damage). Two figures of each site come from it, by one forward and one
+backward pass in which no parameter gets a gradient:
 
-The geometric mean, because of the massive activations that a few tokens have in a few layers: they decide an arithmetic
-one alone, which on SmolLM2-135M switched a whole FFN off. What it is worth after training stands in the ablations
-(examples/results/ablations.md, "recipe").
+    log_cost   the mean of log (g . E_e)^2 over tokens and experts: how sites compare
+    neurons    the mean of (g . down_j)^2 / |g|^2 over tokens: which neurons of a site write where the loss looks.
+               They stand for |down_j|^2 in its experts' energies, sum of h_j^2 |down_j|^2, and would equal it if
+               gradients had no preferred direction
+
+Logarithms and unit gradients, because of the massive activations that a few tokens have in a few layers: they decide an
+arithmetic mean alone, which on SmolLM2-135M switched a whole FFN off. What one budget is worth after training stands in
+the ablations (examples/results/ablations.md, "recipe").
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,8 +33,16 @@ from ltepass.sparsity import mode_of
 TOKENS = 2048  # enough for a mean over tokens and experts
 
 
-def loss_sensitivity(model: nn.Module, batches: Iterable[Any], *, seed: int = 0) -> dict[str, float]:
-    """By site name, over the first 2,048 tokens of the batches; only ratios between sites mean something.
+@dataclass(frozen=True)
+class Sensitivity:
+    """Of one site: log_cost, of which only differences between sites mean something; neurons [d_ff] fp32."""
+
+    log_cost: float
+    neurons: Tensor
+
+
+def loss_sensitivity(model: nn.Module, batches: Iterable[Any], *, seed: int = 0) -> dict[str, Sensitivity]:
+    """By site name, over the first 2,048 tokens of the batches.
 
     batches: dicts of model inputs, or token id tensors. The model must return an object with `logits` [B, T, V].
     Leaves modes, training flags and gradients as they were. Raises NotTransformedError, CalibrationError.
@@ -54,7 +66,7 @@ def loss_sensitivity(model: nn.Module, batches: Iterable[Any], *, seed: int = 0)
             module.training = flag
     if seen == 0:
         raise CalibrationError("no batch was given; expected at least one; pass batches of token ids")
-    return {tap.site.name: math.exp(tap.log_ratio / max(tap.count, 1)) for tap in taps}
+    return {tap.site.name: tap.found() for tap in taps}
 
 
 def _one(model: nn.Module, batch: Any, taps: list[_Tap], generator: torch.Generator) -> int:
@@ -83,7 +95,7 @@ class _Tap:
 
     def __init__(self, model: nn.Module, site: FFNSite) -> None:
         self.model, self.site, self.router = model, site, router_of(model, site)
-        self.log_ratio, self.count = 0.0, 0
+        self.log_cost, self.count, self.neurons, self.tokens = 0.0, 0, 0.0, 0
         self.router.observer = self._keep
         self.handle = model.get_submodule(site.down).register_forward_hook(self._on_down)
 
@@ -96,18 +108,24 @@ class _Tap:
 
     @torch.no_grad()
     def take(self, gradient: Tensor) -> None:
-        """Adds log (g . E_e)^2 / |E_e|^2 over tokens and experts; what is exactly 0 says nothing."""
+        """Adds log (g . E_e)^2, of what is not exactly 0, and (g . down_j)^2 / |g|^2."""
         down = self.site.down_rows.of(self.model, self.site.d_ff).float()  # [d_ff, d_out]
-        projected = gradient.flatten(0, -2).float() @ down.T
-        cost = self._by_expert(self.h * projected).square()
-        energy = self._by_expert(self.h.square() * down.square().sum(1))
-        ratio = (cost / energy)[(cost > 0) & (energy > 0)].log()
-        self.log_ratio += float(ratio.sum())
-        self.count += ratio.numel()
+        g = gradient.flatten(0, -2).float()
+        projected = g @ down.T
+        cost = (self.h * projected).unflatten(-1, (self.site.n_experts, -1)).sum(-1).square()
+        logs = cost[cost > 0].log()
+        self.log_cost += float(logs.sum())
+        self.count += logs.numel()
+        squares = g.square().sum(-1)
+        seen = squares > 0
+        self.neurons = self.neurons + (projected[seen].square() / squares[seen, None]).sum(0)
+        self.tokens += int(seen.sum())
 
-    def _by_expert(self, neurons: Tensor) -> Tensor:
-        experts: Tensor = neurons.unflatten(-1, (self.site.n_experts, -1)).sum(-1)
-        return experts
+    def found(self) -> Sensitivity:
+        down = self.site.down_rows.of(self.model, self.site.d_ff)
+        if not self.tokens:  # nothing reaches the output through this site
+            return Sensitivity(-torch.inf, down.detach().float().square().sum(1))
+        return Sensitivity(self.log_cost / max(self.count, 1), down.shape[1] / self.tokens * self.neurons)
 
     def close(self) -> None:
         self.handle.remove()

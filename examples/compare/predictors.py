@@ -8,7 +8,7 @@ import torch
 from rules import Rule, Seen, spread, top
 from torch import Tensor, nn
 
-from ltepass.calibration import expert_energy
+from ltepass.calibration import down_energy, expert_energy
 from ltepass.sites import FFNSite
 
 
@@ -59,7 +59,7 @@ class MoEfication(Predictor):
         super().__init__(model, site, sparsity, site.n_experts, rank=min(128, site.d_model))
 
     def labels(self, model: nn.Module, h: Tensor) -> Tensor:
-        size = expert_energy(model, self.site, h).sqrt()
+        size = expert_energy(self.site, h, down_energy(model, self.site)).sqrt()
         return size / size.max(dim=-1, keepdim=True).values.clamp_min(1e-12)
 
     def factors(self, seen: Seen) -> Tensor:

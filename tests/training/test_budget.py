@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,8 +18,9 @@ from transformers import AutoModelForCausalLM
 
 import ltepass
 from ltepass.errors import CalibrationError, ConfigError
+from ltepass.observing import collect
 from ltepass.sensitivity import loss_sensitivity
-from ltepass.sites import routers_of
+from ltepass.sites import router_of, routers_of
 from ltepass.training.stages import settle
 from ltepass.training.warm_start import warm_start
 
@@ -71,7 +73,8 @@ def test_sensitivity_is_the_square_of_what_an_output_counts(share: float) -> Non
     ids = torch.randint(0, VOCAB, (8, 20), generator=torch.Generator().manual_seed(1))
     before = {n: (p.grad, p.requires_grad) for n, p in model.named_parameters()}
     found = {name.split(".")[0]: v for name, v in loss_sensitivity(model, [ids]).items()}
-    assert found["second"] / found["first"] == pytest.approx(share**2, rel=1e-4)
+    assert found["second"].log_cost - found["first"].log_cost == pytest.approx(math.log(share**2), abs=1e-4)
+    torch.testing.assert_close(found["second"].neurons, found["first"].neurons)  # it looks the same way
     assert {n: (p.grad, p.requires_grad) for n, p in model.named_parameters()} == before
     assert all(r.observer is None for r in routers_of(model))
 
@@ -95,13 +98,40 @@ def test_sensitivity_is_what_leaving_experts_out_costs() -> None:
     labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).flatten()
     F.cross_entropy(logits, labels, reduction="sum").backward()
     weight = model.get_submodule(site.down).weight.detach()  # [d_out, d_ff]
-    ratios = []
+    g, costs = seen["out"].grad, []
     for e in range(site.n_experts):
         own = slice(12 * e, 12 * e + 12)
-        h = seen["h"].detach()[..., own]
-        cost = ((h @ weight[:, own].T) * seen["out"].grad).sum(-1).square()
-        ratios.append(cost / (h.square() @ weight[:, own].square().sum(0)))
-    assert found == pytest.approx(float(torch.stack(ratios).log().mean().exp()), rel=1e-3)
+        costs.append(((seen["h"].detach()[..., own] @ weight[:, own].T) * g).sum(-1).square())
+    assert found.log_cost == pytest.approx(float(torch.stack(costs).log().mean()), rel=1e-3)
+    unit = F.normalize(g.flatten(0, 1), dim=1)
+    torch.testing.assert_close(found.neurons, len(weight) * (unit @ weight).square().mean(0), rtol=1e-3, atol=1e-6)
+
+
+def test_routers_start_from_what_the_loss_hears() -> None:
+    """Half of an FFN's neurons write where the head does not look: their experts are left out first."""
+    model = dense_model()
+    deaf = torch.arange(model.config.hidden_size) % 2 == 0
+    with torch.no_grad():
+        model.lm_head.weight[:, deaf] = 0
+        down = model.model.layers[1].mlp.down_proj.weight  # the last FFN: only the norm and the head come after
+        half = down.shape[1] // 2
+        down[~deaf, :half] = 0
+        down[deaf, half:] = 0
+    config = {
+        budget: ltepass.LTEConfig(group_size=4, grouping="identity", budget=budget) for budget in ("layer", "model")
+    }
+    shares = {}
+    for budget, c in config.items():
+        again = copy.deepcopy(model)
+        ltepass.transform(again, config=c, calibration=tokens(60).split(20))
+        site = again._lte.sites[1]
+        x = collect(again, [tokens(60)])[site.name].x.float()
+        router = router_of(again, site)
+        active = F.linear(x, router.weight, router.bias) > router.threshold
+        first, second = active.float().mean(0).chunk(2)
+        shares[budget] = float(first.mean()), float(second.mean())
+    assert shares["model"][0] < 0.1 < 0.2 < shares["model"][1]
+    assert min(shares["layer"]) > 0.3  # |down_j| alone tells them not apart
 
 
 def shares_of(model: Any, target: float) -> list[float]:
@@ -139,8 +169,8 @@ def test_a_layer_that_counts_little_gives_up_more() -> None:
     found = loss_sensitivity(model, batches)
     ltepass.set_mode(model, "hard")
     measured = ltepass.measure_sparsity(model, batches)
-    less, more = sorted(found, key=found.__getitem__)
-    assert found[more] > 1.05 * found[less]
+    less, more = sorted(found, key=lambda name: found[name].log_cost)
+    assert found[more].log_cost > found[less].log_cost + 0.05
     assert measured[less] > measured[more]
 
 
