@@ -1,7 +1,8 @@
 """From a few batches of text: data-driven grouping, a router start, and the sparsity table.
 
 The paper gives no router start. Ours predicts each expert's energy, the norm of h_j ||down_j|| over its neurons, from
-the FFN's input by ridge regression, and puts the threshold where the target share of experts is inactive. Two passes of
+the FFN's input by ridge regression, and puts the threshold where the target share of experts is inactive; with budget
+"model" the loss's own metric stands for ||down_j|| (`ltepass/sensitivity.py`). Two passes of
 the dense model: the first samples tokens to group neurons by, the second adds up what the regression needs, which is as
 small for a million tokens as for one.
 """

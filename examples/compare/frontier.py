@@ -52,16 +52,19 @@ TRAINED = ("lte", "topk", "prunepath", "noisy-topk", "random")
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """points: FFN sparsities of LTE and the post-hoc methods; trained_points: of the baselines with a training."""
+    """points: FFN sparsities of LTE and the post-hoc methods; trained_points: of the baselines with a training;
+    between: more points of methods whose bytes at `points` lie far from LTE's, for the table at equal bytes."""
 
     budget: Budget
     points: tuple[float, ...]
     trained_points: tuple[float, ...]
+    between: dict[str, tuple[float, ...]] = field(default_factory=dict)
     seeds: int = 1
     recipe: Recipe = field(default_factory=Recipe)  # of the candidates in ablations.py ("recipe")
 
 
 ONE_BUDGET = Recipe(budget="model")  # measured better on SmolLM2's 30 layers, and worse on the tiny model's four
+BETWEEN = {"cats": (0.6, 0.7), "teal": (0.4, 0.45)}
 SMOLLM2 = {"model": "smollm2", "length": 256, "group_size": 8, "learning_rate": 3e-4}
 PRESETS = {
     "smoke": Preset(
@@ -93,18 +96,21 @@ PRESETS = {
         budget=Budget(**SMOLLM2, steps=24, batch=4, test=2, test_length=512, calibration=96),
         points=(0.5, 0.7, 0.8, 0.9),
         trained_points=(0.5,),
+        between=BETWEEN,
         recipe=ONE_BUDGET,
     ),
     "cpu": Preset(
         budget=Budget(**SMOLLM2, steps=48, batch=4, test=4, test_length=512, calibration=192),
         points=(0.5, 0.8),
         trained_points=(0.5,),
+        between=BETWEEN,
         recipe=ONE_BUDGET,
     ),
     "long": Preset(  # what more tokens change at the point where LTE is not ahead
         budget=Budget(**SMOLLM2, steps=144, batch=4, test=4, test_length=512, calibration=576),
         points=(0.5,),
         trained_points=(0.5,),
+        between=BETWEEN,
         recipe=ONE_BUDGET,
     ),
     "gpu": Preset(
@@ -140,7 +146,7 @@ def cells(preset: Preset) -> Iterator[Cell]:
             for s in preset.trained_points:
                 yield Cell(method, s, seed)
         for method in POST_HOC:
-            for s in preset.points:
+            for s in sorted({*preset.points, *preset.between.get(method, ())}):
                 yield Cell(method, s, seed)
 
 

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "compa
 
 import ablations
 import frontier
+import missed_energy
 import models
 import step_time
 import study
@@ -136,6 +137,20 @@ def test_ablations_and_tasks_write_their_rows(tmp_path: Path, shared: Path) -> N
         (t, p) for t in ("instructions", "classification") for p in ("0", "0.5")
     ]
     assert all(abs(float(r["ffn_sparsity"]) - float(r["target"])) < 0.12 for r in rows)
+
+
+@pytest.mark.usefixtures("quick")
+def test_energy_missed_is_least_with_an_oracle_and_most_without_a_router(tmp_path: Path, shared: Path) -> None:
+    missed_energy.main(preset="smoke", texts=None, results=tmp_path / "m", work=shared, sparsity=0.5, sites=2)
+    with (tmp_path / "m.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for site in dict.fromkeys(r["site"] for r in rows):
+        values = {r["chooser"]: float(r["missed"]) for r in rows if r["site"] == site}
+        oracle, _, linear, same = values.values()
+        assert 0 < oracle == min(values.values()) < linear < 0.8 * same
+    scores, energy = torch.tensor([[1.0, 2.0], [2.0, 1.0]]), torch.tensor([[1.0, 3.0], [1.0, 4.0]])
+    assert missed_energy.missed(scores, energy, 0.5) == pytest.approx((1 / 4 + 4 / 5) / 2)
+    assert "| oracle |" in (tmp_path / "m.md").read_text()
 
 
 @pytest.mark.usefixtures("quick")
