@@ -46,7 +46,7 @@ void check_weight(const Tensor& t, ScalarType dtype, int64_t rows, int64_t cols,
 Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
   using torch::stable::detail::from;
   StableIValue stack[] = {from(x), from(weight), from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack, TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack, TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -126,7 +126,7 @@ std::tuple<Tensor, OptionalTensor> plain(const Tensor& x, const Tensor& router_w
   StableIValue stack[] = {from(x),         from(router_weight), from(router_bias), from(threshold), from(w.up),
                           from(w.up_bias), from(w.gate),        from(w.gate_bias), from(w.down),    from(w.down_bias),
                           from(activation)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("ltepass::_plain", "", stack, TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("ltepass::_plain", "", stack, TORCH_ABI_VERSION));
   return {to<Tensor>(stack[0]), OptionalTensor(to<Tensor>(stack[1]))};
 }
 
@@ -135,14 +135,14 @@ Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
 int32_t dtype_code(const Tensor& t) {
   int32_t code = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &code));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &code));
   return code;
 }
 

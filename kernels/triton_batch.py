@@ -204,7 +204,7 @@ def down_many(
     bias_O = tl.zeros([BLOCK_O], tl.float32)
     if HAS_BIAS:
         bias_O = tl.load(bias + out_O, mask=live_O, other=0.0).to(tl.float32)
-    size = n_tokens.to(tl.int64) * d_out
+    size = tl.cast(n_tokens, tl.int64) * d_out  # torch 2.11 reads this with a plain int
     where_OT = token_T.to(tl.int64)[None, :] * d_out + out_O[:, None]
     live_OT = live_O[:, None] & live_T[None, :]
     ticket = plan + 2 * n_experts + 1 + tile

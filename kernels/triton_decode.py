@@ -55,6 +55,7 @@ def router_one(
     PDL: tl.constexpr,
 ):
     """plan[e] = x . weight[e] + bias[e] > threshold. Grid: (cdiv(E, BLOCK_E),). weight: [E, D] contiguous."""
+    wait_for_previous(PDL)  # x may be another kernel's output
     let_next_start(PDL)
     pid = tl.program_id(0)
     expert_E = pid * BLOCK_E + tl.arange(0, BLOCK_E)

@@ -24,7 +24,7 @@ from ltepass import router as router  # registers ltepass::gate
 
 # Pointwise in meaning, without the tag in ATen.
 _EXTRA_POINTWISE = frozenset(
-    "dropout to type_as float half bfloat16 double hardswish hardtanh prelu elu celu where masked_fill "
+    "dropout to type_as float half bfloat16 double hardswish hardtanh leaky_relu prelu elu celu where masked_fill "
     "alpha_dropout native_dropout log_sigmoid gate rsub zeros_like ones_like full_like zeros ones full "
     "scalar_tensor".split()
 )
@@ -112,8 +112,10 @@ def is_pointwise(node: Node) -> bool:
         return True
     if name in ("min", "max"):  # of two tensors, or over one
         return len(tensor_inputs(node)) == 2
-    packet = getattr(torch.ops.aten, name, None)
-    if packet is None or (node.op == "call_function" and node.target is operator.getitem):
+    packet = getattr(torch.ops.aten, name, None)  # a plain method for a name such as `__eq__`
+    if not isinstance(packet, torch._ops.OpOverloadPacket) or (
+        node.op == "call_function" and node.target is operator.getitem
+    ):
         return False
     return any(torch.Tag.pointwise in getattr(packet, overload).tags for overload in packet.overloads())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ class Bench:
         self.copies = 1 if self.dry else COPIES
         self.bandwidth = copy_bandwidth()
         self.rows: list[Row] = []
+        self.failed = 0
         self.dense_us: dict[tuple[str, int], float] = {}
         self.name = torch.cuda.get_device_name() if not self.dry else ""
 
@@ -74,7 +76,8 @@ class Bench:
 def dense(bench: Bench, row: Row) -> None:
     ffn: Callable[..., Any] = baselines.dense
     if row.implementation == "dense compiled" and not bench.dry:
-        ffn = torch.compile(baselines.dense, mode="max-autotune-no-cudagraphs", fullgraph=True)
+        torch._dynamo.reset()  # each shape at its best: a second one would be compiled for any
+        ffn = torch.compile(baselines.dense, mode="max-autotune-no-cudagraphs", fullgraph=True, dynamic=False)
     given = [(p.args[0], p.args[4], p.args[6], p.args[8]) for p in bench.problems(row)]
     with torch.no_grad():
         timing = graphed([partial(ffn, *g) for g in given])
@@ -141,7 +144,7 @@ def measure(bench: Bench, row: Row) -> None:
         torch.cuda.empty_cache()
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="CSV to write")
     parser.add_argument("--software", default="")
@@ -152,9 +155,10 @@ def main(argv: list[str] | None = None) -> None:
     for row in results.expected():
         wanted = row.model == "LLaMA-2-7B" and row.active_percent in (100, 20) if bench.dry else True
         if wanted and not row.table.startswith("whole token"):
-            measure(bench, row)
+            bench.failed += not results.attempt(partial(measure, bench, row), row)
     results.write(options.out, bench.rows)
+    return int(bench.failed > 0)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

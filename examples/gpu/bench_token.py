@@ -7,6 +7,7 @@ through `ltepass::routed_ffn`, whose routers' biases fix the share of active exp
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,8 +43,9 @@ class Layer(nn.Module):
             weight = torch.empty(shape, dtype=s.dtype, device=device).normal_(std=shape[1] ** -0.5)
             self.register_buffer(name, weight)
         self.register_buffer("norms", torch.ones(2, d, dtype=s.dtype, device=device))
-        cache = (2, 1, s.heads, s.cache, d // s.heads)
-        self.register_buffer("cache", torch.empty(cache, dtype=s.dtype, device=device).normal_())
+        for name in ("keys", "values"):  # two buffers: a compiler writes into a part of one by copying the whole
+            cache = torch.empty(1, s.heads, s.cache, d // s.heads, dtype=s.dtype, device=device)
+            self.register_buffer(name, cache.normal_())
         router = torch.empty(self.n_experts, d, device=device).normal_(std=d**-0.5)
         self.register_buffer("router", router)
         self.register_buffer("router_bias", torch.zeros(self.n_experts, device=device))
@@ -58,9 +60,9 @@ class Layer(nn.Module):
         d = x.shape[-1]
         q, k, v = F.linear(F.rms_norm(x, (d,), self.norms[0]), self.qkv).view(3, 1, self.heads, 1, -1)
         q, k = rotate(q, rotation), rotate(k, rotation)
-        self.cache[0].index_copy_(2, position, k)
-        self.cache[1].index_copy_(2, position, v)
-        mixed = F.scaled_dot_product_attention(q, self.cache[0], self.cache[1])
+        self.keys.index_copy_(2, position, k)
+        self.values.index_copy_(2, position, v)
+        mixed = F.scaled_dot_product_attention(q, self.keys, self.values)
         x = x + F.linear(mixed.view(1, d), self.out)
         if ffn == "removed":
             return x
@@ -109,7 +111,8 @@ def row_of(rows: list[Row], implementation: str, active: int = 100) -> Row:
     return next(r for r in rows if r.implementation == implementation and r.active_percent == active)
 
 
-def measure(model: Decoder, s: Sizes, rows: list[Row], about: dict[str, str], out: Path) -> None:
+def measure(model: Decoder, s: Sizes, rows: list[Row], about: dict[str, str], out: Path) -> bool:
+    """Writes what it measured so far; whether nothing failed."""
     token = torch.zeros(1, dtype=torch.long, device=model.position.device)
     found: list[Row] = []
 
@@ -124,7 +127,8 @@ def measure(model: Decoder, s: Sizes, rows: list[Row], about: dict[str, str], ou
     if times["dense"] and times["removed"]:
         keep(row_of(rows, "dense compiled"), times["dense"], times["dense"].microseconds)
         keep(row_of(rows, "FFNs removed"), times["removed"], times["dense"].microseconds)
-    for active in results.ACTIVE:
+
+    def routed(active: int) -> None:
         for layer in model.layers:
             layer.draw(active / 100)
         timing = time_of(model, "routed", token)
@@ -136,8 +140,10 @@ def measure(model: Decoder, s: Sizes, rows: list[Row], about: dict[str, str], ou
             cap = dense / (dense - (1 - read) * (dense - times["removed"].microseconds))
             keep(row_of(rows, "routed", active), timing, dense, f"cap {cap:.2f}x")
 
+    return all([results.attempt(partial(routed, active), f"routed, {active} % active") for active in results.ACTIVE])
 
-def main(argv: list[str] | None = None) -> None:
+
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="CSV to write")
     parser.add_argument("--software", default="")
@@ -153,8 +159,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     rows = [r for r in results.expected() if r.table.startswith("whole token")]
     name = torch.cuda.get_device_name() if gpu else ""
-    measure(model, sizes, rows, {"device": name, "software": options.software}, options.out)
+    return int(not measure(model, sizes, rows, {"device": name, "software": options.software}, options.out))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

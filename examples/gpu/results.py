@@ -8,7 +8,8 @@ A row that no GPU filled says "not measured" and keeps its place.
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -129,6 +130,16 @@ def write(path: Path, rows: Iterable[Row]) -> None:
         writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
+
+
+def attempt(measure: Callable[[], object], what: object) -> bool:
+    """Whether it went through; what it raised is printed, and stops no other row."""
+    try:
+        measure()
+    except Exception:  # of a compiler, a kernel or a check: whatever it was, the next row is worth having
+        print(f"FAILED: {what}\n{traceback.format_exc()}", flush=True)
+        return False
+    return True
 
 
 def read(path: Path) -> list[Row]:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from old_versions import needs_interpreter
 
 pytest.importorskip("triton")
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "gpu"
@@ -17,6 +18,7 @@ import results  # noqa: E402 -- lies beside the script, which is no package
 import run_all  # noqa: E402
 
 
+@needs_interpreter
 def test_dry_run(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     command = [sys.executable, str(FOLDER / "run_all.py"), "--dry-run", "--out", str(tmp_path)]

@@ -7,21 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from old_versions import needs_interpreter
 
-triton = pytest.importorskip("triton")
-numpy = pytest.importorskip("numpy")
 HERE = Path(__file__).parent
 
 
-def release(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2])
-
-
-@pytest.mark.skipif(
-    release(triton.__version__) < (3, 7) and release(numpy.__version__) >= (2, 4),
-    reason="triton 3.6's interpreter takes scalars out of arrays in a way that numpy 2.4 refuses",
-)
+@needs_interpreter
 def test_kernels_under_the_interpreter() -> None:
     command = [
         sys.executable,

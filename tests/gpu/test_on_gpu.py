@@ -115,13 +115,13 @@ def test_no_call_waits_for_the_device(path: str) -> None:
 @pytest.mark.parametrize("path", PATHS)
 def test_a_graph_replays_with_other_inputs_and_other_counts(path: str) -> None:
     T, density = PATHS[path]
-    args = operands(Case(T=T, n_experts=30), density)
+    args = operands(Case(T=T, n_experts=30, margin=1e-3), density)
     OP(*args)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = OP(*args)
     for seed, threshold in ((1, -100.0), (2, 0.0), (3, 3.0), (4, 100.0)):
-        x = ffn_cases.make(Case(T=T, n_experts=30, seed=seed), "cuda")[0]
+        x = ffn_cases.make(Case(T=T, n_experts=30, seed=seed, margin=1e-3), "cuda")[0]
         args[0].copy_(x)
         args[3].fill_(threshold)
         y.fill_(float("nan"))
@@ -165,7 +165,8 @@ def test_no_second_copy_of_the_weights(path: str) -> None:
     before = torch.cuda.memory_allocated()
     OP(*args)
     torch.cuda.synchronize()
-    assert torch.cuda.max_memory_allocated() - before < 40 * 2**20  # the three weights are 270 MB
+    # The three weights are 270 MB; cuBLAS may take 32 for itself.
+    assert torch.cuda.max_memory_allocated() - before < 64 * 2**20
 
 
 @pytest.mark.parametrize("path", PATHS)
