@@ -86,6 +86,8 @@ def run(node: Node, values: dict[Node, Any]) -> Any:
         if n in values:
             return values[n]
         v = value(n)
+        if isinstance(v, torch.SymFloat):  # math.pi, say, under dynamic=True: float() guards the graph on its value
+            return float(v)
         return v if isinstance(v, (int, float, bool)) else concrete(v) if isinstance(v, torch.SymInt) else v
 
     args = map_arg(node.args, lookup)

@@ -71,7 +71,7 @@ def test_graph_breaks_recompiles_and_op_calls(name: str, calls: Counter) -> None
     assert len(backend.history) == compiled, "a prompt seen before compiles nothing"
 
 
-@pytest.mark.parametrize("name", ["llama", "opt"])
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])  # gpt2's activation has math.pi, dynamic as any number
 def test_fullgraph_stays_fullgraph_over_lengths_and_batches(name: str) -> None:
     model = transformed(name)
     compiled = torch.compile(model, backend="lte", fullgraph=True, dynamic=True)
@@ -81,6 +81,27 @@ def test_fullgraph_stays_fullgraph_over_lengths_and_batches(name: str) -> None:
             torch.testing.assert_close(logits(compiled, x), logits(model, x), rtol=1e-5, atol=1e-5)
     assert len(backend.history) <= 2, "batch 1 is a graph of its own"
     assert all(g.gates == g.lowered == 2 for g in backend.history)
+
+
+class _Scaled(nn.Module):
+    """ReLU times a number, which a compiler may keep symbolic."""
+
+    factor = 1.0
+
+    def forward(self, x):
+        return torch.relu(x) * self.factor
+
+
+def test_a_number_that_made_an_activation_known_is_guarded() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 24), _Scaled(), nn.Linear(24, 8)).eval(), torch.randn(2, 3, 8)
+    ltepass.transform(model, x, ltepass.LTEConfig(group_size=4))
+    ltepass.set_mode(model, "hard")
+    compiled = torch.compile(model, backend="lte", fullgraph=True, dynamic=True)
+    for factor, graphs in ((1.0, 1), (1.0, 1), (3.5, 2), (1.0, 2)):
+        model[1].factor = factor
+        torch.testing.assert_close(logits(compiled, x), logits(model, x))
+        assert len(backend.history) == graphs
+    assert [g.lowered for g in backend.history] == [1, 0]
 
 
 class _Two(nn.Module):
