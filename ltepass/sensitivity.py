@@ -95,7 +95,7 @@ class _Tap:
 
     def __init__(self, model: nn.Module, site: FFNSite) -> None:
         self.model, self.site, self.router = model, site, router_of(model, site)
-        self.log_cost, self.count, self.neurons, self.tokens = 0.0, 0, 0.0, 0
+        self.log_cost, self.count, self.neurons, self.tokens = 0.0, 0, torch.zeros(()), 0
         self.router.observer = self._keep
         self.handle = model.get_submodule(site.down).register_forward_hook(self._on_down)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import ltepass
+from ltepass import backend
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -60,8 +61,11 @@ def tokens_of(model: nn.Module, **how: Any) -> Tensor:
 @pytest.mark.parametrize("scope", ["ffn", "model"])
 def test_lowered_generates_what_hard_eager_does(model: nn.Module, scope: str) -> None:
     expected = tokens_of(model)
+    backend.history.clear()
     ltepass.lower(model, scope=scope)  # type: ignore[arg-type]
     assert torch.equal(tokens_of(model), expected)
+    assert all(g.lowered == g.gates == 3 for g in backend.history)
+    assert bool(backend.history) == (scope == "model")
     ltepass.unlower(model)
     assert torch.equal(tokens_of(model), expected)
 

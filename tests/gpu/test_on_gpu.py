@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import ffn_cases
@@ -127,6 +128,43 @@ def test_a_graph_replays_with_other_inputs_and_other_counts(path: str) -> None:
         y.fill_(float("nan"))
         graph.replay()
         torch.testing.assert_close(y, reference.routed_ffn(*args), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0), reason="launches overlap on Hopper"
+)
+def test_overlapping_launches_wait_for_what_they_read() -> None:
+    """A product, then the op twice, replayed: with programmatic launches the bits are those without."""
+    args = operands(Case(T=1, **LARGE))  # type: ignore[arg-type]
+    weight = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16) / 64
+    source = args[0].clone()
+
+    def chain() -> Tensor:
+        once = OP(torch.nn.functional.linear(source, weight), *args[1:])
+        return OP(once / once.norm() * 64, *args[1:])
+
+    def replayed() -> list[Tensor]:
+        chain()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = chain()
+        found = []
+        for seed in range(20):
+            source.normal_(generator=torch.Generator("cuda").manual_seed(seed))
+            graph.replay()
+            found.append(y.clone())
+        return found
+
+    expected = replayed()
+    kernels = ("router_one", "gate_up_one", "down_one")
+    try:
+        for name in kernels:
+            launch = tuning.launch_for(name, tuning.device_name(source.device), 16, 32)
+            tuning.override(replace(launch, blocks={**launch.blocks, "PDL": 1}), name)
+        assert all(torch.equal(a, b) for a, b in zip(replayed(), expected, strict=True))
+    finally:
+        for name in kernels:
+            tuning.override(None, name)
 
 
 def test_the_current_stream_is_used_and_two_streams_do_not_meet() -> None:
