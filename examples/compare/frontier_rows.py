@@ -94,14 +94,31 @@ def ratios(rows: Sequence[Row]) -> dict[tuple[str, str, str], dict[str, list[tup
     return out
 
 
-def at_bytes(curve: Sequence[tuple[float, float]], share: float) -> float | None:
-    """The ratio at a share of bytes, log-linear between measured (bytes, ratio) points; None outside them."""
-    points = sorted(curve)
-    for (b0, r0), (b1, r1) in pairwise(points):
-        if b0 <= share <= b1:
-            t = (share - b0) / (b1 - b0) if b1 > b0 else 0.0
-            return math.exp((1 - t) * math.log(r0) + t * math.log(r1))
-    return None
+Point = tuple[float, float]  # share of bytes, ratio
+FAR = 0.15  # of the bytes, between two points
+
+
+def around(curve: Sequence[Point], share: float) -> tuple[Point, Point] | None:
+    """The two neighbouring points of a curve that hold a share of bytes between them."""
+    return next(((a, b) for a, b in pairwise(sorted(curve)) if a[0] <= share <= b[0]), None)
+
+
+def at_bytes(curve: Sequence[Point], share: float) -> float | None:
+    """The ratio at a share of bytes, log-linear between measured points; None outside them."""
+    found = around(curve, share)
+    if found is None:
+        return None
+    (b0, r0), (b1, r1) = found
+    t = (share - b0) / (b1 - b0) if b1 > b0 else 0.0
+    return math.exp((1 - t) * math.log(r0) + t * math.log(r1))
+
+
+def shown_at(curve: Sequence[Point], share: float) -> str:
+    """As the table has it, with a mark where the points lie far apart."""
+    value, found = at_bytes(curve, share), around(curve, share)
+    if value is None or found is None:
+        return "-"
+    return f"{'~' if found[1][0] - found[0][0] > FAR else ''}x{spread_of([value])}"
 
 
 def time_at(times: Sequence[Row], way: str, sparsity: float) -> float | None:
@@ -186,7 +203,11 @@ def _equal_bytes(by: Any, preset: str, text: str) -> list[str]:
     ]
     if not shares:
         return []
-    lines = ["Equal bytes of FFN weights read per token (interpolated between measured points; - is outside them):", ""]
+    lines = [
+        "Equal bytes of FFN weights read per token (interpolated between measured points and dense; - is outside "
+        f"them; ~ between points over {FAR:.0%} of the bytes apart, which overstates what a method loses):",
+        "",
+    ]
     lines += ["| method | " + " | ".join(f"{b:.1%}" for _, b in shares) + " |", "|---|" + "---|" * len(shares)]
     for method in _methods(by, preset, text):
         curve = [
@@ -194,10 +215,7 @@ def _equal_bytes(by: Any, preset: str, text: str) -> list[str]:
             for p in by[preset, text, method].values()
         ]
         curve.append((1.0, 1.0))  # with every neuron active each method is the dense model
-        values = [at_bytes(curve, b) for _, b in shares]
-        lines.append(
-            f"| {_label(method)} | " + " | ".join("-" if v is None else f"x{spread_of([v])}" for v in values) + " |"
-        )
+        lines.append(f"| {_label(method)} | " + " | ".join(shown_at(curve, b) for _, b in shares) + " |")
     return lines
 
 

@@ -21,7 +21,7 @@ import models
 import step_time
 import study
 import tasks
-from frontier_rows import at_bytes, ratios, write_table
+from frontier_rows import at_bytes, ratios, shown_at, write_table
 
 import ltepass
 from ltepass.evaluation import perplexity, sparsity_curve
@@ -107,6 +107,8 @@ def test_equal_bytes_interpolates_between_points_and_never_beyond_them() -> None
     assert at_bytes(curve, 0.2) == pytest.approx(4.0)
     assert at_bytes(curve, 0.1) is None
     assert at_bytes(curve, 0.7) is None
+    assert [shown_at(curve, b) for b in (0.4, 0.7)] == ["~x2.000", "-"]
+    assert shown_at([*curve, (0.5, 1.1)], 0.6) == "x1.000"
 
 
 def test_the_table_shows_spread_over_seeds_and_what_was_not_measured(tmp_path: Path) -> None:
