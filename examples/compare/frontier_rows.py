@@ -118,7 +118,8 @@ def shown_at(curve: Sequence[Point], share: float) -> str:
     value, found = at_bytes(curve, share), around(curve, share)
     if value is None or found is None:
         return "-"
-    return f"{'~' if found[1][0] - found[0][0] > FAR else ''}x{spread_of([value])}"
+    far = found[1][0] - found[0][0] > FAR and all(abs(share - b) > 1e-9 for b, _ in found)
+    return f"{'~' if far else ''}x{spread_of([value])}"
 
 
 def time_at(times: Sequence[Row], way: str, sparsity: float) -> float | None:

@@ -108,7 +108,8 @@ def test_equal_bytes_interpolates_between_points_and_never_beyond_them() -> None
     assert at_bytes(curve, 0.1) is None
     assert at_bytes(curve, 0.7) is None
     assert [shown_at(curve, b) for b in (0.4, 0.7)] == ["~x2.000", "-"]
-    assert shown_at([*curve, (0.5, 1.1)], 0.6) == "x1.000"
+    assert shown_at(curve, 0.2) == "x4.000"  # a point of its own
+    assert shown_at([*curve, (0.5, 1.1)], 0.55) == "x1.049"
 
 
 def test_the_table_shows_spread_over_seeds_and_what_was_not_measured(tmp_path: Path) -> None:
