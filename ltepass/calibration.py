@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ltepass.energy import down_energy, expert_energy, log_energy
 from ltepass.errors import LoweredError
 from ltepass.grouping import ActivationStats, grouping_permutation, permute_site
 from ltepass.observing import Observer, Sample, collect, watch
@@ -172,18 +173,3 @@ def _place(router: Router, fit: _Fit, cut: Tensor) -> None:
         router.weight.copy_(fit.weight)
         router.bias.copy_(fit.bias)
     place_threshold(router, table, cut.to(table.device))
-
-
-def expert_energy(site: FFNSite, h: Tensor, weights: Tensor) -> Tensor:
-    """[n_tokens, n_experts]: sum over an expert's neurons of h_j^2 weights_j; h [n_tokens, d_ff], weights [d_ff]."""
-    energy: Tensor = (h.float().square() * weights).unflatten(-1, (site.n_experts, -1)).sum(-1)
-    return energy
-
-
-def log_energy(site: FFNSite, h: Tensor, weights: Tensor) -> Tensor:
-    return expert_energy(site, h, weights).clamp_min(1e-12).log()
-
-
-def down_energy(model: nn.Module, site: FFNSite) -> Tensor:
-    """[d_ff]: |down_j|^2, what a unit of h_j^2 adds to the energy of the FFN's output."""
-    return site.down_rows.of(model, site.d_ff).detach().float().square().sum(1)

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ltepass.energy import down_energy
 from ltepass.errors import CalibrationError
 from ltepass.sites import FFNSite, require_state, router_of
 from ltepass.sparsity import mode_of
@@ -122,10 +123,10 @@ class _Tap:
         self.tokens += int(seen.sum())
 
     def found(self) -> Sensitivity:
-        down = self.site.down_rows.of(self.model, self.site.d_ff)
         if not self.tokens:  # nothing reaches the output through this site
-            return Sensitivity(-torch.inf, down.detach().float().square().sum(1))
-        return Sensitivity(self.log_cost / max(self.count, 1), down.shape[1] / self.tokens * self.neurons)
+            return Sensitivity(-torch.inf, down_energy(self.model, self.site))
+        d_out = self.site.down_rows.of(self.model, self.site.d_ff).shape[1]
+        return Sensitivity(self.log_cost / max(self.count, 1), d_out / self.tokens * self.neurons)
 
     def close(self) -> None:
         self.handle.remove()

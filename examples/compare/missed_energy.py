@@ -23,7 +23,7 @@ from rules import top
 from study import DEVICE, Recipe, Workshop, transform
 from torch import Tensor, nn
 
-from ltepass.calibration import down_energy, expert_energy
+from ltepass.energy import down_energy, expert_energy
 from ltepass.observing import SAMPLE_TOKENS, Observer, watch
 from ltepass.ridge import RidgeSums
 from ltepass.sites import FFNSite, router_of

@@ -22,6 +22,7 @@ from torch import Tensor
 
 import ltepass
 from ltepass.calibration import site_permutation
+from ltepass.energy import down_energy
 from ltepass.evaluation import perplexity
 from ltepass.observing import Sample, collect
 from ltepass.texts import python_docs, token_blocks
@@ -59,8 +60,7 @@ def oracle_perplexity(
         assert isinstance(rule, OracleGroups)
         sized = dataclasses.replace(site, group_size=group_size)
         permutation = site_permutation(model, sized, method, samples[site.name], seed=0)
-        down = site.down_rows.of(model, site.d_ff).detach()
-        rule.group(permutation, group_size, down.float().square().sum(1))
+        rule.group(permutation, group_size, down_energy(model, site))
     with ruled:
         out = perplexity(model.eval(), test)
     ruled.take_off()

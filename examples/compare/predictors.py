@@ -8,7 +8,7 @@ import torch
 from rules import Rule, Seen, spread, top
 from torch import Tensor, nn
 
-from ltepass.calibration import down_energy, expert_energy
+from ltepass.energy import down_energy, expert_energy
 from ltepass.sites import FFNSite
 
 

@@ -14,6 +14,7 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
+from ltepass.energy import down_energy, expert_energy
 from ltepass.kernels.reference import ACTIVATIONS
 from ltepass.sites import FFNSite, router_of
 
@@ -126,10 +127,10 @@ class Oracle(Rule):
     deployable = False
 
     def calibrate(self, model: nn.Module, x: Tensor, gate: Tensor, h: Tensor) -> None:
-        self.down_square = self.site.down_rows.of(model, self.site.d_ff).detach().float().square().sum(1)
+        self.down_square = down_energy(model, self.site)
 
     def factors(self, seen: Seen) -> Tensor:
-        energy = (seen.h.float().square() * self.down_square).unflatten(-1, (self.site.n_experts, -1)).sum(-1)
+        energy = expert_energy(self.site, seen.h, self.down_square)
         return spread(top(energy, self.n_active), self.site.d_ff).to(seen.h.dtype)
 
 

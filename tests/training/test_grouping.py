@@ -13,7 +13,8 @@ from torch import Tensor
 
 import ltepass
 from ltepass import observing
-from ltepass.calibration import down_energy, log_energy, start_from
+from ltepass.calibration import start_from
+from ltepass.energy import down_energy, log_energy
 from ltepass.errors import CalibrationError, ConfigError
 from ltepass.grouping import ActivationStats, grouping_permutation, permute_site
 from ltepass.observing import collect
