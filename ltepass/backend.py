@@ -6,6 +6,7 @@ Found through the entry point group `torch_dynamo_backends`, so user code needs 
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
 from collections.abc import Callable, Sequence
@@ -71,7 +72,22 @@ def lte(
             stacklevel=2,
         )
     with tuning.assume_density(_density(example_inputs)):
-        return compile_fx(gm, example_inputs, config_patches=_patches(mode, options))  # type: ignore[return-value]
+        compiled: Any = compile_fx(gm, example_inputs, config_patches=_patches(mode, options))
+    return _below_autograd(compiled) if lowered else compiled  # type: ignore[no-any-return]
+
+
+def _below_autograd(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Calls ops without the Python frame of the op's autograd rule where nothing can ask for a gradient; see
+    `ltepass.ops.routed_ffn`. Legal: the graph was compiled as one that does not train, and Dynamo guards on that."""
+
+    @functools.wraps(compiled)
+    def call(*args: Any) -> Any:
+        if ops.asks_for_gradients():
+            return compiled(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return compiled(*args)
+
+    return call
 
 
 def _density(example_inputs: Sequence[Any]) -> float | None:

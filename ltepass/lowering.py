@@ -8,7 +8,7 @@ scope "model": the `lte` backend compiles the whole model and lowers the same re
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, wraps
 from itertools import groupby
 from typing import Any, Literal
 
@@ -345,10 +345,24 @@ def _compile(model: nn.Module, state: LTEState) -> None:
     # Sizes are symbols from the start: else a few prompts of other lengths and batches reach Dynamo's recompile limit,
     # and the model silently runs eager.
     model.compile(backend=partial(lte, kept=note), dynamic=True)
+    model._compiled_call_impl = _with_constant_floats(model._compiled_call_impl)
     config = getattr(model, "generation_config", None)
     if config is not None:
         model._lte_cache_implementation = config.cache_implementation  # type: ignore[assignment]
         config.cache_implementation = "static"
+
+
+def _with_constant_floats(compiled: Any) -> Any:
+    """dynamic=True is meant for sizes. It makes symbols of floats too, and every norm's eps and every attention's scale
+    then becomes a tensor at each call: 0.8 ms a token of SmolLM2's 45, and a quarter more to compile.
+    """
+
+    @wraps(compiled)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch._dynamo.config.patch(specialize_float=True):
+            return compiled(*args, **kwargs)
+
+    return call
 
 
 def _uncompile(model: nn.Module) -> None:

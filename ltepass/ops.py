@@ -180,12 +180,17 @@ def _register() -> None:
 _register()
 
 
+def asks_for_gradients() -> bool:
+    """Whether autograd, reverse or forward, may have to see what is called now."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
+
+
 def routed_ffn(*args: Any) -> Tensor:
     """The op as a lowered module calls it. Where nothing can ask for a gradient, the Python frame of its autograd rule
     is passed by: half of a call's 35 us, and 0.1 ms where reading weights has pushed the code out of the caches.
     """
     op = torch.ops.ltepass.routed_ffn.default
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+    if asks_for_gradients() or torch.compiler.is_compiling():
         return op(*args)  # type: ignore[no-any-return]
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)  # type: ignore[no-any-return]

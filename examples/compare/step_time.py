@@ -2,6 +2,7 @@
 
     python examples/compare/step_time.py --model smollm2 --tokens 1024 --results step_time.csv
     python examples/compare/step_time.py --group-size 32 --sparsity 0.8 --results step_time.csv
+    python examples/compare/step_time.py --model smollm2 --tokens 8192 --micro-batches 4 --results step_time.csv
     python examples/compare/step_time.py --model smollm2 --tokens 1024,8192 --device cuda --results step_time.csv
 
 Forward, backward with the auxiliary losses, clipping and AdamW, on one model: dense mode, soft mode, hard mode, and
@@ -13,6 +14,7 @@ from __future__ import annotations
 import csv
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,22 +28,25 @@ from torch import Tensor
 import ltepass
 from ltepass.training.stages import begin_stage, take_auxiliary
 
-FIELDS = "model tokens group_size sparsity side median_s low_s high_s ratio_to_dense repeats machine torch".split()
+FIELDS = (
+    "model tokens micro_batches group_size sparsity side median_s low_s high_s ratio_to_dense repeats machine torch"
+).split()
 SIDES = ("dense", "soft", "hard", "hard through the op")
 
 
-def step(model: Any, optimizer: torch.optim.Optimizer, ids: Tensor, side: str) -> None:
-    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-    if side == "soft":
-        aux = take_auxiliary(model, None)
-        loss = loss + (0.3 * aux.efficiency + 0.5 * aux.separability) / aux.tokens
-    loss.backward()
+def step(model: Any, optimizer: torch.optim.Optimizer, parts: Sequence[Tensor], side: str) -> None:
+    for ids in parts:
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        if side == "soft":
+            aux = take_auxiliary(model, None)
+            loss = loss + (0.3 * aux.efficiency + 0.5 * aux.separability) / aux.tokens
+        (loss / len(parts)).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
 
 
-def seconds(model: Any, optimizer: torch.optim.Optimizer, ids: Tensor, side: str) -> float:
+def seconds(model: Any, optimizer: torch.optim.Optimizer, parts: Sequence[Tensor], side: str) -> float:
     """Of one step; what a stage does once is not counted."""
     if side == "dense":
         ltepass.set_mode(model, "dense")
@@ -49,18 +54,18 @@ def seconds(model: Any, optimizer: torch.optim.Optimizer, ids: Tensor, side: str
         begin_stage(model, "soft" if side == "soft" else "hard")
     if side == "hard through the op":
         ltepass.lower(model)
-    if ids.is_cuda:
+    if parts[0].is_cuda:
         torch.cuda.synchronize()
     start = time.perf_counter()
-    step(model, optimizer, ids, side)
-    if ids.is_cuda:
+    step(model, optimizer, parts, side)
+    if parts[0].is_cuda:
         torch.cuda.synchronize()
     taken = time.perf_counter() - start
     ltepass.unlower(model)
     return taken
 
 
-def measure(model: Any, ids: Tensor, repeats: int) -> dict[str, list[float]]:
+def measure(model: Any, parts: Sequence[Tensor], repeats: int) -> dict[str, list[float]]:
     """The sides take turns; the first round is not counted."""
     dense, lowered = (torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True) for _ in range(2))
     times: dict[str, list[float]] = {side: [] for side in SIDES}
@@ -69,7 +74,7 @@ def measure(model: Any, ids: Tensor, repeats: int) -> dict[str, list[float]]:
         for side in SIDES[first:] + SIDES[:first]:
             # its state lies in memory as the lowered weights do
             optimizer = lowered if side == "hard through the op" else dense
-            taken = seconds(model, optimizer, ids, side)
+            taken = seconds(model, optimizer, parts, side)
             if turn:
                 times[side].append(taken)
     return times
@@ -81,6 +86,7 @@ def main(
     length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 256,
     group_size: Annotated[int, typer.Option(help="Neurons per expert.")] = 8,
     sparsity: Annotated[float, typer.Option(help="Of the hard stage.")] = 0.5,
+    micro_batches: Annotated[int, typer.Option(help="Parts of a step, whose gradients add up.")] = 1,
     repeats: Annotated[int, typer.Option(help="Counted rounds.")] = 5,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     results: Annotated[Path, typer.Option(help="Rows are added to this CSV.")] = Path("step_time.csv"),
@@ -98,12 +104,13 @@ def main(
             writer.writeheader()
         for count in map(int, tokens.split(",")):
             ids = torch.randint(0, loaded.config.vocab_size, (count // length, length), device=device)
-            times = measure(loaded, ids, repeats)
+            times = measure(loaded, ids.chunk(micro_batches), repeats)
             for side, taken in times.items():
                 # each round's ratio to its own dense step: a slow spell hits both
                 ratios = [a / b for a, b in zip(taken, times["dense"], strict=True)]
                 row = {
-                    "model": model, "tokens": count, "group_size": group_size, "sparsity": sparsity, "side": side,
+                    "model": model, "tokens": count, "micro_batches": micro_batches, "group_size": group_size,
+                    "sparsity": sparsity, "side": side,
                     "median_s": f"{statistics.median(taken):.4f}",
                     "low_s": f"{min(taken):.4f}", "high_s": f"{max(taken):.4f}",
                     "ratio_to_dense": f"{statistics.median(ratios):.3f}", "repeats": repeats, "machine": machine(),

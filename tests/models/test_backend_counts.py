@@ -34,7 +34,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter]:
         ops = sum(n.target is torch.ops.ltepass.routed_ffn.default for n in gm.graph.nodes)
 
         def run(*args: Any) -> Any:
-            seen.update(graphs=1, ops=ops)
+            below = torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutogradFunctionality)
+            seen.update(graphs=1, ops=ops, below_autograd=below)
             return gm.forward(*args)
 
         return run
@@ -60,7 +61,7 @@ def test_graph_breaks_recompiles_and_op_calls(name: str, calls: Counter) -> None
     for x, tokens in zip(prompts, expected, strict=True):
         calls.clear()
         assert torch.equal(generate(model, x), tokens)
-        assert calls == {"graphs": NEW, "ops": LAYERS * NEW}, tuple(x.shape)
+        assert calls == {"graphs": NEW, "ops": LAYERS * NEW, "below_autograd": NEW}, tuple(x.shape)
     assert dict(counters["graph_break"]) == {}
     assert all(g.gates == g.lowered == LAYERS and g.notes == [] for g in backend.history)
     compiled = len(backend.history)
@@ -69,6 +70,30 @@ def test_graph_breaks_recompiles_and_op_calls(name: str, calls: Counter) -> None
     for x in prompts[::4]:
         generate(model, x)
     assert len(backend.history) == compiled, "a prompt seen before compiles nothing"
+
+
+def test_a_step_makes_no_tensor_of_any_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[float] = []
+    as_tensor = torch._as_tensor_fullprec
+    monkeypatch.setattr(torch, "_as_tensor_fullprec", lambda number: (made.append(number), as_tensor(number))[1])
+    model, x = transformed("llama"), ids(2, 5)
+    expected = logits(model, x)
+    compiled = torch.compile(model, backend="lte", dynamic=True)
+    torch.testing.assert_close(logits(compiled, x), expected)
+    assert made, "dynamic=True alone makes one of every norm's eps"
+    torch._dynamo.reset()
+    made.clear()
+    torch.testing.assert_close(logits(ltepass.lower(model, scope="model"), x), expected)
+    assert made == []
+
+
+def test_autograd_is_passed_by_only_where_nothing_asks_for_a_gradient(calls: Counter) -> None:
+    model, x = transformed("llama").requires_grad_(False), ids(2, 5)
+    ltepass.lower(model, scope="model")
+    logits(model, x)
+    assert (calls["graphs"], calls["below_autograd"]) == (1, 1)
+    model(x)
+    assert (calls["graphs"], calls["below_autograd"]) == (2, 1)
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])  # gpt2's activation has math.pi, dynamic as any number

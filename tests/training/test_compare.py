@@ -190,7 +190,7 @@ def test_a_training_whose_gradients_overflow_gives_no_row(tmp_path: Path, monkey
 def test_step_time_takes_turns_and_trains(tmp_path: Path) -> None:
     model = trained().train()
     before = model.model.layers[0].mlp.up_proj.weight.clone()
-    times = step_time.measure(model, copied_text(2, 1), repeats=2)
+    times = step_time.measure(model, copied_text(2, 1).chunk(2), repeats=2)
     assert {side: len(t) for side, t in times.items()} == dict.fromkeys(step_time.SIDES, 2)
     assert not torch.equal(before, model.model.layers[0].mlp.up_proj.weight)
 
