@@ -73,12 +73,15 @@ def lte(
         )
     with tuning.assume_density(_density(example_inputs)):
         compiled: Any = compile_fx(gm, example_inputs, config_patches=_patches(mode, options))
-    return _below_autograd(compiled) if lowered else compiled  # type: ignore[no-any-return]
+    on_cpu = all(t.device.type == "cpu" for t in example_inputs if isinstance(t, Tensor))
+    return _below_autograd(compiled) if lowered and on_cpu else compiled  # type: ignore[no-any-return]
 
 
 def _below_autograd(compiled: Callable[..., Any]) -> Callable[..., Any]:
     """Calls ops without the Python frame of the op's autograd rule where nothing can ask for a gradient; see
-    `ltepass.ops.routed_ffn`. Legal: the graph was compiled as one that does not train, and Dynamo guards on that."""
+    `ltepass.ops.routed_ffn`. Legal: the graph was compiled as one that does not train, and Dynamo guards on that. On a
+    GPU inductor sees the kernels themselves, and there is no such frame.
+    """
 
     @functools.wraps(compiled)
     def call(*args: Any) -> Any:

@@ -2,7 +2,7 @@
 
     python examples/compare/frontier.py --preset smoke                   a minute: a tiny model
     python examples/compare/frontier.py --preset small --texts FOLDER    SmolLM2-135M, few tokens, half an hour
-    python examples/compare/frontier.py --preset cpu --texts FOLDER      SmolLM2-135M, about an hour on 2 cores
+    python examples/compare/frontier.py --preset cpu --texts FOLDER      SmolLM2-135M, two hours and a half on 2 cores
     python examples/compare/frontier.py --preset long --texts FOLDER --only dense,lte,teal,cats   three times the tokens
     python examples/compare/frontier.py --preset gpu --texts FOLDER      SmolLM2-135M, three seeds, on a GPU
 
@@ -101,9 +101,9 @@ PRESETS = {
     ),
     "cpu": Preset(
         budget=Budget(**SMOLLM2, steps=48, batch=4, test=4, test_length=512, calibration=192),
-        points=(0.5, 0.8),
+        points=(0.5, 0.7, 0.8, 0.9),
         trained_points=(0.5,),
-        between=BETWEEN,
+        between={"cats": (0.6,), "teal": (0.4, 0.45, 0.6, 0.65)},
         recipe=ONE_BUDGET,
     ),
     "long": Preset(  # what more tokens change at the point where LTE is not ahead

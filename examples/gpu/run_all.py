@@ -172,21 +172,27 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", choices=("check", "measure"), help="one half of the run")
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
-    run = Run(options.out.resolve(), options.dry_run, Path(tempfile.mkdtemp()))
+    with tempfile.TemporaryDirectory() as printed:
+        run = Run(options.out.resolve(), options.dry_run, Path(printed))
+        everything(run, options.only)
+    return bool(run.failed)
+
+
+def everything(run: Run, only: str | None) -> None:
+    """All stages, or one half of them."""
     for name in ("log.txt", "stages.txt"):
         (run.out / name).write_text("")
     run.say(software())
     suite = {}
     if run.dry:
         run.stage("sanitize", python("sanitize.py"), 120)
-    elif options.only != "measure":
+    elif only != "measure":
         suite = check(run)
-    if options.only != "check":
+    if only != "check":
         measure(run)
     for name, part in suite.items():
         run.finish(name, part, SECONDS)
     report(run)
-    return bool(run.failed)
 
 
 if __name__ == "__main__":
