@@ -65,13 +65,13 @@ def seconds(model: Any, optimizer: torch.optim.Optimizer, parts: Sequence[Tensor
     return taken
 
 
-def measure(model: Any, parts: Sequence[Tensor], repeats: int) -> dict[str, list[float]]:
+def measure(model: Any, parts: Sequence[Tensor], repeats: int, sides: Sequence[str] = SIDES) -> dict[str, list[float]]:
     """The sides take turns; the first round is not counted."""
     dense, lowered = (torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True) for _ in range(2))
-    times: dict[str, list[float]] = {side: [] for side in SIDES}
+    times: dict[str, list[float]] = {side: [] for side in sides}
     for turn in range(repeats + 1):
-        first = turn % len(SIDES)
-        for side in SIDES[first:] + SIDES[:first]:
+        first = turn % len(sides)
+        for side in (*sides[first:], *sides[:first]):
             # its state lies in memory as the lowered weights do
             optimizer = lowered if side == "hard through the op" else dense
             taken = seconds(model, optimizer, parts, side)
@@ -87,6 +87,7 @@ def main(
     group_size: Annotated[int, typer.Option(help="Neurons per expert.")] = 8,
     sparsity: Annotated[float, typer.Option(help="Of the hard stage.")] = 0.5,
     micro_batches: Annotated[int, typer.Option(help="Parts of a step, whose gradients add up.")] = 1,
+    sides: Annotated[str, typer.Option(help="Stages measured beside dense, comma-separated.")] = ",".join(SIDES[1:]),
     repeats: Annotated[int, typer.Option(help="Counted rounds.")] = 5,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     results: Annotated[Path, typer.Option(help="Rows are added to this CSV.")] = Path("step_time.csv"),
@@ -104,7 +105,7 @@ def main(
             writer.writeheader()
         for count in map(int, tokens.split(",")):
             ids = torch.randint(0, loaded.config.vocab_size, (count // length, length), device=device)
-            times = measure(loaded, ids.chunk(micro_batches), repeats)
+            times = measure(loaded, ids.chunk(micro_batches), repeats, ("dense", *sides.split(",")))
             for side, taken in times.items():
                 # each round's ratio to its own dense step: a slow spell hits both
                 ratios = [a / b for a, b in zip(taken, times["dense"], strict=True)]
