@@ -35,7 +35,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, grouping: str | None 
 
     batches: dicts of model inputs, or token id tensors; a few thousand tokens are enough, and more make better routers
         (`examples/compare/ablations.py --only start` measures what they are worth).
-    grouping: a method of `ltepass.grouping`; None takes the config's ("auto" is coactivation here).
+    grouping: a method of `ltepass.grouping`; None takes the config's ("auto" is output_aware here).
     Leaves mode, training flags, RNG and hooks as they were. Raises NotTransformedError, LoweredError,
     MetaWeightsError, CalibrationError (no tokens seen).
     """
@@ -66,7 +66,7 @@ def start_from(
     """Grouping and table from collected samples, which are reordered with the neurons; routers from all `batches`."""
     state = require_state(model, "calibrate")
     method = grouping or state.config["grouping"]
-    method = "coactivation" if method == "auto" else method
+    method = "output_aware" if method == "auto" else method
     orders: dict[Any, Tensor] = {}  # sites that share their weights share their order
     for site in state.sites:
         sample = samples[site.name]

@@ -11,6 +11,8 @@ from ltepass.balanced import balanced_kmeans
 from ltepass.errors import CalibrationError, ConfigError
 from ltepass.sites import FFNSite, routers_of, state_of
 
+SMALL = 0.1  # of a token's mean |h|: how small below that is all the same
+
 
 @dataclass(frozen=True)
 class ActivationStats:
@@ -33,8 +35,8 @@ def grouping_permutation(
 
     New neuron i was neuron permutation[i]; expert e is new neurons [e * group_size, (e + 1) * group_size).
     Methods: identity; random; kmeans (the paper: rows of gate, or of up in a plain FFN, L2-normalised); coactivation
-    (|h_j| over tokens, L2-normalised: which neurons fire together); output_aware (|h_j| ||down_j|| as a share of its
-    token's output, not normalised: a group's spread is then what dropping it whole loses or wastes).
+    (log |h_j| over tokens: which neurons are large together); output_aware (log |h_j| ||down_j||: which matter to the
+    output together). Logarithms, because a threshold asks which neurons are large, not how large the largest are.
     Deterministic for a seed. Raises CalibrationError where activations are needed and missing, ConfigError.
     """
     d_ff = up.shape[0]
@@ -49,11 +51,16 @@ def grouping_permutation(
     elif activations is None:
         raise CalibrationError(f"grouping {method!r} needs activations; expected calibration batches; pass them")
     elif method == "coactivation":
-        points = nn.functional.normalize(activations.h.abs().T, dim=1)
+        points = _log_sizes(activations.h.abs()).T
     else:
-        importance = activations.h.abs() * down.float().norm(dim=1)
-        points = nn.functional.normalize(importance, dim=1).T
+        points = _log_sizes(activations.h.abs() * down.float().norm(dim=1)).T
     return balanced_kmeans(points, group_size, seed=seed).argsort(stable=True)
+
+
+def _log_sizes(size: Tensor) -> Tensor:
+    """[n_tokens, d_ff], relative to each token's mean."""
+    mean = size.mean(1, keepdim=True).clamp_min(torch.finfo(size.dtype).tiny)
+    return (size / mean + SMALL).log()
 
 
 def permute_site(model: nn.Module, site: FFNSite, permutation: Tensor) -> None:

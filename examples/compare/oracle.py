@@ -1,6 +1,6 @@
 """What groups of neurons cost before any training: perplexity of a dense model that keeps the experts an oracle picks.
 
-    python examples/compare/oracle.py --model smollm2 --text FILE
+    python examples/compare/oracle.py --model smollm2 --text FILE > examples/results/oracle.md
     python examples/compare/oracle.py --model tiny                  seconds
 
 The oracle knows every expert's energy, sum (h_j |down_j|)^2, and keeps the largest of each token. Untrained groups are
@@ -84,7 +84,11 @@ def main(
     calibration = token_blocks(tokenizer, train[: 40 * CALIBRATION * LENGTH], LENGTH, CALIBRATION)
     test = token_blocks(tokenizer, held_out[: 40 * blocks * LENGTH], LENGTH, blocks)
     dense = models.load(model, work, token_blocks(tokenizer, train[:400_000], 128))
-    print(f"dense: {perplexity(dense, test):.2f} on {len(test)} x {LENGTH} tokens, no training\n")
+    best = perplexity(dense, test)
+    print("# What an oracle's groups of neurons cost before any training\n\nPrinted by `examples/compare/oracle.py`.")
+    where = text.stem if text else "the Python reference"
+    print(f"{model}, {len(test)} x {LENGTH} tokens of {where}; torch {torch.__version__}.")
+    print(f"Perplexity, and over the dense model's, {best:.2f}.\n")
     ltepass.transform(dense, config=ltepass.LTEConfig(grouping="identity"))
     samples = collect(dense, calibration.split(1))
     wanted = [float(s) for s in sparsities.split(",")]
@@ -92,7 +96,7 @@ def main(
     for method, size in ROWS:
         values = [oracle_perplexity(dense, samples, test, method, size, s) for s in wanted]
         name = "single neurons" if size == 1 else f"of {size}, {method}"
-        print(f"| {name} | " + " | ".join(f"{v:.2f}" for v in values) + " |", flush=True)
+        print(f"| {name} | " + " | ".join(f"{v:.2f} (x{v / best:.2f})" for v in values) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -51,12 +51,14 @@ def test_the_paper_groups_by_the_gate_and_by_up_in_a_plain_ffn() -> None:
         assert _groups("kmeans", given) == _planted(labels)
 
 
-def test_coactivation_finds_neurons_that_fire_together_whatever_their_size() -> None:
+def test_coactivation_finds_neurons_that_fire_together() -> None:
+    """Of like sizes: a few tokens have no active neuron at all, and one is far larger than the rest."""
     labels = torch.randperm(60, generator=torch.Generator().manual_seed(1)) // 5
     g = torch.Generator().manual_seed(2)
     fires = (torch.rand(200, 12, generator=g) < 0.2).float()[:, labels]
     sign = torch.randint(0, 2, (200, 60), generator=g) * 2 - 1
-    h = fires * sign * torch.arange(1.0, 61.0)
+    h = fires * sign * torch.linspace(1.0, 2.0, 60)
+    h[:5], h[5] = 0.0, 1e4 * h[5]
     assert _groups("coactivation", {**arguments(), "activations": ActivationStats(h)}) == _planted(labels)
 
 
@@ -69,6 +71,14 @@ def test_output_aware_puts_neurons_of_one_importance_together() -> None:
     given = {**arguments(), "down": down, "activations": ActivationStats(h)}
     assert _groups("output_aware", given) == _planted(labels)
     assert _groups("coactivation", given) != _planted(labels)
+
+
+@pytest.mark.parametrize("method", ["coactivation", "output_aware"])
+def test_no_token_counts_more_for_being_larger(method: str) -> None:
+    given, scale = arguments(), 2.0 ** torch.randint(-8, 9, (33, 1), generator=torch.Generator().manual_seed(4))
+    activations = given["activations"]
+    assert isinstance(activations, ActivationStats)
+    assert _groups(method, given) == _groups(method, {**given, "activations": ActivationStats(scale * activations.h)})
 
 
 def _groups(method: str, given: dict[str, Tensor | ActivationStats]) -> set[frozenset[int]]:
