@@ -26,6 +26,7 @@ import models
 import torch
 import typer
 from frontier_rows import Rows, write_plot, write_table
+from hidden_cut import HiddenCut, expert_sparsity
 from methods import RULES
 from rule_hooks import Ruled, Samples, collect
 from study import (
@@ -47,12 +48,13 @@ from study import (
 
 SAMPLE_TOKENS = 16_384  # of training text, kept for the rules
 POST_HOC = ("cats", "teal", "moefication", "dejavu", "lte-calibrated", "oracle")
-TRAINED = ("lte", "topk", "prunepath", "noisy-topk", "random")
+OURS = ("lte", "lte+teal")
+TRAINED = ("topk", "prunepath", "noisy-topk", "random")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """points: FFN sparsities of LTE and the post-hoc methods; trained_points: of the baselines with a training;
+    """points: FFN sparsities of ours and the post-hoc methods; trained_points: of the baselines with a training;
     between: more points of methods whose bytes at `points` lie far from LTE's, for the table at equal bytes."""
 
     budget: Budget
@@ -140,9 +142,10 @@ def cells(preset: Preset) -> Iterator[Cell]:
     for seed in range(preset.seeds):
         yield Cell("dense-untuned", 0.0, seed)
         yield Cell("dense", 0.0, seed)
-        for s in preset.points:
-            yield Cell("lte", s, seed)
-        for method in TRAINED[1:]:
+        for method in OURS:
+            for s in preset.points:
+                yield Cell(method, s, seed)
+        for method in TRAINED:
             for s in preset.trained_points:
                 yield Cell(method, s, seed)
         for method in POST_HOC:
@@ -189,12 +192,8 @@ class Frontier(Workshop):
             measured, trained = (perplexities(self.base(), data.test), flat, whole), False
         elif cell.method == "dense":
             measured = perplexities(self.tuned(cell.seed), data.test), flat, whole
-        elif cell.method == "lte":
-            folder = self.work / f"lte-{self.name}-{cell.sparsity:g}-{cell.seed}"
-            model = retarget(copy.deepcopy(self.prepared("base", cell.seed)), cell.sparsity)
-            model, _ = tune_lte(model, data, self.budget, folder / "log", cell.seed, recipe=self.preset.recipe)
-            model.save_pretrained(folder)
-            measured = measure_lte(model, data.test)
+        elif cell.method in OURS:
+            measured = self._lte(cell, data)
         elif cell.method in POST_HOC:
             measured = self._post_hoc(cell, data)
         else:
@@ -202,6 +201,17 @@ class Frontier(Workshop):
         seconds = time.perf_counter() - start
         self.rows.add(cell, self.name, self.budget, measured, trained=trained, seconds=seconds, where=machine())
         gc.collect()
+
+    def _lte(self, cell: Cell, data: Data) -> Measured:
+        """With `lte+teal`, part of what may not be read is left out unit by unit, and routers leave out less."""
+        folder = self.work / f"{cell.method}-{self.name}-{cell.sparsity:g}-{cell.seed}"
+        model = copy.deepcopy(self.prepared("base", cell.seed))
+        cut = HiddenCut(model) if cell.method == "lte+teal" else None
+        target = expert_sparsity(model._lte.sites[0], cell.sparsity) if cut else cell.sparsity
+        model = retarget(model, target)
+        model, _ = tune_lte(model, data, self.budget, folder / "log", cell.seed, recipe=self.preset.recipe, cut=cut)
+        model.save_pretrained(folder)
+        return cut.measure(data.test) if cut else measure_lte(model, data.test)
 
     def _post_hoc(self, cell: Cell, data: Data) -> Measured:
         model, samples = self.prepared("tuned", cell.seed), self.samples("tuned", cell.seed)

@@ -155,7 +155,7 @@ class Recipe:
     soft_share: float = 0.0
     warm: bool = True
     settings: dict[str, Any] = field(default_factory=dict)
-    grouping: str = "coactivation"
+    grouping: str = "output_aware"
     budget: str = "layer"
     group_size: int | None = None
     random_routers: bool = False
@@ -191,17 +191,26 @@ def retarget(model: Any, sparsity: float) -> Any:
 
 
 def tune_lte(
-    model: Any, data: Data, budget: Budget, folder: Path, seed: int, *, recipe: Recipe
+    model: Any, data: Data, budget: Budget, folder: Path, seed: int, *, recipe: Recipe, cut: Any = None
 ) -> tuple[Any, list[Any]]:
-    """Train a calibrated model with this recipe to its target; returns (model in hard mode, log)."""
+    """Train a calibrated model with this recipe to its target; returns (model in hard mode, log).
+
+    cut: a HiddenCut of the model, in force from the first step on and settled again at the end.
+    """
     blocks = calibration_blocks(data, budget, recipe.start).to(model.device)
     if recipe.random_routers:
         forget_routers(model, blocks, seed)
     if recipe.warm:
         warm_start(model, blocks)
     freeze_embeddings(model)
-    held_out = examples(data.held_out.to(model.device))
-    return model, run_stages(model, examples(data.train), held_out, budget, folder, seed, recipe)
+    held_out = data.held_out.to(model.device)
+    batches = list(torch.split(held_out, budget.batch))
+    if cut is not None:
+        cut.settle(batches)
+    log = run_stages(model, examples(data.train), examples(held_out), budget, folder, seed, recipe)
+    if cut is not None:
+        cut.settle(batches)
+    return model, log
 
 
 def run_stages(

