@@ -103,11 +103,12 @@ inline void dot_list(Row&& row, int64_t begin, int64_t end, const float* x, int6
   });
 }
 
+// y += the sum of h[at[i]] * row(i) over i in [0, count)
 template <class E, class Row>
-inline void add_list(Row&& row, int64_t begin, int64_t end, const float* h, float* y, int64_t n) {
-  by_rows<E>(row, begin, end, [&]<int R>(int64_t i, int64_t lane, auto rows, auto next) {
+inline void add_list(Row&& row, const int32_t* at, int64_t count, const float* h, float* y, int64_t n) {
+  by_rows<E>(row, 0, count, [&]<int R>(int64_t i, int64_t lane, auto rows, auto next) {
     float factors[R];
-    for (int r = 0; r < R; r++) factors[r] = h[i + r * lane];
+    for (int r = 0; r < R; r++) factors[r] = h[at[i + r * lane]];
     add_rows<E, R>(rows, next, factors, y, n);
   });
 }
@@ -142,18 +143,26 @@ inline void add_stretches(const typename E::T* const* rows, const float* x, cons
 
 // The decision: active experts in ascending order, and their neurons.
 struct Active {
-  int32_t *experts, *neurons;
-  int64_t n_experts = 0, n_neurons = 0;
+  int32_t *experts, *neurons, *live;
+  int64_t n_experts = 0, n_neurons = 0, n_live = 0;
   static size_t bytes(const Problem& p) {
-    return Scratch::bytes_for<int32_t>(p.n_experts) + Scratch::bytes_for<int32_t>(p.d_ff);
+    return Scratch::bytes_for<int32_t>(p.n_experts) + 2 * Scratch::bytes_for<int32_t>(p.d_ff);
   }
   Active(const Problem& p, const float* logits, char* memory)
       : experts(reinterpret_cast<int32_t*>(memory)),
-        neurons(reinterpret_cast<int32_t*>(memory + Scratch::bytes_for<int32_t>(p.n_experts))) {
+        neurons(reinterpret_cast<int32_t*>(memory + Scratch::bytes_for<int32_t>(p.n_experts))),
+        live(neurons + Scratch::bytes_for<int32_t>(p.d_ff) / sizeof(int32_t)) {
     for (int64_t e = 0; e < p.n_experts; e++) {
       if (!(logits[e] + (p.router_bias ? p.router_bias[e] : 0.0f) > p.threshold)) continue;
       experts[n_experts++] = int32_t(e);
       for (int64_t j = 0; j < p.group; j++) neurons[n_neurons++] = int32_t(e * p.group + j);
+    }
+  }
+  // Places in `neurons` whose hidden unit is not 0: a ReLU leaves few of them, and the others' rows of down add nothing.
+  void find_live(const float* h) {
+    for (int64_t i = 0; i < n_neurons; i++) {
+      live[n_live] = int32_t(i);
+      n_live += h[i] != 0.0f;
     }
   }
 };
@@ -180,8 +189,8 @@ template <class E>
 inline void project_down(const Problem& p, const Active& active, const float* h, float* y, int64_t begin, int64_t end) {
   for (int64_t o = begin; o < end; o++) y[o] = bias_at<E>(p.down_bias, o);
   if (p.down.row == 1) {
-    auto row = [&](int64_t i) { return p.down.at<E>(begin, active.neurons[i]); };
-    add_list<E>(row, 0, active.n_neurons, h, y + begin, end - begin);
+    auto row = [&](int64_t i) { return p.down.at<E>(begin, active.neurons[active.live[i]]); };
+    add_list<E>(row, active.live, active.n_live, h, y + begin, end - begin);
   } else {
     for (int64_t o = begin; o < end; o++)
       y[o] += dot_stretches<E>(p.down.at<E>(o, 0), active.experts, active.n_experts, p.group, h);
@@ -213,7 +222,7 @@ void decode(const Problem& p) {
     dot_list<F32>([&](int64_t e) { return p.router.at<F32>(e, 0); }, e0, e1, x, p.d_model, logits);
 #pragma omp barrier
     // Every thread makes the same list for itself: cheaper than a second barrier.
-    const Active active(p, logits, lists + t * Active::bytes(p));
+    Active active(p, logits, lists + t * Active::bytes(p));
     const auto [a, b] = share(active.n_neurons, whole_experts ? p.group : ROWS, t, of);
     project<E>(p.up, active, a, b, p.group, x, p.d_model, h);
     if (p.gate.data) project<E>(p.gate, active, a, b, p.group, x, p.d_model, gated);
@@ -223,6 +232,7 @@ void decode(const Problem& p) {
     }
     if (b > a) activate_row(p.act, p.gate.data ? gated + a : nullptr, h + a, b - a);
 #pragma omp barrier
+    active.find_live(h);
     const auto [o0, o1] = share(p.d_out, 32, t, of);  // 32 elements: threads write whole cache lines
     project_down<E>(p, active, h, y, o0, o1);
     if (!std::is_same_v<E, F32>)

@@ -223,6 +223,20 @@ def test_nan_in_one_token_stays_there(T: int) -> None:
     assert y[:-1].isfinite().all()
 
 
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_token_reads_no_row_of_down_whose_hidden_unit_is_zero(dtype: torch.dtype, gated: bool) -> None:
+    args = list(make(Recipe(T=1, dtype=dtype, gated=gated, activation="relu", layout="neuron_rows", mask="all")))
+    y = torch.ops.ltepass.routed_ffn(*args)
+    x, pre, bias, down = (args[i] for i in ((0, 6, 7, 8) if gated else (0, 4, 5, 8)))
+    dead = torch.nn.functional.linear(x.float(), pre.float(), bias.float())[0] < -0.1
+    assert 10 < dead.sum() < 70
+    args[8] = down.clone(memory_format=torch.preserve_format)
+    args[8][:, dead] = torch.nan
+    assert args[8].stride() == down.stride()
+    assert torch.equal(torch.ops.ltepass.routed_ffn(*args), y)
+
+
 @pytest.mark.parametrize(
     ("position", "wrong"),
     [(1, torch.zeros(7, 60)), (1, torch.zeros(10, 61)), (4, torch.zeros(80, 61)), (6, torch.zeros(40, 60))],
