@@ -185,8 +185,10 @@ def test_the_controller_moves_sparsity_towards_the_target_by_itself(tmp_path: Pa
         t.fit()
         rows = [r for r in t.state.log_history if "lte_hard_sparsity" in r]
         reached.append(rows[-1]["lte_hard_sparsity"])
-        etas.append(rows[-1]["lte_eta"])
-    assert 0 < etas[0] < LTESettings().eta < etas[1]
+        etas.append([r["lte_eta"] for r in rows])
+    # the last eta says which way sparsity was pushed last: after 80 steps, with an overshoot behind them, either way
+    start = LTESettings().eta
+    assert 0 < etas[0][-1] < start < max(etas[1]), etas
     assert reached[0] + 0.2 < reached[1], reached
 
 
