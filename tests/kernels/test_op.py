@@ -92,7 +92,7 @@ def test_active_pairs_alone_give_the_same_gradients(dtype: torch.dtype, gated: b
     for needs in ((True,) * 7, (False, True, False, False, True, True, False)):
         args = tuple(a.to(dtype) if isinstance(a, Tensor) else a for a in make(recipe))
         x, *router, up, up_bias, gate, gate_bias, down, _, activation = args
-        grad = torch.randn(23, 31).to(dtype)
+        grad = torch.randn(23, 31, generator=torch.Generator().manual_seed(recipe.seed)).to(dtype)
         active = reference.mask(x, *router)
         rest = (x, active, up, up_bias, gate, gate_bias, down)
         wide = tuple(t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in (grad, *rest))
@@ -111,8 +111,8 @@ def test_active_pairs_alone_give_the_same_gradients(dtype: torch.dtype, gated: b
                 continue
             assert (a.shape, a.dtype) == (b.shape, b.dtype), name
             order = 1e-13 if dtype == torch.float64 else 2 * torch.finfo(dtype).eps  # sums come in another order
-            allowed = 1.5 * (b - w).abs().max() + order * w.abs().max()
-            assert (a - w).abs().max() <= allowed, name
+            # the norm, not the largest error: among thousands of roundings the largest is a matter of luck
+            assert (a - w).norm() <= 1.5 * (b - w).norm() + order * w.norm(), name
 
 
 def test_active_pairs_are_used_in_eager_only(monkeypatch: pytest.MonkeyPatch) -> None:
