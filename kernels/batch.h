@@ -86,6 +86,7 @@ inline void hidden_block(const Problem& p, const Chunk& c, int64_t e, int64_t j0
       if (g) g[j] += bias_at<E>(p.gate_bias, neuron + j);
     }
     activate_row(p.act, g, u, rows);
+    leave_out_small(p.cut, u, rows);
     std::copy(u, u + rows, c.hidden + (c.offset[e] + i) * p.group + j0);
   }
 }

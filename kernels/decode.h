@@ -158,7 +158,7 @@ struct Active {
       for (int64_t j = 0; j < p.group; j++) neurons[n_neurons++] = int32_t(e * p.group + j);
     }
   }
-  // Places in `neurons` whose hidden unit is not 0: a ReLU leaves few of them, and the others' rows of down add nothing.
+  // Places in `neurons` whose hidden unit is not 0: a ReLU or a cut leaves few, and the others' rows of down add nothing.
   void find_live(const float* h) {
     for (int64_t i = 0; i < n_neurons; i++) {
       live[n_live] = int32_t(i);
@@ -230,7 +230,10 @@ void decode(const Problem& p) {
       h[i] += bias_at<E>(p.up_bias, active.neurons[i]);
       if (p.gate.data) gated[i] += bias_at<E>(p.gate_bias, active.neurons[i]);
     }
-    if (b > a) activate_row(p.act, p.gate.data ? gated + a : nullptr, h + a, b - a);
+    if (b > a) {
+      activate_row(p.act, p.gate.data ? gated + a : nullptr, h + a, b - a);
+      leave_out_small(p.cut, h + a, b - a);
+    }
 #pragma omp barrier
     active.find_live(h);
     const auto [o0, o1] = share(p.d_out, 32, t, of);  // 32 elements: threads write whole cache lines

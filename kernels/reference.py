@@ -32,6 +32,16 @@ def mask(x: Tensor, router_weight: Tensor, router_bias: Tensor | None, threshold
     return F.linear(x.to(wide), router_weight.to(wide), bias) > threshold
 
 
+def is_small(h: Tensor, cut: Tensor) -> Tensor:
+    """bool, of h's shape: |h| <= cut, in fp32 or wider. NaN is not small, so that a fault stays visible."""
+    return h.abs().to(torch.promote_types(h.dtype, torch.float32)) <= cut
+
+
+def leave_out_small(h: Tensor, cut: Tensor | None) -> Tensor:
+    """h with 0 for the units up to the cut; no gradient flows to them."""
+    return h if cut is None else h.masked_fill(is_small(h, cut), 0.0)
+
+
 def masked_ffn(
     x: Tensor,
     active: Tensor,
@@ -42,6 +52,7 @@ def masked_ffn(
     down: Tensor,
     down_bias: Tensor | None,
     activation: str,
+    cut: Tensor | None = None,
 ) -> Tensor:
     """The FFN with a given decision: active is bool [..., n_experts], expert e being neurons [e*g, (e+1)*g)."""
     act = ACTIVATIONS[activation]
@@ -49,7 +60,7 @@ def masked_ffn(
     h = act(h) if gate is None else act(F.linear(x, gate, gate_bias)) * h
     group_size = h.shape[-1] // active.shape[-1]
     h = h * active.to(h.dtype).repeat_interleave(group_size, -1)
-    return F.linear(h, down, down_bias)
+    return F.linear(leave_out_small(h, cut), down, down_bias)
 
 
 def routed_ffn(
@@ -64,7 +75,11 @@ def routed_ffn(
     down: Tensor,
     down_bias: Tensor | None,
     activation: str,
+    cut: Tensor | None = None,
 ) -> Tensor:
-    """x: [..., d_model] -> [..., d_out] in x.dtype. The definition of `ltepass::routed_ffn`: dense, then masked."""
+    """x: [..., d_model] -> [..., d_out] in x.dtype. The definition of `ltepass::routed_ffn`: dense, then masked.
+
+    cut: [] fp32 or None (the paper): hidden units of a size up to it are left out of the down projection too.
+    """
     active = mask(x, router_weight, router_bias, threshold)
-    return masked_ffn(x, active, up, up_bias, gate, gate_bias, down, down_bias, activation)
+    return masked_ffn(x, active, up, up_bias, gate, gate_bias, down, down_bias, activation, cut)

@@ -15,7 +15,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn import functional as F  # noqa: N812 -- the name everybody uses
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from ltepass.kernels.reference import ACTIVATIONS
+from ltepass.kernels.reference import ACTIVATIONS, is_small
 
 
 def _quick_gelu_grad(x: Tensor) -> Tensor:
@@ -53,9 +53,10 @@ def gradients(
     down: Tensor,
     activation: str,
     needs: tuple[bool, ...],
+    cut: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """`masked_dense` or `per_expert`, which take the same arguments: whichever measures faster and can run here."""
-    args = (grad, x, active, up, up_bias, gate, gate_bias, down, activation, needs)
+    args = (grad, x, active, up, up_bias, gate, gate_bias, down, activation, needs, cut)
     group_size = up.shape[0] // active.shape[-1]
     if not _eager(grad, x, active, up) or x.device.type != "cpu":
         return masked_dense(*args)
@@ -70,13 +71,19 @@ def _eager(*tensors: Tensor) -> bool:
     return plain and not torch.is_grad_enabled() and _get_current_dispatch_mode() is None
 
 
-def _hidden(u: Tensor, g: Tensor | None, dh: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor | None]:
+def _hidden(
+    u: Tensor, g: Tensor | None, dh: Tensor, activation: str, cut: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Hidden units, and the gradients of the pre-activations u and g (None: plain) from that of the hidden units."""
     act, act_grad = ACTIVATIONS[activation], ACTIVATION_GRADS[activation]
+    a = act(u if g is None else g)
+    h = a if g is None else a * u
+    if cut is not None:
+        small = is_small(h, cut)
+        h, dh = h.masked_fill(small, 0.0), dh.masked_fill(small, 0.0)
     if g is None:
-        return act(u), act_grad(dh, u), None
-    a = act(g)
-    return a * u, dh * a, act_grad(dh * u, g)
+        return h, act_grad(dh, u), None
+    return h, dh * a, act_grad(dh * u, g)
 
 
 def per_expert(
@@ -90,6 +97,7 @@ def per_expert(
     down: Tensor,
     activation: str,
     needs: tuple[bool, ...],
+    cut: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """The gradients from the active pairs alone, expert by expert; see `masked_dense` for the arguments.
 
@@ -111,7 +119,7 @@ def per_expert(
         u = F.linear(x_e, up[own], None if up_bias is None else up_bias[own])
         dh = grad_e @ down[:, own]
         g = None if gate is None else F.linear(x_e, gate[own], None if gate_bias is None else gate_bias[own])
-        h, du, dg = _hidden(u, g, dh, activation)
+        h, du, dg = _hidden(u, g, dh, activation, cut)
         if dx is not None:
             dx_e = du @ up[own] if gate is None or dg is None else torch.addmm(du @ up[own], dg, gate[own])
             dx.index_add_(0, tokens, dx_e.to(dx.dtype))
@@ -139,6 +147,7 @@ def masked_dense(
     down: Tensor,
     activation: str,
     needs: tuple[bool, ...],
+    cut: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """grad: [T, d_out]; x: [T, d_model]; active: bool [T, n_experts].
 
@@ -149,7 +158,7 @@ def masked_dense(
     mask = active.to(grad.dtype).repeat_interleave(group_size, -1)
     u = F.linear(x, up, up_bias)
     g = None if gate is None else F.linear(x, gate, gate_bias)
-    h, du, dg = _hidden(u, g, (grad @ down) * mask, activation)
+    h, du, dg = _hidden(u, g, (grad @ down) * mask, activation, cut)
 
     def weight_grad(want: bool, out: Tensor | None, inp: Tensor) -> Tensor | None:
         return out.mT @ inp if want and out is not None else None

@@ -75,6 +75,7 @@ void activate_and_mask(const Problem& p, typename E::T* h, const typename E::T* 
       widen<E>(u + j, wide[0], n);
       if (gate) widen<E>(gate + task * p.group + j, wide[1], n);
       activate_row(p.act, gate ? wide[1] : nullptr, wide[0], n);
+      leave_out_small(p.cut, wide[0], n);
       for (int64_t i = 0; i < n; i++) u[j + i] = E::from_float(wide[0][i]);
     }
   }
@@ -120,12 +121,13 @@ void run(const Problem& p, const Tensor& x, const Weights& w, const Tensor& y) {
 
 // fp64 (gradient checks) and anything else without a kernel: the few lines of PyTorch that ltepass/ops.py registers.
 std::tuple<Tensor, OptionalTensor> plain(const Tensor& x, const Tensor& router_weight, const OptionalTensor& router_bias,
-                                         const Tensor& threshold, const Weights& w, const std::string& activation) {
+                                         const Tensor& threshold, const Weights& w, const std::string& activation,
+                                         const OptionalTensor& cut) {
   using torch::stable::detail::from;
   using torch::stable::detail::to;
   StableIValue stack[] = {from(x),         from(router_weight), from(router_bias), from(threshold), from(w.up),
                           from(w.up_bias), from(w.gate),        from(w.gate_bias), from(w.down),    from(w.down_bias),
-                          from(activation)};
+                          from(activation), from(cut)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("ltepass::_plain", "", stack, TORCH_ABI_VERSION));
   return {to<Tensor>(stack[0]), OptionalTensor(to<Tensor>(stack[1]))};
 }
@@ -150,10 +152,10 @@ std::tuple<Tensor, OptionalTensor> forward(const Tensor& x_in, const Tensor& rou
                                            const Tensor& threshold, const Tensor& up, const OptionalTensor& up_bias,
                                            const OptionalTensor& gate, const OptionalTensor& gate_bias,
                                            const Tensor& down, const OptionalTensor& down_bias,
-                                           const std::string& activation, bool with_mask) {
+                                           const std::string& activation, const OptionalTensor& cut, bool with_mask) {
   const ScalarType dtype = x_in.scalar_type();
   const Weights weights{up, up_bias, gate, gate_bias, down, down_bias};
-  if (dtype == ScalarType::Double) return plain(x_in, router_in, router_bias, threshold, weights, activation);
+  if (dtype == ScalarType::Double) return plain(x_in, router_in, router_bias, threshold, weights, activation, cut);
   STD_TORCH_CHECK(x_in.dim() >= 1 && up.dim() == 2 && down.dim() == 2 && router_in.dim() == 2,
                   "x should be [..., d_model] and the weights matrices");
   const Tensor x = x_in.is_contiguous() ? x_in : torch::stable::contiguous(x_in);
@@ -182,6 +184,8 @@ std::tuple<Tensor, OptionalTensor> forward(const Tensor& x_in, const Tensor& rou
   p.down_bias = bias_data(down_bias, dtype, p.d_out, "down_bias");
   p.act = act_from_name(activation.c_str());
   STD_TORCH_CHECK(p.act != Act::unknown, "unknown activation ", activation);
+  STD_TORCH_CHECK(!cut || (cut->numel() == 1 && cut->scalar_type() == ScalarType::Float), "cut should be [] fp32");
+  p.cut = cut ? *static_cast<const float*>(cut->data_ptr()) : -1.0f;
   p.dense_above = dense_above(dtype, p.tokens);
   // Inside somebody's parallel region there are no further threads to take.
   p.threads = omp_in_parallel() ? 1 : int(torch::stable::get_num_threads());
@@ -212,9 +216,9 @@ std::tuple<Tensor, OptionalTensor> forward(const Tensor& x_in, const Tensor& rou
 Tensor routed_ffn(const Tensor& x, const Tensor& router_weight, const OptionalTensor& router_bias,
                   const Tensor& threshold, const Tensor& up, const OptionalTensor& up_bias, const OptionalTensor& gate,
                   const OptionalTensor& gate_bias, const Tensor& down, const OptionalTensor& down_bias,
-                  const std::string& activation) {
+                  const std::string& activation, const OptionalTensor& cut) {
   return std::get<0>(forward(x, router_weight, router_bias, threshold, up, up_bias, gate, gate_bias, down, down_bias,
-                             activation, false));
+                             activation, cut, false));
 }
 
 std::tuple<Tensor, Tensor, Tensor> routed_ffn_with_mask(const Tensor& x, const Tensor& router_weight,
@@ -222,9 +226,9 @@ std::tuple<Tensor, Tensor, Tensor> routed_ffn_with_mask(const Tensor& x, const T
                                                         const Tensor& up, const OptionalTensor& up_bias,
                                                         const OptionalTensor& gate, const OptionalTensor& gate_bias,
                                                         const Tensor& down, const OptionalTensor& down_bias,
-                                                        const std::string& activation) {
+                                                        const std::string& activation, const OptionalTensor& cut) {
   const auto [y, mask] = forward(x, router_weight, router_bias, threshold, up, up_bias, gate, gate_bias, down, down_bias,
-                                 activation, true);
+                                 activation, cut, true);
   const Tensor count = empty({}, aoti_torch_dtype_int64());
   const auto* on = static_cast<const uint8_t*>(mask->data_ptr());
   int64_t n = 0;

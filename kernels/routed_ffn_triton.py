@@ -17,7 +17,7 @@ from torch.nn import functional as F  # noqa: N812 -- the name everybody uses
 
 from ltepass.kernels import reference, tuning
 from ltepass.kernels.triton_batch import down_many, gate_up_many, router_many
-from ltepass.kernels.triton_call import Call
+from ltepass.kernels.triton_call import NAMES, Call
 from ltepass.kernels.triton_common import plan_size
 from ltepass.kernels.triton_decode import down_one, gate_up_one, router_one
 from ltepass.kernels.triton_prefill import gate_up_grouped, mask_hidden, partition_tokens
@@ -26,13 +26,18 @@ MAX_SPLITS = 32  # parts of y that the last arriver adds: its loads are unrolled
 DOT = 16  # the smallest side of a tile on matrix units
 
 
+def _defined_only(args: tuple[Any, ...]) -> bool:
+    """No kernel here computes it: float64, and a cut of hidden units."""
+    return args[0].dtype == torch.float64 or any(cut is not None for cut in args[len(NAMES) + 1 :])
+
+
 def routed_ffn(*args: Any) -> Tensor:
     """The op's arguments in the order of its schema; x [..., d_model] -> [..., d_out], on x's GPU and current stream.
 
-    float32, float16 and bfloat16 run on kernels; float64 (gradcheck) runs the definition.
+    float32, float16 and bfloat16 run on kernels; float64 (gradcheck) and hidden units with a cut run the definition.
     """
     x, threshold = args[0], args[3]
-    if x.dtype == torch.float64:
+    if _defined_only(args):
         return reference.routed_ffn(*args)
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         return run(Call.of(args, launcher=lambda kernel: kernel), tuning.density_of(threshold))
@@ -43,7 +48,7 @@ def routed_ffn_traceable(*args: Any) -> Tensor:
 
     The density is what `tuning.assume_density` says: a traced threshold has no address to look it up by.
     """
-    if args[0].dtype == torch.float64:
+    if _defined_only(args):
         return reference.routed_ffn(*args)
     return run(Call.of(args, launcher=torch.library.wrap_triton), tuning.assumed_density())
 

@@ -45,7 +45,7 @@ class Call:
 
         The small operands are made contiguous (they are already, in any model); the three weights keep their strides.
         """
-        given = dict(zip(NAMES, args[:-1], strict=True))
+        given = dict(zip(NAMES, args[: len(NAMES)], strict=True))
         x = given.pop("x")
         if x.dtype not in DTYPES or given["up"].dtype != x.dtype:
             raise LTEError(
@@ -60,7 +60,7 @@ class Call:
             launcher=launcher,
             traced=launcher is torch.library.wrap_triton,
             device=tuning.device_name(x.device) if device is None else device,
-            activation=args[-1],
+            activation=args[len(NAMES)],
             **given,
         )
 

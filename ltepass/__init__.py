@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ltepass.api import remove, transform
     from ltepass.calibration import calibrate
     from ltepass.config import LTEConfig
+    from ltepass.hidden import set_hidden_sparsity
     from ltepass.lowering import lower, unlower
     from ltepass.reporting import Report, report
     from ltepass.sites import FFNSite, Refusal
@@ -29,6 +30,7 @@ _PUBLIC = {
     "remove": "ltepass.api",
     "calibrate": "ltepass.calibration",
     "LTEConfig": "ltepass.config",
+    "set_hidden_sparsity": "ltepass.hidden",
     "lower": "ltepass.lowering",
     "unlower": "ltepass.lowering",
     "Report": "ltepass.reporting",
@@ -55,6 +57,7 @@ __all__ = [
     "measure_sparsity",
     "remove",
     "report",
+    "set_hidden_sparsity",
     "set_mode",
     "set_sparsity",
     "transform",

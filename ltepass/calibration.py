@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ltepass.energy import down_energy, expert_energy, log_energy
 from ltepass.errors import LoweredError
 from ltepass.grouping import ActivationStats, grouping_permutation, permute_site
+from ltepass.hidden import place_cuts
 from ltepass.observing import Observer, Sample, collect, watch
 from ltepass.ridge import RidgeSums
 from ltepass.router import Router
@@ -44,6 +45,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, grouping: str | None 
         raise LoweredError("calibrate expects the model as trained; call ltepass.unlower(model)")
     batches = list(batches)
     start_from(model, collect(model, batches), batches, grouping=grouping)
+    place_cuts(model, batches)
 
 
 class _EnergyFit(Observer):

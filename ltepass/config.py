@@ -38,6 +38,8 @@ class LTEConfig:
         output_aware where calibration data is given and identity where it is not.
     budget: "layer" brings every FFN to the target; "model" their mean, by one threshold for all: FFNs to whose experts
         the loss is less sensitive give up more (calibration measures it, with one backward pass).
+    hidden_sparsity: share of the hidden units of active experts, the smallest, that the down projection does not read;
+        0 in the paper. `ltepass.set_hidden_sparsity` changes it and places the cuts.
     router_bias: the paper's router has none; a calibrated start fits better with one.
     tau: threshold on the sigmoid score (0.5 everywhere in the paper).
     seed: for grouping and router start.
@@ -47,12 +49,14 @@ class LTEConfig:
     target_sparsity: float = 0.5
     grouping: GroupingName = "auto"
     budget: Budget = "layer"
+    hidden_sparsity: float = 0.0
     router_bias: bool = True
     tau: float = 0.5
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_sparsity(self.target_sparsity)
+        check_sparsity(self.hidden_sparsity, "hidden_sparsity")
         if self.group_size != "auto" and (not isinstance(self.group_size, int) or self.group_size < 1):
             raise ConfigError(f'group_size is {self.group_size!r}; expected "auto" or an integer of at least 1')
         if self.grouping not in GROUPINGS:

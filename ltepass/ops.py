@@ -21,7 +21,7 @@ from ltepass.kernels.routed_ffn_backward import gradients
 
 _ARGUMENTS = (
     "(Tensor x, Tensor router_weight, Tensor? router_bias, Tensor threshold, Tensor up, Tensor? up_bias, Tensor? gate, "
-    "Tensor? gate_bias, Tensor down, Tensor? down_bias, str activation)"
+    "Tensor? gate_bias, Tensor down, Tensor? down_bias, str activation, Tensor? cut=None)"
 )
 _library = torch.library.Library("ltepass", "FRAGMENT")
 _library.define(f"routed_ffn{_ARGUMENTS} -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
@@ -34,7 +34,7 @@ _library.define(f"_plain{_ARGUMENTS} -> (Tensor, Tensor)")
 _library.define("_dense_above(Tensor x, int tokens) -> float")
 
 Args = tuple[Any, ...]
-_N_TENSORS = 10  # every argument but the activation
+_N_TENSORS = 10  # every argument before the activation; after it, `cut` where it is given
 
 
 def check(x: Tensor, router_weight: Tensor, up: Tensor, gate: Tensor | None, down: Tensor, activation: str) -> None:
@@ -55,7 +55,7 @@ def check(x: Tensor, router_weight: Tensor, up: Tensor, gate: Tensor | None, dow
 
 def _plain(with_mask: bool, args: Args) -> Any:
     x, router_weight, router_bias, threshold, *weights = args
-    check(x, router_weight, weights[0], weights[2], weights[4], args[-1])
+    check(x, router_weight, weights[0], weights[2], weights[4], args[_N_TENSORS])
     active = reference.mask(x, router_weight, router_bias, threshold)
     y = reference.masked_ffn(x, active, *weights)
     return (y, active, active.sum()) if with_mask else y
@@ -84,7 +84,7 @@ def _cuda_with_mask(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _fake(*args: Any) -> Tensor:
     x, router_weight, up, gate, down = args[0], args[1], args[4], args[6], args[8]
-    check(x, router_weight, up, gate, down, args[-1])
+    check(x, router_weight, up, gate, down, args[_N_TENSORS])
     return x.new_empty((*x.shape[:-1], down.shape[0]))  # type: ignore[no-any-return]
 
 
@@ -106,21 +106,21 @@ class _HardFFN(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Args, output: Any) -> None:
-        x, _, _, _, up, up_bias, gate, gate_bias, down, _, activation = inputs
+        x, _, _, _, up, up_bias, gate, gate_bias, down, _, activation, *cut = inputs
         _, active, count = output
         ctx.mark_non_differentiable(active, count)
-        ctx.save_for_backward(x, active, up, up_bias, gate, gate_bias, down)
+        ctx.save_for_backward(x, active, up, up_bias, gate, gate_bias, down, *cut)
         ctx.activation = activation
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        x, active, up, up_bias, gate, gate_bias, down = ctx.saved_tensors
+        x, active, up, up_bias, gate, gate_bias, down, *cut = ctx.saved_tensors
         need = ctx.needs_input_grad
         wanted = (need[0], need[4], need[5], need[6], need[7], need[8], need[9])
         flat = (grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]), active.reshape(-1, active.shape[-1]))
-        grads = gradients(*flat, up, up_bias, gate, gate_bias, down, ctx.activation, wanted)
+        grads = gradients(*flat, up, up_bias, gate, gate_bias, down, ctx.activation, wanted, *cut)
         dx = None if grads[0] is None else grads[0].reshape(x.shape)
-        return (dx, None, None, None, *grads[1:], None)
+        return (dx, None, None, None, *grads[1:], *[None] * (1 + len(cut)))
 
 
 def _refuse_tangents(args: Args) -> None:

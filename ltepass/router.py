@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ltepass.config import Mode
+from ltepass.kernels.reference import leave_out_small
 
 N_QUANTILES = 101  # the sparsity table has one logit threshold for each of 0 %, 1 %, ... 100 %
 
@@ -28,6 +29,8 @@ class Router(nn.Module):
     threshold: [] fp32 buffer, logit(tau) unless `set_sparsity` moved it.
     quantiles: [101] fp32 buffer, quantiles[s] is the threshold that leaves s % of the calibration experts inactive;
         NaN before calibration.
+    cut: [] fp32 buffer, or None (the paper) where `set_hidden_sparsity` made none: in hard mode, hidden units of a size
+        up to it are left out of the down projection, also those of active experts; negative: none are.
     permutation: [d_ff] int64 buffer; hidden unit i of the grouped FFN was unit permutation[i] of the original.
     """
 
@@ -35,6 +38,7 @@ class Router(nn.Module):
     threshold: Tensor
     quantiles: Tensor
     permutation: Tensor
+    cut: Tensor | None
 
     def __init__(
         self,
@@ -44,6 +48,7 @@ class Router(nn.Module):
         *,
         bias: bool = True,
         tau: float = 0.5,
+        cut: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
@@ -55,6 +60,7 @@ class Router(nn.Module):
         self.bias = nn.Parameter(torch.empty(self.n_experts, dtype=torch.float32, device=device)) if bias else None
         self.register_buffer("threshold", torch.empty((), dtype=torch.float32, device=device))
         self.register_buffer("quantiles", torch.empty(N_QUANTILES, dtype=torch.float32, device=device))
+        self.register_buffer("cut", torch.empty((), dtype=torch.float32, device=device) if cut else None)
         self.register_buffer("permutation", torch.empty(d_ff, dtype=torch.int64, device=device))
         # Set by a training stage, never saved. straight_through: hard mode learns through its decision as if it were
         # the score. count_inactive: hard mode keeps `inactive` too. share_neighbours: soft mode keeps the union term.
@@ -79,6 +85,8 @@ class Router(nn.Module):
                 self.bias.zero_()
             self.threshold.fill_(logit(self.tau))
             self.quantiles.fill_(math.nan)
+            if self.cut is not None:
+                self.cut.fill_(-1.0)
             self.permutation.copy_(torch.arange(self.d_ff))
 
     def forward(self, x: Tensor) -> Tensor | None:
@@ -114,22 +122,22 @@ class Router(nn.Module):
 
 
 _library = torch.library.Library("ltepass", "FRAGMENT")
-_library.define("gate(Tensor h, Tensor logits, Tensor threshold, bool soft) -> Tensor")
+_library.define("gate(Tensor h, Tensor logits, Tensor threshold, bool soft, Tensor? cut=None) -> Tensor")
 
 
-def _gate(h: Tensor, logits: Tensor, threshold: Tensor, soft: bool) -> Tensor:
+def _gate(h: Tensor, logits: Tensor, threshold: Tensor, soft: bool, cut: Tensor | None = None) -> Tensor:
     scores = torch.sigmoid(logits) if soft else logits > threshold
     n_experts = logits.shape[-1]
     gated: Tensor = h.unflatten(-1, (n_experts, -1)) * scores.to(h.dtype).unsqueeze(-1)
-    return gated.flatten(-2)
+    return leave_out_small(gated.flatten(-2), None if soft else cut)
 
 
-def _straight_through(h: Tensor, logits: Tensor, threshold: Tensor) -> Tensor:
+def _straight_through(h: Tensor, logits: Tensor, threshold: Tensor, cut: Tensor | None) -> Tensor:
     """The hard gate's value, with the gradient of a sigmoid around the threshold."""
     scores = torch.sigmoid(logits - threshold)
     mask = (logits > threshold).to(scores.dtype) + (scores - scores.detach())
     gated: Tensor = h.unflatten(-1, (logits.shape[-1], -1)) * mask.to(h.dtype).unsqueeze(-1)
-    return gated.flatten(-2)
+    return leave_out_small(gated.flatten(-2), cut)
 
 
 # One op in Dynamo's graph, so that a pass finds it without guessing; plain ATen ops for autograd, export and inductor.
@@ -145,5 +153,6 @@ def gate(router: Router, h: Tensor, logits: Tensor | None) -> Tensor:
     if logits is None:
         return h
     if router.straight_through and router.mode == "hard" and torch.is_grad_enabled():
-        return _straight_through(h, logits, router.threshold)
-    return torch.ops.ltepass.gate.default(h, logits, router.threshold, router.mode == "soft")  # type: ignore[no-any-return]
+        return _straight_through(h, logits, router.threshold, router.cut)
+    cut = () if router.cut is None else (router.cut,)
+    return torch.ops.ltepass.gate.default(h, logits, router.threshold, router.mode == "soft", *cut)  # type: ignore[no-any-return]

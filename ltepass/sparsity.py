@@ -120,7 +120,8 @@ def record_logits(model: nn.Module, keep: int | None = None, *, flat: bool = Tru
 def run_batches(model: nn.Module, batches: Iterable[Any]) -> None:
     """Forward passes without gradients, in eval mode; the training flags are as before afterwards."""
     flags = {m: m.training for m in model.modules()}
-    model.eval()
+    for module in flags:
+        module.training = False  # an exported module has no eval()
     try:
         with torch.no_grad():
             for batch in batches:

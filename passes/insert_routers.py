@@ -54,7 +54,8 @@ def insert_routers(
     generator = torch.Generator().manual_seed(config.seed)
     for site in sites:
         where = device if device is not None else next(model.get_submodule(site.down).parameters()).device
-        router = Router(site.d_model, site.d_ff, site.group_size, bias=config.router_bias, tau=config.tau, device=where)
+        sizes, has_cut = (site.d_model, site.d_ff, site.group_size), config.hidden_sparsity > 0
+        router = Router(*sizes, bias=config.router_bias, tau=config.tau, cut=has_cut, device=where)
         router.reset(generator)
         parent, _, child = site.router.rpartition(".")
         model.get_submodule(parent).add_module(child, router)

@@ -29,6 +29,8 @@ from ltepass.dataflow import (
 )
 from ltepass.match import Miss, Region, Rows, down_rows, match_down
 
+NO_CUT_KERNEL = "only the CPU's kernels leave out single hidden units (set_hidden_sparsity)"
+
 
 @dataclass(frozen=True, kw_only=True)
 class LowerRoutedFFN:
@@ -82,10 +84,10 @@ def _lower(flow: Flow, region: Region) -> str | None:
     """Rewrite one region, or say why not."""
     gate, up, down = region.gate_op, region.up.linear, region.down
     assert gate is not None
-    _, scores, threshold, soft = gate.args
+    _, scores, threshold, soft, *cut = gate.args
     assert isinstance(scores, Node)
     router = flow.linear(strip_identity(scores))
-    reason = _why_not(region, router, bool(soft))
+    reason = _why_not(region, router, bool(soft), bool(cut))
     if reason is not None:
         return reason
     assert router is not None
@@ -107,6 +109,7 @@ def _lower(flow: Flow, region: Region) -> str | None:
             down.weight if down.out_dim == 0 else _transposed(flow, down.weight),
             down.bias,
             region.activation,
+            *cut,
         )
         new = graph.call_function(torch.ops.ltepass.routed_ffn.default, args)
         new.meta = dict(down.node.meta)
@@ -115,12 +118,14 @@ def _lower(flow: Flow, region: Region) -> str | None:
     return None
 
 
-def _why_not(region: Region, router: Linear | None, soft: bool) -> str | None:
+def _why_not(region: Region, router: Linear | None, soft: bool, cut: bool) -> str | None:
     standard = {region.up.rows, region.up.bias, down_rows(region.down)}
     standard |= {region.gate.rows, region.gate.bias} if region.gate else set()
     x = region.up.linear.x
     if soft:
         return "a soft gate: every expert is active"
+    if cut and value(x).device.type != "cpu":
+        return NO_CUT_KERNEL
     if not region.lowerable:
         return f"no kernel knows its activation {region.activation}"
     if any(r not in standard for r in region.neurons):

@@ -26,7 +26,7 @@ import models
 import torch
 import typer
 from frontier_rows import Rows, write_plot, write_table
-from hidden_cut import HiddenCut, expert_sparsity
+from hidden_cut import SHARE, expert_sparsity, measure_cut
 from methods import RULES
 from rule_hooks import Ruled, Samples, collect
 from study import (
@@ -206,12 +206,12 @@ class Frontier(Workshop):
         """With `lte+teal`, part of what may not be read is left out unit by unit, and routers leave out less."""
         folder = self.work / f"{cell.method}-{self.name}-{cell.sparsity:g}-{cell.seed}"
         model = copy.deepcopy(self.prepared("base", cell.seed))
-        cut = HiddenCut(model) if cell.method == "lte+teal" else None
-        target = expert_sparsity(model._lte.sites[0], cell.sparsity) if cut else cell.sparsity
-        model = retarget(model, target)
-        model, _ = tune_lte(model, data, self.budget, folder / "log", cell.seed, recipe=self.preset.recipe, cut=cut)
+        hidden = SHARE if cell.method == "lte+teal" else 0.0
+        model = retarget(model, expert_sparsity(model._lte.sites[0], cell.sparsity, hidden))
+        options: dict[str, Any] = {"recipe": self.preset.recipe, "hidden": hidden}
+        model, _ = tune_lte(model, data, self.budget, folder / "log", cell.seed, **options)
         model.save_pretrained(folder)
-        return cut.measure(data.test) if cut else measure_lte(model, data.test)
+        return measure_cut(model, data.test) if hidden else measure_lte(model, data.test)
 
     def _post_hoc(self, cell: Cell, data: Data) -> Measured:
         model, samples = self.prepared("tuned", cell.seed), self.samples("tuned", cell.seed)

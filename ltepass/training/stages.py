@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ltepass.config import Budget
 from ltepass.errors import LoweredError, TrainingError
+from ltepass.hidden import place_cuts
 from ltepass.sites import require_state, router_of, routers_of
 from ltepass.sparsity import measure_sparsity, set_mode, set_sparsity, update_table
 from ltepass.training.settings import Trainable
@@ -47,7 +48,7 @@ def settle(
 
     budget: "layer" brings every site to it; "model" the mean over sites, by one threshold that all share; None takes
     the config's, any other becomes it, so that `set_sparsity` goes on like this. Use batches that were not trained on.
-    The routers' weights stay; only their thresholds move.
+    The routers' weights stay; only their thresholds move, and the cuts of hidden units where the model has them.
     """
     batches = list(batches)
     config = require_state(model, "settle").config
@@ -56,6 +57,7 @@ def settle(
     for _ in range(2):  # the second pass sees the inputs that the moved thresholds make
         update_table(model, batches)
         set_sparsity(model, sparsity)
+    place_cuts(model, batches)
     return measure_sparsity(model, batches)
 
 

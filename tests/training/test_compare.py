@@ -22,7 +22,7 @@ import step_time
 import study
 import tasks
 from frontier_rows import at_bytes, ratios, shown_at, write_table
-from hidden_cut import HiddenCut, expert_sparsity
+from hidden_cut import expert_sparsity, measure_cut, n_matrices
 
 import ltepass
 from ltepass.evaluation import perplexity, sparsity_curve
@@ -166,18 +166,18 @@ def test_a_cut_leaves_out_the_small_hidden_units_of_active_experts(share: float)
     model, text = trained(), copied_text(8, seed=3)
     ltepass.set_mode(model, "hard")
     plain = model(text).logits
-    cut = HiddenCut(model, share)
-    cut.settle([text])
-    ppl, sparsity, read = cut.measure({"t": text})
+    ltepass.set_hidden_sparsity(model, share, [text])
+    ppl, sparsity, read = measure_cut(model, {"t": text})
     assert not torch.equal(model(text).logits, plain)
     without = study.measure_lte(model, {"t": text})
-    matrices = 3 if cut.sites[0].gate else 2
+    site = model._lte.sites[0]
+    matrices = n_matrices(site)
     active, own = 1 - without[1]["t"], without[2]["t"] - (1 - without[1]["t"])
     assert 1 - sparsity["t"] == pytest.approx(active * (1 - share / matrices), rel=0.03)
     assert read["t"] == pytest.approx(1 - sparsity["t"] + own)
-    experts = expert_sparsity(cut.sites[0], 0.5, share)
+    experts = expert_sparsity(site, 0.5, share)
     assert (1 - experts) * (1 - share / matrices) == pytest.approx(0.5)
-    cut.take_off()
+    ltepass.set_hidden_sparsity(model, 0.0, [])
     assert torch.equal(model(text).logits, plain)
     assert ppl["t"] > 1
 
