@@ -166,6 +166,7 @@ PUBLIC = [
     "measure_sparsity",
     "remove",
     "report",
+    "set_hidden_sparsity",
     "set_mode",
     "set_sparsity",
     "transform",

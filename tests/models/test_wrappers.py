@@ -108,7 +108,7 @@ def test_a_replica_uses_its_own_router() -> None:
     replica = copy.copy(model.model.decoder.layers[0])
     replica._modules = {k: copy.copy(m) for k, m in replica._modules.items()}
     router = replica._modules["router"]
-    router._buffers = {k: b.clone() for k, b in router._buffers.items()}
+    router._buffers = {k: b if b is None else b.clone() for k, b in router._buffers.items()}
     router.threshold.fill_(torch.inf)
     x = torch.randn(1, 5, 24)
     ours = replica(x, attention_mask=None)[0]
