@@ -63,9 +63,10 @@ class Launched:
 
     @property
     def variant(self) -> str:
+        prefixes = ("BLOCK", "STAGES", "stride", *(["HAS_CUT"] if ("HAS_CUT", True) in self.constants else []))
         names = {"GROUP", "ACT", "GATED", "SPLITS", "UNION", "TF32", "PDL", "EXPERTS"}
         shown = ((k, int(v) if isinstance(v, bool) else v) for k, v in self.constants)
-        return " ".join(f"{k}={v}" for k, v in shown if k in names or k.startswith(("BLOCK", "STAGES", "stride")))
+        return " ".join(f"{k}={v}" for k, v in shown if k in names or k.startswith(prefixes))
 
     @property
     def row_key(self) -> tuple[str, ...]:
@@ -82,6 +83,9 @@ def launched(target: str) -> tuple[Launched, ...]:
     for dtype, activation, group_size, gated, by_neuron, (n_tokens, density) in axes:
         args = _operands(dtype, activation, group_size, gated, by_neuron, n_tokens)
         found.update(dict.fromkeys(_record(args, density, TARGETS[target][1])))
+        if activation == "silu":  # a cut comes after any activation
+            cut = torch.empty((), device="meta")
+            found.update(dict.fromkeys(_record((*args, cut), density, TARGETS[target][1])))
     if target == "sm_90":  # what a measured row of the tuning table may ask for there
         plain = [n for n in found if ("PDL", 0) in n.constants and dict(n.constants).get("ACT", "silu") == "silu"]
         found.update(dict.fromkeys(_overlapping(launch) for launch in plain))

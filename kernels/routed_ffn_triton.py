@@ -17,7 +17,7 @@ from torch.nn import functional as F  # noqa: N812 -- the name everybody uses
 
 from ltepass.kernels import reference, tuning
 from ltepass.kernels.triton_batch import down_many, gate_up_many, router_many
-from ltepass.kernels.triton_call import NAMES, Call
+from ltepass.kernels.triton_call import Call
 from ltepass.kernels.triton_common import plan_size
 from ltepass.kernels.triton_decode import down_one, gate_up_one, router_one
 from ltepass.kernels.triton_prefill import gate_up_grouped, mask_hidden, partition_tokens
@@ -26,18 +26,13 @@ MAX_SPLITS = 32  # parts of y that the last arriver adds: its loads are unrolled
 DOT = 16  # the smallest side of a tile on matrix units
 
 
-def _defined_only(args: tuple[Any, ...]) -> bool:
-    """No kernel here computes it: float64, and a cut of hidden units."""
-    return args[0].dtype == torch.float64 or any(cut is not None for cut in args[len(NAMES) + 1 :])
-
-
 def routed_ffn(*args: Any) -> Tensor:
     """The op's arguments in the order of its schema; x [..., d_model] -> [..., d_out], on x's GPU and current stream.
 
-    float32, float16 and bfloat16 run on kernels; float64 (gradcheck) and hidden units with a cut run the definition.
+    float32, float16 and bfloat16 run on kernels, float64 (gradcheck) runs the definition.
     """
     x, threshold = args[0], args[3]
-    if _defined_only(args):
+    if args[0].dtype == torch.float64:
         return reference.routed_ffn(*args)
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         return run(Call.of(args, launcher=lambda kernel: kernel), tuning.density_of(threshold))
@@ -48,7 +43,7 @@ def routed_ffn_traceable(*args: Any) -> Tensor:
 
     The density is what `tuning.assume_density` says: a traced threshold has no address to look it up by.
     """
-    if _defined_only(args):
+    if args[0].dtype == torch.float64:
         return reference.routed_ffn(*args)
     return run(Call.of(args, launcher=torch.library.wrap_triton), tuning.assumed_density())
 
@@ -79,7 +74,7 @@ def one(c: Call) -> Tensor:
     grid = (c.n_experts * (1 + triton.cdiv(c.group_size, g["BLOCK_N"])),)
     c.launch(gate_up_one, gate_up, g, grid, **c.gate_up_args(), plan=plan, h=h)
     outputs = {"h": h, "plan": plan, "partial": parts_of(c, splits, h), "y": y, "SPLITS": splits}
-    c.launch(down_one, down, d, (n_tiles, splits), **c.down_args(), **outputs)
+    c.launch(down_one, down, d, (n_tiles, splits), **c.down_args(), HAS_CUT=c.cut is not None, **outputs)
     return y
 
 
@@ -130,7 +125,9 @@ def dense(c: Call) -> Tensor:
     grid = (triton.cdiv(c.n_tokens, blocks["BLOCK_T"]), triton.cdiv(c.d_ff, blocks["BLOCK_N"]))
     sizes = {"n_tokens": c.n_tokens, "d_ff": c.d_ff}
     constants = {"GROUP": c.group_size, "ACT": c.activation, "GATED": c.gate is not None}
-    c.launch(mask_hidden, tuned, blocks, grid, up=up, gate=gate, mask=mask_of(c), h=h, **sizes, **constants)
+    c.launch(
+        mask_hidden, tuned, blocks, grid, up=up, gate=gate, mask=mask_of(c), h=h, **c.cut_args(), **sizes, **constants
+    )
     return F.linear(h, c.down, c.down_bias)
 
 

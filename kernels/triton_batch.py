@@ -106,6 +106,7 @@ def gate_up_many(
     up_bias,
     gate,
     gate_bias,
+    cut,
     mask,
     plan,
     h,
@@ -119,6 +120,7 @@ def gate_up_many(
     GROUP: tl.constexpr,
     ACT: tl.constexpr,
     GATED: tl.constexpr,
+    HAS_CUT: tl.constexpr,
     HAS_UP_BIAS: tl.constexpr,
     HAS_GATE_BIAS: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -159,7 +161,7 @@ def gate_up_many(
         if HAS_GATE_BIAS:
             gate_NT += tl.load(gate_bias + row_N, mask=live_N, other=0.0).to(tl.float32)[:, None]
         wants_T = tl.load(mask + expert.to(tl.int64) * n_tokens + token_T, mask=live_T, other=0)
-        h_NT = tl.where(wants_T[None, :] != 0, hidden_units(up_NT, gate_NT, ACT, GATED), 0.0)
+        h_NT = tl.where(wants_T[None, :] != 0, hidden_units(up_NT, gate_NT, cut, ACT, GATED, HAS_CUT), 0.0)
         at_NT = token_T.to(tl.int64)[None, :] * (n_experts * GROUP) + row_N[:, None]
         tl.store(h + at_NT, h_NT.to(h.dtype.element_ty), mask=live_N[:, None] & live_T[None, :])
 

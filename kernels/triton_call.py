@@ -34,6 +34,7 @@ class Call:
     down: Tensor
     down_bias: Tensor | None
     activation: str
+    cut: Tensor | None
     leading: tuple[int, ...]
     launcher: Launcher
     device: str
@@ -61,6 +62,7 @@ class Call:
             traced=launcher is torch.library.wrap_triton,
             device=tuning.device_name(x.device) if device is None else device,
             activation=args[len(NAMES)],
+            cut=args[len(NAMES) + 1] if len(args) > len(NAMES) + 1 else None,
             **given,
         )
 
@@ -120,7 +122,11 @@ class Call:
             "GATED": self.gate is not None,
             "HAS_UP_BIAS": self.up_bias is not None,
             "HAS_GATE_BIAS": self.gate_bias is not None,
+            **self.cut_args(),
         }
+
+    def cut_args(self) -> dict[str, Any]:
+        return {"cut": self.x if self.cut is None else self.cut, "HAS_CUT": self.cut is not None}
 
     def down_args(self) -> dict[str, Any]:
         return {

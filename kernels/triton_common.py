@@ -53,11 +53,16 @@ def activate(v, ACT: tl.constexpr):
 
 
 @jit
-def hidden_units(up, gate, ACT: tl.constexpr, GATED: tl.constexpr):
-    """fp32 sums of the two linears -> hidden units, still fp32: rounding happens once, when they are stored."""
+def hidden_units(up, gate, cut, ACT: tl.constexpr, GATED: tl.constexpr, HAS_CUT: tl.constexpr):
+    """fp32 sums of the two linears -> hidden units, still fp32: rounding happens once, when they are stored.
+
+    Units of a size up to the cut are 0; NaN is not small.
+    """
     out = activate(gate if GATED else up, ACT)
     if GATED:
         out *= up
+    if HAS_CUT:
+        out = tl.where(tl.abs(out) <= tl.load(cut), 0.0, out)
     return out
 
 

@@ -81,6 +81,7 @@ def gate_up_one(
     up_bias,
     gate,
     gate_bias,
+    cut,
     plan,
     h,
     n_experts,
@@ -92,6 +93,7 @@ def gate_up_one(
     GROUP: tl.constexpr,
     ACT: tl.constexpr,
     GATED: tl.constexpr,
+    HAS_CUT: tl.constexpr,
     HAS_UP_BIAS: tl.constexpr,
     HAS_GATE_BIAS: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -129,7 +131,7 @@ def gate_up_one(
             up_N += tl.load(up_bias + row_N, mask=live_N, other=0.0).to(tl.float32)
         if HAS_GATE_BIAS:
             gate_N += tl.load(gate_bias + row_N, mask=live_N, other=0.0).to(tl.float32)
-        tl.store(h + row_N, hidden_units(up_N, gate_N, ACT, GATED).to(h.dtype.element_ty), mask=live_N)
+        tl.store(h + row_N, hidden_units(up_N, gate_N, cut, ACT, GATED, HAS_CUT).to(h.dtype.element_ty), mask=live_N)
 
 
 @jit
@@ -146,13 +148,17 @@ def down_one(
     stride_dn,
     GROUP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_CUT: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """y = down[:, active] . h[active] + bias. Grid: (cdiv(d_out, BLOCK_O), SPLITS). Either stride of down may be 1."""
+    """y = down[:, active] . h[active] + bias. Grid: (cdiv(d_out, BLOCK_O), SPLITS). Either stride of down may be 1.
+
+    With a cut, weights of units that are 0 are not read: bytes saved where a neuron's weights lie side by side.
+    """
     wait_for_previous(PDL)
     tile, split = tl.program_id(0), tl.program_id(1)
     out_O = tile * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -163,6 +169,8 @@ def down_one(
     for chunk in tl.range(first, end, num_stages=STAGES):
         neuron_K, live_K = chunk_neurons(plan, n_experts, chunk, parts, GROUP, BLOCK_K)
         h_K = tl.load(h + neuron_K, mask=live_K, other=0.0).to(tl.float32)
+        if HAS_CUT:
+            live_K &= h_K != 0
         at_OK = out_O.to(tl.int64)[:, None] * stride_do + neuron_K[None, :] * stride_dn
         live_OK = live_O[:, None] & live_K[None, :]
         w_OK = tl.load(down + at_OK, mask=live_OK, other=0.0, eviction_policy="evict_first")

@@ -38,6 +38,7 @@ def gate_up_grouped(
     up_bias,
     gate,
     gate_bias,
+    cut,
     tokens,
     counts,
     h,
@@ -51,6 +52,7 @@ def gate_up_grouped(
     GROUP: tl.constexpr,
     ACT: tl.constexpr,
     GATED: tl.constexpr,
+    HAS_CUT: tl.constexpr,
     HAS_UP_BIAS: tl.constexpr,
     HAS_GATE_BIAS: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -91,7 +93,7 @@ def gate_up_grouped(
         up_TN += tl.load(up_bias + row_N, mask=live_N, other=0.0).to(tl.float32)[None, :]
     if HAS_GATE_BIAS:
         gate_TN += tl.load(gate_bias + row_N, mask=live_N, other=0.0).to(tl.float32)[None, :]
-    h_TN = tl.where(wants_T[:, None], hidden_units(up_TN, gate_TN, ACT, GATED), 0.0)
+    h_TN = tl.where(wants_T[:, None], hidden_units(up_TN, gate_TN, cut, ACT, GATED, HAS_CUT), 0.0)
     at_TN = token_T[:, None] * (n_experts * GROUP) + row_N[None, :]
     tl.store(h + at_TN, h_TN.to(h.dtype.element_ty), mask=live_T[:, None] & live_N[None, :])
 
@@ -100,6 +102,7 @@ def gate_up_grouped(
 def mask_hidden(
     up,
     gate,
+    cut,
     mask,
     h,
     n_tokens,
@@ -107,6 +110,7 @@ def mask_hidden(
     GROUP: tl.constexpr,
     ACT: tl.constexpr,
     GATED: tl.constexpr,
+    HAS_CUT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -121,5 +125,5 @@ def mask_hidden(
         gate_TN = tl.load(gate + at_TN, mask=live_TN, other=0.0).to(tl.float32)
     mask_at_TN = (neuron_N // GROUP).to(tl.int64)[None, :] * n_tokens + token_T[:, None]
     wants_TN = tl.load(mask + mask_at_TN, mask=live_TN, other=0) != 0
-    h_TN = tl.where(wants_TN, hidden_units(up_TN, gate_TN, ACT, GATED), 0.0)
+    h_TN = tl.where(wants_TN, hidden_units(up_TN, gate_TN, cut, ACT, GATED, HAS_CUT), 0.0)
     tl.store(h + at_TN, h_TN.to(h.dtype.element_ty), mask=live_TN)

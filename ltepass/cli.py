@@ -113,6 +113,9 @@ def train(
     distill: Annotated[float, typer.Option(help="Weight of the KL to the dense model, instead of labels.")] = 0.0,
     union: Annotated[float, typer.Option(help="Coefficient by which neighbouring tokens share experts.")] = 0.0,
     budget: Annotated[str, typer.Option(help="layer (each meets the target) or model (their mean).")] = "layer",
+    hidden_sparsity: Annotated[
+        float, typer.Option(help="Share of active neurons that the down projection leaves out too.")
+    ] = 0.0,
     seed: Seed = 0,
     device: Device = "cpu",
 ) -> None:
@@ -131,6 +134,7 @@ def train(
         soft_steps=soft_steps,
         warm_start=warm_start,
         budget=budget,  # type: ignore[arg-type]  # checked by LTEConfig
+        hidden_sparsity=hidden_sparsity,
         stages={
             "trainable": trainable,
             "straight_through": straight_through,

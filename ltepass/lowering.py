@@ -21,7 +21,6 @@ from ltepass.errors import ConfigError, LoweredError, LoweringError
 from ltepass.inline import SparseDown, attach
 from ltepass.ops import routed_ffn
 from ltepass.passes.insert_routers import inline_site, insert_gates, relative
-from ltepass.passes.lower_routed_ffn import NO_CUT_KERNEL
 from ltepass.regenerate import forwards_of, original_class, regenerate, trace_owner
 from ltepass.removal import require_not_lowered
 from ltepass.router import Router
@@ -97,9 +96,6 @@ def why_not(model: nn.Module, site: FFNSite) -> str | None:
     """Why a site stays masked-dense, or None where the op computes just what the site computes."""
     if site.activation.startswith("custom"):
         return f"no kernel knows its activation {site.activation}"
-    cut = router_of(model, site).cut
-    if cut is not None and cut.device.type not in ("cpu", "meta"):
-        return NO_CUT_KERNEL
     rows = {site.up_rows, site.gate_rows, site.up_bias, site.gate_bias, site.down_rows}
     extra = [r.param for r in site.neurons if r not in rows]
     if extra:

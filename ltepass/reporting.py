@@ -106,6 +106,8 @@ def _tables(report: Report) -> Iterator[Any]:
     for alike in alike_sites(report.sites, report.modes):
         table.add_row(*_row(alike, report))
     yield table
+    if share := report.config.get("hidden_sparsity"):
+        yield Text(f"of active neurons, the smallest {share:.0%} are left out of the down projection (hidden_sparsity)")
     if report.refusals:
         yield refusals_table(report.refusals)
     for line in (*report.notes, *report.paths):

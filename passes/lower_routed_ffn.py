@@ -29,8 +29,6 @@ from ltepass.dataflow import (
 )
 from ltepass.match import Miss, Region, Rows, down_rows, match_down
 
-NO_CUT_KERNEL = "only the CPU's kernels leave out single hidden units (set_hidden_sparsity)"
-
 
 @dataclass(frozen=True, kw_only=True)
 class LowerRoutedFFN:
@@ -87,7 +85,7 @@ def _lower(flow: Flow, region: Region) -> str | None:
     _, scores, threshold, soft, *cut = gate.args
     assert isinstance(scores, Node)
     router = flow.linear(strip_identity(scores))
-    reason = _why_not(region, router, bool(soft), bool(cut))
+    reason = _why_not(region, router, bool(soft))
     if reason is not None:
         return reason
     assert router is not None
@@ -118,14 +116,12 @@ def _lower(flow: Flow, region: Region) -> str | None:
     return None
 
 
-def _why_not(region: Region, router: Linear | None, soft: bool, cut: bool) -> str | None:
+def _why_not(region: Region, router: Linear | None, soft: bool) -> str | None:
     standard = {region.up.rows, region.up.bias, down_rows(region.down)}
     standard |= {region.gate.rows, region.gate.bias} if region.gate else set()
     x = region.up.linear.x
     if soft:
         return "a soft gate: every expert is active"
-    if cut and value(x).device.type != "cpu":
-        return NO_CUT_KERNEL
     if not region.lowerable:
         return f"no kernel knows its activation {region.activation}"
     if any(r not in standard for r in region.neurons):

@@ -67,6 +67,9 @@ def test_every_contender_computes_what_it_claims(gated: bool) -> None:
         keep = a.abs() >= a.abs().flatten().sort(descending=True).values[shape.d_ff // 2 - 1]
         kept = (a * (d.x @ w.up.T) * keep) @ w.down.T
         same["gate-first"] = (cases.gate_first(shape, weights, 0.5), kept)
+    h = reference.masked_ffn(d.x, d.active, w.up, None, w.gate, None, torch.eye(shape.d_ff), None, "silu")
+    largest = h.abs() >= h.abs().flatten().sort(descending=True).values[round(0.4 * shape.d_ff / 2) - 1]
+    same["small units cut"] = (cases.routed(shape, weights, 0.5, hidden=0.6), (h * largest) @ w.down.T)
     for name, (call, expected) in same.items():
         torch.testing.assert_close(call(1), expected, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 import ltepass
 from ltepass.cli import app, main
 from ltepass.errors import ConfigError
-from ltepass.models import call_by_name
+from ltepass.models import call_by_name, load
+from ltepass.sites import routers_of
 
 COMMANDS = {"demo", "inspect", "coverage", "train", "eval", "bench", "generate", "serve", "report"}
 CONFIG = LlamaConfig(
@@ -140,6 +141,7 @@ def test_train_eval_and_generate_follow_each_other(dense_folder: Path, tmp_path:
     text.write_text(" ".join(f"w{(i * 7 + i // 9) % 61}" for i in range(800)))
     common = ["--length", "20"]
     shown = run("train", str(dense_folder), str(text), "--out", str(out), "--steps", "4", "--group-size", "12", *common)
+    assert "left out of the down projection" not in shown
     assert "2 FFN sites" in shown
     assert "not measured" not in shown
     shown = run("eval", str(out), str(text), "--limit", "3", *common)
@@ -163,6 +165,10 @@ def test_train_takes_the_stages_options_and_eval_shows_the_curve(dense_folder: P
     shown = run("eval", str(out), str(text), "--length", "20", "--sparsities", "0.2,0.8")
     assert "set_sparsity 0.2" in shown
     assert "set_sparsity 0.8" in shown
+    cut = ["--hidden-sparsity", "0.4", *options]
+    shown = run("train", str(dense_folder), str(text), "--out", str(out / "cut"), "--group-size", "12", *cut)
+    assert "the smallest 40% are left out of the down projection" in " ".join(shown.split())
+    assert all(router.cut > 0 for router in routers_of(load(str(out / "cut"))))
     with pytest.raises(ConfigError, match="trainable is 'some'"):
         run("train", str(dense_folder), str(text), "--out", str(out), "--trainable", "some", *options[:2])
 

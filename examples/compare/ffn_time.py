@@ -3,9 +3,10 @@
     python examples/compare/ffn_time.py --results examples/results/frontier_time.csv          SmolLM2-135M's shape
 
 Every way takes turns with the others, its weights cold, as in `ltepass bench op`. LTE and every other method that picks
-experts with a linear router run on our kernel. MoEfication's network runs in PyTorch, and the experts it chose on our
-kernel (which reads a router of its own as well, 4 % of the bytes at groups of 8). Deja Vu, CATS and TEAL are a few
-lines of PyTorch each: their authors' kernels are for GPUs; measured here is what one can run on a CPU today.
+experts with a linear router run on our kernel, `lte+teal` with a cut as in its rows. MoEfication's network runs in
+PyTorch, and the experts it chose on our kernel (which reads a router of its own as well, 4 % of the bytes at groups of
+8). Deja Vu, CATS and TEAL are a few lines of PyTorch each: their authors' kernels are for GPUs; measured here is what
+one can run on a CPU today.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Annotated
 
 import torch
 import typer
+from hidden_cut import SHARE, expert_sparsity
 from torch import Tensor, nn
 
 from ltepass.bench import cases
@@ -54,6 +56,7 @@ def contenders(shape: Shape) -> dict[tuple[str, float], Contender]:
     }
     for s in SPARSITIES:
         out["routed", s] = cases.routed(shape, weights, s)
+        out["routed, small units cut", s] = cases.routed(shape, weights, expert_sparsity(3, s), hidden=SHARE)
         out["gate-first", s] = cases.gate_first(shape, weights, s)
         out["single neurons", s] = cases.single_neurons(shape, turned, s)
         out["predicted experts", s] = predicted(shape, weights, s, min(128, shape.d_model), neurons=False)

@@ -26,7 +26,7 @@ import models
 import torch
 import typer
 from frontier_rows import Rows, write_plot, write_table
-from hidden_cut import SHARE, expert_sparsity, measure_cut
+from hidden_cut import SHARE, expert_sparsity, measure_cut, n_matrices
 from methods import RULES
 from rule_hooks import Ruled, Samples, collect
 from study import (
@@ -207,7 +207,7 @@ class Frontier(Workshop):
         folder = self.work / f"{cell.method}-{self.name}-{cell.sparsity:g}-{cell.seed}"
         model = copy.deepcopy(self.prepared("base", cell.seed))
         hidden = SHARE if cell.method == "lte+teal" else 0.0
-        model = retarget(model, expert_sparsity(model._lte.sites[0], cell.sparsity, hidden))
+        model = retarget(model, expert_sparsity(n_matrices(model._lte.sites[0]), cell.sparsity, hidden))
         options: dict[str, Any] = {"recipe": self.preset.recipe, "hidden": hidden}
         model, _ = tune_lte(model, data, self.budget, folder / "log", cell.seed, **options)
         model.save_pretrained(folder)

@@ -16,9 +16,9 @@ from ltepass.sites import FFNSite
 SHARE = 0.55  # of the active experts' hidden units: of .4, .55 and .7 the best on SmolLM2 at 50 % (preset cpu)
 
 
-def expert_sparsity(site: FFNSite, sparsity: float, share: float = SHARE) -> float:
-    """What routers may leave out, so that with the cut the FFN is at `sparsity`."""
-    return 1.0 - (1.0 - sparsity) / (1.0 - share / n_matrices(site))
+def expert_sparsity(matrices: int, sparsity: float, share: float = SHARE) -> float:
+    """What routers may leave out, so that with the cut the FFN of 2 or 3 matrices is at `sparsity`."""
+    return 1.0 - (1.0 - sparsity) / (1.0 - share / matrices)
 
 
 def n_matrices(site: FFNSite) -> int:

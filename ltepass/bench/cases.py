@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,15 +92,31 @@ def decide(shape: Shape, sparsity: float, seed: int = 0) -> Decision:
     return Decision(x=x, router=router, active=active)
 
 
-def routed(shape: Shape, weights: list[Weights], sparsity: float, *, row_major: bool = False) -> Contender:
-    """The op as a lowered module calls it; sparsity 0 has every expert on. Each copy of the weights has a router."""
+def routed(
+    shape: Shape, weights: list[Weights], sparsity: float, *, hidden: float = 0.0, row_major: bool = False
+) -> Contender:
+    """The op as a lowered module calls it; sparsity 0 has every expert on. Each copy of the weights has a router.
+
+    hidden: share of the active experts' hidden units that a cut leaves out of down.
+    """
     d = decide(shape, sparsity)
     threshold = torch.tensor(0.0)
-    calls = []
+    calls: list[tuple[Any, ...]] = []
     for w in weights:
         down = w.down_rows if row_major else w.down
-        calls.append((d.x, d.router.clone(), None, threshold, w.up, None, w.gate, None, down, None, shape.activation))
+        call = (d.x, d.router.clone(), None, threshold, w.up, None, w.gate, None, down, None, shape.activation)
+        calls.append((*call, _cut(w, d, shape, hidden)) if hidden else call)
     return lambda i: routed_ffn(*calls[i % len(calls)])
+
+
+def _cut(weights: Weights, decision: Decision, shape: Shape, share: float) -> Tensor:
+    """[] fp32: this share of the active experts' hidden units is smaller. Between two sizes: rounding moves none."""
+    act, x = ACTIVATIONS[shape.activation], decision.x
+    h = F.linear(x, weights.up)
+    h = act(h) if weights.gate is None else act(F.linear(x, weights.gate)) * h
+    sizes = h.unflatten(-1, (shape.n_experts, -1))[decision.active].abs().float().flatten().sort().values
+    at = max(round(share * len(sizes)), 1)
+    return torch.mean(sizes[at - 1 : at + 1])
 
 
 def call_alone() -> Contender:

@@ -16,7 +16,8 @@ MARGIN = 1e-2  # logits keep this distance from the threshold, so that rounding 
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """layout: "rows" as nn.Linear keeps it; "fused" up and gate interleaved in one weight; "neuron" up, gate and down
-    with one contiguous run per neuron of down and per input of up (Conv1D)."""
+    with one contiguous run per neuron of down and per input of up (Conv1D); cut: share of the active experts' hidden
+    units that a cut leaves out, None for no cut."""
 
     T: int = 1
     d_model: int = 63
@@ -30,6 +31,7 @@ class Case:
     layout: str = "rows"
     density: float = 0.5
     margin: float = MARGIN
+    cut: float | None = None
     seed: int = 0
 
     def __str__(self) -> str:
@@ -54,9 +56,28 @@ def make(case: Case, device: str = "cpu") -> tuple[Any, ...]:
     up_bias, gate_bias, down_bias = (torch.randn(n).to(dtype) if case.bias else None for n in (f, f, o))
     if gate is None:
         gate_bias = None
-    args = (x, router_weight, router_bias, threshold, up, up_bias, gate, gate_bias, down, down_bias)
+    tensors = (x, router_weight, router_bias, threshold, up, up_bias, gate, gate_bias, down, down_bias)
     # a transposed view stays one on its way to a device
-    return (*(None if t is None else t.to(device) for t in args), case.activation)
+    args = (*(None if t is None else t.to(device) for t in tensors), case.activation)
+    return args if case.cut is None else (*args, _cut(hidden(args).abs(), case.cut).to(device))
+
+
+def hidden(args: tuple[Any, ...]) -> Tensor:
+    """Hidden units in float64, [T, d_ff], 0 for those of inactive experts."""
+    wide = [a.double() if isinstance(a, Tensor) else a for a in args[:8]]
+    eye = torch.eye(args[4].shape[0], dtype=torch.float64, device=args[0].device)
+    return reference.routed_ffn(*wide, eye, None, args[10])
+
+
+def _cut(sizes: Tensor, share: float) -> Tensor:
+    """Near the quantile, in the widest gap close by, so that rounding moves no unit across."""
+    ordered = sizes[sizes > 0].sort().values
+    if len(ordered) < 2:
+        return torch.tensor(0.1)
+    at = int(share * len(ordered))
+    near = ordered[max(at - 8, 0) : at + 9]
+    widest = int((near[1:] / near[:-1]).argmax())
+    return (near[widest] * near[widest + 1]).sqrt().float()
 
 
 def _up_and_gate(case: Case, f: int, d: int) -> tuple[Tensor, Tensor | None]:

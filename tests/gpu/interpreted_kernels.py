@@ -177,6 +177,41 @@ def test_the_threshold_is_read_on_every_call() -> None:
     assert torch.equal(routed_ffn(*args)[0], args[9])
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("layout", ["rows", "fused", "neuron"])
+def test_hidden_units_up_to_a_cut_are_left_out(path: str, layout: str) -> None:
+    T, density = PATHS[path]
+    check(Case(T=T, layout=layout, cut=0.6), density)
+    args = ffn_cases.make(Case(T=T, layout=layout, cut=0.6))
+    whole = run(args[:11], density)
+    assert (run(args, density) - whole).abs().max() > 1e-3
+    assert torch.equal(run((*args[:11], torch.tensor(-1.0)), density), whole)  # negative: none is small
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("T", [1, 2])  # of few units, so that rounding moves none across the cut
+def test_a_cut_in_16_bits(T: int, dtype: torch.dtype) -> None:
+    check(Case(T=T, dtype=dtype, layout="neuron", cut=0.6))
+
+
+def test_one_token_reads_no_weight_of_down_whose_hidden_unit_is_cut() -> None:
+    args = list(ffn_cases.make(Case(T=1, layout="neuron", cut=0.6)))
+    clean, sizes = routed_ffn(*args), ffn_cases.hidden(tuple(args))[0].abs()
+    args[8] = args[8].clone()
+    args[8][:, sizes < 0.9 * args[11]] = float("nan")
+    assert torch.equal(routed_ffn(*args), clean)
+    args[8][:, sizes > 1.1 * args[11]] = float("nan")
+    assert routed_ffn(*args).isnan().all()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_nan_is_not_small(path: str) -> None:
+    T, density = PATHS[path]
+    args = list(ffn_cases.make(Case(T=T, density=1.0, cut=0.5)))
+    args[4][3, 5] = float("nan")  # of one neuron's up weights
+    assert run(tuple(args), density).isnan().all()
+
+
 def test_float64_runs_the_definition_and_mixed_dtypes_are_refused() -> None:
     args = ffn_cases.make(Case(T=3))
     wide = tuple(a.double() if isinstance(a, torch.Tensor) else a for a in args)
@@ -195,6 +230,7 @@ def cases(draw: st.DrawFn) -> tuple[Case, float | None]:
     more = {
         "layout": draw(st.sampled_from(["rows", "fused", "neuron"])),
         "density": draw(st.sampled_from([0.0, 0.3, 1.0])),
+        "cut": draw(st.sampled_from([None, 0.3, 0.8])),
     }
     return Case(T=T, **sizes, **dict(zip(("activation", "gated", "bias"), kinds, strict=True)), **more), density
 

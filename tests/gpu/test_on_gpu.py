@@ -68,6 +68,13 @@ def test_every_group_size(group_size: int) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("layout", ["rows", "neuron"])
+def test_hidden_units_up_to_a_cut_are_left_out(path: str, layout: str) -> None:
+    T, density = PATHS[path]
+    check(Case(T=T, layout=layout, cut=0.6), density)
+
+
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("active", [0.0, 1.0])
 def test_no_expert_and_all_experts(path: str, active: float) -> None:
     T, density = PATHS[path]

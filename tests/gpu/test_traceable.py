@@ -42,20 +42,33 @@ def _a_gpu_to_compile_for() -> Iterator[None]:
     driver._active = before
 
 
-def operands(T: int, device: str) -> tuple[Any, ...]:
+def operands(T: int, device: str, cut: bool = False) -> tuple[Any, ...]:
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
     fp32 = torch.float32
     router = (empty(8, 60, dtype=fp32), None, empty(dtype=fp32))
-    return (empty(T, 60), *router, empty(240, 60), None, empty(240, 60), None, empty(50, 240), None, "silu")
+    return (
+        empty(T, 60),
+        *router,
+        empty(240, 60),
+        None,
+        empty(240, 60),
+        None,
+        empty(50, 240),
+        None,
+        "silu",
+        *([empty(dtype=fp32)] if cut else []),
+    )
 
 
-def compiled_graph(T: int, device: str, density: float | None = None, n_calls: int = 1) -> torch.fx.Graph:
+def compiled_graph(
+    T: int, device: str, density: float | None = None, n_calls: int = 1, cut: bool = False
+) -> torch.fx.Graph:
     """The graph that inductor is given for relu(op(...))."""
     mode = FakeTensorMode()
     with mode:
-        args = operands(T, device)
+        args = operands(T, device, cut)
         tensors = [a for a in args if isinstance(a, Tensor)]
 
     def model(*given: Tensor) -> tuple[Tensor, ...]:
@@ -81,9 +94,10 @@ def launches(graph: torch.fx.Graph) -> list[set[str]]:
 
 
 @pytest.mark.parametrize("path", WRITTEN)
-def test_inductor_sees_each_launch_and_what_it_writes(path: str) -> None:
+@pytest.mark.parametrize("cut", [False, True])
+def test_inductor_sees_each_launch_and_what_it_writes(path: str, cut: bool) -> None:
     T, density, written = WRITTEN[path]
-    graph = compiled_graph(T, "cuda:0", density)
+    graph = compiled_graph(T, "cuda:0", density, cut=cut)
     assert launches(graph) == written
     assert not [n for n in graph.nodes if "ltepass" in str(n.target)]
 
