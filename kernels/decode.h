@@ -15,10 +15,10 @@ constexpr int ROWS = 8;
 // How far ahead of the arithmetic each row is fetched; past its end, the head of the row that follows in its lane.
 constexpr int64_t AHEAD_BYTES = 512;
 
-// Walks R rows of n elements in cache lines. step(k) handles one vector at k, rest(k) the last n % W elements.
+// Walks R rows of n elements in cache lines. step(k) handles STEP elements at k, rest(k) the last n % STEP.
 template <class E, int R, class Step, class Rest>
 inline void walk(const typename E::T* const* rows, const typename E::T* const* next, int64_t n, Step&& step, Rest&& rest) {
-  constexpr int64_t LINE = std::max<int64_t>(64 / sizeof(typename E::T), W);
+  constexpr int64_t LINE = std::max<int64_t>(64 / sizeof(typename E::T), STEP<E>);
   const int64_t ahead = std::min<int64_t>(AHEAD_BYTES / sizeof(typename E::T), n);
   auto stretch = [&](int64_t from, int64_t to, const typename E::T* const* target, int64_t shift) {
     const typename E::T* fetch[R];
@@ -26,45 +26,57 @@ inline void walk(const typename E::T* const* rows, const typename E::T* const* n
     int64_t k = from;
     for (; k + LINE <= to; k += LINE) {
       for (int r = 0; r < R; r++) __builtin_prefetch(fetch[r] + k, 0, 2);
-      for (int64_t u = 0; u < LINE; u += W) step(k + u);
+      for (int64_t u = 0; u < LINE; u += STEP<E>) step(k + u);
     }
     return k;
   };
   int64_t k = stretch(0, n - ahead, rows, ahead);
   k = stretch(k, n, next, ahead - n);
-  for (; k + W <= n; k += W) step(k);
+  for (; k + STEP<E> <= n; k += STEP<E>) step(k);
   if (k < n) rest(k);
 }
 
-// out[r] = rows[r] . x, x padded with zeros to whole vectors.
+// out[r] = rows[r] . x, x in the order of load_parts, padded with zeros to whole STEPs.
 template <class E, int R>
 inline void dot_rows(const typename E::T* const* rows, const typename E::T* const* next, const float* x, int64_t n, float* out) {
   vf acc[R] = {};
-  auto step = [&](int64_t k) {
-    const vf xv = load(x + k);
-    for (int r = 0; r < R; r++) acc[r] += E::load(rows[r] + k) * xv;
+  auto add = [&](int64_t k, auto&& parts) {
+    vf xv[E::PARTS], wv[E::PARTS];
+    for (int i = 0; i < E::PARTS; i++) xv[i] = load(x + k + i * W);
+    for (int r = 0; r < R; r++) {
+      parts(rows[r] + k, wv);
+      for (int i = 0; i < E::PARTS; i++) acc[r] += wv[i] * xv[i];
+    }
   };
+  auto step = [&](int64_t k) { add(k, E::load_parts); };
   auto rest = [&](int64_t k) {
-    for (int r = 0; r < R; r++) acc[r] += load_part<E>(rows[r] + k, n - k) * load(x + k);
+    add(k, [&](const typename E::T* row, vf* wv) { load_last_parts<E>(row, n - k, wv); });
   };
   walk<E, R>(rows, next, n, step, rest);
   for (int r = 0; r < R; r++) out[r] = hsum(acc[r]);
 }
 
-// y[k] += sum over r of h[r] * rows[r][k]
+// y[k] += sum over r of h[r] * rows[r][k], y in the order of load_parts.
 template <class E, int R>
 inline void add_rows(const typename E::T* const* rows, const typename E::T* const* next, const float* h, float* y, int64_t n) {
   vf hv[R];
   for (int r = 0; r < R; r++) hv[r] = splat(h[r]);
-  auto step = [&](int64_t k) {
-    vf acc = load(y + k);
-    for (int r = 0; r < R; r++) acc += hv[r] * E::load(rows[r] + k);
-    store(y + k, acc);
+  auto add = [&](float* to, int64_t k, auto&& parts) {
+    vf acc[E::PARTS], wv[E::PARTS];
+    for (int i = 0; i < E::PARTS; i++) acc[i] = load(to + i * W);
+    for (int r = 0; r < R; r++) {
+      parts(rows[r] + k, wv);
+      for (int i = 0; i < E::PARTS; i++) acc[i] += hv[r] * wv[i];
+    }
+    for (int i = 0; i < E::PARTS; i++) store(to + i * W, acc[i]);
   };
+  auto step = [&](int64_t k) { add(y + k, k, E::load_parts); };
   auto rest = [&](int64_t k) {
-    vf acc = load_part<F32>(y + k, n - k);
-    for (int r = 0; r < R; r++) acc += hv[r] * load_part<E>(rows[r] + k, n - k);
-    store_part(y + k, acc, n - k);
+    float last[STEP<E>] = {};
+    const size_t bytes = size_t(E::PARTS == 1 ? n - k : STEP<E>) * 4;  // y is padded where its order is another
+    std::memcpy(last, y + k, bytes);
+    add(last, k, [&](const typename E::T* row, vf* wv) { load_last_parts<E>(row, n - k, wv); });
+    std::memcpy(y + k, last, bytes);
   };
   walk<E, R>(rows, next, n, step, rest);
 }
@@ -167,13 +179,13 @@ struct Active {
   }
 };
 
-// h[i] = weight[neuron i of the list] . x for i in [begin, end)
+// h[i] = weight[neuron i of the list] . x for i in [begin, end); placed: x in the order of E::Stream
 template <class E>
 inline void project(const Matrix& w, const Active& active, int64_t begin, int64_t end, int64_t group, const float* x,
-                    int64_t d_model, float* h) {
+                    const float* placed, int64_t d_model, float* h) {
   if (w.col == 1) {
     auto row = [&](int64_t i) { return w.at<E>(active.neurons[i], 0); };
-    dot_list<E>(row, begin, end, x, d_model, h);
+    dot_list<typename E::Stream>(row, begin, end, placed, d_model, h);
     return;
   }
   std::fill(h + begin, h + end, 0.0f);  // whole experts here, see decode()
@@ -185,35 +197,41 @@ inline void project(const Matrix& w, const Active& active, int64_t begin, int64_
   });
 }
 
+// Outputs [begin, end), begin a whole number of STEPs; y: room for them in the order of E::Stream
 template <class E>
 inline void project_down(const Problem& p, const Active& active, const float* h, float* y, int64_t begin, int64_t end) {
-  for (int64_t o = begin; o < end; o++) y[o] = bias_at<E>(p.down_bias, o);
+  using S = typename E::Stream;
+  for (int64_t o = begin; o < end; o++) y[place<S>(o)] = bias_at<E>(p.down_bias, o);
   if (p.down.row == 1) {
     auto row = [&](int64_t i) { return p.down.at<E>(begin, active.neurons[active.live[i]]); };
-    add_list<E>(row, active.live, active.n_live, h, y + begin, end - begin);
+    add_list<S>(row, active.live, active.n_live, h, y + begin, end - begin);
   } else {
     for (int64_t o = begin; o < end; o++)
-      y[o] += dot_stretches<E>(p.down.at<E>(o, 0), active.experts, active.n_experts, p.group, h);
+      y[place<S>(o)] += dot_stretches<E>(p.down.at<E>(o, 0), active.experts, active.n_experts, p.group, h);
   }
 }
 
 template <class E>
 void decode(const Problem& p) {
   Scratch& s = scratch();
-  const int64_t padded = round_up(p.d_model, W);
-  s.reserve(Scratch::bytes_for<float>(padded) + Scratch::bytes_for<float>(p.n_experts) +
-            2 * Scratch::bytes_for<float>(p.d_ff) + Scratch::bytes_for<float>(p.d_out) +
+  using S = typename E::Stream;
+  const int64_t padded = round_up(p.d_model, STEP<S>), padded_out = round_up(p.d_out, STEP<S>);
+  s.reserve(2 * Scratch::bytes_for<float>(padded) + Scratch::bytes_for<float>(p.n_experts) +
+            2 * Scratch::bytes_for<float>(p.d_ff) + Scratch::bytes_for<float>(padded_out) +
             p.threads * Active::bytes(p));
   float* x = s.take<float>(padded);
+  float* placed = S::PARTS == 1 ? x : s.take<float>(padded);
   float* logits = s.take<float>(p.n_experts);
   float* h = s.take<float>(p.d_ff);
   float* gated = s.take<float>(p.d_ff);
-  float* y = std::is_same_v<E, F32> ? static_cast<float*>(p.y) : s.take<float>(p.d_out);
+  float* y = std::is_same_v<E, F32> ? static_cast<float*>(p.y) : s.take<float>(padded_out);
   char* lists = s.take<char>(p.threads * int64_t(Active::bytes(p)));
   const bool whole_experts = p.up.col != 1 || (p.gate.data && p.gate.col != 1);
 
   widen<E>(static_cast<const typename E::T*>(p.x), x, p.d_model);
   std::fill(x + p.d_model, x + padded, 0.0f);
+  if (placed != x)
+    for (int64_t k = 0; k < padded; k++) placed[place<S>(k)] = x[k];
 
 #pragma omp parallel num_threads(p.threads) if (p.threads > 1)
   {
@@ -224,8 +242,8 @@ void decode(const Problem& p) {
     // Every thread makes the same list for itself: cheaper than a second barrier.
     Active active(p, logits, lists + t * Active::bytes(p));
     const auto [a, b] = share(active.n_neurons, whole_experts ? p.group : ROWS, t, of);
-    project<E>(p.up, active, a, b, p.group, x, p.d_model, h);
-    if (p.gate.data) project<E>(p.gate, active, a, b, p.group, x, p.d_model, gated);
+    project<E>(p.up, active, a, b, p.group, x, placed, p.d_model, h);
+    if (p.gate.data) project<E>(p.gate, active, a, b, p.group, x, placed, p.d_model, gated);
     for (int64_t i = a; i < b; i++) {
       h[i] += bias_at<E>(p.up_bias, active.neurons[i]);
       if (p.gate.data) gated[i] += bias_at<E>(p.gate_bias, active.neurons[i]);
@@ -239,7 +257,7 @@ void decode(const Problem& p) {
     const auto [o0, o1] = share(p.d_out, 32, t, of);  // 32 elements: threads write whole cache lines
     project_down<E>(p, active, h, y, o0, o1);
     if (!std::is_same_v<E, F32>)
-      for (int64_t o = o0; o < o1; o++) static_cast<typename E::T*>(p.y)[o] = E::from_float(y[o]);
+      for (int64_t o = o0; o < o1; o++) static_cast<typename E::T*>(p.y)[o] = E::from_float(y[place<S>(o)]);
     if (t == 0 && p.mask) {
       std::fill(p.mask, p.mask + p.n_experts, uint8_t(0));
       for (int64_t i = 0; i < active.n_experts; i++) p.mask[active.experts[i]] = 1;

@@ -25,6 +25,7 @@ typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef float vf_mem __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef uint32_t vu_mem __attribute__((vector_size(W * 4), aligned(2), may_alias));
 typedef uint16_t vh_mem __attribute__((vector_size(W * 2), aligned(2), may_alias));
 
 inline vf splat(float s) { return vf{} + s; }
@@ -76,19 +77,28 @@ inline void add_hsum4(const vf* v, float* out) {
 #endif
 
 // ---- element types: T as stored, load() W of them as fp32, from_float() rounds to nearest even ----
+// Stream: the type as long rows of it are read, PARTS vectors at a time in the order that costs least (see `place`).
 
 struct F32 {
   using T = float;
+  using Stream = F32;
+  static constexpr int PARTS = 1;
   static vf load(const T* p) { return ::load(p); }
+  static void load_parts(const T* p, vf* out) { out[0] = load(p); }
   static float to_float(T v) { return v; }
   static T from_float(float v) { return v; }
 };
 
+struct PairedBF16;
+
 struct BF16 {
   using T = uint16_t;
+  using Stream = PairedBF16;
+  static constexpr int PARTS = 1;
   static vf load(const T* p) {
     return reinterpret_cast<vf>(__builtin_convertvector(*reinterpret_cast<const vh_mem*>(p), vu) << 16);
   }
+  static void load_parts(const T* p, vf* out) { out[0] = load(p); }
   static float to_float(T v) {
     uint32_t bits = uint32_t(v) << 16;
     float out;
@@ -100,6 +110,18 @@ struct BF16 {
     std::memcpy(&bits, &v, 4);
     if ((bits & 0x7fffffffu) > 0x7f800000u) return T((bits >> 16) | 0x40);  // NaN stays NaN
     return T((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+  }
+};
+
+// bf16 in twos: a shift and a mask widen the even and the odd elements of 2 W, where widening in order takes a
+// shuffle for each W.
+struct PairedBF16 : BF16 {
+  static constexpr int PARTS = 2;
+  static void load_parts(const T* p, vf* out) {
+    const vu pairs = *reinterpret_cast<const vu_mem*>(p);
+    const bool little = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__;
+    out[little ? 0 : 1] = reinterpret_cast<vf>(pairs << 16);
+    out[little ? 1 : 0] = reinterpret_cast<vf>(pairs & 0xffff0000u);
   }
 };
 
@@ -115,6 +137,8 @@ inline vf widen_half(vu h) {
 
 struct F16 {
   using T = uint16_t;
+  using Stream = F16;
+  static constexpr int PARTS = 1;
   static vf load(const T* p) {
 #if defined(__AVX512F__)
     return reinterpret_cast<vf>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
@@ -124,6 +148,7 @@ struct F16 {
     return widen_half(__builtin_convertvector(*reinterpret_cast<const vh_mem*>(p), vu));
 #endif
   }
+  static void load_parts(const T* p, vf* out) { out[0] = load(p); }
   static float to_float(T v) { return widen_half(vu{} + v)[0]; }
   static T from_float(float v) {
     uint32_t bits;
@@ -149,6 +174,22 @@ inline vf load_part(const typename E::T* p, int64_t n) {
   typename E::T buffer[W] = {};
   std::memcpy(buffer, p, size_t(n) * sizeof(buffer[0]));
   return E::load(buffer);
+}
+
+// Elements that load_parts takes, and where it leaves element i of a row among them.
+template <class E>
+constexpr int64_t STEP = E::PARTS * W;
+template <class E>
+inline int64_t place(int64_t i) {
+  return i / STEP<E> * STEP<E> + i % E::PARTS * W + i % STEP<E> / E::PARTS;
+}
+
+// As load_parts of the last n < STEP elements of a row, zeros behind them.
+template <class E>
+inline void load_last_parts(const typename E::T* p, int64_t n, vf* out) {
+  typename E::T buffer[STEP<E>] = {};
+  std::memcpy(buffer, p, size_t(n) * sizeof(buffer[0]));
+  E::load_parts(buffer, out);
 }
 
 inline void store_part(float* p, vf v, int64_t n) { std::memcpy(p, &v, size_t(n) * 4); }
