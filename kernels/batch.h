@@ -77,7 +77,9 @@ template <class E>
 inline void hidden_block(const Problem& p, const Chunk& c, int64_t e, int64_t j0, int64_t j1, Local& local) {
   const int64_t tokens = c.count[e], rows = j1 - j0, neuron = e * p.group + j0;
   for (int64_t i = 0; i < tokens; i++) local.rows[i] = c.x.row(c.list[e * c.tokens + i]);
-  project_rows<E>(p.up, neuron, rows, c.x, local.rows, tokens, local.up, local.block);
+  const bool gate_lies_ready = std::is_same_v<E, F32> && p.gate.data && p.gate.col == 1;
+  const float* then = gate_lies_ready ? static_cast<const float*>(p.gate.data) + neuron * p.gate.row : nullptr;
+  project_rows<E>(p.up, neuron, rows, c.x, local.rows, tokens, local.up, local.block, then);
   if (p.gate.data) project_rows<E>(p.gate, neuron, rows, c.x, local.rows, tokens, local.gate, local.block);
   for (int64_t i = 0; i < tokens; i++) {
     float *u = local.up + i * NEURON_BLOCK, *g = p.gate.data ? local.gate + i * NEURON_BLOCK : nullptr;
@@ -103,11 +105,14 @@ inline void down_block(const Problem& p, const Chunk& c, typename E::T* y, int64
     if (n == 0) continue;
     for (int64_t i = 0; i < n; i++) local.out_rows[i] = local.y + c.list[e * c.tokens + i] * padded;
     const float* h = c.hidden + c.offset[e] * p.group;
-    const int64_t depth = n <= MAX_M ? FEW_ROWS : p.group;
-    for (int64_t j = 0; j < p.group; j += depth) {
-      const int64_t rows = std::min(depth, p.group - j);
-      const Block w = fp32_block<E>(turned, e * p.group + j, rows, c0, cols, local.block);
-      outer_block(local.out_rows, n, h + j, p.group, w, rows, padded);
+    // Rows that are read side by side lie `lanes` apart, so that each of them is one long stream.
+    const int64_t lanes = n <= MAX_M && p.group % FEW_ROWS == 0 ? p.group / FEW_ROWS : 1;
+    const Matrix spread{turned.at<E>(e * p.group, 0), lanes * turned.row, turned.col};
+    for (int64_t j = 0; j < lanes; j++) {
+      const Matrix from{spread.at<E>(0, 0) + j * turned.row, spread.row, spread.col};
+      const Block w = fp32_block<E>(from, 0, p.group / lanes, c0, cols, local.block);
+      const float* next = j + 1 < lanes && w.data != local.block ? w.data + turned.row : w.data;
+      outer_block(local.out_rows, n, h + j, p.group, lanes, w, next, p.group / lanes, padded);
     }
   }
   for (int64_t i = 0; i < c.tokens; i++)

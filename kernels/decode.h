@@ -12,14 +12,16 @@ namespace {
 // Eight weight rows at a time: one row's stream keeps a core at 9-11 GB/s, eight at 13-14 (Ice Lake Xeon 2.8 GHz,
 // 4096 x 11008 fp32, cold); fewer rows only at the end of a list.
 constexpr int ROWS = 8;
-// How far ahead of the arithmetic each row is fetched; past its end, the head of the row that follows in its lane.
-constexpr int64_t AHEAD_BYTES = 512;
+// How far ahead of the arithmetic each row is fetched; past its end, the head of the row that follows in its lane. bf16
+// rows go by twice as fast (Zen 4, 2048 x 8192, cold: 22 GB/s a core with 256 elements, 24 with 512).
+template <class E>
+constexpr int64_t AHEAD_OF = E::PARTS == 1 ? 512 / sizeof(typename E::T) : 512;
 
 // Walks R rows of n elements in cache lines. step(k) handles STEP elements at k, rest(k) the last n % STEP.
 template <class E, int R, class Step, class Rest>
 inline void walk(const typename E::T* const* rows, const typename E::T* const* next, int64_t n, Step&& step, Rest&& rest) {
   constexpr int64_t LINE = std::max<int64_t>(64 / sizeof(typename E::T), STEP<E>);
-  const int64_t ahead = std::min<int64_t>(AHEAD_BYTES / sizeof(typename E::T), n);
+  const int64_t ahead = std::min<int64_t>(AHEAD_OF<E>, n);
   auto stretch = [&](int64_t from, int64_t to, const typename E::T* const* target, int64_t shift) {
     const typename E::T* fetch[R];
     for (int r = 0; r < R; r++) fetch[r] = target[r] + shift;

@@ -10,7 +10,7 @@ constexpr int64_t NEURON_BLOCK = 32;   // neurons that are widened and multiplie
 // longest, which is faster in longer stretches, and the tokens come from L2 in time.
 constexpr int64_t FEW_TOKENS = 32;
 constexpr int64_t depth_block(int64_t tokens) { return tokens <= FEW_TOKENS ? 2048 : 1024; }
-constexpr int64_t AHEAD = 6;  // cache lines of each of the next rows that are asked for early: a new stream starts slowly
+constexpr int64_t AHEAD = 128;  // fp32 values of every row that the first tokens ask for early: a new stream starts slowly
 constexpr int64_t COLUMN_PIECE = 128;  // columns of down that all tokens take before the next ones: 32 rows of them fit in L1
 
 // A register tile: M tokens by tile_rows(M) neurons, so that accumulators and operands fit in 32 (16) vector registers.
@@ -81,12 +81,25 @@ inline Block fp32_block(const Matrix& m, int64_t r0, int64_t rows, int64_t c0, i
   return {buffer, ld};
 }
 
-// out[m * NEURON_BLOCK + n] += x[m] . w[n] over depth elements, a whole number of vectors
-template <int M, int N>
-inline void dot_tile(const float* const* x, const float* w, int64_t ldw, int64_t depth, float* out) {
+// Asks for the cache line at p + k, once where vectors are shorter than lines.
+inline void fetch_line(const float* p, int64_t k) {
+  if (k % 16 == 0) __builtin_prefetch(p + k, 0, 2);
+}
+
+// out[m * NEURON_BLOCK + n * step] += x[m] . w[n] over depth elements, a whole number of vectors. FETCH: the rows are
+// asked for AHEAD of their use, and at their end the rows at `next`.
+template <int M, int N, bool STREAMS, bool FETCH = STREAMS>
+inline void dot_tile(const float* const* x, const float* w, const float* next, int64_t ldw, int64_t depth, float* out,
+                     int64_t step) {
   vf acc[M][N] = {};
+  const int64_t turn = std::max<int64_t>(depth - AHEAD, 0);
   for (int64_t k = 0; k < depth; k += W) {
     vf xv[M], wv[N];
+    if constexpr (FETCH) {
+      const float* fetch = k < turn ? w + AHEAD : next - turn;
+#pragma GCC unroll 16
+      for (int n = 0; n < N; n++) fetch_line(fetch + n * ldw, k);
+    }
     if constexpr (M < N) {  // the shorter side stays in registers, the longer one passes through one
 #pragma GCC unroll 16
       for (int m = 0; m < M; m++) {
@@ -117,48 +130,65 @@ inline void dot_tile(const float* const* x, const float* w, int64_t ldw, int64_t
   }
 #pragma GCC unroll 16
   for (int m = 0; m < M; m++) {
+    float sums[N] = {}, *to = STREAMS ? sums : out + m * NEURON_BLOCK;
     int n = 0;
 #pragma GCC unroll 16
-    for (; n + 4 <= N; n += 4) add_hsum4(acc[m] + n, out + m * NEURON_BLOCK + n);
+    for (; n + 4 <= N; n += 4) add_hsum4(acc[m] + n, to + n);
 #pragma GCC unroll 16
-    for (; n < N; n++) out[m * NEURON_BLOCK + n] += hsum(acc[m][n]);
+    for (; n < N; n++) to[n] += hsum(acc[m][n]);
+    if (STREAMS)
+      for (n = 0; n < N; n++) out[m * NEURON_BLOCK + n * step] += sums[n];
   }
 }
 
-// out[i * NEURON_BLOCK + j] += x[i] . w[j] for i < tokens, j < rows, from `offset` of x on
-inline void dot_block(const float* const* x, int64_t offset, int64_t tokens, const float* w, int64_t ldw, int64_t rows,
-                      int64_t depth, float* out) {
+// out[i * NEURON_BLOCK + j] += x[i] . w[j] for i < tokens, j < rows, from `offset` of x on. streams: a tile's rows lie
+// apart, so that the next tile's follow them in memory and each is one long stream; `following` is read after `w`.
+inline void dot_block(const float* const* x, int64_t offset, int64_t tokens, const Block& w, const float* following,
+                      int64_t rows, int64_t depth, bool streams, float* out) {
   by_tiles(tokens, [&]<int M>(int64_t first) {
     constexpr int N = tile_rows(M);
     const float* xs[M];
     for (int i = 0; i < M; i++) xs[i] = x[first + i] + offset;
     float* to = out + first * NEURON_BLOCK;
-    int64_t j = 0;
-    for (; j + N <= rows; j += N) {
-      if (first == 0)
-        for (int64_t n = j + N; n < std::min(j + 2 * N, rows); n++)
-          for (int64_t line = 0; line < AHEAD; line++) __builtin_prefetch(w + n * ldw + line * 16);
-      dot_tile<M, N>(xs, w + j * ldw, ldw, depth, to + j);
+    const int64_t tiles = rows / N;
+    for (int64_t t = 0; t < tiles; t++) {
+      if (streams) {
+        const float *at = w.data + t * w.stride, *next = t + 1 < tiles ? at + w.stride : following;
+        if (first == 0)
+          dot_tile<M, N, true>(xs, at, next, tiles * w.stride, depth, to + t, tiles);
+        else
+          dot_tile<M, N, true, false>(xs, at, next, tiles * w.stride, depth, to + t, tiles);
+      } else {
+        const float* at = w.data + t * N * w.stride;
+        if (first == 0 && t + 1 < tiles)
+          for (int64_t n = N; n < 2 * N; n++)
+            for (int64_t k = 0; k < 96; k += 16) __builtin_prefetch(at + n * w.stride + k);
+        dot_tile<M, N, false>(xs, at, nullptr, w.stride, depth, to + t * N, 1);
+      }
     }
-    for (; j < rows; j++) dot_tile<M, 1>(xs, w + j * ldw, ldw, depth, to + j);
+    for (int64_t j = N * tiles; j < rows; j++)
+      dot_tile<M, 1, false>(xs, w.data + j * w.stride, nullptr, w.stride, depth, to + j, 1);
   });
 }
 
-// out[i * NEURON_BLOCK + j] = x[i] . m[r0 + j] for i < tokens, j < rows; x holds the rows' first stretches
+// out[i * NEURON_BLOCK + j] = x[i] . m[r0 + j] for i < tokens, j < rows; x holds the rows' first stretches. following:
+// an fp32 weight's rows that are read next, null where that is not known.
 template <class E>
 inline void project_rows(const Matrix& m, int64_t r0, int64_t rows, const Blocked& from, const float* const* x,
-                         int64_t tokens, float* out, float* buffer) {
+                         int64_t tokens, float* out, float* buffer, const float* following = nullptr) {
   std::fill(out, out + tokens * NEURON_BLOCK, 0.0f);
   for (int64_t k = 0; k < from.depth; k += from.block) {
     const int64_t depth = std::min(from.block, from.depth - k), offset = k / from.block * from.next_block();
     const Block w = fp32_block<E>(m, r0, rows, k, depth, buffer);
-    dot_block(x, offset, tokens, w.data, w.stride, rows, round_up(depth, W), out);
+    const float* next = k + depth < from.depth ? w.data + depth : following;
+    dot_block(x, offset, tokens, w, next ? next : w.data, rows, round_up(depth, W), from.tokens <= FEW_TOKENS, out);
   }
 }
 
-// y[m][0 .. N*W) += sum over j < depth of h[m * ldh + j] * w[j * ldw ..]
-template <int M, int N>
-inline void outer_tile(const float* h, int64_t ldh, const float* w, int64_t ldw, int64_t depth, float* const* y) {
+// y[m][0 .. N*W) += sum over j < depth of h[m * ldh + j * step] * w[j * ldw ..]. FETCH: the rows are asked for at `ahead`.
+template <int M, int N, bool FETCH>
+inline void outer_tile(const float* h, int64_t ldh, int64_t step, const float* w, const float* ahead, int64_t ldw,
+                       int64_t depth, float* const* y) {
   vf acc[M][N];
 #pragma GCC unroll 16
   for (int m = 0; m < M; m++)
@@ -168,12 +198,13 @@ inline void outer_tile(const float* h, int64_t ldh, const float* w, int64_t ldw,
     vf wv[N];
 #pragma GCC unroll 16
     for (int n = 0; n < N; n++) {
+      if constexpr (FETCH) fetch_line(ahead + j * ldw, n * W);
       wv[n] = load(w + j * ldw + n * W);
       KEEP_IN_REGISTER(wv[n]);
     }
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++) {
-      vf hv = splat(h[m * ldh + j]);
+      vf hv = splat(h[m * ldh + (FETCH ? j * step : j)]);
       KEEP_IN_REGISTER(hv);
 #pragma GCC unroll 16
       for (int n = 0; n < N; n++) acc[m][n] += hv * wv[n];
@@ -185,9 +216,12 @@ inline void outer_tile(const float* h, int64_t ldh, const float* w, int64_t ldw,
     for (int n = 0; n < N; n++) store(y[m] + n * W, acc[m][n]);
 }
 
-// y[i][0 .. cols) += h[i * ldh ..] times w [depth, cols], cols a whole number of vectors
-inline void outer_block(float* const* y, int64_t tokens, const float* h, int64_t ldh, const Block& w, int64_t depth, int64_t cols) {
-  const int64_t piece = tokens > MAX_M ? COLUMN_PIECE : cols;
+// y[i][0 .. cols) += h[i * ldh + j * step] times w [depth, cols], cols a whole number of vectors. following: the rows
+// that are read after these.
+inline void outer_block(float* const* y, int64_t tokens, const float* h, int64_t ldh, int64_t step, const Block& w,
+                        const float* following, int64_t depth, int64_t cols) {
+  const bool one_tile = tokens <= MAX_M;
+  const int64_t piece = one_tile ? cols : COLUMN_PIECE;
   for (int64_t c0 = 0; c0 < cols; c0 += piece) {
     const int64_t c1 = std::min(c0 + piece, cols);
     by_tiles(tokens, [&]<int M>(int64_t first) {
@@ -199,8 +233,15 @@ inline void outer_block(float* const* y, int64_t tokens, const float* h, int64_t
         return ys;
       };
       int64_t c = c0;
-      for (; c + N * W <= c1; c += N * W) outer_tile<M, N>(hs, ldh, w.data + c, w.stride, depth, at(c));
-      for (; c < c1; c += W) outer_tile<M, 1>(hs, ldh, w.data + c, w.stride, depth, at(c));
+      for (; c + N * W <= c1; c += N * W) {
+        const float* ahead = c + AHEAD < c1 ? w.data + c + AHEAD : following + (c + AHEAD - c1);
+        if (one_tile)
+          outer_tile<M, N, true>(hs, ldh, step, w.data + c, ahead, w.stride, depth, at(c));
+        else
+          outer_tile<M, N, false>(hs, ldh, step, w.data + c, ahead, w.stride, depth, at(c));
+      }
+      for (; c < c1; c += W)
+        outer_tile<M, 1, false>(hs, ldh, step, w.data + c, nullptr, w.stride, depth, at(c));
     });
   }
 }
