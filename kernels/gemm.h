@@ -204,7 +204,7 @@ inline void outer_tile(const float* h, int64_t ldh, int64_t step, const float* w
     }
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++) {
-      vf hv = splat(h[m * ldh + (FETCH ? j * step : j)]);
+      vf hv = splat(h[m * ldh + j * step]);
       KEEP_IN_REGISTER(hv);
 #pragma GCC unroll 16
       for (int n = 0; n < N; n++) acc[m][n] += hv * wv[n];
