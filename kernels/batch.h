@@ -132,6 +132,8 @@ inline int64_t route_chunk(const Problem& p, int64_t first, Chunk& c, std::vecto
     for (int64_t e = 0; e < p.n_experts; e += NEURON_BLOCK)
       route_block(p, c, e, std::min(e + NEURON_BLOCK, p.n_experts), local);
   }
+  if (p.input_cut >= 0.0f)  // routers have seen all of x; up and gate do not
+    leave_out_small(p.input_cut, c.x.data, c.x.size());
   c.offset[0] = 0;
   for (int64_t e = 0; e < p.n_experts; e++) c.offset[e + 1] = c.offset[e] + c.count[e];
   return c.offset[p.n_experts];

@@ -58,6 +58,21 @@ inline void dot_rows(const typename E::T* const* rows, const typename E::T* cons
   for (int r = 0; r < R; r++) out[r] = hsum(acc[r]);
 }
 
+// y[0 .. STEP) += sum over r of h[r] * rows[r], of which n elements are there; y in the order of load_parts.
+template <class E, int R>
+inline void add_step(const typename E::T* const* rows, const float* h, float* y, int64_t n) {
+  vf acc[E::PARTS], wv[E::PARTS];
+  for (int i = 0; i < E::PARTS; i++) acc[i] = load(y + i * W);
+  for (int r = 0; r < R; r++) {
+    if (n == STEP<E>)
+      E::load_parts(rows[r], wv);
+    else
+      load_last_parts<E>(rows[r], n, wv);
+    for (int i = 0; i < E::PARTS; i++) acc[i] += splat(h[r]) * wv[i];
+  }
+  for (int i = 0; i < E::PARTS; i++) store(y + i * W, acc[i]);
+}
+
 // y[k] += sum over r of h[r] * rows[r][k], y in the order of load_parts.
 template <class E, int R>
 inline void add_rows(const typename E::T* const* rows, const typename E::T* const* next, const float* h, float* y, int64_t n) {
@@ -127,8 +142,8 @@ inline void add_list(Row&& row, const int32_t* at, int64_t count, const float* h
   });
 }
 
-// The same two sums where the weight is stored the other way round, so that only stretches of a row are wanted:
-// expert e is elements [e * group, (e + 1) * group) of every row. Slower (short stretches), and copies nothing.
+// A dot product where the weight is stored the other way round, so that only stretches of a row are wanted: expert e is
+// elements [e * group, (e + 1) * group) of every row. Slower (short stretches), and copies nothing.
 template <class E>
 inline float dot_stretches(const typename E::T* row, const int32_t* experts, int64_t count, int64_t group, const float* h) {
   vf acc = {};
@@ -140,19 +155,6 @@ inline float dot_stretches(const typename E::T* row, const int32_t* experts, int
     if (k < group) acc += load_part<E>(w + k, group - k) * load_part<F32>(h + a * group + k, group - k);
   }
   return hsum(acc);
-}
-
-template <class E, int R>
-inline void add_stretches(const typename E::T* const* rows, const float* x, const int32_t* experts, int64_t first,
-                          int64_t last, int64_t group, float* h) {
-  for (int64_t a = first; a < last; a++) {
-    const typename E::T* from[R];
-    for (int r = 0; r < R; r++) {
-      from[r] = rows[r] + experts[a] * group;
-      if (a + 4 < last) __builtin_prefetch(rows[r] + experts[a + 4] * group, 0, 2);
-    }
-    add_rows<E, R>(from, from, x, h + a * group, group);
-  }
 }
 
 // The decision: active experts in ascending order, and their neurons.
@@ -181,22 +183,63 @@ struct Active {
   }
 };
 
-// h[i] = weight[neuron i of the list] . x for i in [begin, end); placed: x in the order of E::Stream
+// x in its own order, in that of E::Stream, and where it is not 0, as routers or as up and gate see it.
+struct Input {
+  float *x, *placed;
+  int32_t* live;
+  int64_t n_live = 0;
+};
+
+// Up or gate stored with a row for each input: sums of the live inputs' rows, over the STEPs of a row in which experts
+// [a0, a1) of the list have neurons. A small input's row is not read.
 template <class E>
-inline void project(const Matrix& w, const Active& active, int64_t begin, int64_t end, int64_t group, const float* x,
-                    const float* placed, int64_t d_model, float* h) {
-  if (w.col == 1) {
-    auto row = [&](int64_t i) { return w.at<E>(active.neurons[i], 0); };
-    dot_list<typename E::Stream>(row, begin, end, placed, d_model, h);
+inline void project_by_inputs(const Matrix& w, const Active& active, int64_t a0, int64_t a1, int64_t group, int64_t d_ff,
+                              const Input& in, float* wide, int32_t* steps, float* h) {
+  using S = typename E::Stream;
+  constexpr int64_t STEP_ = STEP<S>;
+  int64_t n = 0;
+  for (int64_t a = a0; a < a1; a++) {
+    const int64_t first = active.experts[a] * group / STEP_, last = (active.experts[a] * group + group - 1) / STEP_;
+    for (int64_t s = n && steps[n - 1] == first ? first + 1 : first; s <= last; s++) steps[n++] = int32_t(s);
+  }
+  std::fill(wide, wide + n * STEP_, 0.0f);
+  constexpr int64_t AHEAD_STEPS = 4;
+  auto row = [&](int64_t i) { return w.at<E>(0, in.live[i]); };
+  auto rows_of = [&]<int R>(int64_t i) {
+    const typename E::T* rows[R];
+    float factors[R];
+    for (int r = 0; r < R; r++) rows[r] = row(i + r), factors[r] = in.x[in.live[i + r]];
+    for (int64_t s = 0; s < n; s++) {
+      const int64_t k = steps[s] * STEP_;
+      const typename E::T* from[R];
+      for (int r = 0; r < R; r++) {
+        from[r] = rows[r] + k;
+        if (s + AHEAD_STEPS < n) __builtin_prefetch(rows[r] + steps[s + AHEAD_STEPS] * STEP_, 0, 2);
+      }
+      add_step<S, R>(from, factors, wide + s * STEP_, std::min(STEP_, d_ff - k));
+    }
+  };
+  int64_t i = 0;
+  for (; i + ROWS <= in.n_live; i += ROWS) rows_of.template operator()<ROWS>(i);
+  for (; i < in.n_live; i++) rows_of.template operator()<1>(i);
+  for (int64_t a = a0, s = 0; a < a1; a++)
+    for (int64_t j = 0; j < group; j++) {
+      const int64_t neuron = active.experts[a] * group + j;
+      while (steps[s] < neuron / STEP_) s++;
+      h[a * group + j] = wide[s * STEP_ + place<S>(neuron % STEP_)];
+    }
+}
+
+// h[i] = weight[neuron i of the list] . x for i in [begin, end): whole experts where the weight has a row for each input
+template <class E>
+inline void project(const Problem& p, const Matrix& w, const Active& active, int64_t begin, int64_t end, const Input& in,
+                    float* wide, int32_t* steps, float* h) {
+  if (w.col != 1) {
+    project_by_inputs<E>(w, active, begin / p.group, end / p.group, p.group, p.d_ff, in, wide, steps, h);
     return;
   }
-  std::fill(h + begin, h + end, 0.0f);  // whole experts here, see decode()
-  auto row = [&](int64_t k) { return w.at<E>(0, k); };
-  by_rows<E>(row, 0, d_model, [&]<int R>(int64_t k, int64_t lane, auto rows, auto) {
-    float factors[R];
-    for (int r = 0; r < R; r++) factors[r] = x[k + r * lane];
-    add_stretches<E, R>(rows, factors, active.experts, begin / group, end / group, group, h);
-  });
+  auto row = [&](int64_t i) { return w.at<E>(active.neurons[i], 0); };
+  dot_list<typename E::Stream>(row, begin, end, in.placed, p.d_model, h);
 }
 
 // Outputs [begin, end), begin a whole number of STEPs; y: room for them in the order of E::Stream
@@ -218,22 +261,37 @@ void decode(const Problem& p) {
   Scratch& s = scratch();
   using S = typename E::Stream;
   const int64_t padded = round_up(p.d_model, STEP<S>), padded_out = round_up(p.d_out, STEP<S>);
-  s.reserve(2 * Scratch::bytes_for<float>(padded) + Scratch::bytes_for<float>(p.n_experts) +
-            2 * Scratch::bytes_for<float>(p.d_ff) + Scratch::bytes_for<float>(padded_out) +
-            p.threads * Active::bytes(p));
-  float* x = s.take<float>(padded);
-  float* placed = S::PARTS == 1 ? x : s.take<float>(padded);
+  const bool by_inputs = p.up.col != 1 || (p.gate.data && p.gate.col != 1);  // threads then take whole experts
+  const int64_t padded_ff = by_inputs ? round_up(p.d_ff, STEP<S>) : 0;
+  s.reserve(3 * Scratch::bytes_for<float>(padded) + Scratch::bytes_for<int32_t>(p.d_model) +
+            Scratch::bytes_for<float>(p.n_experts) + 2 * Scratch::bytes_for<float>(p.d_ff) +
+            Scratch::bytes_for<float>(padded_out) +
+            p.threads * (Active::bytes(p) + Scratch::bytes_for<float>(padded_ff) + Scratch::bytes_for<int32_t>(padded_ff)));
+  float* x = s.take<float>(padded);  // as routers see it
+  Input in{x, x, s.take<int32_t>(p.d_model)};
   float* logits = s.take<float>(p.n_experts);
   float* h = s.take<float>(p.d_ff);
   float* gated = s.take<float>(p.d_ff);
   float* y = std::is_same_v<E, F32> ? static_cast<float*>(p.y) : s.take<float>(padded_out);
   char* lists = s.take<char>(p.threads * int64_t(Active::bytes(p)));
-  const bool whole_experts = p.up.col != 1 || (p.gate.data && p.gate.col != 1);
+  float* wides = s.take<float>(p.threads * padded_ff);
+  int32_t* steps = s.take<int32_t>(p.threads * padded_ff);
 
   widen<E>(static_cast<const typename E::T*>(p.x), x, p.d_model);
   std::fill(x + p.d_model, x + padded, 0.0f);
-  if (placed != x)
-    for (int64_t k = 0; k < padded; k++) placed[place<S>(k)] = x[k];
+  if (p.input_cut >= 0.0f) {
+    in.x = in.placed = s.take<float>(padded);
+    std::copy(x, x + padded, in.x);
+    leave_out_small(p.input_cut, in.x, p.d_model);
+  }
+  if (S::PARTS > 1) {
+    in.placed = s.take<float>(padded);
+    for (int64_t k = 0; k < padded; k++) in.placed[place<S>(k)] = in.x[k];
+  }
+  for (int64_t k = 0; by_inputs && k < p.d_model; k++) {
+    in.live[in.n_live] = int32_t(k);
+    in.n_live += in.x[k] != 0.0f;
+  }
 
 #pragma omp parallel num_threads(p.threads) if (p.threads > 1)
   {
@@ -243,9 +301,10 @@ void decode(const Problem& p) {
 #pragma omp barrier
     // Every thread makes the same list for itself: cheaper than a second barrier.
     Active active(p, logits, lists + t * Active::bytes(p));
-    const auto [a, b] = share(active.n_neurons, whole_experts ? p.group : ROWS, t, of);
-    project<E>(p.up, active, a, b, p.group, x, placed, p.d_model, h);
-    if (p.gate.data) project<E>(p.gate, active, a, b, p.group, x, placed, p.d_model, gated);
+    const auto [a, b] = share(active.n_neurons, by_inputs ? p.group : ROWS, t, of);
+    float* wide = wides + t * padded_ff;
+    project<E>(p, p.up, active, a, b, in, wide, steps + t * padded_ff, h);
+    if (p.gate.data) project<E>(p, p.gate, active, a, b, in, wide, steps + t * padded_ff, gated);
     for (int64_t i = a; i < b; i++) {
       h[i] += bias_at<E>(p.up_bias, active.neurons[i]);
       if (p.gate.data) gated[i] += bias_at<E>(p.gate_bias, active.neurons[i]);

@@ -31,7 +31,8 @@ struct Problem {
   Matrix up, gate, down;  // [d_ff, d_model] twice, [d_out, d_ff]; gate.data is null in a plain FFN
   const void *up_bias, *gate_bias, *down_bias;
   Act act;
-  float cut;      // hidden units of a size up to it are 0; negative: none are
+  float cut;        // hidden units of a size up to it are 0; negative: none are
+  float input_cut;  // the same for x, as up and gate see it
   void* y;        // [tokens, d_out] contiguous
   uint8_t* mask;  // [tokens, n_experts] or null
   int threads;
@@ -111,7 +112,7 @@ inline void activate_row(Act act, const float* gate, float* up, int64_t n) {
   }
 }
 
-// 0 for hidden units up to the cut; NaN stays, so that a fault stays visible.
+// 0 for hidden units, or inputs, up to the cut; NaN stays, so that a fault stays visible.
 inline void leave_out_small(float cut, float* h, int64_t n) {
   if (cut < 0.0f) return;
   for (int64_t i = 0; i < n; i++) h[i] = std::fabs(h[i]) <= cut ? 0.0f : h[i];

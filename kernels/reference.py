@@ -38,7 +38,7 @@ def is_small(h: Tensor, cut: Tensor) -> Tensor:
 
 
 def leave_out_small(h: Tensor, cut: Tensor | None) -> Tensor:
-    """h with 0 for the units up to the cut; no gradient flows to them."""
+    """h, or x, with 0 for the entries up to the cut; no gradient flows to them."""
     return h if cut is None else h.masked_fill(is_small(h, cut), 0.0)
 
 
@@ -76,10 +76,13 @@ def routed_ffn(
     down_bias: Tensor | None,
     activation: str,
     cut: Tensor | None = None,
+    input_cut: Tensor | None = None,
 ) -> Tensor:
     """x: [..., d_model] -> [..., d_out] in x.dtype. The definition of `ltepass::routed_ffn`: dense, then masked.
 
     cut: [] fp32 or None (the paper): hidden units of a size up to it are left out of the down projection too.
+    input_cut: [] fp32 or None (the paper): so are entries of x of up and gate; the router sees them.
     """
     active = mask(x, router_weight, router_bias, threshold)
-    return masked_ffn(x, active, up, up_bias, gate, gate_bias, down, down_bias, activation, cut)
+    seen = leave_out_small(x, input_cut)
+    return masked_ffn(seen, active, up, up_bias, gate, gate_bias, down, down_bias, activation, cut)

@@ -86,6 +86,12 @@ void dense(const Problem& p, const Tensor& x, const Weights& w, const Tensor& y,
            const uint8_t* mask) {
   Tensor rows = torch::stable::view(x, {p.tokens, p.d_model});
   rows = torch::stable::narrow(rows, 0, first, tokens);
+  if (p.input_cut >= 0.0f) {
+    rows = torch::stable::clone(rows);
+    auto* v = static_cast<typename E::T*>(rows.data_ptr());
+    for (int64_t i = 0; i < tokens * p.d_model; i++)
+      if (std::fabs(E::to_float(v[i])) <= p.input_cut) v[i] = 0;
+  }
   const Tensor h = linear(rows, w.up, w.up_bias);
   const OptionalTensor gate = w.gate ? OptionalTensor(linear(rows, *w.gate, w.gate_bias)) : std::nullopt;
   activate_and_mask<E>(p, static_cast<typename E::T*>(h.data_ptr()),
@@ -122,12 +128,12 @@ void run(const Problem& p, const Tensor& x, const Weights& w, const Tensor& y) {
 // fp64 (gradient checks) and anything else without a kernel: the few lines of PyTorch that ltepass/ops.py registers.
 std::tuple<Tensor, OptionalTensor> plain(const Tensor& x, const Tensor& router_weight, const OptionalTensor& router_bias,
                                          const Tensor& threshold, const Weights& w, const std::string& activation,
-                                         const OptionalTensor& cut) {
+                                         const OptionalTensor& cut, const OptionalTensor& input_cut) {
   using torch::stable::detail::from;
   using torch::stable::detail::to;
   StableIValue stack[] = {from(x),         from(router_weight), from(router_bias), from(threshold), from(w.up),
                           from(w.up_bias), from(w.gate),        from(w.gate_bias), from(w.down),    from(w.down_bias),
-                          from(activation), from(cut)};
+                          from(activation), from(cut),          from(input_cut)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("ltepass::_plain", "", stack, TORCH_ABI_VERSION));
   return {to<Tensor>(stack[0]), OptionalTensor(to<Tensor>(stack[1]))};
 }
@@ -148,14 +154,21 @@ int32_t dtype_code(const Tensor& t) {
   return code;
 }
 
+float cut_of(const OptionalTensor& t, const char* name) {
+  if (!t) return -1.0f;
+  STD_TORCH_CHECK(t->numel() == 1 && t->scalar_type() == ScalarType::Float, name, " should be [] fp32");
+  return *static_cast<const float*>(t->data_ptr());
+}
+
 std::tuple<Tensor, OptionalTensor> forward(const Tensor& x_in, const Tensor& router_in, const OptionalTensor& router_bias,
                                            const Tensor& threshold, const Tensor& up, const OptionalTensor& up_bias,
                                            const OptionalTensor& gate, const OptionalTensor& gate_bias,
                                            const Tensor& down, const OptionalTensor& down_bias,
-                                           const std::string& activation, const OptionalTensor& cut, bool with_mask) {
+                                           const std::string& activation, const OptionalTensor& cut,
+                                           const OptionalTensor& input_cut, bool with_mask) {
   const ScalarType dtype = x_in.scalar_type();
   const Weights weights{up, up_bias, gate, gate_bias, down, down_bias};
-  if (dtype == ScalarType::Double) return plain(x_in, router_in, router_bias, threshold, weights, activation, cut);
+  if (dtype == ScalarType::Double) return plain(x_in, router_in, router_bias, threshold, weights, activation, cut, input_cut);
   STD_TORCH_CHECK(x_in.dim() >= 1 && up.dim() == 2 && down.dim() == 2 && router_in.dim() == 2,
                   "x should be [..., d_model] and the weights matrices");
   const Tensor x = x_in.is_contiguous() ? x_in : torch::stable::contiguous(x_in);
@@ -184,8 +197,8 @@ std::tuple<Tensor, OptionalTensor> forward(const Tensor& x_in, const Tensor& rou
   p.down_bias = bias_data(down_bias, dtype, p.d_out, "down_bias");
   p.act = act_from_name(activation.c_str());
   STD_TORCH_CHECK(p.act != Act::unknown, "unknown activation ", activation);
-  STD_TORCH_CHECK(!cut || (cut->numel() == 1 && cut->scalar_type() == ScalarType::Float), "cut should be [] fp32");
-  p.cut = cut ? *static_cast<const float*>(cut->data_ptr()) : -1.0f;
+  p.cut = cut_of(cut, "cut");
+  p.input_cut = cut_of(input_cut, "input_cut");
   p.dense_above = dense_above(dtype, p.tokens);
   // Inside somebody's parallel region there are no further threads to take.
   p.threads = omp_in_parallel() ? 1 : int(torch::stable::get_num_threads());
@@ -216,9 +229,9 @@ std::tuple<Tensor, OptionalTensor> forward(const Tensor& x_in, const Tensor& rou
 Tensor routed_ffn(const Tensor& x, const Tensor& router_weight, const OptionalTensor& router_bias,
                   const Tensor& threshold, const Tensor& up, const OptionalTensor& up_bias, const OptionalTensor& gate,
                   const OptionalTensor& gate_bias, const Tensor& down, const OptionalTensor& down_bias,
-                  const std::string& activation, const OptionalTensor& cut) {
+                  const std::string& activation, const OptionalTensor& cut, const OptionalTensor& input_cut) {
   return std::get<0>(forward(x, router_weight, router_bias, threshold, up, up_bias, gate, gate_bias, down, down_bias,
-                             activation, cut, false));
+                             activation, cut, input_cut, false));
 }
 
 std::tuple<Tensor, Tensor, Tensor> routed_ffn_with_mask(const Tensor& x, const Tensor& router_weight,
@@ -226,9 +239,10 @@ std::tuple<Tensor, Tensor, Tensor> routed_ffn_with_mask(const Tensor& x, const T
                                                         const Tensor& up, const OptionalTensor& up_bias,
                                                         const OptionalTensor& gate, const OptionalTensor& gate_bias,
                                                         const Tensor& down, const OptionalTensor& down_bias,
-                                                        const std::string& activation, const OptionalTensor& cut) {
+                                                        const std::string& activation, const OptionalTensor& cut,
+                                                        const OptionalTensor& input_cut) {
   const auto [y, mask] = forward(x, router_weight, router_bias, threshold, up, up_bias, gate, gate_bias, down, down_bias,
-                                 activation, cut, true);
+                                 activation, cut, input_cut, true);
   const Tensor count = empty({}, aoti_torch_dtype_int64());
   const auto* on = static_cast<const uint8_t*>(mask->data_ptr());
   int64_t n = 0;

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ltepass.api import remove, transform
     from ltepass.calibration import calibrate
     from ltepass.config import LTEConfig
-    from ltepass.hidden import set_hidden_sparsity
+    from ltepass.cuts import set_hidden_sparsity, set_input_sparsity
     from ltepass.lowering import lower, unlower
     from ltepass.reporting import Report, report
     from ltepass.sites import FFNSite, Refusal
@@ -30,7 +30,8 @@ _PUBLIC = {
     "remove": "ltepass.api",
     "calibrate": "ltepass.calibration",
     "LTEConfig": "ltepass.config",
-    "set_hidden_sparsity": "ltepass.hidden",
+    "set_hidden_sparsity": "ltepass.cuts",
+    "set_input_sparsity": "ltepass.cuts",
     "lower": "ltepass.lowering",
     "unlower": "ltepass.lowering",
     "Report": "ltepass.reporting",
@@ -58,6 +59,7 @@ __all__ = [
     "remove",
     "report",
     "set_hidden_sparsity",
+    "set_input_sparsity",
     "set_mode",
     "set_sparsity",
     "transform",

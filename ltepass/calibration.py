@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ltepass.cuts import place_cuts
 from ltepass.energy import down_energy, expert_energy, log_energy
 from ltepass.errors import LoweredError
 from ltepass.grouping import ActivationStats, grouping_permutation, permute_site
-from ltepass.hidden import place_cuts
 from ltepass.observing import Observer, Sample, collect, watch
 from ltepass.ridge import RidgeSums
 from ltepass.router import Router

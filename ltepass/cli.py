@@ -116,6 +116,9 @@ def train(
     hidden_sparsity: Annotated[
         float, typer.Option(help="Share of active neurons that the down projection leaves out too.")
     ] = 0.0,
+    input_sparsity: Annotated[
+        float, typer.Option(help="Share of an FFN's inputs that its up and gate projections leave out.")
+    ] = 0.0,
     seed: Seed = 0,
     device: Device = "cpu",
 ) -> None:
@@ -135,6 +138,7 @@ def train(
         warm_start=warm_start,
         budget=budget,  # type: ignore[arg-type]  # checked by LTEConfig
         hidden_sparsity=hidden_sparsity,
+        input_sparsity=input_sparsity,
         stages={
             "trainable": trainable,
             "straight_through": straight_through,

@@ -40,6 +40,8 @@ class LTEConfig:
         the loss is less sensitive give up more (calibration measures it, with one backward pass).
     hidden_sparsity: share of the hidden units of active experts, the smallest, that the down projection does not read;
         0 in the paper. `ltepass.set_hidden_sparsity` changes it and places the cuts.
+    input_sparsity: share of an FFN's inputs, the smallest, that its up and gate projections do not read; 0 in the
+        paper. `ltepass.set_input_sparsity` changes it and places the cuts.
     router_bias: the paper's router has none; a calibrated start fits better with one.
     tau: threshold on the sigmoid score (0.5 everywhere in the paper).
     seed: for grouping and router start.
@@ -50,6 +52,7 @@ class LTEConfig:
     grouping: GroupingName = "auto"
     budget: Budget = "layer"
     hidden_sparsity: float = 0.0
+    input_sparsity: float = 0.0
     router_bias: bool = True
     tau: float = 0.5
     seed: int = 0
@@ -57,6 +60,7 @@ class LTEConfig:
     def __post_init__(self) -> None:
         check_sparsity(self.target_sparsity)
         check_sparsity(self.hidden_sparsity, "hidden_sparsity")
+        check_sparsity(self.input_sparsity, "input_sparsity")
         if self.group_size != "auto" and (not isinstance(self.group_size, int) or self.group_size < 1):
             raise ConfigError(f'group_size is {self.group_size!r}; expected "auto" or an integer of at least 1')
         if self.grouping not in GROUPINGS:

@@ -100,6 +100,10 @@ def is_gate(node: Node) -> bool:
     return node.op == "call_function" and node.target is torch.ops.ltepass.gate.default
 
 
+def is_input_cut(node: Node) -> bool:
+    return node.op == "call_function" and node.target is torch.ops.ltepass.cut_inputs.default
+
+
 def is_movement(node: Node) -> bool:
     return op_name(node) in _MOVEMENT
 

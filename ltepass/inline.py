@@ -3,7 +3,7 @@
 An `InlineSite` holds names only and looks every module up when called:
   owner's forward   (a generated subclass around the original's) notes the owner of this call: a replica or a copy
                     brings its own router; afterwards it forgets, also when the forward raised
-  up, before        scores = owner.router(x)
+  up, before        scores = owner.router(x); up (and a gate linear beside it) sees what an input cut leaves of x
   down, before      hidden units are gated with these scores
 The notes are per thread. The owner's part is a forward and no hook, because transformers' gradient checkpointing runs
 a layer's forward again without its hooks. Who displaces a linear's hook (PEFT wraps or merges it) gets it attached
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ltepass.errors import DisplacedHookError
 from ltepass.regenerate import original_class, subclass
-from ltepass.router import gate
+from ltepass.router import gate, seen_inputs
 
 _calls = threading.local()
 
@@ -32,8 +32,8 @@ _calls = threading.local()
 class InlineSite:
     """Names, relative to the owner, of one inline FFN's up linear, down linear and router.
 
-    lowered: the down linear's forward is a `SparseDown`, which wants x and no scores; gate: of a lowered gated FFN, the
-    linear that holds the gate's rows (it may be the up linear).
+    lowered: the down linear's forward is a `SparseDown`, which wants x and no scores; gate: of a gated FFN, the linear
+    that holds the gate's rows (it may be the up linear).
     """
 
     key: str
@@ -51,11 +51,14 @@ class InlineSite:
         """Place the hooks on the linears that the owner would call now, and nowhere else."""
         _unhook(owner, self.key)
         owner.get_submodule(self.up).register_forward_pre_hook(_UpBefore(self))
+        if self.gate not in ("", self.up):
+            owner.get_submodule(self.gate).register_forward_pre_hook(_GateBefore(self))
         owner.get_submodule(self.down).register_forward_pre_hook(_DownBefore(self))
 
     def in_place(self, owner: nn.Module) -> bool:
-        up, down = owner.get_submodule(self.up), owner.get_submodule(self.down)
-        return _carries(up, _UpBefore, self.key) and _carries(down, _DownBefore, self.key)
+        hooks = [(self.up, _UpBefore), (self.down, _DownBefore)]
+        hooks += [(self.gate, _GateBefore)] if self.gate not in ("", self.up) else []
+        return all(_carries(owner.get_submodule(path), kind, self.key) for path, kind in hooks)
 
 
 def attach(owner: nn.Module, sites: Sequence[InlineSite]) -> None:
@@ -135,10 +138,23 @@ def _carries(module: nn.Module, kind: type[_Hook], key: str) -> bool:
 
 
 class _UpBefore(_Hook):
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         owner, _ = _note(self.site)
         kept = args[0] if self.site.lowered else owner.get_submodule(self.site.router)(args[0])
         setattr(_calls, self.site.slot, (owner, (kept,)))
+        return _seen(self.site, owner, args)
+
+
+class _GateBefore(_Hook):
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        return _seen(self.site, _note(self.site)[0], args)
+
+
+def _seen(site: InlineSite, owner: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """A linear's arguments without what the router's input cut leaves out."""
+    if site.lowered:
+        return None
+    return seen_inputs(owner.get_submodule(site.router), args[0]), *args[1:]  # type: ignore[arg-type]
 
 
 class _DownBefore(_Hook):

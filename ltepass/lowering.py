@@ -86,8 +86,10 @@ def unlower(model: nn.Module) -> nn.Module:
     elif state.lowered == "model":
         _uncompile(model)
     for site in state.sites:
-        for parameter in (model.get_parameter(r.param) for r in (site.up_rows, site.down_rows)):
-            parameter.data = parameter.data.contiguous()
+        for rows in (site.up_rows, site.gate_rows, site.down_rows):
+            if rows is not None:
+                parameter = model.get_parameter(rows.param)
+                parameter.data = parameter.data.contiguous()
     state.lowered, state.notes = None, []
     return model
 
@@ -97,6 +99,8 @@ def why_not(model: nn.Module, site: FFNSite) -> str | None:
     if site.activation.startswith("custom"):
         return f"no kernel knows its activation {site.activation}"
     rows = {site.up_rows, site.gate_rows, site.up_bias, site.gate_bias, site.down_rows}
+    if router_of(model, site).input_cut is not None and router_of(model, site).weight.is_cuda:
+        return "small inputs are left out, which no GPU kernel does"
     extra = [r.param for r in site.neurons if r not in rows]
     if extra:
         return f"{extra[0]} also scales its neurons"
@@ -145,10 +149,16 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 
 def lay_out(model: nn.Module, site: FFNSite) -> None:
-    """Store what the kernel gathers so that a neuron is contiguous: same logical shape, no copy kept."""
-    for rows in (site.up_rows, site.down_rows):
+    """Store what the kernel gathers so that it is contiguous: same logical shape, no copy kept.
+
+    That is a neuron; of up and gate an input, where small inputs are left out.
+    """
+    by_input = router_of(model, site).input_cut is not None
+    wanted = {site.down_rows: site.down_rows.dim}
+    wanted |= {rows: 1 - rows.dim if by_input else rows.dim for rows in (site.up_rows, site.gate_rows) if rows}
+    for rows, contiguous_along in wanted.items():
         parameter = model.get_parameter(rows.param)
-        if rows.dim == 1 and parameter.device.type == "cpu" and not parameter.is_meta:
+        if contiguous_along == 1 and parameter.device.type == "cpu" and not parameter.is_meta:
             parameter.data = parameter.data.t().contiguous().t()
 
 
@@ -201,13 +211,19 @@ def lowered_call(
         down.t() if plan.down_transposed else down,
         down_bias,
         plan.activation,
-        *(() if (cut := router._buffers["cut"]) is None else (cut,)),
+        *_cuts(router),
     )
     if router.count_inactive and torch.is_grad_enabled():
         y, active, _ = torch.ops.ltepass.routed_ffn_with_mask(*args)
         router.inactive = (~active).float().mean(-1)
         return y  # type: ignore[no-any-return]
     return routed_ffn(*args)
+
+
+def _cuts(router: Router) -> tuple[Tensor | None, ...]:
+    """The op's last arguments, those left away that nobody asked for."""
+    cut, input_cut = router._buffers["cut"], router._buffers["input_cut"]
+    return (cut, input_cut) if input_cut is not None else () if cut is None else (cut,)
 
 
 def _take(rows: NeuronRows | None, parameter: Any, d_ff: int) -> Any:
@@ -323,7 +339,7 @@ def _lower_inline(model: nn.Module, owner: str, sites: list[FFNSite], lowered: s
         if site.name not in lowered:
             inline.append(plain_site)
             continue
-        inline.append(replace(plain_site, gate=relative(site, site.gate) if site.gate else "", lowered=True))
+        inline.append(replace(plain_site, lowered=True))
         for path in {site.up, site.gate or site.up}:
             linear = model.get_submodule(path)
             width = linear.get_parameter("weight").shape[1 if _is_conv1d(linear) else 0]

@@ -104,8 +104,8 @@ class TrainOptions:
     """Of `ltepass train`; the defaults are what measured best at up to 61,440 tokens (examples/results/ablations.md).
 
     steps: optimizer steps of the hard stage; soft_steps: of the soft stage before it; warm_start: refit each FFN before
-    the first step; budget, hidden_sparsity: as in `LTEConfig`; length: tokens of a block; stages: what `LTESettings`
-    takes beside these.
+    the first step; budget, hidden_sparsity, input_sparsity: as in `LTEConfig`; length: tokens of a block; stages: what
+    `LTESettings` takes beside these.
     """
 
     target_sparsity: float = 0.5
@@ -120,6 +120,7 @@ class TrainOptions:
     warm_start: bool = True
     budget: Budget = "layer"
     hidden_sparsity: float = 0.0
+    input_sparsity: float = 0.0
     stages: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -173,6 +174,7 @@ def _start(model: Any, blocks: torch.Tensor, options: TrainOptions) -> None:
         group_size=options.group_size or "auto",
         budget=options.budget,
         hidden_sparsity=options.hidden_sparsity,
+        input_sparsity=options.input_sparsity,
         seed=options.seed,
     )
     ltepass.transform(model, config=config, calibration=torch.split(blocks, options.batch))

@@ -21,7 +21,8 @@ from ltepass.kernels.routed_ffn_backward import gradients
 
 _ARGUMENTS = (
     "(Tensor x, Tensor router_weight, Tensor? router_bias, Tensor threshold, Tensor up, Tensor? up_bias, Tensor? gate, "
-    "Tensor? gate_bias, Tensor down, Tensor? down_bias, str activation, Tensor? cut=None)"
+    "Tensor? gate_bias, Tensor down, Tensor? down_bias, str activation, Tensor? cut=None, "
+    "Tensor? input_cut=None)"
 )
 _library = torch.library.Library("ltepass", "FRAGMENT")
 _library.define(f"routed_ffn{_ARGUMENTS} -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
@@ -34,7 +35,7 @@ _library.define(f"_plain{_ARGUMENTS} -> (Tensor, Tensor)")
 _library.define("_dense_above(Tensor x, int tokens) -> float")
 
 Args = tuple[Any, ...]
-_N_TENSORS = 10  # every argument before the activation; after it, `cut` where it is given
+_N_TENSORS = 10  # every argument before the activation; after it, `cut` and `input_cut` where they are given
 
 
 def check(x: Tensor, router_weight: Tensor, up: Tensor, gate: Tensor | None, down: Tensor, activation: str) -> None:
@@ -54,11 +55,15 @@ def check(x: Tensor, router_weight: Tensor, up: Tensor, gate: Tensor | None, dow
 
 
 def _plain(with_mask: bool, args: Args) -> Any:
-    x, router_weight, router_bias, threshold, *weights = args
+    x, router_weight, router_bias, threshold, *weights = args[: _N_TENSORS + 2]
     check(x, router_weight, weights[0], weights[2], weights[4], args[_N_TENSORS])
     active = reference.mask(x, router_weight, router_bias, threshold)
-    y = reference.masked_ffn(x, active, *weights)
+    y = reference.masked_ffn(reference.leave_out_small(x, _input_cut(args)), active, *weights)
     return (y, active, active.sum()) if with_mask else y
+
+
+def _input_cut(args: Args) -> Tensor | None:
+    return args[_N_TENSORS + 2] if len(args) > _N_TENSORS + 2 else None
 
 
 def _any_device(op: torch._ops.OpOverload, with_mask: bool) -> Any:
@@ -74,7 +79,9 @@ def _any_device(op: torch._ops.OpOverload, with_mask: bool) -> Any:
 def _cuda(*args: Any) -> Tensor:
     from ltepass.kernels import routed_ffn_triton
 
-    return routed_ffn_triton.routed_ffn(*args)  # type: ignore[no-any-return]
+    if _input_cut(args) is not None:
+        return _plain(False, args)  # type: ignore[no-any-return]  # rows of up and gate lie whole on a GPU
+    return routed_ffn_triton.routed_ffn(*args[: _N_TENSORS + 2])  # type: ignore[no-any-return]
 
 
 def _cuda_with_mask(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,21 +113,25 @@ class _HardFFN(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Args, output: Any) -> None:
-        x, _, _, _, up, up_bias, gate, gate_bias, down, _, activation, *cut = inputs
+        x, _, _, _, up, up_bias, gate, gate_bias, down, _, activation, *cuts = inputs
         _, active, count = output
         ctx.mark_non_differentiable(active, count)
-        ctx.save_for_backward(x, active, up, up_bias, gate, gate_bias, down, *cut)
+        ctx.save_for_backward(x, active, up, up_bias, gate, gate_bias, down, *cuts)
         ctx.activation = activation
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        x, active, up, up_bias, gate, gate_bias, down, *cut = ctx.saved_tensors
+        x, active, up, up_bias, gate, gate_bias, down, *cuts = ctx.saved_tensors
+        cut, input_cut = (*cuts, None, None)[:2]
+        seen = reference.leave_out_small(x, input_cut)
         need = ctx.needs_input_grad
         wanted = (need[0], need[4], need[5], need[6], need[7], need[8], need[9])
-        flat = (grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]), active.reshape(-1, active.shape[-1]))
-        grads = gradients(*flat, up, up_bias, gate, gate_bias, down, ctx.activation, wanted, *cut)
+        flat = (grad.reshape(-1, grad.shape[-1]), seen.reshape(-1, x.shape[-1]), active.reshape(-1, active.shape[-1]))
+        grads = gradients(*flat, up, up_bias, gate, gate_bias, down, ctx.activation, wanted, cut)
         dx = None if grads[0] is None else grads[0].reshape(x.shape)
-        return (dx, None, None, None, *grads[1:], *[None] * (1 + len(cut)))
+        if dx is not None and input_cut is not None:
+            dx = dx.masked_fill(reference.is_small(x, input_cut), 0.0)
+        return (dx, None, None, None, *grads[1:], *[None] * (1 + len(cuts)))
 
 
 def _refuse_tangents(args: Args) -> None:

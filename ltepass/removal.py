@@ -10,7 +10,7 @@ from ltepass.errors import LoweredError
 from ltepass.grouping import permute_site
 from ltepass.inline import detach
 from ltepass.regenerate import original_class
-from ltepass.router import gate
+from ltepass.router import gate, seen_inputs
 from ltepass.sites import FFNSite, LTEState, router_of
 
 
@@ -45,8 +45,10 @@ def require_not_lowered(state: LTEState, what: str) -> None:
 
 def _ungate(gm: GraphModule, site: FFNSite) -> None:
     for node in list(gm.graph.nodes):
-        if node.op == "call_function" and node.target is gate and node.args[0].target == site.router:
-            module, h, logits = node.args
-            node.replace_all_uses_with(h)
-            for dead in (node, logits, module):
+        if node.op != "call_function" or node.target not in (gate, seen_inputs):
+            continue
+        module, kept, *logits = node.args
+        if module.target == site.router:
+            node.replace_all_uses_with(kept)
+            for dead in (node, *logits, module):
                 gm.graph.erase_node(dead)

@@ -108,6 +108,8 @@ def _tables(report: Report) -> Iterator[Any]:
     yield table
     if share := report.config.get("hidden_sparsity"):
         yield Text(f"of active neurons, the smallest {share:.0%} are left out of the down projection (hidden_sparsity)")
+    if share := report.config.get("input_sparsity"):
+        yield Text(f"the smallest {share:.0%} of each FFN's inputs are left out of up and gate (input_sparsity)")
     if report.refusals:
         yield refusals_table(report.refusals)
     for line in (*report.notes, *report.paths):

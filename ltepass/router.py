@@ -31,6 +31,7 @@ class Router(nn.Module):
         NaN before calibration.
     cut: [] fp32 buffer, or None (the paper) where `set_hidden_sparsity` made none: in hard mode, hidden units of a size
         up to it are left out of the down projection, also those of active experts; negative: none are.
+    input_cut: the same for entries of x and the up and gate projections (`set_input_sparsity`); the router sees all.
     permutation: [d_ff] int64 buffer; hidden unit i of the grouped FFN was unit permutation[i] of the original.
     """
 
@@ -39,6 +40,7 @@ class Router(nn.Module):
     quantiles: Tensor
     permutation: Tensor
     cut: Tensor | None
+    input_cut: Tensor | None
 
     def __init__(
         self,
@@ -49,6 +51,7 @@ class Router(nn.Module):
         bias: bool = True,
         tau: float = 0.5,
         cut: bool = False,
+        input_cut: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
@@ -60,7 +63,8 @@ class Router(nn.Module):
         self.bias = nn.Parameter(torch.empty(self.n_experts, dtype=torch.float32, device=device)) if bias else None
         self.register_buffer("threshold", torch.empty((), dtype=torch.float32, device=device))
         self.register_buffer("quantiles", torch.empty(N_QUANTILES, dtype=torch.float32, device=device))
-        self.register_buffer("cut", torch.empty((), dtype=torch.float32, device=device) if cut else None)
+        for name, given in (("cut", cut), ("input_cut", input_cut)):
+            self.register_buffer(name, torch.empty((), dtype=torch.float32, device=device) if given else None)
         self.register_buffer("permutation", torch.empty(d_ff, dtype=torch.int64, device=device))
         # Set by a training stage, never saved. straight_through: hard mode learns through its decision as if it were
         # the score. count_inactive: hard mode keeps `inactive` too. share_neighbours: soft mode keeps the union term.
@@ -85,8 +89,9 @@ class Router(nn.Module):
                 self.bias.zero_()
             self.threshold.fill_(logit(self.tau))
             self.quantiles.fill_(math.nan)
-            if self.cut is not None:
-                self.cut.fill_(-1.0)
+            for cut in (self.cut, self.input_cut):
+                if cut is not None:
+                    cut.fill_(-1.0)
             self.permutation.copy_(torch.arange(self.d_ff))
 
     def forward(self, x: Tensor) -> Tensor | None:
@@ -142,6 +147,17 @@ def _straight_through(h: Tensor, logits: Tensor, threshold: Tensor, cut: Tensor 
 
 # One op in Dynamo's graph, so that a pass finds it without guessing; plain ATen ops for autograd, export and inductor.
 _library.impl("gate", _gate, "CompositeImplicitAutograd")
+_library.define("cut_inputs(Tensor x, Tensor cut) -> Tensor")
+_library.impl("cut_inputs", leave_out_small, "CompositeImplicitAutograd")
+
+
+def seen_inputs(router: Router, x: Tensor) -> Tensor:
+    """x: [..., d_model] -> what up and gate see of it: all, or in hard mode what `input_cut` leaves."""
+    if isinstance(x, torch.fx.Proxy):
+        return x.tracer.create_proxy("call_function", seen_inputs, (router, x), {})  # type: ignore[return-value]
+    if router.input_cut is None or router.mode != "hard":
+        return x
+    return torch.ops.ltepass.cut_inputs.default(x, router.input_cut)  # type: ignore[no-any-return]
 
 
 def gate(router: Router, h: Tensor, logits: Tensor | None) -> Tensor:

@@ -1,9 +1,10 @@
 """insert_routers: a trainable router per site, and its gate just before the down projection.
 
     before:  h = act(gate(x)) * up(x);                            y = down(h)
-    after:   h = act(gate(x)) * up(x);  s = router(x);  h' = gate(h, s);  y = down(h')
+    after:   x' = seen_inputs(x);  h = act(gate(x')) * up(x');  s = router(x);  h' = gate(h, s);  y = down(h')
 
-Legal because down is linear: gating group i of h is gating expert i's share of y. In dense mode the gate hands h on.
+Legal because down is linear: gating group i of h is gating expert i's share of y. In dense mode the gate hands h on,
+and so does `seen_inputs` x, unless `set_input_sparsity` gave it a cut.
 An aligned owner gets a regenerated forward, an inline one guarded hooks, a GraphModule two nodes. Only adds: every
 parameter keeps its name and value.
 """
@@ -21,9 +22,10 @@ from torch.fx import Graph, GraphModule, Node
 from ltepass.config import LTEConfig
 from ltepass.errors import CheckpointError
 from ltepass.inline import InlineSite, attach
+from ltepass.near import breadth_first
 from ltepass.pipeline import Job
 from ltepass.regenerate import forwards_of, regenerate, trace_owner
-from ltepass.router import Router, gate
+from ltepass.router import Router, gate, seen_inputs
 from ltepass.sites import FFNSite, LTEState
 
 
@@ -54,8 +56,9 @@ def insert_routers(
     generator = torch.Generator().manual_seed(config.seed)
     for site in sites:
         where = device if device is not None else next(model.get_submodule(site.down).parameters()).device
-        sizes, has_cut = (site.d_model, site.d_ff, site.group_size), config.hidden_sparsity > 0
-        router = Router(*sizes, bias=config.router_bias, tau=config.tau, cut=has_cut, device=where)
+        sizes = (site.d_model, site.d_ff, site.group_size)
+        cuts = {"cut": config.hidden_sparsity > 0, "input_cut": config.input_sparsity > 0}
+        router = Router(*sizes, bias=config.router_bias, tau=config.tau, device=where, **cuts)
         router.reset(generator)
         parent, _, child = site.router.rpartition(".")
         model.get_submodule(parent).add_module(child, router)
@@ -83,7 +86,7 @@ def relative(site: FFNSite, path: str) -> str:
 
 def inline_site(site: FFNSite) -> InlineSite:
     up, down, router = (relative(site, p) for p in (site.up, site.down, site.router))
-    return InlineSite(site.name, up, down, router)
+    return InlineSite(site.name, up, down, router, gate=relative(site, site.gate) if site.gate else "")
 
 
 def _owner_graphs(model: nn.Module, owner: str) -> tuple[Graph, Graph]:
@@ -104,19 +107,27 @@ def _called(graph: Graph, path: str) -> Node:
 def insert_gates(graph: Graph, sites: Sequence[FFNSite]) -> None:
     """Routers and gates in an aligned owner's own graph."""
     for site in sites:
-        up, down = (_called(graph, relative(site, p)) for p in (site.up, site.down))
-        _insert_gate(graph, up.args[0], down, down.args[0], relative(site, site.router))  # type: ignore[arg-type]
+        up, gate_linear, down = (_called(graph, relative(site, p)) for p in (site.up, site.gate or site.up, site.down))
+        inputs = dict.fromkeys((up.all_input_nodes[0], gate_linear.all_input_nodes[0]))  # two views of x at most
+        _insert_gate(graph, list(inputs), down, down.all_input_nodes[0], relative(site, site.router))
 
 
 def _gate_in_user_graph(gm: GraphModule, site: FFNSite) -> None:
     by_name = {n.name: n for n in gm.graph.nodes}
     x, h, down = (by_name[name] for name in site.nodes)
-    _insert_gate(gm.graph, x, down, h, site.router)
+    _insert_gate(gm.graph, [x], down, h, site.router)
 
 
-def _insert_gate(graph: Graph, x: Node, down: Node, h: Node, router: str) -> None:
+def _insert_gate(graph: Graph, inputs: Sequence[Node], down: Node, h: Node, router: str) -> None:
+    region = set(breadth_first(h, lambda n: n.all_input_nodes))
+    for x in inputs:
+        readers = [n for n in graph.nodes if n in region and x in n.all_input_nodes]
+        with graph.inserting_before(readers[0]):
+            seen = graph.call_function(seen_inputs, (graph.get_attr(router), x))
+        for reader in readers:
+            reader.replace_input_with(x, seen)
     with graph.inserting_before(down):
         module = graph.get_attr(router)
-        logits = graph.call_module(router, (x,))
+        logits = graph.call_module(router, (inputs[0],))
         gated = graph.call_function(gate, (module, h, logits))
     down.replace_input_with(h, gated)

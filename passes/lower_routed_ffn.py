@@ -3,6 +3,8 @@
     before:  s = linear(x.float(), Wr, br); h = silu(linear(x, Wg)) * linear(x, Wu); y = linear(gate(h, s, t), Wd)
     after:   y = ltepass::routed_ffn(x, Wr, br, t, Wu, None, Wg, None, Wd, None, "silu")
 
+Where up and gate read cut_inputs(x, c), c becomes an argument of the op; so does a cut of the gate.
+
 Legal because the op is defined as just this (kernels/reference.py), the region is proved by the same matcher that found
 the FFN, and nothing outside it reads the hidden units. A region that does not match stays masked-dense, which is exact;
 the reason is returned as a value. The graph's other nodes are untouched.
@@ -21,6 +23,7 @@ from ltepass.dataflow import (
     Linear,
     erase_upstream,
     is_gate,
+    is_input_cut,
     is_plain_tensor,
     shape,
     strip_identity,
@@ -82,21 +85,29 @@ def _lower(flow: Flow, region: Region) -> str | None:
     """Rewrite one region, or say why not."""
     gate, up, down = region.gate_op, region.up.linear, region.down
     assert gate is not None
-    _, scores, threshold, soft, *cut = gate.args
+    _, scores, threshold, soft, *cuts = gate.args
     assert isinstance(scores, Node)
+    x = up.x
+    if is_input_cut(region.x):
+        cuts = [cuts[0] if cuts else None, region.x.args[1]]
     router = flow.linear(strip_identity(scores))
     reason = _why_not(region, router, bool(soft))
     if reason is not None:
         return reason
     assert router is not None
     graph = flow.gm.graph
+    if is_input_cut(region.x):  # only this region reads it, and goes
+        source = region.x.args[0]
+        x = source if x is region.x else x
+        region.x.replace_all_uses_with(source)
+        graph.erase_node(region.x)
     with graph.inserting_before(down.node):
 
         def operand(rows: Rows | None) -> Node | None:
             return None if rows is None else _operand(flow, rows, region.d_ff)
 
         args = (
-            up.x,
+            x,
             router.weight,
             _leaf(flow, router.bias),
             threshold,
@@ -107,7 +118,7 @@ def _lower(flow: Flow, region: Region) -> str | None:
             down.weight if down.out_dim == 0 else _transposed(flow, down.weight),
             down.bias,
             region.activation,
-            *cut,
+            *cuts,
         )
         new = graph.call_function(torch.ops.ltepass.routed_ffn.default, args)
         new.meta = dict(down.node.meta)
@@ -119,14 +130,18 @@ def _lower(flow: Flow, region: Region) -> str | None:
 def _why_not(region: Region, router: Linear | None, soft: bool) -> str | None:
     standard = {region.up.rows, region.up.bias, down_rows(region.down)}
     standard |= {region.gate.rows, region.gate.bias} if region.gate else set()
-    x = region.up.linear.x
+    x, source = region.up.linear.x, region.x
+    if is_input_cut(source):
+        source = strip_views(source.args[0])  # type: ignore[arg-type]
+        if value(x).device.type != "cpu":
+            return "small inputs are left out, which no GPU kernel does"
     if soft:
         return "a soft gate: every expert is active"
     if not region.lowerable:
         return f"no kernel knows its activation {region.activation}"
     if any(r not in standard for r in region.neurons):
         return "another parameter scales its neurons"
-    if router is None or router.out_dim != 0 or strip_views(router.x) is not region.x:
+    if router is None or router.out_dim != 0 or strip_views(router.x) is not source:
         return "the gate's scores are no linear of the FFN's input"
     if region.x is not strip_views(x) or value(region.x).dtype != value(x).dtype:
         return "the router and the up projection read different dtypes"

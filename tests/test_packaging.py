@@ -167,6 +167,7 @@ PUBLIC = [
     "remove",
     "report",
     "set_hidden_sparsity",
+    "set_input_sparsity",
     "set_mode",
     "set_sparsity",
     "transform",

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ltepass.config import Budget
+from ltepass.cuts import place_cuts
 from ltepass.errors import LoweredError, TrainingError
-from ltepass.hidden import place_cuts
 from ltepass.sites import require_state, router_of, routers_of
 from ltepass.sparsity import measure_sparsity, set_mode, set_sparsity, update_table
 from ltepass.training.settings import Trainable

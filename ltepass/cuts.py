@@ -1,0 +1,126 @@
+"""Cuts on what the active experts read: TEAL's rule (arXiv 2408.14690) inside LTE.
+
+    x' = x * [|x| > input cut];  h = act(gate x') * (up x') of the active experts;  y = down (h * [|h| > cut])
+
+A router chooses whole experts. Which entries of x are small is known before anything of the FFN is read, and which
+hidden units are small before a third of it is: each is known exactly, entry by entry. Routers see all of x. Not in the
+paper; off unless asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ltepass.config import check_sparsity
+from ltepass.errors import CalibrationError, LoweredError
+from ltepass.kernels.reference import mask
+from ltepass.observing import Observer
+from ltepass.router import Router
+from ltepass.sites import FFNSite, require_state, router_of
+from ltepass.sparsity import mode_of, run_batches
+
+SAMPLE = 8192  # entries kept of a forward and site: a cut is one number
+Setting = Literal["hidden_sparsity", "input_sparsity"]
+BUFFERS: dict[Setting, str] = {"hidden_sparsity": "cut", "input_sparsity": "input_cut"}  # of the router
+
+
+def set_hidden_sparsity(model: nn.Module, share: float, batches: Iterable[Any]) -> None:
+    """Leave the smallest `share` of active experts' hidden units out of the down projection, in hard mode; 0 ends it.
+
+    share: in [0, 1), of the hidden units that active experts give on `batches` (dicts of model inputs or token ids; not
+        those of a test), site by site. An FFN of three matrices then reads (1 - share / 3) of its active experts'
+        bytes. Training in hard mode goes on under the cuts, `LTETrainer` places them again at the end of a stage, and
+        they are saved with the model. Call it again after `set_sparsity`: other experts give other hidden units.
+    Raises ConfigError, NotTransformedError, LoweredError, CalibrationError (no tokens seen).
+    """
+    _set(model, "hidden_sparsity", share, batches)
+
+
+def set_input_sparsity(model: nn.Module, share: float, batches: Iterable[Any]) -> None:
+    """Leave the smallest `share` of each FFN's inputs out of its up and gate projections, in hard mode; 0 ends it.
+
+    share: in [0, 1), of the entries of x on `batches`, as for `set_hidden_sparsity`, with which it can be combined.
+        For one token on a CPU an FFN of three matrices then reads (1 - 2 share / 3) of its active experts' bytes:
+        lowering stores up and gate with a row for each input there. Several tokens get the same numbers and save
+        nothing by it; on a GPU such an FFN stays masked-dense (`ltepass.report` says so).
+    Raises ConfigError, NotTransformedError, LoweredError, CalibrationError (no tokens seen).
+    """
+    _set(model, "input_sparsity", share, batches)
+
+
+def _set(model: nn.Module, setting: Setting, share: float, batches: Iterable[Any]) -> None:
+    check_sparsity(share, setting)
+    state = require_state(model, f"set_{setting}")
+    if state.lowered is not None:
+        raise LoweredError(f"set_{setting} expects the model as trained; call ltepass.unlower(model)")
+    state.config[setting] = share
+    for site in state.sites:
+        router = router_of(model, site)
+        setattr(router, BUFFERS[setting], torch.full_like(router.threshold, -1.0) if share else None)
+    place_cuts(model, batches)
+
+
+def place_cuts(model: nn.Module, batches: Iterable[Any]) -> None:
+    """Cuts at the configured shares' quantiles of what FFNs see and active experts give on `batches`.
+
+    Two passes, the second with the cuts of the first: what an FFN leaves out changes what the next ones see. Does
+    nothing for a model without cuts. Raises CalibrationError where no token reached a site.
+    """
+    state = require_state(model, "place_cuts")
+    shares = {setting: state.config[setting] for setting in BUFFERS if state.config[setting]}
+    if not shares:
+        return
+    batches = list(batches)
+    for site in state.sites:
+        for setting in shares:
+            getattr(router_of(model, site), BUFFERS[setting]).fill_(-1.0)
+    for _ in range(2):
+        sizes = [_Sizes(site, router_of(model, site)) for site in state.sites]
+        try:
+            for one in sizes:
+                one.open()
+            with mode_of(model, "hard"):
+                run_batches(model, batches)
+        finally:
+            for one in sizes:
+                one.close()
+        for one in sizes:
+            for setting, share in shares.items():
+                getattr(one.router, BUFFERS[setting]).copy_(one.quantile(setting, share))
+
+
+class _Sizes(Observer):
+    """|x| of a site and |h| of its active experts, before its own cuts: samples."""
+
+    def __init__(self, site: FFNSite, router: Router) -> None:
+        super().__init__(site, router)
+        self.kept: dict[Setting, list[Tensor]] = {setting: [] for setting in BUFFERS}
+
+    def on_input(self, x: Tensor) -> None:
+        self.active = mask(x, self.router.weight, self.router.bias, self.router.threshold)
+        self._keep("input_sparsity", x)
+
+    def on_hidden(self, h: Tensor) -> None:
+        self._keep("hidden_sparsity", h.unflatten(-1, (self.router.n_experts, -1))[self.active])
+
+    def _keep(self, setting: Setting, values: Tensor) -> None:
+        sizes = values.abs().flatten()
+        self.kept[setting].append(sizes[:: max(1, len(sizes) // SAMPLE)].float())
+
+    def quantile(self, setting: Setting, share: float) -> Tensor:
+        """[] fp32: up to it are `share` of the sample; negative where no expert was active."""
+        if not self.kept[setting]:
+            raise CalibrationError(
+                f"no token reached {self.site.name}; expected at least one batch that runs through every FFN; pass "
+                "batches of token ids"
+            )
+        sizes = torch.cat(self.kept[setting])
+        at = int(share * len(sizes))
+        if at == 0:
+            return sizes.new_tensor(-1.0)
+        between = sizes.sort().values[at - 1 : at + 1]  # no size seen is the cut itself: rounding would decide
+        return between.mean()
