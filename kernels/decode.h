@@ -58,17 +58,17 @@ inline void dot_rows(const typename E::T* const* rows, const typename E::T* cons
   for (int r = 0; r < R; r++) out[r] = hsum(acc[r]);
 }
 
-// y[0 .. STEP) += sum over r of h[r] * rows[r], of which n elements are there; y in the order of load_parts.
+// y[0 .. STEP) += sum over r of h[r] * rows[r][k .. k + STEP), rows of n elements; y in the order of load_parts.
 template <class E, int R>
-inline void add_step(const typename E::T* const* rows, const float* h, float* y, int64_t n) {
+inline void add_step(const typename E::T* const* rows, int64_t k, const vf* h, float* y, int64_t n) {
   vf acc[E::PARTS], wv[E::PARTS];
   for (int i = 0; i < E::PARTS; i++) acc[i] = load(y + i * W);
   for (int r = 0; r < R; r++) {
-    if (n == STEP<E>)
-      E::load_parts(rows[r], wv);
+    if (k + STEP<E> <= n)
+      E::load_parts(rows[r] + k, wv);
     else
-      load_last_parts<E>(rows[r], n, wv);
-    for (int i = 0; i < E::PARTS; i++) acc[i] += splat(h[r]) * wv[i];
+      load_last_parts<E>(rows[r] + k, n - k, wv);
+    for (int i = 0; i < E::PARTS; i++) acc[i] += h[r] * wv[i];
   }
   for (int i = 0; i < E::PARTS; i++) store(y + i * W, acc[i]);
 }
@@ -203,21 +203,22 @@ inline void project_by_inputs(const Matrix& w, const Active& active, int64_t a0,
     for (int64_t s = n && steps[n - 1] == first ? first + 1 : first; s <= last; s++) steps[n++] = int32_t(s);
   }
   std::fill(wide, wide + n * STEP_, 0.0f);
-  constexpr int64_t AHEAD_STEPS = 4;
-  auto row = [&](int64_t i) { return w.at<E>(0, in.live[i]); };
+  constexpr int64_t AHEAD_STEPS = 8;
+  const int64_t turn = std::max<int64_t>(n - AHEAD_STEPS, 0);
+  auto row = [&](int64_t i) { return w.at<E>(0, in.live[std::min(i, in.n_live - 1)]); };
   auto rows_of = [&]<int R>(int64_t i) {
-    const typename E::T* rows[R];
-    float factors[R];
-    for (int r = 0; r < R; r++) rows[r] = row(i + r), factors[r] = in.x[in.live[i + r]];
-    for (int64_t s = 0; s < n; s++) {
-      const int64_t k = steps[s] * STEP_;
-      const typename E::T* from[R];
-      for (int r = 0; r < R; r++) {
-        from[r] = rows[r] + k;
-        if (s + AHEAD_STEPS < n) __builtin_prefetch(rows[r] + steps[s + AHEAD_STEPS] * STEP_, 0, 2);
+    const typename E::T *rows[R], *next[R];
+    vf factors[R];
+    for (int r = 0; r < R; r++) rows[r] = row(i + r), next[r] = row(i + R + r), factors[r] = splat(in.x[in.live[i + r]]);
+    auto stretch = [&](int64_t from, int64_t to, const typename E::T* const* fetch, int64_t shift) {
+      for (int64_t s = from; s < to; s++) {
+        const int64_t k = steps[s] * STEP_, ahead = steps[s + shift] * STEP_;
+        for (int r = 0; r < R; r++) __builtin_prefetch(fetch[r] + ahead, 0, 2);
+        add_step<S, R>(rows, k, factors, wide + s * STEP_, d_ff);
       }
-      add_step<S, R>(from, factors, wide + s * STEP_, std::min(STEP_, d_ff - k));
-    }
+    };
+    stretch(0, turn, rows, n - turn);
+    stretch(turn, n, next, -turn);
   };
   int64_t i = 0;
   for (; i + ROWS <= in.n_live; i += ROWS) rows_of.template operator()<ROWS>(i);

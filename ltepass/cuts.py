@@ -61,7 +61,8 @@ def _set(model: nn.Module, setting: Setting, share: float, batches: Iterable[Any
     for site in state.sites:
         router = router_of(model, site)
         setattr(router, BUFFERS[setting], torch.full_like(router.threshold, -1.0) if share else None)
-    place_cuts(model, batches)
+    if share:
+        place_cuts(model, batches)
 
 
 def place_cuts(model: nn.Module, batches: Iterable[Any]) -> None:

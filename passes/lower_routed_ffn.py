@@ -97,7 +97,7 @@ def _lower(flow: Flow, region: Region) -> str | None:
     assert router is not None
     graph = flow.gm.graph
     if is_input_cut(region.x):  # only this region reads it, and goes
-        source = region.x.args[0]
+        source = region.x.all_input_nodes[0]
         x = source if x is region.x else x
         region.x.replace_all_uses_with(source)
         graph.erase_node(region.x)

@@ -3,10 +3,10 @@
     python examples/compare/ffn_time.py --results examples/results/frontier_time.csv          SmolLM2-135M's shape
 
 Every way takes turns with the others, its weights cold, as in `ltepass bench op`. LTE and every other method that picks
-experts with a linear router run on our kernel, `lte+teal` with a cut as in its rows. MoEfication's network runs in
-PyTorch, and the experts it chose on our kernel (which reads a router of its own as well, 4 % of the bytes at groups of
-8). Deja Vu, CATS and TEAL are a few lines of PyTorch each: their authors' kernels are for GPUs; measured here is what
-one can run on a CPU today.
+experts with a linear router run on our kernel, `lte+teal` and `lte+cuts` with cuts as in their rows; so does TEAL,
+which is the cuts with every expert on (the kernel reads a router for it, 4 % of the bytes at groups of 8).
+MoEfication's network runs in PyTorch, and the experts it chose on our kernel (with a router as well). Deja Vu and CATS
+are a few lines of PyTorch each: their authors' kernels are for GPUs; measured here is what one can run on a CPU today.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Annotated
 
 import torch
 import typer
-from hidden_cut import SHARE, expert_sparsity
+from cuts import CUTS, expert_sparsity
+from frontier_rows import WAYS
 from torch import Tensor, nn
 
 from ltepass.bench import cases
@@ -48,7 +49,6 @@ def predicted(shape: Shape, weights: list[Weights], sparsity: float, rank: int, 
 
 def contenders(shape: Shape) -> dict[tuple[str, float], Contender]:
     weights = cases.make_weights(shape, copies_needed(shape.weight_bytes * (1 - max(SPARSITIES)), 16))
-    turned = cases.turned_weights(weights, len(weights))
     out: dict[tuple[str, float], Contender] = {
         ("dense eager", 0.0): cases.dense_eager(shape, weights),
         ("dense compiled", 0.0): cases.dense_compiled(shape, weights),
@@ -56,9 +56,12 @@ def contenders(shape: Shape) -> dict[tuple[str, float], Contender]:
     }
     for s in SPARSITIES:
         out["routed", s] = cases.routed(shape, weights, s)
-        out["routed, small units cut", s] = cases.routed(shape, weights, expert_sparsity(3, s), hidden=SHARE)
+        for method in ("lte+teal", "lte+cuts"):
+            cuts = CUTS[method]
+            experts = expert_sparsity(3, s, cuts)
+            out[WAYS[method], s] = cases.routed(shape, weights, experts, hidden=cuts.hidden, inputs=cuts.inputs)
         out["gate-first", s] = cases.gate_first(shape, weights, s)
-        out["single neurons", s] = cases.single_neurons(shape, turned, s)
+        out["single neurons", s] = cases.routed(shape, weights, 0.0, hidden=s, inputs=s)
         out["predicted experts", s] = predicted(shape, weights, s, min(128, shape.d_model), neurons=False)
         out["predicted neurons", s] = predicted(shape, weights, s, min(96, shape.d_model // 4), neurons=True)
     return out

@@ -25,8 +25,8 @@ from typing import Annotated, Any
 import models
 import torch
 import typer
+from cuts import CUTS, expert_sparsity, measure_cut, n_matrices
 from frontier_rows import Rows, write_plot, write_table
-from hidden_cut import SHARE, expert_sparsity, measure_cut, n_matrices
 from methods import RULES
 from rule_hooks import Ruled, Samples, collect
 from study import (
@@ -37,7 +37,6 @@ from study import (
     Recipe,
     Workshop,
     calibration_blocks,
-    measure_lte,
     measure_rule,
     perplexities,
     retarget,
@@ -48,7 +47,7 @@ from study import (
 
 SAMPLE_TOKENS = 16_384  # of training text, kept for the rules
 POST_HOC = ("cats", "teal", "moefication", "dejavu", "lte-calibrated", "oracle")
-OURS = ("lte", "lte+teal")
+OURS = tuple(CUTS)
 TRAINED = ("topk", "prunepath", "noisy-topk", "random")
 
 
@@ -203,15 +202,14 @@ class Frontier(Workshop):
         gc.collect()
 
     def _lte(self, cell: Cell, data: Data) -> Measured:
-        """With `lte+teal`, part of what may not be read is left out unit by unit, and routers leave out less."""
-        folder = self.work / f"{cell.method}-{self.name}-{cell.sparsity:g}-{cell.seed}"
+        """With cuts, part of what may not be read is left out entry by entry, and routers leave out less."""
+        folder, cuts = self.work / f"{cell.method}-{self.name}-{cell.sparsity:g}-{cell.seed}", CUTS[cell.method]
         model = copy.deepcopy(self.prepared("base", cell.seed))
-        hidden = SHARE if cell.method == "lte+teal" else 0.0
-        model = retarget(model, expert_sparsity(n_matrices(model._lte.sites[0]), cell.sparsity, hidden))
-        options: dict[str, Any] = {"recipe": self.preset.recipe, "hidden": hidden}
+        model = retarget(model, expert_sparsity(n_matrices(model._lte.sites[0]), cell.sparsity, cuts))
+        options: dict[str, Any] = {"recipe": self.preset.recipe, "cuts": cuts}
         model, _ = tune_lte(model, data, self.budget, folder / "log", cell.seed, **options)
         model.save_pretrained(folder)
-        return measure_cut(model, data.test) if hidden else measure_lte(model, data.test)
+        return measure_cut(model, data.test)
 
     def _post_hoc(self, cell: Cell, data: Data) -> Measured:
         model, samples = self.prepared("tuned", cell.seed), self.samples("tuned", cell.seed)

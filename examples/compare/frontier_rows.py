@@ -25,7 +25,7 @@ WAYS = {
     "lte": "routed", "lte-calibrated": "routed", "lte-one-checkpoint": "routed", "topk": "routed",
     "prunepath": "routed", "noisy-topk": "routed", "random": "routed", "moefication": "predicted experts",
     "dejavu": "predicted neurons", "cats": "gate-first", "teal": "single neurons",
-    "lte+teal": "routed, small units cut",
+    "lte+teal": "routed, small units cut", "lte+cuts": "routed, small inputs and units cut",
 }  # fmt: skip
 
 

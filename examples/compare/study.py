@@ -191,11 +191,11 @@ def retarget(model: Any, sparsity: float) -> Any:
 
 
 def tune_lte(
-    model: Any, data: Data, budget: Budget, folder: Path, seed: int, *, recipe: Recipe, hidden: float = 0.0
+    model: Any, data: Data, budget: Budget, folder: Path, seed: int, *, recipe: Recipe, cuts: Any = None
 ) -> tuple[Any, list[Any]]:
     """Train a calibrated model with this recipe to its target; returns (model in hard mode, log).
 
-    hidden: share of the hidden units of active experts that is left out, from the first step on.
+    cuts: `cuts.Cuts`, what active experts leave out from the first step on.
     """
     blocks = calibration_blocks(data, budget, recipe.start).to(model.device)
     if recipe.random_routers:
@@ -204,8 +204,8 @@ def tune_lte(
         warm_start(model, blocks)
     freeze_embeddings(model)
     held_out = data.held_out.to(model.device)
-    if hidden:
-        ltepass.set_hidden_sparsity(model, hidden, torch.split(held_out, budget.batch))
+    if cuts is not None:
+        cuts.apply(model, torch.split(held_out, budget.batch))
     log = run_stages(model, examples(data.train), examples(held_out), budget, folder, seed, recipe)
     return model, log
 

@@ -13,7 +13,7 @@ from torch._inductor import config as inductor_config
 from torch.nn import functional as F  # noqa: N812 -- the name everybody uses
 
 from ltepass.bench.timing import Contender
-from ltepass.kernels.reference import ACTIVATIONS
+from ltepass.kernels.reference import ACTIVATIONS, leave_out_small
 from ltepass.ops import routed_ffn
 
 
@@ -93,28 +93,47 @@ def decide(shape: Shape, sparsity: float, seed: int = 0) -> Decision:
 
 
 def routed(
-    shape: Shape, weights: list[Weights], sparsity: float, *, hidden: float = 0.0, row_major: bool = False
+    shape: Shape,
+    weights: list[Weights],
+    sparsity: float,
+    *,
+    hidden: float = 0.0,
+    inputs: float = 0.0,
+    row_major: bool = False,
 ) -> Contender:
     """The op as a lowered module calls it; sparsity 0 has every expert on. Each copy of the weights has a router.
 
-    hidden: share of the active experts' hidden units that a cut leaves out of down.
+    hidden: share of the active experts' hidden units that a cut leaves out of down. inputs: share of x that a cut
+    leaves out of up and gate, which then have a row for each input.
     """
     d = decide(shape, sparsity)
     threshold = torch.tensor(0.0)
     calls: list[tuple[Any, ...]] = []
     for w in weights:
         down = w.down_rows if row_major else w.down
-        call = (d.x, d.router.clone(), None, threshold, w.up, None, w.gate, None, down, None, shape.activation)
-        calls.append((*call, _cut(w, d, shape, hidden)) if hidden else call)
+        up, gate = (w.up, w.gate) if not inputs else (_by_input(w.up), None if w.gate is None else _by_input(w.gate))
+        call = (d.x, d.router.clone(), None, threshold, up, None, gate, None, down, None, shape.activation)
+        input_cut = _between(d.x, inputs) if inputs else None
+        cut = _cut(w, d, shape, hidden, input_cut) if hidden else None
+        calls.append((*call, cut, input_cut) if hidden or inputs else call)
     return lambda i: routed_ffn(*calls[i % len(calls)])
 
 
-def _cut(weights: Weights, decision: Decision, shape: Shape, share: float) -> Tensor:
-    """[] fp32: this share of the active experts' hidden units is smaller. Between two sizes: rounding moves none."""
-    act, x = ACTIVATIONS[shape.activation], decision.x
+def _by_input(weight: Tensor) -> Tensor:
+    return weight.t().contiguous().t()
+
+
+def _cut(weights: Weights, decision: Decision, shape: Shape, share: float, input_cut: Tensor | None) -> Tensor:
+    """[] fp32: this share of the active experts' hidden units is smaller."""
+    act, x = ACTIVATIONS[shape.activation], leave_out_small(decision.x, input_cut)
     h = F.linear(x, weights.up)
     h = act(h) if weights.gate is None else act(F.linear(x, weights.gate)) * h
-    sizes = h.unflatten(-1, (shape.n_experts, -1))[decision.active].abs().float().flatten().sort().values
+    return _between(h.unflatten(-1, (shape.n_experts, -1))[decision.active], share)
+
+
+def _between(values: Tensor, share: float) -> Tensor:
+    """[] fp32: this share of the values is smaller. Between two sizes: rounding moves none."""
+    sizes = values.abs().float().flatten().sort().values
     at = max(round(share * len(sizes)), 1)
     return torch.mean(sizes[at - 1 : at + 1])
 

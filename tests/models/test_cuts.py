@@ -1,4 +1,4 @@
-"""`set_hidden_sparsity` and `set_input_sparsity`: cuts where they are asked for, the same lowered, saved and trained."""
+"""`set_hidden_sparsity` and `set_input_sparsity`: cuts where they are asked for; lowered, saved, trained."""
 
 from __future__ import annotations
 
@@ -85,6 +85,10 @@ def test_one_cut_leaves_the_other_where_it_is() -> None:
     expected = logits(model)
     ltepass.lower(model)
     assert (logits(model) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    ltepass.unlower(model)
+    before = cuts(model, "input_sparsity")
+    ltepass.set_hidden_sparsity(model, 0.0, [])
+    assert cuts(model, "input_sparsity") == before
 
 
 def test_routers_see_all_of_x() -> None:

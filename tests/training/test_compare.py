@@ -21,8 +21,8 @@ import models
 import step_time
 import study
 import tasks
+from cuts import Cuts, expert_sparsity, measure_cut, n_matrices
 from frontier_rows import at_bytes, ratios, shown_at, write_table
-from hidden_cut import expert_sparsity, measure_cut, n_matrices
 
 import ltepass
 from ltepass.evaluation import perplexity, sparsity_curve
@@ -161,23 +161,23 @@ def test_energy_missed_is_least_with_an_oracle_and_most_without_a_router(tmp_pat
     assert "| oracle |" in (tmp_path / "m.md").read_text()
 
 
-@pytest.mark.parametrize("share", [0.25, 0.6])
-def test_a_cut_leaves_out_the_small_hidden_units_of_active_experts(share: float) -> None:
+@pytest.mark.parametrize("cuts", [Cuts(hidden=0.25), Cuts(inputs=0.4), Cuts(hidden=0.6, inputs=0.3)])
+def test_cuts_leave_out_small_inputs_and_the_small_hidden_units_of_active_experts(cuts: Cuts) -> None:
     model, text = trained(), copied_text(8, seed=3)
     ltepass.set_mode(model, "hard")
     plain = model(text).logits
-    ltepass.set_hidden_sparsity(model, share, [text])
+    cuts.apply(model, (text,))
     ppl, sparsity, read = measure_cut(model, {"t": text})
     assert not torch.equal(model(text).logits, plain)
     without = study.measure_lte(model, {"t": text})
-    site = model._lte.sites[0]
-    matrices = n_matrices(site)
+    matrices = n_matrices(model._lte.sites[0])
     active, own = 1 - without[1]["t"], without[2]["t"] - (1 - without[1]["t"])
-    assert 1 - sparsity["t"] == pytest.approx(active * (1 - share / matrices), rel=0.03)
+    assert 1 - sparsity["t"] == pytest.approx(active * cuts.kept(matrices), rel=0.03)
     assert read["t"] == pytest.approx(1 - sparsity["t"] + own)
-    experts = expert_sparsity(n_matrices(site), 0.5, share)
-    assert (1 - experts) * (1 - share / matrices) == pytest.approx(0.5)
+    experts = expert_sparsity(matrices, 0.7, cuts)
+    assert (1 - experts) * cuts.kept(matrices) == pytest.approx(0.3)
     ltepass.set_hidden_sparsity(model, 0.0, [])
+    ltepass.set_input_sparsity(model, 0.0, [])
     assert torch.equal(model(text).logits, plain)
     assert ppl["t"] > 1
 
