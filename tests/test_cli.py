@@ -165,10 +165,11 @@ def test_train_takes_the_stages_options_and_eval_shows_the_curve(dense_folder: P
     shown = run("eval", str(out), str(text), "--length", "20", "--sparsities", "0.2,0.8")
     assert "set_sparsity 0.2" in shown
     assert "set_sparsity 0.8" in shown
-    cut = ["--hidden-sparsity", "0.4", *options]
+    cut = ["--hidden-sparsity", "0.4", "--input-sparsity", "0.3", *options]
     shown = run("train", str(dense_folder), str(text), "--out", str(out / "cut"), "--group-size", "12", *cut)
     assert "the smallest 40% are left out of the down projection" in " ".join(shown.split())
-    assert all(router.cut > 0 for router in routers_of(load(str(out / "cut"))))
+    assert "the smallest 30% of each FFN's inputs are left out of up and gate" in " ".join(shown.split())
+    assert all(router.cut > 0 and router.input_cut > 0 for router in routers_of(load(str(out / "cut"))))
     with pytest.raises(ConfigError, match="trainable is 'some'"):
         run("train", str(dense_folder), str(text), "--out", str(out), "--trainable", "some", *options[:2])
 
