@@ -48,7 +48,7 @@ from study import (
 SAMPLE_TOKENS = 16_384  # of training text, kept for the rules
 POST_HOC = ("cats", "teal", "moefication", "dejavu", "lte-calibrated", "oracle")
 OURS = tuple(CUTS)
-TRAINED = ("topk", "prunepath", "noisy-topk", "random")
+TRAINED = ("topk", "prunepath", "noisy-topk", "random", "teal-trained")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ NOT_DEPLOYABLE = ("oracle",)
 WAYS = {
     "lte": "routed", "lte-calibrated": "routed", "lte-one-checkpoint": "routed", "topk": "routed",
     "prunepath": "routed", "noisy-topk": "routed", "random": "routed", "moefication": "predicted experts",
-    "dejavu": "predicted neurons", "cats": "gate-first", "teal": "single neurons",
+    "dejavu": "predicted neurons", "cats": "gate-first", "teal": "single neurons", "teal-trained": "single neurons",
     "lte+teal": "routed, small units cut", "lte+cuts": "routed, small inputs and units cut",
 }  # fmt: skip
 

@@ -120,6 +120,12 @@ class Teal(Rule):
         return (seen.h.abs() > self.cut_h).to(seen.h.dtype)
 
 
+class TrainedTeal(Teal):
+    """TEAL's cuts from the first training step on: what `lte+cuts` would be without routers."""
+
+    name = "teal-trained"
+
+
 class Oracle(Rule):
     """The experts with most energy, known only after they were computed: what any router could reach at best."""
 
