@@ -34,9 +34,10 @@ def grouping_permutation(
     """up, gate: [d_ff, d_model]; down: [d_ff, d_model], one row per neuron -> [d_ff] int64, a permutation.
 
     New neuron i was neuron permutation[i]; expert e is new neurons [e * group_size, (e + 1) * group_size).
-    Methods: identity; random; kmeans (the paper: rows of gate, or of up in a plain FFN, L2-normalised); coactivation
-    (log |h_j| over tokens: which neurons are large together); output_aware (log |h_j| ||down_j||: which matter to the
-    output together). Logarithms, because a threshold asks which neurons are large, not how large the largest are.
+    Methods: identity; random; kmeans (the paper's, on rows of gate and up, each L2-normalised: by gate alone, groups of
+    8 that an oracle picks at 70 % cost SmolLM2 12 % more); coactivation (log |h_j| over tokens: which neurons are large
+    together); output_aware (log |h_j| ||down_j||: which matter to the output together). Logarithms, because a threshold
+    asks which neurons are large, not how large the largest are.
     Deterministic for a seed. Raises CalibrationError where activations are needed and missing, ConfigError.
     """
     d_ff = up.shape[0]
@@ -47,7 +48,8 @@ def grouping_permutation(
     if method not in ("kmeans", "coactivation", "output_aware"):
         raise ConfigError(f"grouping is {method!r}; expected identity, random, kmeans, coactivation or output_aware")
     if method == "kmeans":
-        points = nn.functional.normalize((up if gate is None else gate).float(), dim=1)
+        rows = [up] if gate is None else [gate, up]
+        points = torch.cat([nn.functional.normalize(w.float(), dim=1) for w in rows], 1)
     elif activations is None:
         raise CalibrationError(f"grouping {method!r} needs activations; expected calibration batches; pass them")
     elif method == "coactivation":

@@ -41,14 +41,14 @@ def test_a_permutation_that_depends_on_the_seed_alone(method: str, group_size: i
     assert torch.equal(before, torch.random.get_rng_state())
 
 
-def test_the_paper_groups_by_the_gate_and_by_up_in_a_plain_ffn() -> None:
+def test_kmeans_groups_by_gate_and_up_and_by_up_in_a_plain_ffn() -> None:
     labels = torch.randperm(60, generator=torch.Generator().manual_seed(0)) // 5
     directions = torch.nn.functional.one_hot(labels, 12).float()
     lengths = torch.arange(1.0, 61.0)[:, None]  # k-means on rows as they are would group by length
     noise = arguments()
-    for name, other in (("gate", "up"), ("up", "gate")):
-        given = {**noise, name: directions * lengths, other: noise["up"] if name == "gate" else None}
-        assert _groups("kmeans", given) == _planted(labels)
+    planted = directions * lengths
+    for rows in ({"gate": planted}, {"up": planted}, {"up": planted, "gate": None}):
+        assert _groups("kmeans", {**noise, **rows}) == _planted(labels)
 
 
 def test_coactivation_finds_neurons_that_fire_together() -> None:
