@@ -17,14 +17,16 @@ constexpr int64_t MANY_TOKENS = 1024;  // from here that GEMM is at its best
 constexpr int64_t DENSE_TOKENS = 33;  // from here the library's GEMM is worth asking (see README.md, break-even)
 
 // What the phases of one chunk share.
+template <class O>
 struct Chunk {
   int64_t tokens;
-  Blocked x;
-  int32_t* list;    // [n_experts, tokens] the tokens of each expert
-  int32_t* count;   // [n_experts]
-  int64_t* offset;  // [n_experts + 1] rows of `hidden` before expert e
-  float* hidden;    // [rows, group]
-  uint8_t* mask;    // [tokens, n_experts] or null
+  Blocked<F32> x;       // for the router
+  Blocked<O> operands;  // for up and gate: x itself where they are fp32
+  int32_t* list;        // [n_experts, tokens] the tokens of each expert
+  int32_t* count;       // [n_experts]
+  int64_t* offset;      // [n_experts + 1] rows of `hidden` before expert e
+  float* hidden;        // [rows, group] as operands of down, each row in whole words
+  uint8_t* mask;        // [tokens, n_experts] or null
 };
 
 // Buffers of one thread.
@@ -56,7 +58,8 @@ struct Local {
         y(s.take<float>(tokens * columns)) {}
 };
 
-inline void route_block(const Problem& p, const Chunk& c, int64_t e0, int64_t e1, Local& local) {
+template <class O>
+inline void route_block(const Problem& p, const Chunk<O>& c, int64_t e0, int64_t e1, Local& local) {
   for (int64_t i = 0; i < c.tokens; i++) local.rows[i] = c.x.row(i);
   project_rows<F32>(p.router, e0, e1 - e0, c.x, local.rows, c.tokens, local.up, local.block);
   for (int64_t e = e0; e < e1; e++) {
@@ -74,13 +77,14 @@ inline void route_block(const Problem& p, const Chunk& c, int64_t e0, int64_t e1
 
 // Hidden units [j0, j1) of expert e, for the tokens that chose it.
 template <class E>
-inline void hidden_block(const Problem& p, const Chunk& c, int64_t e, int64_t j0, int64_t j1, Local& local) {
+inline void hidden_block(const Problem& p, const Chunk<typename E::Operand>& c, int64_t e, int64_t j0, int64_t j1,
+                         Local& local) {
+  using O = typename E::Operand;
   const int64_t tokens = c.count[e], rows = j1 - j0, neuron = e * p.group + j0;
-  for (int64_t i = 0; i < tokens; i++) local.rows[i] = c.x.row(c.list[e * c.tokens + i]);
-  const bool gate_lies_ready = std::is_same_v<E, F32> && p.gate.data && p.gate.col == 1;
-  const float* then = gate_lies_ready ? static_cast<const float*>(p.gate.data) + neuron * p.gate.row : nullptr;
-  project_rows<E>(p.up, neuron, rows, c.x, local.rows, tokens, local.up, local.block, then);
-  if (p.gate.data) project_rows<E>(p.gate, neuron, rows, c.x, local.rows, tokens, local.gate, local.block);
+  for (int64_t i = 0; i < tokens; i++) local.rows[i] = c.operands.row(c.list[e * c.tokens + i]);
+  const float* then = lies_ready<E>(p.gate) ? words_at<E>(p.gate, neuron, 0) : nullptr;
+  project_rows<E>(p.up, neuron, rows, c.operands, local.rows, tokens, local.up, local.block, then);
+  if (p.gate.data) project_rows<E>(p.gate, neuron, rows, c.operands, local.rows, tokens, local.gate, local.block);
   for (int64_t i = 0; i < tokens; i++) {
     float *u = local.up + i * NEURON_BLOCK, *g = p.gate.data ? local.gate + i * NEURON_BLOCK : nullptr;
     for (int64_t j = 0; j < rows; j++) {
@@ -89,14 +93,16 @@ inline void hidden_block(const Problem& p, const Chunk& c, int64_t e, int64_t j0
     }
     activate_row(p.act, g, u, rows);
     leave_out_small(p.cut, u, rows);
-    std::copy(u, u + rows, c.hidden + (c.offset[e] + i) * p.group + j0);
+    lay<F32, O>(u, c.hidden + (c.offset[e] + i) * words<O>(p.group) + words<O>(j0), rows, words<O>(rows));
   }
 }
 
 // Output columns [c0, c1) of every token.
 template <class E>
-inline void down_block(const Problem& p, const Chunk& c, typename E::T* y, int64_t c0, int64_t c1, Local& local) {
-  const int64_t cols = c1 - c0, padded = round_up(cols, W);
+inline void down_block(const Problem& p, const Chunk<typename E::Operand>& c, typename E::T* y, int64_t c0, int64_t c1,
+                       Local& local) {
+  using O = typename E::Operand;
+  const int64_t cols = c1 - c0, padded = round_up(cols, W), width = words<O>(p.group);
   const Matrix turned{p.down.data, p.down.col, p.down.row};  // [d_ff, d_out]
   for (int64_t k = 0; k < cols; k++) local.y[k] = bias_at<E>(p.down_bias, c0 + k);
   for (int64_t i = 1; i < c.tokens; i++) std::copy(local.y, local.y + cols, local.y + i * padded);
@@ -104,15 +110,18 @@ inline void down_block(const Problem& p, const Chunk& c, typename E::T* y, int64
     const int64_t n = c.count[e];
     if (n == 0) continue;
     for (int64_t i = 0; i < n; i++) local.out_rows[i] = local.y + c.list[e * c.tokens + i] * padded;
-    const float* h = c.hidden + c.offset[e] * p.group;
+    const float* h = c.hidden + c.offset[e] * width;
     // Rows that are read side by side lie `lanes` apart, so that each of them is one long stream.
-    const int64_t lanes = n <= MAX_M && p.group % FEW_ROWS == 0 ? p.group / FEW_ROWS : 1;
+    const int64_t lanes = O::PER_WORD == 1 && n <= MAX_M && p.group % FEW_ROWS == 0 ? p.group / FEW_ROWS : 1;
     const Matrix spread{turned.at<E>(e * p.group, 0), lanes * turned.row, turned.col};
+    int64_t after = e + 1;  // the expert whose rows come next
+    while (after < p.n_experts && c.count[after] == 0) after++;
+    const int64_t ahead = after < p.n_experts ? (after - e) * p.group : 0;
     for (int64_t j = 0; j < lanes; j++) {
       const Matrix from{spread.at<E>(0, 0) + j * turned.row, spread.row, spread.col};
-      const Block w = fp32_block<E>(from, 0, p.group / lanes, c0, cols, local.block);
+      const Block w = operand_columns<E>(from, 0, p.group / lanes, c0, cols, local.block, ahead);
       const float* next = j + 1 < lanes && w.data != local.block ? w.data + turned.row : w.data;
-      outer_block(local.out_rows, n, h + j, p.group, lanes, w, next, p.group / lanes, padded);
+      outer_block<O>(local.out_rows, n, h + j, width, lanes, w, next, width / lanes, padded);
     }
   }
   for (int64_t i = 0; i < c.tokens; i++)
@@ -121,26 +130,34 @@ inline void down_block(const Problem& p, const Chunk& c, typename E::T* y, int64
 
 // Memory of a chunk, and its decision: token lists per expert. Returns the number of (token, expert) pairs.
 template <class E>
-inline int64_t route_chunk(const Problem& p, int64_t first, Chunk& c, std::vector<Local>& locals) {
+inline int64_t route_chunk(const Problem& p, int64_t first, Chunk<typename E::Operand>& c, std::vector<Local>& locals) {
+  using O = typename E::Operand;
   const auto* x = static_cast<const typename E::T*>(p.x) + first * p.x_stride;
 #pragma omp parallel num_threads(p.threads) if (p.threads > 1)
   {
     Local& local = locals[size_t(omp_get_thread_num())];
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < c.tokens; i++) c.x.fill<E>(i, x + i * p.x_stride);
+    for (int64_t i = 0; i < c.tokens; i++) {
+      c.x.template fill<E>(i, x + i * p.x_stride);
+      if (!std::is_same_v<O, F32>) c.operands.template fill<E>(i, x + i * p.x_stride);
+    }
 #pragma omp for schedule(dynamic)
     for (int64_t e = 0; e < p.n_experts; e += NEURON_BLOCK)
       route_block(p, c, e, std::min(e + NEURON_BLOCK, p.n_experts), local);
   }
-  if (p.input_cut >= 0.0f)  // routers have seen all of x; up and gate do not
-    leave_out_small(p.input_cut, c.x.data, c.x.size());
+  if (p.input_cut >= 0.0f) {  // routers have seen all of x; up and gate do not
+    auto* v = reinterpret_cast<typename O::T*>(c.operands.data);
+    const int64_t n = c.operands.size() * O::PER_WORD;
+    for (int64_t i = 0; i < n; i++) v[i] = std::fabs(O::to_float(v[i])) <= p.input_cut ? typename O::T(0) : v[i];
+  }
   c.offset[0] = 0;
   for (int64_t e = 0; e < p.n_experts; e++) c.offset[e + 1] = c.offset[e] + c.count[e];
   return c.offset[p.n_experts];
 }
 
 template <class E>
-inline void expert_gemms(const Problem& p, const Chunk& c, typename E::T* y, std::vector<Local>& locals) {
+inline void expert_gemms(const Problem& p, const Chunk<typename E::Operand>& c, typename E::T* y,
+                         std::vector<Local>& locals) {
   const int64_t blocks = (p.group + NEURON_BLOCK - 1) / NEURON_BLOCK, columns = locals[0].columns;
 #pragma omp parallel num_threads(p.threads) if (p.threads > 1)
   {
@@ -160,20 +177,24 @@ inline void expert_gemms(const Problem& p, const Chunk& c, typename E::T* y, std
 // for neighbouring chunks together.
 template <class E, class Dense>
 void batch(const Problem& p, Dense&& dense) {
+  using O = typename E::Operand;
   Scratch& s = scratch();
   const int64_t most = std::min(TOKEN_CHUNK, p.tokens), span = std::min(DENSE_SPAN, p.tokens);
   const bool keep_mask = !p.mask && p.dense_above < 1;
-  Chunk c{};
+  const int64_t hidden = most * p.n_experts * words<O>(p.group);
+  Chunk<O> c{};
   c.x = {nullptr, most, p.d_model, depth_block(most)};
-  s.reserve(Scratch::bytes_for<float>(c.x.size()) +
+  c.operands = {nullptr, most, p.d_model, depth_block(most)};
+  s.reserve(Scratch::bytes_for<float>(c.x.size()) + Scratch::bytes_for<float>(c.operands.size()) +
             Scratch::bytes_for<int32_t>(p.n_experts * most) + Scratch::bytes_for<int32_t>(p.n_experts) +
-            Scratch::bytes_for<int64_t>(p.n_experts + 1) + Scratch::bytes_for<float>(most * p.d_ff) +
+            Scratch::bytes_for<int64_t>(p.n_experts + 1) + Scratch::bytes_for<float>(hidden) +
             Scratch::bytes_for<uint8_t>(keep_mask ? span * p.n_experts : 0) + p.threads * Local::bytes(p, most));
   c.x.data = s.take<float>(c.x.size());
+  c.operands.data = std::is_same_v<O, F32> ? c.x.data : s.take<float>(c.operands.size());
   c.list = s.take<int32_t>(p.n_experts * most);
   c.count = s.take<int32_t>(p.n_experts);
   c.offset = s.take<int64_t>(p.n_experts + 1);
-  c.hidden = s.take<float>(most * p.d_ff);
+  c.hidden = s.take<float>(hidden);
   uint8_t* own_mask = keep_mask ? s.take<uint8_t>(span * p.n_experts) : nullptr;
   std::vector<Local> locals;
   for (int t = 0; t < p.threads; t++) locals.emplace_back(s, p, most);
@@ -188,7 +209,7 @@ void batch(const Problem& p, Dense&& dense) {
       if (to > waiting) dense(waiting, to - waiting, mask(waiting));
     };
     for (int64_t first = start; first < end; first += TOKEN_CHUNK) {
-      c.tokens = c.x.tokens = std::min(TOKEN_CHUNK, end - first);
+      c.tokens = c.x.tokens = c.operands.tokens = std::min(TOKEN_CHUNK, end - first);
       c.mask = mask(first);
       const int64_t pairs = route_chunk<E>(p, first, c, locals);
       if (double(pairs) > p.dense_above * double(c.tokens * p.n_experts)) continue;

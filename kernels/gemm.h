@@ -1,17 +1,18 @@
-// The two products of an expert, in fp32 registers: x . w^T over long rows, and h w into long rows.
+// The two products of an expert, summed in fp32 registers: x . w^T over long rows, and h w into long rows. Factors lie as
+// operands (see simd.h): fp32, or pairs of bf16 where the CPU multiplies those. Depths and strides are in their words.
 #pragma once
 
 #include "problem.h"
 
 namespace {
 
-constexpr int64_t NEURON_BLOCK = 32;   // neurons that are widened and multiplied together
+constexpr int64_t NEURON_BLOCK = 32;  // neurons that are multiplied together, an even number
 // Stretch of d_model: 6 token rows of it (24 KB) and 4 of a weight fit in L1. With few tokens reading the weights takes
 // longest, which is faster in longer stretches, and the tokens come from L2 in time.
 constexpr int64_t FEW_TOKENS = 32;
 constexpr int64_t depth_block(int64_t tokens) { return tokens <= FEW_TOKENS ? 2048 : 1024; }
-constexpr int64_t AHEAD = 128;  // fp32 values of every row that the first tokens ask for early: a new stream starts slowly
-constexpr int64_t COLUMN_PIECE = 128;  // columns of down that all tokens take before the next ones: 32 rows of them fit in L1
+constexpr int64_t AHEAD = 128;  // words of every row that the first tokens ask for early: a new stream starts slowly
+constexpr int64_t COLUMN_PIECE = 128;  // fp32 columns of down that all tokens take before the next: 32 rows of them fit in L1
 
 // A register tile: M tokens by tile_rows(M) neurons, so that accumulators and operands fit in 32 (16) vector registers.
 constexpr int MAX_M = W == 16 ? 6 : 3;
@@ -39,23 +40,21 @@ inline void by_tiles(int64_t tokens, F&& f) {
   }
 }
 
-// fp32 tokens, cut into stretches of `block` that lie together: rows of a whole number of pages would meet in the
-// same few cache sets. Every row is padded with zeros to whole vectors, and by one more against the same effect.
+// Tokens as operands O, cut into stretches of `block` words that lie together: rows of a whole number of pages would meet
+// in the same few cache sets. Every row is padded with zeros to whole vectors, and by one more against the same effect.
+template <class O>
 struct Blocked {
   float* data;
-  int64_t tokens, depth, block;
-  int64_t stride() const { return std::min(block, round_up(depth, W)) + W; }
-  int64_t size() const { return (depth + block - 1) / block * tokens * stride(); }
+  int64_t tokens, depth, block;  // depth in elements
+  int64_t stride() const { return std::min(block, round_up(words<O>(depth), W)) + W; }
+  int64_t size() const { return (words<O>(depth) + block - 1) / block * tokens * stride(); }
   const float* row(int64_t i) const { return data + i * stride(); }
   int64_t next_block() const { return tokens * stride(); }
   template <class E>
   void fill(int64_t i, const typename E::T* from) const {
-    for (int64_t k = 0; k < depth; k += block) {
-      float* to = data + k / block * next_block() + i * stride();
-      const int64_t n = std::min(block, depth - k);
-      widen<E>(from + k, to, n);
-      std::fill(to + n, to + stride(), 0.0f);
-    }
+    float* to = data + i * stride();
+    for (int64_t k = 0; k < depth; k += block * O::PER_WORD, to += next_block())
+      lay<E, O>(from + k, to, std::min(block * O::PER_WORD, depth - k), stride());
   }
 };
 
@@ -64,21 +63,60 @@ struct Block {
   int64_t stride;
 };
 
-// A block [rows, cols] of a weight as fp32 rows of whole vectors: where it lies, or copied together, widened or turned
-// into `buffer`, zeros behind each row.
+// Whether a weight's rows can be read as operands where they lie.
 template <class E>
-inline Block fp32_block(const Matrix& m, int64_t r0, int64_t rows, int64_t c0, int64_t cols, float* buffer) {
-  if constexpr (std::is_same_v<E, F32>)
-    if (m.col == 1 && cols % W == 0) return {m.at<E>(r0, c0), m.row};
-  const int64_t padded = round_up(cols, W), ld = padded + W;
-  if (m.col == 1) {
-    for (int64_t r = 0; r < rows; r++) widen<E>(m.at<E>(r0 + r, c0), buffer + r * ld, cols);
-  } else {
-    for (int64_t c = 0; c < cols; c++)
-      for (int64_t r = 0; r < rows; r++) buffer[r * ld + c] = E::to_float(*m.at<E>(r0 + r, c0 + c));
+inline bool lies_ready(const Matrix& m) {
+  return std::is_same_v<E, typename E::Operand> && m.data && m.col == 1 && m.row % E::Operand::PER_WORD == 0 &&
+         reinterpret_cast<uintptr_t>(m.data) % sizeof(float) == 0;
+}
+
+template <class E>
+inline const float* words_at(const Matrix& m, int64_t r, int64_t c) {
+  return reinterpret_cast<const float*>(m.at<E>(r, c));
+}
+
+// A block [rows, cols] of a weight as rows of operands in whole vectors: where it lies, or copied together, widened or
+// turned into `buffer`, zeros behind each row.
+template <class E>
+inline Block operand_rows(const Matrix& m, int64_t r0, int64_t rows, int64_t c0, int64_t cols, float* buffer) {
+  using O = typename E::Operand;
+  if (lies_ready<E>(m) && cols % (W * O::PER_WORD) == 0) return {words_at<E>(m, r0, c0), m.row / O::PER_WORD};
+  const int64_t padded = round_up(words<O>(cols), W), ld = padded + W;
+  for (int64_t r = 0; r < rows; r++) {
+    if (m.col == 1)
+      lay<E, O>(m.at<E>(r0 + r, c0), buffer + r * ld, cols, padded);
+    else
+      std::fill(buffer + r * ld, buffer + r * ld + padded, 0.0f);
   }
-  for (int64_t r = 0; r < rows; r++) std::fill(buffer + r * ld + cols, buffer + r * ld + padded, 0.0f);
+  if (m.col != 1)
+    for (int64_t c = 0; c < cols; c++)
+      for (int64_t r = 0; r < rows; r++) put<E, O>(m.at<E>(r0 + r, c0 + c), buffer + r * ld, c);
   return {buffer, ld};
+}
+
+// The same for sums over rows: a word holds the elements of PER_WORD rows of a column, zeros after the last row. While
+// pairs are made, the rows `ahead` of them are asked for.
+template <class E>
+inline Block operand_columns(const Matrix& m, int64_t r0, int64_t rows, int64_t c0, int64_t cols, float* buffer,
+                             int64_t ahead) {
+  using O = typename E::Operand;
+  if constexpr (O::PER_WORD == 1) {
+    return operand_rows<E>(m, r0, rows, c0, cols, buffer);
+  } else {
+    const int64_t padded = round_up(cols, W), ld = padded + W;
+    for (int64_t r = 0; r < rows; r += 2) {
+      const auto *row = m.at<E>(r0 + r, c0), *next = r + 1 < rows ? row + m.row : nullptr;
+      float* to = buffer + r / 2 * ld;
+      if (m.col == 1)
+        lay_pairs<O>(row, next, to, cols, padded, ahead * m.row);
+      else
+        std::fill(to, to + padded, 0.0f);
+    }
+    if (m.col != 1)
+      for (int64_t c = 0; c < cols; c++)
+        for (int64_t r = 0; r < rows; r++) put<E, O>(m.at<E>(r0 + r, c0 + c), buffer + r / 2 * ld, 2 * c + r % 2);
+    return {buffer, ld};
+  }
 }
 
 // Asks for the cache line at p + k, once where vectors are shorter than lines.
@@ -86,9 +124,9 @@ inline void fetch_line(const float* p, int64_t k) {
   if (k % 16 == 0) __builtin_prefetch(p + k, 0, 2);
 }
 
-// out[m * NEURON_BLOCK + n * step] += x[m] . w[n] over depth elements, a whole number of vectors. FETCH: the rows are
+// out[m * NEURON_BLOCK + n * step] += x[m] . w[n] over depth words, a whole number of vectors. FETCH: the rows are
 // asked for AHEAD of their use, and at their end the rows at `next`.
-template <int M, int N, bool STREAMS, bool FETCH = STREAMS>
+template <class O, int M, int N, bool STREAMS, bool FETCH = STREAMS>
 inline void dot_tile(const float* const* x, const float* w, const float* next, int64_t ldw, int64_t depth, float* out,
                      int64_t step) {
   vf acc[M][N] = {};
@@ -111,7 +149,7 @@ inline void dot_tile(const float* const* x, const float* w, const float* next, i
         wv[n] = load(w + n * ldw + k);
         KEEP_IN_REGISTER(wv[n]);
 #pragma GCC unroll 16
-        for (int m = 0; m < M; m++) acc[m][n] += xv[m] * wv[n];
+        for (int m = 0; m < M; m++) acc[m][n] = O::multiply_add(acc[m][n], xv[m], wv[n]);
       }
     } else {
 #pragma GCC unroll 16
@@ -124,7 +162,7 @@ inline void dot_tile(const float* const* x, const float* w, const float* next, i
         xv[m] = load(x[m] + k);
         KEEP_IN_REGISTER(xv[m]);
 #pragma GCC unroll 16
-        for (int n = 0; n < N; n++) acc[m][n] += xv[m] * wv[n];
+        for (int n = 0; n < N; n++) acc[m][n] = O::multiply_add(acc[m][n], xv[m], wv[n]);
       }
     }
   }
@@ -143,6 +181,7 @@ inline void dot_tile(const float* const* x, const float* w, const float* next, i
 
 // out[i * NEURON_BLOCK + j] += x[i] . w[j] for i < tokens, j < rows, from `offset` of x on. streams: a tile's rows lie
 // apart, so that the next tile's follow them in memory and each is one long stream; `following` is read after `w`.
+template <class O>
 inline void dot_block(const float* const* x, int64_t offset, int64_t tokens, const Block& w, const float* following,
                       int64_t rows, int64_t depth, bool streams, float* out) {
   by_tiles(tokens, [&]<int M>(int64_t first) {
@@ -155,38 +194,40 @@ inline void dot_block(const float* const* x, int64_t offset, int64_t tokens, con
       if (streams) {
         const float *at = w.data + t * w.stride, *next = t + 1 < tiles ? at + w.stride : following;
         if (first == 0)
-          dot_tile<M, N, true>(xs, at, next, tiles * w.stride, depth, to + t, tiles);
+          dot_tile<O, M, N, true>(xs, at, next, tiles * w.stride, depth, to + t, tiles);
         else
-          dot_tile<M, N, true, false>(xs, at, next, tiles * w.stride, depth, to + t, tiles);
+          dot_tile<O, M, N, true, false>(xs, at, next, tiles * w.stride, depth, to + t, tiles);
       } else {
         const float* at = w.data + t * N * w.stride;
         if (first == 0 && t + 1 < tiles)
           for (int64_t n = N; n < 2 * N; n++)
             for (int64_t k = 0; k < 96; k += 16) __builtin_prefetch(at + n * w.stride + k);
-        dot_tile<M, N, false>(xs, at, nullptr, w.stride, depth, to + t * N, 1);
+        dot_tile<O, M, N, false>(xs, at, nullptr, w.stride, depth, to + t * N, 1);
       }
     }
     for (int64_t j = N * tiles; j < rows; j++)
-      dot_tile<M, 1, false>(xs, w.data + j * w.stride, nullptr, w.stride, depth, to + j, 1);
+      dot_tile<O, M, 1, false>(xs, w.data + j * w.stride, nullptr, w.stride, depth, to + j, 1);
   });
 }
 
 // out[i * NEURON_BLOCK + j] = x[i] . m[r0 + j] for i < tokens, j < rows; x holds the rows' first stretches. following:
-// an fp32 weight's rows that are read next, null where that is not known.
-template <class E>
-inline void project_rows(const Matrix& m, int64_t r0, int64_t rows, const Blocked& from, const float* const* x,
+// the rows that are read next where they lie, null where that is not known.
+template <class E, class O = typename E::Operand>
+inline void project_rows(const Matrix& m, int64_t r0, int64_t rows, const Blocked<O>& from, const float* const* x,
                          int64_t tokens, float* out, float* buffer, const float* following = nullptr) {
   std::fill(out, out + tokens * NEURON_BLOCK, 0.0f);
-  for (int64_t k = 0; k < from.depth; k += from.block) {
-    const int64_t depth = std::min(from.block, from.depth - k), offset = k / from.block * from.next_block();
-    const Block w = fp32_block<E>(m, r0, rows, k, depth, buffer);
-    const float* next = k + depth < from.depth ? w.data + depth : following;
-    dot_block(x, offset, tokens, w, next ? next : w.data, rows, round_up(depth, W), from.tokens <= FEW_TOKENS, out);
+  const int64_t block = from.block * O::PER_WORD;
+  for (int64_t k = 0; k < from.depth; k += block) {
+    const int64_t cols = std::min(block, from.depth - k), depth = words<O>(cols);
+    const Block w = operand_rows<E>(m, r0, rows, k, cols, buffer);
+    const float* next = k + cols < from.depth ? w.data + depth : following;
+    dot_block<O>(x, k / block * from.next_block(), tokens, w, next ? next : w.data, rows, round_up(depth, W),
+                 from.tokens <= FEW_TOKENS, out);
   }
 }
 
 // y[m][0 .. N*W) += sum over j < depth of h[m * ldh + j * step] * w[j * ldw ..]. FETCH: the rows are asked for at `ahead`.
-template <int M, int N, bool FETCH>
+template <class O, int M, int N, bool FETCH>
 inline void outer_tile(const float* h, int64_t ldh, int64_t step, const float* w, const float* ahead, int64_t ldw,
                        int64_t depth, float* const* y) {
   vf acc[M][N];
@@ -204,10 +245,10 @@ inline void outer_tile(const float* h, int64_t ldh, int64_t step, const float* w
     }
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++) {
-      vf hv = splat(h[m * ldh + j * step]);
+      vf hv = splat_word(h + m * ldh + j * step);
       KEEP_IN_REGISTER(hv);
 #pragma GCC unroll 16
-      for (int n = 0; n < N; n++) acc[m][n] += hv * wv[n];
+      for (int n = 0; n < N; n++) acc[m][n] = O::multiply_add(acc[m][n], hv, wv[n]);
     }
   }
 #pragma GCC unroll 16
@@ -216,12 +257,13 @@ inline void outer_tile(const float* h, int64_t ldh, int64_t step, const float* w
     for (int n = 0; n < N; n++) store(y[m] + n * W, acc[m][n]);
 }
 
-// y[i][0 .. cols) += h[i * ldh + j * step] times w [depth, cols], cols a whole number of vectors. following: the rows
-// that are read after these.
+// y[i][0 .. cols) += h[i * ldh + j * step] times w [depth, cols] for words j < depth, cols a whole number of vectors.
+// following: the rows that are read after these.
+template <class O>
 inline void outer_block(float* const* y, int64_t tokens, const float* h, int64_t ldh, int64_t step, const Block& w,
                         const float* following, int64_t depth, int64_t cols) {
   const bool one_tile = tokens <= MAX_M;
-  const int64_t piece = one_tile ? cols : COLUMN_PIECE;
+  const int64_t piece = one_tile ? cols : COLUMN_PIECE * O::PER_WORD;
   for (int64_t c0 = 0; c0 < cols; c0 += piece) {
     const int64_t c1 = std::min(c0 + piece, cols);
     by_tiles(tokens, [&]<int M>(int64_t first) {
@@ -236,12 +278,12 @@ inline void outer_block(float* const* y, int64_t tokens, const float* h, int64_t
       for (; c + N * W <= c1; c += N * W) {
         const float* ahead = c + AHEAD < c1 ? w.data + c + AHEAD : following + (c + AHEAD - c1);
         if (one_tile)
-          outer_tile<M, N, true>(hs, ldh, step, w.data + c, ahead, w.stride, depth, at(c));
+          outer_tile<O, M, N, true>(hs, ldh, step, w.data + c, ahead, w.stride, depth, at(c));
         else
-          outer_tile<M, N, false>(hs, ldh, step, w.data + c, ahead, w.stride, depth, at(c));
+          outer_tile<O, M, N, false>(hs, ldh, step, w.data + c, ahead, w.stride, depth, at(c));
       }
       for (; c < c1; c += W)
-        outer_tile<M, 1, false>(hs, ldh, step, w.data + c, nullptr, w.stride, depth, at(c));
+        outer_tile<O, M, 1, false>(hs, ldh, step, w.data + c, nullptr, w.stride, depth, at(c));
     });
   }
 }

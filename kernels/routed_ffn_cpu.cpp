@@ -4,6 +4,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <optional>
 #include <string>
 #include <tuple>
@@ -101,17 +105,23 @@ void dense(const Problem& p, const Tensor& x, const Weights& w, const Tensor& y,
   torch::stable::copy_(flat, linear(h, w.down, w.down_bias));
 }
 
+#if defined(__x86_64__)
+bool has_amx() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && d >> 22 & 1;  // AMX-BF16
+}
+#endif
+
 // The active share from which PyTorch's own GEMMs are faster, 2 where they never are (Ice Lake Xeon, 2 threads, see
 // README.md, break-even). At its best PyTorch does 1.2 times our tiles' fp32 rate; without units for 16 bits it does far
-// less than they do, and with them far more.
+// less than they do, and with them far more, unless they use the same units (Zen 4, 1 thread); AMX has better ones.
 double dense_above(ScalarType dtype, int64_t tokens) {
   if (dtype == ScalarType::Float) return tokens < DENSE_TOKENS ? 2.0 : tokens < MANY_TOKENS ? 0.8 : 0.68;
 #if defined(__x86_64__)
-  const bool has_units = dtype == ScalarType::BFloat16 ? __builtin_cpu_supports("avx512bf16") : false;
-  return has_units && tokens >= DENSE_TOKENS ? 0.2 : 2.0;
-#else
-  return 2.0;
+  const bool units = __builtin_cpu_supports("avx512bf16"), ours = BF16::Operand::PER_WORD == 2 && !has_amx();
+  if (dtype == ScalarType::BFloat16 && units && tokens >= DENSE_TOKENS) return ours ? 0.9 : 0.2;
 #endif
+  return 2.0;
 }
 
 // The same for ltepass.ops.which_path: x is any tensor of the dtype.

@@ -28,8 +28,10 @@ SOURCE = "routed_ffn_cpu.cpp"
 HEADERS = ("simd.h", "problem.h", "decode.h", "gemm.h", "batch.h")
 STABLE_ABI = "0x020b000000000000"  # torch 2.11, the oldest that ltepass supports
 # What each object may assume of the CPU, as /proc/cpuinfo names it; the first that fits is taken.
+_V4 = ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx2", "fma", "f16c", "bmi2")
 X86_LEVELS = {
-    "x86-64-v4": ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx2", "fma", "f16c", "bmi2"),
+    "cooperlake": (*_V4, "avx512_vnni", "avx512_bf16"),  # Sapphire Rapids and Zen 4 too: they multiply bf16
+    "x86-64-v4": _V4,
     "x86-64-v3": ("avx2", "fma", "f16c", "bmi2", "movbe"),
     "x86-64": (),
 }

@@ -31,6 +31,11 @@ typedef uint16_t vh_mem __attribute__((vector_size(W * 2), aligned(2), may_alias
 inline vf splat(float s) { return vf{} + s; }
 inline vf load(const float* p) { return *reinterpret_cast<const vf_mem*>(p); }
 inline void store(float* p, vf v) { *reinterpret_cast<vf_mem*>(p) = v; }
+inline vf splat_word(const float* p) {  // whatever the word holds: no arithmetic touches it
+  int32_t bits;
+  std::memcpy(&bits, p, 4);
+  return reinterpret_cast<vf>(vi{} + bits);
+}
 
 inline float hsum(vf v) {
 #if defined(__AVX512F__)
@@ -78,15 +83,19 @@ inline void add_hsum4(const vf* v, float* out) {
 
 // ---- element types: T as stored, load() W of them as fp32, from_float() rounds to nearest even ----
 // Stream: the type as long rows of it are read, PARTS vectors at a time in the order that costs least (see `place`).
+// Operand: the type that many tokens' products take, itself where the CPU multiplies it. Operands lie in words of 32
+// bits, PER_WORD to each: multiply_add adds the products of all that are in a word to one fp32 sum.
 
 struct F32 {
   using T = float;
   using Stream = F32;
-  static constexpr int PARTS = 1;
+  using Operand = F32;
+  static constexpr int PARTS = 1, PER_WORD = 1;
   static vf load(const T* p) { return ::load(p); }
   static void load_parts(const T* p, vf* out) { out[0] = load(p); }
   static float to_float(T v) { return v; }
   static T from_float(float v) { return v; }
+  static vf multiply_add(vf sum, vf a, vf b) { return sum + a * b; }
 };
 
 struct PairedBF16;
@@ -95,6 +104,16 @@ struct BF16 {
   using T = uint16_t;
   using Stream = PairedBF16;
   static constexpr int PARTS = 1;
+#if defined(__AVX512BF16__)
+  using Operand = BF16;
+  static constexpr int PER_WORD = 2;
+  static vf multiply_add(vf sum, vf a, vf b) {
+    return reinterpret_cast<vf>(
+        _mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)));
+  }
+#else
+  using Operand = F32;
+#endif
   static vf load(const T* p) {
     return reinterpret_cast<vf>(__builtin_convertvector(*reinterpret_cast<const vh_mem*>(p), vu) << 16);
   }
@@ -138,6 +157,7 @@ inline vf widen_half(vu h) {
 struct F16 {
   using T = uint16_t;
   using Stream = F16;
+  using Operand = F32;
   static constexpr int PARTS = 1;
   static vf load(const T* p) {
 #if defined(__AVX512F__)
@@ -199,6 +219,51 @@ inline void widen(const typename E::T* from, float* to, int64_t n) {
   int64_t i = 0;
   for (; i + W <= n; i += W) store(to + i, E::load(from + i));
   if (i < n) store_part(to + i, load_part<E>(from + i, n - i), n - i);
+}
+
+template <class O>
+constexpr int64_t words(int64_t elements) {
+  return (elements + O::PER_WORD - 1) / O::PER_WORD;
+}
+
+// n elements as operands O, zeros behind them up to `size` words.
+template <class E, class O>
+inline void lay(const typename E::T* from, float* to, int64_t n, int64_t size) {
+  std::fill(to + n / O::PER_WORD, to + size, 0.0f);
+  if constexpr (std::is_same_v<O, F32>)
+    widen<E>(from, to, n);
+  else if constexpr (std::is_same_v<E, F32>)
+    for (int64_t i = 0; i < n; i++) reinterpret_cast<typename O::T*>(to)[i] = O::from_float(from[i]);
+  else
+    std::memcpy(to, from, size_t(n) * sizeof(from[0]));
+}
+
+// Element i of those.
+template <class E, class O>
+inline void put(const typename E::T* from, float* to, int64_t i) {
+  reinterpret_cast<typename O::T*>(to)[i] = O::from_float(E::to_float(*from));
+}
+
+// Words of a[i] and b[i] in pairs, 0 for b[i] where b is null; zeros behind them up to `size` words. What lies `ahead`
+// of the elements is asked for.
+template <class O>
+inline void lay_pairs(const typename O::T* a, const typename O::T* b, float* to, int64_t n, int64_t size,
+                      int64_t ahead) {
+  const vu keep = vu{} - (b ? 1 : 0);
+  auto pair = [&](vf first, vf second) {
+    return reinterpret_cast<vf>(reinterpret_cast<vu>(first) >> 16 | (reinterpret_cast<vu>(second) & keep));
+  };
+  if (!b) b = a;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) {
+    if (i % 32 == 0) {  // once a line
+      __builtin_prefetch(a + i + ahead, 0, 2);
+      __builtin_prefetch(b + i + ahead, 0, 2);
+    }
+    store(to + i, pair(O::load(a + i), O::load(b + i)));
+  }
+  if (i < n) store_part(to + i, pair(load_part<O>(a + i, n - i), load_part<O>(b + i, n - i)), n - i);
+  std::fill(to + n, to + size, 0.0f);
 }
 
 // ---- activations ----

@@ -93,6 +93,24 @@ def test_the_avx2_object_works(tmp_path: Path) -> None:
     assert "loaded True" in finish(start(tmp_path, LTEPASS_ISA="x86-64-v3"))
 
 
+@pytest.mark.skipif(routed_ffn_cpu.isa() != "cooperlake", reason="needs a CPU that multiplies bf16, and its object")
+def test_multiplying_bf16_and_widening_it_agree(tmp_path: Path) -> None:
+    """What differs is the rounding of the hidden units, so not every output is the same."""
+    code = (
+        f"import sys, torch; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from routed_cases import Recipe, make\nimport ltepass.ops\n"
+        "args = make(Recipe(T=32, d_model=512, group_size=33, dtype=torch.bfloat16, layout='neuron_rows'))\n"
+        "torch.save(torch.ops.ltepass.routed_ffn(*args), sys.argv[1])"
+    )
+    y = []
+    for level in ("cooperlake", "x86-64-v4"):
+        env = {**os.environ, "LTEPASS_ISA": level}
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / level)], env=env, check=True, timeout=240)
+        y.append(torch.load(tmp_path / level).float())
+    assert not torch.equal(*y)
+    assert (y[0] - y[1]).abs().max() < 2 * torch.finfo(torch.bfloat16).eps * y[1].abs().max()
+
+
 def test_name_follows_source_isa_and_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     first = routed_ffn_cpu.object_name("x86-64")
     assert first != routed_ffn_cpu.object_name("x86-64-v3")

@@ -107,6 +107,13 @@ def test_more_tokens_and_features_than_a_block(T: int, dtype: torch.dtype) -> No
     check(Recipe(T=T, d_model=1100, n_experts=6, group_size=40, d_out=300, dtype=dtype))
 
 
+@pytest.mark.parametrize("layout", ["linear", "neuron_rows", "conv1d"])
+@pytest.mark.parametrize("T", [9, 40])
+def test_bf16_in_blocks_and_odd_groups(T: int, layout: str) -> None:
+    """Whole vectors, which are read where they lie, over more than a stretch of d_model; hidden units pair by pair."""
+    check(Recipe(T=T, d_model=4224, n_experts=3, group_size=33, d_out=300, dtype=torch.bfloat16, layout=layout))
+
+
 @pytest.mark.parametrize("T", [513, 864])
 def test_the_last_chunk_has_fewer_tokens(T: int) -> None:
     """Fewer tokens would take wider blocks of columns, which the buffers of the call have no room for."""
