@@ -228,11 +228,9 @@ def gate_first(shape: Shape, weights: list[Weights], sparsity: float) -> Contend
 Turned = tuple[Tensor, Tensor | None, Tensor]
 
 
-def turned_weights(weights: Sequence[Weights], copies: int = 2) -> list[Turned]:
+def turned_weights(weights: Sequence[Weights]) -> list[Turned]:
     """up, gate and down with a row for each input, which is what TEAL's kernels read."""
-    return [
-        (w.up.T.contiguous(), None if w.gate is None else w.gate.T.contiguous(), w.down.T) for w in weights[:copies]
-    ]
+    return [(w.up.T.contiguous(), None if w.gate is None else w.gate.T.contiguous(), w.down.T) for w in weights[:2]]
 
 
 def single_neurons(shape: Shape, turned: Sequence[Turned], sparsity: float) -> Contender:
