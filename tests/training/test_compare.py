@@ -15,6 +15,7 @@ from learning_cases import copied_text, trained
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "compare"))
 
 import ablations
+import choose_cuts
 import frontier
 import missed_energy
 import models
@@ -141,6 +142,27 @@ def test_ablations_and_tasks_write_their_rows(tmp_path: Path, shared: Path) -> N
         (t, p) for t in ("instructions", "classification") for p in ("0", "0.5")
     ]
     assert all(abs(float(r["ffn_sparsity"]) - float(r["target"])) < 0.12 for r in rows)
+
+
+@pytest.mark.usefixtures("quick")
+def test_cuts_are_chosen_without_a_look_at_test_text(
+    shared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_test = study.load_data
+    monkeypatch.setattr(study, "load_data", lambda *args: dataclasses.replace(with_test(*args), test={}))
+    monkeypatch.setattr(choose_cuts, "HIDDEN", (0.0, 0.5))
+    monkeypatch.setattr(choose_cuts, "INPUTS", (0.0, 0.3, 0.8))
+    choose_cuts.main(preset="smoke", texts=None, work=shared, sparsity=0.5)
+    out = capsys.readouterr().out
+    table = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith(("| 0%", "| 30%", "| 80%"))]
+    alone, both, impossible = (dict(zip(("0%", "50%"), row[1:], strict=False)) for row in table)
+    assert not any(impossible.values())  # 80 % of inputs alone is more than the 50 % asked for
+    assert len({*alone.values(), *both.values()}) == 4  # every pair gives another model
+    values = {
+        f"{h} of hidden units, {i} of inputs": float(row[h]) for i, row in (("0%", alone), ("30%", both)) for h in row
+    }
+    best = min(values, key=values.__getitem__)
+    assert f"Least of both: {best}, {values[best]:.2f}." in out
 
 
 @pytest.mark.usefixtures("quick")
