@@ -1,6 +1,7 @@
 // Many tokens: every active expert is a small GEMM over the tokens that chose it, so that its weights are read once
 // and each token keeps its own decision. Phases, with a barrier between:
 //   x widened | router and token lists || up (and gate) per expert | down per block of output columns
+// With few tokens down goes by parts of the experts, so that their rows are read whole, and the parts' sums are added.
 // Each number is computed by one thread in one order: bitwise repeatable for any thread count.
 #pragma once
 
@@ -12,6 +13,7 @@ namespace {
 
 constexpr int64_t TOKEN_CHUNK = 512;   // tokens handled at a time, so that their hidden units stay small
 constexpr int64_t DENSE_SPAN = 8 * TOKEN_CHUNK;  // tokens that the library's GEMMs take at a time: they like many
+constexpr int DOWN_PARTS = 4;          // whatever the number of threads, so that results do not depend on it
 constexpr int64_t FEW_ROWS = 8;       // weight rows read side by side where one tile holds all tokens of an expert
 constexpr int64_t MANY_TOKENS = 1024;  // from here that GEMM is at its best
 constexpr int64_t DENSE_TOKENS = 33;  // from here the library's GEMM is worth asking (see README.md, break-even)
@@ -27,32 +29,48 @@ struct Chunk {
   int64_t* offset;      // [n_experts + 1] rows of `hidden` before expert e
   float* hidden;        // [rows, group] as operands of down, each row in whole words
   uint8_t* mask;        // [tokens, n_experts] or null
+  int parts;            // of the experts, in the down phase
+  int64_t* part;        // [parts + 1] experts before each part
+  float* sums;          // [parts, tokens, sums_stride] where there are several, else null
+  int64_t sums_stride;  // against rows of a whole number of pages, as in Blocked
+};
+
+// Down's tasks: parts of the experts by blocks of output columns. One cut for every chunk of a call, though the last one
+// has fewer tokens.
+struct DownTasks {
+  int parts;
+  int64_t columns;
+  template <class E>
+  static DownTasks of(const Problem& p, int64_t tokens) {
+    const Matrix turned{p.down.data, p.down.col, p.down.row};
+    if (tokens <= FEW_TOKENS && lies_ready<E>(turned)) {  // as many columns as leave every thread the same work
+      const int64_t blocks = p.threads % DOWN_PARTS == 0 ? p.threads / DOWN_PARTS : (2 * p.threads + 3) / DOWN_PARTS;
+      const int64_t even = DOWN_PARTS % p.threads == 0 ? p.d_out : (p.d_out + blocks - 1) / blocks;
+      return {DOWN_PARTS, std::max<int64_t>(round_up(even, 64), 256)};
+    }
+    // The block of y (tokens x columns) should stay in L2, and every thread gets some.
+    const int64_t even = round_up((p.d_out + p.threads - 1) / p.threads, 64);
+    const int64_t in_cache = round_up((int64_t(128) << 10) / std::max<int64_t>(tokens, 1), 64);
+    return {1, std::clamp<int64_t>(in_cache, 64, std::min<int64_t>(even, 1024))};
+  }
 };
 
 // Buffers of one thread.
 struct Local {
-  int64_t columns;  // of the output that a task takes, for every chunk of the call: the last one has fewer tokens
   const float** rows;  // [tokens]
   float** out_rows;    // [tokens]
   float *block, *up, *gate, *y;
-  static size_t bytes(const Problem& p, int64_t tokens) {
-    return 2 * Scratch::bytes_for<float*>(tokens) + Scratch::bytes_for<float>(block_size(p, tokens)) +
-           2 * Scratch::bytes_for<float>(tokens * NEURON_BLOCK) + Scratch::bytes_for<float>(tokens * columns_for(p, tokens));
+  static size_t bytes(const Problem& p, int64_t tokens, int64_t columns) {
+    return 2 * Scratch::bytes_for<float*>(tokens) + Scratch::bytes_for<float>(block_size(p, tokens, columns)) +
+           2 * Scratch::bytes_for<float>(tokens * NEURON_BLOCK) + Scratch::bytes_for<float>(tokens * columns);
   }
-  static int64_t block_size(const Problem& p, int64_t tokens) {
-    return std::max(NEURON_BLOCK * (depth_block(tokens) + W), p.group * (columns_for(p, tokens) + W));
+  static int64_t block_size(const Problem& p, int64_t tokens, int64_t columns) {
+    return std::max(NEURON_BLOCK * (depth_block(tokens) + W), p.group * (columns + W));
   }
-  // Output columns a task takes: its y block (tokens x columns) should stay in L2, and every thread gets some.
-  static int64_t columns_for(const Problem& p, int64_t tokens) {
-    const int64_t even = round_up((p.d_out + p.threads - 1) / p.threads, 64);
-    const int64_t in_cache = round_up((int64_t(128) << 10) / std::max<int64_t>(tokens, 1), 64);
-    return std::clamp<int64_t>(in_cache, 64, std::min<int64_t>(even, 1024));
-  }
-  Local(Scratch& s, const Problem& p, int64_t tokens)
-      : columns(columns_for(p, tokens)),
-        rows(s.take<const float*>(tokens)),
+  Local(Scratch& s, const Problem& p, int64_t tokens, int64_t columns)
+      : rows(s.take<const float*>(tokens)),
         out_rows(s.take<float*>(tokens)),
-        block(s.take<float>(block_size(p, tokens))),
+        block(s.take<float>(block_size(p, tokens, columns))),
         up(s.take<float>(tokens * NEURON_BLOCK)),
         gate(s.take<float>(tokens * NEURON_BLOCK)),
         y(s.take<float>(tokens * columns)) {}
@@ -97,26 +115,25 @@ inline void hidden_block(const Problem& p, const Chunk<typename E::Operand>& c, 
   }
 }
 
-// Output columns [c0, c1) of every token.
+// Adds part `part` of the experts to output columns [c0, c0 + cols): rows of `sums`, `stride` apart.
 template <class E>
-inline void down_block(const Problem& p, const Chunk<typename E::Operand>& c, typename E::T* y, int64_t c0, int64_t c1,
-                       Local& local) {
+inline void add_experts(const Problem& p, const Chunk<typename E::Operand>& c, int part, int64_t c0, int64_t cols,
+                        float* sums, int64_t stride, Local& local) {
   using O = typename E::Operand;
-  const int64_t cols = c1 - c0, padded = round_up(cols, W), width = words<O>(p.group);
+  const int64_t padded = round_up(cols, W), width = words<O>(p.group), last = c.part[part + 1];
   const Matrix turned{p.down.data, p.down.col, p.down.row};  // [d_ff, d_out]
-  for (int64_t k = 0; k < cols; k++) local.y[k] = bias_at<E>(p.down_bias, c0 + k);
-  for (int64_t i = 1; i < c.tokens; i++) std::copy(local.y, local.y + cols, local.y + i * padded);
-  for (int64_t e = 0; e < p.n_experts; e++) {
+  for (int64_t i = 0; i < c.tokens; i++) std::fill(sums + i * stride, sums + i * stride + padded, 0.0f);
+  for (int64_t e = c.part[part]; e < last; e++) {
     const int64_t n = c.count[e];
     if (n == 0) continue;
-    for (int64_t i = 0; i < n; i++) local.out_rows[i] = local.y + c.list[e * c.tokens + i] * padded;
+    for (int64_t i = 0; i < n; i++) local.out_rows[i] = sums + c.list[e * c.tokens + i] * stride;
     const float* h = c.hidden + c.offset[e] * width;
     // Rows that are read side by side lie `lanes` apart, so that each of them is one long stream.
     const int64_t lanes = O::PER_WORD == 1 && n <= MAX_M && p.group % FEW_ROWS == 0 ? p.group / FEW_ROWS : 1;
     const Matrix spread{turned.at<E>(e * p.group, 0), lanes * turned.row, turned.col};
     int64_t after = e + 1;  // the expert whose rows come next
-    while (after < p.n_experts && c.count[after] == 0) after++;
-    const int64_t ahead = after < p.n_experts ? (after - e) * p.group : 0;
+    while (after < last && c.count[after] == 0) after++;
+    const int64_t ahead = after < last ? (after - e) * p.group : 0;
     for (int64_t j = 0; j < lanes; j++) {
       const Matrix from{spread.at<E>(0, 0) + j * turned.row, spread.row, spread.col};
       const Block w = operand_columns<E>(from, 0, p.group / lanes, c0, cols, local.block, ahead);
@@ -124,8 +141,17 @@ inline void down_block(const Problem& p, const Chunk<typename E::Operand>& c, ty
       outer_block<O>(local.out_rows, n, h + j, width, lanes, w, next, width / lanes, padded);
     }
   }
-  for (int64_t i = 0; i < c.tokens; i++)
-    for (int64_t k = 0; k < cols; k++) y[i * p.d_out + c0 + k] = E::from_float(local.y[i * padded + k]);
+}
+
+// Output columns [c0, c0 + cols) of token i: the bias and the sums of all parts, `step` apart, that begin at c0.
+template <class E>
+inline void write_out(const Problem& p, const float* sums, int parts, int64_t step, int64_t c0, int64_t cols,
+                      typename E::T* y) {
+  for (int64_t k = 0; k < cols; k++) {
+    float sum = sums[k];
+    for (int q = 1; q < parts; q++) sum += sums[q * step + k];
+    y[c0 + k] = E::from_float(bias_at<E>(p.down_bias, c0 + k) + sum);
+  }
 }
 
 // Memory of a chunk, and its decision: token lists per expert. Returns the number of (token, expert) pairs.
@@ -150,15 +176,25 @@ inline int64_t route_chunk(const Problem& p, int64_t first, Chunk<typename E::Op
     const int64_t n = c.operands.size() * O::PER_WORD;
     for (int64_t i = 0; i < n; i++) v[i] = std::fabs(O::to_float(v[i])) <= p.input_cut ? typename O::T(0) : v[i];
   }
+  int64_t active = 0, before = 0;
   c.offset[0] = 0;
-  for (int64_t e = 0; e < p.n_experts; e++) c.offset[e + 1] = c.offset[e] + c.count[e];
+  for (int64_t e = 0; e < p.n_experts; e++) {
+    c.offset[e + 1] = c.offset[e] + c.count[e];
+    active += c.count[e] > 0;
+  }
+  int part = 0;  // parts of equally many active experts
+  for (int64_t e = 0; e < p.n_experts; e++) {
+    while (part < c.parts && before * c.parts >= part * active) c.part[part++] = e;
+    before += c.count[e] > 0;
+  }
+  while (part <= c.parts) c.part[part++] = p.n_experts;
   return c.offset[p.n_experts];
 }
 
 template <class E>
-inline void expert_gemms(const Problem& p, const Chunk<typename E::Operand>& c, typename E::T* y,
+inline void expert_gemms(const Problem& p, const Chunk<typename E::Operand>& c, int64_t columns, typename E::T* y,
                          std::vector<Local>& locals) {
-  const int64_t blocks = (p.group + NEURON_BLOCK - 1) / NEURON_BLOCK, columns = locals[0].columns;
+  const int64_t blocks = (p.group + NEURON_BLOCK - 1) / NEURON_BLOCK, spans = (p.d_out + columns - 1) / columns;
 #pragma omp parallel num_threads(p.threads) if (p.threads > 1)
   {
     Local& local = locals[size_t(omp_get_thread_num())];
@@ -168,8 +204,21 @@ inline void expert_gemms(const Problem& p, const Chunk<typename E::Operand>& c, 
       if (c.count[e]) hidden_block<E>(p, c, e, j, std::min(j + NEURON_BLOCK, p.group), local);
     }
 #pragma omp for schedule(dynamic)
-    for (int64_t col = 0; col < p.d_out; col += columns)
-      down_block<E>(p, c, y, col, std::min(col + columns, p.d_out), local);
+    for (int64_t task = 0; task < c.parts * spans; task++) {
+      const int part = int(task / spans);
+      const int64_t c0 = task % spans * columns, cols = std::min(columns, p.d_out - c0);
+      if (c.sums) {
+        float* sums = c.sums + part * c.tokens * c.sums_stride + c0;
+        add_experts<E>(p, c, part, c0, cols, sums, c.sums_stride, local);
+      } else {
+        const int64_t padded = round_up(cols, W);
+        add_experts<E>(p, c, part, c0, cols, local.y, padded, local);
+        for (int64_t i = 0; i < c.tokens; i++) write_out<E>(p, local.y + i * padded, 1, 0, c0, cols, y + i * p.d_out);
+      }
+    }
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < (c.sums ? c.tokens : 0); i++)
+      write_out<E>(p, c.sums + i * c.sums_stride, c.parts, c.tokens * c.sums_stride, 0, p.d_out, y + i * p.d_out);
   }
 }
 
@@ -182,22 +231,30 @@ void batch(const Problem& p, Dense&& dense) {
   const int64_t most = std::min(TOKEN_CHUNK, p.tokens), span = std::min(DENSE_SPAN, p.tokens);
   const bool keep_mask = !p.mask && p.dense_above < 1;
   const int64_t hidden = most * p.n_experts * words<O>(p.group);
+  const auto [parts, columns] = DownTasks::of<E>(p, most);
+  const int64_t sums_stride = round_up(p.d_out, W) + W, sums = parts > 1 ? parts * most * sums_stride : 0;
   Chunk<O> c{};
   c.x = {nullptr, most, p.d_model, depth_block(most)};
   c.operands = {nullptr, most, p.d_model, depth_block(most)};
   s.reserve(Scratch::bytes_for<float>(c.x.size()) + Scratch::bytes_for<float>(c.operands.size()) +
             Scratch::bytes_for<int32_t>(p.n_experts * most) + Scratch::bytes_for<int32_t>(p.n_experts) +
-            Scratch::bytes_for<int64_t>(p.n_experts + 1) + Scratch::bytes_for<float>(hidden) +
-            Scratch::bytes_for<uint8_t>(keep_mask ? span * p.n_experts : 0) + p.threads * Local::bytes(p, most));
+            Scratch::bytes_for<int64_t>(p.n_experts + 1) + Scratch::bytes_for<int64_t>(parts + 1) +
+            Scratch::bytes_for<float>(hidden) + Scratch::bytes_for<float>(sums) +
+            Scratch::bytes_for<uint8_t>(keep_mask ? span * p.n_experts : 0) +
+            p.threads * Local::bytes(p, most, columns));
   c.x.data = s.take<float>(c.x.size());
   c.operands.data = std::is_same_v<O, F32> ? c.x.data : s.take<float>(c.operands.size());
   c.list = s.take<int32_t>(p.n_experts * most);
   c.count = s.take<int32_t>(p.n_experts);
   c.offset = s.take<int64_t>(p.n_experts + 1);
   c.hidden = s.take<float>(hidden);
+  c.parts = parts;
+  c.part = s.take<int64_t>(parts + 1);
+  c.sums = sums ? s.take<float>(sums) : nullptr;
+  c.sums_stride = sums_stride;
   uint8_t* own_mask = keep_mask ? s.take<uint8_t>(span * p.n_experts) : nullptr;
   std::vector<Local> locals;
-  for (int t = 0; t < p.threads; t++) locals.emplace_back(s, p, most);
+  for (int t = 0; t < p.threads; t++) locals.emplace_back(s, p, most, columns);
   for (int64_t start = 0; start < p.tokens; start += DENSE_SPAN) {
     const int64_t end = std::min(start + DENSE_SPAN, p.tokens);
     auto mask = [&](int64_t token) -> uint8_t* {
@@ -214,7 +271,7 @@ void batch(const Problem& p, Dense&& dense) {
       const int64_t pairs = route_chunk<E>(p, first, c, locals);
       if (double(pairs) > p.dense_above * double(c.tokens * p.n_experts)) continue;
       flush(first);
-      expert_gemms<E>(p, c, static_cast<typename E::T*>(p.y) + first * p.d_out, locals);
+      expert_gemms<E>(p, c, columns, static_cast<typename E::T*>(p.y) + first * p.d_out, locals);
       waiting = first + c.tokens;
     }
     flush(end);

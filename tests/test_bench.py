@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,9 @@ def tiny_case(monkeypatch: pytest.MonkeyPatch) -> Case:
     case = Case(name="7b-fp32-1", shape=TINY, threads=1, peers=True)
     monkeypatch.setattr(op, "CASES", (case,))
     monkeypatch.setattr(table, "CASES", (case,))
-    monkeypatch.setattr(op, "stream_bandwidth", lambda: 10e9)
+    # 50 MB in 50 ms, or in 5 ms by the better way
+    reads = {"worse": lambda _: time.sleep(0.05), "better": lambda _: time.sleep(0.005)}
+    monkeypatch.setattr(op, "plain_reads", lambda: (reads, 50_000_000))
     monkeypatch.setattr(op, "gemm_rate", lambda: 50e9)
     monkeypatch.setattr(cases, "dense_compiled", cases.dense_eager)
     return case
@@ -146,13 +149,15 @@ def test_the_command_appends_whole_rows_and_draws(tiny_case: Case, tmp_path: Pat
         assert 0 < r.p20_ms <= r.median_ms <= r.p80_ms
         assert bool(r.path) == (r.contender == "routed")
     routed = next(r for r in records if (r.contender, r.sparsity) == ("routed", 0.5))
+    assert 1.1 < routed.bandwidth_gbs < 10  # of the reads that took turns
     weight_bytes = 3 * 96 * 256 * 4
     router_bytes = 32 * 96 * 4
-    assert routed.byte_ideal_ms == pytest.approx(1e3 * (weight_bytes / 2 + router_bytes) / 10e9, rel=1e-3)
+    per_ms = 1e6 * routed.bandwidth_gbs
+    assert routed.byte_ideal_ms == pytest.approx((weight_bytes / 2 + router_bytes) / per_ms, rel=1e-3)
     cats = next(r for r in records if (r.contender, r.sparsity) == ("gate-first", 0.5))
     call = next(r for r in records if r.contender == op_cases.CALL)
     assert call.byte_ideal_ms == call.bound_ms == 0
-    assert cats.byte_ideal_ms == pytest.approx(1e3 * weight_bytes * 2 / 3 / 10e9, rel=1e-3)
+    assert cats.byte_ideal_ms == pytest.approx(weight_bytes * 2 / 3 / (1e6 * cats.bandwidth_gbs), rel=1e-3)
     assert "<svg" in plot.read_text()
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import models
 import torch
@@ -52,14 +52,18 @@ class OracleGroups(Rule):
         return factors
 
 
+def groups(model: Any, samples: dict[str, Sample], method: str, group_size: int) -> list[Tensor]:
+    """A permutation of each site's neurons."""
+    sites = [dataclasses.replace(site, group_size=group_size) for site in model._lte.sites]
+    return [site_permutation(model, site, method, samples[site.name], seed=0) for site in sites]
+
+
 def oracle_perplexity(
-    model: torch.nn.Module, samples: dict[str, Sample], test: Tensor, method: str, group_size: int, sparsity: float
+    model: torch.nn.Module, permutations: list[Tensor], test: Tensor, group_size: int, sparsity: float
 ) -> float:
     ruled = Ruled(model, OracleGroups, sparsity)
-    for rule, site in zip(ruled.rules, ruled.sites, strict=True):
+    for rule, site, permutation in zip(ruled.rules, ruled.sites, permutations, strict=True):
         assert isinstance(rule, OracleGroups)
-        sized = dataclasses.replace(site, group_size=group_size)
-        permutation = site_permutation(model, sized, method, samples[site.name], seed=0)
         rule.group(permutation, group_size, down_energy(model, site))
     with ruled:
         out = perplexity(model.eval(), test)
@@ -71,32 +75,41 @@ def main(
     model: Annotated[str, typer.Option(help="smollm2, tiny or a directory.")] = "tiny",
     text: Annotated[Path | None, typer.Option(help="Text to measure on; else the Python reference.")] = None,
     sparsities: Annotated[str, typer.Option(help="Comma-separated.")] = "0.5,0.7",
-    blocks: Annotated[int, typer.Option(help="Blocks of 512 tokens to measure on.")] = 4,
+    blocks: Annotated[int, typer.Option(help="Blocks of 512 tokens to measure on, at each place.")] = 4,
+    places: Annotated[str, typer.Option(help="Where in the text to measure, as shares of it.")] = "0.95",
     work: Annotated[Path, typer.Option(help="Where a tiny model is kept.")] = Path("frontier-work"),
 ) -> None:
     tokenizer = models.tokenizer(model)
-    if text is None:
-        train, held_out = python_docs()
-    else:
-        whole = text.read_text(errors="replace")
-        cut = int(0.9 * len(whole))
-        train, held_out = whole[: 40 * CALIBRATION * LENGTH], whole[(cut + len(whole)) // 2 :][: 40 * blocks * LENGTH]
-    calibration = token_blocks(tokenizer, train[: 40 * CALIBRATION * LENGTH], LENGTH, CALIBRATION)
-    test = token_blocks(tokenizer, held_out[: 40 * blocks * LENGTH], LENGTH, blocks)
-    dense = models.load(model, work, token_blocks(tokenizer, train[:400_000], 128))
-    best = perplexity(dense, test)
-    print("# What an oracle's groups of neurons cost before any training\n\nPrinted by `examples/compare/oracle.py`.")
+    whole = "".join(python_docs()) if text is None else text.read_text(errors="replace")
+    first = whole[: 40 * CALIBRATION * LENGTH]
+    calibration = token_blocks(tokenizer, first, LENGTH, CALIBRATION)
+    dense = models.load(model, work, token_blocks(tokenizer, whole[:400_000], 128))
+    tests: dict[str, Tensor] = {}
+    for place in places.split(","):
+        at = int(float(place) * len(whole))
+        tests[place] = token_blocks(tokenizer, whole[at : at + 40 * blocks * LENGTH], LENGTH, blocks)
+        if at < len(first) or len(tests[place]) < blocks:
+            raise ValueError(
+                f"{place} of the text leaves {len(tests[place])} blocks; expected {blocks} after the "
+                f"{len(first)} characters that groups are made from; move it or give a longer text"
+            )
+    best = {place: perplexity(dense, test) for place, test in tests.items()}
     where = text.stem if text else "the Python reference"
-    print(f"{model}, {len(test)} x {LENGTH} tokens of {where}; torch {torch.__version__}.")
-    print(f"Perplexity, and over the dense model's, {best:.2f}.\n")
+    print("# What an oracle's groups of neurons cost before any training\n\nPrinted by `examples/compare/oracle.py`.")
+    print(f"{model}, {blocks} x {LENGTH} tokens from each place in {where} (as a share of it);", end=" ")
+    print(f"torch {torch.__version__}.\nPerplexity, over the dense model's at the same place.\n")
     ltepass.transform(dense, config=ltepass.LTEConfig(grouping="identity"))
     samples = collect(dense, calibration.split(1))
-    wanted = [float(s) for s in sparsities.split(",")]
-    print("| experts | " + " | ".join(f"{s:.0%}" for s in wanted) + " |\n|---|" + "---|" * len(wanted))
+    wanted = [(place, float(s)) for s in sparsities.split(",") for place in tests]
+    print(
+        "| experts | " + " | ".join(f"{s:.0%} at {place}" for place, s in wanted) + " |\n|---|" + "---|" * len(wanted)
+    )
+    print("| dense, perplexity | " + " | ".join(f"{best[place]:.2f}" for place, _ in wanted) + " |")
     for method, size in ROWS:
-        values = [oracle_perplexity(dense, samples, test, method, size, s) for s in wanted]
+        permutations = groups(dense, samples, method, size)
+        values = [oracle_perplexity(dense, permutations, tests[place], size, s) / best[place] for place, s in wanted]
         name = "single neurons" if size == 1 else f"of {size}, {method}"
-        print(f"| {name} | " + " | ".join(f"{v:.2f} (x{v / best:.2f})" for v in values) + " |", flush=True)
+        print(f"| {name} | " + " | ".join(f"x{v:.2f}" for v in values) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,11 @@ from ltepass.bench.cases import Shape
 from ltepass.bench.op_cases import CALL, CASES, SPARSITIES, Case
 from ltepass.bench.records import Environment, OpRecord, append, read
 from ltepass.bench.table import describe, op_table
-from ltepass.bench.timing import Contender, copies_needed, gemm_rate, interleaved, stream_bandwidth
+from ltepass.bench.timing import Contender, copies_needed, gemm_rate, interleaved, plain_reads
 from ltepass.errors import ConfigError
 
 ROUTED = "routed"
+READ = "plain read"
 UPCAST_TOKENS = 16  # below, widening the weights costs more than it saves
 
 
@@ -77,10 +78,14 @@ def _measure(case: Case, seconds: float, min_repeats: int, sparsities: Sequence[
     shape = case.shape
     run = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S}"
     contenders = make_contenders(case, sparsities)
-    bandwidth, flops = stream_bandwidth(), gemm_rate()
-    timings = interleaved(contenders, seconds=seconds, min_repeats=min_repeats)
-    # Before and after: the bound of a run is what its machine could do in either.
-    environment = Environment.here(run, bandwidth=max(bandwidth, stream_bandwidth()), flops=max(flops, gemm_rate()))
+    reads, size = plain_reads()
+    before = gemm_rate()
+    # Plain reads take turns like everything else: a machine's memory can be twice as fast a minute later.
+    turns = contenders | {(READ, way): read for way, read in reads.items()}
+    taken = interleaved(turns, seconds=seconds, min_repeats=min_repeats)
+    bandwidth = size / min(taken[READ, way].median for way in reads)
+    environment = Environment.here(run, bandwidth=bandwidth, flops=max(before, gemm_rate()))
+    timings = {key: taken[key] for key in contenders}
     path = ops.which_path(shape.tokens, shape.d_model, shape.d_ff, shape.n_experts, shape.dtype)
     records = []
     for (name, sparsity), timing in timings.items():

@@ -94,19 +94,25 @@ def interleaved(
     return {name: Timing.of(s) for name, s in taken.items()}
 
 
-def stream_bandwidth(repeats: int = 7) -> float:
-    """Bytes/s of reading cold memory once with torch's current thread count: the best of a sum and a matrix-vector
-    product over four times the last-level cache."""
+def plain_reads() -> tuple[dict[str, Contender], int]:
+    """Two ways to read cold memory once, a sum and a matrix-vector product, and the bytes of either: four times the
+    last-level cache."""
     rows = 4 * last_level_cache() // 4 // 4096
     matrix, x = torch.ones(rows, 4096), torch.ones(4096)
+    return {"sum": lambda _: matrix.sum(), "product": lambda _: torch.mv(matrix, x)}, matrix.nbytes
+
+
+def stream_bandwidth(repeats: int = 7) -> float:
+    """Bytes/s of a plain read with torch's current thread count, by the better way."""
+    ways, size = plain_reads()
     best = 0.0
-    for read in (lambda: matrix.sum(), lambda: torch.mv(matrix, x)):
+    for read in ways.values():
         seconds = []
-        for _ in range(repeats):
+        for i in range(repeats):
             t0 = time.perf_counter()
-            read()
+            read(i)
             seconds.append(time.perf_counter() - t0)
-        best = max(best, matrix.nbytes / sorted(seconds)[len(seconds) // 2])
+        best = max(best, size / sorted(seconds)[repeats // 2])
     return best
 
 
