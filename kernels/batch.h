@@ -43,7 +43,8 @@ struct DownTasks {
   template <class E>
   static DownTasks of(const Problem& p, int64_t tokens) {
     const Matrix turned{p.down.data, p.down.col, p.down.row};
-    if (tokens <= FEW_TOKENS && lies_ready<E>(turned)) {  // as many columns as leave every thread the same work
+    const bool in_place = lies_ready<E>(turned) && E::Operand::PER_WORD == 1;
+    if (tokens <= FEW_TOKENS && in_place) {  // as many columns as leave every thread the same work
       const int64_t blocks = p.threads % DOWN_PARTS == 0 ? p.threads / DOWN_PARTS : (2 * p.threads + 3) / DOWN_PARTS;
       const int64_t even = DOWN_PARTS % p.threads == 0 ? p.d_out : (p.d_out + blocks - 1) / blocks;
       return {DOWN_PARTS, std::max<int64_t>(round_up(even, 64), 256)};

@@ -107,6 +107,23 @@ def test_more_tokens_and_features_than_a_block(T: int, dtype: torch.dtype) -> No
     check(Recipe(T=T, d_model=1100, n_experts=6, group_size=40, d_out=300, dtype=dtype))
 
 
+@pytest.mark.parametrize("mask", ["random", "one", "all"])
+@pytest.mark.parametrize("n_experts", [1, 3, 10, 41])
+@pytest.mark.parametrize("T", [2, 4, 7, 32])
+def test_few_tokens_with_down_by_parts_of_the_experts(T: int, n_experts: int, mask: str) -> None:
+    """More and fewer active experts than parts, whole blocks of output columns and a rest, on any number of threads."""
+    for d_out, group_size in ((64, 32), (1100, 8)):
+        recipe = Recipe(T=T, n_experts=n_experts, mask=mask, layout="neuron_rows", d_out=d_out, group_size=group_size)
+        check(recipe)
+        args, before = make(recipe), torch.get_num_threads()
+        bits = []
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            bits.append(op(*args)[0])
+        torch.set_num_threads(before)
+        assert all(torch.equal(bits[0], b) for b in bits)
+
+
 @pytest.mark.parametrize("layout", ["linear", "neuron_rows", "conv1d"])
 @pytest.mark.parametrize("T", [9, 40])
 def test_bf16_in_blocks_and_odd_groups(T: int, layout: str) -> None:
