@@ -13,8 +13,6 @@ namespace {
 
 constexpr int64_t TOKEN_CHUNK = 512;   // tokens handled at a time, so that their hidden units stay small
 constexpr int64_t DENSE_SPAN = 8 * TOKEN_CHUNK;  // tokens that the library's GEMMs take at a time: they like many
-constexpr int DOWN_PARTS = 4;          // whatever the number of threads, so that results do not depend on it
-constexpr int64_t FEW_ROWS = 8;       // weight rows read side by side where one tile holds all tokens of an expert
 constexpr int64_t MANY_TOKENS = 1024;  // from here that GEMM is at its best
 constexpr int64_t DENSE_TOKENS = 33;  // from here the library's GEMM is worth asking (see README.md, break-even)
 
@@ -26,11 +24,12 @@ struct Chunk {
   Blocked<O> operands;  // for up and gate: x itself where they are fp32
   int32_t* list;        // [n_experts, tokens] the tokens of each expert
   int32_t* count;       // [n_experts]
+  int32_t* active;      // [n_active] experts that some token chose
+  int64_t n_active;
   int64_t* offset;      // [n_experts + 1] rows of `hidden` before expert e
   float* hidden;        // [rows, group] as operands of down, each row in whole words
   uint8_t* mask;        // [tokens, n_experts] or null
-  int parts;            // of the experts, in the down phase
-  int64_t* part;        // [parts + 1] experts before each part
+  int parts;            // of the active experts, in the down phase
   float* sums;          // [parts, tokens, sums_stride] where there are several, else null
   int64_t sums_stride;  // against rows of a whole number of pages, as in Blocked
 };
@@ -44,10 +43,9 @@ struct DownTasks {
   static DownTasks of(const Problem& p, int64_t tokens) {
     const Matrix turned{p.down.data, p.down.col, p.down.row};
     const bool in_place = lies_ready<E>(turned) && E::Operand::PER_WORD == 1;
-    if (tokens <= FEW_TOKENS && in_place) {  // as many columns as leave every thread the same work
-      const int64_t blocks = p.threads % DOWN_PARTS == 0 ? p.threads / DOWN_PARTS : (2 * p.threads + 3) / DOWN_PARTS;
-      const int64_t even = DOWN_PARTS % p.threads == 0 ? p.d_out : (p.d_out + blocks - 1) / blocks;
-      return {DOWN_PARTS, std::max<int64_t>(round_up(even, 64), 256)};
+    if (tokens <= FEW_TOKENS && in_place) {
+      const int64_t blocks = down_blocks(p.threads);
+      return {DOWN_PARTS, std::max<int64_t>(round_up((p.d_out + blocks - 1) / blocks, 64), 256)};
     }
     // The block of y (tokens x columns) should stay in L2, and every thread gets some.
     const int64_t even = round_up((p.d_out + p.threads - 1) / p.threads, 64);
@@ -94,16 +92,17 @@ inline void route_block(const Problem& p, const Chunk<O>& c, int64_t e0, int64_t
   }
 }
 
-// Hidden units [j0, j1) of expert e, for the tokens that chose it.
+// Hidden units [j0, j1) of expert e, for the tokens that chose it. next: the neuron that is likely to follow.
 template <class E>
 inline void hidden_block(const Problem& p, const Chunk<typename E::Operand>& c, int64_t e, int64_t j0, int64_t j1,
-                         Local& local) {
+                         int64_t next, Local& local) {
   using O = typename E::Operand;
   const int64_t tokens = c.count[e], rows = j1 - j0, neuron = e * p.group + j0;
   for (int64_t i = 0; i < tokens; i++) local.rows[i] = c.operands.row(c.list[e * c.tokens + i]);
-  const float* then = lies_ready<E>(p.gate) ? words_at<E>(p.gate, neuron, 0) : nullptr;
-  project_rows<E>(p.up, neuron, rows, c.operands, local.rows, tokens, local.up, local.block, then);
-  if (p.gate.data) project_rows<E>(p.gate, neuron, rows, c.operands, local.rows, tokens, local.gate, local.block);
+  auto rows_at = [](const Matrix& m, int64_t row) { return lies_ready<E>(m) ? words_at<E>(m, row, 0) : nullptr; };
+  const float *then = rows_at(p.up, next), *gate = p.gate.data ? rows_at(p.gate, neuron) : then;
+  project_rows<E>(p.up, neuron, rows, c.operands, local.rows, tokens, local.up, local.block, gate);
+  if (p.gate.data) project_rows<E>(p.gate, neuron, rows, c.operands, local.rows, tokens, local.gate, local.block, then);
   for (int64_t i = 0; i < tokens; i++) {
     float *u = local.up + i * NEURON_BLOCK, *g = p.gate.data ? local.gate + i * NEURON_BLOCK : nullptr;
     for (int64_t j = 0; j < rows; j++) {
@@ -121,25 +120,23 @@ template <class E>
 inline void add_experts(const Problem& p, const Chunk<typename E::Operand>& c, int part, int64_t c0, int64_t cols,
                         float* sums, int64_t stride, Local& local) {
   using O = typename E::Operand;
-  const int64_t padded = round_up(cols, W), width = words<O>(p.group), last = c.part[part + 1];
+  const int64_t padded = round_up(cols, W), width = words<O>(p.group);
+  const auto [first, last] = share(c.n_active, 1, part, c.parts);
   const Matrix turned{p.down.data, p.down.col, p.down.row};  // [d_ff, d_out]
   for (int64_t i = 0; i < c.tokens; i++) std::fill(sums + i * stride, sums + i * stride + padded, 0.0f);
-  for (int64_t e = c.part[part]; e < last; e++) {
-    const int64_t n = c.count[e];
-    if (n == 0) continue;
+  for (int64_t a = first; a < last; a++) {
+    const int64_t e = c.active[a], n = c.count[e];
     for (int64_t i = 0; i < n; i++) local.out_rows[i] = sums + c.list[e * c.tokens + i] * stride;
     const float* h = c.hidden + c.offset[e] * width;
     // Rows that are read side by side lie `lanes` apart, so that each of them is one long stream.
-    const int64_t lanes = O::PER_WORD == 1 && n <= MAX_M && p.group % FEW_ROWS == 0 ? p.group / FEW_ROWS : 1;
+    const int64_t lanes = O::PER_WORD == 1 && n <= MAX_M && p.group % ROWS == 0 ? p.group / ROWS : 1;
     const Matrix spread{turned.at<E>(e * p.group, 0), lanes * turned.row, turned.col};
-    int64_t after = e + 1;  // the expert whose rows come next
-    while (after < last && c.count[after] == 0) after++;
-    const int64_t ahead = after < last ? (after - e) * p.group : 0;
+    const int64_t ahead = a + 1 < last ? (c.active[a + 1] - e) * p.group : 0;  // rows to the next expert's
     for (int64_t j = 0; j < lanes; j++) {
       const Matrix from{spread.at<E>(0, 0) + j * turned.row, spread.row, spread.col};
       const Block w = operand_columns<E>(from, 0, p.group / lanes, c0, cols, local.block, ahead);
-      const float* next = j + 1 < lanes && w.data != local.block ? w.data + turned.row : w.data;
-      outer_block<O>(local.out_rows, n, h + j, width, lanes, w, next, width / lanes, padded);
+      const int64_t step = w.data == local.block ? 0 : j + 1 < lanes ? 1 : ahead - j;  // rows to those read next
+      outer_block<O>(local.out_rows, n, h + j, width, lanes, w, w.data + step * turned.row, width / lanes, padded);
     }
   }
 }
@@ -177,18 +174,12 @@ inline int64_t route_chunk(const Problem& p, int64_t first, Chunk<typename E::Op
     const int64_t n = c.operands.size() * O::PER_WORD;
     for (int64_t i = 0; i < n; i++) v[i] = std::fabs(O::to_float(v[i])) <= p.input_cut ? typename O::T(0) : v[i];
   }
-  int64_t active = 0, before = 0;
-  c.offset[0] = 0;
+  c.offset[0] = c.n_active = 0;
   for (int64_t e = 0; e < p.n_experts; e++) {
     c.offset[e + 1] = c.offset[e] + c.count[e];
-    active += c.count[e] > 0;
+    c.active[c.n_active] = int32_t(e);
+    c.n_active += c.count[e] > 0;
   }
-  int part = 0;  // parts of equally many active experts
-  for (int64_t e = 0; e < p.n_experts; e++) {
-    while (part < c.parts && before * c.parts >= part * active) c.part[part++] = e;
-    before += c.count[e] > 0;
-  }
-  while (part <= c.parts) c.part[part++] = p.n_experts;
   return c.offset[p.n_experts];
 }
 
@@ -196,13 +187,17 @@ template <class E>
 inline void expert_gemms(const Problem& p, const Chunk<typename E::Operand>& c, int64_t columns, typename E::T* y,
                          std::vector<Local>& locals) {
   const int64_t blocks = (p.group + NEURON_BLOCK - 1) / NEURON_BLOCK, spans = (p.d_out + columns - 1) / columns;
+  const int64_t tasks = c.n_active * blocks;
+  // Few tokens read weights as they lie, in long stretches; many look for the thread that is free.
+  const int64_t together = c.tokens <= FEW_TOKENS ? std::max<int64_t>(tasks / (4 * p.threads), 1) : 1;
+  auto neuron = [&](int64_t task) { return c.active[task / blocks] * p.group + task % blocks * NEURON_BLOCK; };
 #pragma omp parallel num_threads(p.threads) if (p.threads > 1)
   {
     Local& local = locals[size_t(omp_get_thread_num())];
-#pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < p.n_experts * blocks; task++) {
-      const int64_t e = task / blocks, j = task % blocks * NEURON_BLOCK;
-      if (c.count[e]) hidden_block<E>(p, c, e, j, std::min(j + NEURON_BLOCK, p.group), local);
+#pragma omp for schedule(dynamic, together)
+    for (int64_t task = 0; task < tasks; task++) {
+      const int64_t j = task % blocks * NEURON_BLOCK, next = neuron(std::min(task + 1, tasks - 1));
+      hidden_block<E>(p, c, c.active[task / blocks], j, std::min(j + NEURON_BLOCK, p.group), next, local);
     }
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < c.parts * spans; task++) {
@@ -239,7 +234,7 @@ void batch(const Problem& p, Dense&& dense) {
   c.operands = {nullptr, most, p.d_model, depth_block(most)};
   s.reserve(Scratch::bytes_for<float>(c.x.size()) + Scratch::bytes_for<float>(c.operands.size()) +
             Scratch::bytes_for<int32_t>(p.n_experts * most) + Scratch::bytes_for<int32_t>(p.n_experts) +
-            Scratch::bytes_for<int64_t>(p.n_experts + 1) + Scratch::bytes_for<int64_t>(parts + 1) +
+            Scratch::bytes_for<int32_t>(p.n_experts + 1) + Scratch::bytes_for<int64_t>(p.n_experts + 1) +
             Scratch::bytes_for<float>(hidden) + Scratch::bytes_for<float>(sums) +
             Scratch::bytes_for<uint8_t>(keep_mask ? span * p.n_experts : 0) +
             p.threads * Local::bytes(p, most, columns));
@@ -249,8 +244,8 @@ void batch(const Problem& p, Dense&& dense) {
   c.count = s.take<int32_t>(p.n_experts);
   c.offset = s.take<int64_t>(p.n_experts + 1);
   c.hidden = s.take<float>(hidden);
+  c.active = s.take<int32_t>(p.n_experts + 1);
   c.parts = parts;
-  c.part = s.take<int64_t>(parts + 1);
   c.sums = sums ? s.take<float>(sums) : nullptr;
   c.sums_stride = sums_stride;
   uint8_t* own_mask = keep_mask ? s.take<uint8_t>(span * p.n_experts) : nullptr;

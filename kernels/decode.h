@@ -9,12 +9,8 @@
 
 namespace {
 
-// Eight weight rows at a time: one row's stream keeps a core at 9-11 GB/s, eight at 13-14 (Ice Lake Xeon 2.8 GHz,
-// 4096 x 11008 fp32, cold); fewer rows only at the end of a list.
-constexpr int ROWS = 8;
 // How far ahead of the arithmetic each row is fetched; past its end, the head of the row that follows in its lane. bf16
-// rows go by twice as fast (Zen 4, 2048 x 8192, cold, one core: fp32 26 GB/s with 128 elements, 27 with 192; bf16 22 with
-// 256, 24 with 512).
+// rows go by twice as fast.
 template <class E>
 constexpr int64_t AHEAD_OF = E::PARTS == 1 ? 768 / sizeof(typename E::T) : 1024;
 

@@ -11,10 +11,7 @@ constexpr int64_t NEURON_BLOCK = 32;  // neurons that are multiplied together, a
 // longest, which is faster in longer stretches, and the tokens come from L2 in time.
 constexpr int64_t FEW_TOKENS = 32;
 constexpr int64_t depth_block(int64_t tokens) { return tokens <= FEW_TOKENS ? 2048 : 1024; }
-constexpr int64_t AHEAD = 128;  // words of every row that the first tokens ask for early: a new stream starts slowly
-// The same for columns of down, which go by 64 or 128 at a time: with one step ahead it reads at 15 GB/s, with two at 18
-// (Zen 4, four tokens, 2048 x 5632, one core).
-constexpr int64_t COLUMNS_AHEAD = 256;
+constexpr int64_t AHEAD = 512;  // words of every row that few tokens ask for early: a new stream starts slowly
 constexpr int64_t COLUMN_PIECE = 128;  // fp32 columns of down that all tokens take before the next: 32 rows of them fit in L1
 
 // A register tile: M tokens by tile_rows(M) neurons, so that accumulators and operands fit in 32 (16) vector registers.
@@ -229,10 +226,10 @@ inline void project_rows(const Matrix& m, int64_t r0, int64_t rows, const Blocke
   }
 }
 
-// y[m][0 .. N*W) += sum over j < depth of h[m * ldh + j * step] * w[j * ldw ..]. FETCH: the rows are asked for at `ahead`.
-template <class O, int M, int N, bool FETCH>
-inline void outer_tile(const float* h, int64_t ldh, int64_t step, const float* w, const float* ahead, int64_t ldw,
-                       int64_t depth, float* const* y) {
+// y[m][0 .. N*W) += sum over j < depth of h[m * ldh + j * step] * w[j * ldw ..]
+template <class O, int M, int N>
+inline void outer_tile(const float* h, int64_t ldh, int64_t step, const float* w, int64_t ldw, int64_t depth,
+                       float* const* y) {
   vf acc[M][N];
 #pragma GCC unroll 16
   for (int m = 0; m < M; m++)
@@ -242,7 +239,6 @@ inline void outer_tile(const float* h, int64_t ldh, int64_t step, const float* w
     vf wv[N];
 #pragma GCC unroll 16
     for (int n = 0; n < N; n++) {
-      if constexpr (FETCH) fetch_line(ahead + j * ldw, n * W);
       wv[n] = load(w + j * ldw + n * W);
       KEEP_IN_REGISTER(wv[n]);
     }
@@ -260,15 +256,50 @@ inline void outer_tile(const float* h, int64_t ldh, int64_t step, const float* w
     for (int n = 0; n < N; n++) store(y[m] + n * W, acc[m][n]);
 }
 
+// y[m][0 .. cols) += the same over ROWS rows, which are read line by line side by side, AHEAD of their use: at the speed
+// of memory, which tiles do not reach. following: the rows that are read after these.
+template <class O, int M>
+inline void outer_rows(const float* h, int64_t ldh, int64_t step, const float* w, const float* following, int64_t ldw,
+                       int64_t cols, float* const* y) {
+  vf hv[M][ROWS];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 16
+    for (int j = 0; j < ROWS; j++) hv[m][j] = splat_word(h + m * ldh + j * step);
+  auto stretch = [&](int64_t from, int64_t to, const float* fetch) {
+    for (int64_t c = from; c < to; c += W) {
+      vf acc[M];
+#pragma GCC unroll 16
+      for (int m = 0; m < M; m++) acc[m] = load(y[m] + c);
+#pragma GCC unroll 16
+      for (int j = 0; j < ROWS; j++) {
+        fetch_line(fetch + j * ldw, c);
+        vf wv = load(w + j * ldw + c);
+        KEEP_IN_REGISTER(wv);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; m++) acc[m] = O::multiply_add(acc[m], hv[m][j], wv);
+      }
+#pragma GCC unroll 16
+      for (int m = 0; m < M; m++) store(y[m] + c, acc[m]);
+    }
+  };
+  const int64_t turn = std::max<int64_t>(cols - AHEAD, 0);
+  stretch(0, turn, w + (cols - turn));
+  stretch(turn, cols, following - turn);
+}
+
 // y[i][0 .. cols) += h[i * ldh + j * step] times w [depth, cols] for words j < depth, cols a whole number of vectors.
 // following: the rows that are read after these.
 template <class O>
 inline void outer_block(float* const* y, int64_t tokens, const float* h, int64_t ldh, int64_t step, const Block& w,
                         const float* following, int64_t depth, int64_t cols) {
-  const bool one_tile = tokens <= MAX_M;
-  const int64_t piece = one_tile ? cols : COLUMN_PIECE * O::PER_WORD;
-  for (int64_t c0 = 0; c0 < cols; c0 += piece) {
-    const int64_t c1 = std::min(c0 + piece, cols);
+  if (tokens <= MAX_M && depth == ROWS) {
+    with_m(tokens, [&]<int M>() { outer_rows<O, M>(h, ldh, step, w.data, following, w.stride, cols, y); });
+    return;
+  }
+  constexpr int64_t PIECE = COLUMN_PIECE * O::PER_WORD;
+  for (int64_t c0 = 0; c0 < cols; c0 += PIECE) {
+    const int64_t c1 = std::min(c0 + PIECE, cols);
     by_tiles(tokens, [&]<int M>(int64_t first) {
       constexpr int N = tile_rows(M);
       const float* hs = h + first * ldh;
@@ -278,16 +309,8 @@ inline void outer_block(float* const* y, int64_t tokens, const float* h, int64_t
         return ys;
       };
       int64_t c = c0;
-      for (; c + N * W <= c1; c += N * W) {
-        const int64_t past = c + COLUMNS_AHEAD - c1;
-        const float* ahead = past < 0 ? w.data + c + COLUMNS_AHEAD : following + past;
-        if (one_tile)
-          outer_tile<O, M, N, true>(hs, ldh, step, w.data + c, ahead, w.stride, depth, at(c));
-        else
-          outer_tile<O, M, N, false>(hs, ldh, step, w.data + c, ahead, w.stride, depth, at(c));
-      }
-      for (; c < c1; c += W)
-        outer_tile<O, M, 1, false>(hs, ldh, step, w.data + c, nullptr, w.stride, depth, at(c));
+      for (; c + N * W <= c1; c += N * W) outer_tile<O, M, N>(hs, ldh, step, w.data + c, w.stride, depth, at(c));
+      for (; c < c1; c += W) outer_tile<O, M, 1>(hs, ldh, step, w.data + c, w.stride, depth, at(c));
     });
   }
 }

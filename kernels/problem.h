@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <new>
+#include <numeric>
 #include <vector>
 
 #include "simd.h"
@@ -84,6 +85,13 @@ inline std::pair<int64_t, int64_t> share(int64_t n, int64_t unit, int t, int of)
   const int64_t units = (n + unit - 1) / unit;
   return {std::min(n, units * t / of * unit), std::min(n, units * (t + 1) / of * unit)};
 }
+
+constexpr int ROWS = 8;  // weight rows read side by side where memory is the limit: one stream does not keep it busy
+
+// Down over few tokens goes by parts of the experts, so that its rows are read whole, times blocks of output columns where
+// threads would not share the parts evenly. Parts are as many for any number of threads: so are the bits of the result.
+constexpr int DOWN_PARTS = 4;
+inline int64_t down_blocks(int threads) { return std::lcm(threads, DOWN_PARTS) / DOWN_PARTS; }
 
 template <class E>
 inline float bias_at(const void* bias, int64_t i) {
