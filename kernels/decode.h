@@ -1,5 +1,6 @@
 // One token: read every active weight once, at the speed of memory. One parallel region:
-//   router over all experts | up (and gate) over the active neurons | down over the output columns
+//   router over all experts | up (and gate) over the active neurons | down over the output columns, or, where it is
+//   large, over whole rows in parts of the neurons | sums of the parts
 // Each number is computed by one thread in one order, so the result does not even depend on the thread count.
 #pragma once
 
@@ -240,19 +241,30 @@ inline void project(const Problem& p, const Matrix& w, const Active& active, int
   dot_list<typename E::Stream>(row, begin, end, in.placed, p.d_model, h);
 }
 
+// y[begin .. end) += part `part` of `parts` of the live neurons; begin a whole number of STEPs, y in the order of E::Stream.
+template <class E>
+inline void add_part(const Problem& p, const Active& active, int part, int parts, const float* h, float* y, int64_t begin,
+                     int64_t end) {
+  const auto [first, last] = share(active.n_live, ROWS, part, parts);
+  const int32_t* live = active.live + first;
+  auto row = [&](int64_t i) { return p.down.at<E>(begin, active.neurons[live[i]]); };
+  add_list<typename E::Stream>(row, live, last - first, h, y + begin, end - begin);
+}
+
 // Outputs [begin, end), begin a whole number of STEPs; y: room for them in the order of E::Stream
 template <class E>
 inline void project_down(const Problem& p, const Active& active, const float* h, float* y, int64_t begin, int64_t end) {
   using S = typename E::Stream;
   for (int64_t o = begin; o < end; o++) y[place<S>(o)] = bias_at<E>(p.down_bias, o);
   if (p.down.row == 1) {
-    auto row = [&](int64_t i) { return p.down.at<E>(begin, active.neurons[active.live[i]]); };
-    add_list<S>(row, active.live, active.n_live, h, y + begin, end - begin);
+    add_part<E>(p, active, 0, 1, h, y, begin, end);
   } else {
     for (int64_t o = begin; o < end; o++)
       y[place<S>(o)] += dot_stretches<E>(p.down.at<E>(o, 0), active.experts, active.n_experts, p.group, h);
   }
 }
+
+constexpr int64_t LARGE = 1 << 22;  // weights of down from which parts pay for their sums
 
 template <class E>
 void decode(const Problem& p) {
@@ -260,10 +272,12 @@ void decode(const Problem& p) {
   using S = typename E::Stream;
   const int64_t padded = round_up(p.d_model, STEP<S>), padded_out = round_up(p.d_out, STEP<S>);
   const bool by_inputs = p.up.col != 1 || (p.gate.data && p.gate.col != 1);  // threads then take whole experts
+  const int parts = p.down.row == 1 && p.d_out * p.d_ff >= LARGE ? DOWN_PARTS : 1;
+  const int64_t stride = padded_out + W;  // of the parts' sums
   const int64_t padded_ff = by_inputs ? round_up(p.d_ff, STEP<S>) : 0;
   s.reserve(3 * Scratch::bytes_for<float>(padded) + Scratch::bytes_for<int32_t>(p.d_model) +
             Scratch::bytes_for<float>(p.n_experts) + 2 * Scratch::bytes_for<float>(p.d_ff) +
-            Scratch::bytes_for<float>(padded_out) +
+            Scratch::bytes_for<float>(padded_out) + Scratch::bytes_for<float>(parts * stride) +
             p.threads * (Active::bytes(p) + Scratch::bytes_for<float>(padded_ff) + Scratch::bytes_for<int32_t>(padded_ff)));
   float* x = s.take<float>(padded);  // as routers see it
   Input in{x, x, s.take<int32_t>(p.d_model)};
@@ -271,6 +285,7 @@ void decode(const Problem& p) {
   float* h = s.take<float>(p.d_ff);
   float* gated = s.take<float>(p.d_ff);
   float* y = std::is_same_v<E, F32> ? static_cast<float*>(p.y) : s.take<float>(padded_out);
+  float* sums = s.take<float>(parts * stride);
   char* lists = s.take<char>(p.threads * int64_t(Active::bytes(p)));
   float* wides = s.take<float>(p.threads * padded_ff);
   int32_t* steps = s.take<int32_t>(p.threads * padded_ff);
@@ -314,7 +329,22 @@ void decode(const Problem& p) {
 #pragma omp barrier
     active.find_live(h);
     const auto [o0, o1] = share(p.d_out, 32, t, of);  // 32 elements: threads write whole cache lines
-    project_down<E>(p, active, h, y, o0, o1);
+    if (parts > 1) {
+      const int blocks = int(down_blocks(of));
+      const auto [first, last] = share(parts * blocks, 1, t, of);
+      for (int64_t task = first; task < last; task++) {
+        const auto [c0, c1] = share(p.d_out, 32, int(task % blocks), blocks);
+        float* sum = sums + task / blocks * stride;
+        std::fill(sum + c0, sum + round_up(c1, STEP<S>), 0.0f);
+        add_part<E>(p, active, int(task / blocks), parts, h, sum, c0, c1);
+      }
+#pragma omp barrier
+      const int64_t end = std::is_same_v<E, F32> ? o1 : round_up(o1, STEP<S>);
+      for (int64_t k = o0; k < end; k++) y[k] = (sums[k] + sums[stride + k]) + (sums[2 * stride + k] + sums[3 * stride + k]);
+      for (int64_t o = o0; p.down_bias && o < o1; o++) y[place<S>(o)] += bias_at<E>(p.down_bias, o);
+    } else {
+      project_down<E>(p, active, h, y, o0, o1);
+    }
     if (!std::is_same_v<E, F32>)
       for (int64_t o = o0; o < o1; o++) static_cast<typename E::T*>(p.y)[o] = E::from_float(y[place<S>(o)]);
     if (t == 0 && p.mask) {

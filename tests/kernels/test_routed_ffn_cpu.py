@@ -115,13 +115,25 @@ def test_few_tokens_with_down_by_parts_of_the_experts(T: int, n_experts: int, ma
     for d_out, group_size in ((64, 32), (1100, 8)):
         recipe = Recipe(T=T, n_experts=n_experts, mask=mask, layout="neuron_rows", d_out=d_out, group_size=group_size)
         check(recipe)
-        args, before = make(recipe), torch.get_num_threads()
-        bits = []
-        for threads in (1, 2, 3, 8):
-            torch.set_num_threads(threads)
-            bits.append(op(*args)[0])
-        torch.set_num_threads(before)
-        assert all(torch.equal(bits[0], b) for b in bits)
+        assert_same_bits_on_any_threads(recipe)
+
+
+@pytest.mark.parametrize("mask", ["random", "one", "none"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_token_with_a_large_down_by_parts_of_the_neurons(dtype: torch.dtype, mask: str) -> None:
+    recipe = Recipe(T=1, n_experts=128, group_size=64, d_out=531, dtype=dtype, mask=mask, layout="neuron_rows")
+    check(recipe)
+    assert_same_bits_on_any_threads(recipe)
+
+
+def assert_same_bits_on_any_threads(recipe: Recipe) -> None:
+    args, before = make(recipe), torch.get_num_threads()
+    bits = []
+    for threads in (1, 2, 3, 8):
+        torch.set_num_threads(threads)
+        bits.append(op(*args)[0])
+    torch.set_num_threads(before)
+    assert all(torch.equal(bits[0], b) for b in bits)
 
 
 @pytest.mark.parametrize("layout", ["linear", "neuron_rows", "conv1d"])
