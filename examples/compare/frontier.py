@@ -104,7 +104,7 @@ PRESETS = {
         budget=Budget(**SMOLLM2, steps=48, batch=4, test=4, test_length=512, calibration=192),
         points=(0.5, 0.7, 0.8, 0.9),
         trained_points=(0.5,),
-        between={"cats": (0.6,), "teal": (0.4, 0.45, 0.6, 0.65)},
+        between={"cats": (0.6,), "teal": (0.4, 0.45, 0.6, 0.65), "teal-trained": (0.45,)},
         recipe=ONE_BUDGET,
     ),
     "long": Preset(  # what more tokens change at the point where LTE is not ahead
@@ -145,7 +145,7 @@ def cells(preset: Preset) -> Iterator[Cell]:
             for s in preset.points:
                 yield Cell(method, s, seed)
         for method in TRAINED:
-            for s in preset.trained_points:
+            for s in sorted({*preset.trained_points, *preset.between.get(method, ())}):
                 yield Cell(method, s, seed)
         for method in POST_HOC:
             for s in sorted({*preset.points, *preset.between.get(method, ())}):
