@@ -45,9 +45,12 @@ from study import (
     tune_lte,
 )
 
+import ltepass
+
 SAMPLE_TOKENS = 16_384  # of training text, kept for the rules
 POST_HOC = ("cats", "teal", "moefication", "dejavu", "lte-calibrated", "oracle")
 OURS = tuple(CUTS)
+ONE_CHECKPOINT = "lte+cuts-one-checkpoint"  # what is trained for the first point, at the others
 TRAINED = ("topk", "prunepath", "noisy-topk", "random", "teal-trained")
 
 
@@ -144,6 +147,8 @@ def cells(preset: Preset) -> Iterator[Cell]:
         for method in OURS:
             for s in preset.points:
                 yield Cell(method, s, seed)
+        for s in preset.points[1:]:
+            yield Cell(ONE_CHECKPOINT, s, seed)
         for method in TRAINED:
             for s in sorted({*preset.trained_points, *preset.between.get(method, ())}):
                 yield Cell(method, s, seed)
@@ -193,6 +198,8 @@ class Frontier(Workshop):
             measured = perplexities(self.tuned(cell.seed), data.test), flat, whole
         elif cell.method in OURS:
             measured = self._lte(cell, data)
+        elif cell.method == ONE_CHECKPOINT:
+            measured = self._one_checkpoint(cell, data)
         elif cell.method in POST_HOC:
             measured = self._post_hoc(cell, data)
         else:
@@ -203,12 +210,25 @@ class Frontier(Workshop):
 
     def _lte(self, cell: Cell, data: Data) -> Measured:
         """With cuts, part of what may not be read is left out entry by entry, and routers leave out less."""
-        folder, cuts = self.work / f"{cell.method}-{self.name}-{cell.sparsity:g}-{cell.seed}", CUTS[cell.method]
+        folder, cuts = self._folder(cell), CUTS[cell.method]
         model = copy.deepcopy(self.prepared("base", cell.seed))
         model = retarget(model, expert_sparsity(n_matrices(model._lte.sites[0]), cell.sparsity, cuts))
         options: dict[str, Any] = {"recipe": self.preset.recipe, "cuts": cuts}
         model, _ = tune_lte(model, data, self.budget, folder / "log", cell.seed, **options)
         model.save_pretrained(folder)
+        return measure_cut(model, data.test)
+
+    def _folder(self, cell: Cell) -> Path:
+        return self.work / f"{cell.method}-{self.name}-{cell.sparsity:g}-{cell.seed}"
+
+    def _one_checkpoint(self, cell: Cell, data: Data) -> Measured:
+        """Thresholds from the checkpoint's own table (`set_sparsity`), no training for this point."""
+        method = ONE_CHECKPOINT.removesuffix("-one-checkpoint")
+        first = Cell(method, self.preset.points[0], cell.seed)
+        if not (self._folder(first) / "config.json").exists():
+            self._lte(first, data)
+        model = models.load(str(self._folder(first)), self.work).to(DEVICE)
+        ltepass.set_sparsity(model, expert_sparsity(n_matrices(model._lte.sites[0]), cell.sparsity, CUTS[method]))
         return measure_cut(model, data.test)
 
     def _post_hoc(self, cell: Cell, data: Data) -> Measured:

@@ -26,6 +26,7 @@ WAYS = {
     "prunepath": "routed", "noisy-topk": "routed", "random": "routed", "moefication": "predicted experts",
     "dejavu": "predicted neurons", "cats": "gate-first", "teal": "single neurons", "teal-trained": "single neurons",
     "lte+teal": "routed, small units cut", "lte+cuts": "routed, small inputs and units cut",
+    "lte+cuts-one-checkpoint": "routed, small inputs and units cut",
 }  # fmt: skip
 
 

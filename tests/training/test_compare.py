@@ -79,6 +79,19 @@ def test_the_frontier_has_a_row_for_every_method_and_text_and_goes_on_where_it_s
     assert run_frontier(tmp_path, shared) == rows
 
 
+@pytest.mark.usefixtures("quick")
+def test_one_checkpoint_is_measured_at_the_other_points(
+    tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preset = dataclasses.replace(frontier.PRESETS["smoke"], points=(0.5, 0.8))
+    monkeypatch.setitem(frontier.PRESETS, "smoke", preset)
+    run_frontier(tmp_path, shared, only="dense,lte+cuts", points="0.5")
+    monkeypatch.setattr(frontier, "tune_lte", None)  # no more training
+    rows = run_frontier(tmp_path, shared, only=frontier.ONE_CHECKPOINT)
+    at = {r["target_sparsity"]: float(r["ffn_sparsity"]) for r in rows if r["method"] == frontier.ONE_CHECKPOINT}
+    assert at == {"0.8": pytest.approx(0.8, abs=0.12)}
+
+
 def made(method: str, target: float, ppl: float, share: float, seed: int = 0) -> dict[str, str]:
     values = {
         "preset": "p",
