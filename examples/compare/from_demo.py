@@ -87,12 +87,14 @@ def main(
     results: Annotated[Path, typer.Option(help="RESULTS.csv, .md and .svg are written.")] = Path("frontier"),
     work: Annotated[Path, typer.Option(help="Where calibrated models are kept.")] = Path("frontier-work"),
     blocks: Annotated[int, typer.Option(help="Held-out blocks to measure on.")] = 4,
+    only: Annotated[str, typer.Option(help="Methods, comma-separated; all if empty.")] = "",
     minutes: Annotated[float, typer.Option(help="Begin no cell after so many minutes.")] = 1e9,
 ) -> None:
     rows = Rows(results.with_suffix(".csv"))
     study, start = FromDemo(demo, work, rows, blocks), time.perf_counter()
     for cell in cells(study.target):
-        if rows.has(cell, PRESET) or time.perf_counter() - start > 60 * minutes:
+        left_out = bool(only) and cell.method not in only.split(",")
+        if left_out or rows.has(cell, PRESET) or time.perf_counter() - start > 60 * minutes:
             continue
         study.run(cell)
         print(f"{cell.method} {cell.sparsity:g}: {time.perf_counter() - start:.0f} s", flush=True)
