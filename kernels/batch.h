@@ -144,8 +144,7 @@ inline void add_experts(const Problem& p, const Chunk<typename E::Operand>& c, i
 // Output columns [c0, c0 + cols) of a token: the bias and the sums of all parts, which are `step` apart and begin at c0.
 template <class E>
 inline void write_out(const Problem& p, float* sums, int parts, int64_t step, int64_t c0, int64_t cols, typename E::T* y) {
-  for (int q = 1; q < parts; q++)
-    for (int64_t k = 0; k < cols; k++) sums[k] += sums[q * step + k];
+  add_parts(sums, parts, step, cols);
   for (int64_t k = 0; k < cols; k++) y[c0 + k] = E::from_float(bias_at<E>(p.down_bias, c0 + k) + sums[k]);
 }
 

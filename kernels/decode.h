@@ -339,9 +339,8 @@ void decode(const Problem& p) {
         add_part<E>(p, active, int(task / blocks), parts, h, sum, c0, c1);
       }
 #pragma omp barrier
-      const int64_t end = std::is_same_v<E, F32> ? o1 : round_up(o1, STEP<S>);
-      for (int64_t k = o0; k < end; k++) y[k] = (sums[k] + sums[stride + k]) + (sums[2 * stride + k] + sums[3 * stride + k]);
-      for (int64_t o = o0; p.down_bias && o < o1; o++) y[place<S>(o)] += bias_at<E>(p.down_bias, o);
+      add_parts(sums + o0, parts, stride, round_up(o1, STEP<S>) - o0);
+      for (int64_t o = o0; o < o1; o++) y[place<S>(o)] = bias_at<E>(p.down_bias, o) + sums[place<S>(o)];
     } else {
       project_down<E>(p, active, h, y, o0, o1);
     }

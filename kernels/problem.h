@@ -93,6 +93,12 @@ constexpr int ROWS = 8;  // weight rows read side by side where memory is the li
 constexpr int DOWN_PARTS = 4;
 inline int64_t down_blocks(int threads) { return std::lcm(threads, DOWN_PARTS) / DOWN_PARTS; }
 
+// sums[0 .. n) += the same of the other parts, `step` apart
+inline void add_parts(float* sums, int parts, int64_t step, int64_t n) {
+  for (int q = 1; q < parts; q++)
+    for (int64_t k = 0; k < n; k++) sums[k] += sums[q * step + k];
+}
+
 template <class E>
 inline float bias_at(const void* bias, int64_t i) {
   return bias ? E::to_float(static_cast<const typename E::T*>(bias)[i]) : 0.0f;

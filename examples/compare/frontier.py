@@ -50,7 +50,8 @@ import ltepass
 SAMPLE_TOKENS = 16_384  # of training text, kept for the rules
 POST_HOC = ("cats", "teal", "moefication", "dejavu", "lte-calibrated", "oracle")
 OURS = tuple(CUTS)
-ONE_CHECKPOINT = "lte+cuts-one-checkpoint"  # what is trained for the first point, at the others
+FROM_ONE = "lte+cuts"  # of which the first point's checkpoint is measured at the others too
+ONE_CHECKPOINT = f"{FROM_ONE}-one-checkpoint"
 TRAINED = ("topk", "prunepath", "noisy-topk", "random", "teal-trained")
 
 
@@ -223,12 +224,11 @@ class Frontier(Workshop):
 
     def _one_checkpoint(self, cell: Cell, data: Data) -> Measured:
         """Thresholds from the checkpoint's own table (`set_sparsity`), no training for this point."""
-        method = ONE_CHECKPOINT.removesuffix("-one-checkpoint")
-        first = Cell(method, self.preset.points[0], cell.seed)
+        first = Cell(FROM_ONE, self.preset.points[0], cell.seed)
         if not (self._folder(first) / "config.json").exists():
             self._lte(first, data)
         model = models.load(str(self._folder(first)), self.work).to(DEVICE)
-        ltepass.set_sparsity(model, expert_sparsity(n_matrices(model._lte.sites[0]), cell.sparsity, CUTS[method]))
+        ltepass.set_sparsity(model, expert_sparsity(n_matrices(model._lte.sites[0]), cell.sparsity, CUTS[FROM_ONE]))
         return measure_cut(model, data.test)
 
     def _post_hoc(self, cell: Cell, data: Data) -> Measured:

@@ -105,15 +105,8 @@ def plain_reads() -> tuple[dict[str, Contender], int]:
 def stream_bandwidth(repeats: int = 7) -> float:
     """Bytes/s of a plain read with torch's current thread count, by the better way."""
     ways, size = plain_reads()
-    best = 0.0
-    for read in ways.values():
-        seconds = []
-        for i in range(repeats):
-            t0 = time.perf_counter()
-            read(i)
-            seconds.append(time.perf_counter() - t0)
-        best = max(best, size / sorted(seconds)[repeats // 2])
-    return best
+    taken = interleaved(ways, seconds=math.inf, max_repeats=repeats)
+    return size / min(timing.median for timing in taken.values())
 
 
 def gemm_rate(size: int = 2048, repeats: int = 5) -> float:
