@@ -11,13 +11,17 @@ from ltepass.balanced import balanced_kmeans
 from ltepass.errors import CalibrationError, ConfigError
 from ltepass.sites import FFNSite, routers_of, state_of
 
+DATA_DRIVEN = ("coactivation", "output_aware")
+BETTER_WITH_DATA = "kmeans"  # made of the rows alone where there is none
 SMALL = 0.1  # of a token's mean |h|: how small below that is all the same
 
 
 @dataclass(frozen=True)
 class ActivationStats:
-    """Hidden units of sampled calibration tokens: [n_tokens, d_ff], fp32, in the site's present neuron order."""
+    """Of sampled calibration tokens, fp32: inputs x [n_tokens, d_model], hidden units h [n_tokens, d_ff] in the site's
+    present neuron order."""
 
+    x: Tensor
     h: Tensor
 
 
@@ -34,10 +38,10 @@ def grouping_permutation(
     """up, gate: [d_ff, d_model]; down: [d_ff, d_model], one row per neuron -> [d_ff] int64, a permutation.
 
     New neuron i was neuron permutation[i]; expert e is new neurons [e * group_size, (e + 1) * group_size).
-    Methods: identity; random; kmeans (the paper's, on rows of gate and up, each L2-normalised: by gate alone, groups of
-    8 that an oracle picks at 70 % cost SmolLM2 12 % more); coactivation (log |h_j| over tokens: which neurons are large
-    together); output_aware (log |h_j| ||down_j||: which matter to the output together). Logarithms, because a threshold
-    asks which neurons are large, not how large the largest are.
+    Methods: identity; random; kmeans (the paper's, on rows of gate and up: by how far apart their products with tokens
+    of unit length lie; without activations, their directions); coactivation (log |h_j| over tokens: which neurons are
+    large together); output_aware (log |h_j| ||down_j||: which matter to the output together). Logarithms, because a
+    threshold asks which neurons are large, not how large the largest are. `examples/compare/oracle.py` compares them.
     Deterministic for a seed. Raises CalibrationError where activations are needed and missing, ConfigError.
     """
     d_ff = up.shape[0]
@@ -45,11 +49,15 @@ def grouping_permutation(
         return torch.arange(d_ff)
     if method == "random":
         return torch.randperm(d_ff, generator=torch.Generator().manual_seed(seed))
-    if method not in ("kmeans", "coactivation", "output_aware"):
+    if method not in (BETTER_WITH_DATA, *DATA_DRIVEN):
         raise ConfigError(f"grouping is {method!r}; expected identity, random, kmeans, coactivation or output_aware")
-    if method == "kmeans":
-        rows = [up] if gate is None else [gate, up]
-        points = torch.cat([nn.functional.normalize(w.float(), dim=1) for w in rows], 1)
+    if method == BETTER_WITH_DATA:
+        rows = [w.float() for w in (gate, up) if w is not None]
+        if activations is None:
+            points = torch.cat([nn.functional.normalize(w, dim=1) for w in rows], 1)
+        else:  # inputs have few large directions, and only along those does it matter how rows differ
+            tokens = nn.functional.normalize(activations.x, dim=1)
+            points = torch.cat([w @ tokens.T for w in rows], 1)
     elif activations is None:
         raise CalibrationError(f"grouping {method!r} needs activations; expected calibration batches; pass them")
     elif method == "coactivation":

@@ -45,15 +45,19 @@ def set_sparsity(model: nn.Module, sparsity: float) -> None:
     """
     check_sparsity(sparsity, "sparsity")
     state = require_state(model, "set_sparsity")
-    routers = [router_of(model, s) for s in state.sites]
-    if any(bool(r.quantiles.isnan().any()) for r in routers):
+    if not is_calibrated(model):
         raise CalibrationError(
             "the model has no calibrated sparsity table; set_sparsity expects one; call "
             "ltepass.calibrate(model, batches)"
         )
-    for router, cut in zip(routers, cuts_at(model, sparsity), strict=True):
-        router.threshold.copy_(cut)
+    for site, cut in zip(state.sites, cuts_at(model, sparsity), strict=True):
+        router_of(model, site).threshold.copy_(cut)
     remember_densities(model)
+
+
+def is_calibrated(model: nn.Module) -> bool:
+    """Whether every router has its table."""
+    return not any(bool(r.quantiles.isnan().any()) for r in routers_of(model))
 
 
 def cuts_at(model: nn.Module, sparsity: float) -> list[Tensor]:

@@ -14,16 +14,14 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ltepass.errors import CalibrationError, MetaWeightsError
-from ltepass.grouping import grouping_permutation, permute_site
+from ltepass.grouping import BETTER_WITH_DATA, DATA_DRIVEN, grouping_permutation, permute_site
 from ltepass.pipeline import Job
 from ltepass.sites import FFNSite
-
-DATA_DRIVEN = ("coactivation", "output_aware")
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupNeurons:
-    """has_calibration: batches follow, so data-driven methods may wait for them."""
+    """has_calibration: batches follow, so methods that use data may wait for them."""
 
     has_calibration: bool = False
     name: str = "group_neurons"
@@ -35,7 +33,8 @@ class GroupNeurons:
                 f"grouping {method!r} needs activations and no calibration was given; expected transform(..., "
                 'calibration=batches); pass batches, or choose "kmeans" or "identity"'
             )
-        if method in (*DATA_DRIVEN, "auto", "identity"):
+        waits = self.has_calibration and method == BETTER_WITH_DATA
+        if waits or method in (*DATA_DRIVEN, "auto", "identity"):
             return "unchanged"
         check_real_weights(job.model, job.sites, f"grouping {method!r}")
         sites = {s.neurons: s for s in job.sites}  # sites that share their weights share their order

@@ -40,7 +40,8 @@ class InsertRouters:
                 router = job.model.get_submodule(site.router)
                 assert isinstance(router, Router)
                 router.permutation.copy_(job.permutations[site.name])
-        state = LTEState(config=job.config.to_dict(), sites=job.sites, refusals=job.refusals)
+        grouping = job.config.grouping if job.permutations else "identity"
+        state = LTEState(job.config.to_dict(), job.sites, job.refusals, grouping=grouping)
         job.model._lte = state  # type: ignore[assignment]
         return f"{len(job.sites)} routers"
 

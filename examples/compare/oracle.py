@@ -24,7 +24,7 @@ import ltepass
 from ltepass.calibration import site_permutation
 from ltepass.energy import down_energy
 from ltepass.evaluation import perplexity
-from ltepass.observing import Sample, collect
+from ltepass.observing import SAMPLE_TOKENS, Sample, collect
 from ltepass.texts import python_docs, token_blocks
 
 CALIBRATION, LENGTH = 8, 512
@@ -99,7 +99,7 @@ def main(
     print(f"{model}, {blocks} x {LENGTH} tokens from each place in {where} (as a share of it);", end=" ")
     print(f"torch {torch.__version__}.\nPerplexity, over the dense model's at the same place.\n")
     ltepass.transform(dense, config=ltepass.LTEConfig(grouping="identity"))
-    samples = collect(dense, calibration.split(1))
+    samples = collect(dense, calibration[:, : SAMPLE_TOKENS // CALIBRATION].split(1))  # some of every block
     wanted = [(place, float(s)) for s in sparsities.split(",") for place in tests]
     print(
         "| experts | " + " | ".join(f"{s:.0%} at {place}" for place, s in wanted) + " |\n|---|" + "---|" * len(wanted)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ltepass.errors import CalibrationError, LoweredError
 from ltepass.router import Router
 from ltepass.sites import FFNSite, require_state, router_of
-from ltepass.sparsity import interpolate, mode_of, place_threshold, run_batches, table_of
+from ltepass.sparsity import interpolate, is_calibrated, mode_of, place_threshold, run_batches, table_of
 
 PENALTY = 0.3  # of each neuron's own energy: shrinks the refit of neurons that were rarely seen
 
@@ -49,7 +49,7 @@ def warm_start(
     state = require_state(model, "warm_start")
     if state.lowered is not None:
         raise LoweredError("warm_start expects the model as transformed; call ltepass.unlower(model)")
-    if any(bool(router_of(model, s).quantiles.isnan().any()) for s in state.sites):
+    if not is_calibrated(model):
         raise CalibrationError("warm_start needs started routers; call ltepass.calibrate(model, batches) first")
     target = float(state.config["target_sparsity"])
     errors: dict[str, float] = {}

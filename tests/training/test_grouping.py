@@ -28,7 +28,8 @@ METHODS = ("identity", "random", "kmeans", "coactivation", "output_aware")
 def arguments(d_ff: int = 60, seed: int = 0) -> dict[str, Tensor | ActivationStats]:
     g = torch.Generator().manual_seed(seed)
     up, gate, down = (torch.randn(d_ff, 12, generator=g) for _ in range(3))
-    return {"up": up, "gate": gate, "down": down, "activations": ActivationStats(torch.randn(33, d_ff, generator=g))}
+    seen = ActivationStats(x=torch.randn(33, 12, generator=g), h=torch.randn(33, d_ff, generator=g))
+    return {"up": up, "gate": gate, "down": down, "activations": seen}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -45,7 +46,7 @@ def test_kmeans_groups_by_gate_and_up_and_by_up_in_a_plain_ffn() -> None:
     labels = torch.randperm(60, generator=torch.Generator().manual_seed(0)) // 5
     directions = torch.nn.functional.one_hot(labels, 12).float()
     lengths = torch.arange(1.0, 61.0)[:, None]  # k-means on rows as they are would group by length
-    noise = arguments()
+    noise = arguments() | {"activations": None}
     planted = directions * lengths
     for rows in ({"gate": planted}, {"up": planted}, {"up": planted, "gate": None}):
         assert _groups("kmeans", {**noise, **rows}) == _planted(labels)
@@ -59,7 +60,7 @@ def test_coactivation_finds_neurons_that_fire_together() -> None:
     sign = torch.randint(0, 2, (200, 60), generator=g) * 2 - 1
     h = fires * sign * torch.linspace(1.0, 2.0, 60)
     h[:5], h[5] = 0.0, 1e4 * h[5]
-    assert _groups("coactivation", {**arguments(), "activations": ActivationStats(h)}) == _planted(labels)
+    assert _groups("coactivation", {**arguments(), "activations": _saw(h)}) == _planted(labels)
 
 
 def test_output_aware_puts_neurons_of_one_importance_together() -> None:
@@ -68,17 +69,35 @@ def test_output_aware_puts_neurons_of_one_importance_together() -> None:
     labels = torch.randperm(60, generator=g) // 5
     down = torch.nn.functional.normalize(torch.randn(60, 12, generator=g), dim=1) * (1 + labels[:, None])
     h = torch.ones(50, 60) * (1 + torch.rand(50, 1, generator=g))
-    given = {**arguments(), "down": down, "activations": ActivationStats(h)}
+    given = {**arguments(), "down": down, "activations": _saw(h)}
     assert _groups("output_aware", given) == _planted(labels)
     assert _groups("coactivation", given) != _planted(labels)
 
 
-@pytest.mark.parametrize("method", ["coactivation", "output_aware"])
+def test_kmeans_with_inputs_groups_by_the_directions_that_they_have() -> None:
+    """Rows differ most where no input ever points; there the directions alone find other groups."""
+    labels = torch.randperm(60, generator=torch.Generator().manual_seed(0)) // 5
+    g = torch.Generator().manual_seed(5)
+    rows = torch.cat([torch.nn.functional.one_hot(labels, 12).float(), 5 * torch.randn(60, 12, generator=g)], 1)
+    x = torch.cat([torch.randn(50, 12, generator=g), torch.zeros(50, 12)], 1)
+    seen = ActivationStats(x, h=torch.ones(50, 60))
+    for gate in (rows, None):
+        site = {**arguments(), "gate": gate, "up": rows}
+        assert _groups("kmeans", {**site, "activations": seen}) == _planted(labels)
+        assert _groups("kmeans", {**site, "activations": None}) != _planted(labels)
+
+
+@pytest.mark.parametrize("method", ["kmeans", "coactivation", "output_aware"])
 def test_no_token_counts_more_for_being_larger(method: str) -> None:
     given, scale = arguments(), 2.0 ** torch.randint(-8, 9, (33, 1), generator=torch.Generator().manual_seed(4))
     activations = given["activations"]
     assert isinstance(activations, ActivationStats)
-    assert _groups(method, given) == _groups(method, {**given, "activations": ActivationStats(scale * activations.h)})
+    scaled = ActivationStats(scale * activations.x, scale * activations.h)
+    assert _groups(method, given) == _groups(method, {**given, "activations": scaled})
+
+
+def _saw(h: Tensor) -> ActivationStats:
+    return ActivationStats(x=torch.ones(len(h), 12), h=h)
 
 
 def _groups(method: str, given: dict[str, Tensor | ActivationStats]) -> set[frozenset[int]]:
@@ -155,6 +174,32 @@ def test_transform_with_data_groups_by_the_configured_method() -> None:
     assert not torch.equal(router_of(model, model._lte.sites[0]).permutation, torch.arange(60))
     ltepass.remove(model, undo_grouping=True)
     assert_same(weights(plain), weights(model))
+
+
+def test_kmeans_groups_by_inputs_at_the_first_calibration_only() -> None:
+    """Also where transform had grouped by rows."""
+    by_rows, both_at_once = transformed(grouping="kmeans"), calibrated(grouping="kmeans")
+    rows, inputs = _orders(by_rows), _orders(both_at_once)
+    assert ltepass.report(by_rows).grouping == "kmeans"
+    ltepass.calibrate(by_rows, [tokens(8)])
+    regrouped = _orders(by_rows)
+    assert all(not torch.equal(a, b) for a, b in zip(rows, inputs, strict=True))
+    assert all(not torch.equal(a, b) for a, b in zip(rows, regrouped, strict=True))
+    ltepass.calibrate(by_rows, [tokens(8)])
+    assert all(torch.equal(a, b) for a, b in zip(regrouped, _orders(by_rows), strict=True))
+
+
+def test_the_report_names_the_grouping_of_a_transform_without_data() -> None:
+    model = transformed(grouping="random")
+    order = _orders(model)
+    assert ltepass.report(model).grouping == "random"
+    ltepass.calibrate(model, [tokens(8)])
+    assert all(torch.equal(a, b) for a, b in zip(order, _orders(model), strict=True))
+    assert ltepass.report(transformed(grouping="auto")).grouping == "identity"
+
+
+def _orders(model: torch.nn.Module) -> list[Tensor]:
+    return [router_of(model, site).permutation.clone() for site in model._lte.sites]
 
 
 @given(rows=st.lists(st.integers(1, 40), min_size=1, max_size=5), d=st.integers(1, 12), offset=st.floats(-50, 50))
