@@ -273,10 +273,13 @@ def main(
     work: Annotated[Path, typer.Option(help="Where trained models are kept.")] = Path("frontier-work"),
     only: Annotated[str, typer.Option(help="Methods, comma-separated; all if empty.")] = "",
     points: Annotated[str, typer.Option(help="Sparsities, comma-separated; the preset's if empty.")] = "",
+    seeds: Annotated[int, typer.Option(help="How many; the preset's if 0.")] = 0,
     minutes: Annotated[float, typer.Option(help="Begin no cell after so many minutes.")] = 1e9,
 ) -> None:
     rows = Rows(results.with_suffix(".csv"))
     study = Frontier(preset, texts, work, rows)
+    if seeds:
+        study.preset = replace(study.preset, seeds=seeds)
     wanted = [c for c in cells(study.preset) if not only or c.method in only.split(",")]
     if points:
         wanted = [c for c in wanted if c.sparsity in (0.0, *map(float, points.split(",")))]
