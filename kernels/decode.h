@@ -10,16 +10,12 @@
 
 namespace {
 
-// How far ahead of the arithmetic each row is fetched; past its end, the head of the row that follows in its lane. bf16
-// rows go by twice as fast.
-template <class E>
-constexpr int64_t AHEAD_OF = E::PARTS == 1 ? 768 / sizeof(typename E::T) : 1024;
-
-// Walks R rows of n elements in cache lines. step(k) handles STEP elements at k, rest(k) the last n % STEP.
+// Walks R rows of n elements in cache lines, AHEAD of the arithmetic; past a row's end, the head of the row that follows
+// in its lane is fetched. step(k) handles STEP elements at k, rest(k) the last n % STEP.
 template <class E, int R, class Step, class Rest>
 inline void walk(const typename E::T* const* rows, const typename E::T* const* next, int64_t n, Step&& step, Rest&& rest) {
   constexpr int64_t LINE = std::max<int64_t>(64 / sizeof(typename E::T), STEP<E>);
-  const int64_t ahead = std::min<int64_t>(AHEAD_OF<E>, n);
+  const int64_t ahead = std::min<int64_t>(AHEAD / int64_t(sizeof(typename E::T)), n);
   auto stretch = [&](int64_t from, int64_t to, const typename E::T* const* target, int64_t shift) {
     const typename E::T* fetch[R];
     for (int r = 0; r < R; r++) fetch[r] = target[r] + shift;

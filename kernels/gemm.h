@@ -11,7 +11,7 @@ constexpr int64_t NEURON_BLOCK = 32;  // neurons that are multiplied together, a
 // longest, which is faster in longer stretches, and the tokens come from L2 in time.
 constexpr int64_t FEW_TOKENS = 32;
 constexpr int64_t depth_block(int64_t tokens) { return tokens <= FEW_TOKENS ? 2048 : 1024; }
-constexpr int64_t AHEAD = 512;  // words of every row that few tokens ask for early: a new stream starts slowly
+constexpr int64_t AHEAD_WORDS = AHEAD / 4;
 constexpr int64_t COLUMN_PIECE = 128;  // fp32 columns of down that all tokens take before the next: 32 rows of them fit in L1
 
 // A register tile: M tokens by tile_rows(M) neurons, so that accumulators and operands fit in 32 (16) vector registers.
@@ -130,11 +130,11 @@ template <class O, int M, int N, bool STREAMS, bool FETCH = STREAMS>
 inline void dot_tile(const float* const* x, const float* w, const float* next, int64_t ldw, int64_t depth, float* out,
                      int64_t step) {
   vf acc[M][N] = {};
-  const int64_t turn = std::max<int64_t>(depth - AHEAD, 0);
+  const int64_t turn = std::max<int64_t>(depth - AHEAD_WORDS, 0);
   for (int64_t k = 0; k < depth; k += W) {
     vf xv[M], wv[N];
     if constexpr (FETCH) {
-      const float* fetch = k < turn ? w + AHEAD : next - turn;
+      const float* fetch = k < turn ? w + AHEAD_WORDS : next - turn;
 #pragma GCC unroll 16
       for (int n = 0; n < N; n++) fetch_line(fetch + n * ldw, k);
     }
@@ -283,7 +283,7 @@ inline void outer_rows(const float* h, int64_t ldh, int64_t step, const float* w
       for (int m = 0; m < M; m++) store(y[m] + c, acc[m]);
     }
   };
-  const int64_t turn = std::max<int64_t>(cols - AHEAD, 0);
+  const int64_t turn = std::max<int64_t>(cols - AHEAD_WORDS, 0);
   stretch(0, turn, w + (cols - turn));
   stretch(turn, cols, following - turn);
 }

@@ -87,6 +87,7 @@ inline std::pair<int64_t, int64_t> share(int64_t n, int64_t unit, int t, int of)
 }
 
 constexpr int ROWS = 8;  // weight rows read side by side where memory is the limit: one stream does not keep it busy
+constexpr int64_t AHEAD = 3072;  // bytes that each of them is asked for ahead of the arithmetic: a new stream starts slowly
 
 // Down over few tokens goes by parts of the experts, so that its rows are read whole, times blocks of output columns where
 // threads would not share the parts evenly. Parts are as many for any number of threads: so are the bits of the result.

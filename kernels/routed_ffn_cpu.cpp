@@ -265,6 +265,7 @@ std::tuple<Tensor, Tensor, Tensor> routed_ffn_with_mask(const Tensor& x, const T
 
 STABLE_TORCH_LIBRARY_IMPL(ltepass, CPU, m) {
   m.impl("routed_ffn", TORCH_BOX(&routed_ffn));
+  m.impl("_routed_ffn_no_grad", TORCH_BOX(&routed_ffn));
   m.impl("routed_ffn_with_mask", TORCH_BOX(&routed_ffn_with_mask));
   m.impl("_dense_above", TORCH_BOX(&dense_above_op));
 }

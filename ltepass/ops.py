@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from ltepass.errors import LTEError
 from ltepass.kernels import reference, routed_ffn_cpu, traceable
@@ -26,6 +27,8 @@ _ARGUMENTS = (
 )
 _library = torch.library.Library("ltepass", "FRAGMENT")
 _library.define(f"routed_ffn{_ARGUMENTS} -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+# The same without an autograd rule, whose Python frame every call would go through: `routed_ffn` below takes it.
+_library.define(f"_routed_ffn_no_grad{_ARGUMENTS} -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 # The same computation, with the decision beside it: mask bool [..., n_experts] and count int64 [], the number of
 # (token, expert) pairs that were active. Tests compare masks first; the autograd formula keeps the mask it returns.
 _library.define(f"routed_ffn_with_mask{_ARGUMENTS} -> (Tensor, Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
@@ -177,18 +180,27 @@ def _vmap(with_mask: bool) -> Any:
 def _register() -> None:
     ops = torch.ops.ltepass
     _library.impl("_plain", lambda *args: _plain(True, args)[:2], "CompositeExplicitAutograd")
-    fakes = (("routed_ffn", False, _fake, _cuda), ("routed_ffn_with_mask", True, _fake_with_mask, _cuda_with_mask))
+    fakes = (
+        ("routed_ffn", False, _fake, _cuda),
+        ("_routed_ffn_no_grad", False, _fake, _cuda),
+        ("routed_ffn_with_mask", True, _fake_with_mask, _cuda_with_mask),
+    )
     for name, with_mask, fake, cuda in fakes:
         op = getattr(ops, name).default
         _library.impl(name, _any_device(op, with_mask), "CompositeExplicitAutograd")
         _library.impl(name, cuda, "CUDA")
-        _library.impl(name, _autograd(op, with_mask), "Autograd", with_keyset=True)
+        if name == "_routed_ffn_no_grad":
+            _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+        else:
+            _library.impl(name, _autograd(op, with_mask), "Autograd", with_keyset=True)
         torch.library.register_fake(f"ltepass::{name}", fake, lib=_library)
         torch.library.register_vmap(f"ltepass::{name}", _vmap(with_mask), lib=_library)
     traceable.register(_library)
 
 
 _register()
+_routed_ffn = torch.ops.ltepass.routed_ffn.default  # looked up once: reading weights pushes code out of the caches, and
+_routed_ffn_no_grad = torch.ops.ltepass._routed_ffn_no_grad.default  # each step of a call then waits for memory
 
 
 def asks_for_gradients() -> bool:
@@ -198,13 +210,11 @@ def asks_for_gradients() -> bool:
 
 def routed_ffn(*args: Any) -> Tensor:
     """The op as a lowered module calls it. Where nothing can ask for a gradient, the Python frame of its autograd rule
-    is passed by: half of a call's 35 us, and 0.1 ms where reading weights has pushed the code out of the caches.
+    is passed by. Compilers see the public op.
     """
-    op = torch.ops.ltepass.routed_ffn.default
-    if asks_for_gradients() or torch.compiler.is_compiling():
-        return op(*args)  # type: ignore[no-any-return]
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)  # type: ignore[no-any-return]
+    if asks_for_gradients() or is_compiling():
+        return _routed_ffn(*args)  # type: ignore[no-any-return]
+    return _routed_ffn_no_grad(*args)  # type: ignore[no-any-return]
 
 
 def which_path(T: int, d_model: int, d_ff: int, n_experts: int, dtype: torch.dtype) -> str:
