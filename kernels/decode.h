@@ -197,7 +197,7 @@ inline void project_by_inputs(const Matrix& w, const Active& active, int64_t a0,
     for (int64_t s = n && steps[n - 1] == first ? first + 1 : first; s <= last; s++) steps[n++] = int32_t(s);
   }
   std::fill(wide, wide + n * STEP_, 0.0f);
-  constexpr int64_t AHEAD_STEPS = 8;
+  constexpr int64_t AHEAD_STEPS = AHEAD / (STEP_ * int64_t(sizeof(typename E::T)));
   const int64_t turn = std::max<int64_t>(n - AHEAD_STEPS, 0);
   auto row = [&](int64_t i) { return w.at<E>(0, in.live[std::min(i, in.n_live - 1)]); };
   auto rows_of = [&]<int R>(int64_t i) {
