@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -150,7 +150,9 @@ def write_table(rows: Sequence[Row], path: Path, times: Sequence[Row] = ()) -> N
     by = ratios(rows)
     for preset, text in sorted({(p, t) for p, t, _ in by}):
         here = [r for r in rows if (r["preset"], r["text"]) == (preset, text)]
-        seeds = len({r["seed"] for r in here})
+        cells = Counter((r["method"], r["target_sparsity"]) for r in here)
+        least, most = min(cells.values()), max(cells.values())
+        seeds = f"{most} seed(s)" if least == most else f"{least} to {most} seeds, with their range where several"
         dense = [float(r["perplexity"]) for r in here if r["method"] == "dense"]
         facts = here[-1]
         untuned = [float(r["perplexity"]) for r in here if r["method"] == "dense-untuned"]
@@ -160,7 +162,7 @@ def write_table(rows: Sequence[Row], path: Path, times: Sequence[Row] = ()) -> N
             "",
             f"Dense: {spread_of(untuned) if untuned else '-'} before, {spread_of(dense)} after "
             f"{max(int(r['trained_tokens']) for r in here):,} tokens. Groups of {facts['group_size']}; "
-            f"{seeds} seed(s); torch {facts['torch']}; {facts['machine']}.",
+            f"{seeds}; torch {facts['torch']}; {facts['machine']}.",
             "",
             *_equal_sparsity(by, preset, text),
             "",

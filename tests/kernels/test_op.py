@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from routed_cases import ARGUMENTS, LAYOUTS, Recipe, make
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ltepass.ops
 from ltepass.errors import LTEError
@@ -42,6 +43,36 @@ def with_grad(args: tuple[Any, ...]) -> tuple[Any, ...]:
 def test_opcheck(name: str, grad: bool, recipe: Recipe) -> None:
     args = make(recipe)
     torch.library.opcheck(getattr(torch.ops.ltepass, name).default, with_grad(args) if grad else args)
+
+
+def test_opcheck_of_the_op_without_an_autograd_rule() -> None:
+    torch.library.opcheck(torch.ops.ltepass._routed_ffn_no_grad.default, make(Recipe(T=2)))
+
+
+def test_which_op_a_lowered_module_calls() -> None:
+    """The one without an autograd rule where nothing can ask for a gradient, with the same bits; not in graphs."""
+    args, seen = make(Recipe(T=2)), []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    def graph(gm: torch.fx.GraphModule, _: Any) -> torch.fx.GraphModule:
+        seen.extend(n.target for n in gm.graph.nodes if n.op == "call_function" and "ltepass" in str(n.target))
+        return gm
+
+    with Recorder(), torch.no_grad():
+        y = ltepass.ops.routed_ffn(*args)
+    with Recorder():
+        public_y = ltepass.ops.routed_ffn(*args)
+    assert torch.equal(public_y, y)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(ltepass.ops.routed_ffn, backend=graph, fullgraph=True)(*args), y)
+    with forward_ad.dual_level(), torch.no_grad():
+        assert torch.equal(ltepass.ops.routed_ffn(*args), y)
+    public, bare = torch.ops.ltepass.routed_ffn.default, torch.ops.ltepass._routed_ffn_no_grad.default
+    assert seen == [bare, public, public]
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
