@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import os
-import platform
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -46,6 +44,7 @@ from study import (
 )
 
 import ltepass
+from ltepass.bench import timing
 
 SAMPLE_TOKENS = 16_384  # of training text, kept for the rules
 POST_HOC = ("cats", "teal", "moefication", "dejavu", "lte-calibrated", "oracle")
@@ -256,7 +255,7 @@ class Frontier(Workshop):
 def machine() -> str:
     if torch.cuda.is_available():
         return str(torch.cuda.get_device_name())
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} of {os.cpu_count()} cores"
+    return f"{timing.machine()}, {torch.get_num_threads()} thread(s)"
 
 
 def finish(rows: Rows, results: Path) -> None:
