@@ -10,8 +10,8 @@
 
 namespace {
 
-// Walks R rows of n elements in cache lines, AHEAD of the arithmetic; past a row's end, the head of the row that follows
-// in its lane is fetched. step(k) handles STEP elements at k, rest(k) the last n % STEP.
+// Walks R rows of n elements in cache lines, and fetches each AHEAD bytes before the arithmetic; past its end, the head of
+// the row that follows in its lane. step(k) handles STEP elements at k, rest(k) the last n % STEP.
 template <class E, int R, class Step, class Rest>
 inline void walk(const typename E::T* const* rows, const typename E::T* const* next, int64_t n, Step&& step, Rest&& rest) {
   constexpr int64_t LINE = std::max<int64_t>(64 / sizeof(typename E::T), STEP<E>);

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ltepass.cuts import place_cuts
 from ltepass.energy import down_energy, expert_energy, log_energy
 from ltepass.errors import LoweredError
-from ltepass.grouping import BETTER_WITH_DATA, ActivationStats, grouping_permutation, permute_site
+from ltepass.grouping import ActivationStats, permute_site, site_permutation
 from ltepass.observing import Observer, Sample, collect, watch
 from ltepass.ridge import RidgeSums
 from ltepass.router import Router
@@ -36,8 +36,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, grouping: str | None 
 
     batches: dicts of model inputs, or token id tensors; a few thousand tokens are enough, and more make better routers
         (`examples/compare/ablations.py --only start` measures what they are worth).
-    grouping: a method of `ltepass.grouping`; None takes the config's ("auto" is output_aware here). Groups that this
-        method has made of what it sees here stay as they are.
+    grouping: a method of `ltepass.grouping`; None takes the config's ("auto" is output_aware here). Groups that an
+        earlier calibration made by this method stay, as do all for "identity".
     Leaves mode, training flags, RNG and hooks as they were. Raises NotTransformedError, LoweredError,
     MetaWeightsError, CalibrationError (no tokens seen).
     """
@@ -70,17 +70,19 @@ def start_from(
     state = require_state(model, "calibrate")
     method = grouping or state.config["grouping"]
     method = "output_aware" if method == "auto" else method
-    by_rows = method == BETTER_WITH_DATA and not is_calibrated(model)  # transform had no inputs to group by
+    by_rows = method == "kmeans" and not is_calibrated(model)  # transform had no inputs to group by
     regroup = method != "identity" and (method != state.grouping or by_rows)
     orders: dict[Any, Tensor] = {}  # sites that share their weights share their order
     for site in state.sites:
         sample = samples[site.name]
         if regroup:
             if site.neurons not in orders:
-                orders[site.neurons] = site_permutation(model, site, method, sample, state.config["seed"])
+                seen = ActivationStats(sample.x.float(), sample.h.float())
+                orders[site.neurons] = site_permutation(model, site, method, seen, state.config["seed"])
                 permute_site(model, site, orders[site.neurons])
             sample.h = sample.h[:, orders[site.neurons]]
-    state.grouping = method
+    if method != "identity":
+        state.grouping = method
     target = state.config["target_sparsity"]
     if state.config["budget"] == "model":
         found = loss_sensitivity(model, batches)
@@ -100,16 +102,6 @@ def _mean_log(site: FFNSite, h: Tensor, weights: Tensor) -> float:
     """Of the experts' energies that are not exactly 0."""
     energy = expert_energy(site, h, weights)
     return float(energy[energy > 0].log().mean().nan_to_num())
-
-
-def site_permutation(model: nn.Module, site: FFNSite, method: str, sample: Sample, seed: int) -> Tensor:
-    """A method's permutation of one site."""
-    up, down = (rows.of(model, site.d_ff).detach() for rows in (site.up_rows, site.down_rows))
-    gate = site.gate_rows.of(model, site.d_ff).detach() if site.gate_rows else None
-    stats = ActivationStats(sample.x[:2048].float(), sample.h[:2048].float())
-    return grouping_permutation(
-        method, up=up, gate=gate, down=down, activations=stats, group_size=site.group_size, seed=seed
-    )
 
 
 @dataclass

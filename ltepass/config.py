@@ -34,7 +34,7 @@ class LTEConfig:
 
     group_size: neurons per expert; "auto" picks a divisor of each site's d_ff near 32 (the paper's value).
     target_sparsity: share of inactive neurons that training steers to, in [0, 1).
-    grouping: how neurons become experts (paper section 4.1: balanced k-means on the gate's rows). "auto" takes
+    grouping: how neurons become experts (paper section 4.1: balanced k-means on rows of the weights). "auto" takes
         output_aware where calibration data is given and identity where it is not.
     budget: "layer" brings every FFN to the target; "model" their mean, by one threshold for all: FFNs to whose experts
         the loss is less sensitive give up more (calibration measures it, with one backward pass).

@@ -215,7 +215,8 @@ def _compared(row: Row, example: Example, before: Tensor) -> Row:
         return replace(row, status="ok", kept=_counted(t.partition(": ")[2] for t in str(e).splitlines()[1:]))
     with _Decisions() as seen:
         lowered = _run(example)
-    same = all(
+    lowered_routers = {r.weight.data_ptr() for r in routers_of(model) if r.plan is not None}
+    same = seen.masks.keys() == lowered_routers & wanted.keys() and all(
         len(masks) == len(wanted[key]) and all(torch.equal(a, b) for a, b in zip(masks, wanted[key], strict=True))
         for key, masks in seen.masks.items()
     )

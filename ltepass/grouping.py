@@ -12,7 +12,6 @@ from ltepass.errors import CalibrationError, ConfigError
 from ltepass.sites import FFNSite, routers_of, state_of
 
 DATA_DRIVEN = ("coactivation", "output_aware")
-BETTER_WITH_DATA = "kmeans"  # made of the rows alone where there is none
 SMALL = 0.1  # of a token's mean |h|: how small below that is all the same
 
 
@@ -49,9 +48,9 @@ def grouping_permutation(
         return torch.arange(d_ff)
     if method == "random":
         return torch.randperm(d_ff, generator=torch.Generator().manual_seed(seed))
-    if method not in (BETTER_WITH_DATA, *DATA_DRIVEN):
+    if method not in ("kmeans", *DATA_DRIVEN):
         raise ConfigError(f"grouping is {method!r}; expected identity, random, kmeans, coactivation or output_aware")
-    if method == BETTER_WITH_DATA:
+    if method == "kmeans":
         rows = [w.float() for w in (gate, up) if w is not None]
         if activations is None:
             points = torch.cat([nn.functional.normalize(w, dim=1) for w in rows], 1)
@@ -64,7 +63,18 @@ def grouping_permutation(
         points = _log_sizes(activations.h.abs()).T
     else:
         points = _log_sizes(activations.h.abs() * down.float().norm(dim=1)).T
-    return balanced_kmeans(points, group_size, seed=seed).argsort(stable=True)
+    return balanced_kmeans(points.cpu(), group_size, seed=seed).argsort(stable=True)
+
+
+def site_permutation(
+    model: nn.Module, site: FFNSite, method: str, activations: ActivationStats | None, seed: int
+) -> Tensor:
+    """A method's permutation of one site's neurons; activations may be None for methods that need none."""
+    up, down = (rows.of(model, site.d_ff).detach() for rows in (site.up_rows, site.down_rows))
+    gate = site.gate_rows.of(model, site.d_ff).detach() if site.gate_rows else None
+    return grouping_permutation(
+        method, up=up, gate=gate, down=down, activations=activations, group_size=site.group_size, seed=seed
+    )
 
 
 def _log_sizes(size: Tensor) -> Tensor:

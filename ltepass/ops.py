@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
@@ -210,9 +211,9 @@ def asks_for_gradients() -> bool:
 
 def routed_ffn(*args: Any) -> Tensor:
     """The op as a lowered module calls it. Where nothing can ask for a gradient, the Python frame of its autograd rule
-    is passed by. Compilers see the public op.
+    is passed by. Compilers, tracers and dispatch modes see the public op.
     """
-    if asks_for_gradients() or is_compiling():
+    if asks_for_gradients() or is_compiling() or type(args[0]) is not Tensor or _len_torch_dispatch_stack():
         return _routed_ffn(*args)  # type: ignore[no-any-return]
     return _routed_ffn_no_grad(*args)  # type: ignore[no-any-return]
 

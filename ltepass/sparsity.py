@@ -56,8 +56,9 @@ def set_sparsity(model: nn.Module, sparsity: float) -> None:
 
 
 def is_calibrated(model: nn.Module) -> bool:
-    """Whether every router has its table."""
-    return not any(bool(r.quantiles.isnan().any()) for r in routers_of(model))
+    """Whether every site's router has its table. Raises NotTransformedError."""
+    sites = require_state(model, "is_calibrated").sites
+    return not any(bool(router_of(model, s).quantiles.isnan().any()) for s in sites)
 
 
 def cuts_at(model: nn.Module, sparsity: float) -> list[Tensor]:

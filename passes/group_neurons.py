@@ -4,17 +4,17 @@
     after:   h[j] from row perm[j] of gate and up, column perm[j] of down
 
 Legal because y = sum_j h_j Wd[:, j] does not depend on the order of j. Names, shapes and values stay; only the order of
-rows and columns changes, in place. Methods that need activations run in `ltepass.calibrate`, through the same function.
+rows and columns changes, in place. Methods that use activations run in `ltepass.calibrate`, through the same function.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from ltepass.errors import CalibrationError, MetaWeightsError
-from ltepass.grouping import BETTER_WITH_DATA, DATA_DRIVEN, grouping_permutation, permute_site
+from ltepass.grouping import DATA_DRIVEN, permute_site, site_permutation
 from ltepass.pipeline import Job
 from ltepass.sites import FFNSite
 
@@ -33,12 +33,12 @@ class GroupNeurons:
                 f"grouping {method!r} needs activations and no calibration was given; expected transform(..., "
                 'calibration=batches); pass batches, or choose "kmeans" or "identity"'
             )
-        waits = self.has_calibration and method == BETTER_WITH_DATA
+        waits = self.has_calibration and method == "kmeans"  # which is better with data
         if waits or method in (*DATA_DRIVEN, "auto", "identity"):
             return "unchanged"
         check_real_weights(job.model, job.sites, f"grouping {method!r}")
         sites = {s.neurons: s for s in job.sites}  # sites that share their weights share their order
-        permutations = {n: site_permutation(job.model, s, method, job.config.seed) for n, s in sites.items()}
+        permutations = {n: site_permutation(job.model, s, method, None, job.config.seed) for n, s in sites.items()}
         for neurons, site in sites.items():
             permute_site(job.model, site, permutations[neurons])
         job.permutations = {s.name: permutations[s.neurons] for s in job.sites}
@@ -53,13 +53,3 @@ def check_real_weights(model: nn.Module, sites: list[FFNSite], what: str) -> Non
                     f"{what} needs real weights and {row.param} is on the meta device; expected loaded weights; load "
                     'them first, or use grouping="identity"'
                 )
-
-
-def site_permutation(model: nn.Module, site: FFNSite, method: str, seed: int) -> Tensor:
-    """A data-free method's permutation of one site."""
-    up, down = (rows.of(model, site.d_ff).detach() for rows in (site.up_rows, site.down_rows))
-    gate = site.gate_rows.of(model, site.d_ff).detach() if site.gate_rows else None
-    permutation: Tensor = grouping_permutation(
-        method, up=up, gate=gate, down=down, activations=None, group_size=site.group_size, seed=seed
-    )
-    return permutation

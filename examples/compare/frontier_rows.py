@@ -152,7 +152,7 @@ def write_table(rows: Sequence[Row], path: Path, times: Sequence[Row] = ()) -> N
         here = [r for r in rows if (r["preset"], r["text"]) == (preset, text)]
         cells = Counter((r["method"], r["target_sparsity"]) for r in here)
         least, most = min(cells.values()), max(cells.values())
-        seeds = f"{most} seed(s)" if least == most else f"{least} to {most} seeds, with their range where several"
+        seeds = f"{most} seed(s)" if least == most else f"{least} to {most} seeds (ranges in the first table)"
         dense = [float(r["perplexity"]) for r in here if r["method"] == "dense"]
         facts = here[-1]
         untuned = [float(r["perplexity"]) for r in here if r["method"] == "dense-untuned"]

@@ -3,7 +3,8 @@
     python examples/compare/oracle.py --model smollm2 --text FILE > examples/results/oracle.md
     python examples/compare/oracle.py --model tiny                  seconds
 
-The oracle knows every expert's energy, sum (h_j |down_j|)^2, and keeps the largest of each token. Untrained groups are
+Groups are made from the first SAMPLE_TOKENS / CALIBRATION tokens of each calibration block. The oracle knows every
+expert's energy, sum (h_j |down_j|)^2, and keeps the largest of each token. Untrained groups are
 poor even so; which grouping is least so is what the grouping methods are judged by.
 """
 
@@ -21,9 +22,9 @@ from rules import Rule, Seen, top
 from torch import Tensor
 
 import ltepass
-from ltepass.calibration import site_permutation
 from ltepass.energy import down_energy
 from ltepass.evaluation import perplexity
+from ltepass.grouping import ActivationStats, site_permutation
 from ltepass.observing import SAMPLE_TOKENS, Sample, collect
 from ltepass.texts import python_docs, token_blocks
 
@@ -55,7 +56,8 @@ class OracleGroups(Rule):
 def groups(model: Any, samples: dict[str, Sample], method: str, group_size: int) -> list[Tensor]:
     """A permutation of each site's neurons."""
     sites = [dataclasses.replace(site, group_size=group_size) for site in model._lte.sites]
-    return [site_permutation(model, site, method, samples[site.name], seed=0) for site in sites]
+    seen = {name: ActivationStats(sample.x.float(), sample.h.float()) for name, sample in samples.items()}
+    return [site_permutation(model, site, method, seen[site.name], seed=0) for site in sites]
 
 
 def oracle_perplexity(

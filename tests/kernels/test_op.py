@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from routed_cases import ARGUMENTS, LAYOUTS, Recipe, make
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 import ltepass.ops
 from ltepass.errors import LTEError
@@ -49,30 +50,46 @@ def test_opcheck_of_the_op_without_an_autograd_rule() -> None:
     torch.library.opcheck(torch.ops.ltepass._routed_ffn_no_grad.default, make(Recipe(T=2)))
 
 
-def test_which_op_a_lowered_module_calls() -> None:
-    """The one without an autograd rule where nothing can ask for a gradient, with the same bits; not in graphs."""
+def test_which_op_a_lowered_module_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one without an autograd rule where nothing can ask for a gradient or looks on; the bits are the same."""
     args, seen = make(Recipe(T=2)), []
+    for name in ("_routed_ffn", "_routed_ffn_no_grad"):
+        call = getattr(ltepass.ops, name)
+        monkeypatch.setattr(ltepass.ops, name, lambda *a, n=name, call=call: (seen.append(n), call(*a))[1])
 
-    class Recorder(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            seen.append(func)
-            return func(*args, **(kwargs or {}))
+    def called() -> list[str]:
+        seen.clear()
+        assert torch.equal(ltepass.ops.routed_ffn(*args), y)
+        return seen
 
-    def graph(gm: torch.fx.GraphModule, _: Any) -> torch.fx.GraphModule:
-        seen.extend(n.target for n in gm.graph.nodes if n.op == "call_function" and "ltepass" in str(n.target))
+    with torch.no_grad():
+        y = torch.ops.ltepass.routed_ffn(*args)
+        assert called() == ["_routed_ffn_no_grad"]
+        with FlopCounterMode(display=False):
+            assert called() == ["_routed_ffn"]
+        with forward_ad.dual_level():
+            assert called() == ["_routed_ffn"]
+    assert called() == ["_routed_ffn"]
+
+
+@pytest.mark.parametrize("trace", [make_fx, torch.fx.symbolic_trace, None])
+def test_graphs_hold_the_public_op(trace: Any) -> None:
+    args, targets = make(Recipe(T=2)), []
+
+    def ours(gm: torch.fx.GraphModule, _: Any = None) -> torch.fx.GraphModule:
+        targets.extend(n.target for n in gm.graph.nodes if n.op == "call_function" and "ltepass" in str(n.target))
         return gm
 
-    with Recorder(), torch.no_grad():
-        y = ltepass.ops.routed_ffn(*args)
-    with Recorder():
-        public_y = ltepass.ops.routed_ffn(*args)
-    assert torch.equal(public_y, y)
+    def of_x(x: Tensor) -> Tensor:
+        return ltepass.ops.routed_ffn(x, *args[1:])
+
     with torch.no_grad():
-        assert torch.equal(torch.compile(ltepass.ops.routed_ffn, backend=graph, fullgraph=True)(*args), y)
-    with forward_ad.dual_level(), torch.no_grad():
-        assert torch.equal(ltepass.ops.routed_ffn(*args), y)
-    public, bare = torch.ops.ltepass.routed_ffn.default, torch.ops.ltepass._routed_ffn_no_grad.default
-    assert seen == [bare, public, public]
+        if trace is None:
+            torch.compile(of_x, backend=ours, fullgraph=True)(args[0])
+        else:
+            traced = trace(of_x)
+            ours(traced(args[0]) if trace is make_fx else traced)
+    assert targets == [torch.ops.ltepass.routed_ffn.default]
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)

@@ -133,6 +133,7 @@ def test_the_table_shows_spread_over_seeds_and_what_was_not_measured(tmp_path: P
     write_table(rows, tmp_path / "t.md")
     table = (tmp_path / "t.md").read_text()
     assert "x1.150 (1.100 .. 1.200) [50.0%]" in table
+    assert "; 1 to 2 seeds (ranges in the first table);" in table
     assert "| cats | not measured | x2.000 [80.0%] |" in table
 
 

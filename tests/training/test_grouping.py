@@ -16,7 +16,7 @@ from ltepass import observing
 from ltepass.calibration import start_from
 from ltepass.energy import down_energy, log_energy
 from ltepass.errors import CalibrationError, ConfigError
-from ltepass.grouping import ActivationStats, grouping_permutation, permute_site
+from ltepass.grouping import ActivationStats, grouping_permutation, permute_site, site_permutation
 from ltepass.observing import collect
 from ltepass.ridge import RIDGE, RidgeSums
 from ltepass.sites import router_of
@@ -178,15 +178,22 @@ def test_transform_with_data_groups_by_the_configured_method() -> None:
 
 def test_kmeans_groups_by_inputs_at_the_first_calibration_only() -> None:
     """Also where transform had grouped by rows."""
-    by_rows, both_at_once = transformed(grouping="kmeans"), calibrated(grouping="kmeans")
-    rows, inputs = _orders(by_rows), _orders(both_at_once)
-    assert ltepass.report(by_rows).grouping == "kmeans"
-    ltepass.calibrate(by_rows, [tokens(8)])
-    regrouped = _orders(by_rows)
-    assert all(not torch.equal(a, b) for a, b in zip(rows, inputs, strict=True))
-    assert all(not torch.equal(a, b) for a, b in zip(rows, regrouped, strict=True))
-    ltepass.calibrate(by_rows, [tokens(8)])
-    assert all(torch.equal(a, b) for a, b in zip(regrouped, _orders(by_rows), strict=True))
+    model = transformed(grouping="kmeans")
+    assert ltepass.report(model).grouping == "kmeans"
+    seen = {name: ActivationStats(s.x.float(), s.h.float()) for name, s in collect(model, [tokens(8)]).items()}
+    by_inputs = [
+        order[site_permutation(model, site, "kmeans", seen[site.name], seed=0)]
+        for order, site in zip(_orders(model), model._lte.sites, strict=True)
+    ]
+    for _ in range(2):
+        ltepass.calibrate(model, [tokens(8)])
+        assert all(torch.equal(a, b) for a, b in zip(by_inputs, _orders(model), strict=True))
+    ltepass.calibrate(model, [tokens(8)], grouping="identity")
+    assert ltepass.report(model).grouping == "kmeans"
+    waited = calibrated(grouping="kmeans")
+    assert not any(
+        torch.equal(a, b) for a, b in zip(_orders(transformed(grouping="kmeans")), _orders(waited), strict=True)
+    )
 
 
 def test_the_report_names_the_grouping_of_a_transform_without_data() -> None:
