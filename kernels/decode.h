@@ -93,7 +93,7 @@ inline void add_rows(const typename E::T* const* rows, const typename E::T* cons
 }
 
 // Calls f<R>(i, lane, rows, next) for the list [begin, end): R rows at i, i + lane, i + 2 lane ... and those after them.
-// Eight lanes of neighbouring rows, so that each lane is one long stream for the hardware; then what is left over.
+// ROWS lanes of neighbouring rows, so that each lane is one long stream for the hardware; then what is left over.
 template <class E, class Row, class F>
 inline void by_rows(Row&& row, int64_t begin, int64_t end, F&& f) {
   auto lanes = [&]<int R>(int64_t from, int64_t lane) {
@@ -108,9 +108,9 @@ inline void by_rows(Row&& row, int64_t begin, int64_t end, F&& f) {
       std::copy(next, next + R, rows);
     }
   };
-  const int64_t lane = (end - begin) / 8;
-  if (lane) lanes.template operator()<8>(begin, lane);
-  int64_t i = begin + 8 * lane;
+  const int64_t lane = (end - begin) / ROWS;
+  if (lane) lanes.template operator()<ROWS>(begin, lane);
+  int64_t i = begin + ROWS * lane;
   if (i + 4 <= end) lanes.template operator()<4>(i, 1), i += 4;
   if (i + 2 <= end) lanes.template operator()<2>(i, 1), i += 2;
   if (i < end) lanes.template operator()<1>(i, 1);

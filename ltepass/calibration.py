@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ltepass.cuts import place_cuts
 from ltepass.energy import down_energy, expert_energy, log_energy
 from ltepass.errors import LoweredError
-from ltepass.grouping import ActivationStats, permute_site, site_permutation
+from ltepass.grouping import permute_site, site_permutation
 from ltepass.observing import Observer, Sample, collect, watch
 from ltepass.ridge import RidgeSums
 from ltepass.router import Router
@@ -77,8 +77,7 @@ def start_from(
         sample = samples[site.name]
         if regroup:
             if site.neurons not in orders:
-                seen = ActivationStats(sample.x.float(), sample.h.float())
-                orders[site.neurons] = site_permutation(model, site, method, seen, state.config["seed"])
+                orders[site.neurons] = site_permutation(model, site, method, sample, state.config["seed"])
                 permute_site(model, site, orders[site.neurons])
             sample.h = sample.h[:, orders[site.neurons]]
     if method != "identity":

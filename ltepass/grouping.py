@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
 from ltepass.balanced import balanced_kmeans
 from ltepass.errors import CalibrationError, ConfigError
+from ltepass.observing import Sample
 from ltepass.sites import FFNSite, routers_of, state_of
 
 DATA_DRIVEN = ("coactivation", "output_aware")
 SMALL = 0.1  # of a token's mean |h|: how small below that is all the same
-
-
-@dataclass(frozen=True)
-class ActivationStats:
-    """Of sampled calibration tokens, fp32: inputs x [n_tokens, d_model], hidden units h [n_tokens, d_ff] in the site's
-    present neuron order."""
-
-    x: Tensor
-    h: Tensor
 
 
 def grouping_permutation(
@@ -30,18 +20,19 @@ def grouping_permutation(
     up: Tensor,
     gate: Tensor | None,
     down: Tensor,
-    activations: ActivationStats | None,
+    sample: Sample | None,
     group_size: int,
     seed: int,
 ) -> Tensor:
     """up, gate: [d_ff, d_model]; down: [d_ff, d_model], one row per neuron -> [d_ff] int64, a permutation.
 
+    sample: what the site saw, h in its present neuron order.
     New neuron i was neuron permutation[i]; expert e is new neurons [e * group_size, (e + 1) * group_size).
     Methods: identity; random; kmeans (the paper's, on rows of gate and up: by how far apart their products with tokens
-    of unit length lie; without activations, their directions); coactivation (log |h_j| over tokens: which neurons are
+    of unit length lie; without a sample, their directions); coactivation (log |h_j| over tokens: which neurons are
     large together); output_aware (log |h_j| ||down_j||: which matter to the output together). Logarithms, because a
     threshold asks which neurons are large, not how large the largest are. `examples/compare/oracle.py` compares them.
-    Deterministic for a seed. Raises CalibrationError where activations are needed and missing, ConfigError.
+    Deterministic for a seed. Raises CalibrationError where a sample is needed and missing, ConfigError.
     """
     d_ff = up.shape[0]
     if method == "identity":
@@ -52,28 +43,26 @@ def grouping_permutation(
         raise ConfigError(f"grouping is {method!r}; expected identity, random, kmeans, coactivation or output_aware")
     if method == "kmeans":
         rows = [w.float() for w in (gate, up) if w is not None]
-        if activations is None:
+        if sample is None:
             points = torch.cat([nn.functional.normalize(w, dim=1) for w in rows], 1)
         else:  # inputs have few large directions, and only along those does it matter how rows differ
-            tokens = nn.functional.normalize(activations.x, dim=1)
+            tokens = nn.functional.normalize(sample.x.float(), dim=1)
             points = torch.cat([w @ tokens.T for w in rows], 1)
-    elif activations is None:
+    elif sample is None:
         raise CalibrationError(f"grouping {method!r} needs activations; expected calibration batches; pass them")
     elif method == "coactivation":
-        points = _log_sizes(activations.h.abs()).T
+        points = _log_sizes(sample.h.float().abs()).T
     else:
-        points = _log_sizes(activations.h.abs() * down.float().norm(dim=1)).T
+        points = _log_sizes(sample.h.float().abs() * down.float().norm(dim=1)).T
     return balanced_kmeans(points.cpu(), group_size, seed=seed).argsort(stable=True)
 
 
-def site_permutation(
-    model: nn.Module, site: FFNSite, method: str, activations: ActivationStats | None, seed: int
-) -> Tensor:
-    """A method's permutation of one site's neurons; activations may be None for methods that need none."""
+def site_permutation(model: nn.Module, site: FFNSite, method: str, sample: Sample | None, seed: int) -> Tensor:
+    """A method's permutation of one site's neurons; sample may be None for methods that need no data."""
     up, down = (rows.of(model, site.d_ff).detach() for rows in (site.up_rows, site.down_rows))
     gate = site.gate_rows.of(model, site.d_ff).detach() if site.gate_rows else None
     return grouping_permutation(
-        method, up=up, gate=gate, down=down, activations=activations, group_size=site.group_size, seed=seed
+        method, up=up, gate=gate, down=down, sample=sample, group_size=site.group_size, seed=seed
     )
 
 

@@ -181,27 +181,28 @@ def _vmap(with_mask: bool) -> Any:
 def _register() -> None:
     ops = torch.ops.ltepass
     _library.impl("_plain", lambda *args: _plain(True, args)[:2], "CompositeExplicitAutograd")
-    fakes = (
-        ("routed_ffn", False, _fake, _cuda),
-        ("_routed_ffn_no_grad", False, _fake, _cuda),
-        ("routed_ffn_with_mask", True, _fake_with_mask, _cuda_with_mask),
+    rules = (
+        ("routed_ffn", False, _autograd, _fake, _cuda),
+        ("_routed_ffn_no_grad", False, None, _fake, _cuda),
+        ("routed_ffn_with_mask", True, _autograd, _fake_with_mask, _cuda_with_mask),
     )
-    for name, with_mask, fake, cuda in fakes:
+    for name, with_mask, autograd, fake, cuda in rules:
         op = getattr(ops, name).default
         _library.impl(name, _any_device(op, with_mask), "CompositeExplicitAutograd")
         _library.impl(name, cuda, "CUDA")
-        if name == "_routed_ffn_no_grad":
+        if autograd is None:
             _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
         else:
-            _library.impl(name, _autograd(op, with_mask), "Autograd", with_keyset=True)
+            _library.impl(name, autograd(op, with_mask), "Autograd", with_keyset=True)
         torch.library.register_fake(f"ltepass::{name}", fake, lib=_library)
         torch.library.register_vmap(f"ltepass::{name}", _vmap(with_mask), lib=_library)
     traceable.register(_library)
 
 
 _register()
-_routed_ffn = torch.ops.ltepass.routed_ffn.default  # looked up once: reading weights pushes code out of the caches, and
-_routed_ffn_no_grad = torch.ops.ltepass._routed_ffn_no_grad.default  # each step of a call then waits for memory
+# Looked up once: reading weights pushes code out of the caches, and each step of a call then waits for memory.
+_routed_ffn = torch.ops.ltepass.routed_ffn.default
+_routed_ffn_no_grad = torch.ops.ltepass._routed_ffn_no_grad.default
 
 
 def asks_for_gradients() -> bool:

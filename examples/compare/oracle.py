@@ -4,8 +4,8 @@
     python examples/compare/oracle.py --model tiny                  seconds
 
 Groups are made from the first SAMPLE_TOKENS / CALIBRATION tokens of each calibration block. The oracle knows every
-expert's energy, sum (h_j |down_j|)^2, and keeps the largest of each token. Untrained groups are
-poor even so; which grouping is least so is what the grouping methods are judged by.
+expert's energy, sum (h_j |down_j|)^2, and keeps the largest of each token. Untrained groups are poor even so; which
+grouping is least so is what the grouping methods are judged by.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 import ltepass
 from ltepass.energy import down_energy
 from ltepass.evaluation import perplexity
-from ltepass.grouping import ActivationStats, site_permutation
+from ltepass.grouping import site_permutation
 from ltepass.observing import SAMPLE_TOKENS, Sample, collect
 from ltepass.texts import python_docs, token_blocks
 
@@ -56,8 +56,7 @@ class OracleGroups(Rule):
 def groups(model: Any, samples: dict[str, Sample], method: str, group_size: int) -> list[Tensor]:
     """A permutation of each site's neurons."""
     sites = [dataclasses.replace(site, group_size=group_size) for site in model._lte.sites]
-    seen = {name: ActivationStats(sample.x.float(), sample.h.float()) for name, sample in samples.items()}
-    return [site_permutation(model, site, method, seen[site.name], seed=0) for site in sites]
+    return [site_permutation(model, site, method, samples[site.name], seed=0) for site in sites]
 
 
 def oracle_perplexity(

@@ -16,8 +16,8 @@ from ltepass import observing
 from ltepass.calibration import start_from
 from ltepass.energy import down_energy, log_energy
 from ltepass.errors import CalibrationError, ConfigError
-from ltepass.grouping import ActivationStats, grouping_permutation, permute_site, site_permutation
-from ltepass.observing import collect
+from ltepass.grouping import grouping_permutation, permute_site, site_permutation
+from ltepass.observing import Sample, collect
 from ltepass.ridge import RIDGE, RidgeSums
 from ltepass.sites import router_of
 from ltepass.sparsity import mode_of
@@ -25,11 +25,11 @@ from ltepass.sparsity import mode_of
 METHODS = ("identity", "random", "kmeans", "coactivation", "output_aware")
 
 
-def arguments(d_ff: int = 60, seed: int = 0) -> dict[str, Tensor | ActivationStats]:
+def arguments(d_ff: int = 60, seed: int = 0) -> dict[str, Tensor | Sample]:
     g = torch.Generator().manual_seed(seed)
     up, gate, down = (torch.randn(d_ff, 12, generator=g) for _ in range(3))
-    seen = ActivationStats(x=torch.randn(33, 12, generator=g), h=torch.randn(33, d_ff, generator=g))
-    return {"up": up, "gate": gate, "down": down, "activations": seen}
+    seen = Sample(x=torch.randn(33, 12, generator=g), h=torch.randn(33, d_ff, generator=g))
+    return {"up": up, "gate": gate, "down": down, "sample": seen}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -46,7 +46,7 @@ def test_kmeans_groups_by_gate_and_up_and_by_up_in_a_plain_ffn() -> None:
     labels = torch.randperm(60, generator=torch.Generator().manual_seed(0)) // 5
     directions = torch.nn.functional.one_hot(labels, 12).float()
     lengths = torch.arange(1.0, 61.0)[:, None]  # k-means on rows as they are would group by length
-    noise = arguments() | {"activations": None}
+    noise = arguments() | {"sample": None}
     planted = directions * lengths
     for rows in ({"gate": planted}, {"up": planted}, {"up": planted, "gate": None}):
         assert _groups("kmeans", {**noise, **rows}) == _planted(labels)
@@ -60,7 +60,7 @@ def test_coactivation_finds_neurons_that_fire_together() -> None:
     sign = torch.randint(0, 2, (200, 60), generator=g) * 2 - 1
     h = fires * sign * torch.linspace(1.0, 2.0, 60)
     h[:5], h[5] = 0.0, 1e4 * h[5]
-    assert _groups("coactivation", {**arguments(), "activations": _saw(h)}) == _planted(labels)
+    assert _groups("coactivation", {**arguments(), "sample": _saw(h)}) == _planted(labels)
 
 
 def test_output_aware_puts_neurons_of_one_importance_together() -> None:
@@ -69,7 +69,7 @@ def test_output_aware_puts_neurons_of_one_importance_together() -> None:
     labels = torch.randperm(60, generator=g) // 5
     down = torch.nn.functional.normalize(torch.randn(60, 12, generator=g), dim=1) * (1 + labels[:, None])
     h = torch.ones(50, 60) * (1 + torch.rand(50, 1, generator=g))
-    given = {**arguments(), "down": down, "activations": _saw(h)}
+    given = {**arguments(), "down": down, "sample": _saw(h)}
     assert _groups("output_aware", given) == _planted(labels)
     assert _groups("coactivation", given) != _planted(labels)
 
@@ -80,27 +80,27 @@ def test_kmeans_with_inputs_groups_by_the_directions_that_they_have() -> None:
     g = torch.Generator().manual_seed(5)
     rows = torch.cat([torch.nn.functional.one_hot(labels, 12).float(), 5 * torch.randn(60, 12, generator=g)], 1)
     x = torch.cat([torch.randn(50, 12, generator=g), torch.zeros(50, 12)], 1)
-    seen = ActivationStats(x, h=torch.ones(50, 60))
+    seen = Sample(x, h=torch.ones(50, 60))
     for gate in (rows, None):
         site = {**arguments(), "gate": gate, "up": rows}
-        assert _groups("kmeans", {**site, "activations": seen}) == _planted(labels)
-        assert _groups("kmeans", {**site, "activations": None}) != _planted(labels)
+        assert _groups("kmeans", {**site, "sample": seen}) == _planted(labels)
+        assert _groups("kmeans", {**site, "sample": None}) != _planted(labels)
 
 
 @pytest.mark.parametrize("method", ["kmeans", "coactivation", "output_aware"])
 def test_no_token_counts_more_for_being_larger(method: str) -> None:
     given, scale = arguments(), 2.0 ** torch.randint(-8, 9, (33, 1), generator=torch.Generator().manual_seed(4))
-    activations = given["activations"]
-    assert isinstance(activations, ActivationStats)
-    scaled = ActivationStats(scale * activations.x, scale * activations.h)
-    assert _groups(method, given) == _groups(method, {**given, "activations": scaled})
+    sample = given["sample"]
+    assert isinstance(sample, Sample)
+    scaled = Sample(scale * sample.x, scale * sample.h)
+    assert _groups(method, given) == _groups(method, {**given, "sample": scaled})
 
 
-def _saw(h: Tensor) -> ActivationStats:
-    return ActivationStats(x=torch.ones(len(h), 12), h=h)
+def _saw(h: Tensor) -> Sample:
+    return Sample(x=torch.ones(len(h), 12), h=h)
 
 
-def _groups(method: str, given: dict[str, Tensor | ActivationStats]) -> set[frozenset[int]]:
+def _groups(method: str, given: dict[str, Tensor | Sample]) -> set[frozenset[int]]:
     permutation = grouping_permutation(method, **given, group_size=5, seed=0)
     return {frozenset(group.tolist()) for group in permutation.view(-1, 5)}
 
@@ -110,7 +110,7 @@ def _planted(labels: Tensor) -> set[frozenset[int]]:
 
 
 def test_refusals_name_the_method() -> None:
-    without = {**arguments(), "activations": None}
+    without = {**arguments(), "sample": None}
     with pytest.raises(CalibrationError, match="'coactivation' needs activations"):
         grouping_permutation("coactivation", **without, group_size=5, seed=0)
     with pytest.raises(ConfigError, match="'nearest'"):
@@ -180,7 +180,7 @@ def test_kmeans_groups_by_inputs_at_the_first_calibration_only() -> None:
     """Also where transform had grouped by rows."""
     model = transformed(grouping="kmeans")
     assert ltepass.report(model).grouping == "kmeans"
-    seen = {name: ActivationStats(s.x.float(), s.h.float()) for name, s in collect(model, [tokens(8)]).items()}
+    seen = collect(model, [tokens(8)])
     by_inputs = [
         order[site_permutation(model, site, "kmeans", seen[site.name], seed=0)]
         for order, site in zip(_orders(model), model._lte.sites, strict=True)
