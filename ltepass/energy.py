@@ -13,8 +13,8 @@ def expert_energy(site: FFNSite, h: Tensor, weights: Tensor) -> Tensor:
     return energy
 
 
-def log_energy(site: FFNSite, h: Tensor, weights: Tensor) -> Tensor:
-    return expert_energy(site, h, weights).clamp_min(1e-12).log()
+def log_energy(energy: Tensor) -> Tensor:
+    return energy.clamp_min(1e-12).log()
 
 
 def down_energy(model: nn.Module, site: FFNSite) -> Tensor:

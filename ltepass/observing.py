@@ -1,4 +1,4 @@
-"""A dense pass in which every FFN site is watched, and the sample of activations that one such pass keeps."""
+"""A pass in which every FFN site is watched, and the sample of activations that a dense one keeps."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ltepass.config import Mode
 from ltepass.errors import CalibrationError, MetaWeightsError
 from ltepass.router import Router
 from ltepass.sites import FFNSite, require_state, router_of
@@ -46,12 +47,12 @@ def collect(model: nn.Module, batches: Iterable[Any]) -> dict[str, Sample]:
     return {c.site.name: Sample(torch.cat(c.x), torch.cat(c.h)) for c in collectors}
 
 
-def watch(model: nn.Module, batches: Iterable[Any], observers: Sequence[Observer]) -> None:
-    """A dense pass in which every observer sees its own site."""
+def watch(model: nn.Module, batches: Iterable[Any], observers: Sequence[Observer], *, mode: Mode = "dense") -> None:
+    """A pass in which every observer sees its own site."""
     try:
         for observer in observers:
             observer.open()
-        with mode_of(model, "dense"):
+        with mode_of(model, mode):
             run_batches(model, batches)
     finally:
         for observer in observers:

@@ -35,6 +35,7 @@ from study import (
     Recipe,
     Workshop,
     calibration_blocks,
+    measure_lte,
     measure_rule,
     perplexities,
     retarget,
@@ -45,9 +46,12 @@ from study import (
 
 import ltepass
 from ltepass.bench import timing
+from ltepass.training.stages import settle
+from ltepass.training.warm_start import warm_start
 
 SAMPLE_TOKENS = 16_384  # of training text, kept for the rules
-POST_HOC = ("cats", "teal", "moefication", "dejavu", "lte-calibrated", "oracle")
+CALIBRATED, WARM = STARTS = ("lte-calibrated", "lte-warm")
+POST_HOC = ("cats", "teal", "moefication", "dejavu", *STARTS, "oracle")
 OURS = tuple(CUTS)
 FROM_ONE = "lte+cuts"  # of which the first point's checkpoint is measured at the others too
 ONE_CHECKPOINT = f"{FROM_ONE}-one-checkpoint"
@@ -231,12 +235,27 @@ class Frontier(Workshop):
         return measure_cut(model, data.test)
 
     def _post_hoc(self, cell: Cell, data: Data) -> Measured:
+        if cell.method in STARTS:
+            return self._start(cell, data)
         model, samples = self.prepared("tuned", cell.seed), self.samples("tuned", cell.seed)
         ruled = Ruled(model, RULES[cell.method], cell.sparsity)
         ruled.calibrate(samples)
         measured = measure_rule(ruled, data.test)
         ruled.take_off()
         return measured
+
+    def _start(self, cell: Cell, data: Data) -> Measured:
+        """LTE at step 0: routers for the model as it is, or the warm start; no training."""
+        model = retarget(copy.deepcopy(self.prepared("tuned", cell.seed)), cell.sparsity)
+        blocks = calibration_blocks(data, self.budget).to(model.device)
+        batches = torch.split(blocks, self.budget.batch)
+        if cell.method == CALIBRATED:
+            ltepass.calibrate(model, batches, inputs="hard")
+        else:
+            warm_start(model, blocks)
+            settle(model, batches[:: max(1, len(batches) // 8)], cell.sparsity)
+        ltepass.set_mode(model, "hard")
+        return measure_lte(model, data.test)
 
     def _trained(self, cell: Cell, data: Data) -> Measured:
         model, samples = self.prepared("base", cell.seed), self.samples("base", cell.seed)

@@ -22,8 +22,9 @@ Row = dict[str, str]
 NOT_DEPLOYABLE = ("oracle",)
 # How each method skips, as ffn_time.py measures it.
 WAYS = {
-    "lte": "routed", "lte-calibrated": "routed", "lte-one-checkpoint": "routed", "topk": "routed",
-    "prunepath": "routed", "noisy-topk": "routed", "random": "routed", "moefication": "predicted experts",
+    "lte": "routed", "lte-calibrated": "routed", "lte-warm": "routed", "lte-one-checkpoint": "routed",
+    "topk": "routed", "prunepath": "routed", "noisy-topk": "routed", "random": "routed",
+    "moefication": "predicted experts",
     "dejavu": "predicted neurons", "cats": "gate-first", "teal": "single neurons", "teal-trained": "single neurons",
     "lte+teal": "routed, small units cut", "lte+cuts": "routed, small inputs and units cut",
     "lte+cuts-one-checkpoint": "routed, small inputs and units cut",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from predictors import DejaVu, MoEfication
-from rules import Cats, NoisyTopK, Oracle, PrunePath, RandomExperts, Rule, Teal, Threshold, TopK, TrainedTeal
+from rules import Cats, NoisyTopK, Oracle, PrunePath, RandomExperts, Rule, Teal, TopK, TrainedTeal
 
 RULES: dict[str, type[Rule]] = {
     r.name: r
     for r in (
         Rule, Cats, Teal, TrainedTeal,
-        Oracle, RandomExperts, TopK, Threshold, NoisyTopK, PrunePath, MoEfication, DejaVu,
+        Oracle, RandomExperts, TopK, NoisyTopK, PrunePath, MoEfication, DejaVu,
     )
 }  # fmt: skip

@@ -175,18 +175,6 @@ class TopK(Rule):
         return spread(top(self.logits(seen), self.n_active), self.site.d_ff).to(seen.h.dtype)
 
 
-class Threshold(TopK):
-    """LTE's calibrated router and nothing else: a threshold at the target's quantile, no training of its own."""
-
-    name = "lte-calibrated"
-
-    def calibrate(self, model: nn.Module, x: Tensor, gate: Tensor, h: Tensor) -> None:
-        self.cut = quantile(self.logits(Seen(x, gate, h)), self.sparsity)
-
-    def factors(self, seen: Seen) -> Tensor:
-        return spread((self.logits(seen) > self.cut).float(), self.site.d_ff).to(seen.h.dtype)
-
-
 class NoisyTopK(TopK):
     """Shazeer's gate (1701.06538): noise on the logits in training, softmax over the k best, experts weighted by it
     (times k, so that equal weights leave the FFN as it is), and its importance loss."""

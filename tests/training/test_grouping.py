@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -12,9 +13,9 @@ from learning_cases import assert_same, calibrated, dense_model, tokens, transfo
 from torch import Tensor
 
 import ltepass
-from ltepass import observing
+from ltepass import calibration, observing
 from ltepass.calibration import start_from
-from ltepass.energy import down_energy, log_energy
+from ltepass.energy import down_energy, expert_energy, log_energy
 from ltepass.errors import CalibrationError, ConfigError
 from ltepass.grouping import grouping_permutation, permute_site, site_permutation
 from ltepass.observing import Sample, collect
@@ -227,22 +228,40 @@ def test_running_sums_solve_the_regression_of_all_rows_together(rows: list[int],
     torch.testing.assert_close((x @ weight.T + bias).double(), fitted, rtol=1e-3, atol=2e-3)
 
 
-def test_routers_are_fitted_on_every_token_and_the_sample_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(observing, "SAMPLE_TOKENS", 64)
+@pytest.mark.parametrize("inputs", ["dense", "hard"])
+def test_routers_are_fitted_on_every_token_that_the_model_gives_them(
+    monkeypatch: pytest.MonkeyPatch, inputs: Any
+) -> None:
+    """By hand, from the model as it was before the last fit, in the mode that was asked for."""
+    before: list[tuple[Any, str]] = []
+    fit = calibration.fit_energies
+
+    def keep(model: Any, batches: Any, weights: Any, mode: Any) -> Any:
+        before.append((copy.deepcopy(model), mode))
+        return fit(model, batches, weights, mode)
+
+    monkeypatch.setattr(calibration, "fit_energies", keep)
     batches = [tokens(8, seed=s) for s in range(4)]
-    model = transformed()
-    assert {len(s.h) for s in collect(model, batches).values()} == {64}
-    ltepass.calibrate(model, batches, grouping="identity")
+    model = transformed(0.8)
+    ltepass.calibrate(model, batches, inputs=inputs)
+    assert [mode for _, mode in before] == ["dense", "hard"][: len(before)]
+    last, mode = before[-1]
+    assert mode == inputs
     seen: dict[str, Any] = {}
-    for site in model._lte.sites:
-        router_of(model, site).register_forward_hook(lambda _, args, out, name=site.name: seen.update({name: args[0]}))
-    with mode_of(model, "dense"), torch.no_grad():
-        model(torch.cat(batches))
+    for site in last._lte.sites:
+        router_of(last, site).register_forward_hook(lambda _, args, out, name=site.name: seen.update({name: args[0]}))
+    with mode_of(last, inputs), torch.no_grad():
+        last(torch.cat(batches))
     for site in model._lte.sites:
         x = seen[site.name].flatten(0, -2)
         gate, up = (model.get_submodule(n).weight for n in (site.gate, site.up))
         h = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
         sums = RidgeSums()
-        sums.add(x, log_energy(site, h, down_energy(model, site)))
+        sums.add(x, log_energy(expert_energy(site, h, down_energy(model, site))))
         expected, own = sums.solve()[0], router_of(model, site).weight
         torch.testing.assert_close(own / own.norm(), expected / expected.norm(), rtol=1e-3, atol=1e-4)
+
+
+def test_the_sample_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(observing, "SAMPLE_TOKENS", 64)
+    assert {len(s.h) for s in collect(transformed(), [tokens(8, seed=s) for s in range(4)]).values()} == {64}

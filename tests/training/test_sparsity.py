@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ltepass
+from ltepass import calibration
 from ltepass.errors import CalibrationError, ConfigError, LoweredError, NotTransformedError
 from ltepass.sites import router_of, routers_of
 from ltepass.training.stages import settle
@@ -37,6 +39,52 @@ def test_calibration_starts_routers_near_the_target(target: float) -> None:
     assert all(bool(r.quantiles.isfinite().all()) for r in routers_of(m))
 
 
+@pytest.mark.parametrize(("budget", "bias"), [("layer", True), ("layer", False), ("model", True)])
+@pytest.mark.parametrize("target", [0.0, 0.5, 0.9])
+def test_a_start_from_hard_inputs_meets_the_target_on_them(target: float, budget: Any, bias: bool) -> None:
+    m = model(calibrated=False, target_sparsity=target, router_bias=bias, budget=budget)
+    batches = [ids(seed) for seed in range(1, 9)]
+    ltepass.calibrate(m, batches, inputs="hard")
+    assert mean(ltepass.measure_sparsity(m, batches)) == pytest.approx(target, abs=0.005)
+    if bias:
+        assert all(float(r.threshold) == 0.0 for r in routers_of(m))  # logit(tau): the bias carries the target
+
+
+def test_a_start_from_hard_inputs_places_thresholds_before_and_after_its_second_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By hand: where the last table was taken, the routers leave the target share out."""
+    steps: list[Any] = []
+    table, fit = calibration.update_table, calibration.fit_energies
+
+    def keep_table(m: Any, batches: Any) -> None:
+        steps.append((copy.deepcopy(m), batches))
+        table(m, batches)
+
+    def keep_fit(m: Any, batches: Any, weights: Any, mode: Any) -> Any:
+        steps.append(mode)
+        return fit(m, batches, weights, mode)
+
+    monkeypatch.setattr(calibration, "update_table", keep_table)
+    monkeypatch.setattr(calibration, "fit_energies", keep_fit)
+    m = model(calibrated=False, target_sparsity=0.9)
+    ltepass.calibrate(m, [ids(seed) for seed in range(1, 9)], inputs="hard")
+    assert [step for step in steps if isinstance(step, str)] == ["dense", "hard"]
+    assert [steps.index("dense"), steps.index("hard"), len(steps)] == [0, 3, 6]
+    before, batches = steps[-1]
+    seen: dict[str, list[Any]] = {site.name: [] for site in m._lte.sites}
+    for site in before._lte.sites:
+        router_of(before, site).register_forward_pre_hook(lambda _, args, name=site.name: seen[name].append(args[0]))
+    ltepass.set_mode(before, "hard")
+    with torch.no_grad():
+        for batch in batches:
+            before(batch)
+    for site in m._lte.sites:
+        router = router_of(m, site)
+        logits = torch.nn.functional.linear(torch.cat(seen[site.name]), router.weight, router.bias)
+        assert float((logits <= router.threshold).float().mean()) == pytest.approx(0.9, abs=1e-3)
+
+
 def test_a_calibrated_start_beats_a_random_one() -> None:
     """The hard output stays nearer to the dense one than with routers that know nothing."""
     distances = []
@@ -52,12 +100,13 @@ def test_a_calibrated_start_beats_a_random_one() -> None:
     assert distances[0] < 0.6 * distances[1]
 
 
-def test_calibration_leaves_mode_flags_rng_and_hooks() -> None:
+@pytest.mark.parametrize("inputs", ["dense", "hard"])
+def test_calibration_leaves_mode_flags_rng_and_hooks(inputs: Any) -> None:
     m = model(calibrated=False)
     ltepass.set_mode(m, "hard")
     m.train()
     state = torch.get_rng_state()
-    ltepass.calibrate(m, [ids(1), {"input_ids": ids(2)}])
+    ltepass.calibrate(m, [ids(1), {"input_ids": ids(2)}], inputs=inputs)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(x.training for x in m.modules())
     assert {r.mode for r in routers_of(m)} == {"hard"}
@@ -92,6 +141,8 @@ def test_refusals_change_nothing() -> None:
         ltepass.set_mode(m, "sparse")  # type: ignore[arg-type]
     with pytest.raises(CalibrationError, match="no token"):
         ltepass.calibrate(m, [])
+    with pytest.raises(ConfigError, match="expected one of dense, hard"):
+        ltepass.calibrate(m, [ids(1)], inputs="soft")  # type: ignore[arg-type]
     assert all(torch.equal(r.threshold, t) for r, t in zip(routers_of(m), thresholds, strict=True))
     assert {r.mode for r in routers_of(m)} == {"dense"}
     ltepass.set_mode(m, "hard")
