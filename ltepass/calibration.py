@@ -71,56 +71,44 @@ def calibrate(
     if state.lowered is not None:
         raise LoweredError("calibrate expects the model as trained; call ltepass.unlower(model)")
     batches = list(batches)
-    start_from(model, collect(model, batches), batches, grouping=grouping, inputs=inputs)
+    group_by(model, collect(model, batches), grouping)
+    start_routers(model, batches, inputs)
     place_cuts(model, batches)
 
 
-def start_from(
-    model: nn.Module,
-    samples: dict[str, Sample],
-    batches: Sequence[Any],
-    *,
-    grouping: str | None = None,
-    inputs: Inputs = "dense",
-) -> None:
-    """Grouping from collected samples, which are reordered with the neurons; routers and table from all `batches`."""
+def group_by(model: nn.Module, samples: dict[str, Sample], grouping: str | None) -> None:
+    """Reorder every site's neurons by the method, unless they are in its order already."""
     state = require_state(model, "calibrate")
     method = grouping or state.config["grouping"]
     method = "output_aware" if method == "auto" else method
+    if method == "identity":
+        return
     by_rows = method == "kmeans" and not is_calibrated(model)  # transform had no inputs to group by
-    regroup = method != "identity" and (method != state.grouping or by_rows)
-    orders: dict[Any, Tensor] = {}  # sites that share their weights share their order
-    for site in state.sites:
-        sample = samples[site.name]
-        if regroup:
+    if method != state.grouping or by_rows:
+        orders: dict[Any, Tensor] = {}  # sites that share their weights share their order
+        for site in state.sites:
             if site.neurons not in orders:
-                orders[site.neurons] = site_permutation(model, site, method, sample, state.config["seed"])
+                orders[site.neurons] = site_permutation(model, site, method, samples[site.name], state.config["seed"])
                 permute_site(model, site, orders[site.neurons])
-            sample.h = sample.h[:, orders[site.neurons]]
-    if method != "identity":
-        state.grouping = method
+    state.grouping = method
+
+
+def start_routers(model: nn.Module, batches: Sequence[Any], inputs: Inputs) -> None:
+    """Routers that predict log energy, times a scale, with their thresholds at the target; fills the table.
+
+    With budget "model" sites compete: they get one scale and one threshold, and logits whose mean over a site's experts
+    is its log cost, whichever inputs they are fitted to. A site whose inputs shrink in hard mode would give up ever
+    more experts.
+    """
+    state = require_state(model, "calibrate")
+    target = state.config["target_sparsity"]
+    log_costs: dict[str, float] | None = None
     if state.config["budget"] == "model":
         found = loss_sensitivity(model, batches)
         weights = {name: s.neurons for name, s in found.items()}
-        start_routers(model, batches, inputs, weights, {name: s.log_cost for name, s in found.items()})
+        log_costs = {name: s.log_cost for name, s in found.items()}
     else:
-        start_routers(model, batches, inputs, {s.name: down_energy(model, s) for s in state.sites})
-
-
-def start_routers(
-    model: nn.Module,
-    batches: Sequence[Any],
-    inputs: Inputs,
-    weights: dict[str, Tensor],
-    log_costs: dict[str, float] | None = None,
-) -> None:
-    """Routers that predict log energy, times a scale, with their thresholds at the target; fills the table.
-
-    weights: of each site's neurons in its energy. log_costs: of sites whose experts compete; they get one scale and one
-    threshold, and logits whose mean over a site's experts is its log cost, whichever inputs they are fitted to: a site
-    whose inputs shrink in hard mode would give up ever more experts.
-    """
-    target = require_state(model, "calibrate").config["target_sparsity"]
+        weights = {s.name: down_energy(model, s) for s in state.sites}
     adapts = inputs == "hard" and target > 0
     scales: dict[str, float] = {}
     passes: tuple[Mode, ...] = ("dense", "hard") if adapts else ("dense",)
@@ -163,7 +151,7 @@ class _EnergyFit(Observer):
 
     def on_input(self, x: Tensor) -> None:
         self.x = x.float()
-        self.kept.append(self.x[:: max(1, len(x) // self.keep)].clone())
+        self.kept.append(x[:: max(1, len(x) // self.keep)].to(torch.bfloat16, copy=True))
 
     def on_hidden(self, h: Tensor) -> None:
         energy = expert_energy(self.site, h, self.weights)
@@ -174,7 +162,7 @@ class _EnergyFit(Observer):
 
     def fit(self) -> _Fit:
         weight, bias = self.sums.solve()
-        return _Fit(weight, bias, torch.cat(self.kept) @ weight.T + bias, self.log_sum / max(self.count, 1))
+        return _Fit(weight, bias, torch.cat(self.kept).float() @ weight.T + bias, self.log_sum / max(self.count, 1))
 
 
 def fit_energies(model: nn.Module, batches: Sequence[Any], weights: dict[str, Tensor], mode: Mode) -> dict[str, _Fit]:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 import ltepass
 from ltepass import calibration, observing
-from ltepass.calibration import start_from
 from ltepass.energy import down_energy, expert_energy, log_energy
 from ltepass.errors import CalibrationError, ConfigError
 from ltepass.grouping import grouping_permutation, permute_site, site_permutation
@@ -158,7 +157,7 @@ def test_each_method_loses_less_than_random_groups_under_an_oracle(method: str) 
 
 def _oracle_loss(method: str) -> float:
     model = transformed(group_size=5)
-    start_from(model, collect(model, [tokens(40)]), [tokens(40)], grouping=method)
+    ltepass.calibrate(model, [tokens(40)], grouping=method)
     fresh = collect(model, [tokens(20, seed=9)])
     lost = []
     for site in model._lte.sites:
