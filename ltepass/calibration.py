@@ -32,12 +32,13 @@ from ltepass.observing import SAMPLE_TOKENS, Observer, Sample, collect, watch
 from ltepass.ridge import RidgeSums
 from ltepass.router import Router
 from ltepass.sensitivity import loss_sensitivity
-from ltepass.sites import FFNSite, require_state, router_of
+from ltepass.sites import FFNSite, require_state, router_of, routers_of
 from ltepass.sparsity import (
-    cuts_at,
+    SomeRows,
     interpolate,
     is_calibrated,
     mode_of,
+    move_biases,
     place_threshold,
     shared_cut,
     table_of,
@@ -60,14 +61,16 @@ def calibrate(
     grouping: a method of `ltepass.grouping`; None takes the config's ("auto" is output_aware here). Groups that an
         earlier calibration made by this method stay, as do all for "identity".
     inputs: what routers are fitted to: "dense", what the dense model gives its FFNs, before any training or
-        `warm_start`; "hard", in twice the time, what they see once experts are left out, for a model that is used as
-        it is.
+        `warm_start`; "hard", in three to five times the passes, what they see once experts are left out (under the
+        present cuts, if any), for a model that is used as it is. Learned routers are replaced by either.
     Leaves mode, training flags, RNG and hooks as they were. Raises NotTransformedError, LoweredError, ConfigError,
     MetaWeightsError, CalibrationError (no tokens seen).
     """
     state = require_state(model, "calibrate")
     if inputs not in get_args(Inputs):
         raise ConfigError(f"inputs is {inputs!r}; expected one of {', '.join(get_args(Inputs))}; see calibrate's docs")
+    if state.config["budget"] == "model" and any(router.bias is None for router in routers_of(model)):
+        raise ConfigError('budget "model" puts what an FFN matters into its router\'s bias; expected router_bias=True')
     if state.lowered is not None:
         raise LoweredError("calibrate expects the model as trained; call ltepass.unlower(model)")
     batches = list(batches)
@@ -96,9 +99,9 @@ def group_by(model: nn.Module, samples: dict[str, Sample], grouping: str | None)
 def start_routers(model: nn.Module, batches: Sequence[Any], inputs: Inputs) -> None:
     """Routers that predict log energy, times a scale, with their thresholds at the target; fills the table.
 
-    With budget "model" sites compete: they get one scale and one threshold, and logits whose mean over a site's experts
-    is its log cost, whichever inputs they are fitted to. A site whose inputs shrink in hard mode would give up ever
-    more experts.
+    With budget "model" sites compete: they get one scale and one threshold, and a site's mean logit stands for its log
+    cost in the dense model, whichever inputs it is fitted to. A site whose inputs shrink in hard mode would give up
+    ever more experts.
     """
     state = require_state(model, "calibrate")
     target = state.config["target_sparsity"]
@@ -145,24 +148,27 @@ class _EnergyFit(Observer):
 
     def __init__(self, site: FFNSite, router: Router, weights: Tensor, keep: int) -> None:
         super().__init__(site, router)
-        self.weights, self.keep, self.sums = weights, keep, RidgeSums()
+        self.weights, self.draw, self.sums = weights, SomeRows(keep), RidgeSums()
         self.kept: list[Tensor] = []
-        self.log_sum, self.count = 0.0, 0
+        self.log_sum, self.count = torch.zeros(()), torch.zeros(())
 
     def on_input(self, x: Tensor) -> None:
         self.x = x.float()
-        self.kept.append(x[:: max(1, len(x) // self.keep)].to(torch.bfloat16, copy=True))
+        self.kept.append(self.draw(x).to(torch.bfloat16))
 
     def on_hidden(self, h: Tensor) -> None:
         energy = expert_energy(self.site, h, self.weights)
         logs = log_energy(energy)
         self.sums.add(self.x, logs)
-        self.log_sum += float(logs[energy > 0].sum())
-        self.count += int((energy > 0).sum())
+        del self.x
+        self.log_sum = self.log_sum.to(logs) + logs.where(energy > 0, 0.0).sum()
+        self.count = self.count.to(logs) + (energy > 0).sum()
 
     def fit(self) -> _Fit:
         weight, bias = self.sums.solve()
-        return _Fit(weight, bias, torch.cat(self.kept).float() @ weight.T + bias, self.log_sum / max(self.count, 1))
+        return _Fit(
+            weight, bias, torch.cat(self.kept).float() @ weight.T + bias, float(self.log_sum / self.count.clamp_min(1))
+        )
 
 
 def fit_energies(model: nn.Module, batches: Sequence[Any], weights: dict[str, Tensor], mode: Mode) -> dict[str, _Fit]:
@@ -186,6 +192,7 @@ def _place(model: nn.Module, fits: dict[str, _Fit], target: float, *, together: 
     """Weights, tables and thresholds, which stay logit(tau) where a bias can carry the target, as in the paper."""
     state = require_state(model, "calibrate")
     tables = {name: table_of(fit.logits) for name, fit in fits.items()}
+    shared = _cut(list(tables.values()), target) if together else None
     for site in state.sites:
         router, fit, table = router_of(model, site), fits[site.name], tables[site.name]
         with torch.no_grad():
@@ -195,7 +202,7 @@ def _place(model: nn.Module, fits: dict[str, _Fit], target: float, *, together: 
                 router.threshold.copy_(interpolate(router.quantiles, target))
                 continue
             router.bias.copy_(fit.bias)
-        cut = _cut(list(tables.values()) if together else [table], target)
+        cut = _cut([table], target) if shared is None else shared
         place_threshold(router, table, cut.to(table.device))
 
 
@@ -203,9 +210,7 @@ def _meet(model: nn.Module, batches: Sequence[Any], target: float) -> None:
     """Tables, and thresholds at the target, on the inputs that hard gates give the FFNs."""
     with mode_of(model, "hard"):
         update_table(model, batches)
-    for site, cut in zip(require_state(model, "calibrate").sites, cuts_at(model, target), strict=True):
-        router = router_of(model, site)
-        place_threshold(router, router.quantiles.clone(), cut)
+    move_biases(model, target)
 
 
 def _cut(tables: Sequence[Tensor], target_sparsity: float) -> Tensor:

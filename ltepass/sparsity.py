@@ -95,24 +95,43 @@ def interpolate(quantiles: Tensor, sparsity: float) -> Tensor:
     return torch.lerp(quantiles[low], quantiles[min(low + 1, N_QUANTILES - 1)], at - low)
 
 
+class SomeRows:
+    """Copies of at most `keep` rows of each tensor, drawn at random, the same for the same tensors; None keeps all.
+
+    A stride would meet the length of the sequences and see some positions only.
+    """
+
+    def __init__(self, keep: int | None) -> None:
+        self.keep, self.generator = keep, torch.Generator().manual_seed(0)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        if self.keep is None or len(rows) <= self.keep:
+            return rows.clone()
+        return rows[torch.randperm(len(rows), generator=self.generator)[: self.keep].to(rows.device)]
+
+
 @contextmanager
 def record_logits(model: nn.Module, keep: int | None = None, *, flat: bool = True) -> Iterator[dict[str, list[Tensor]]]:
     """Collect every router's logits [n_tokens, n_experts] by site name while the block runs.
 
-    keep: at most so many tokens per forward, evenly spaced; None keeps all. flat: False leaves the shape as it is.
+    keep: at most so many tokens per forward; None keeps all. flat: False leaves the shape as it is.
     """
     seen: dict[str, list[Tensor]] = {}
     handles = []
     for site in require_state(model, "record_logits").sites:
-        rows = seen.setdefault(site.name, [])
+        rows, draw = seen.setdefault(site.name, []), SomeRows(keep)
 
-        def hook(module: nn.Module, args: Any, logits: Tensor | None, rows: list[Tensor] = rows) -> None:
+        def hook(
+            module: nn.Module,
+            args: Any,
+            logits: Tensor | None,
+            rows: list[Tensor] = rows,
+            draw: SomeRows = draw,
+        ) -> None:
             if logits is not None and not flat:
                 rows.append(logits.detach().clone())
             elif logits is not None:
-                tokens = logits.detach().reshape(-1, logits.shape[-1])
-                step = 1 if keep is None else max(1, len(tokens) // keep)
-                rows.append(tokens[::step].clone())
+                rows.append(draw(logits.detach().reshape(-1, logits.shape[-1])))
 
         handles.append(router_of(model, site).register_forward_hook(hook))
     try:
@@ -185,13 +204,17 @@ def measure_union(model: nn.Module, batches: Iterable[Any], window: int = 2) -> 
 
 
 def update_table(model: nn.Module, batches: Iterable[Any]) -> None:
-    """Fill every router's quantile table from its logits on these batches, seen through the model's present gates."""
+    """Fill every router's quantile table from its logits on these batches, seen through the model's present gates.
+
+    A router that no token reached keeps its table.
+    """
     state = require_state(model, "update_table")
     present = router_of(model, state.sites[0]).mode
     with mode_of(model, "hard" if present == "dense" else present), record_logits(model, keep=512) as seen:
         run_batches(model, batches)
     for site in state.sites:
-        router_of(model, site).quantiles.copy_(table_of(torch.cat(seen[site.name]).float()))
+        if seen[site.name]:
+            router_of(model, site).quantiles.copy_(table_of(torch.cat(seen[site.name]).float()))
 
 
 def table_of(logits: Tensor) -> Tensor:
@@ -210,6 +233,13 @@ def place_threshold(router: Router, table: Tensor, cut: Tensor) -> None:
         router.bias.add_(shift)
         router.quantiles.copy_(table + shift)
         router.threshold.fill_(logit(router.tau))
+
+
+def move_biases(model: nn.Module, sparsity: float) -> None:
+    """As `set_sparsity`, but above 0, and thresholds are logit(tau) again afterwards: the biases move."""
+    for site, cut in zip(require_state(model, "move_biases").sites, cuts_at(model, sparsity), strict=True):
+        router = router_of(model, site)
+        place_threshold(router, router.quantiles, cut)
 
 
 def shared_cut(tables: Sequence[Tensor], sparsity: float) -> Tensor:

@@ -50,7 +50,8 @@ from ltepass.training.stages import settle
 from ltepass.training.warm_start import warm_start
 
 SAMPLE_TOKENS = 16_384  # of training text, kept for the rules
-CALIBRATED, WARM = STARTS = ("lte-calibrated", "lte-warm")
+CALIBRATED = "lte-calibrated"
+STARTS = (CALIBRATED, "lte-warm")
 POST_HOC = ("cats", "teal", "moefication", "dejavu", *STARTS, "oracle")
 OURS = tuple(CUTS)
 FROM_ONE = "lte+cuts"  # of which the first point's checkpoint is measured at the others too
@@ -245,7 +246,7 @@ class Frontier(Workshop):
         return measured
 
     def _start(self, cell: Cell, data: Data) -> Measured:
-        """LTE at step 0: routers for the model as it is, or the warm start; no training."""
+        """LTE at step 0: routers for the model as it is, or the warm start. Nothing but calibration blocks is used."""
         model = retarget(copy.deepcopy(self.prepared("tuned", cell.seed)), cell.sparsity)
         blocks = calibration_blocks(data, self.budget).to(model.device)
         batches = torch.split(blocks, self.budget.batch)

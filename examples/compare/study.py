@@ -18,7 +18,7 @@ import ltepass
 from ltepass.demo.speed import router_share
 from ltepass.evaluation import perplexity
 from ltepass.sites import router_of, routers_of
-from ltepass.sparsity import cuts_at, place_threshold, set_sparsity, update_table
+from ltepass.sparsity import move_biases, set_sparsity, update_table
 from ltepass.texts import corpora, token_blocks
 from ltepass.training.settings import LTESettings
 from ltepass.training.trainer import LTETrainerMixin
@@ -182,11 +182,9 @@ def transform(model: Any, data: Data, budget: Budget, sparsity: float, recipe: R
 
 
 def retarget(model: Any, sparsity: float) -> Any:
-    """A calibrated model, as if it had been calibrated for another sparsity: only thresholds depend on it."""
+    """A model calibrated on dense inputs, as if for another sparsity: only thresholds depend on it."""
     model._lte.config["target_sparsity"] = sparsity
-    routers = [router_of(model, site) for site in model._lte.sites]
-    for router, cut in zip(routers, cuts_at(model, sparsity), strict=True):
-        place_threshold(router, router.quantiles.clone(), cut)
+    move_biases(model, sparsity)
     return model
 
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F  # noqa: N812 -- the name everybody uses
 from transformers import AutoModelForCausalLM
 
 import ltepass
+from ltepass import calibration
 from ltepass.errors import CalibrationError, ConfigError
 from ltepass.observing import collect
 from ltepass.sensitivity import loss_sensitivity
@@ -134,6 +135,42 @@ def test_routers_start_from_what_the_loss_hears() -> None:
     assert min(shares["layer"]) > 0.3  # |down_j| alone tells them not apart
 
 
+def test_sites_compare_by_their_log_cost_whichever_inputs_they_are_fitted_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mean logits on the inputs of the last fit differ between sites by the scale times the log cost, and no more."""
+    last: list[Any] = []
+    fit = calibration.fit_energies
+
+    def keep(model: Any, batches: Any, weights: Any, mode: Any) -> Any:
+        before = copy.deepcopy(model)
+        last[:] = [before, fit(model, batches, weights, mode)]
+        return dict(last[1])
+
+    monkeypatch.setattr(calibration, "fit_energies", keep)
+    model, batches = dense_model(layers=6), tokens(60).split(20)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight.mul_(3.0)
+    config = ltepass.LTEConfig(group_size=4, grouping="identity", budget="model", target_sparsity=0.8)
+    ltepass.transform(model, config=config)
+    costs = loss_sensitivity(model, batches)
+    ltepass.calibrate(model, batches, inputs="hard")
+    before, fits = last
+    seen: dict[str, list[Tensor]] = {site.name: [] for site in model._lte.sites}
+    for site in before._lte.sites:
+        router_of(before, site).register_forward_pre_hook(lambda _, args, name=site.name: seen[name].append(args[0]))
+    ltepass.set_mode(before, "hard")
+    with torch.no_grad():
+        for batch in batches:
+            before(batch)
+    rest = []
+    for site in model._lte.sites:
+        router = router_of(model, site)
+        scale = float(router.weight.detach().norm() / fits[site.name].weight.norm())
+        logits = F.linear(torch.cat(seen[site.name]), router.weight, router.bias)
+        rest.append(float(logits.detach().mean()) - scale * costs[site.name].log_cost)
+    assert max(rest) - min(rest) < 0.02
+
+
 def shares_of(model: Any, target: float) -> list[float]:
     return list(settle(model, tokens(80, seed=5).split(20), target).values())
 
@@ -188,6 +225,10 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ConfigError, match="router_bias=True"):
         ltepass.LTEConfig(budget="model", router_bias=False)
     ids = torch.randint(0, VOCAB, (2, 9))
+    without = ltepass.transform(dense_model(), config=ltepass.LTEConfig(group_size=4, router_bias=False))
+    settle(without, [tokens(8)], 0.5, budget="model")
+    with pytest.raises(ConfigError, match="router_bias=True"):
+        ltepass.calibrate(without, [tokens(8)])
     with pytest.raises(CalibrationError, match="returns no logits"):
         ltepass.transform(Logits(1.0), ids, config=ltepass.LTEConfig(group_size=4, budget="model"), calibration=[ids])
     with pytest.raises(CalibrationError, match="no batch"):

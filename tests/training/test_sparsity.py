@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from learning_cases import dense_model, tokens
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ltepass
 from ltepass import calibration
 from ltepass.errors import CalibrationError, ConfigError, LoweredError, NotTransformedError
 from ltepass.sites import router_of, routers_of
+from ltepass.sparsity import SomeRows, update_table
 from ltepass.training.stages import settle
 
 
@@ -39,15 +41,42 @@ def test_calibration_starts_routers_near_the_target(target: float) -> None:
     assert all(bool(r.quantiles.isfinite().all()) for r in routers_of(m))
 
 
-@pytest.mark.parametrize(("budget", "bias"), [("layer", True), ("layer", False), ("model", True)])
-@pytest.mark.parametrize("target", [0.0, 0.5, 0.9])
-def test_a_start_from_hard_inputs_meets_the_target_on_them(target: float, budget: Any, bias: bool) -> None:
-    m = model(calibrated=False, target_sparsity=target, router_bias=bias, budget=budget)
-    batches = [ids(seed) for seed in range(1, 9)]
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("target", [0.5, 0.9])
+def test_a_start_from_hard_inputs_meets_the_target_at_every_site(target: float, bias: bool) -> None:
+    """Eight layers deep, where a start from dense inputs is off by 0.016 to 0.021 (with biases)."""
+    m = dense_model(layers=8)
+    with torch.no_grad():
+        for layer in m.model.layers:
+            layer.mlp.down_proj.weight.mul_(3.0)
+    batches = tokens(60).split(4)
+    m = ltepass.transform(m, config=ltepass.LTEConfig(group_size=4, target_sparsity=target, router_bias=bias))
     ltepass.calibrate(m, batches, inputs="hard")
-    assert mean(ltepass.measure_sparsity(m, batches)) == pytest.approx(target, abs=0.005)
+    shares = ltepass.measure_sparsity(m, batches).values()
+    assert max(abs(share - target) for share in shares) < 0.01
     if bias:
         assert all(float(r.threshold) == 0.0 for r in routers_of(m))  # logit(tau): the bias carries the target
+
+
+def test_every_expert_is_active_at_a_target_of_nothing() -> None:
+    m = model(calibrated=False, target_sparsity=0.0)
+    ltepass.calibrate(m, [ids(1)], inputs="hard")
+    assert mean(ltepass.measure_sparsity(m, [ids(1)])) == 0.0
+
+
+def test_a_table_is_taken_from_random_rows_and_kept_where_there_are_none() -> None:
+    positions = torch.arange(64).repeat(8)[:, None]
+    drawn = SomeRows(64)
+    first, second = drawn(positions), drawn(positions)
+    assert len(first) == len(second) == 64
+    assert min(len(first.unique()), len(second.unique())) > 24  # a stride of 8 sees 8 positions
+    assert not torch.equal(first, second)
+    assert torch.equal(SomeRows(64)(positions), first)
+    assert torch.equal(SomeRows(None)(positions), positions)
+    m = model()
+    before = [r.quantiles.clone() for r in routers_of(m)]
+    update_table(m, [])
+    assert all(torch.equal(r.quantiles, b) for r, b in zip(routers_of(m), before, strict=True))
 
 
 def test_a_start_from_hard_inputs_places_thresholds_before_and_after_its_second_fit(
@@ -68,10 +97,11 @@ def test_a_start_from_hard_inputs_places_thresholds_before_and_after_its_second_
     monkeypatch.setattr(calibration, "update_table", keep_table)
     monkeypatch.setattr(calibration, "fit_energies", keep_fit)
     m = model(calibrated=False, target_sparsity=0.9)
-    ltepass.calibrate(m, [ids(seed) for seed in range(1, 9)], inputs="hard")
+    ltepass.calibrate(m, [ids(seed, batch=4) for seed in range(1, 18)], inputs="hard")
     assert [step for step in steps if isinstance(step, str)] == ["dense", "hard"]
     assert [steps.index("dense"), steps.index("hard"), len(steps)] == [0, 3, 6]
     before, batches = steps[-1]
+    assert len(batches) == 6  # every third: no more than SETTLE_BATCHES
     seen: dict[str, list[Any]] = {site.name: [] for site in m._lte.sites}
     for site in before._lte.sites:
         router_of(before, site).register_forward_pre_hook(lambda _, args, name=site.name: seen[name].append(args[0]))
@@ -110,7 +140,7 @@ def test_calibration_leaves_mode_flags_rng_and_hooks(inputs: Any) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert all(x.training for x in m.modules())
     assert {r.mode for r in routers_of(m)} == {"hard"}
-    assert all(r.observer is None and not r._forward_pre_hooks for r in routers_of(m))
+    assert all(r.observer is None and not r._forward_pre_hooks and not r._forward_hooks for r in routers_of(m))
 
 
 def test_the_knob_is_monotonic_and_hits_what_the_table_says() -> None:
