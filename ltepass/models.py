@@ -104,8 +104,9 @@ class TrainOptions:
     """Of `ltepass train`; the defaults are what measured best at up to 61,440 tokens (examples/results/ablations.md).
 
     steps: optimizer steps of the hard stage; soft_steps: of the soft stage before it; warm_start: refit each FFN before
-    the first step; budget, hidden_sparsity, input_sparsity: as in `LTEConfig`; length: tokens of a block; stages: what
-    `LTESettings` takes beside these.
+    the first step. With no steps of either stage nothing is trained: routers and warm start are all. budget,
+    hidden_sparsity, input_sparsity: as in `LTEConfig`; length: tokens of a block; stages: what `LTESettings` takes
+    beside these.
     """
 
     target_sparsity: float = 0.5
@@ -123,6 +124,10 @@ class TrainOptions:
     input_sparsity: float = 0.0
     stages: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    @property
+    def trains(self) -> bool:
+        return self.steps + self.soft_steps > 0
+
 
 def train(name: str, text: str, out: Path, options: TrainOptions) -> Report:
     """Transform a dense model, calibrate on the text, train both stages on it, save to `out` with the tokenizer.
@@ -133,7 +138,12 @@ def train(name: str, text: str, out: Path, options: TrainOptions) -> Report:
     from transformers import AutoTokenizer, TrainingArguments
 
     from ltepass.training.settings import LTESettings
+    from ltepass.training.stages import settle
 
+    if options.steps < 0 or options.soft_steps < 0:
+        raise ConfigError(
+            f"steps is {options.steps} and soft_steps is {options.soft_steps}; expected 0 (no such stage) or more"
+        )
     lte = LTESettings(soft_steps=options.soft_steps, **options.stages)
     model, tokenizer = load(name, options.device), AutoTokenizer.from_pretrained(name)
     blocks = token_blocks(tokenizer, text, options.length)
@@ -145,6 +155,10 @@ def train(name: str, text: str, out: Path, options: TrainOptions) -> Report:
         )
     data = [{"input_ids": block, "labels": block} for block in blocks]
     _start(model, blocks[:-held_out][: max(1, START_TOKENS // options.length)].to(model.device), options)
+    train, held = data[:-held_out], data[-held_out:]
+    if not options.trains:
+        settle(model, torch.split(blocks[-held_out:].to(model.device), options.batch), options.target_sparsity)
+        return _saved(model, tokenizer, blocks[-held_out:], out)
     args = TrainingArguments(
         str(out / "training"),
         max_steps=options.steps,
@@ -155,14 +169,18 @@ def train(name: str, text: str, out: Path, options: TrainOptions) -> Report:
         save_strategy="no",
         report_to="none",
     )
-    train, held = data[:-held_out], data[-held_out:]
     trainer = ltepass.LTETrainer(model=model, args=args, lte=lte, train_dataset=train, eval_dataset=held)
     trainer.fit()
+    return _saved(model, tokenizer, blocks[-held_out:], out)
+
+
+def _saved(model: Any, tokenizer: Any, held_out: torch.Tensor, out: Path) -> Report:
+    """Save in hard mode; the report on held-out blocks [n, length]."""
     ltepass.set_mode(model, "hard")
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     model.eval()
-    return ltepass.report(model, ltepass.measure_sparsity(model, blocks[-held_out:, None].to(model.device)))
+    return ltepass.report(model, ltepass.measure_sparsity(model, held_out[:, None].to(model.device)))
 
 
 def _start(model: Any, blocks: torch.Tensor, options: TrainOptions) -> None:
@@ -177,10 +195,13 @@ def _start(model: Any, blocks: torch.Tensor, options: TrainOptions) -> None:
         input_sparsity=options.input_sparsity,
         seed=options.seed,
     )
-    ltepass.transform(model, config=config, calibration=torch.split(blocks, options.batch))
+    batches = torch.split(blocks, options.batch)
+    ltepass.transform(model, config=config, calibration=batches)
     if options.warm_start:
         widest = max(site.d_ff for site in require_state(model, "train").sites)
         warm_start(model, blocks[: max(1, START_BYTES // (4 * widest * options.length))])
+    elif not options.trains:
+        ltepass.calibrate(model, batches, inputs="hard")  # nothing else will bring the inputs back
 
 
 def evaluate(

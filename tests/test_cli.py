@@ -152,6 +152,23 @@ def test_train_eval_and_generate_follow_each_other(dense_folder: Path, tmp_path:
     assert "hard mode" not in run("eval", str(dense_folder), str(text), *common)
 
 
+@pytest.mark.parametrize("start", ["--warm-start", "--no-warm-start"])
+def test_without_steps_nothing_is_trained(dense_folder: Path, tmp_path: Path, start: str) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text(" ".join(f"w{(i * 7 + i // 9) % 61}" for i in range(800)))
+    options = ["--length", "20", "--group-size", "12", "--target-sparsity", "0.5", start]
+    run("train", str(dense_folder), str(text), "--out", str(out), "--steps", "0", *options)
+    before, after = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (dense_folder, out))
+    # grouping moves neurons and leaves their values
+    moved = {n for n in before if not torch.equal(before[n].flatten().sort().values, after[n].flatten().sort().values)}
+    down = {n for n in before if "down_proj" in n}
+    assert moved == (down if start == "--warm-start" else set())
+    assert {router.mode for router in routers_of(load(str(out)))} == {"hard"}
+    assert "hard mode" in run("eval", str(out), str(text), "--length", "20")
+    with pytest.raises(ConfigError, match="expected 0"):
+        run("train", str(dense_folder), str(text), "--out", str(out), "--steps", "-1", *options)
+
+
 def test_train_takes_the_stages_options_and_eval_shows_the_curve(dense_folder: Path, tmp_path: Path) -> None:
     text, out = tmp_path / "text.txt", tmp_path / "out"
     text.write_text(" ".join(f"w{(i * 7 + i // 9) % 61}" for i in range(800)))
