@@ -102,7 +102,7 @@ def train(
     out: Out = Path("lte-model"),
     target_sparsity: Sparsity = 0.5,
     group_size: GroupSize = None,
-    steps: Annotated[int, typer.Option(help="Optimizer steps of the hard stage; 0: no training.")] = 100,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of the hard stage; 0: none.")] = 100,
     batch: Annotated[int, typer.Option(help="Blocks of one step.")] = 4,
     length: Annotated[int, typer.Option(help="Tokens of one block.")] = 512,
     learning_rate: Annotated[float, typer.Option(help="Of both stages.")] = 1e-4,

@@ -144,7 +144,7 @@ def train(name: str, text: str, out: Path, options: TrainOptions) -> Report:
         raise ConfigError(
             f"steps is {options.steps} and soft_steps is {options.soft_steps}; expected 0 (no such stage) or more"
         )
-    lte = LTESettings(soft_steps=options.soft_steps, **options.stages)
+    lte = LTESettings(soft_steps=options.soft_steps, hard_steps=options.steps, **options.stages)
     model, tokenizer = load(name, options.device), AutoTokenizer.from_pretrained(name)
     blocks = token_blocks(tokenizer, text, options.length)
     held_out = max(1, len(blocks) // 10)
@@ -161,7 +161,6 @@ def train(name: str, text: str, out: Path, options: TrainOptions) -> Report:
         return _saved(model, tokenizer, blocks[-held_out:], out)
     args = TrainingArguments(
         str(out / "training"),
-        max_steps=options.steps,
         per_device_train_batch_size=options.batch,
         learning_rate=options.learning_rate,
         seed=options.seed,

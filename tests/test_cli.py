@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, Trainer
 from typer.testing import CliRunner
 
 import ltepass
@@ -167,6 +167,28 @@ def test_without_steps_nothing_is_trained(dense_folder: Path, tmp_path: Path, st
     assert "hard mode" in run("eval", str(out), str(text), "--length", "20")
     with pytest.raises(ConfigError, match="expected 0"):
         run("train", str(dense_folder), str(text), "--out", str(out), "--steps", "-1", *options)
+
+
+def test_each_stage_takes_the_steps_that_were_asked_for(
+    dense_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[str] = []
+    step = Trainer.training_step
+
+    def count(self: Any, *args: Any, **kwargs: Any) -> Any:
+        taken.append(self.stage)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", count)
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{(i * 7 + i // 9) % 61}" for i in range(800)))
+    common = [str(dense_folder), str(text), "--out", str(tmp_path / "out"), "--length", "20", "--group-size", "12"]
+    run("train", *common, "--steps", "0", "--soft-steps", "2")
+    assert taken == ["soft", "soft"]
+    run("train", *common, "--steps", "1", "--soft-steps", "1")
+    assert taken[2:] == ["soft", "hard"]
+    run("train", *common, "--steps", "0")
+    assert len(taken) == 4
 
 
 def test_train_takes_the_stages_options_and_eval_shows_the_curve(dense_folder: Path, tmp_path: Path) -> None:
