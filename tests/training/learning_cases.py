@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 import ltepass
 from ltepass.evaluation import perplexity
+from ltepass.sites import router_of
 from ltepass.sparsity import mode_of
 from ltepass.training.settings import LTESettings
 from ltepass.training.trainer import LTETrainer
@@ -50,6 +52,19 @@ def transformed(target: float = 0.5, *, group_size: int = 4, **config: Any) -> A
 def calibrated(target: float = 0.5, *, group_size: int = 4, n: int = 60, **config: Any) -> Any:
     settings = {"group_size": group_size, "target_sparsity": target, **config}
     return ltepass.transform(dense_model(), config=ltepass.LTEConfig(**settings), calibration=tokens(n).split(7))
+
+
+def router_inputs(model: Any, batches: Sequence[Tensor], mode: Any) -> dict[str, Tensor]:
+    """By site: what every token of the batches gives its router in this mode, [n_tokens, d_model]."""
+    seen: dict[str, list[Tensor]] = {site.name: [] for site in model._lte.sites}
+    for site in model._lte.sites:
+        router_of(model, site).register_forward_pre_hook(
+            lambda _, args, name=site.name: seen[name].append(args[0].flatten(0, -2))
+        )
+    with mode_of(model, mode), torch.no_grad():
+        for batch in batches:
+            model(batch)
+    return {name: torch.cat(rows) for name, rows in seen.items()}
 
 
 def weights(model: Any) -> dict[str, Tensor]:

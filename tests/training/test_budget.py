@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from learning_cases import calibrated, dense_model, tokens
+from learning_cases import calibrated, dense_model, router_inputs, tokens
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 -- the name everybody uses
 from transformers import AutoModelForCausalLM
@@ -155,18 +155,12 @@ def test_sites_compare_by_their_log_cost_whichever_inputs_they_are_fitted_to(mon
     costs = loss_sensitivity(model, batches)
     ltepass.calibrate(model, batches, inputs="hard")
     before, fits = last
-    seen: dict[str, list[Tensor]] = {site.name: [] for site in model._lte.sites}
-    for site in before._lte.sites:
-        router_of(before, site).register_forward_pre_hook(lambda _, args, name=site.name: seen[name].append(args[0]))
-    ltepass.set_mode(before, "hard")
-    with torch.no_grad():
-        for batch in batches:
-            before(batch)
+    seen = router_inputs(before, batches, "hard")
     rest = []
     for site in model._lte.sites:
         router = router_of(model, site)
         scale = float(router.weight.detach().norm() / fits[site.name].weight.norm())
-        logits = F.linear(torch.cat(seen[site.name]), router.weight, router.bias)
+        logits = F.linear(seen[site.name], router.weight, router.bias)
         rest.append(float(logits.detach().mean()) - scale * costs[site.name].log_cost)
     assert max(rest) - min(rest) < 0.02
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from learning_cases import assert_same, calibrated, dense_model, tokens, transformed, weights
+from learning_cases import assert_same, calibrated, dense_model, router_inputs, tokens, transformed, weights
 from torch import Tensor
 
 import ltepass
@@ -20,7 +20,6 @@ from ltepass.grouping import grouping_permutation, permute_site, site_permutatio
 from ltepass.observing import Sample, collect
 from ltepass.ridge import RIDGE, RidgeSums
 from ltepass.sites import router_of
-from ltepass.sparsity import mode_of
 
 METHODS = ("identity", "random", "kmeans", "coactivation", "output_aware")
 
@@ -246,13 +245,9 @@ def test_routers_are_fitted_on_every_token_that_the_model_gives_them(
     assert [mode for _, mode in before] == ["dense", "hard"][: len(before)]
     last, mode = before[-1]
     assert mode == inputs
-    seen: dict[str, Any] = {}
-    for site in last._lte.sites:
-        router_of(last, site).register_forward_hook(lambda _, args, out, name=site.name: seen.update({name: args[0]}))
-    with mode_of(last, inputs), torch.no_grad():
-        last(torch.cat(batches))
+    seen = router_inputs(last, batches, inputs)
     for site in model._lte.sites:
-        x = seen[site.name].flatten(0, -2)
+        x = seen[site.name]
         gate, up = (model.get_submodule(n).weight for n in (site.gate, site.up))
         h = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
         sums = RidgeSums()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from learning_cases import dense_model, tokens
+from learning_cases import dense_model, router_inputs, tokens
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ltepass
@@ -102,16 +102,10 @@ def test_a_start_from_hard_inputs_places_thresholds_before_and_after_its_second_
     assert [steps.index("dense"), steps.index("hard"), len(steps)] == [0, 3, 6]
     before, batches = steps[-1]
     assert len(batches) == 6  # every third: no more than SETTLE_BATCHES
-    seen: dict[str, list[Any]] = {site.name: [] for site in m._lte.sites}
-    for site in before._lte.sites:
-        router_of(before, site).register_forward_pre_hook(lambda _, args, name=site.name: seen[name].append(args[0]))
-    ltepass.set_mode(before, "hard")
-    with torch.no_grad():
-        for batch in batches:
-            before(batch)
+    seen = router_inputs(before, batches, "hard")
     for site in m._lte.sites:
         router = router_of(m, site)
-        logits = torch.nn.functional.linear(torch.cat(seen[site.name]), router.weight, router.bias)
+        logits = torch.nn.functional.linear(seen[site.name], router.weight, router.bias)
         assert float((logits <= router.threshold).float().mean()) == pytest.approx(0.9, abs=1e-3)
 
 
