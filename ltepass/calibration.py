@@ -7,10 +7,9 @@ group neurons by; another adds up what the regression needs, which is as small f
 
 What hard gates give the next FFN is not what the dense model gave it, and at a high sparsity the two have little in
 common: with `inputs="hard"` thresholds are placed, routers fitted again and thresholds placed again on what the model
-itself makes of the text. On SmolLM2-135M at 80 % (experts of 8, budget "model") that took the perplexities of three
-texts from 147 / 109 / 647 to 119 / 103 / 298 at no more bytes. The layer-wise warm start mends the inputs by its own
-means, and wants routers that know the dense model's: after it, from 24,576 tokens, 63 / 55 / 144 with them and
-74 / 66 / 176 with the others.
+itself makes of the text. The layer-wise warm start mends the inputs by its own means, and wants routers that know the
+dense model's. What each gives before any training stands in `examples/results/frontier.md`, as lte-calibrated and
+lte-warm.
 """
 
 from __future__ import annotations
