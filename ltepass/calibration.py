@@ -4,12 +4,13 @@ The paper gives no router start. Ours predicts each expert's energy, the norm of
 the FFN's input by ridge regression, and puts the threshold where the target share of experts is inactive; with budget
 "model" the loss's own metric stands for ||down_j|| (`ltepass/sensitivity.py`). Part of a dense pass samples tokens to
 group neurons by; another adds up what the regression needs, which is as small for a million tokens as for one.
+What needs few tokens sees every eighth batch: what FFNs matter, and where thresholds lie.
 
 What hard gates give the next FFN is not what the dense model gave it, and at a high sparsity the two have little in
 common: with `inputs="hard"` thresholds are placed, routers fitted again and thresholds placed again on what the model
 itself makes of the text. The layer-wise warm start mends the inputs by its own means, and wants routers that know the
 dense model's. What each gives before any training stands in `examples/results/frontier.md`, as lte-calibrated and
-lte-warm.
+lte-warm; what a start costs, in `examples/results/start_cost.md`.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from torch import Tensor, nn
 from ltepass.config import Mode
 from ltepass.cuts import place_cuts
 from ltepass.energy import down_energy, expert_energy, log_energy
-from ltepass.errors import ConfigError, LoweredError
+from ltepass.errors import ConfigError, LoweredError, MetaWeightsError
 from ltepass.grouping import permute_site, site_permutation
-from ltepass.observing import SAMPLE_TOKENS, Observer, Sample, collect, watch
+from ltepass.observing import SAMPLE_TOKENS, Observer, collect, watch
 from ltepass.ridge import RidgeSums
 from ltepass.router import Router
 from ltepass.sensitivity import loss_sensitivity
@@ -46,7 +47,8 @@ from ltepass.sparsity import (
 
 Inputs = Literal["dense", "hard"]
 LOG_LEAST = 70.0  # of an offset: an FFN that the output does not hear has none
-SETTLE_BATCHES = 8  # of the calibration's, spread over it, for thresholds alone
+FIRST, FEW = 4, 8  # every so manieth batch: for a fit that only leads to the next, and for thresholds and costs
+FEWEST_TOKENS = 512
 LOGIT_STD = 2.0  # spread of the starting logits: a quarter of the scores lie within 0.15 of tau, off the pole
 
 
@@ -60,8 +62,8 @@ def calibrate(
     grouping: a method of `ltepass.grouping`; None takes the config's ("auto" is output_aware here). Groups that an
         earlier calibration made by this method stay, as do all for "identity".
     inputs: what routers are fitted to: "dense", what the dense model gives its FFNs, before any training or
-        `warm_start`; "hard", in three to five times the passes, what they see once experts are left out (under the
-        present cuts, if any), for a model that is used as it is. Learned routers are replaced by either.
+        `warm_start`; "hard", in about one and a half times the passes, what they see once experts are left out (under
+        the present cuts, if any), for a model that is used as it is. Learned routers are replaced by either.
     Leaves mode, training flags, RNG and hooks as they were. Raises NotTransformedError, LoweredError, ConfigError,
     MetaWeightsError, CalibrationError (no tokens seen).
     """
@@ -72,13 +74,15 @@ def calibrate(
         raise ConfigError('budget "model" puts what an FFN matters into its router\'s bias; expected router_bias=True')
     if state.lowered is not None:
         raise LoweredError("calibrate expects the model as trained; call ltepass.unlower(model)")
+    if any(p.is_meta for p in model.parameters()):
+        raise MetaWeightsError("calibration needs real weights and the model is on the meta device; load them first")
     batches = list(batches)
-    group_by(model, collect(model, batches), grouping)
+    group_by(model, batches, grouping)
     start_routers(model, batches, inputs)
     place_cuts(model, batches)
 
 
-def group_by(model: nn.Module, samples: dict[str, Sample], grouping: str | None) -> None:
+def group_by(model: nn.Module, batches: Sequence[Any], grouping: str | None) -> None:
     """Reorder every site's neurons by the method, unless they are in its order already."""
     state = require_state(model, "calibrate")
     method = grouping or state.config["grouping"]
@@ -87,6 +91,7 @@ def group_by(model: nn.Module, samples: dict[str, Sample], grouping: str | None)
         return
     by_rows = method == "kmeans" and not is_calibrated(model)  # transform had no inputs to group by
     if method != state.grouping or by_rows:
+        samples = collect(model, batches)
         orders: dict[Any, Tensor] = {}  # sites that share their weights share their order
         for site in state.sites:
             if site.neurons not in orders:
@@ -106,24 +111,38 @@ def start_routers(model: nn.Module, batches: Sequence[Any], inputs: Inputs) -> N
     target = state.config["target_sparsity"]
     log_costs: dict[str, float] | None = None
     if state.config["budget"] == "model":
-        found = loss_sensitivity(model, batches)
+        found = loss_sensitivity(model, every(FEW, batches))
         weights = {name: s.neurons for name, s in found.items()}
         log_costs = {name: s.log_cost for name, s in found.items()}
     else:
         weights = {s.name: down_energy(model, s) for s in state.sites}
     adapts = inputs == "hard" and target > 0
     scales: dict[str, float] = {}
-    passes: tuple[Mode, ...] = ("dense", "hard") if adapts else ("dense",)
-    for mode in passes:
-        fits = fit_energies(model, batches, weights, mode)
+    passes: list[tuple[Mode, Sequence[Any], int]] = [("dense", batches, 0)]
+    if adapts:  # thresholds of the last fit twice: the second sees the inputs that the moved thresholds make
+        passes = [("dense", every(FIRST, batches), 1), ("hard", batches, 2)]
+    for mode, seen, meetings in passes:
+        fits = fit_energies(model, seen, weights, mode)
         scales = scales or _scales(fits, together=log_costs is not None)  # of the dense pass
         for name, fit in fits.items():
             offset = 0.0 if log_costs is None else max(log_costs[name] - fit.mean_log, -LOG_LEAST)
             fits[name] = fit.scaled(scales[name], scales[name] * offset)
         _place(model, fits, target, together=log_costs is not None)
-        if adapts:
-            for _ in range(2):  # the second sees the inputs that the moved thresholds make
-                _meet(model, batches[:: math.ceil(len(batches) / SETTLE_BATCHES)], target)
+        for _ in range(meetings):
+            _meet(model, every(FEW, batches), target)
+
+
+def every(nth: int, batches: Sequence[Any]) -> Sequence[Any]:
+    """Every nth of the batches, or more of them where they would hold fewer than FEWEST_TOKENS."""
+    return batches[:: min(nth, max(1, sum(map(_tokens_of, batches)) // FEWEST_TOKENS))]
+
+
+def _tokens_of(batch: Any) -> int:
+    """0 for a batch that names its tokens in a way of its own."""
+    if isinstance(batch, dict):
+        embedded = batch.get("inputs_embeds")
+        batch = batch.get("input_ids", None if embedded is None else embedded[..., 0])
+    return batch.numel() if isinstance(batch, Tensor) else 0
 
 
 @dataclass

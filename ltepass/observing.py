@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ltepass.config import Mode
-from ltepass.errors import CalibrationError, MetaWeightsError
+from ltepass.errors import CalibrationError
 from ltepass.router import Router
 from ltepass.sites import FFNSite, require_state, router_of
 from ltepass.sparsity import mode_of, run_batches
@@ -32,23 +32,15 @@ class Sample:
 def collect(model: nn.Module, batches: Iterable[Any]) -> dict[str, Sample]:
     """The first inputs and hidden units of every site, in dense mode: SAMPLE_TOKENS, or what BUDGET_BYTES holds."""
     state = require_state(model, "collect")
-    if any(p.is_meta for p in model.parameters()):
-        raise MetaWeightsError("calibration needs real weights and the model is on the meta device; load them first")
     per_token = sum(2 * (s.d_model + s.d_ff) for s in state.sites)
     room = min(SAMPLE_TOKENS, max(256, BUDGET_BYTES // per_token))
     collectors = [_Collector(s, router_of(model, s), room) for s in state.sites]
     watch(model, takewhile(lambda _: not all(c.full for c in collectors), batches), collectors)
-    empty = [c.site.name for c in collectors if not c.x]
-    if empty:
-        raise CalibrationError(
-            f"calibration saw no token at {empty[0]} ({len(empty)} of {len(collectors)} sites); expected at least one "
-            "batch that runs through every FFN; pass batches of token ids"
-        )
     return {c.site.name: Sample(torch.cat(c.x), torch.cat(c.h)) for c in collectors}
 
 
 def watch(model: nn.Module, batches: Iterable[Any], observers: Sequence[Observer], *, mode: Mode = "dense") -> None:
-    """A pass in which every observer sees its own site."""
+    """A pass in which every observer sees its own site. Raises CalibrationError where one saw no token."""
     try:
         for observer in observers:
             observer.open()
@@ -57,13 +49,19 @@ def watch(model: nn.Module, batches: Iterable[Any], observers: Sequence[Observer
     finally:
         for observer in observers:
             observer.close()
+    empty = [o.site.name for o in observers if not o.tokens]
+    if empty:
+        raise CalibrationError(
+            f"calibration saw no token at {empty[0]} ({len(empty)} of {len(observers)} sites); expected at least one "
+            "batch that runs through every FFN; pass batches of token ids"
+        )
 
 
 class Observer(ABC):
     """Sees the inputs x [n, d_model], then the hidden units h [n, d_ff], of every forward of one site."""
 
     def __init__(self, site: FFNSite, router: Router) -> None:
-        self.site, self.router = site, router
+        self.site, self.router, self.tokens = site, router, 0
 
     @abstractmethod
     def on_input(self, x: Tensor) -> None: ...
@@ -72,8 +70,12 @@ class Observer(ABC):
     def on_hidden(self, h: Tensor) -> None: ...
 
     def open(self) -> None:
-        self.handle = self.router.register_forward_pre_hook(lambda _, args: self.on_input(rows_of(args[0])))
+        self.handle = self.router.register_forward_pre_hook(lambda _, args: self._count(rows_of(args[0])))
         self.router.observer = lambda h: self.on_hidden(rows_of(h))
+
+    def _count(self, x: Tensor) -> None:
+        self.tokens += len(x)
+        self.on_input(x)
 
     def close(self) -> None:
         self.handle.remove()

@@ -12,9 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import ltepass
 from ltepass import calibration
+from ltepass.calibration import every
 from ltepass.errors import CalibrationError, ConfigError, LoweredError, NotTransformedError
 from ltepass.sites import router_of, routers_of
-from ltepass.sparsity import SomeRows, update_table
+from ltepass.sparsity import SomeRows, run_batches, update_table
 from ltepass.training.stages import settle
 
 
@@ -91,22 +92,60 @@ def test_a_start_from_hard_inputs_places_thresholds_before_and_after_its_second_
         table(m, batches)
 
     def keep_fit(m: Any, batches: Any, weights: Any, mode: Any) -> Any:
-        steps.append(mode)
+        steps.append((mode, len(batches)))
         return fit(m, batches, weights, mode)
 
     monkeypatch.setattr(calibration, "update_table", keep_table)
     monkeypatch.setattr(calibration, "fit_energies", keep_fit)
     m = model(calibrated=False, target_sparsity=0.9)
     ltepass.calibrate(m, [ids(seed, batch=4) for seed in range(1, 18)], inputs="hard")
-    assert [step for step in steps if isinstance(step, str)] == ["dense", "hard"]
-    assert [steps.index("dense"), steps.index("hard"), len(steps)] == [0, 3, 6]
-    before, batches = steps[-1]
-    assert len(batches) == 6  # every third: no more than SETTLE_BATCHES
+    (first, _, second, *_, (before, batches)) = steps
+    assert len(steps) == 5
+    assert (first, second, len(batches)) == (("dense", 5), ("hard", 17), 5)  # 4 would be fewer than FEWEST_TOKENS
     seen = router_inputs(before, batches, "hard")
     for site in m._lte.sites:
         router = router_of(m, site)
         logits = torch.nn.functional.linear(seen[site.name], router.weight, router.bias)
         assert float((logits <= router.threshold).float().mean()) == pytest.approx(0.9, abs=1e-3)
+
+
+def test_what_needs_few_tokens_gets_some_from_everywhere() -> None:
+    few = [ids(seed, batch=4) for seed in range(16)]  # 128 tokens each
+    many = [{"input_ids": ids(seed)} for seed in range(16)]
+    embedded = [{"inputs_embeds": torch.zeros(16, 32, 24)} for _ in range(16)]
+    named = [{"notes": ids(seed)} for seed in range(16)]
+    for nth, batches, expected in (
+        (8, few, [0, 4, 8, 12]),
+        (4, few, [0, 4, 8, 12]),
+        (8, many, [0, 8]),
+        (8, embedded, [0, 8]),
+        (8, named, [*range(16)]),
+        (8, few[:2], [0, 1]),
+        (8, [], []),
+    ):
+        assert [next(i for i, b in enumerate(batches) if b is one) for one in every(nth, batches)] == expected
+
+
+def test_a_start_with_groups_in_place_takes_no_pass_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    m = model()
+    before = [r.permutation.clone() for r in routers_of(m)]
+    monkeypatch.setattr(calibration, "collect", lambda *_: pytest.fail("sampled for groups that stay"))
+    ltepass.calibrate(m, [ids(1), ids(2)])
+    assert all(torch.equal(r.permutation, b) for r, b in zip(routers_of(m), before, strict=True))
+    for budget in ("layer", "model"):
+        m._lte.config["budget"] = budget
+        with pytest.raises(CalibrationError, match=r"saw no token|no batch"):
+            ltepass.calibrate(m, [])
+
+
+def test_passes_for_hooks_make_no_more_logits_than_they_must() -> None:
+    m, shapes = model(), []
+    m.lm_head.register_forward_hook(lambda module, args, out: shapes.append(tuple(out.shape)))
+    for batch in (ids(1), {"input_ids": ids(1)}, {"input_ids": ids(1), "logits_to_keep": 3}):
+        run_batches(m, [batch])
+    assert shapes == [(16, 1, 61), (16, 1, 61), (16, 3, 61)]
+    plain = torch.nn.Linear(3, 2)  # knows no such thing
+    run_batches(plain, [torch.zeros(1, 3), {"input": torch.zeros(1, 3)}])
 
 
 def test_a_calibrated_start_beats_a_random_one() -> None:

@@ -1,0 +1,139 @@
+"""What a start costs and what it gives, before any training: our routers against MoEfication's post-hoc MLP routers.
+
+    python examples/compare/start_cost.py --preset smoke                  half a minute: a tiny model
+    python examples/compare/start_cost.py --preset cpu --texts FOLDER     SmolLM2-135M, half an hour on a core
+
+Seconds are from the dense model, whose groups are in place, to routers in hard mode: every pass and every fit. All
+starts take turns in one process, once per sparsity, on the same tokens of the dense model fine-tuned as in
+`frontier.py`. What they give is compared at the bytes that MoEfication reads.
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from frontier import Frontier, machine
+from frontier_rows import Point, Row, Rows, shown_at
+from methods import RULES
+from rule_hooks import Ruled, collect
+from study import Measured, measure_lte, measure_rule, perplexities, retarget
+from torch import Tensor
+
+import ltepass
+
+FIELDS = "preset start tokens sparsity seconds text bytes_share ratio_to_dense machine torch".split()
+BASELINE = "moefication"
+BATCH_TOKENS = 512  # of what is fitted on
+
+
+def moefication(model: Any, batches: Sequence[Tensor], sparsity: float) -> Callable[[Any], Measured]:
+    samples = collect(model, batches, room=sum(map(Tensor.numel, batches)))
+    ruled = Ruled(model, RULES[BASELINE], sparsity)
+    ruled.calibrate(samples)
+    return lambda test: measure_rule(ruled, test)
+
+
+def ours(model: Any, batches: Sequence[Tensor], inputs: Any) -> Callable[[Any], Measured]:
+    ltepass.calibrate(model, batches, inputs=inputs)
+    ltepass.set_mode(model, "hard")
+    return lambda test: measure_lte(model, test)
+
+
+STARTS: dict[str, Callable[[Any, Sequence[Tensor], float], Callable[[Any], Measured]]] = {
+    BASELINE: moefication,
+    "lte, dense inputs": lambda model, batches, _: ours(model, batches, "dense"),
+    "lte, hard inputs": lambda model, batches, _: ours(model, batches, "hard"),
+}
+
+
+def measure(study: Frontier, counts: Sequence[int], points: Sequence[float]) -> list[Row]:
+    """Seed 0. counts: tokens that a start gets."""
+    data, length = study.data(0), study.budget.length
+    dense = perplexities(study.tuned(0), data.test)
+    rows = []
+    for sparsity in points:
+        for count in counts:
+            batches = torch.split(data.train[: count // length], max(1, BATCH_TOKENS // length))
+            for name, begin in STARTS.items():
+                model = retarget(copy.deepcopy(study.prepared("tuned", 0)), sparsity)
+                ltepass.set_mode(model, "dense")
+                batches = [batch.to(model.device) for batch in batches]
+                begun = time.perf_counter()
+                finish = begin(model, batches, sparsity)
+                seconds = time.perf_counter() - begun
+                ppl, _, read = finish(data.test)
+                print(f"{name}, {count} tokens, {sparsity:.0%}: {seconds:.1f} s", flush=True)
+                rows += [
+                    {
+                        "preset": study.name, "start": name, "tokens": str(count), "sparsity": f"{sparsity:g}",
+                        "seconds": f"{seconds:.3f}", "text": text, "bytes_share": f"{read[text]:.4f}",
+                        "ratio_to_dense": f"{ppl[text] / dense[text]:.4f}", "machine": machine(),
+                        "torch": torch.__version__,
+                    }
+                    for text in ppl
+                ]  # fmt: skip
+    return rows
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """A section for each preset and text."""
+    lines = ["# What a start costs", "", "Made by `examples/compare/start_cost.py` from the CSV beside it."]
+    for preset, text in sorted({(r["preset"], r["text"]) for r in rows}):
+        here = [r for r in rows if (r["preset"], r["text"]) == (preset, text)]
+        shares = sorted({float(r["bytes_share"]) for r in here if r["start"] == BASELINE}, reverse=True)
+        lines += [
+            "",
+            f"## {text}, preset {preset}",
+            "",
+            f"{here[0]['machine']}; torch {here[0]['torch']}. Seconds are medians (least .. most) over "
+            f"{len({r['sparsity'] for r in here})} sparsities, the ratio that of each round; perplexity over the tuned "
+            f"dense model's at the bytes that {BASELINE} reads (- is outside the measured points).",
+            "",
+            f"| start | tokens | seconds | of {BASELINE}'s | " + " | ".join(f"{b:.1%}" for b in shares) + " |",
+            "|---|---|---|---|" + "---|" * len(shares),
+        ]
+        for count in sorted({r["tokens"] for r in here}, key=int):
+            taken = {r["sparsity"]: float(r["seconds"]) for r in here if (r["start"], r["tokens"]) == (BASELINE, count)}
+            for name in STARTS:
+                own = [r for r in here if (r["start"], r["tokens"]) == (name, count)]
+                seconds = [float(r["seconds"]) for r in own]
+                shown = statistics.median(s / taken[r["sparsity"]] for s, r in zip(seconds, own, strict=True))
+                curve: list[Point] = [(float(r["bytes_share"]), float(r["ratio_to_dense"])) for r in own]
+                cells = [f"{statistics.median(seconds):.1f} ({min(seconds):.1f} .. {max(seconds):.1f})", f"{shown:.2f}"]
+                cells += [shown_at([*curve, (1.0, 1.0)], share) for share in shares]
+                lines.append(f"| {name} | {int(count):,} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def main(
+    preset: Annotated[str, typer.Option(help="Of frontier.py.")] = "smoke",
+    texts: Annotated[Path | None, typer.Option(help="Folder of *.txt files; else text that ships with Python.")] = None,
+    tokens: Annotated[str, typer.Option(help="That a start gets, comma-separated.")] = "2048,4096",
+    points: Annotated[str, typer.Option(help="Sparsities, comma-separated; the preset's if empty.")] = "",
+    results: Annotated[Path, typer.Option(help="RESULTS.csv and .md are written.")] = Path("start_cost"),
+    work: Annotated[Path, typer.Option(help="Where trained models are kept.")] = Path("frontier-work"),
+) -> None:
+    study = Frontier(preset, texts, work, Rows(Path()))
+    wanted = list(map(float, points.split(","))) if points else study.preset.points
+    rows = measure(study, list(map(int, tokens.split(","))), wanted)
+    path = results.with_suffix(".csv")
+    kept = [r for r in Rows(path).read() if r["preset"] != preset]
+    results.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*kept, *rows])
+    results.with_suffix(".md").write_text("\n".join(table([*kept, *rows])) + "\n")
+    print(results.with_suffix(".md").read_text())
+
+
+if __name__ == "__main__":
+    typer.run(main)
