@@ -113,19 +113,23 @@ def table(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def _cell(row: Row) -> tuple[str, ...]:
+    return row["preset"], row["start"], row["tokens"], row["sparsity"]
+
+
 def main(
     preset: Annotated[str, typer.Option(help="Of frontier.py.")] = "smoke",
     texts: Annotated[Path | None, typer.Option(help="Folder of *.txt files; else text that ships with Python.")] = None,
     tokens: Annotated[str, typer.Option(help="That a start gets, comma-separated.")] = "2048,4096",
     points: Annotated[str, typer.Option(help="Sparsities, comma-separated; the preset's if empty.")] = "",
-    results: Annotated[Path, typer.Option(help="RESULTS.csv and .md are written.")] = Path("start_cost"),
+    results: Annotated[Path, typer.Option(help="RESULTS.csv and .md are written; other rows of the CSV stay.")] = Path("start_cost"),
     work: Annotated[Path, typer.Option(help="Where trained models are kept.")] = Path("frontier-work"),
 ) -> None:
     study = Frontier(preset, texts, work, Rows(Path()))
     wanted = list(map(float, points.split(","))) if points else study.preset.points
     rows = measure(study, list(map(int, tokens.split(","))), wanted)
-    path = results.with_suffix(".csv")
-    kept = [r for r in Rows(path).read() if r["preset"] != preset]
+    path, again = results.with_suffix(".csv"), set(map(_cell, rows))
+    kept = [r for r in Rows(path).read() if _cell(r) not in again]
     results.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")

@@ -19,11 +19,12 @@ import choose_cuts
 import frontier
 import missed_energy
 import models
+import start_cost
 import step_time
 import study
 import tasks
 from cuts import Cuts, expert_sparsity, measure_cut, n_matrices
-from frontier_rows import at_bytes, ratios, shown_at, write_table
+from frontier_rows import Rows, at_bytes, ratios, shown_at, write_table
 
 import ltepass
 from ltepass.evaluation import perplexity, sparsity_curve
@@ -77,6 +78,52 @@ def test_the_frontier_has_a_row_for_every_method_and_text_and_goes_on_where_it_s
     assert (tmp_path / "frontier.svg").read_text().startswith("<?xml")
     monkeypatch.setattr(frontier.Frontier, "run", None)  # all cells are there
     assert run_frontier(tmp_path, shared) == rows
+
+
+@pytest.mark.usefixtures("quick")
+def test_starts_are_timed_on_the_same_tokens_and_only_their_own_rows_are_replaced(
+    tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, list[int]] = {}
+    for name, begin in start_cost.STARTS.items():
+
+        def keep(model: Any, batches: Any, sparsity: float, name: str = name, begin: Any = begin) -> Any:
+            assert {r.mode for r in routers_of(model)} == {"dense"}
+            seen.setdefault(name, []).append(sum(b.numel() for b in batches))
+            return begin(model, batches, sparsity)
+
+        monkeypatch.setitem(start_cost.STARTS, name, keep)
+    options: dict[str, Any] = {"texts": None, "tokens": "256,512", "results": tmp_path / "s", "work": shared}
+    start_cost.main(preset="smoke", points="0.5,0.8", **options)
+    assert seen == {name: [256, 512, 256, 512] for name in start_cost.STARTS}
+    rows = Rows(tmp_path / "s.csv").read()
+    assert len(rows) == 3 * 2 * 2 * 3
+    assert all(float(r["seconds"]) > 0 and float(r["ratio_to_dense"]) > 0.9 for r in rows)
+    table = (tmp_path / "s.md").read_text()
+    assert all(f"| {name} | {count} |" in table for name in start_cost.STARTS for count in (256, 512))
+    start_cost.main(preset="smoke", points="0.5", **options | {"tokens": "512"})
+    again = Rows(tmp_path / "s.csv").read()
+    assert len(again) == len(rows)
+    assert again[:-9] == [r for r in rows if (r["sparsity"], r["tokens"]) != ("0.5", "512")]
+
+
+def test_a_start_is_compared_at_the_bytes_of_the_baseline_and_by_the_rounds_ratio() -> None:
+    rows = [
+        {"preset": "p", "start": name, "tokens": "64", "sparsity": s, "seconds": seconds, "text": "t",
+         "bytes_share": share, "ratio_to_dense": ratio, "machine": "x", "torch": "2"}
+        for name, s, seconds, share, ratio in (
+            ("moefication", "0.5", "10", "0.5", "1.5"), ("moefication", "0.9", "20", "0.1", "9"),
+            ("lte, dense inputs", "0.5", "1", "0.48", "1.2"), ("lte, dense inputs", "0.9", "4", "0.12", "6"),
+            ("lte, hard inputs", "0.5", "3", "0.52", "1.1"), ("lte, hard inputs", "0.9", "6", "0.1", "5"),
+        )
+    ]  # fmt: skip
+    lines = [line for line in start_cost.table(rows) if line.startswith("| ")]
+    assert lines == [
+        "| start | tokens | seconds | of moefication's | 50.0% | 10.0% |",
+        "| moefication | 64 | 15.0 (10.0 .. 20.0) | 1.00 | x1.500 | x9.000 |",
+        "| lte, dense inputs | 64 | 2.5 (1.0 .. 4.0) | 0.15 | ~x1.192 | - |",
+        "| lte, hard inputs | 64 | 4.5 (3.0 .. 6.0) | 0.30 | ~x1.182 | x5.000 |",
+    ]
 
 
 @pytest.mark.usefixtures("quick")
