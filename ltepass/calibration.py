@@ -35,12 +35,9 @@ from ltepass.sensitivity import loss_sensitivity
 from ltepass.sites import FFNSite, require_state, router_of, routers_of
 from ltepass.sparsity import (
     SomeRows,
-    interpolate,
     is_calibrated,
     mode_of,
     move_biases,
-    place_threshold,
-    shared_cut,
     table_of,
     update_table,
 )
@@ -127,7 +124,7 @@ def start_routers(model: nn.Module, batches: Sequence[Any], inputs: Inputs) -> N
         for name, fit in fits.items():
             offset = 0.0 if log_costs is None else max(log_costs[name] - fit.mean_log, -LOG_LEAST)
             fits[name] = fit.scaled(scales[name], scales[name] * offset)
-        _place(model, fits, target, together=log_costs is not None)
+        _place(model, fits, target)
         for _ in range(meetings):
             _meet(model, every(FEW, batches), target)
 
@@ -206,22 +203,16 @@ def _scales(fits: dict[str, _Fit], *, together: bool) -> dict[str, float]:
     return {name: LOGIT_STD / spread for name, spread in spreads.items()}
 
 
-def _place(model: nn.Module, fits: dict[str, _Fit], target: float, *, together: bool) -> None:
+def _place(model: nn.Module, fits: dict[str, _Fit], target: float) -> None:
     """Weights, tables and thresholds, which stay logit(tau) where a bias can carry the target, as in the paper."""
-    state = require_state(model, "calibrate")
-    tables = {name: table_of(fit.logits) for name, fit in fits.items()}
-    shared = _cut(list(tables.values()), target) if together else None
-    for site in state.sites:
-        router, fit, table = router_of(model, site), fits[site.name], tables[site.name]
+    for site in require_state(model, "calibrate").sites:
+        router, fit = router_of(model, site), fits[site.name]
         with torch.no_grad():
             router.weight.copy_(fit.weight)
-            if router.bias is None:
-                router.quantiles.copy_(table_of(fit.logits - fit.bias))
-                router.threshold.copy_(interpolate(router.quantiles, target))
-                continue
-            router.bias.copy_(fit.bias)
-        cut = _cut([table], target) if shared is None else shared
-        place_threshold(router, table, cut.to(table.device))
+            if router.bias is not None:
+                router.bias.copy_(fit.bias)
+            router.quantiles.copy_(table_of(fit.logits if router.bias is not None else fit.logits - fit.bias))
+    move_biases(model, target)
 
 
 def _meet(model: nn.Module, batches: Sequence[Any], target: float) -> None:
@@ -229,10 +220,3 @@ def _meet(model: nn.Module, batches: Sequence[Any], target: float) -> None:
     with mode_of(model, "hard"):
         update_table(model, batches)
     move_biases(model, target)
-
-
-def _cut(tables: Sequence[Tensor], target_sparsity: float) -> Tensor:
-    """Where the sites of these tables have their threshold together; below them all for a target of 0."""
-    if target_sparsity > 0:
-        return shared_cut(tables, target_sparsity)
-    return torch.stack([table[0].to(tables[0].device) for table in tables]).min() - LOGIT_STD

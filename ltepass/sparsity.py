@@ -16,6 +16,7 @@ from ltepass.kernels import tuning
 from ltepass.router import N_QUANTILES, Router, logit
 from ltepass.sites import require_state, router_of, routers_of
 
+BELOW = 2.0  # the least calibration logit, for a bias that leaves every expert active
 SHARED_POINTS = 4096  # values that stand for one site's logits where sites share a threshold
 
 
@@ -241,10 +242,15 @@ def place_threshold(router: Router, table: Tensor, cut: Tensor) -> None:
 
 
 def move_biases(model: nn.Module, sparsity: float) -> None:
-    """As `set_sparsity`, but above 0, and thresholds are logit(tau) again afterwards: the biases move."""
-    for site, cut in zip(require_state(model, "move_biases").sites, cuts_at(model, sparsity), strict=True):
+    """As `set_sparsity`, but where a router has a bias that moves, and the threshold is logit(tau) again afterwards.
+
+    At 0 it stands below every calibration logit of the model: no bias moves by infinity.
+    """
+    sites = require_state(model, "move_biases").sites
+    least = min(float(router_of(model, site).quantiles[0]) for site in sites) - BELOW
+    for site, cut in zip(sites, cuts_at(model, sparsity), strict=True):
         router = router_of(model, site)
-        place_threshold(router, router.quantiles, cut)
+        place_threshold(router, router.quantiles, cut if router.bias is None else cut.clamp_min(least))
 
 
 def shared_cut(tables: Sequence[Tensor], sparsity: float) -> Tensor:

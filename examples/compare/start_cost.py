@@ -122,7 +122,7 @@ def main(
     texts: Annotated[Path | None, typer.Option(help="Folder of *.txt files; else text that ships with Python.")] = None,
     tokens: Annotated[str, typer.Option(help="That a start gets, comma-separated.")] = "2048,4096",
     points: Annotated[str, typer.Option(help="Sparsities, comma-separated; the preset's if empty.")] = "",
-    results: Annotated[Path, typer.Option(help="RESULTS.csv and .md are written; other rows of the CSV stay.")] = Path("start_cost"),
+    results: Annotated[Path, typer.Option(help="RESULTS.csv and .md; other rows stay.")] = Path("start_cost"),
     work: Annotated[Path, typer.Option(help="Where trained models are kept.")] = Path("frontier-work"),
 ) -> None:
     study = Frontier(preset, texts, work, Rows(Path()))
