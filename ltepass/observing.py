@@ -49,10 +49,15 @@ def watch(model: nn.Module, batches: Iterable[Any], observers: Sequence[Observer
     finally:
         for observer in observers:
             observer.close()
-    empty = [o.site.name for o in observers if not o.tokens]
-    if empty:
+    require_seen({o.site.name: o.tokens for o in observers})
+
+
+def require_seen(counts: dict[str, int]) -> None:
+    """counts: by site name, of tokens or batches that it saw. Raises CalibrationError where that is none."""
+    missed = [name for name, count in counts.items() if not count]
+    if missed:
         raise CalibrationError(
-            f"calibration saw no token at {empty[0]} ({len(empty)} of {len(observers)} sites); expected at least one "
+            f"calibration saw no token at {missed[0]} ({len(missed)} of {len(counts)} sites); expected at least one "
             "batch that runs through every FFN; pass batches of token ids"
         )
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from ltepass.energy import down_energy
 from ltepass.errors import CalibrationError
+from ltepass.observing import require_seen
 from ltepass.sites import FFNSite, require_state, router_of
 from ltepass.sparsity import mode_of
 
@@ -43,7 +44,7 @@ class Sensitivity:
 
 
 def loss_sensitivity(model: nn.Module, batches: Iterable[Any], *, seed: int = 0) -> dict[str, Sensitivity]:
-    """By site name, over the first 2,048 tokens of the batches.
+    """By site name, over the first 2,048 tokens of the batches, or as many as it takes to reach every FFN.
 
     batches: dicts of model inputs, or token id tensors. The model must return an object with `logits` [B, T, V].
     Leaves modes, training flags and gradients as they were. Raises NotTransformedError, CalibrationError.
@@ -58,7 +59,7 @@ def loss_sensitivity(model: nn.Module, batches: Iterable[Any], *, seed: int = 0)
         with mode_of(model, "dense"), torch.enable_grad():
             for batch in batches:
                 seen += _one(model, batch, taps, generator)
-                if seen >= TOKENS:
+                if seen >= TOKENS and all(tap.called for tap in taps):
                     break
     finally:
         for tap in taps:
@@ -67,6 +68,7 @@ def loss_sensitivity(model: nn.Module, batches: Iterable[Any], *, seed: int = 0)
             module.training = flag
     if seen == 0:
         raise CalibrationError("no batch was given; expected at least one; pass batches of token ids")
+    require_seen({tap.site.name: tap.called for tap in taps})
     return {tap.site.name: tap.found() for tap in taps}
 
 
@@ -82,16 +84,18 @@ def _one(model: nn.Module, batch: Any, taps: list[_Tap], generator: torch.Genera
     flat = logits.flatten(0, -2).float()
     drawn = torch.multinomial(flat.detach().softmax(-1).cpu(), 1, generator=generator).flatten().to(flat.device)
     loss = nn.functional.cross_entropy(flat, drawn, reduction="sum")
-    gradients = torch.autograd.grad(loss, [tap.probe for tap in taps])
-    for tap, gradient in zip(taps, gradients, strict=True):
-        tap.take(gradient)
+    called = {tap: tap.probe for tap in taps if tap.probe is not None}
+    if called:
+        for tap, gradient in zip(called, torch.autograd.grad(loss, list(called.values())), strict=True):
+            tap.take(gradient)
     return len(flat)
 
 
 class _Tap:
     """Adds a zero with a gradient to one FFN's output, and keeps its hidden units."""
 
-    probe: Tensor
+    probe: Tensor | None = None  # of the present forward
+    called = 0
     h: Tensor
 
     def __init__(self, model: nn.Module, site: FFNSite) -> None:
@@ -110,6 +114,7 @@ class _Tap:
     @torch.no_grad()
     def take(self, gradient: Tensor) -> None:
         """Adds log (g . E_e)^2, of what is not exactly 0, and (g . down_j)^2 / |g|^2."""
+        self.called, self.probe = self.called + 1, None
         down = self.site.down_rows.of(self.model, self.site.d_ff).float()  # [d_ff, d_out]
         g = gradient.flatten(0, -2).float()
         projected = g @ down.T

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from inspect import signature
@@ -146,9 +147,12 @@ def record_logits(model: nn.Module, keep: int | None = None, *, flat: bool = Tru
 def run_batches(model: nn.Module, batches: Iterable[Any]) -> None:
     """Forward passes for what hooks see, without gradients, in eval mode; the training flags are as before afterwards.
 
-    Nobody reads the logits, a fifth of a pass on SmolLM2-135M: a model that can is told to make one token's only.
+    Nobody reads the logits, a fifth of a pass on SmolLM2-135M: a language model that can makes the last token's only.
     """
-    fewest = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
+    heads = getattr(model, "get_output_embeddings", lambda: None)() is not None
+    fewest = {}
+    if heads and "logits_to_keep" in signature(model.forward).parameters:
+        fewest["logits_to_keep"] = torch.tensor([-1])  # for an int, Gemma 4 drops tokens before its last FFNs
     flags = {m: m.training for m in model.modules()}
     for module in flags:
         module.training = False  # an exported module has no eval()
@@ -244,13 +248,17 @@ def place_threshold(router: Router, table: Tensor, cut: Tensor) -> None:
 def move_biases(model: nn.Module, sparsity: float) -> None:
     """As `set_sparsity`, but where a router has a bias that moves, and the threshold is logit(tau) again afterwards.
 
-    At 0 it stands below every calibration logit of the model: no bias moves by infinity.
+    At 0 it stands below the calibration logits: no bias moves by infinity.
     """
-    sites = require_state(model, "move_biases").sites
-    least = min(float(router_of(model, site).quantiles[0]) for site in sites) - BELOW
-    for site, cut in zip(sites, cuts_at(model, sparsity), strict=True):
-        router = router_of(model, site)
-        place_threshold(router, router.quantiles, cut if router.bias is None else cut.clamp_min(least))
+    state = require_state(model, "move_biases")
+    routers = [router_of(model, site) for site in state.sites]
+    cuts = cuts_at(model, sparsity)
+    if sparsity == 0.0 and all(router.bias is not None for router in routers):
+        least = [router.quantiles[0] for router in routers]
+        shared = min(map(float, least)) if state.config["budget"] == "model" else math.inf
+        cuts = [one.clamp_max(shared) - BELOW for one in least]
+    for router, cut in zip(routers, cuts, strict=True):
+        place_threshold(router, router.quantiles, cut)
 
 
 def shared_cut(tables: Sequence[Tensor], sparsity: float) -> Tensor:

@@ -68,6 +68,33 @@ def weighted(share: float) -> Any:
     return model
 
 
+class Rare(Weighted):
+    """Its second FFN runs for batches that begin with a 0."""
+
+    def forward(self, input_ids: Tensor) -> Any:
+        x = self.embed(input_ids)
+        out = x + self.first(x)
+        return SimpleNamespace(logits=self.head(out + self.second(x) if input_ids[0, 0] == 0 else out))
+
+
+@pytest.mark.parametrize("inputs", ["dense", "hard"])
+@pytest.mark.parametrize("budget", ["layer", "model"])
+def test_an_ffn_that_one_batch_runs_through_is_started_from_it(budget: Any, inputs: Any) -> None:
+    """The tenth of sixteen: no part of the batches that would be enough otherwise has it."""
+    batches = [torch.randint(1, VOCAB, (8, 40), generator=torch.Generator().manual_seed(s)) for s in range(16)]
+    config = ltepass.LTEConfig(group_size=4, grouping="identity", budget=budget, target_sparsity=0.6)
+    model = ltepass.transform(Logits(1.0), batches[0], config=config)
+    model.forward = Rare.forward.__get__(model)
+    with pytest.raises(CalibrationError, match=r"no token at second \(1 of 2 sites\)"):
+        ltepass.calibrate(model, batches, inputs=inputs)
+    batches[9][0, 0] = 0
+    ltepass.calibrate(model, batches, inputs=inputs)
+    router = router_of(model, model._lte.sites[1])
+    x = model.embed(batches[9])
+    share = (F.linear(x, router.weight, router.bias) <= router.threshold).float().mean()
+    assert float(share) == pytest.approx(0.6, abs=0.1)
+
+
 @pytest.mark.parametrize("share", [0.1, 3.0])
 def test_sensitivity_is_the_square_of_what_an_output_counts(share: float) -> None:
     model = weighted(share)
@@ -148,12 +175,13 @@ def test_sites_compare_by_their_log_cost_whichever_inputs_they_are_fitted_to(mon
     costs: dict[str, Any] = {}
 
     def keep_costs(model: Any, batches: Any) -> Any:
+        assert len(batches) == 1
         costs.update(loss_sensitivity(model, batches))
         return costs
 
     monkeypatch.setattr(calibration, "fit_energies", keep)
     monkeypatch.setattr(calibration, "loss_sensitivity", keep_costs)
-    model, batches = dense_model(layers=6), tokens(60).split(20)
+    model, batches = dense_model(layers=6), tokens(200).split(25)
     with torch.no_grad():
         for layer in model.model.layers:
             layer.mlp.down_proj.weight.mul_(3.0)

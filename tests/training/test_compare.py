@@ -84,27 +84,34 @@ def test_the_frontier_has_a_row_for_every_method_and_text_and_goes_on_where_it_s
 def test_starts_are_timed_on_the_same_tokens_and_only_their_own_rows_are_replaced(
     tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: dict[str, list[int]] = {}
+    seen: dict[str, list[torch.Tensor]] = {}
+    order: list[str] = []
     for name, begin in start_cost.STARTS.items():
 
         def keep(model: Any, batches: Any, sparsity: float, name: str = name, begin: Any = begin) -> Any:
             assert {r.mode for r in routers_of(model)} == {"dense"}
-            seen.setdefault(name, []).append(sum(b.numel() for b in batches))
+            seen.setdefault(name, []).append(torch.cat(batches))
+            order.append(name)
             return begin(model, batches, sparsity)
 
         monkeypatch.setitem(start_cost.STARTS, name, keep)
     options: dict[str, Any] = {"texts": None, "tokens": "256,512", "results": tmp_path / "s", "work": shared}
     start_cost.main(preset="smoke", points="0.5,0.8", **options)
-    assert seen == {name: [256, 512, 256, 512] for name in start_cost.STARTS}
+    assert [b.numel() for b in seen["moefication"]] == [256, 512, 256, 512]
+    for given in seen.values():
+        assert all(torch.equal(a, b) for a, b in zip(given, seen["moefication"], strict=True))
+    assert set(order[::4]) == set(start_cost.STARTS)  # each goes first once
     rows = Rows(tmp_path / "s.csv").read()
-    assert len(rows) == 3 * 2 * 2 * 3
+    assert len(rows) == 4 * 2 * 2 * 3
     assert all(float(r["seconds"]) > 0 and float(r["ratio_to_dense"]) > 0.9 for r in rows)
     table = (tmp_path / "s.md").read_text()
     assert all(f"| {name} | {count} |" in table for name in start_cost.STARTS for count in (256, 512))
+    with pytest.raises(ValueError, match="was to get 300 tokens; expected blocks of 64"):
+        start_cost.main(preset="smoke", points="0.5", **options | {"tokens": "512,300"})
     start_cost.main(preset="smoke", points="0.5", **options | {"tokens": "512"})
     again = Rows(tmp_path / "s.csv").read()
     assert len(again) == len(rows)
-    assert again[:-9] == [r for r in rows if (r["sparsity"], r["tokens"]) != ("0.5", "512")]
+    assert again[:-12] == [r for r in rows if (r["sparsity"], r["tokens"]) != ("0.5", "512")]
 
 
 def test_a_start_is_compared_at_the_bytes_of_the_baseline_and_by_the_rounds_ratio() -> None:
@@ -113,6 +120,7 @@ def test_a_start_is_compared_at_the_bytes_of_the_baseline_and_by_the_rounds_rati
          "bytes_share": share, "ratio_to_dense": ratio, "machine": "x", "torch": "2"}
         for name, s, seconds, share, ratio in (
             ("moefication", "0.5", "10", "0.5", "1.5"), ("moefication", "0.9", "20", "0.1", "9"),
+            ("moefication, 150 steps", "0.5", "5", "0.5", "2"), ("moefication, 150 steps", "0.9", "9", "0.1", "20"),
             ("lte, dense inputs", "0.5", "1", "0.48", "1.2"), ("lte, dense inputs", "0.9", "4", "0.12", "6"),
             ("lte, hard inputs", "0.5", "3", "0.52", "1.1"), ("lte, hard inputs", "0.9", "6", "0.1", "5"),
         )
@@ -121,6 +129,7 @@ def test_a_start_is_compared_at_the_bytes_of_the_baseline_and_by_the_rounds_rati
     assert lines == [
         "| start | tokens | seconds | of moefication's | 50.0% | 10.0% |",
         "| moefication | 64 | 15.0 (10.0 .. 20.0) | 1.00 | x1.500 | x9.000 |",
+        "| moefication, 150 steps | 64 | 7.0 (5.0 .. 9.0) | 0.47 | x2.000 | x20 |",
         "| lte, dense inputs | 64 | 2.5 (1.0 .. 4.0) | 0.15 | ~x1.192 | - |",
         "| lte, hard inputs | 64 | 4.5 (3.0 .. 6.0) | 0.30 | ~x1.182 | x5.000 |",
     ]

@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 from learning_cases import dense_model, router_inputs, tokens
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BioGptConfig, BioGptForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers.models.gemma4 import Gemma4ForCausalLM, Gemma4TextConfig
 
 import ltepass
 from ltepass import calibration
 from ltepass.calibration import every
 from ltepass.errors import CalibrationError, ConfigError, LoweredError, NotTransformedError
 from ltepass.sites import router_of, routers_of
-from ltepass.sparsity import SomeRows, run_batches, update_table
+from ltepass.sparsity import SomeRows, mode_of, record_logits, run_batches, update_table
 from ltepass.training.stages import settle
 
 
@@ -59,10 +60,17 @@ def test_a_start_from_hard_inputs_meets_the_target_at_every_site(target: float, 
         assert all(float(r.threshold) == 0.0 for r in routers_of(m))  # logit(tau): the bias carries the target
 
 
-def test_every_expert_is_active_at_a_target_of_nothing() -> None:
-    m = model(calibrated=False, target_sparsity=0.0)
+@pytest.mark.parametrize("budget", ["layer", "model"])
+def test_every_expert_is_active_at_a_target_of_nothing(budget: Any) -> None:
+    """No score is further off the threshold than it must be: with one budget each, every site's least alike."""
+    m = model(calibrated=False, target_sparsity=0.0, budget=budget)
+    with torch.no_grad():
+        m.model.layers[0].mlp.down_proj.weight.mul_(1e-3)
     ltepass.calibrate(m, [ids(1)], inputs="hard")
     assert mean(ltepass.measure_sparsity(m, [ids(1)])) == 0.0
+    least = [float(r.quantiles[0]) for r in routers_of(m)]
+    assert min(least) == pytest.approx(2.0)
+    assert (max(least) == pytest.approx(2.0)) == (budget == "layer")
 
 
 def test_a_table_is_taken_from_random_rows_and_kept_where_there_are_none() -> None:
@@ -98,10 +106,9 @@ def test_a_start_from_hard_inputs_places_thresholds_before_and_after_its_second_
     monkeypatch.setattr(calibration, "update_table", keep_table)
     monkeypatch.setattr(calibration, "fit_energies", keep_fit)
     m = model(calibrated=False, target_sparsity=0.9)
-    ltepass.calibrate(m, [ids(seed, batch=4) for seed in range(1, 18)], inputs="hard")
-    (first, _, second, *_, (before, batches)) = steps
-    assert len(steps) == 5
-    assert (first, second, len(batches)) == (("dense", 5), ("hard", 17), 5)  # 4 would be fewer than FEWEST_TOKENS
+    ltepass.calibrate(m, [ids(seed) for seed in range(17)], inputs="hard")
+    (first, (_, settling), second, _, (before, batches)) = steps
+    assert (first, len(settling), second, len(batches)) == (("dense", 5), 3, ("hard", 17), 3)
     seen = router_inputs(before, batches, "hard")
     for site in m._lte.sites:
         router = router_of(m, site)
@@ -115,12 +122,16 @@ def test_what_needs_few_tokens_gets_some_from_everywhere() -> None:
     embedded = [{"inputs_embeds": torch.zeros(16, 32, 24)} for _ in range(16)]
     named = [{"notes": ids(seed)} for seed in range(16)]
     for nth, batches, expected in (
-        (8, few, [0, 4, 8, 12]),
+        (8, few, [0, 5, 10, 15]),
         (4, few, [0, 4, 8, 12]),
         (8, many, [0, 8]),
         (8, embedded, [0, 8]),
         (8, named, [*range(16)]),
         (8, few[:2], [0, 1]),
+        (8, [few[0][:1], *many[:1]], [0, 1]),  # the first alone holds too few
+        (2, [few[0][:1], *many[:1], *few[1:4], *many[1:2]], [0, 1, 2, 3, 4, 5]),
+        (2, [many[0], *many[:3]], [0, 2]),
+        (4, [torch.zeros(4, 32, 24)] * 4 + few[:0], [0, 0, 0, 0]),  # 128 tokens each, of 24 numbers
         (8, [], []),
     ):
         assert [next(i for i, b in enumerate(batches) if b is one) for one in every(nth, batches)] == expected
@@ -146,6 +157,22 @@ def test_passes_for_hooks_make_no_more_logits_than_they_must() -> None:
     assert shapes == [(16, 1, 61), (16, 1, 61), (16, 3, 61)]
     plain = torch.nn.Linear(3, 2)  # knows no such thing
     run_batches(plain, [torch.zeros(1, 3), {"input": torch.zeros(1, 3)}])
+
+
+def test_passes_for_hooks_show_every_token_to_every_ffn() -> None:
+    """Gemma 4 drops tokens before its last FFNs, BioGPT's classifier before it pools, if told to keep one logit."""
+    sizes = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 64, "num_attention_heads": 2}
+    one_token = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 61, "num_key_value_heads": 1}
+    gemma = Gemma4TextConfig(
+        **sizes, **one_token, num_hidden_layers=4, head_dim=12, global_head_dim=12, num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )  # fmt: skip
+    biogpt = BioGptConfig(**sizes, num_hidden_layers=2, pad_token_id=0)
+    for dense in (Gemma4ForCausalLM(gemma), BioGptForSequenceClassification(biogpt)):
+        m = ltepass.transform(dense.eval(), config=ltepass.LTEConfig(group_size=8, grouping="random"))
+        with mode_of(m, "hard"), record_logits(m) as seen:
+            run_batches(m, [ids(1)])
+        assert [sum(map(len, rows)) for rows in seen.values()] == [16 * 32] * len(m._lte.sites)
 
 
 def test_a_calibrated_start_beats_a_random_one() -> None:
