@@ -3,7 +3,7 @@
     python examples/compare/frontier.py --preset smoke                   a minute: a tiny model
     python examples/compare/frontier.py --preset small --texts FOLDER    SmolLM2-135M, few tokens, half an hour
     python examples/compare/frontier.py --preset cpu --texts FOLDER      SmolLM2-135M, two hours and a half on 2 cores
-    python examples/compare/frontier.py --preset long --texts FOLDER --only dense,lte,teal,cats   three times the tokens
+    python examples/compare/frontier.py --preset long --texts FOLDER --only dense,lte+cuts,teal   three times the tokens
     python examples/compare/frontier.py --preset gpu --texts FOLDER      SmolLM2-135M, three seeds, on a GPU
 
 Rows go to RESULTS.csv as they are measured; what stands there already is not run again, so a run that was stopped goes
@@ -115,7 +115,7 @@ PRESETS = {
         between={"cats": (0.6,), "teal": (0.4, 0.45, 0.6, 0.65), "teal-trained": (0.45,)},
         recipe=ONE_BUDGET,
     ),
-    "long": Preset(  # what more tokens change at the point where LTE is not ahead
+    "long": Preset(  # what more tokens change at the point where routers alone are not ahead
         budget=Budget(**SMOLLM2, steps=144, batch=4, test=4, test_length=512, calibration=576),
         points=(0.5,),
         trained_points=(0.5,),
