@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ltepass.config import check_sparsity
-from ltepass.errors import CalibrationError, LoweredError
+from ltepass.errors import LoweredError
 from ltepass.kernels.reference import mask
-from ltepass.observing import Observer
+from ltepass.observing import Observer, watch
 from ltepass.router import Router
 from ltepass.sites import FFNSite, require_state, router_of
-from ltepass.sparsity import mode_of, run_batches
 
 SAMPLE = 8192  # entries kept of a forward and site: a cut is one number
 Setting = Literal["hidden_sparsity", "input_sparsity"]
@@ -81,14 +80,7 @@ def place_cuts(model: nn.Module, batches: Iterable[Any]) -> None:
             getattr(router_of(model, site), BUFFERS[setting]).fill_(-1.0)
     for _ in range(2):
         sizes = [_Sizes(site, router_of(model, site)) for site in state.sites]
-        try:
-            for one in sizes:
-                one.open()
-            with mode_of(model, "hard"):
-                run_batches(model, batches)
-        finally:
-            for one in sizes:
-                one.close()
+        watch(model, batches, sizes, mode="hard")
         for one in sizes:
             for setting, share in shares.items():
                 getattr(one.router, BUFFERS[setting]).copy_(one.quantile(setting, share))
@@ -114,11 +106,6 @@ class _Sizes(Observer):
 
     def quantile(self, setting: Setting, share: float) -> Tensor:
         """[] fp32: up to it are `share` of the sample; negative where no expert was active."""
-        if not self.kept[setting]:
-            raise CalibrationError(
-                f"no token reached {self.site.name}; expected at least one batch that runs through every FFN; pass "
-                "batches of token ids"
-            )
         sizes = torch.cat(self.kept[setting])
         at = int(share * len(sizes))
         if at == 0:

@@ -57,7 +57,7 @@ def require_seen(counts: dict[str, int]) -> None:
     missed = [name for name, count in counts.items() if not count]
     if missed:
         raise CalibrationError(
-            f"calibration saw no token at {missed[0]} ({len(missed)} of {len(counts)} sites); expected at least one "
+            f"no token reached {missed[0]} ({len(missed)} of {len(counts)} sites); expected at least one "
             "batch that runs through every FFN; pass batches of token ids"
         )
 

@@ -76,13 +76,18 @@ class Rows:
                     "transformers": transformers.__version__,
                 }
             )
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = self.path.with_suffix(".tmp")
-        with scratch.open("w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(known)
-        scratch.replace(self.path)
+        write_rows(self.path, FIELDS, known)
+
+
+def write_rows(path: Path, fields: Sequence[str], rows: Sequence[Row]) -> None:
+    """The whole CSV at once: a run that is stopped leaves the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".tmp")
+    with scratch.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fields, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    scratch.replace(path)
 
 
 def ratios(rows: Sequence[Row]) -> dict[tuple[str, str, str], dict[str, list[tuple[float, float, float]]]]:

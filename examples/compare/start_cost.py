@@ -13,7 +13,6 @@ their steps: what it costs is ours to choose, and what it gives for less says wh
 from __future__ import annotations
 
 import copy
-import csv
 import itertools
 import statistics
 import time
@@ -24,7 +23,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from frontier import Frontier, machine
-from frontier_rows import Point, Row, Rows, shown_at
+from frontier_rows import Point, Row, Rows, shown_at, write_rows
 from predictors import MoEfication
 from rule_hooks import Ruled, collect
 from study import DEVICE, Measured, measure_lte, measure_rule, perplexities, retarget
@@ -149,11 +148,7 @@ def main(
     rows = measure(study, list(map(int, tokens.split(","))), wanted)
     path, again = results.with_suffix(".csv"), set(map(_cell, rows))
     kept = [r for r in Rows(path).read() if _cell(r) not in again]
-    results.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows([*kept, *rows])
+    write_rows(path, FIELDS, [*kept, *rows])
     results.with_suffix(".md").write_text("\n".join(table([*kept, *rows])) + "\n")
     print(results.with_suffix(".md").read_text())
 

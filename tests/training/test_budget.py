@@ -86,7 +86,7 @@ def test_an_ffn_that_one_batch_runs_through_is_started_from_it(place: int, budge
     config = ltepass.LTEConfig(group_size=4, grouping="identity", budget=budget, target_sparsity=0.6)
     model = ltepass.transform(Logits(1.0), batches[0], config=config)
     model.forward = Rare.forward.__get__(model)
-    with pytest.raises(CalibrationError, match=r"no token at second \(1 of 2 sites\)"):
+    with pytest.raises(CalibrationError, match=r"no token reached second \(1 of 2 sites\)"):
         ltepass.calibrate(model, batches, inputs=inputs)
     batches[place][0, 0] = 0
     ltepass.calibrate(model, batches, inputs=inputs)
