@@ -1,4 +1,4 @@
-"""The benchmark: baselines compute what they claim, decisions are exact, rows are whole, the README shows the CSV."""
+"""The benchmark: baselines compute what they claim, decisions are exact, rows are whole, the page shows the CSV."""
 
 from __future__ import annotations
 
@@ -247,7 +247,7 @@ def test_the_backward_table_has_its_columns() -> None:
     assert backward.line(shape, 0.5, timings).startswith("| 32 x 64, 8, 40 | 50% | ")
 
 
-def test_the_readme_shows_the_kept_measurements() -> None:
-    text = (ROOT / "README.md").read_text()
+def test_the_page_shows_the_kept_measurements() -> None:
+    text = (ROOT / readme.PAGE).read_text()
     shown = with_table(text, readme.section(ROOT), readme.BEGIN, readme.END)
     assert shown == text, "run `python -m ltepass.bench.readme`"

@@ -55,7 +55,14 @@ def test_every_stage_ran_and_the_table_has_every_row(tiny: tuple[Path, dict[str,
     assert json.loads((out / "results.json").read_text()) == results
     wanted = ("FFN sites", "dense perplexity", "fine-tuning", "LTE perplexity", "min / mean / max", "decode, dense")
     text = markdown(results)
-    for row in (*wanted, "decode, lowered", "speed-up", "cap of this run", "logits equal | yes", "eager"):
+    for row in (
+        *wanted,
+        "decode, lowered",
+        "speed-up",
+        "FFN weights that a token reads",
+        "logits equal | yes",
+        "eager",
+    ):
         assert row in text, row
 
 

@@ -2,7 +2,7 @@
 
 A row that no GPU filled says "not measured" and keeps its place.
 
-    python examples/gpu/results.py    # writes the rows that have a target from speed.csv into the README
+    python examples/gpu/results.py    # writes the rows that have a target from speed.csv into examples/results/gpu.md
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 
 NOT_MEASURED = "not measured"
 HERE = Path(__file__).resolve().parent
+PAGE = HERE.parent / "results" / "gpu.md"
 BEGIN, END = "<!-- gpu table: written by examples/gpu/results.py -->", "<!-- end of gpu table -->"
 
 
@@ -179,7 +180,7 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def markdown(rows: Iterable[Row]) -> str:
-    """The rows that have a target, as the README shows them."""
+    """The rows that have a target, as gpu.md shows them."""
     lines = ["| what | model, tokens | active | time, us | reached | target | met |", "|---|---|---|---|---|---|---|"]
     devices = set()
     for row in rows:
@@ -229,8 +230,7 @@ def plot(path: Path, rows: Iterable[Row]) -> bool:
 def main() -> None:
     from ltepass.demo.readme import with_table
 
-    readme = HERE.parents[1] / "README.md"
-    readme.write_text(with_table(readme.read_text(), markdown(read(HERE / "speed.csv")), BEGIN, END))
+    PAGE.write_text(with_table(PAGE.read_text(), markdown(read(HERE / "speed.csv")), BEGIN, END))
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ BASELINES: dict[Over, tuple[str, ...]] = {
 class Target:
     """values: the least speed-up at each sparsity; with `of_ideal`, as a share of (bytes of the baseline) / (bytes).
 
-    worst: the README shows the case that does worst, not all of them.
+    worst: the table shows the case that does worst, not all of them.
     """
 
     where: str

@@ -1,4 +1,4 @@
-"""`python -m ltepass.bench.readme` writes README.md's section "Speed" and its plot from the kept measurements."""
+"""`python -m ltepass.bench.readme` writes examples/results/speed.md and its plot from the kept measurements."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ltepass.demo.readme import with_table
 BEGIN, END = "<!-- speed: written by `python -m ltepass.bench.readme` -->", "<!-- end of speed -->"
 FOLDER = Path("examples/results")
 OP_CSV, MODEL_CSV, PLOT = FOLDER / "bench_op.csv", FOLDER / "bench_model.csv", FOLDER / "bench_op.svg"
+PAGE = FOLDER / "speed.md"
 
 
 def section(root: Path) -> str:
@@ -20,11 +21,11 @@ def section(root: Path) -> str:
 
 
 def main() -> None:
-    readme, records = Path("README.md"), read(OP_CSV, OpRecord)
-    readme.write_text(with_table(readme.read_text(), section(Path()), BEGIN, END))
+    records = read(OP_CSV, OpRecord)
+    PAGE.write_text(with_table(PAGE.read_text(), section(Path()), BEGIN, END))
     if records:
         draw(PLOT, records)
-    print(f"README.md and {PLOT} now show {OP_CSV} and {MODEL_CSV}")
+    print(f"{PAGE} and {PLOT} now show {OP_CSV} and {MODEL_CSV}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The targets against the latest run of every case: values, verdicts, and the README's table."""
+"""The targets against the latest run of every case: values, verdicts, and the tables of speed.md."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def model_table(records: Sequence[ModelRecord]) -> Any:
 
 
 def markdown(op_records: Sequence[OpRecord], model_records: Sequence[ModelRecord]) -> str:
-    """The README's section: one table for the op, one for whole tokens, and where they were measured."""
+    """The section of speed.md: one table for the op, one for whole tokens, and where they were measured."""
     runs = latest(op_records)
     parts = [_op_table(runs), "", *_notes(runs), "", *_profile_table(runs), _model_table(model_records)]
     return "\n".join(parts)

@@ -61,9 +61,8 @@ def _speed(stages: dict[str, Any], _: dict[str, Any]) -> Rows:
         (f"decode, lowered, tokens/s, median (quartiles); {how}", side["lowered"]),
         ("speed-up", f"{speed['speedup']:.2f}x"),
         (
-            f"cap of this run (p = {speed['active_share']:.2f}, r = {speed['router_share']:.3f}, "
-            f"FFN = {speed['ffn_share_of_time']:.0%} of the dense token)",
-            f"{speed['cap']:.2f}x; reached {speed['share_of_cap']:.0%} of it",
+            f"FFN weights that a token reads, with routers (FFNs: {speed['ffn_share_of_time']:.0%} of a dense token)",
+            f"{speed['active_share'] + speed['router_share']:.0%} of the dense model's",
         ),
     ]
 
