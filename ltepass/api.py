@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -13,7 +14,8 @@ from ltepass.errors import AlreadyTransformedError, MetaWeightsError
 from ltepass.passes import transform_passes
 from ltepass.pipeline import Job, run_passes
 from ltepass.removal import remove_routers
-from ltepass.sites import require_state, routers_of, state_of
+from ltepass.sites import require_state, routers_of, state_of, unwrapped
+from ltepass.undo import all_or_nothing, verb
 
 
 def transform(
@@ -28,10 +30,16 @@ def transform(
     example_inputs: tuple, dict or tensor that `model(...)` accepts; traced under fake tensors, never run.
     calibration: batches (dicts of model inputs, or token id tensors) for data-driven grouping, the router start and the
         sparsity table; the same as calling `ltepass.calibrate(model, calibration)` afterwards.
+    What PEFT, DistributedDataParallel or torch.compile wrapped is transformed inside its wrapper.
     Raises AlreadyTransformedError, CaptureError, NoFFNFoundError, GroupSizeError, MetaWeightsError, CalibrationError;
-    the model is then as it was. Paper sections 4.1 and 4.2.
+    the model is then as it was, as it is after Ctrl-C. Paper sections 4.1 and 4.2.
     """
-    config = config or LTEConfig()
+    root = unwrapped(model)
+    all_or_nothing(root, partial(_transform, root, example_inputs, config or LTEConfig(), calibration))
+    return model
+
+
+def _transform(model: nn.Module, example_inputs: Any, config: LTEConfig, calibration: Iterable[Any] | None) -> None:
     if state_of(model) is not None or any(routers_of(model)):
         raise AlreadyTransformedError(
             f"{type(model).__name__} has routers already; expected a dense model; call ltepass.remove(model) first"
@@ -46,14 +54,10 @@ def transform(
     if calibration is not None:
         from ltepass.calibration import calibrate
 
-        try:
-            calibrate(model, calibration)
-        except Exception:
-            remove(model, undo_grouping=True)
-            raise
-    return model
+        calibrate(model, calibration)
 
 
+@verb
 def remove(model: nn.Module, undo_grouping: bool = False) -> nn.Module:
     """Take routers and gates out again: classes, forwards and hooks as before transform; returns the model.
 

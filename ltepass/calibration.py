@@ -42,6 +42,7 @@ from ltepass.sparsity import (
     table_of,
     update_table,
 )
+from ltepass.undo import keep, verb
 
 Inputs = Literal["dense", "hard"]
 T = TypeVar("T")
@@ -51,6 +52,7 @@ FEWEST_TOKENS = 512  # of these, where the batches hold as many
 LOGIT_STD = 2.0  # spread of the starting logits: a quarter of the scores lie within 0.15 of tau, off the pole
 
 
+@verb
 def calibrate(
     model: nn.Module, batches: Iterable[Any], *, grouping: str | None = None, inputs: Inputs = "dense"
 ) -> None:
@@ -224,6 +226,7 @@ def _place(model: nn.Module, fits: dict[str, _Fit], target: float) -> None:
     """Weights, tables and thresholds, which stay logit(tau) where a bias can carry the target, as in the paper."""
     for site in require_state(model, "calibrate").sites:
         router, fit = router_of(model, site), fits[site.name]
+        keep(router.weight, router.bias)
         with torch.no_grad():
             router.weight.copy_(fit.weight)
             if router.bias is not None:

@@ -21,12 +21,14 @@ from ltepass.kernels.reference import mask
 from ltepass.observing import Observer, watch
 from ltepass.router import Router
 from ltepass.sites import FFNSite, require_state, router_of
+from ltepass.undo import verb
 
 SAMPLE = 8192  # entries kept of a forward and site: a cut is one number
 Setting = Literal["hidden_sparsity", "input_sparsity"]
 BUFFERS: dict[Setting, str] = {"hidden_sparsity": "cut", "input_sparsity": "input_cut"}  # of the router
 
 
+@verb
 def set_hidden_sparsity(model: nn.Module, share: float, batches: Iterable[Any]) -> None:
     """Leave the smallest `share` of active experts' hidden units out of the down projection, in hard mode; 0 ends it.
 
@@ -39,6 +41,7 @@ def set_hidden_sparsity(model: nn.Module, share: float, batches: Iterable[Any]) 
     _set(model, "hidden_sparsity", share, batches)
 
 
+@verb
 def set_input_sparsity(model: nn.Module, share: float, batches: Iterable[Any]) -> None:
     """Leave the smallest `share` of each FFN's inputs out of its up and gate projections, in hard mode; 0 ends it.
 

@@ -19,6 +19,10 @@ class NotTransformedError(LTEError):
     """The model holds no routers, and the call needs them."""
 
 
+class AmbiguousModelError(LTEError):
+    """Several transformed models stand inside the module given, and the call needs one."""
+
+
 class GroupSizeError(LTEError):
     """An explicit group size does not divide a site's d_ff."""
 

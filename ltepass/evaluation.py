@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ltepass.sites import require_state, router_of
 from ltepass.sparsity import measure_sparsity, record_logits, set_sparsity
+from ltepass.undo import verb
 
 
 @torch.no_grad()
@@ -23,6 +24,7 @@ def perplexity(model: Any, blocks: Tensor) -> float:
     return math.exp(total / (blocks.shape[0] * (blocks.shape[1] - 1)))
 
 
+@verb
 @torch.no_grad()
 def sparsity_of_tail(model: Any, ids: Tensor, skip: int) -> float:
     """Mean share of inactive neurons, over sites, for tokens skip.. of ids [T]; the model must be in hard mode."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,7 @@ from ltepass.balanced import balanced_kmeans
 from ltepass.errors import CalibrationError, ConfigError
 from ltepass.observing import Sample
 from ltepass.sites import FFNSite, routers_of, state_of
+from ltepass.undo import reorder
 
 DATA_DRIVEN = ("coactivation", "output_aware")
 SMALL = 0.1  # of a token's mean |h|: how small below that is all the same
@@ -81,10 +84,9 @@ def permute_site(model: nn.Module, site: FFNSite, permutation: Tensor) -> None:
     """
     if sorted(permutation.tolist()) != list(range(site.d_ff)):
         raise ConfigError(f"{site.name}: expected a permutation of {site.d_ff} neurons")
+    for rows in site.neurons:
+        reorder(partial(rows.take, model.get_parameter(rows.param), site.d_ff), permutation)
     with torch.no_grad():
-        for rows in site.neurons:
-            slice_ = rows.of(model, site.d_ff)
-            slice_.copy_(slice_[permutation.to(slice_.device)].clone())
         state = state_of(model)
         for same in [s for s in state.sites if s.neurons == site.neurons] if state else []:
             for router in routers_of(model.get_submodule(same.router)):

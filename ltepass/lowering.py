@@ -27,6 +27,7 @@ from ltepass.router import Router
 from ltepass.router import gate as gate_call
 from ltepass.sites import FFNSite, LTEState, NeuronRows, require_state, router_of
 from ltepass.sparsity import remember_densities
+from ltepass.undo import verb
 
 Scope = Literal["ffn", "model"]
 
@@ -44,6 +45,7 @@ class Plan:
     down_transposed: bool
 
 
+@verb
 def lower(model: nn.Module, scope: Scope = "ffn") -> nn.Module:
     """Make every FFN that can be lowered call the sparse op; returns the model.
 
@@ -78,6 +80,7 @@ def lower(model: nn.Module, scope: Scope = "ffn") -> nn.Module:
     return model
 
 
+@verb
 def unlower(model: nn.Module) -> nn.Module:
     """Undo `lower`: forwards and weight layout as before; returns the model. Nothing to do for a model not lowered."""
     state = require_state(model, "unlower")

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from ltepass.capture import Captured
 from ltepass.config import LTEConfig
 from ltepass.sites import FFNSite, Refusal
+from ltepass.undo import all_or_nothing
 
 log = logging.getLogger("ltepass")
 
@@ -39,14 +41,18 @@ class Pass(Protocol):
 
 
 def run_passes(passes: Sequence[Pass], job: Job) -> Job:
-    """Run in order; graphs are linted after each pass."""
+    """Run in order; graphs are linted after each pass. Where one fails, the model is as before the first."""
+    return all_or_nothing(job.model, partial(_run, passes, job))
+
+
+def _run(passes: Sequence[Pass], job: Job) -> Job:
     for p in passes:
         start = time.perf_counter()
         try:
             change = p(job)
             for captured in job.captured:
                 captured.flow.gm.graph.lint()
-        except Exception as e:
+        except BaseException as e:
             e.add_note(f"(in pass {p.name!r})")
             raise
         log.info("%s: %s (%.2f s)", p.name, change, time.perf_counter() - start)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import nn
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 
 from ltepass.errors import LoweredError
 from ltepass.grouping import permute_site
@@ -19,6 +21,7 @@ def remove_routers(model: nn.Module, state: LTEState, *, undo_grouping: bool) ->
     for site in {s.neurons: s for s in state.sites}.values():  # sites that share their weights share their order
         if undo_grouping:
             permute_site(model, site, torch.argsort(router_of(model, site).permutation))
+    graph = copy.deepcopy(model.graph) if isinstance(model, GraphModule) else Graph()
     for site in state.sites:
         owner = model.get_submodule(site.owner)
         if site.kind == "aligned":
@@ -26,13 +29,12 @@ def remove_routers(model: nn.Module, state: LTEState, *, undo_grouping: bool) ->
         elif site.kind == "inline":
             detach(owner, [site.name])
         else:
-            assert isinstance(model, GraphModule)
-            _ungate(model, site)
+            _ungate(graph, site)
     for site in state.sites:
         parent, _, child = site.router.rpartition(".")
         del model.get_submodule(parent)._modules[child]
     if isinstance(model, GraphModule):
-        model.recompile()
+        model.graph = graph
     del model._lte
 
 
@@ -43,12 +45,12 @@ def require_not_lowered(state: LTEState, what: str) -> None:
         )
 
 
-def _ungate(gm: GraphModule, site: FFNSite) -> None:
-    for node in list(gm.graph.nodes):
+def _ungate(graph: Graph, site: FFNSite) -> None:
+    for node in list(graph.nodes):
         if node.op != "call_function" or node.target not in (gate, seen_inputs):
             continue
         module, kept, *logits = node.args
         if module.target == site.router:
             node.replace_all_uses_with(kept)
             for dead in (node, *logits, module):
-                gm.graph.erase_node(dead)
+                graph.erase_node(dead)

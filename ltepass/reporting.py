@@ -9,9 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from ltepass.errors import NotTransformedError
-from ltepass.router import Router
-from ltepass.sites import FFNSite, LTEState, Refusal, state_of
+from ltepass.sites import FFNSite, LTEState, Refusal, require_state, router_of
+from ltepass.undo import verb
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,17 +45,13 @@ class Report:
         return capture.get().rstrip()
 
 
+@verb
 def report(model: nn.Module, sparsity: dict[str, float] | None = None) -> Report:
     """The report of a transformed model. Raises NotTransformedError where there are no routers.
 
     sparsity: measured share of inactive neurons by site name, shown beside each site where given.
     """
-    state = state_of(model)
-    if state is None:
-        raise NotTransformedError(
-            f"{type(model).__name__} holds no routers; ltepass.report expects a transformed model; call "
-            "ltepass.transform(model) first, or `ltepass inspect` to see what transform would find"
-        )
+    state = require_state(model, "report")
     return Report(
         sites=list(state.sites),
         refusals=list(state.refusals),
@@ -88,8 +83,7 @@ def _paths(model: nn.Module, state: LTEState) -> list[str]:
 
 
 def _modes(model: nn.Module, state: LTEState) -> dict[str, str]:
-    routers = {name: module.mode for name, module in model.named_modules() if isinstance(module, Router)}
-    return {site.name: routers.get(site.router, "?") for site in state.sites}
+    return {site.name: router_of(model, site).mode for site in state.sites}
 
 
 def _tables(report: Report) -> Iterator[Any]:

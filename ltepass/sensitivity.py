@@ -31,6 +31,7 @@ from ltepass.errors import CalibrationError
 from ltepass.observing import require_seen
 from ltepass.sites import FFNSite, require_state, router_of
 from ltepass.sparsity import mode_of
+from ltepass.undo import verb
 
 TOKENS = 2048  # enough for a mean over tokens and experts
 
@@ -43,6 +44,7 @@ class Sensitivity:
     neurons: Tensor
 
 
+@verb
 def loss_sensitivity(model: nn.Module, batches: Iterable[Any], *, seed: int = 0) -> dict[str, Sensitivity]:
     """By site name, over the first 2,048 tokens of the batches, or as many as it takes to reach every FFN.
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from ltepass.errors import NotTransformedError
+from ltepass.errors import AmbiguousModelError, NotTransformedError
 from ltepass.router import Router
 
 
@@ -110,12 +110,48 @@ class LTEState:
 
 
 def state_of(model: nn.Module) -> LTEState | None:
-    """The state that `transform` left on this model, or None."""
-    return getattr(model, "_lte", None)
+    """The state that `transform` left on this very module, or None."""
+    state: LTEState | None = model.__dict__.get("_lte")  # no getattr: wrappers hand that on to what they wrap
+    return state
+
+
+def root_of(model: nn.Module, what: str) -> nn.Module:
+    """The transformed model: this one, or the one inside whatever wraps it (PEFT, DDP, torch.compile, an own parent).
+
+    what: the call that wants it. Raises NotTransformedError, AmbiguousModelError.
+    """
+    if state_of(model) is not None:
+        return model
+    found = {name: m for name, m in model.named_modules() if state_of(m) is not None}
+    if not found:
+        raise NotTransformedError(
+            f"{type(model).__name__} holds no routers; {what} expects a transformed model; call "
+            "ltepass.transform(model) first, and pass the same root module, or what wraps it"
+        )
+    if len(found) > 1:
+        raise AmbiguousModelError(
+            f"{type(model).__name__} holds {len(found)} transformed models ({', '.join(found)}); {what} expects one; "
+            "pass the one that is meant"
+        )
+    (root,) = found.values()
+    return root
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model that PEFT, DistributedDataParallel, DataParallel or torch.compile wrapped, through all of them."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif "_orig_mod" in model._modules:  # torch.compile's; its class is not imported, which takes seconds
+            model = model._orig_mod  # type: ignore[assignment]
+        elif hasattr(type(model), "get_base_model"):  # peft's
+            model = model.get_base_model()  # type: ignore[operator]
+        else:
+            return model
 
 
 def require_state(model: nn.Module, what: str) -> LTEState:
-    """The state, or NotTransformedError naming the call that wanted it."""
+    """The state of the transformed root itself, or NotTransformedError naming the call that wanted it."""
     state = state_of(model)
     if state is None:
         raise NotTransformedError(
@@ -131,6 +167,10 @@ def routers_of(model: nn.Module) -> Iterator[Router]:
 
 
 def router_of(model: nn.Module, site: FFNSite) -> Router:
-    router = model.get_submodule(site.router)
-    # PEFT's modules_to_save wraps the router and keeps the trained copy inside
-    return next(m for m in reversed(list(router.modules())) if isinstance(m, Router))
+    """The router that decides at this site: PEFT's modules_to_save keeps a trained copy for each adapter."""
+    found: Any = model.get_submodule(site.router)
+    if hasattr(found, "modules_to_save"):
+        names = found.active_adapters
+        copied = names and not found.disable_adapters and all(name in found.modules_to_save for name in names)
+        found = found.modules_to_save[names[0]] if copied else found.original_module
+    return next(m for m in found.modules() if isinstance(m, Router))

@@ -16,11 +16,13 @@ from ltepass.errors import CalibrationError, LoweredError
 from ltepass.kernels import tuning
 from ltepass.router import N_QUANTILES, Router, logit
 from ltepass.sites import require_state, router_of, routers_of
+from ltepass.undo import keep, verb
 
 BELOW = 2.0  # the least calibration logit, for a bias that leaves every expert active
 SHARED_POINTS = 4096  # values that stand for one site's logits where sites share a threshold
 
 
+@verb
 def set_mode(model: nn.Module, mode: Mode) -> None:
     """Switch every router: "soft" and "hard" as the paper has them, "dense" leaves the gates open.
 
@@ -39,6 +41,7 @@ def set_mode(model: nn.Module, mode: Mode) -> None:
     remember_densities(model)
 
 
+@verb
 def set_sparsity(model: nn.Module, sparsity: float) -> None:
     """Move every router's threshold to the value that left this share of its calibration experts inactive.
 
@@ -181,6 +184,7 @@ def mode_of(model: nn.Module, mode: Mode) -> Iterator[None]:
             router.mode = old
 
 
+@verb
 def measure_sparsity(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
     """Share of inactive neurons by site name, over all tokens of the batches, each seen through hard gates.
 
@@ -198,6 +202,7 @@ def measure_sparsity(model: nn.Module, batches: Iterable[Any]) -> dict[str, floa
     }
 
 
+@verb
 def measure_union(model: nn.Module, batches: Iterable[Any], window: int = 2) -> dict[str, float]:
     """Share of experts by site name that no token of `window` neighbouring ones uses: what a batched kernel can skip.
 
@@ -239,6 +244,7 @@ def place_threshold(router: Router, table: Tensor, cut: Tensor) -> None:
             router.quantiles.copy_(table)
             router.threshold.copy_(cut)
             return
+        keep(router.bias)
         shift = logit(router.tau) - cut
         router.bias.add_(shift)
         router.quantiles.copy_(table + shift)

@@ -11,6 +11,7 @@ parameter keeps its name and value.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -72,12 +73,12 @@ def insert_routers(
             regenerate(model.get_submodule(owner), forwards_of(graphs[owner]))
         if inline:
             attach(model.get_submodule(owner), [inline_site(s) for s in inline])
-    for site in sites:
-        if site.kind == "graph":
-            assert isinstance(model, GraphModule)
-            _gate_in_user_graph(model, site)
     if isinstance(model, GraphModule):
-        model.recompile()
+        graph = copy.deepcopy(model.graph)  # the user's own stays whole, should this call fail
+        for site in sites:
+            if site.kind == "graph":
+                _gate_in_user_graph(graph, site)
+        model.graph = graph
 
 
 def relative(site: FFNSite, path: str) -> str:
@@ -113,10 +114,10 @@ def insert_gates(graph: Graph, sites: Sequence[FFNSite]) -> None:
         _insert_gate(graph, list(inputs), down, down.all_input_nodes[0], relative(site, site.router))
 
 
-def _gate_in_user_graph(gm: GraphModule, site: FFNSite) -> None:
-    by_name = {n.name: n for n in gm.graph.nodes}
+def _gate_in_user_graph(graph: Graph, site: FFNSite) -> None:
+    by_name = {n.name: n for n in graph.nodes}
     x, h, down = (by_name[name] for name in site.nodes)
-    _insert_gate(gm.graph, [x], down, h, site.router)
+    _insert_gate(graph, [x], down, h, site.router)
 
 
 def _insert_gate(graph: Graph, inputs: Sequence[Node], down: Node, h: Node, router: str) -> None:

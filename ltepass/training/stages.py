@@ -16,10 +16,12 @@ from ltepass.errors import LoweredError, TrainingError
 from ltepass.sites import require_state, router_of, routers_of
 from ltepass.sparsity import measure_sparsity, set_mode, set_sparsity, update_table
 from ltepass.training.settings import Trainable
+from ltepass.undo import verb
 
 Stage = Literal["soft", "hard"]
 
 
+@verb
 def begin_stage(
     model: nn.Module, stage: Stage, *, trainable: Trainable = "all", straight_through: bool = False
 ) -> None:
@@ -41,6 +43,7 @@ def begin_stage(
         router.requires_grad_(stage == "soft" or learns_hard)
 
 
+@verb
 def settle(
     model: nn.Module, batches: Iterable[Any], sparsity: float, *, budget: Budget | None = None
 ) -> dict[str, float]:

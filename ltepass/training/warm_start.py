@@ -24,6 +24,7 @@ from ltepass.errors import CalibrationError, LoweredError
 from ltepass.router import Router
 from ltepass.sites import FFNSite, require_state, router_of
 from ltepass.sparsity import interpolate, is_calibrated, mode_of, place_threshold, run_batches, table_of
+from ltepass.undo import keep, verb
 
 PENALTY = 0.3  # of each neuron's own energy: shrinks the refit of neurons that were rarely seen
 
@@ -32,6 +33,7 @@ class _DoneError(Exception):
     """Every site was seen: the rest of the forward is not needed."""
 
 
+@verb
 def warm_start(
     model: nn.Module,
     input_ids: Tensor,
@@ -114,6 +116,7 @@ class _SiteFit:
         gram.diagonal().add_(self.penalty * energy + 1e-3 * energy.mean() + 1e-12)
         change = torch.linalg.solve(gram, gated.T @ missing)
         error = float((missing - gated @ change).square().sum() / (h @ weight.float()).square().sum())
+        keep(weight)  # a sum cannot be taken back bit by bit
         weight.add_(change.to(weight.dtype))
         fixed: Tensor = out + (gated @ change).view_as(out).to(out.dtype)
         self.fitted(self.site, error)
