@@ -211,6 +211,19 @@ class Flow:
                 graph.add_edges_from((node, source) for source in inputs)
         return graph
 
+    def fixed(self, node: Node) -> bool:
+        """Whether a node is made of parameters alone, so that it is the same for every input."""
+        todo, seen = [node], {node}
+        while todo:
+            here = todo.pop()
+            if here not in self.leaves:
+                if here.op == "placeholder":
+                    return False
+                fresh = [n for n in here.all_input_nodes if n not in seen]
+                seen.update(fresh)
+                todo += fresh
+        return not seen.isdisjoint(self.leaves)
+
     def leaf(self, node: Node) -> tuple[Node, bool] | None:
         """(leaf node, transposed) when `node` is a leaf seen through casts and 2-D transposes, else None."""
         transposed = False

@@ -104,8 +104,8 @@ def _walk_back(flow: Flow, down: Linear, walk: _Walk) -> None:
     for node in breadth_first(down.x, lambda n: flow.back.successors(n) if n in walk.inner else ()):
         if node in flow.leaves:
             walk.leaves.append(node)
-        elif node is not down.x and is_plain_tensor(node) and numel(node) <= tokens < numel(down.x):
-            walk.scales.append(node)
+        elif node is not down.x and is_plain_tensor(node) and numel(node) <= tokens and not flow.fixed(node):
+            walk.scales.append(node)  # so few numbers made of the input: one a token, which trace_rows checks
         elif (linear := flow.linear(node)) is not None:
             walk.streams.append(linear)
             walk.sources.add(strip_views(linear.x))
@@ -137,7 +137,7 @@ def _match(flow: Flow, down: Linear, walk: _Walk) -> Region:
     x = _one_source(flow, down, walk.sources)
     inner = tuple(sorted(walk.inner))
     _check_private(walk, inner, down)
-    pieces, neurons = trace_rows(flow, down, walk.streams, walk.leaves, inner)
+    pieces, neurons = trace_rows(flow, down, walk.streams, walk.leaves, walk.scales, inner)
     if down.width != shape(x)[-1]:
         raise MissError(
             down.node, "residual width", f"maps width {shape(x)[-1]} to {down.width}: a head or an adapter, not an FFN"

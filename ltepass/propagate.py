@@ -22,7 +22,6 @@ from ltepass.dataflow import (
     concrete,
     is_movement,
     is_plain_tensor,
-    is_tensor,
     numel,
     op_name,
     shape,
@@ -40,13 +39,18 @@ def indices(node: Node) -> Tensor:
 
 
 def trace_rows(
-    flow: Flow, down: Linear, streams: Sequence[Linear], leaves: Iterable[Node], inner: Sequence[Node]
+    flow: Flow,
+    down: Linear,
+    streams: Sequence[Linear],
+    leaves: Sequence[Node],
+    scales: Sequence[Node],
+    inner: Sequence[Node],
 ) -> tuple[list[Piece], tuple[Rows, ...]]:
     """The up projections' rows that meet in each neuron, and every leaf slice with one entry per neuron.
 
-    Raises MissError where tokens or neurons are mixed, or rows are no strided slice.
+    Raises MissError where tokens or neurons are mixed, rows are no strided slice, or a scale is not one of a token.
     """
-    codes = _codes_at(down, streams, leaves, inner)
+    codes = _codes_at(down, streams, (*leaves, *scales), inner)
     pieces: list[Piece] = []
     neurons: list[Rows] = []
     for s in streams:
@@ -58,10 +62,10 @@ def trace_rows(
             neurons += [rows] if bias is None else [rows, bias]
     if not pieces:
         raise MissError(down.node, "index", "no up projection's rows reach the down projection")
-    for leaf in leaves:
-        for code in codes.get(leaf, ()):
-            start, step = _leaf_rows(down, code, shape(leaf)[-1])
-            neurons.append(Rows(leaf=leaf, dim=len(shape(leaf)) - 1, start=start, step=step))
+    neurons += [rows for leaf in leaves for code in codes.get(leaf, ()) for rows in _leaf_rows(down, leaf, code)]
+    for scale in scales:
+        if any(not _per_token(_flat(down, code)) for code in codes.get(scale, ())):
+            raise MissError(scale, "same token", f"{scale.name} scales each neuron, and is no parameter")
     neurons.append(Rows(leaf=down.weight, dim=1 - down.out_dim, start=0, step=1))
     return pieces, tuple(dict.fromkeys(neurons))
 
@@ -76,6 +80,11 @@ def keeps_tokens(path: Sequence[Node], origin: Node) -> bool:
         rows = current.reshape(-1, current.shape[-1]) // shape(origin)[-1]
     except (RuntimeError, TypeError, ValueError, IndexError):
         return False
+    return _per_token(rows)
+
+
+def _per_token(rows: Tensor) -> bool:
+    """Whether [tokens, neurons] holds one number for each token."""
     return bool((rows == rows[:, :1]).all())
 
 
@@ -105,12 +114,11 @@ def _bias_rows(flow: Flow, stream: Linear, rows: Rows) -> Rows | None:
     return Rows(leaf=seen[0], dim=0, start=rows.start, step=rows.step)
 
 
-def _codes_at(down: Linear, streams: Sequence[Linear], leaves: Iterable[Node], inner: Sequence[Node]) -> Codes:
+def _codes_at(down: Linear, streams: Sequence[Linear], factors: Iterable[Node], inner: Sequence[Node]) -> Codes:
     """What meets in the down projection's input."""
     env: dict[Node, Any] = {s.node: {s.node: [indices(s.node)]} for s in streams}
-    for leaf in leaves:
-        per_neuron = shape(leaf)[-1:] not in ((), (1,))
-        env[leaf] = {leaf: [indices(leaf)]} if per_neuron else {}
+    for factor in factors:
+        env[factor] = {factor: [indices(factor)]} if numel(factor) > 1 else {}
     for node in inner:
         try:
             env[node] = _propagate(node, env)
@@ -137,15 +145,14 @@ def _propagate(node: Node, env: dict[Node, Any]) -> Any:
             for code in cs:
                 if op_name(node) == "prelu" and code.dim() == 1:  # its weight lies along dim 1, wherever that is
                     code = code.view(-1, *[1] * (len(shape(node)) - 2)).expand(shape(node))
-                wide = code.expand(_broadcast(code, node)) if code.dim() else code
+                wide = code.expand(_broadcast(code, node))
                 known += [] if any(torch.equal(wide, k) for k in known) else [wide]
     return out
 
 
 def _broadcast(code: Tensor, node: Node) -> tuple[int, ...]:
-    """A stream meets others in the node's shape; a leaf's leading dims may stay away."""
-    size = shape(node) if is_tensor(node) and not isinstance(value(node), (tuple, list)) else tuple(code.shape)
-    return size if code.dim() == len(size) else (*code.shape[:-1], size[-1])
+    """What meets in a pointwise operation meets in the shape of its result."""
+    return shape(node) if is_plain_tensor(node) else tuple(code.shape)
 
 
 def _split_codes(moved: dict[Any, list[Any]]) -> Any:
@@ -166,12 +173,16 @@ def _arithmetic(down: Linear, code: Tensor, width: int) -> tuple[int, int]:
     return _strided(down, rows)
 
 
-def _leaf_rows(down: Linear, code: Tensor, width: int) -> tuple[int, int]:
-    """(start, step) of a leaf's entries; every token must see the same ones."""
-    rows = _flat(down, code) % width
-    if not (rows == rows[0]).all():
+def _leaf_rows(down: Linear, leaf: Node, code: Tensor) -> list[Rows]:
+    """Where a leaf holds an entry per neuron; every token must see the same ones. Nowhere: one factor a token."""
+    flat = _flat(down, code)
+    along = [(dim, rows) for dim, rows in enumerate(torch.unravel_index(flat, shape(leaf))) if not _per_token(rows)]
+    if not along:
+        return []
+    if len(along) > 1 or not (along[0][1] == along[0][1][0]).all():
         raise MissError(down.node, "strided rows", "a parameter of the region gives tokens different neurons")
-    return _strided(down, rows[0])
+    start, step = _strided(down, along[0][1][0])
+    return [Rows(leaf=leaf, dim=along[0][0], start=start, step=step)]
 
 
 def _flat(down: Linear, code: Tensor) -> Tensor:

@@ -1,0 +1,77 @@
+"""Factors between the linears: one a neuron moves with its neuron, one a token stays, whichever numbers are larger."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import ltepass
+from ltepass.errors import NoFFNFoundError
+
+MADE: dict[str, object] = {
+    "leaf": lambda k: k,
+    "exp": torch.exp,
+    "softplus": nn.functional.softplus,
+    "doubled": lambda k: k * 2,
+    "cast": lambda k: k.double().float(),
+    "two casts and a sum": lambda k: (k.to(torch.float64) + 1).to(torch.float32),
+}
+
+
+class Scaled(nn.Module):
+    """y = x + down(relu(up(n(x))) * made(scale)); turned: the factor meets the hidden units as [d_ff, tokens]."""
+
+    def __init__(self, d: int, f: int, made: str, turned: bool, per_token: bool) -> None:
+        super().__init__()
+        self.made, self.turned, self.per_token = MADE[made], turned, per_token
+        self.norm, self.up, self.down = nn.LayerNorm(d), nn.Linear(d, f), nn.Linear(f, d)
+        self.scale = nn.Parameter(torch.rand(f) + 0.5)
+        self.score = nn.Linear(d, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.norm(x)
+        h, k = torch.relu(self.up(z)), self.made(self.scale)
+        if self.turned:
+            h = (h.transpose(-1, -2) * k.unsqueeze(-1)).transpose(-1, -2)
+        else:
+            h = h * k
+        return x + self.down(h * torch.sigmoid(self.score(z)) if self.per_token else h)
+
+
+@given(
+    sizes=st.tuples(st.integers(2, 9), st.integers(2, 6), st.integers(1, 5), st.integers(1, 30)),
+    made=st.sampled_from(sorted(MADE)),
+    turned=st.booleans(),
+    per_token=st.booleans(),
+)
+def test_a_factor_of_the_neurons_is_permuted_with_them_at_any_number_of_tokens(sizes, made, turned, per_token) -> None:
+    d, f, batch, length = sizes
+    model = Scaled(d, 2 * f, made, turned, per_token).eval()
+    x = torch.randn(batch, length, d)
+    y = model(x)
+    ltepass.transform(model, x, ltepass.LTEConfig(group_size=2, grouping="random"))
+    (site,) = model._lte.sites
+    assert "scale" in {rows.param for rows in site.neurons}
+    assert torch.allclose(model(x), y, atol=1e-5)
+
+
+class Excited(nn.Module):
+    """One factor a neuron, made of all tokens together: no parameter, so nothing can be permuted."""
+
+    def __init__(self, d: int, f: int) -> None:
+        super().__init__()
+        self.norm, self.up, self.down, self.pool = nn.LayerNorm(d), nn.Linear(d, f), nn.Linear(f, d), nn.Linear(d, f)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.norm(x)
+        return x + self.down(torch.relu(self.up(z)) * torch.sigmoid(self.pool(z.mean((0, 1)))))
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 6), (4, 9, 6), (1, 16, 6)])
+def test_a_factor_of_the_neurons_that_is_no_parameter_is_refused(shape: tuple[int, ...]) -> None:
+    model = Excited(6, 16).eval()
+    with pytest.raises(NoFFNFoundError):
+        ltepass.transform(model, torch.randn(shape), ltepass.LTEConfig(group_size=2, grouping="random"))
