@@ -34,10 +34,7 @@ class Scaled(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         z = self.norm(x)
         h, k = torch.relu(self.up(z)), self.made(self.scale)
-        if self.turned:
-            h = (h.transpose(-1, -2) * k.unsqueeze(-1)).transpose(-1, -2)
-        else:
-            h = h * k
+        h = (h.transpose(-1, -2) * k.unsqueeze(-1)).transpose(-1, -2) if self.turned else h * k
         return x + self.down(h * torch.sigmoid(self.score(z)) if self.per_token else h)
 
 
