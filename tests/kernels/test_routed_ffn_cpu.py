@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import timeit
 from collections.abc import Iterator
 
 import pytest
@@ -234,6 +235,16 @@ def test_many_python_threads_at_once() -> None:
     for t in threads:
         t.join()
     assert not wrong
+
+
+def test_a_call_in_16_bits_costs_what_one_in_fp32_does() -> None:
+    """What the CPU can do is asked once: in a virtual machine the instruction that tells takes longer than the call."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        args = make(Recipe(T=1, d_model=64, group_size=4, dtype=dtype))
+        return min(timeit.repeat(lambda: torch.ops.ltepass._routed_ffn_no_grad(*args), number=100, repeat=20)) / 100
+
+    assert seconds(torch.bfloat16) < seconds(torch.float32) + 5e-6
 
 
 def test_inputs_are_left_alone() -> None:
