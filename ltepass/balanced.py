@@ -26,7 +26,8 @@ class _Products:
         self.n = len(points)
         self.whole = self.n <= WHOLE_GRAM
         if not self.whole and points.shape[1] > PROJECTED:
-            points = points @ (torch.randn(points.shape[1], PROJECTED, generator=random) / PROJECTED**0.5)
+            directions = torch.randn(points.shape[1], PROJECTED, generator=random, dtype=points.dtype)
+            points = points @ (directions / PROJECTED**0.5)
         self.points = points
         self.gram = points @ points.T if self.whole else None
         self.square = points.square().sum(1)
@@ -100,7 +101,7 @@ def _exchange(products: _Products, labels: Tensor, seats: int) -> int:
     targets = move.topk(min(CANDIDATE_CLUSTERS, k - 1), dim=1).indices
     move[points, labels] = own
     members = labels.argsort(stable=True).view(k, seats)
-    gain, partner = torch.empty(n), torch.empty(n, dtype=torch.int64)
+    gain, partner = products.points.new_empty(n), torch.empty(n, dtype=torch.int64)
     for i in points.split(ROW_CHUNK):
         j = members[targets[i]].flatten(1)
         both = move[i[:, None], labels[j]] + move[j, labels[i][:, None]] - 2 * products.rows(i).gather(1, j)

@@ -15,7 +15,6 @@ lte-warm; what a start costs, in `examples/results/start_cost.md`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,24 +23,18 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
+from ltepass.batches import tokens_in
 from ltepass.config import Mode
 from ltepass.cuts import place_cuts
 from ltepass.energy import down_energy, expert_energy, log_energy
-from ltepass.errors import CalibrationError, ConfigError, LoweredError, MetaWeightsError
+from ltepass.errors import CalibrationError, ConfigError, MetaWeightsError
 from ltepass.grouping import permute_site, site_permutation
 from ltepass.observing import SAMPLE_TOKENS, Observer, collect, watch
 from ltepass.ridge import RidgeSums
 from ltepass.router import Router
 from ltepass.sensitivity import loss_sensitivity
-from ltepass.sites import FFNSite, require_state, router_of, routers_of
-from ltepass.sparsity import (
-    SomeRows,
-    is_calibrated,
-    mode_of,
-    move_biases,
-    table_of,
-    update_table,
-)
+from ltepass.sites import FFNSite, require_state, require_trained, router_of, routers_of
+from ltepass.sparsity import Reservoir, is_calibrated, mode_of, move_biases, table_of, update_table
 from ltepass.undo import keep, verb
 
 Inputs = Literal["dense", "hard"]
@@ -58,8 +51,9 @@ def calibrate(
 ) -> None:
     """Group neurons, start routers for the config's target and fill the sparsity table from passes over `batches`.
 
-    batches: dicts of model inputs, or token id tensors; a few thousand tokens are enough, and more make better routers
-        (`examples/compare/ablations.py --only start` measures what they are worth).
+    batches: mappings of model inputs (what a tokenizer or a data collator gives), or token id tensors; padding is not
+        seen. A few thousand tokens are enough, and more make better routers (`examples/compare/ablations.py --only
+        start` measures what they are worth).
     grouping: a method of `ltepass.grouping`; None takes the config's ("auto" is output_aware here). Groups that an
         earlier calibration made by this method stay, as do all for "identity".
     inputs: what routers are fitted to: "dense", what the dense model gives its FFNs, before any training or
@@ -69,13 +63,11 @@ def calibrate(
     Leaves mode, training flags, RNG and hooks as they were. Raises NotTransformedError, LoweredError, ConfigError,
     MetaWeightsError, CalibrationError (no tokens seen).
     """
-    state = require_state(model, "calibrate")
+    state = require_trained(model, "calibrate")
     if inputs not in get_args(Inputs):
         raise ConfigError(f"inputs is {inputs!r}; expected one of {', '.join(get_args(Inputs))}; see calibrate's docs")
     if state.config["budget"] == "model" and any(router.bias is None for router in routers_of(model)):
         raise ConfigError('budget "model" puts what an FFN matters into its router\'s bias; expected router_bias=True')
-    if state.lowered is not None:
-        raise LoweredError("calibrate expects the model as trained; call ltepass.unlower(model)")
     if any(p.is_meta for p in model.parameters()):
         raise MetaWeightsError("calibration needs real weights and the model is on the meta device; load them first")
     batches = list(batches)
@@ -137,7 +129,7 @@ def start_routers(model: nn.Module, batches: Sequence[Any], inputs: Inputs) -> N
 def every(nth: int, batches: Sequence[Any]) -> Sequence[Any]:
     """Every nth of the batches, or more of them where those hold fewer than FEWEST_TOKENS."""
     parts = (batches[::step] for step in range(nth, 1, -1))
-    return next((some for some in parts if sum(map(_tokens_of, some)) >= FEWEST_TOKENS), batches)
+    return next((some for some in parts if sum(map(tokens_in, some)) >= FEWEST_TOKENS), batches)
 
 
 def _on_every(nth: int, batches: Sequence[Any], run: Callable[[Sequence[Any]], dict[str, T]]) -> dict[str, T]:
@@ -149,16 +141,6 @@ def _on_every(nth: int, batches: Sequence[Any], run: Callable[[Sequence[Any]], d
         if len(some) == len(batches):
             raise
         return run(batches)
-
-
-def _tokens_of(batch: Any) -> int:
-    """0 for a batch that names its tokens in a way of its own."""
-    tokens = batch
-    if isinstance(batch, dict):
-        tokens = batch.get("input_ids", batch.get("inputs_embeds"))
-    if not isinstance(tokens, Tensor):
-        return 0
-    return tokens[..., 0].numel() if tokens.is_floating_point() else tokens.numel()
 
 
 @dataclass
@@ -178,38 +160,35 @@ class _Fit:
 
 
 class _EnergyFit(Observer):
-    """Regression of the log energy of one site's experts on its input; keeps `keep` inputs of every forward."""
+    """Regression of the log energy of one site's experts on its input; keeps SAMPLE_TOKENS inputs."""
 
-    def __init__(self, site: FFNSite, router: Router, weights: Tensor, keep: int) -> None:
+    def __init__(self, site: FFNSite, router: Router, weights: Tensor) -> None:
         super().__init__(site, router)
-        self.weights, self.draw, self.sums = weights, SomeRows(keep), RidgeSums()
-        self.kept: list[Tensor] = []
-        self.log_sum, self.count = torch.zeros(()), torch.zeros(())
+        self.weights, self.kept, self.sums = weights, Reservoir(SAMPLE_TOKENS), RidgeSums()
+        self.log_sum, self.count = (torch.zeros((), dtype=torch.float64, device=weights.device) for _ in range(2))
 
     def on_input(self, x: Tensor) -> None:
         self.x = x.float()
-        self.kept.append(self.draw(x).to(torch.bfloat16))
+        self.kept.add(x.to(torch.bfloat16))
 
     def on_hidden(self, h: Tensor) -> None:
         energy = expert_energy(self.site, h, self.weights)
         logs = log_energy(energy)
         self.sums.add(self.x, logs)
         del self.x
-        self.log_sum = self.log_sum.to(logs) + logs.where(energy > 0, 0.0).sum()
-        self.count = self.count.to(logs) + (energy > 0).sum()
+        self.log_sum += logs.where(energy > 0, 0.0).sum()
+        self.count += (energy > 0).sum()
 
     def fit(self) -> _Fit:
         weight, bias = self.sums.solve()
-        return _Fit(
-            weight, bias, torch.cat(self.kept).float() @ weight.T + bias, float(self.log_sum / self.count.clamp_min(1))
-        )
+        logits = self.kept.rows().float() @ weight.T + bias
+        return _Fit(weight, bias, logits, float(self.log_sum / self.count.clamp_min(1)))
 
 
 def fit_energies(model: nn.Module, batches: Sequence[Any], weights: dict[str, Tensor], mode: Mode) -> dict[str, _Fit]:
     """By site name: fitted on every token of the batches, as the FFNs see it in this mode."""
     sites = require_state(model, "calibrate").sites
-    keep = math.ceil(SAMPLE_TOKENS / max(len(batches), 1))
-    observers = [_EnergyFit(s, router_of(model, s), weights[s.name], keep) for s in sites]
+    observers = [_EnergyFit(s, router_of(model, s), weights[s.name]) for s in sites]
     watch(model, batches, observers, mode=mode)
     return {o.site.name: o.fit() for o in observers}
 

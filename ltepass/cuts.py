@@ -9,21 +9,24 @@ paper; off unless asked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ltepass.config import check_sparsity
-from ltepass.errors import LoweredError
 from ltepass.kernels.reference import mask
 from ltepass.observing import Observer, watch
 from ltepass.router import Router
-from ltepass.sites import FFNSite, require_state, router_of
+from ltepass.sites import FFNSite, require_trained, router_of
+from ltepass.sparsity import Reservoir
 from ltepass.undo import verb
 
-SAMPLE = 8192  # entries kept of a forward and site: a cut is one number
+# Entries of a site that a cut is placed by, in whole rows drawn at random from all tokens: features differ in size,
+# and a stride meets their number (with d_model 576 and 2,048 tokens it saw 4 of them).
+SAMPLE = 2**19
+LEAST_ROWS = 256  # of them, however wide: tokens differ too
 Setting = Literal["hidden_sparsity", "input_sparsity"]
 BUFFERS: dict[Setting, str] = {"hidden_sparsity": "cut", "input_sparsity": "input_cut"}  # of the router
 
@@ -56,9 +59,7 @@ def set_input_sparsity(model: nn.Module, share: float, batches: Iterable[Any]) -
 
 def _set(model: nn.Module, setting: Setting, share: float, batches: Iterable[Any]) -> None:
     check_sparsity(share, setting)
-    state = require_state(model, f"set_{setting}")
-    if state.lowered is not None:
-        raise LoweredError(f"set_{setting} expects the model as trained; call ltepass.unlower(model)")
+    state = require_trained(model, f"set_{setting}")
     state.config[setting] = share
     for site in state.sites:
         router = router_of(model, site)
@@ -73,7 +74,7 @@ def place_cuts(model: nn.Module, batches: Iterable[Any]) -> None:
     Two passes, the second with the cuts of the first: what an FFN leaves out changes what the next ones see. Does
     nothing for a model without cuts. Raises CalibrationError where no token reached a site.
     """
-    state = require_state(model, "place_cuts")
+    state = require_trained(model, "place_cuts")
     shares = {setting: state.config[setting] for setting in BUFFERS if state.config[setting]}
     if not shares:
         return
@@ -82,7 +83,7 @@ def place_cuts(model: nn.Module, batches: Iterable[Any]) -> None:
         for setting in shares:
             getattr(router_of(model, site), BUFFERS[setting]).fill_(-1.0)
     for _ in range(2):
-        sizes = [_Sizes(site, router_of(model, site)) for site in state.sites]
+        sizes = [_Sizes(site, router_of(model, site), tuple(shares)) for site in state.sites]
         watch(model, batches, sizes, mode="hard")
         for one in sizes:
             for setting, share in shares.items():
@@ -90,26 +91,25 @@ def place_cuts(model: nn.Module, batches: Iterable[Any]) -> None:
 
 
 class _Sizes(Observer):
-    """|x| of a site and |h| of its active experts, before its own cuts: samples."""
+    """x of a site and h of its active experts, before its own cuts: samples of their rows."""
 
-    def __init__(self, site: FFNSite, router: Router) -> None:
+    def __init__(self, site: FFNSite, router: Router, settings: Sequence[Setting]) -> None:
         super().__init__(site, router)
-        self.kept: dict[Setting, list[Tensor]] = {setting: [] for setting in BUFFERS}
+        widths = {"input_sparsity": site.d_model, "hidden_sparsity": site.group_size}
+        self.kept = {setting: Reservoir(max(LEAST_ROWS, SAMPLE // widths[setting])) for setting in settings}
 
     def on_input(self, x: Tensor) -> None:
         self.active = mask(x, self.router.weight, self.router.bias, self.router.threshold)
-        self._keep("input_sparsity", x)
+        if "input_sparsity" in self.kept:
+            self.kept["input_sparsity"].add(x)
 
     def on_hidden(self, h: Tensor) -> None:
-        self._keep("hidden_sparsity", h.unflatten(-1, (self.router.n_experts, -1))[self.active])
-
-    def _keep(self, setting: Setting, values: Tensor) -> None:
-        sizes = values.abs().flatten()
-        self.kept[setting].append(sizes[:: max(1, len(sizes) // SAMPLE)].float())
+        if "hidden_sparsity" in self.kept:
+            self.kept["hidden_sparsity"].add(h.unflatten(-1, (self.router.n_experts, -1))[self.active])
 
     def quantile(self, setting: Setting, share: float) -> Tensor:
         """[] fp32: up to it are `share` of the sample; negative where no expert was active."""
-        sizes = torch.cat(self.kept[setting])
+        sizes = self.kept[setting].rows().flatten().abs().float()
         at = int(share * len(sizes))
         if at == 0:
             return sizes.new_tensor(-1.0)

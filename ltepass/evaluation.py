@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ltepass.sites import require_state, router_of
+from ltepass.sites import require_trained, router_of
 from ltepass.sparsity import measure_sparsity, record_logits, set_sparsity
 from ltepass.undo import verb
 
@@ -27,8 +27,11 @@ def perplexity(model: Any, blocks: Tensor) -> float:
 @verb
 @torch.no_grad()
 def sparsity_of_tail(model: Any, ids: Tensor, skip: int) -> float:
-    """Mean share of inactive neurons, over sites, for tokens skip.. of ids [T]; the model must be in hard mode."""
-    state = require_state(model, "sparsity_of_tail")
+    """Mean share of inactive neurons, over sites, for tokens skip.. of ids [T]; the model must be in hard mode.
+
+    Raises NotTransformedError, LoweredError.
+    """
+    state = require_trained(model, "sparsity_of_tail")
     with record_logits(model) as seen:
         model(input_ids=ids[None].to(model.device), use_cache=False)
     shares = []
@@ -41,9 +44,10 @@ def sparsity_of_tail(model: Any, ids: Tensor, skip: int) -> float:
 def sparsity_curve(model: Any, blocks: Tensor, sparsities: Iterable[float]) -> Iterator[tuple[float, float, float]]:
     """(asked for, perplexity, measured sparsity) of one checkpoint in hard mode at other points of its table.
 
-    blocks: [n, T] int64. The thresholds stand where they stood afterwards. Raises CalibrationError without a table.
+    blocks: [n, T] int64. The thresholds stand where they stood afterwards. Raises CalibrationError without a table,
+    LoweredError.
     """
-    routers = [router_of(model, s) for s in require_state(model, "sparsity_curve").sites]
+    routers = [router_of(model, s) for s in require_trained(model, "sparsity_curve").sites]
     before = [r.threshold.clone() for r in routers]
     try:
         for sparsity in sparsities:

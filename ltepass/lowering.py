@@ -22,10 +22,9 @@ from ltepass.inline import SparseDown, attach
 from ltepass.ops import routed_ffn
 from ltepass.passes.insert_routers import inline_site, insert_gates, relative
 from ltepass.regenerate import forwards_of, original_class, regenerate, trace_owner
-from ltepass.removal import require_not_lowered
 from ltepass.router import Router
 from ltepass.router import gate as gate_call
-from ltepass.sites import FFNSite, LTEState, NeuronRows, require_state, router_of
+from ltepass.sites import FFNSite, LTEState, NeuronRows, require_not_lowered, require_state, router_of
 from ltepass.sparsity import remember_densities
 from ltepass.undo import verb
 
@@ -218,7 +217,7 @@ def lowered_call(
     )
     if router.count_inactive and torch.is_grad_enabled():
         y, active, _ = torch.ops.ltepass.routed_ffn_with_mask(*args)
-        router.inactive = (~active).float().mean(-1)
+        router.keep((~active).float().mean(-1))
         return y  # type: ignore[no-any-return]
     return routed_ffn(*args)
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ltepass.config import Mode
-from ltepass.errors import CalibrationError
+from ltepass.padding import telling_tokens, tokens_of
 from ltepass.router import Router
-from ltepass.sites import FFNSite, require_state, router_of
-from ltepass.sparsity import mode_of, run_batches
+from ltepass.sites import FFNSite, require_trained, router_of
+from ltepass.sparsity import mode_of, require_seen, run_batches
 
 BUDGET_BYTES = 900_000_000  # of sampled activations, all sites together
 SAMPLE_TOKENS = 2048  # for grouping and tables; the routers' regression sees every token
@@ -31,7 +31,7 @@ class Sample:
 
 def collect(model: nn.Module, batches: Iterable[Any]) -> dict[str, Sample]:
     """The first inputs and hidden units of every site, in dense mode: SAMPLE_TOKENS, or what BUDGET_BYTES holds."""
-    state = require_state(model, "collect")
+    state = require_trained(model, "collect")
     per_token = sum(2 * (s.d_model + s.d_ff) for s in state.sites)
     room = min(SAMPLE_TOKENS, max(256, BUDGET_BYTES // per_token))
     collectors = [_Collector(s, router_of(model, s), room) for s in state.sites]
@@ -44,7 +44,7 @@ def watch(model: nn.Module, batches: Iterable[Any], observers: Sequence[Observer
     try:
         for observer in observers:
             observer.open()
-        with mode_of(model, mode):
+        with mode_of(model, mode), telling_tokens(model):
             run_batches(model, batches)
     finally:
         for observer in observers:
@@ -52,18 +52,8 @@ def watch(model: nn.Module, batches: Iterable[Any], observers: Sequence[Observer
     require_seen({o.site.name: o.tokens for o in observers})
 
 
-def require_seen(counts: dict[str, int]) -> None:
-    """counts: by site name, of tokens or batches that it saw. Raises CalibrationError where that is none."""
-    missed = [name for name, count in counts.items() if not count]
-    if missed:
-        raise CalibrationError(
-            f"no token reached {missed[0]} ({len(missed)} of {len(counts)} sites); expected at least one "
-            "batch that runs through every FFN; pass batches of token ids"
-        )
-
-
 class Observer(ABC):
-    """Sees the inputs x [n, d_model], then the hidden units h [n, d_ff], of every forward of one site."""
+    """Sees the inputs x [n, d_model], then the hidden units h [n, d_ff], of every forward of one site: of tokens."""
 
     def __init__(self, site: FFNSite, router: Router) -> None:
         self.site, self.router, self.tokens = site, router, 0
@@ -75,20 +65,17 @@ class Observer(ABC):
     def on_hidden(self, h: Tensor) -> None: ...
 
     def open(self) -> None:
-        self.handle = self.router.register_forward_pre_hook(lambda _, args: self._count(rows_of(args[0])))
-        self.router.observer = lambda h: self.on_hidden(rows_of(h))
+        self.handle = self.router.register_forward_pre_hook(lambda _, args: self._count(args[0]))
+        self.router.observer = lambda h: self.on_hidden(tokens_of(self.router, h))
 
-    def _count(self, x: Tensor) -> None:
+    def _count(self, seen: Tensor) -> None:
+        x = tokens_of(self.router, seen)
         self.tokens += len(x)
         self.on_input(x)
 
     def close(self) -> None:
         self.handle.remove()
         self.router.observer = None
-
-
-def rows_of(value: Tensor) -> Tensor:
-    return value.detach().reshape(-1, value.shape[-1])
 
 
 class _Collector(Observer):

@@ -8,16 +8,17 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule
 
-from ltepass.errors import LoweredError
+from ltepass import padding
 from ltepass.grouping import permute_site
 from ltepass.inline import detach
 from ltepass.regenerate import original_class
 from ltepass.router import gate, seen_inputs
-from ltepass.sites import FFNSite, LTEState, router_of
+from ltepass.sites import FFNSite, LTEState, require_not_lowered, router_of
 
 
 def remove_routers(model: nn.Module, state: LTEState, *, undo_grouping: bool) -> None:
     require_not_lowered(state, "remove")
+    padding.detach(model)
     for site in {s.neurons: s for s in state.sites}.values():  # sites that share their weights share their order
         if undo_grouping:
             permute_site(model, site, torch.argsort(router_of(model, site).permutation))
@@ -36,13 +37,6 @@ def remove_routers(model: nn.Module, state: LTEState, *, undo_grouping: bool) ->
     if isinstance(model, GraphModule):
         model.graph = graph
     del model._lte
-
-
-def require_not_lowered(state: LTEState, what: str) -> None:
-    if state.lowered is not None:
-        raise LoweredError(
-            f"the model is lowered (scope {state.lowered!r}); {what} expects it as trained; call ltepass.unlower(model)"
-        )
 
 
 def _ungate(graph: Graph, site: FFNSite) -> None:

@@ -18,6 +18,8 @@ class RidgeSums:
         self.count = 0
 
     def add(self, x: Tensor, y: Tensor) -> None:
+        if len(x) == 0:
+            return  # no rows have no mean to begin from
         if self.count == 0:
             self.origin = x.mean(0), y.mean(0)  # sums about it cancel little
             self.x_sum, self.y_sum = torch.zeros_like(x[0]), torch.zeros_like(y[0])

@@ -8,18 +8,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ltepass.config import Mode
 from ltepass.kernels.reference import leave_out_small
+from ltepass.rows import Forward, TokenRows
 
 N_QUANTILES = 101  # the sparsity table has one logit threshold for each of 0 %, 1 %, ... 100 %
 
 
 def logit(tau: float) -> float:
     return math.log(tau / (1.0 - tau))
+
+
+class Kept(NamedTuple):
+    """What one call of an FFN with gradients leaves for the losses: a value per row each, of the shape of the rows.
+
+    losses: (efficiency, separability, union, soft sparsity) in soft mode, else None. inactive: hard sparsity.
+    forward: what is known of which rows are tokens.
+    """
+
+    losses: tuple[Tensor, Tensor, Tensor, Tensor] | None
+    inactive: Tensor
+    forward: Forward
 
 
 class Router(nn.Module):
@@ -69,9 +83,10 @@ class Router(nn.Module):
         # Set by a training stage, never saved. straight_through: hard mode learns through its decision as if it were
         # the score. count_inactive: hard mode keeps `inactive` too. share_neighbours: soft mode keeps the union term.
         self.straight_through = self.count_inactive = self.share_neighbours = False
-        # (efficiency, separability, union, soft sparsity) per token: set by a soft forward with gradients.
-        self.aux: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
-        self.inactive: Tensor | None = None  # beside it: the hard sparsity per token
+        # Of every call with gradients in soft mode, or with `count_inactive`, until a loss takes it.
+        self.kept: list[Kept] = []
+        # Which rows of a call are tokens, while somebody counts them; None otherwise.
+        self.rows: TokenRows | None = None
         # Called with the hidden units h [..., d_ff] of every forward while calibration runs; None otherwise.
         self.observer: Callable[[Tensor], None] | None = None
         # How a lowered site reads its weights (lowering.Plan); None where it is not lowered.
@@ -83,7 +98,7 @@ class Router(nn.Module):
         generator = generator or torch.Generator().manual_seed(0)
         with torch.no_grad():
             if not self.weight.is_meta:
-                start = torch.randn(self.weight.shape, generator=generator) * self.d_model**-0.5
+                start = torch.randn(self.weight.shape, generator=generator, dtype=torch.float32) * self.d_model**-0.5
                 self.weight.copy_(start)
             if self.bias is not None:
                 self.bias.zero_()
@@ -104,14 +119,30 @@ class Router(nn.Module):
         else:
             logits = nn.functional.linear(x.float(), self.weight, self.bias)
         if torch.is_grad_enabled() and (self.mode == "soft" or self.count_inactive):
-            self.inactive = (logits.detach() <= self.threshold).float().mean(-1)
-        if self.mode == "soft" and torch.is_grad_enabled():
+            self.keep((logits.detach() <= self.threshold).float().mean(-1), logits)
+        return logits
+
+    def keep(self, inactive: Tensor, logits: Tensor | None = None) -> None:
+        """Leave a call's hard sparsity, and in soft mode the losses of its logits, for who takes them."""
+        losses = None
+        if self.mode == "soft" and logits is not None:
             from ltepass.losses import per_token_losses, union_per_token
 
             efficiency, separability = per_token_losses(logits, self.tau)
             union = union_per_token(logits) if self.share_neighbours else torch.zeros_like(efficiency)
-            self.aux = (efficiency, separability, union, 1.0 - torch.sigmoid(logits.detach()).mean(-1))
-        return logits
+            losses = (efficiency, separability, union, 1.0 - torch.sigmoid(logits.detach()).mean(-1))
+        if self.rows is None:
+            self.kept.clear()  # nobody counts: the last call is enough
+        # Checkpointing runs a layer again inside the backward pass: all of it, but it is the same call. What a replica
+        # of DataParallel keeps is lost with it.
+        again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        if not again and not getattr(self, "_is_replica", False):
+            self.kept.append(Kept(losses, inactive, Forward() if self.rows is None else self.rows.forward))
+
+    @property
+    def aux(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """(efficiency, separability, union, soft sparsity) per row of the last soft call with gradients."""
+        return self.kept[-1].losses if self.kept else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         """Moves with the model, but never changes dtype: `model.to(bfloat16)` keeps the decision in fp32."""

@@ -19,18 +19,19 @@ the ablations (examples/results/ablations.md, "recipe").
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ltepass.batches import inputs_of, is_empty
 from ltepass.energy import down_energy
 from ltepass.errors import CalibrationError
-from ltepass.observing import require_seen
-from ltepass.sites import FFNSite, require_state, router_of
-from ltepass.sparsity import mode_of
+from ltepass.padding import TokenHooks, telling_tokens, tokens_of
+from ltepass.sites import FFNSite, require_trained, router_of
+from ltepass.sparsity import mode_of, require_seen
 from ltepass.undo import verb
 
 TOKENS = 2048  # enough for a mean over tokens and experts
@@ -48,19 +49,20 @@ class Sensitivity:
 def loss_sensitivity(model: nn.Module, batches: Iterable[Any], *, seed: int = 0) -> dict[str, Sensitivity]:
     """By site name, over the first 2,048 tokens of the batches, or as many as it takes to reach every FFN.
 
-    batches: dicts of model inputs, or token id tensors. The model must return an object with `logits` [B, T, V].
-    Leaves modes, training flags and gradients as they were. Raises NotTransformedError, CalibrationError.
+    batches: mappings of model inputs, or token id tensors; padding is not seen. The model must return an object with
+    `logits` [B, T, V]. Leaves modes, training flags and gradients as they were. Raises NotTransformedError,
+    LoweredError, CalibrationError.
     """
-    sites = require_state(model, "loss_sensitivity").sites
+    sites = require_trained(model, "loss_sensitivity").sites
     taps = [_Tap(model, site) for site in sites]
     flags = {m: m.training for m in model.modules()}
     model.eval()
     generator = torch.Generator().manual_seed(seed)
     seen = 0
     try:
-        with mode_of(model, "dense"), torch.enable_grad():
+        with mode_of(model, "dense"), torch.enable_grad(), telling_tokens(model) as hooks:
             for batch in batches:
-                seen += _one(model, batch, taps, generator)
+                seen += 0 if is_empty(batch) else _one(model, batch, taps, hooks, generator)
                 if seen >= TOKENS and all(tap.called for tap in taps):
                     break
     finally:
@@ -69,60 +71,78 @@ def loss_sensitivity(model: nn.Module, batches: Iterable[Any], *, seed: int = 0)
         for module, flag in flags.items():
             module.training = flag
     if seen == 0:
-        raise CalibrationError("no batch was given; expected at least one; pass batches of token ids")
+        raise CalibrationError("no batch with a token was given; expected at least one; pass batches of token ids")
     require_seen({tap.site.name: tap.called for tap in taps})
     return {tap.site.name: tap.found() for tap in taps}
 
 
-def _one(model: nn.Module, batch: Any, taps: list[_Tap], generator: torch.Generator) -> int:
-    """One batch into the taps; returns its tokens."""
-    inputs = {k: v for k, v in batch.items() if k != "labels"} if isinstance(batch, dict) else None
-    logits = getattr(model(batch) if inputs is None else model(**inputs), "logits", None)
+def _one(model: nn.Module, batch: Any, taps: list[_Tap], hooks: TokenHooks, generator: torch.Generator) -> int:
+    """One batch into the taps; returns its tokens. Predictions at padding have no label, and so no loss."""
+    args, named = inputs_of(model, batch)
+    logits = getattr(model(*args, **named), "logits", None)
     if logits is None:
         raise CalibrationError(
             f'{type(model).__name__} returns no logits; budget "model" expects a model that predicts tokens; '
             'pass budget="layer"'
         )
-    flat = logits.flatten(0, -2).float()
-    drawn = torch.multinomial(flat.detach().softmax(-1).cpu(), 1, generator=generator).flatten().to(flat.device)
-    loss = nn.functional.cross_entropy(flat, drawn, reduction="sum")
-    called = {tap: tap.probe for tap in taps if tap.probe is not None}
-    if called:
-        for tap, gradient in zip(called, torch.autograd.grad(loss, list(called.values())), strict=True):
-            tap.take(gradient)
+    real = hooks.output.tokens(logits.shape[:-1])
+    flat = (logits.flatten(0, -2) if real is None else logits[real]).float()
+    called = [tap for tap in taps if tap.calls]
+    probes = [call.probe for tap in called for call in tap.calls]
+    if len(flat) == 0:
+        for tap in called:
+            tap.calls = []
+    elif called:
+        drawn = torch.multinomial(flat.detach().softmax(-1).cpu(), 1, generator=generator).flatten().to(flat.device)
+        loss = nn.functional.cross_entropy(flat, drawn, reduction="sum")
+        gradients = iter(torch.autograd.grad(loss, probes, allow_unused=True))
+        for tap in called:
+            tap.take([next(gradients) for _ in tap.calls])
     return len(flat)
 
 
-class _Tap:
-    """Adds a zero with a gradient to one FFN's output, and keeps its hidden units."""
+class _Call(NamedTuple):
+    """One call of an FFN: h [..., d_ff], and a zero with a gradient on its output."""
 
-    probe: Tensor | None = None  # of the present forward
-    called = 0
+    h: Tensor
+    probe: Tensor
+
+
+class _Tap:
+    """Adds a zero with a gradient to one FFN's output, and keeps its hidden units, of every call in a forward."""
+
     h: Tensor
 
     def __init__(self, model: nn.Module, site: FFNSite) -> None:
         self.model, self.site, self.router = model, site, router_of(model, site)
-        self.log_cost, self.count, self.neurons, self.tokens = 0.0, 0, torch.zeros(()), 0
+        self.calls: list[_Call] = []  # of the present forward
+        self.called, self.log_cost, self.count, self.tokens = 0, 0.0, 0, 0
+        self.neurons: Tensor | float = 0.0
         self.router.observer = self._keep
         self.handle = model.get_submodule(site.down).register_forward_hook(self._on_down)
 
     def _keep(self, h: Tensor) -> None:
-        self.h = h.detach().flatten(0, -2).float()
+        self.h = h.detach()
 
     def _on_down(self, module: nn.Module, args: Any, out: Tensor) -> Tensor:
-        self.probe = torch.zeros_like(out, requires_grad=True)
-        return out + self.probe
+        probe = torch.zeros_like(out, requires_grad=True)
+        self.calls.append(_Call(self.h, probe))
+        return out + probe
 
     @torch.no_grad()
-    def take(self, gradient: Tensor) -> None:
-        """Adds log (g . E_e)^2, of what is not exactly 0, and (g . down_j)^2 / |g|^2."""
-        self.called, self.probe = self.called + 1, None
+    def take(self, gradients: Sequence[Tensor | None]) -> None:
+        """Adds log (g . E_e)^2, of what is not exactly 0, and (g . down_j)^2 / |g|^2, at every token of every call."""
         down = self.site.down_rows.of(self.model, self.site.d_ff).float()  # [d_ff, d_out]
-        g = gradient.flatten(0, -2).float()
+        for (h, probe), gradient in zip(self.calls, gradients, strict=True):
+            g = tokens_of(self.router, torch.zeros_like(probe) if gradient is None else gradient).float()
+            self._add(tokens_of(self.router, h).float(), g, down)
+        self.calls, self.called = [], self.called + 1
+
+    def _add(self, h: Tensor, g: Tensor, down: Tensor) -> None:
         projected = g @ down.T
-        cost = (self.h * projected).unflatten(-1, (self.site.n_experts, -1)).sum(-1).square()
+        cost = (h * projected).unflatten(-1, (self.site.n_experts, -1)).sum(-1).square()
         logs = cost[cost > 0].log()
-        self.log_cost += float(logs.sum())
+        self.log_cost += float(logs.double().sum())
         self.count += logs.numel()
         squares = g.square().sum(-1)
         seen = squares > 0
@@ -133,7 +153,7 @@ class _Tap:
         if not self.tokens:  # nothing reaches the output through this site
             return Sensitivity(-torch.inf, down_energy(self.model, self.site))
         d_out = self.site.down_rows.of(self.model, self.site.d_ff).shape[1]
-        return Sensitivity(self.log_cost / max(self.count, 1), d_out / self.tokens * self.neurons)
+        return Sensitivity(self.log_cost / max(self.count, 1), d_out / self.tokens * torch.as_tensor(self.neurons))
 
     def close(self) -> None:
         self.handle.remove()

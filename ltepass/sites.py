@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from ltepass.errors import AmbiguousModelError, NotTransformedError
+from ltepass.errors import AmbiguousModelError, LoweredError, NotTransformedError
 from ltepass.router import Router
 
 
@@ -159,6 +159,22 @@ def require_state(model: nn.Module, what: str) -> LTEState:
             "ltepass.transform(model) first, and pass the same root module"
         )
     return state
+
+
+def require_trained(model: nn.Module, what: str) -> LTEState:
+    """The state of a model that is not lowered, or NotTransformedError or LoweredError naming the call."""
+    state = require_state(model, what)
+    require_not_lowered(state, what)
+    return state
+
+
+def require_not_lowered(state: LTEState, what: str) -> None:
+    """Raises LoweredError, naming the call that reads or changes what lowering bypasses."""
+    if state.lowered is not None:
+        raise LoweredError(
+            f"the model is lowered (scope {state.lowered!r}), which is hard mode; {what} expects it as trained; call "
+            "ltepass.unlower(model)"
+        )
 
 
 def routers_of(model: nn.Module) -> Iterator[Router]:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ltepass import padding
+from ltepass.batches import fewest_logits, inputs_of, is_empty
 from ltepass.config import Mode, check_mode, check_sparsity
-from ltepass.errors import CalibrationError, LoweredError
+from ltepass.errors import CalibrationError
 from ltepass.kernels import tuning
 from ltepass.router import N_QUANTILES, Router, logit
-from ltepass.sites import require_state, router_of, routers_of
+from ltepass.sites import FFNSite, require_state, require_trained, router_of, routers_of
 from ltepass.undo import keep, verb
 
 BELOW = 2.0  # the least calibration logit, for a bias that leaves every expert active
+TABLE_TOKENS = 8192  # of which a site's table is made: a share is then off by half a point over sqrt(n_experts)
 SHARED_POINTS = 4096  # values that stand for one site's logits where sites share a threshold
 
 
@@ -29,15 +31,14 @@ def set_mode(model: nn.Module, mode: Mode) -> None:
     Raises ConfigError, NotTransformedError, LoweredError.
     """
     check_mode(mode)
-    state = require_state(model, "set_mode")
-    if state.lowered is not None:
-        raise LoweredError(
-            f"the model is lowered (scope {state.lowered!r}), which is hard mode; set_mode expects it as trained; call "
-            "ltepass.unlower(model)"
-        )
+    require_trained(model, "set_mode")
     for router in routers_of(model):
         router.mode = mode
-        router.aux = None
+        router.kept.clear()
+    if mode == "soft":
+        padding.attach(model)  # what a forward leaves for the losses begins anew with the next
+    else:
+        padding.detach(model)
     remember_densities(model)
 
 
@@ -116,56 +117,89 @@ class SomeRows:
         return rows[torch.randperm(len(rows), generator=self.generator)[: self.keep].to(rows.device)]
 
 
-@contextmanager
-def record_logits(model: nn.Module, keep: int | None = None, *, flat: bool = True) -> Iterator[dict[str, list[Tensor]]]:
-    """Collect every router's logits [n_tokens, n_experts] by site name while the block runs.
+class Reservoir:
+    """At most `keep` of all rows that were added, each as likely as any other, in their order.
 
-    keep: at most so many tokens per forward; None keeps all. flat: False leaves the shape as it is.
+    The same rows give the same sample, however they were divided into batches.
     """
-    seen: dict[str, list[Tensor]] = {}
-    handles = []
-    for site in require_state(model, "record_logits").sites:
-        rows, draw = seen.setdefault(site.name, []), SomeRows(keep)
 
-        def hook(
-            module: nn.Module,
-            args: Any,
-            logits: Tensor | None,
-            rows: list[Tensor] = rows,
-            draw: SomeRows = draw,
-        ) -> None:
-            if logits is not None and not flat:
-                rows.append(logits.detach().clone())
-            elif logits is not None:
-                rows.append(draw(logits.detach().reshape(-1, logits.shape[-1])))
+    def __init__(self, keep: int) -> None:
+        self.keep, self.generator = keep, torch.Generator().manual_seed(0)
+        self.parts: list[Tensor] = []
+        self.keys = torch.empty(0, dtype=torch.float64)  # of the kept rows: those with the smallest are kept
 
-        handles.append(router_of(model, site).register_forward_hook(hook))
+    def add(self, rows: Tensor) -> None:
+        keys = torch.rand(len(rows), generator=self.generator, dtype=torch.float64)
+        if len(self.keys) == self.keep:
+            hopeful = keys < self.keys.max()
+            rows, keys = rows[hopeful.to(rows.device)], keys[hopeful]
+        self.parts, self.keys = [*self.parts, rows.clone()], torch.cat([self.keys, keys])
+        if len(self.keys) > self.keep:
+            best = self.keys.topk(self.keep, largest=False, sorted=False).indices.sort().values
+            self.parts, self.keys = [self.rows()[best.to(rows.device)]], self.keys[best]
+
+    def rows(self) -> Tensor:
+        """At least one tensor must have been added."""
+        return torch.cat(self.parts)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+@contextmanager
+def on_logits(model: nn.Module, see: Callable[[FFNSite, Router, Tensor], None]) -> Iterator[None]:
+    """Calls see(site, router, logits [..., n_experts]) after every router while the block runs, without gradients."""
+
+    def hook(site: FFNSite) -> Callable[[Any, Any, Tensor | None], None]:
+        def run(router: Router, args: Any, logits: Tensor | None) -> None:
+            if logits is not None:
+                see(site, router, logits.detach())
+
+        return run
+
+    sites = require_trained(model, "a look at its logits").sites
+    handles = [router_of(model, site).register_forward_hook(hook(site)) for site in sites]
     try:
-        yield seen
+        with padding.telling_tokens(model):
+            yield
     finally:
         for handle in handles:
             handle.remove()
 
 
+@contextmanager
+def record_logits(model: nn.Module, keep: int | None = None, *, flat: bool = True) -> Iterator[dict[str, list[Tensor]]]:
+    """Collect every router's logits [n_tokens, n_experts] by site name while the block runs, without those of padding.
+
+    keep: at most so many tokens per forward; None keeps all. flat: False leaves the shape as it is, padding included.
+    """
+    seen: dict[str, list[Tensor]] = {site.name: [] for site in require_trained(model, "record_logits").sites}
+    draws = {name: SomeRows(keep) for name in seen}
+
+    def see(site: FFNSite, router: Router, logits: Tensor) -> None:
+        rows = draws[site.name](padding.tokens_of(router, logits)) if flat else logits.clone()
+        seen[site.name].append(rows)
+
+    with on_logits(model, see):
+        yield seen
+
+
 def run_batches(model: nn.Module, batches: Iterable[Any]) -> None:
     """Forward passes for what hooks see, without gradients, in eval mode; the training flags are as before afterwards.
 
-    Nobody reads the logits, a fifth of a pass on SmolLM2-135M: a language model that can makes the last token's only.
+    Nobody reads the logits of a language model, and as few as it can are made. Batches without a token are passed by.
+    Raises CalibrationError for a batch that is no model input.
     """
-    heads = getattr(model, "get_output_embeddings", lambda: None)() is not None
-    fewest = {}
-    if heads and "logits_to_keep" in signature(model.forward).parameters:
-        fewest["logits_to_keep"] = torch.tensor([-1])  # for an int, Gemma 4 drops tokens before its last FFNs
     flags = {m: m.training for m in model.modules()}
     for module in flags:
         module.training = False  # an exported module has no eval()
     try:
         with torch.no_grad():
             for batch in batches:
-                if isinstance(batch, dict):
-                    model(**fewest | {k: v for k, v in batch.items() if k != "labels"})
-                else:
-                    model(batch, **fewest)
+                if is_empty(batch):
+                    continue
+                args, named = inputs_of(model, batch)
+                model(*args, **fewest_logits(model, named) | named)
     finally:
         for module, flag in flags.items():
             module.training = flag
@@ -188,53 +222,87 @@ def mode_of(model: nn.Module, mode: Mode) -> Iterator[None]:
 def measure_sparsity(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
     """Share of inactive neurons by site name, over all tokens of the batches, each seen through hard gates.
 
-    batches: dicts of model inputs, or token id tensors. Raises NotTransformedError, LoweredError.
+    batches: mappings of model inputs, or token id tensors; padding is not counted. Raises NotTransformedError,
+    LoweredError, CalibrationError (no tokens seen).
     """
-    state = require_state(model, "measure_sparsity")
-    if state.lowered is not None:
-        raise LoweredError("measure_sparsity expects the model as trained; call ltepass.unlower(model)")
-    with mode_of(model, "hard"), record_logits(model) as seen:
+    active = {site.name: Tally() for site in require_trained(model, "measure_sparsity").sites}
+
+    def see(site: FFNSite, router: Router, logits: Tensor) -> None:
+        active[site.name].add(padding.tokens_of(router, logits) > router.threshold)
+
+    with mode_of(model, "hard"), on_logits(model, see):
         run_batches(model, batches)
-    thresholds = {s.name: router_of(model, s).threshold for s in state.sites}
-    return {
-        name: 1.0 - float(torch.cat([(r > thresholds[name]).float().mean(1) for r in rows]).mean())
-        for name, rows in seen.items()
-    }
+    require_seen({name: tally.count for name, tally in active.items()})
+    return {name: 1.0 - tally.share() for name, tally in active.items()}
 
 
 @verb
 def measure_union(model: nn.Module, batches: Iterable[Any], window: int = 2) -> dict[str, float]:
     """Share of experts by site name that no token of `window` neighbouring ones uses: what a batched kernel can skip.
 
-    Every whole window of every row counts. Raises NotTransformedError.
+    Every whole window of every row counts that holds no padding. Raises NotTransformedError, LoweredError,
+    CalibrationError (no window of tokens seen).
     """
-    with mode_of(model, "hard"), record_logits(model, flat=False) as seen:
+    unused = {site.name: Tally() for site in require_trained(model, "measure_union").sites}
+
+    def see(site: FFNSite, router: Router, logits: Tensor) -> None:
+        logits, real = padding.sequences_of(router, logits)
+        if logits.shape[-2] >= window:
+            nobody = (logits <= router.threshold).unfold(-2, window, 1).all(-1)
+            unused[site.name].add(nobody[real.unfold(-1, window, 1).all(-1)])
+
+    with mode_of(model, "hard"), on_logits(model, see):
         run_batches(model, batches)
-    thresholds = {s.name: router_of(model, s).threshold for s in require_state(model, "measure_union").sites}
-    out = {}
-    for name, rows in seen.items():
-        unused = [(r <= thresholds[name]).unfold(-2, window, 1).all(-1).float().flatten(0, -2) for r in rows]
-        out[name] = float(torch.cat(unused).mean())
-    return out
+    require_seen({name: tally.count for name, tally in unused.items()})
+    return {name: tally.share() for name, tally in unused.items()}
+
+
+class Tally:
+    """How many of the entries that were added are True: counts, so that a million tokens take no more than one."""
+
+    def __init__(self) -> None:
+        self.count, self.true = 0, 0
+
+    def add(self, entries: Tensor) -> None:
+        self.count += entries.numel()
+        self.true = self.true + entries.sum()  # type: ignore[assignment]  # a tensor: no GPU is waited for
+
+    def share(self) -> float:
+        return int(self.true) / self.count
+
+
+def require_seen(counts: dict[str, int]) -> None:
+    """counts: by site name, of tokens or batches that it saw. Raises CalibrationError where that is none."""
+    missed = [name for name, count in counts.items() if not count]
+    if missed:
+        raise CalibrationError(
+            f"no token reached {missed[0]} ({len(missed)} of {len(counts)} sites); expected at least one "
+            "batch that runs through every FFN; pass batches of token ids"
+        )
 
 
 def update_table(model: nn.Module, batches: Iterable[Any]) -> None:
     """Fill every router's quantile table from its logits on these batches, seen through the model's present gates.
 
-    A router that no token reached keeps its table.
+    A router that no token reached keeps its table; one that many reached gets it from TABLE_TOKENS of them.
     """
-    state = require_state(model, "update_table")
+    state = require_trained(model, "update_table")
+    samples = {site.name: Reservoir(TABLE_TOKENS) for site in state.sites}
     present = router_of(model, state.sites[0]).mode
-    with mode_of(model, "hard" if present == "dense" else present), record_logits(model, keep=512) as seen:
+
+    def see(site: FFNSite, router: Router, logits: Tensor) -> None:
+        samples[site.name].add(padding.tokens_of(router, logits))
+
+    with mode_of(model, "hard" if present == "dense" else present), on_logits(model, see):
         run_batches(model, batches)
     for site in state.sites:
-        if seen[site.name]:
-            router_of(model, site).quantiles.copy_(table_of(torch.cat(seen[site.name]).float()))
+        if len(samples[site.name]):
+            router_of(model, site).quantiles.copy_(table_of(samples[site.name].rows()))
 
 
 def table_of(logits: Tensor) -> Tensor:
     """[101]: the thresholds that leave 0 %, 1 %, ... 100 % of these logits, of any shape, at or below them."""
-    return quantiles(logits.flatten(), torch.linspace(0.0, 1.0, N_QUANTILES, device=logits.device))
+    return quantiles(logits.flatten(), torch.linspace(0.0, 1.0, N_QUANTILES, dtype=torch.float32, device=logits.device))
 
 
 def place_threshold(router: Router, table: Tensor, cut: Tensor) -> None:
@@ -271,15 +339,15 @@ def shared_cut(tables: Sequence[Tensor], sparsity: float) -> Tensor:
     """The logit below which this share of all sites' experts lies; each site counts alike. tables: [101] each."""
     device = tables[0].device
     if sparsity == 0.0:
-        return torch.tensor(-torch.inf, device=device)
-    grid = torch.linspace(0.0, 1.0, SHARED_POINTS, device=device)
+        return tables[0].new_tensor(-torch.inf)
+    grid = torch.linspace(0.0, 1.0, SHARED_POINTS, dtype=torch.float32, device=device)
     pooled = torch.cat([quantiles(table.to(device), grid) for table in tables])
-    return quantiles(pooled, torch.tensor(sparsity, device=device))
+    return quantiles(pooled, tables[0].new_tensor(sparsity))
 
 
 def quantiles(values: Tensor, grid: Tensor) -> Tensor:
     """Quantiles of a long vector: torch.quantile stops at 2^24 values."""
     ordered = values.sort().values
-    at = grid * (len(ordered) - 1)
+    at = grid.double() * (len(ordered) - 1)  # fp32 cannot count that far either
     low = at.floor().long()
-    return torch.lerp(ordered[low], ordered[(low + 1).clamp_max(len(ordered) - 1)], at - low)
+    return torch.lerp(ordered[low], ordered[(low + 1).clamp_max(len(ordered) - 1)], (at - low).to(ordered))

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ltepass.config import Budget
 from ltepass.cuts import place_cuts
-from ltepass.errors import LoweredError, TrainingError
-from ltepass.sites import require_state, router_of, routers_of
+from ltepass.errors import TrainingError
+from ltepass.padding import IGNORED
+from ltepass.router import Kept, Router
+from ltepass.rows import Part
+from ltepass.sites import require_state, require_trained, router_of, routers_of
 from ltepass.sparsity import measure_sparsity, set_mode, set_sparsity, update_table
 from ltepass.training.settings import Trainable
 from ltepass.undo import verb
@@ -31,9 +34,7 @@ def begin_stage(
     straight_through: routers learn in the hard stage too, as they do with "routers".
     Raises NotTransformedError, LoweredError.
     """
-    state = require_state(model, f"the {stage} stage")
-    if state.lowered is not None:
-        raise LoweredError(f"the {stage} stage expects the model as transformed; call ltepass.unlower(model)")
+    require_trained(model, f"the {stage} stage")
     set_mode(model, stage)
     learns_hard = straight_through or trainable == "routers"
     if trainable != "all":
@@ -84,7 +85,7 @@ def held_out_perplexity(model: Any, batches: Iterable[Any]) -> float | None:
     total = count = 0.0
     with torch.no_grad():
         for batch in batches:
-            if not isinstance(batch, dict) or "labels" not in batch or batch["labels"].dim() < 2:
+            if not isinstance(batch, Mapping) or "labels" not in batch or batch["labels"].dim() < 2:
                 continue
             tokens = float(label_mask(batch["labels"]).sum())
             total += float(model(**batch).loss) * tokens
@@ -95,7 +96,10 @@ def held_out_perplexity(model: Any, batches: Iterable[Any]) -> float | None:
 
 @dataclass(frozen=True)
 class Auxiliary:
-    """Sums over label tokens of the losses and of hard and soft sparsity, means over layers; `tokens` counts them."""
+    """Sums over label tokens of the losses and of hard and soft sparsity, means over layers; `tokens` counts them.
+
+    A layer that is called several times in a forward counts as one, with the mean over its calls.
+    """
 
     efficiency: Tensor
     separability: Tensor
@@ -107,53 +111,91 @@ class Auxiliary:
 
 def clear_auxiliary(model: nn.Module) -> None:
     for router in routers_of(model):
-        router.aux = None
+        router.kept.clear()
 
 
 def take_auxiliary(model: nn.Module, mask: Tensor | None) -> Auxiliary:
-    """Collect what the soft forward left on the routers, and clear it.
+    """Collect what the soft forwards left on the routers, and clear it. Padding never counts.
 
     mask: bool [batch, length], True at tokens whose prediction counts; None counts all.
     Raises TrainingError where a router kept nothing: its forward ran without gradients, as reentrant checkpointing
     does, and its loss would silently be lost.
     """
-    sums: list[Tensor] = []
-    flat = None if mask is None else mask.reshape(-1)
-    for router in _active_routers(model):
-        if router.aux is None:
-            raise TrainingError(
-                "a router's soft forward left no auxiliary loss: it ran without gradients; expected a plain forward or "
-                "non-reentrant checkpointing; pass gradient_checkpointing_kwargs={'use_reentrant': False}"
-            )
-        rows = torch.stack([part.reshape(-1) for part in (*router.aux, router.inactive)])
-        weights = torch.ones_like(rows[0]) if flat is None else flat.to(rows)
-        if len(weights) != rows.shape[1]:
-            raise TrainingError(
-                f"a router saw {rows.shape[1]} tokens and the labels have {len(weights)}; expected one token a label; "
-                "train with one sequence of labels for the same sequence of inputs"
-            )
-        sums.append(rows @ weights)
-        router.aux = None
-    total = torch.stack(sums).mean(0)
-    tokens = weights.sum()
+    sites = [_taken(router, mask) for router in _active_routers(model)]
+    predicting = [site for site in sites if site.part != "encoder"] or sites
+    tokens = predicting[-1].tokens
+    total = torch.stack([site.sums * (tokens / site.counted.clamp_min(1)) for site in sites]).mean(0)
     efficiency, separability, union, soft, hard = total
     return Auxiliary(efficiency, separability, union, soft.detach(), hard.detach(), tokens)
 
 
+class _Taken(NamedTuple):
+    """Of one site: sums [5] over the tokens of all calls, how many those are, and how many of them are different."""
+
+    sums: Tensor
+    counted: Tensor
+    tokens: Tensor
+    part: Part
+
+
+def _taken(router: Router, mask: Tensor | None) -> _Taken:
+    calls = list(router.kept)
+    if not calls or any(call.losses is None for call in calls):
+        raise TrainingError(
+            "a router's soft forward left no auxiliary loss: it ran without gradients; expected a plain forward or "
+            "non-reentrant checkpointing; pass gradient_checkpointing_kwargs={'use_reentrant': False}"
+        )
+    router.kept.clear()
+    sums, counts, first = [], [], {}
+    for call in calls:
+        weights = _weights(router, call, mask)
+        sums.append(_rows(call) @ weights)
+        counts.append(weights.sum())
+        first.setdefault(call.forward.number, counts[-1])  # a later call in this forward has the same tokens
+    return _Taken(sum(sums[1:], sums[0]), sum(counts[1:], counts[0]), sum(first.values()), calls[-1].forward.part)
+
+
+def _rows(call: Kept) -> Tensor:
+    """[5, n]: efficiency, separability, union, soft and hard sparsity."""
+    assert call.losses is not None
+    efficiency, separability, union, soft = call.losses
+    before = call.forward.after_tokens(union.shape)
+    union = union if before is None else union * before  # padding is nobody's neighbour
+    return torch.stack([part.reshape(-1) for part in (efficiency, separability, union, soft, call.inactive)])
+
+
+def _weights(router: Router, call: Kept, mask: Tensor | None = None) -> Tensor:
+    """[n] fp32: 1 at the rows of a call that are tokens, and whose prediction counts where a mask [B, T] says so."""
+    shape = call.inactive.shape
+    real = call.forward.tokens(shape) if router.rows is None else router.rows.mask(shape, call.forward)
+    weights = torch.ones_like(call.inactive) if real is None else real.to(call.inactive)
+    if mask is not None and call.forward.part != "encoder":  # labels say nothing of what an encoder reads
+        if mask.numel() == weights.numel():
+            weights = weights * mask.reshape(shape).to(weights)
+        elif real is None:
+            raise TrainingError(
+                f"a router saw {weights.numel()} tokens and the labels have {mask.numel()}; expected one token a "
+                "label; train with one sequence of labels for the same sequence of inputs"
+            )
+    return weights.reshape(-1)
+
+
 def inactive_shares(model: nn.Module) -> Tensor:
-    """[n_sites]: mean hard sparsity of each site in the last forward with gradients, and forget it."""
+    """[n_sites]: mean hard sparsity of each site's tokens in the forwards with gradients since, and forget it."""
     shares = []
     for router in _active_routers(model):
-        if router.inactive is None:
+        if not router.kept:
             raise TrainingError(
                 "a router kept no sparsity: its forward ran without gradients; expected a plain forward"
             )
-        shares.append(router.inactive.mean())
-        router.inactive = None
+        weights = torch.cat([_weights(router, call) for call in router.kept])
+        inactive = torch.cat([call.inactive.reshape(-1) for call in router.kept])
+        shares.append(inactive @ weights / weights.sum().clamp_min(1))
+        router.kept.clear()
     return torch.stack(shares)
 
 
-def _active_routers(model: nn.Module) -> list[Any]:
+def _active_routers(model: nn.Module) -> list[Router]:
     from ltepass.sites import state_of
 
     root = next((m for m in model.modules() if state_of(m) is not None), None)
@@ -164,7 +206,7 @@ def _active_routers(model: nn.Module) -> list[Any]:
 def label_mask(labels: Tensor, *, shifted: bool = True) -> Tensor:
     """bool like labels: True at the positions whose prediction counts in a causal loss (the next label is no -100)."""
     if not shifted:
-        return labels != -100
+        return labels != IGNORED
     mask = torch.zeros_like(labels, dtype=torch.bool)
-    mask[..., :-1] = labels[..., 1:] != -100
+    mask[..., :-1] = labels[..., 1:] != IGNORED
     return mask

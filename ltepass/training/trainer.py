@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, set_seed
 
+from ltepass.batches import inputs_of
 from ltepass.errors import TrainingError
 from ltepass.losses import kl_from
+from ltepass.padding import hooks_of, telling_tokens
 from ltepass.sites import require_state, router_of, routers_of
 from ltepass.training.checkpoints import STATE_FILE, is_finished, last_complete, mark_complete
 from ltepass.training.controller import SparsityController
@@ -119,7 +121,7 @@ class LTETrainerMixin:
 
     def train(self, resume_from_checkpoint: bool | str | None = None, **kwargs: Any) -> Any:
         _refuse_reentrant(self.args)
-        with stage_options(self.lte_model, self.lte, self.stage):
+        with stage_options(self.lte_model, self.lte, self.stage), telling_tokens(self.lte_model, keep=True):
             if resume_from_checkpoint is True:
                 # none is whole where the kill came before the first: the stage begins anew
                 resume_from_checkpoint = last_complete(self.args.output_dir)
@@ -138,7 +140,7 @@ class LTETrainerMixin:
     ) -> Any:
         labels = inputs.get("labels")
         learns = model.training and torch.is_grad_enabled()
-        if learns and self.stage == "soft":
+        if learns:
             clear_auxiliary(self.lte_model)
         wants_outputs = return_outputs or (learns and self.teacher is not None)
         out = super().compute_loss(  # type: ignore[misc]
@@ -158,8 +160,8 @@ class LTETrainerMixin:
     ) -> Tensor:
         if labels is None or labels.dim() > 1:
             mask = None if labels is None else label_mask(labels, shifted=getattr(self, "_loss_shifts_labels", True))
-        else:  # one label a sequence: every real token counts, and the items of the batch are no tokens
-            mask, items = inputs.get("attention_mask"), None
+        else:  # one label a sequence: every token counts, and the items of the batch are no tokens
+            mask = items = None
         if self.teacher is not None:
             kl = self._distillation(inputs, outputs, mask)
             loss = (1.0 - self.lte.distill) * loss + self._per_item(self.lte.distill * kl[0], kl[1], items)
@@ -185,10 +187,14 @@ class LTETrainerMixin:
         """(sum of KL over the positions whose prediction counts, their number)."""
         assert self.teacher is not None
         self.teacher.to(self.args.device)
+        args, named = inputs_of(self.teacher, inputs)
         with torch.no_grad():
-            taught = self.teacher(**{k: v for k, v in inputs.items() if k != "labels"}).logits
+            taught = self.teacher(*args, **named).logits
         kl = kl_from(taught, outputs.logits)
-        weights = torch.ones_like(kl) if mask is None else mask.to(kl)
+        hooks = hooks_of(self.lte_model)
+        real = None if hooks is None else hooks.output.tokens(kl.shape)
+        weights = torch.ones_like(kl) if real is None else real.to(kl)
+        weights = weights if mask is None else weights * mask.to(kl)
         return (kl * weights).sum(), weights.sum()
 
     def _per_item(self, total: Tensor, tokens: Tensor, items: Tensor | int | None) -> Tensor:

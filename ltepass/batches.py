@@ -1,0 +1,98 @@
+"""What users pass as a batch, as a model takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ltepass.errors import CalibrationError
+
+TOKEN_INPUTS = frozenset("input_ids attention_mask token_type_ids position_ids decoder_input_ids labels".split())
+EXPECTED = (
+    "expected a tensor of token ids, or a mapping of the model's inputs to tensors, as a tokenizer gives with "
+    "return_tensors='pt'"
+)
+
+
+def inputs_of(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and named arguments for `model`, on its device, without labels.
+
+    batch: token ids, alone or as the only tensor of a list; any Mapping of inputs. Labels stay for an encoder-decoder
+    alone: its decoder's inputs are made of them, and they tell its padding. Raises CalibrationError for anything else.
+    """
+    if isinstance(batch, (list, tuple)) and len(batch) == 1 and isinstance(batch[0], Tensor):
+        batch = batch[0]  # as a DataLoader over a TensorDataset has it
+    device = _device_of(model)
+    if isinstance(batch, Tensor):
+        return (batch.to(device),), {}
+    if not isinstance(batch, Mapping):
+        raise CalibrationError(f"a batch is {_seen(batch)}; {EXPECTED}")
+    drop = () if _has_decoder(model) else ("labels",)
+    named = {name: value for name, value in batch.items() if name not in drop}
+    for name, value in named.items():
+        if _is_text(value) or (name in TOKEN_INPUTS and isinstance(value, (list, tuple))) or _is_array(value):
+            raise CalibrationError(f"{name!r} of a batch is {_seen(value)}; {EXPECTED}")
+    return (), {name: v.to(device) if isinstance(v, Tensor) else v for name, v in named.items()}
+
+
+def fewest_logits(model: nn.Module, named: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes a language model compute the last token's logits only: a fifth of a pass on SmolLM2-135M."""
+    heads = getattr(model, "get_output_embeddings", lambda: None)() is not None
+    if not heads or "labels" in named or "logits_to_keep" not in signature(model.forward).parameters:
+        return {}
+    return {"logits_to_keep": torch.tensor([-1])}  # for an int, Gemma 4 drops tokens before its last FFNs
+
+
+def is_empty(batch: Any) -> bool:
+    """Whether its token ids hold no token: models fail on such a batch, and there is nothing to see in it."""
+    tokens = _tokens(batch)
+    return isinstance(tokens, Tensor) and tokens.numel() == 0
+
+
+def tokens_in(batch: Any) -> int:
+    """Tokens that are no padding; 0 for a batch that names its tokens in a way of its own."""
+    tokens, mask = _tokens(batch), batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if not isinstance(tokens, Tensor):
+        return 0
+    ids = tokens[..., 0] if tokens.is_floating_point() else tokens
+    return int((mask > 0).sum()) if isinstance(mask, Tensor) and mask.shape == ids.shape else ids.numel()
+
+
+def _tokens(batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return batch.get("input_ids", batch.get("inputs_embeds"))
+    return batch[0] if isinstance(batch, (list, tuple)) and len(batch) == 1 else batch
+
+
+def _has_decoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, (list, tuple)) and any(isinstance(v, str) for v in value))
+
+
+def _is_array(value: Any) -> bool:
+    return type(value).__module__ == "numpy"
+
+
+def _seen(value: Any) -> str:
+    if isinstance(value, str):
+        return f"the text {value[:20]!r}"
+    if isinstance(value, (list, tuple)) and value:
+        return f"a {type(value).__name__} of {len(value)} ({_seen(value[0])} first)"
+    return f"a {type(value).__name__}"
+
+
+def _device_of(model: nn.Module) -> torch.device | None:
+    """Where the model reads its inputs; None, which moves nothing, where that is no real device."""
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)
+    try:
+        first = next((embeddings() or model).parameters(), None)
+    except NotImplementedError:  # a model that reads no tokens
+        first = next(model.parameters(), None)
+    return None if first is None or first.is_meta else first.device
