@@ -146,13 +146,16 @@ def _taken(router: Router, mask: Tensor | None) -> _Taken:
             "non-reentrant checkpointing; pass gradient_checkpointing_kwargs={'use_reentrant': False}"
         )
     router.kept.clear()
-    sums, counts, first = [], [], {}
+    sums: list[Tensor] = []
+    counts: list[Tensor] = []
+    first: dict[int, Tensor] = {}  # of each forward
     for call in calls:
         weights = _weights(router, call, mask)
         sums.append(_rows(call) @ weights)
         counts.append(weights.sum())
-        first.setdefault(call.forward.number, counts[-1])  # a later call in this forward has the same tokens
-    return _Taken(sum(sums[1:], sums[0]), sum(counts[1:], counts[0]), sum(first.values()), calls[-1].forward.part)
+        first.setdefault(call.forward.number, counts[-1])  # a later call in it has the same tokens
+    counted, tokens = torch.stack(counts).sum(), torch.stack(list(first.values())).sum()
+    return _Taken(torch.stack(sums).sum(0), counted, tokens, calls[-1].forward.part)
 
 
 def _rows(call: Kept) -> Tensor:

@@ -54,8 +54,8 @@ def warm_start(
     state = require_trained(model, "warm_start")
     if not is_calibrated(model):
         raise CalibrationError("warm_start needs started routers; call ltepass.calibrate(model, batches) first")
-    batch = {"input_ids": input_ids} if isinstance(input_ids, Tensor) else dict(input_ids)
-    batch.setdefault("use_cache", False)
+    given = {"input_ids": input_ids} if isinstance(input_ids, Tensor) else input_ids
+    batch = {"use_cache": False, **given}
     target = None if state.config["budget"] == "model" else float(state.config["target_sparsity"])
     calls = _calls(model, batch)
     errors: dict[str, float] = {}

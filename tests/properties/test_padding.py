@@ -1,0 +1,48 @@
+"""Whatever the lengths, the side and the batches: padding changes no statistic of the tokens."""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+sys.path.append(str(Path(__file__).parents[1] / "training"))
+from padded import FAMILIES, padded, same, sequences, started, whole
+
+import ltepass
+from ltepass.calibration import fit_energies
+from ltepass.energy import down_energy
+from ltepass.sites import router_of
+from ltepass.sparsity import measure_union, update_table
+
+models = cache(started)
+
+
+def tables(model: Any, batches: Any) -> dict[str, Tensor]:
+    update_table(model, batches)
+    return {site.name: router_of(model, site).quantiles.clone() for site in model._lte.sites}
+
+
+@given(
+    family=st.sampled_from(FAMILIES),
+    lengths=st.lists(st.integers(2, 12), min_size=2, max_size=6),
+    left=st.booleans(),
+    extra=st.integers(0, 20),
+    size=st.integers(1, 6),
+)
+def test_statistics_are_those_of_the_tokens(family: str, lengths: list[int], left: bool, extra: int, size: int) -> None:
+    model, rows = models(family), sequences(lengths)
+    batches = [padded(family, rows[i : i + size], left=left, extra=extra) for i in range(0, len(rows), size)]
+    alone = [whole(family, row) for row in rows]
+    weights = {site.name: down_energy(model, site) for site in model._lte.sites}
+    padded_fit, fit = (fit_energies(model, b, weights, "dense") for b in (batches, alone))
+    same(*({name: f.weight for name, f in fits.items()} for fits in (padded_fit, fit)), 5e-3)
+    same(*({name: f.logits for name, f in fits.items()} for fits in (padded_fit, fit)), 5e-2)  # of inputs in bf16
+    same(tables(model, batches), tables(model, alone), 1e-3)
+    same(ltepass.measure_sparsity(model, batches), ltepass.measure_sparsity(model, alone), 1e-3)
+    same(measure_union(model, batches), measure_union(model, alone), 1e-3)
