@@ -47,6 +47,10 @@ class DisplacedHookError(LTEError):
     """A gate's hook was displaced: the forward would be silently wrong."""
 
 
+class SourceNameError(LTEError):
+    """A name cannot be written into the source of a generated forward."""
+
+
 class LoweredError(LTEError):
     """The call is not possible on a lowered model; `ltepass.unlower` makes it possible."""
 

@@ -8,13 +8,11 @@ Without `import ltepass` transformers warns and loads the dense model: names and
 from __future__ import annotations
 
 import copy
-import dataclasses
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -25,13 +23,20 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ltepass.checkpoint_checks import check_sites
+from ltepass.checkpoint_entry import METHOD, read_state, write_state
+from ltepass.checkpoint_tensors import (
+    check_present,
+    check_routers,
+    check_values,
+    check_weights,
+    file_names,
+    find_routers,
+    read_header,
+)
 from ltepass.config import LTEConfig
-from ltepass.errors import CheckpointError, LTEError
-from ltepass.router import Router
-from ltepass.sites import FFNSite, LTEState, Refusal, state_of
-
-METHOD = "lte"
-VERSION = 1  # of what to_dict writes
+from ltepass.errors import CheckpointError
+from ltepass.sites import FFNSite, LTEState, router_of, state_of
 
 
 class LTEQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is not typed
@@ -44,18 +49,10 @@ class LTEQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]  # t
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], *_: Any, **__: Any) -> LTEQuantizationConfig:
         """Raises CheckpointError where the entry was not written by this format."""
-        return cls(_read_state(config_dict))
+        return cls(read_state(config_dict))
 
     def to_dict(self) -> dict[str, Any]:
-        state = self.state
-        return {
-            "quant_method": METHOD,
-            "version": VERSION,
-            "config": dict(state.config),
-            "grouping": state.grouping,
-            "sites": [site.to_dict() for site in state.sites],
-            "refusals": [dataclasses.asdict(refusal) for refusal in state.refusals],
-        }
+        return write_state(self.state)
 
     def get(self, key: str, default: Any = None) -> Any:
         """transformers reads a config given as an object like the dict it is in config.json."""
@@ -63,26 +60,6 @@ class LTEQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]  # t
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         yield from self.to_dict().items()
-
-
-def _read_state(entry: dict[str, Any]) -> LTEState:
-    if entry.get("version") != VERSION:
-        raise CheckpointError(
-            f"config.json says quant_method 'lte' with version {entry.get('version')!r}; this ltepass reads version "
-            f"{VERSION}; load it with the ltepass that wrote it, or delete quantization_config to load it dense"
-        )
-    try:
-        return LTEState(
-            config=LTEConfig(**entry["config"]).to_dict(),
-            sites=[FFNSite.from_dict(site) for site in entry["sites"]],
-            refusals=[Refusal(**refusal) for refusal in entry.get("refusals", ())],
-            grouping=entry["grouping"],
-        )
-    except (KeyError, TypeError, AttributeError, LTEError) as error:
-        raise CheckpointError(
-            f"quantization_config in config.json is not what ltepass writes ({type(error).__name__}: {error}); "
-            "expected the keys config, grouping and sites; save the model again with save_pretrained"
-        ) from error
 
 
 class LTEQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not typed
@@ -104,19 +81,26 @@ class LTEQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
         from ltepass.passes.insert_routers import insert_routers
 
         state = self.quantization_config.state
-        _check_files(state.sites, checkpoint_files or [])
-        state.sites = _fit_prefix(model, state.sites)
-        _check_sites(model, state.sites)
-        insert_routers(model, state.sites, LTEConfig(**state.config), device="meta")
+        fitted = _fit_prefix(model, state.sites)
+        if checkpoint_files and not _check_files(model, state, fitted, checkpoint_files):
+            return
+        check_sites(model, fitted)
+        insert_routers(model, fitted, LTEConfig(**state.config), device="meta")
+        state.sites = fitted
         model._lte = state
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        for module in model.modules():
-            if isinstance(module, Router):
-                module.mode = "hard"
         # The weights are plain: with these flags transformers would refuse .half() and .float().
         model.is_quantized = False
         del model.quantization_method
+        state = state_of(model)
+        if state is None:
+            detach(model)
+            return model
+        for site in state.sites:
+            router = router_of(model, site)
+            check_values(site, dict(router.named_buffers()))
+            router.mode = "hard"
         if self.lower_scope is not None:
             import ltepass
 
@@ -145,6 +129,26 @@ class LTEQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _check_files(model: Any, state: LTEState, fitted: list[FFNSite], files: list[str]) -> bool:
+    """Whether the files hold routers; False, with a warning, where they are a dense model's."""
+    header = read_header(files)
+    found = find_routers(state.sites, header)
+    if not found:
+        warnings.warn(
+            "config.json lists routers, and no weight file holds one: the model was saved again without ltepass; it is "
+            "loaded dense; delete quantization_config from config.json to say so",
+            stacklevel=2,
+        )
+        return False
+    check_routers(state.sites, state.config, header, found)
+    check_sites(model, fitted)
+    rename = file_names([site.router for site in fitted], [found[site.router] for site in state.sites])
+    check_weights(model, header, rename)
+    if _own_names(model):
+        check_present(model, fitted, header, rename)
+    return True
 
 
 def attach(model: Any) -> None:
@@ -185,67 +189,26 @@ def detach(model: Any) -> None:
 def _fit_prefix(model: nn.Module, sites: list[FFNSite]) -> list[FFNSite]:
     """Paths as this class has them: `AutoModel` drops the head, and with it the prefix that the causal LM puts before.
 
-    The list comes back as it was where no prefix fits; `_check_sites` then says what is missing.
+    The list comes back as it was where no prefix fits; `check_sites` then says what is missing.
     """
-    prefix = getattr(model, "base_model_prefix", "") + "."
-    names = {name for name, _ in model.named_modules()}
+    prefix = getattr(model, "base_model_prefix", "")
+    names = {name for name, _ in model.named_modules(remove_duplicate=False)}
     renames: tuple[Callable[[str], str], ...] = (
         str,
-        lambda path: path.removeprefix(prefix),
-        lambda path: prefix + path,
+        lambda path: "" if path == prefix else path.removeprefix(prefix + "."),
+        lambda path: f"{prefix}.{path}" if path else prefix,
     )
-    for rename in renames:
+    for rename in renames if prefix else (str,):
         if all(rename(site.down) in names for site in sites):
-            return [_renamed(site, rename) for site in sites]
+            return [site.renamed(rename) for site in sites]
     return sites
 
 
-def _renamed(site: FFNSite, rename: Callable[[str], str]) -> FFNSite:
-    return dataclasses.replace(
-        site,
-        name=rename(site.name),
-        owner=rename(site.owner),
-        router=rename(site.router),
-        up=rename(site.up),
-        gate=None if site.gate is None else rename(site.gate),
-        down=rename(site.down),
-        neurons=tuple(dataclasses.replace(rows, param=rename(rows.param)) for rows in site.neurons),
-    )
+def _own_names(model: nn.Module) -> bool:
+    """Whether files hold this class's parameters by the names that the model has, and not in another form."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
 
-
-def _check_sites(model: nn.Module, sites: list[FFNSite]) -> None:
-    """Every parameter that a site names is there and large enough; else the list belongs to another model."""
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    for site in sites:
-        for rows in site.neurons:
-            last = rows.start + (site.d_ff - 1) * rows.step
-            shape = shapes.get(rows.param)
-            if shape is None or rows.dim >= len(shape) or shape[rows.dim] <= last:
-                raise CheckpointError(
-                    f"site {site.name} in config.json expects {site.d_ff} neurons in {rows.param}; this "
-                    f"{type(model).__name__} has {'no such parameter' if shape is None else f'shape {tuple(shape)}'}; "
-                    "config.json and the model's settings do not belong together: save the model again"
-                )
-
-
-def _check_files(sites: list[FFNSite], files: list[str]) -> None:
-    """Routers are in the files: without them transformers would only warn and start them at random."""
-    names: set[str] = set()
-    for file in files:
-        if not str(file).endswith(".safetensors"):
-            raise CheckpointError(f"{file} is no safetensors file; ltepass reads and writes only those; save it again")
-        try:
-            with safe_open(file, "pt") as tensors:
-                names.update(tensors.keys())
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} cannot be read as safetensors ({error}); copy or save it again") from error
-    # transformers may write other prefixes than the model has, so count what only a router has before complaining.
-    missing = [site.router for site in sites if f"{site.router}.quantiles" not in names]
-    if files and missing and sum(name.endswith(".quantiles") for name in names) < len(sites):
-        raise CheckpointError(
-            f"config.json lists {len(sites)} routers, and the weight files lack {len(missing)} of them (first: "
-            f"{missing[0]}); expected a directory written by save_pretrained of a transformed model; save it again"
-        )
+    return not get_model_conversion_mapping(model, add_legacy=False)
 
 
 if METHOD not in AUTO_QUANTIZER_MAPPING:

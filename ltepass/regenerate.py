@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import keyword
 import operator
 import re
 from collections.abc import Callable, Sequence
@@ -19,6 +20,8 @@ from typing import Any
 from torch import nn
 from torch.fx import Graph, Tracer
 
+from ltepass.errors import SourceNameError
+from ltepass.names import is_path, shown
 from ltepass.router import Router
 
 
@@ -38,6 +41,7 @@ class ForwardCode:
 
     @staticmethod
     def of(graph: Graph) -> ForwardCode:
+        _check_names(graph)
         code = graph.python_code("self")
         used = {k: v for k, v in code.globals.items() if re.search(rf"\b{re.escape(k)}\b", code.src)}
         refs = {k: _ModuleRef(v.__name__) if isinstance(v, ModuleType) else v for k, v in used.items()}
@@ -45,6 +49,25 @@ class ForwardCode:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ForwardCode:
         return self
+
+
+def _check_names(graph: Graph) -> None:
+    """FX writes targets and names into the source as they are, and `_compile` runs it."""
+    for node in graph.nodes:
+        if node.op in ("call_module", "get_attr") and not is_path(node.target):
+            raise _unfit(node.target)
+        words = [node.name, *node.kwargs]
+        words += [node.target.lstrip("*")] if node.op in ("placeholder", "call_method") else []
+        for word in words:
+            if not word.isidentifier() or keyword.iskeyword(word):
+                raise _unfit(word)
+
+
+def _unfit(name: str) -> SourceNameError:
+    return SourceNameError(
+        f"{shown(name)} would be written into the source of a forward; expected dotted names of letters, digits and "
+        "underscores; rename the module or parameter"
+    )
 
 
 @dataclass(frozen=True)
@@ -141,8 +164,10 @@ def trace_owner(owner: nn.Module) -> tuple[Graph, Graph] | None:
         owner.__dict__.clear()
         owner.__dict__.update(state)
         owner.training = before
-    lifted = any(n.op == "get_attr" and not _resolves(owner, str(n.target)) for graph in graphs for n in graph.nodes)
-    return None if lifted else (graphs[0], graphs[1])
+    targets = [(n.op, str(n.target)) for graph in graphs for n in graph.nodes if n.op in ("call_module", "get_attr")]
+    lifted = any(op == "get_attr" and not _resolves(owner, target) for op, target in targets)
+    named = all(is_path(target) for _, target in targets)
+    return (graphs[0], graphs[1]) if named and not lifted else None
 
 
 def _resolves(owner: nn.Module, path: str) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from ltepass.errors import AmbiguousModelError, LoweredError, NotTransformedError
+from ltepass.names import one_line
 from ltepass.router import Router
 
 
@@ -27,7 +28,14 @@ class NeuronRows:
 
     def take(self, parameter: Tensor, d_ff: int) -> Tensor:
         moved = parameter.movedim(self.dim, 0)
-        return moved[self.start : self.start + (d_ff - 1) * self.step + 1 : self.step]
+        indices = self.indices(d_ff)
+        return moved[indices.start : indices.stop : indices.step]
+
+    def indices(self, d_ff: int) -> range:
+        return range(self.start, self.start + (d_ff - 1) * self.step + 1, self.step)
+
+    def renamed(self, rename: Callable[[str], str]) -> NeuronRows:
+        return replace(self, param=rename(self.param))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,17 +77,36 @@ class FFNSite:
     def n_experts(self) -> int:
         return self.d_ff // self.group_size
 
+    def renamed(self, rename: Callable[[str], str]) -> FFNSite:
+        """The same site in a root where every module and parameter has another path."""
+        paths = {f: rename(getattr(self, f)) for f in PATHS if getattr(self, f) is not None}
+        rows = {f: getattr(self, f).renamed(rename) for f in ROWS if getattr(self, f) is not None}
+        return replace(self, **paths, **rows, neurons=tuple(r.renamed(rename) for r in self.neurons))
+
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """What config.json holds of a site."""
+        from ltepass.checkpoint_entry import write_site
+
+        return write_site(self)
 
     @staticmethod
     def from_dict(d: dict[str, Any]) -> FFNSite:
-        rows = {
-            key: NeuronRows(**d[key]) if d[key] else None
-            for key in ("up_rows", "up_bias", "gate_rows", "gate_bias", "down_rows")
-        }
-        neurons = tuple(NeuronRows(**r) for r in d["neurons"])
-        return FFNSite(**{**d, **rows, "neurons": neurons, "nodes": tuple(d.get("nodes", ()))})
+        """Raises CheckpointError where a field is missing, unknown, of another type or no possible value."""
+        from ltepass.checkpoint_entry import read_site
+
+        return read_site(d)
+
+
+PATHS = (
+    "name",
+    "owner",
+    "router",
+    "up",
+    "gate",
+    "down",
+    "down_bias",
+)  # fields of a site that name something of the root
+ROWS = ("up_rows", "up_bias", "gate_rows", "gate_bias", "down_rows")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +122,10 @@ class Refusal:
     check: str
     reason: str
     nearest: str = ""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            object.__setattr__(self, f.name, one_line(getattr(self, f.name)))
 
 
 @dataclass
