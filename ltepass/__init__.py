@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ltepass.cuts import set_hidden_sparsity, set_input_sparsity
     from ltepass.lowering import lower, unlower
     from ltepass.reporting import Report, report
+    from ltepass.saving import load, save
     from ltepass.sites import FFNSite, Refusal
     from ltepass.sparsity import measure_sparsity, set_mode, set_sparsity
     from ltepass.training.trainer import LTETrainer, LTETrainerMixin
@@ -36,6 +37,8 @@ _PUBLIC = {
     "unlower": "ltepass.lowering",
     "Report": "ltepass.reporting",
     "report": "ltepass.reporting",
+    "load": "ltepass.saving",
+    "save": "ltepass.saving",
     "FFNSite": "ltepass.sites",
     "Refusal": "ltepass.sites",
     "measure_sparsity": "ltepass.sparsity",
@@ -54,10 +57,12 @@ __all__ = [
     "Report",
     "__version__",
     "calibrate",
+    "load",
     "lower",
     "measure_sparsity",
     "remove",
     "report",
+    "save",
     "set_hidden_sparsity",
     "set_input_sparsity",
     "set_mode",

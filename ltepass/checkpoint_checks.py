@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ltepass.errors import CheckpointError
-from ltepass.sites import ROWS, FFNSite, NeuronRows
+from ltepass.sites import ROWS, FFNSite, NeuronRows, site_name
 
 _ROUTER = re.compile(r"(lte_)?router(_\d+)?", re.ASCII)
 
@@ -80,6 +80,8 @@ def _check_modules(tree: _Tree, site: FFNSite) -> None:
             _refuse(site, f"{path} does not lie below its owner {site.owner}")
     if site.owner in (site.up, site.gate, site.down) and site.kind != "graph":
         _refuse(site, f"its owner {site.owner} is one of its linears")
+    if site.name != site_name(site, site.number):
+        _refuse(site, f"its name is not that of its owner {site.owner or 'the root'}")
     parent, _, name = site.router.rpartition(".")
     if parent != site.owner or not is_router(name):
         _refuse(site, f"{site.router} is no name of a router in {site.owner or 'the root'}")

@@ -72,10 +72,10 @@ def read_state(value: object) -> LTEState:
         )
     entry = _Entry("quantization_config", value)
     known = {
-        "config": _read_config(entry.take("config"), complete=version > 1),
+        "config": _read_config(entry.take("config"), version),
         "grouping": entry.one_of("grouping", [g for g in GROUPINGS if g != "auto"]),
-        "sites": [read_site(site, f"site {i}") for i, site in enumerate(entry.list("sites"))],
-        "refusals": [_read_refusal(r, f"refusal {i}") for i, r in enumerate(entry.list("refusals", default=()))],
+        "sites": [read_site(site, f"site {i}", version) for i, site in enumerate(entry.list("sites"))],
+        "refusals": [_read_refusal(r, f"refusal {i}") for i, r in enumerate(entry.list("refusals"))],
     }
     if not known["sites"]:
         entry.wrong("sites", "at least one site")
@@ -152,9 +152,10 @@ class _Entry:
 _ADVICE = "ltepass did not write this: save the model again, or delete quantization_config to load it dense"
 
 
-def read_site(value: object, where: str = "a site") -> FFNSite:
-    """A site in either form."""
+def read_site(value: object, where: str = "a site", version: int | None = None) -> FFNSite:
+    """A site in the form of a version; without one, in the form that it has."""
     entry = _Entry(where, value)
+    first = "parameters" not in entry.rest if version is None else version == 1
     site = FFNSite(
         name=_name(entry),
         owner=entry.path("owner", root=True),
@@ -169,7 +170,7 @@ def read_site(value: object, where: str = "a site") -> FFNSite:
         down_bias=entry.optional("down_bias", entry.path),
         group_size=entry.integer("group_size", 1),
         nodes=_nodes(entry),
-        **dict(_read_rows(entry) if "parameters" in entry.rest else _read_rows_v1(entry)),
+        **dict(_read_rows_v1(entry) if first else _read_rows(entry)),
     )
     entry.end()
     return site if site.down_bias is None else replace(site, down_bias=_nearby(site.down_bias, site.down))
@@ -179,7 +180,7 @@ def _name(entry: _Entry) -> str:
     """A path, with a number where an owner has several sites."""
     name = entry.text("name")
     path, several, number = name.partition("#")
-    good = is_path(path) and (number.isdecimal() and number.isascii() if several else True)
+    good = is_path(path) and (not several or (number.isdecimal() and number.isascii()))
     return name if good else entry.wrong("name", "dotted names")  # type: ignore[no-any-return]
 
 
@@ -190,7 +191,7 @@ def _activation(entry: _Entry) -> str:
 
 
 def _nodes(entry: _Entry) -> tuple[str, ...]:
-    nodes = entry.list("nodes", default=())
+    nodes = entry.list("nodes")
     wanted = 3 if entry.seen["kind"] == "graph" else 0
     if len(nodes) != wanted or not all(isinstance(n, str) and _NODE.fullmatch(n) for n in nodes):
         entry.wrong("nodes", f"{wanted} names")
@@ -271,12 +272,11 @@ def _read_refusal(value: object, where: str) -> Refusal:
     return refusal
 
 
-def _read_config(value: object, *, complete: bool) -> dict[str, Any]:
-    """LTEConfig's fields; the first version may lack what came later, which then has its default."""
+def _read_config(value: object, version: int) -> dict[str, Any]:
     entry = _Entry("config", value)
-    default = {} if complete else LTEConfig().to_dict()
     for f in fields(LTEConfig):
-        setting = entry.take(f.name, default.get(f.name, ...))
+        later = version == 1 and f.name in _LATER
+        setting = entry.take(f.name, f.default if later else ...)
         if not _CONFIG[f.name](setting):
             entry.wrong(f.name, f"what LTEConfig takes as {f.name}")
     entry.end()
@@ -286,12 +286,15 @@ def _read_config(value: object, *, complete: bool) -> dict[str, Any]:
         raise CheckpointError(f"config: {error}; {_ADVICE}") from error
 
 
+_LATER = ("budget", "hidden_sparsity", "input_sparsity")  # settings that came while the version was 1
+
+
 def _number(value: object) -> bool:
     return type(value) in (int, float)
 
 
 _CONFIG: dict[str, Callable[[Any], bool]] = {
-    "group_size": lambda v: v == "auto" or type(v) is int,
+    "group_size": lambda v: v == "auto" or (type(v) is int and v < _LARGEST),
     "target_sparsity": _number,
     "grouping": lambda v: isinstance(v, str) and v in GROUPINGS,
     "budget": lambda v: isinstance(v, str) and v in BUDGETS,

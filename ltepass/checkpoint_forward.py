@@ -6,7 +6,7 @@ list that is wrong there would be silently wrong later.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -17,24 +17,32 @@ from torch.fx.node import map_arg
 
 from ltepass.errors import CheckpointError
 from ltepass.kernels.reference import ACTIVATIONS
+from ltepass.regenerate import trace_owner
 from ltepass.sites import FFNSite, NeuronRows
 
 _TOKENS = 4
 
 
-def check_forward(model: nn.Module, site: FFNSite, graphs: Sequence[Graph]) -> None:
-    """graphs: the owner's own forward, in training and evaluation, where it was traced. Raises CheckpointError."""
-    for graph in graphs:
-        _check_calls(site, graph)
-    if site.kind == "graph" or site.activation.startswith("custom"):
-        return
-    owner = model.get_submodule(site.owner)
-    # while weights load, everything else is made on the meta device
-    with torch.device("cpu"), torch.no_grad(), _evaluating(owner):
-        if site.kind == "aligned":
-            _check_region(model, owner, site, graphs[-1])
-        else:
-            _check_functions(owner, site)
+def check_forwards(model: nn.Module, sites: Iterable[FFNSite]) -> None:
+    """Raises CheckpointError where a forward is not as its site says. Changes nothing; `check_sites` has passed."""
+    for site in sites:
+        owner = model.get_submodule(site.owner)
+        graphs = _graphs(owner, site) if site.kind == "aligned" else ()
+        for graph in graphs:
+            _check_calls(site, graph)
+        if site.kind == "graph" or site.activation.startswith("custom"):
+            continue
+        # while weights load, everything else is made on the meta device
+        with torch.device("cpu"), torch.no_grad(), _evaluating(owner):
+            if graphs:
+                _check_region(model, owner, site, graphs[-1])
+            else:
+                _check_functions(owner, site)
+
+
+def _graphs(owner: nn.Module, site: FFNSite) -> tuple[Graph, ...]:
+    """The owner's own forward, in training and evaluation."""
+    return trace_owner(owner) or _refuse(site, f"{type(owner).__name__}.forward cannot be traced")
 
 
 @contextmanager

@@ -135,17 +135,17 @@ def _said(info: tuple[str, tuple[int, ...]] | None) -> str:
     return "missing" if info is None else f"{info[0]} {list(info[1])}"
 
 
-def check_weights(model: nn.Module, header: Header, rename: Callable[[str], str]) -> None:
+def check_weights(model: nn.Module, header: Header, rename: Callable[[str], str], *, heads: bool = False) -> None:
     """Weights that the model has by name are numbers of its kind; those inside its layers have its shapes too.
 
-    Heads and embeddings may be another task's: their shapes are left to who loads them. rename: from a name in the
-    model to the one in the files.
+    heads: what is not inside a layer as well; it may be another task's, and transformers is asked for that.
+    rename: from a name in the model to the one in the files.
     """
     for name, tensor in model.state_dict(keep_vars=True).items():
         if (info := header.get(rename(name))) is None:
             continue
         dtype, shape = info
-        inside = any(part.isdigit() for part in name.split("."))
+        inside = heads or any(part.isdigit() for part in name.split("."))
         if tensor.is_floating_point() != (dtype in FLOATS) or (inside and shape != tuple(tensor.shape)):
             raise CheckpointError(
                 f"{rename(name)} in the weight files is {_said(info)}; the model has {tensor.dtype} "
@@ -162,6 +162,20 @@ def check_present(model: nn.Module, sites: Sequence[FFNSite], header: Header, re
         parameter = model.get_parameter(rows.param)
         if not any(rename(name) in header for name in names[id(parameter)]):
             raise CheckpointError(f"{rename(rows.param)} is missing from the weight files; {_AGAIN}")
+
+
+def check_all(model: nn.Module, header: Header, routers: Sequence[str]) -> None:
+    """A module's tensors are all there, under one of their names, and beside them nothing but routers."""
+    tensors = model.state_dict(keep_vars=True)
+    stored = {id(tensor) for name, tensor in tensors.items() if name in header}
+    missing = [name for name, tensor in tensors.items() if id(tensor) not in stored]
+    if missing:
+        raise CheckpointError(f"{missing[0]} is missing from the weight files; {_AGAIN}")
+    own = tuple(router + "." for router in routers)
+    unknown = [name for name in header if name not in tensors and not name.startswith(own)]
+    if unknown:
+        raise CheckpointError(f"the weight files hold {shown(unknown[0])}, which the model has not; {_AGAIN}")
+    check_weights(model, header, str, heads=True)
 
 
 def check_values(site: FFNSite, tensors: Mapping[str, Tensor | None]) -> None:

@@ -8,6 +8,7 @@ Without `import ltepass` transformers warns and loads the dense model: names and
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Literal
@@ -25,7 +26,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ltepass.checkpoint_checks import check_sites
 from ltepass.checkpoint_entry import METHOD, read_state, write_state
+from ltepass.checkpoint_forward import check_forwards
 from ltepass.checkpoint_tensors import (
+    Header,
     check_present,
     check_routers,
     check_values,
@@ -81,12 +84,16 @@ class LTEQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
         from ltepass.passes.insert_routers import insert_routers
 
         state = self.quantization_config.state
-        fitted = _fit_prefix(model, state.sites)
-        if checkpoint_files and not _check_files(model, state, fitted, checkpoint_files):
+        sites = checked_sites(model, state, read_header(checkpoint_files) if checkpoint_files else None)
+        if not sites:
+            warnings.warn(
+                "config.json lists routers, and no weight file holds one: the model was saved again without ltepass; "
+                "loaded dense; delete quantization_config from config.json to say so",
+                stacklevel=2,
+            )
             return
-        check_sites(model, fitted)
-        insert_routers(model, fitted, LTEConfig(**state.config), device="meta")
-        state.sites = fitted
+        insert_routers(model, sites, LTEConfig(**state.config), device="meta")
+        state.sites = sites
         model._lte = state
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -131,24 +138,26 @@ class LTEQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
         return True
 
 
-def _check_files(model: Any, state: LTEState, fitted: list[FFNSite], files: list[str]) -> bool:
-    """Whether the files hold routers; False, with a warning, where they are a dense model's."""
-    header = read_header(files)
-    found = find_routers(state.sites, header)
-    if not found:
-        warnings.warn(
-            "config.json lists routers, and no weight file holds one: the model was saved again without ltepass; it is "
-            "loaded dense; delete quantization_config from config.json to say so",
-            stacklevel=2,
-        )
-        return False
-    check_routers(state.sites, state.config, header, found)
-    check_sites(model, fitted)
-    rename = file_names([site.router for site in fitted], [found[site.router] for site in state.sites])
-    check_weights(model, header, rename)
-    if _own_names(model):
-        check_present(model, fitted, header, rename)
-    return True
+def checked_sites(model: Any, state: LTEState, header: Header | None) -> list[FFNSite]:
+    """The state's sites as this model has them, compared with it and with the files; none where those hold no router.
+
+    header: of all weight files; None where the weights come from elsewhere. Raises CheckpointError; changes nothing.
+    """
+    sites = _fit_prefix(model, state.sites)
+    if header is None:
+        check_sites(model, sites)
+    else:
+        found = find_routers(state.sites, header)
+        if not found:
+            return []
+        check_routers(state.sites, state.config, header, found)
+        check_sites(model, sites)
+        rename = file_names([site.router for site in sites], [found[site.router] for site in state.sites])
+        check_weights(model, header, rename)
+        if _own_names(model):
+            check_present(model, sites, header, rename)
+    check_forwards(model, sites)
+    return sites
 
 
 def attach(model: Any) -> None:
@@ -167,6 +176,26 @@ def attach(model: Any) -> None:
     _own_config(model)
     model.config.quantization_config = config
     model.hf_quantizer = LTEQuantizer(config, pre_quantized=True)
+    if _warn_of_parent not in model._state_dict_pre_hooks.values():
+        model.register_state_dict_pre_hook(_warn_of_parent)
+
+
+def _warn_of_parent(model: Any, prefix: str, keep_vars: bool) -> None:
+    """Where a Hugging Face model holds the transformed one, its config says nothing of the routers."""
+    from transformers import PreTrainedModel
+
+    frame = sys._getframe(1)
+    while prefix and frame is not None and frame.f_code is nn.Module.state_dict.__code__:
+        parent = frame.f_locals["self"]
+        if parent is not model and isinstance(parent, PreTrainedModel) and state_of(parent) is None:
+            warnings.warn(
+                f"{prefix.removesuffix('.')} of this {type(parent).__name__} was transformed alone: the weights hold "
+                "its routers, and the whole model's config.json does not list them, so from_pretrained will load it "
+                "dense; transform the whole model instead, or save the part",
+                stacklevel=2,
+            )
+            return
+        frame = frame.f_back  # type: ignore[assignment]
 
 
 def _own_config(model: Any) -> None:
@@ -182,6 +211,8 @@ def detach(model: Any) -> None:
     if isinstance(getattr(model, "hf_quantizer", None), LTEQuantizer):
         del model.hf_quantizer
         model.is_quantized = False
+        for key in [key for key, hook in model._state_dict_pre_hooks.items() if hook is _warn_of_parent]:
+            del model._state_dict_pre_hooks[key]
         if isinstance(getattr(model.config, "quantization_config", None), LTEQuantizationConfig):
             del model.config.quantization_config
 

@@ -161,6 +161,7 @@ def pattern(names: Sequence[str]) -> str:
 def refusals_table(refusals: Sequence[Refusal]) -> Any:
     """A rich table of candidates left alone, alike ones in one row."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title=f"{len(refusals)} candidate{'s' if len(refusals) != 1 else ''} refused", title_justify="left")
     for heading in ("module", "node", "check", "reason", "nearest miss"):
@@ -171,7 +172,8 @@ def refusals_table(refusals: Sequence[Refusal]) -> Any:
         rows.setdefault(key, []).append(refusal)
     for (_, check, reason, nearest), alike in rows.items():
         node = alike[0].node + (", ..." if len(alike) > 1 else "")
-        table.add_row(pattern([r.module for r in alike]), node or "-", check, reason, nearest or "-")
+        cells = (pattern([r.module for r in alike]), node or "-", check, reason, nearest or "-")
+        table.add_row(*map(Text, cells))  # plain text: these words may come from a checkpoint
     return table
 
 

@@ -79,9 +79,17 @@ class FFNSite:
 
     def renamed(self, rename: Callable[[str], str]) -> FFNSite:
         """The same site in a root where every module and parameter has another path."""
-        paths = {f: rename(getattr(self, f)) for f in PATHS if getattr(self, f) is not None}
-        rows = {f: getattr(self, f).renamed(rename) for f in ROWS if getattr(self, f) is not None}
-        return replace(self, **paths, **rows, neurons=tuple(r.renamed(rename) for r in self.neurons))
+        changed: dict[str, Any] = {f: rename(getattr(self, f)) for f in PATHS if getattr(self, f) is not None}
+        changed |= {f: getattr(self, f).renamed(rename) for f in ROWS if getattr(self, f) is not None}
+        changed["neurons"] = tuple(r.renamed(rename) for r in self.neurons)
+        site = replace(self, **changed)
+        return replace(site, name=site_name(site, self.number)) if self.name == site_name(self, self.number) else site
+
+    @property
+    def number(self) -> str | None:
+        """Which of its owner's sites this is, where that has several."""
+        number = self.name.removeprefix(self.owner).lstrip("#")
+        return number if number.isdecimal() else None
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds of a site."""
@@ -97,15 +105,13 @@ class FFNSite:
         return read_site(d)
 
 
-PATHS = (
-    "name",
-    "owner",
-    "router",
-    "up",
-    "gate",
-    "down",
-    "down_bias",
-)  # fields of a site that name something of the root
+def site_name(site: FFNSite, number: str | None) -> str:
+    """The owner's path; that of down where the root owns it alone; with a number where an owner has several sites."""
+    return (site.owner or site.down) if number is None else f"{site.owner}#{number}".lstrip("#")
+
+
+# Fields of a site that name something of the root.
+PATHS = ("name", "owner", "router", "up", "gate", "down", "down_bias")
 ROWS = ("up_rows", "up_bias", "gate_rows", "gate_bias", "down_rows")
 
 

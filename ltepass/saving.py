@@ -1,0 +1,133 @@
+"""Save and load for any module: safetensors, and beside them the site list as JSON. Hugging Face models need neither:
+their own save_pretrained and from_pretrained do the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ltepass.checkpoint_checks import check_sites
+from ltepass.checkpoint_entry import read_state, write_state
+from ltepass.checkpoint_forward import check_forwards
+from ltepass.checkpoint_tensors import check_all, check_routers, check_values, find_routers, read_header
+from ltepass.config import LTEConfig
+from ltepass.errors import AlreadyTransformedError, CheckpointError, MetaWeightsError, NotTransformedError
+from ltepass.passes.insert_routers import insert_routers
+from ltepass.sites import LTEState, router_of, routers_of, state_of
+
+SITES, WEIGHTS = "lte.json", "model.safetensors"
+
+
+def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Write a transformed module's weights, routers and site list into `folder`, which is made where it is missing.
+
+    Raises NotTransformedError for a module that is not itself the transformed root, MetaWeightsError, CheckpointError
+    where `load` could not read what would be written; nothing is then written.
+    """
+    from safetensors.torch import save_model
+
+    state = model.__dict__.get("_lte")
+    if not isinstance(state, LTEState):
+        parts = [name for name, module in model.named_modules() if "_lte" in module.__dict__]
+        where = f"only {parts[0]} was transformed: save that" if parts else "call ltepass.transform(model) first"
+        raise NotTransformedError(f"{type(model).__name__} holds no site list; ltepass.save writes a root; {where}")
+    _check_real(model, "save")
+    entry = write_state(state)
+    read_state(json.loads(json.dumps(entry)))
+    names = dict(model.named_parameters(remove_duplicate=False))
+    wrapped = [rows.param for site in state.sites for rows in site.neurons if rows.param not in names]
+    if wrapped:
+        raise CheckpointError(
+            f"{wrapped[0]} has another name now; expected the linears unwrapped; merge adapters first"
+        )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _replacing(folder / WEIGHTS) as weights, _replacing(folder / SITES) as sites:
+        try:
+            save_model(model, str(weights), metadata={"format": "pt"})
+        except RuntimeError as error:  # parameters that share a part of their memory, which safetensors cannot say
+            raise CheckpointError(f"{type(model).__name__} cannot be written as safetensors ({error})") from error
+        sites.write_text(json.dumps(entry, indent=2, sort_keys=True) + "\n")
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` that takes its place at the end, and goes where writing it failed."""
+    written = path.with_name(path.name + ".tmp")
+    try:
+        yield written
+        written.replace(path)
+    finally:
+        written.unlink(missing_ok=True)
+
+
+def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
+    """Make a freshly built dense module what `save` wrote, in place and in hard mode; returns it.
+
+    model: of the class and sizes that were saved, on any device, in any float dtype (routers stay fp32).
+    Raises AlreadyTransformedError, MetaWeightsError, CheckpointError; the module is then as it was.
+    """
+    from safetensors.torch import load_file
+
+    if state_of(model) is not None or any(routers_of(model)):
+        raise AlreadyTransformedError(
+            f"{type(model).__name__} has routers already; ltepass.load expects a dense module"
+        )
+    _check_real(model, "load")
+    folder = Path(folder)
+    state = read_state(_read_json(folder / SITES))
+    header = read_header([folder / WEIGHTS])
+    found = find_routers(state.sites, header)
+    if {*found, *found.values()} != {site.router for site in state.sites}:
+        raise CheckpointError(f"{folder / WEIGHTS} holds no routers; expected what ltepass.save wrote")
+    check_routers(state.sites, state.config, header, found)
+    check_sites(model, state.sites)
+    check_all(model, header, [site.router for site in state.sites])
+    check_forwards(model, state.sites)
+    tensors = load_file(folder / WEIGHTS)
+    for site in state.sites:
+        prefix = site.router + "."
+        check_values(site, {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    _fill(model, state, tensors)
+    return model
+
+
+def _fill(model: nn.Module, state: LTEState, tensors: dict[str, Tensor]) -> None:
+    """Routers and values; on any failure, a Ctrl-C too, the module is as before."""
+    from ltepass.removal import remove_routers
+
+    before: list[tuple[Tensor, Tensor]] = []
+    insert_routers(model, state.sites, LTEConfig(**state.config))
+    model._lte = state  # type: ignore[assignment]
+    try:
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if name in tensors:
+                before.append((tensor, tensor.data))
+                tensor.data = tensors[name].to(tensor.device, tensor.dtype)
+        for site in state.sites:
+            router_of(model, site).mode = "hard"
+    except BaseException:
+        for tensor, data in before:
+            tensor.data = data
+        remove_routers(model, state, undo_grouping=False)
+        raise
+
+
+def _check_real(model: nn.Module, what: str) -> None:
+    meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    if meta is not None:
+        raise MetaWeightsError(f"{meta} is on the meta device; ltepass.{what} expects real weights")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}); expected what ltepass.save wrote") from error
