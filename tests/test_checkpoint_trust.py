@@ -30,6 +30,7 @@ PAYLOADS = [
     f"x\n        __import__('os').system('{MARK}')\n        self.y",
     f"x.__class__.__init__.__globals__.{MARK}",
     f"x)[__import__('os').system('{MARK}')](",
+    f'up_proj") and getattr(__import__("os"), "system")("{MARK}") and ("',  # the one that ran: in the router's name
 ]
 FIELDS = ["router", "owner", "up", "gate", "down", "name", "activation", "kind", "down_bias", "param"]
 
@@ -51,33 +52,27 @@ def write(folder: Path, config: dict[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def craft(site: dict[str, Any], field: str, payload: str) -> tuple[str, str]:
-    """One field of a site becomes a payload, as a path that begins like the true one; (before, after)."""
+def craft(site: dict[str, Any], field: str, payload: str) -> None:
+    """One field of a site becomes a payload, as a path that begins like the true one."""
     if field != "param":
         before = site[field] or "model"
-        site[field] = f"{before}.{payload}"
-        return before, site[field]
-    if "parameters" in site:
-        before = site["parameters"][0]
-        site["parameters"][0] = f"{before}.{payload}"
-        return before, f"{before}.{payload}"
-    before = site["neurons"][0]["param"]
-    for rows in (*site["neurons"], site["up_rows"], site["gate_rows"], site["down_rows"]):
-        rows["param"] = rows["param"].replace(before, f"{before}.{payload}")
-    return before, f"{before}.{payload}"
+        beside = before.rpartition(".")[0] if field == "router" and "." not in payload else before
+        site[field] = f"{beside}.{payload}"
+    elif "parameters" in site:
+        site["parameters"][0] += f".{payload}"
+    else:
+        before = site["neurons"][0]["param"]
+        for rows in (*site["neurons"], site["up_rows"], site["gate_rows"], site["down_rows"]):
+            rows["param"] = rows["param"].replace(before, f"{before}.{payload}")
 
 
 @pytest.mark.parametrize("payload", range(len(PAYLOADS)))
 @pytest.mark.parametrize("field", FIELDS)
 @pytest.mark.parametrize("version", ["v1", "v2"])
 def test_no_string_of_a_checkpoint_runs(version: str, field: str, payload: int, tmp_path: Path) -> None:
-    """Weight files agree with the crafted config, so that the names alone decide."""
     config = copied(f"{version}/aligned", tmp_path)
-    before, after = craft(config["quantization_config"]["sites"][0], field, PAYLOADS[payload])
+    craft(config["quantization_config"]["sites"][0], field, PAYLOADS[payload])
     write(tmp_path, config)
-    tensors = load_file(tmp_path / "model.safetensors")
-    renamed = {after + name.removeprefix(before) if name.startswith(before) else name: t for name, t in tensors.items()}
-    save_file(renamed, tmp_path / "model.safetensors", {"format": "pt"})
     with watch() as done, pytest.raises(CheckpointError):
         hf.AutoModelForCausalLM.from_pretrained(tmp_path)(input_ids=IDS)
     assert not done
