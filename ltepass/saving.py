@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from ltepass.checkpoint_tensors import check_all, check_routers, check_values, f
 from ltepass.config import LTEConfig
 from ltepass.errors import AlreadyTransformedError, CheckpointError, MetaWeightsError, NotTransformedError
 from ltepass.passes.insert_routers import insert_routers
-from ltepass.sites import LTEState, router_of, routers_of, state_of
+from ltepass.sites import router_of, routers_of, state_of, unwrapped
+from ltepass.undo import all_or_nothing
 
 SITES, WEIGHTS = "lte.json", "model.safetensors"
 
@@ -31,10 +33,11 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     Raises NotTransformedError for a module that is not itself the transformed root, MetaWeightsError, CheckpointError
     where `load` could not read what would be written; nothing is then written.
     """
-    from safetensors.torch import save_model
+    from safetensors.torch import save_file
 
-    state = model.__dict__.get("_lte")
-    if not isinstance(state, LTEState):
+    model = unwrapped(model)
+    state = state_of(model)
+    if state is None:
         parts = [name for name, module in model.named_modules() if "_lte" in module.__dict__]
         where = f"only {parts[0]} was transformed: save that" if parts else "call ltepass.transform(model) first"
         raise NotTransformedError(f"{type(model).__name__} holds no site list; ltepass.save writes a root; {where}")
@@ -51,10 +54,17 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with _replacing(folder / WEIGHTS) as weights, _replacing(folder / SITES) as sites:
         try:
-            save_model(model, str(weights), metadata={"format": "pt"})
+            save_file(_tensors(model), weights, metadata={"format": "pt"})
         except RuntimeError as error:  # parameters that share a part of their memory, which safetensors cannot say
             raise CheckpointError(f"{type(model).__name__} cannot be written as safetensors ({error})") from error
         sites.write_text(json.dumps(entry, indent=2, sort_keys=True) + "\n")
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The module's state, what it holds under several names under the first, in the layout that lowering may change."""
+    first = {id(tensor): name for name, tensor in reversed(model.state_dict(keep_vars=True).items())}
+    names = set(first.values())
+    return {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name in names}
 
 
 @contextmanager
@@ -74,14 +84,19 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     model: of the class and sizes that were saved, on any device, in any float dtype (routers stay fp32).
     Raises AlreadyTransformedError, MetaWeightsError, CheckpointError; the module is then as it was.
     """
+    root = unwrapped(model)
+    all_or_nothing(root, partial(_load, root, Path(folder)))
+    return model
+
+
+def _load(model: nn.Module, folder: Path) -> None:
     from safetensors.torch import load_file
 
     if state_of(model) is not None or any(routers_of(model)):
         raise AlreadyTransformedError(
-            f"{type(model).__name__} has routers already; ltepass.load expects a dense module"
+            f"{type(model).__name__} has routers already; ltepass.load expects a dense module, as the class builds it"
         )
     _check_real(model, "load")
-    folder = Path(folder)
     state = read_state(_read_json(folder / SITES))
     header = read_header([folder / WEIGHTS])
     found = find_routers(state.sites, header)
@@ -95,28 +110,24 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     for site in state.sites:
         prefix = site.router + "."
         check_values(site, {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-    _fill(model, state, tensors)
-    return model
-
-
-def _fill(model: nn.Module, state: LTEState, tensors: dict[str, Tensor]) -> None:
-    """Routers and values; on any failure, a Ctrl-C too, the module is as before."""
-    from ltepass.removal import remove_routers
-
-    before: list[tuple[Tensor, Tensor]] = []
     insert_routers(model, state.sites, LTEConfig(**state.config))
     model._lte = state  # type: ignore[assignment]
+    _fill(model, tensors)
+    for site in state.sites:
+        router_of(model, site).mode = "hard"
+
+
+def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Every tensor of the module becomes what its file says, on its device and in its dtype, or none does."""
+    before: list[tuple[Tensor, Tensor]] = []
     try:
         for name, tensor in model.state_dict(keep_vars=True).items():
             if name in tensors:
                 before.append((tensor, tensor.data))
                 tensor.data = tensors[name].to(tensor.device, tensor.dtype)
-        for site in state.sites:
-            router_of(model, site).mode = "hard"
     except BaseException:
         for tensor, data in before:
             tensor.data = data
-        remove_routers(model, state, undo_grouping=False)
         raise
 
 
