@@ -93,7 +93,7 @@ def test_a_folder_that_the_demo_did_not_make_stays(tmp_path: Path, monkeypatch: 
     (tmp_path / "file").write_text("mine too")
     (tmp_path / "link").symlink_to(tmp_path / "mine")
     for name in ("mine", "file", "link"):
-        with pytest.raises(CacheError, match="empty or does not exist"):
+        with pytest.raises(CacheError, match="not there yet"):
             smollm.load_smollm2(tmp_path / name)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years"
 
