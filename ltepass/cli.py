@@ -230,10 +230,13 @@ def serve(context: typer.Context) -> None:
 
     try:
         from transformers.cli.transformers import app as transformers_app
+
+        from ltepass.serving import checked_server
     except ImportError as error:
         raise ConfigError(f"transformers' server cannot start ({error}); pip install 'ltepass[serve]'") from error
     LTEQuantizer.lower_scope = "ffn"
-    transformers_app(["serve", *context.args])
+    with checked_server():
+        transformers_app(["serve", *context.args])
 
 
 def _print(what: Any) -> None:

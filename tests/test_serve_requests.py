@@ -1,0 +1,110 @@
+"""Requests to `ltepass serve`: each good one is answered, each bad one refused by a line, and the server goes on."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fastapi", reason="needs the extra 'serve'")
+pytest.importorskip("uvicorn", reason="needs the extra 'serve'")
+
+from serving import CHAT, JSON, TEXT, ask, bad, good, save_model, serving
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_model(tmp_path_factory.mktemp("served") / "model"))
+
+
+@pytest.fixture(scope="module")
+def port(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    with serving(Path(model), tmp_path_factory.mktemp("log") / "log.txt") as port:
+        yield port
+
+
+def assert_refused(status: int, text: str) -> None:
+    assert 400 <= status < 500, (status, text)
+    error = json.loads(text)["error"]
+    assert error["message"]
+    assert "\n" not in error["message"]
+    assert error["type"] == "invalid_request_error"
+
+
+def assert_answered(path: str, body: dict[str, object], status: int, text: str) -> None:
+    assert status == 200, text
+    assert "error" not in text.replace('"error":null', ""), text
+    if path in (CHAT, TEXT) and not body.get("stream"):
+        (choice,) = json.loads(text)["choices"]
+        assert (choice["message"]["content"] if path == CHAT else choice["text"]).startswith("w")
+
+
+def test_every_bad_request_is_refused_by_a_line(port: int, model: str) -> None:
+    wrong = {}
+    for name, (path, body) in bad(model).items():
+        status, text = ask(port, path, body)
+        try:
+            assert_refused(status, text)
+        except (AssertionError, ValueError, KeyError, TypeError) as error:
+            wrong[name] = f"{status} {text[:150]} ({type(error).__name__})"
+    assert not wrong
+    assert ask(port, "/health", None, method="GET")[0] == 200
+
+
+def test_what_is_wrong_is_named(port: int, model: str) -> None:
+    said = {"model": model, "messages": [{"role": "user", "content": "w1"}]}
+    for body, words in (
+        (said | {"temperature": -1}, ("temperature", "greater than or equal to 0", "-1")),
+        (said | {"messages": [{"role": "wizard", "content": "w1"}]}, ("messages.0.role", "wizard")),
+        (said | {"max_tokens": 10**6}, ("max_tokens is 1000000", "room for")),
+        ({"model": model}, ("messages", "required")),
+    ):
+        message = json.loads(ask(port, CHAT, body)[1])["error"]["message"]
+        assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", None])
+def test_another_content_type_is_refused(port: int, model: str, kind: str | None) -> None:
+    path, body = good(model)
+    assert_refused(*ask(port, path, json.dumps(body).encode(), kind))
+    assert ask(port, path, body, f"{JSON}; charset=utf-8")[0] == 200
+
+
+def test_another_method_is_refused(port: int) -> None:
+    assert_refused(*ask(port, CHAT, None, method="GET"))
+
+
+def test_every_form_of_a_good_request_is_answered(port: int, model: str) -> None:
+    for i in range(9):
+        path, body = good(model, i)
+        assert_answered(path, body, *ask(port, path, body))
+
+
+def soak(port: int, model: str, requests: int) -> None:
+    """Two clients at once; every tenth request is bad."""
+    cases, rng = sorted(bad(model).items()), random.Random(0)
+    plan = [(i, rng.choice(cases) if i % 10 == 9 else None) for i in range(requests)]
+
+    def one(item: tuple[int, tuple[str, tuple[str, object]] | None]) -> None:
+        i, fault = item
+        if fault is None:
+            path, body = good(model, i)
+            return assert_answered(path, body, *ask(port, path, body))
+        return assert_refused(*ask(port, *fault[1]))
+
+    with ThreadPoolExecutor(2) as clients:
+        assert len(list(clients.map(one, plan))) == requests
+    assert ask(port, "/health", None, method="GET")[0] == 200
+
+
+def test_two_clients_with_bad_requests_between(port: int, model: str) -> None:
+    soak(port, model, 60)
+
+
+@pytest.mark.slow
+def test_two_clients_for_200_requests(port: int, model: str) -> None:
+    soak(port, model, 200)
