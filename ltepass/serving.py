@@ -218,7 +218,7 @@ class _Answer:
 
 
 def _is_of_the_request(error: Exception) -> bool:
-    """Whether an error of a handler is about the request, as templates', tokenizers' and shapes' are, not the server."""
+    """Whether an error of a handler is about the request, as templates', tokenizers' and shapes' are."""
     if type(error) is RuntimeError:  # torch's for shapes, as of a prompt without a token; its others are subclasses
         return "memory" not in str(error)
     return isinstance(error, OF_THE_REQUEST) or type(error).__module__.startswith("jinja2")
