@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, replace
 from typing import Any, TypeVar
 
-from ltepass.config import BUDGETS, GROUPINGS, LTEConfig
+from ltepass.config import BUDGETS, GROUPINGS, SEEDS, LTEConfig
 from ltepass.errors import CheckpointError, ConfigError
 from ltepass.kernels.reference import ACTIVATIONS
 from ltepass.names import is_path, shown
@@ -28,7 +28,6 @@ _CUSTOM = re.compile(r"custom\([\w,.<>]*\)", re.ASCII)  # the names of its opera
 _NODE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _RELEASE = re.compile(r"[0-9A-Za-z.+_-]{1,40}")
 _LARGEST = 2**31  # of a size or an index
-_SEEDS = range(-(2**63), 2**64)  # what torch.Generator takes
 
 
 def write_state(state: LTEState) -> dict[str, Any]:
@@ -302,5 +301,5 @@ _CONFIG: dict[str, Callable[[Any], bool]] = {
     "input_sparsity": _number,
     "router_bias": lambda v: type(v) is bool,
     "tau": _number,
-    "seed": lambda v: type(v) is int and v in _SEEDS,
+    "seed": lambda v: type(v) is int and v in SEEDS,
 }

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ltepass.checkpoint_checks import is_router
 from ltepass.errors import CheckpointError
-from ltepass.names import shown
+from ltepass.names import is_path, shown
 from ltepass.router import N_QUANTILES
 from ltepass.sites import FFNSite
 
@@ -60,7 +60,7 @@ def find_routers(sites: Sequence[FFNSite], header: Header) -> dict[str, str]:
     CheckpointError where some routers are missing, or the files hold one that no site has.
     """
     ends = (name.rpartition(".") for name in header)
-    stored = {path for path, _, last in ends if last == "quantiles" and is_router(path)}
+    stored = {path for path, _, last in ends if last == "quantiles" and is_path(path) and is_router(path)}
     if not stored:
         return {}
     found = {site.router: site.router for site in sites if site.router in stored}

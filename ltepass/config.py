@@ -15,6 +15,8 @@ MODES: tuple[Mode, ...] = ("soft", "hard", "dense")
 BUDGETS: tuple[Budget, ...] = ("layer", "model")
 GROUPINGS: tuple[GroupingName, ...] = ("auto", "identity", "random", "kmeans", "coactivation", "output_aware")
 
+SEEDS = range(-(2**63), 2**64)
+
 
 def check_mode(mode: str) -> Mode:
     if mode not in MODES:
@@ -61,7 +63,7 @@ class LTEConfig:
         check_sparsity(self.target_sparsity)
         check_sparsity(self.hidden_sparsity, "hidden_sparsity")
         check_sparsity(self.input_sparsity, "input_sparsity")
-        if self.group_size != "auto" and (not isinstance(self.group_size, int) or self.group_size < 1):
+        if self.group_size != "auto" and (type(self.group_size) is not int or self.group_size < 1):
             raise ConfigError(f'group_size is {self.group_size!r}; expected "auto" or an integer of at least 1')
         if self.grouping not in GROUPINGS:
             raise ConfigError(f"grouping is {self.grouping!r}; expected one of {', '.join(GROUPINGS)}")
@@ -69,6 +71,10 @@ class LTEConfig:
             raise ConfigError(f"budget is {self.budget!r}; expected one of {', '.join(BUDGETS)}")
         if self.budget == "model" and not self.router_bias:
             raise ConfigError('budget "model" puts what an FFN matters into its router\'s bias; pass router_bias=True')
+        if type(self.seed) is not int or self.seed not in SEEDS:
+            raise ConfigError(f"seed is {self.seed!r}; expected an integer that torch.manual_seed takes; pass e.g. 0")
+        if type(self.router_bias) is not bool:
+            raise ConfigError(f"router_bias is {self.router_bias!r}; expected True or False")
         if not 0.0 < self.tau < 1.0:
             raise ConfigError(f"tau is {self.tau}; expected a sigmoid score in (0, 1); the paper uses 0.5")
 

@@ -331,6 +331,9 @@ TENSORS = {
     "permutation of site": lambda t: t["model.layers.0.mlp.router.permutation"].fill_(3),
     "threshold of site": lambda t: t["model.layers.1.mlp.router.threshold"].fill_(float("nan")),
     "table of site": lambda t: t["model.layers.1.mlp.router.quantiles"][5:9].fill_(float("nan")),
+    "lack 1 of them .first: model.layers.1": lambda t: t.update(
+        {n.replace("model.layers.1", "\x1b[31m.layers.1"): t.pop(n) for n in list(t) if "layers.1.mlp.router" in n}
+    ),
     "does not list": lambda t: t.update({"model.layers.2.mlp.router.quantiles": torch.zeros(101)}),
 }
 
@@ -342,6 +345,14 @@ def test_tensors_that_do_not_fit_the_list_are_refused(message: str, tmp_path: Pa
     TENSORS[message](tensors)  # type: ignore[no-untyped-call]
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=message):
+        hf.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_weights_in_a_pickle_are_refused(tmp_path: Path) -> None:
+    copied("v2/aligned", tmp_path)
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="no safetensors file"):
         hf.AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
