@@ -27,10 +27,12 @@ def check_forwards(model: nn.Module, sites: Iterable[FFNSite]) -> None:
     """Raises CheckpointError where a forward is not as its site says. Changes nothing; `check_sites` has passed."""
     for site in sites:
         owner = model.get_submodule(site.owner)
-        graphs = _graphs(owner, site) if site.kind == "aligned" else ()
+        if site.kind == "graph":
+            continue
+        graphs = _graphs(owner, site)
         for graph in graphs:
             _check_calls(site, graph)
-        if site.kind == "graph" or site.activation.startswith("custom"):
+        if site.activation.startswith("custom"):
             continue
         # while weights load, everything else is made on the meta device
         with torch.device("cpu"), torch.no_grad(), _evaluating(owner):
@@ -41,7 +43,10 @@ def check_forwards(model: nn.Module, sites: Iterable[FFNSite]) -> None:
 
 
 def _graphs(owner: nn.Module, site: FFNSite) -> tuple[Graph, ...]:
-    """The owner's own forward, in training and evaluation."""
+    """The owner's own forward, in training and evaluation; none where hooks serve it and it cannot be read."""
+    if site.kind == "inline":
+        graphs = trace_owner(owner, defaults=True) or ()
+        return graphs if all(_calls(graph, path) == 1 for graph in graphs for path in _paths(site)) else ()
     return trace_owner(owner) or _refuse(site, f"{type(owner).__name__}.forward cannot be traced")
 
 
@@ -71,12 +76,16 @@ def _paths(site: FFNSite) -> list[str]:
     return [path[cut:] for path in (site.up, site.gate or site.up, site.down)]
 
 
+def _calls(graph: Graph, path: str) -> int:
+    return sum(n.op == "call_module" and n.target == path for n in graph.nodes)
+
+
 def _check_calls(site: FFNSite, graph: Graph) -> None:
     """Each linear is called once, and down reads what up and gate gave."""
     calls = {str(n.target): n for n in graph.nodes if n.op == "call_module"}
     up, gate, down = _paths(site)
     for path in (up, gate, down):
-        if sum(n.op == "call_module" and n.target == path for n in graph.nodes) != 1:
+        if _calls(graph, path) != 1:
             _refuse(site, f"{path} is not called once in its owner's forward")
         if len(calls[path].all_input_nodes) != 1:
             _refuse(site, f"{path} is not called with one input")

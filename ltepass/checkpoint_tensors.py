@@ -6,7 +6,7 @@ must be one, and a threshold must be a number.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -19,6 +19,7 @@ from ltepass.router import N_QUANTILES
 from ltepass.sites import FFNSite
 
 Header = dict[str, tuple[str, tuple[int, ...]]]  # tensor -> (dtype as safetensors names it, shape)
+ROUTER = ("weight", "bias", "threshold", "quantiles", "cut", "input_cut", "permutation")  # what a router may hold
 FLOATS = ("F64", "F32", "F16", "BF16")
 _AGAIN = "expected a directory written by save_pretrained of a transformed model; save it again"
 
@@ -53,80 +54,35 @@ def router_header(site: FFNSite, config: Mapping[str, Any]) -> Header:
     return header | {name: optional[name] for name, setting in zip(optional, settings, strict=True) if config[setting]}
 
 
-def find_routers(sites: Sequence[FFNSite], header: Header) -> dict[str, str]:
-    """The path of each site's router -> the path that the files give it; empty where they hold no router at all.
+def has_routers(header: Header) -> bool:
+    return bool(_stored(header))
 
-    The class that wrote the files may have put another prefix before its names than its modules have. Raises
-    CheckpointError where some routers are missing, or the files hold one that no site has.
-    """
+
+def _stored(header: Header) -> set[str]:
+    """Paths of the routers that the files hold: only a router of ours has a table of quantiles."""
     ends = (name.rpartition(".") for name in header)
-    stored = {path for path, _, last in ends if last == "quantiles" and is_path(path) and is_router(path)}
-    if not stored:
-        return {}
-    found = {site.router: site.router for site in sites if site.router in stored}
-    left = stored - set(found.values())
-    for site in sites:
-        near = [path for path in left if _differ_in_prefix(site.router, path)] if site.router not in found else []
-        if len(near) == 1:
-            found[site.router] = near[0]
-            left.remove(near[0])
-    missing = [site.router for site in sites if site.router not in found]
+    return {path for path, _, last in ends if last == "quantiles" and is_path(path) and is_router(path)}
+
+
+def check_routers(sites: Sequence[FFNSite], config: Mapping[str, Any], header: Header) -> None:
+    """Every site has its router and no other is there; each has just its tensors, of their dtypes and shapes."""
+    routers, stored = {site.router for site in sites}, _stored(header)
+    missing = [site.router for site in sites if site.router not in stored]
     if missing:
         raise CheckpointError(
             f"the config lists {len(sites)} routers, and the weight files lack {len(missing)} of them (first: "
             f"{missing[0]}); {_AGAIN}"
         )
-    if left:
-        raise CheckpointError(
-            f"the weight files hold a router {shown(min(left))} that the config does not list; {_AGAIN}"
-        )
-    return found
-
-
-def _differ_in_prefix(one: str, other: str) -> bool:
-    """Whether two paths have the same numbers and end alike: what differs is a head without numbers."""
-    first, second = _heads(one, other)
-    ends_alike = len(first) < one.count(".")
-    return ends_alike and not any(part.isdigit() for part in first + second)
-
-
-def _heads(one: str, other: str) -> tuple[list[str], list[str]]:
-    """What stands before the parts in which two paths end alike."""
-    first, second = one.split("."), other.split(".")
-    while first and second and first[-1] == second[-1]:
-        first.pop()
-        second.pop()
-    return first, second
-
-
-def file_names(model_names: Sequence[str], stored_names: Sequence[str]) -> Callable[[str], str]:
-    """From a name in the model to the one in the files, as learnt from routers: another head before the same path."""
-    heads: dict[tuple[str, ...], tuple[str, ...]] = {}
-    for one, other in zip(model_names, stored_names, strict=True):
-        first, second = _heads(one, other)
-        heads[tuple(first)] = tuple(second)
-
-    def rename(name: str) -> str:
-        parts = tuple(name.split("."))
-        for head in sorted(heads, key=len, reverse=True):
-            if parts[: len(head)] == head:
-                return ".".join((*heads[head], *parts[len(head) :]))
-        return name
-
-    return rename
-
-
-def check_routers(
-    sites: Sequence[FFNSite], config: Mapping[str, Any], header: Header, found: Mapping[str, str]
-) -> None:
-    """Every router has just its tensors, of their dtypes and shapes."""
+    if stored - routers:
+        other = shown(min(stored - routers))
+        raise CheckpointError(f"the weight files hold a router {other} that the config does not list; {_AGAIN}")
     for site in sites:
-        prefix, expected = found[site.router] + ".", router_header(site, config)
-        stored = {name.removeprefix(prefix): info for name, info in header.items() if name.startswith(prefix)}
-        for name in sorted({*expected, *stored}):
-            if expected.get(name) != stored.get(name):
+        prefix, expected = site.router + ".", router_header(site, config)
+        found = {name.removeprefix(prefix): info for name, info in header.items() if name.startswith(prefix)}
+        for name in sorted({*expected, *found}):
+            if expected.get(name) != found.get(name):
                 raise CheckpointError(
-                    f"{prefix}{shown(name)[1:-1]} in the weight files is {_said(stored.get(name))}; site {site.name} "
+                    f"{prefix}{shown(name)[1:-1]} in the weight files is {_said(found.get(name))}; site {site.name} "
                     f"expects {_said(expected.get(name))}; {_AGAIN}"
                 )
 
@@ -135,33 +91,32 @@ def _said(info: tuple[str, tuple[int, ...]] | None) -> str:
     return "missing" if info is None else f"{info[0]} {list(info[1])}"
 
 
-def check_weights(model: nn.Module, header: Header, rename: Callable[[str], str], *, heads: bool = False) -> None:
+def check_weights(model: nn.Module, header: Header, *, heads: bool = False) -> None:
     """Weights that the model has by name are numbers of its kind; those inside its layers have its shapes too.
 
     heads: what is not inside a layer as well; it may be another task's, and transformers is asked for that.
-    rename: from a name in the model to the one in the files.
     """
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if (info := header.get(rename(name))) is None:
+        if (info := header.get(name)) is None:
             continue
         dtype, shape = info
         inside = heads or any(part.isdigit() for part in name.split("."))
         if tensor.is_floating_point() != (dtype in FLOATS) or (inside and shape != tuple(tensor.shape)):
             raise CheckpointError(
-                f"{rename(name)} in the weight files is {_said(info)}; the model has {tensor.dtype} "
+                f"{name} in the weight files is {_said(info)}; the model has {tensor.dtype} "
                 f"{list(tensor.shape)} there; {_AGAIN}"
             )
 
 
-def check_present(model: nn.Module, sites: Sequence[FFNSite], header: Header, rename: Callable[[str], str]) -> None:
+def check_present(model: nn.Module, sites: Sequence[FFNSite], header: Header) -> None:
     """The weights of every site are in the files, under one of the names that the model has for them."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     for rows in (rows for site in sites for rows in site.neurons):
         parameter = model.get_parameter(rows.param)
-        if not any(rename(name) in header for name in names[id(parameter)]):
-            raise CheckpointError(f"{rename(rows.param)} is missing from the weight files; {_AGAIN}")
+        if not any(name in header for name in names[id(parameter)]):
+            raise CheckpointError(f"{rows.param} is missing from the weight files; {_AGAIN}")
 
 
 def check_all(model: nn.Module, header: Header, routers: Sequence[str]) -> None:
@@ -175,7 +130,7 @@ def check_all(model: nn.Module, header: Header, routers: Sequence[str]) -> None:
     unknown = [name for name in header if name not in tensors and not name.startswith(own)]
     if unknown:
         raise CheckpointError(f"the weight files hold {shown(unknown[0])}, which the model has not; {_AGAIN}")
-    check_weights(model, header, str, heads=True)
+    check_weights(model, header, heads=True)
 
 
 def check_values(site: FFNSite, tensors: Mapping[str, Tensor | None]) -> None:

@@ -15,7 +15,7 @@ MODES: tuple[Mode, ...] = ("soft", "hard", "dense")
 BUDGETS: tuple[Budget, ...] = ("layer", "model")
 GROUPINGS: tuple[GroupingName, ...] = ("auto", "identity", "random", "kmeans", "coactivation", "output_aware")
 
-SEEDS = range(-(2**63), 2**64)
+SEEDS = range(-(2**63), 2**64)  # what torch.Generator takes
 
 
 def check_mode(mode: str) -> Mode:

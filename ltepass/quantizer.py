@@ -28,13 +28,13 @@ from ltepass.checkpoint_checks import check_sites
 from ltepass.checkpoint_entry import METHOD, read_state, write_state
 from ltepass.checkpoint_forward import check_forwards
 from ltepass.checkpoint_tensors import (
+    ROUTER,
     Header,
     check_present,
     check_routers,
     check_values,
     check_weights,
-    file_names,
-    find_routers,
+    has_routers,
     read_header,
 )
 from ltepass.config import LTEConfig
@@ -146,18 +146,39 @@ def checked_sites(model: Any, state: LTEState, header: Header | None) -> list[FF
     sites = _fit_prefix(model, state.sites)
     if header is None:
         check_sites(model, sites)
+    elif not has_routers(header):
+        return []
     else:
-        found = find_routers(state.sites, header)
-        if not found:
-            return []
-        check_routers(state.sites, state.config, header, found)
+        named, converted = _as_loaded(model, sites, header)
+        check_routers(sites, state.config, named)
         check_sites(model, sites)
-        rename = file_names([site.router for site in sites], [found[site.router] for site in state.sites])
-        check_weights(model, header, rename)
-        if _own_names(model):
-            check_present(model, sites, header, rename)
+        check_weights(model, named)
+        if not converted:
+            check_present(model, sites, named)
     check_forwards(model, sites)
     return sites
+
+
+def _as_loaded(model: Any, sites: list[FFNSite], header: Header) -> tuple[Header, bool]:
+    """The header by the names under which transformers will load it, and whether it converts some of the weights.
+
+    Its classes may have other names in their files: another prefix, `ffn` for `mlp`, experts one by one.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, dot_natural_key, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in mapping if not isinstance(rule, WeightRenaming)]
+    known = {**model.state_dict(), **{f"{site.router}.{name}": True for site in sites for name in ROUTER}}
+    named: Header = {}
+    for key in sorted(header, key=dot_natural_key):
+        name, rule = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
+        if name not in known and key in known:
+            name, rule = key, None
+        if rule is None:
+            named[name] = header[key]
+    return named, len(named) < len(header)
 
 
 def attach(model: Any) -> None:
@@ -233,13 +254,6 @@ def _fit_prefix(model: nn.Module, sites: list[FFNSite]) -> list[FFNSite]:
         if all(rename(site.down) in names for site in sites):
             return [site.renamed(rename) for site in sites]
     return sites
-
-
-def _own_names(model: nn.Module) -> bool:
-    """Whether files hold this class's parameters by the names that the model has, and not in another form."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    return not get_model_conversion_mapping(model, add_legacy=False)
 
 
 if METHOD not in AUTO_QUANTIZER_MAPPING:

@@ -144,20 +144,23 @@ def traceable(owner: nn.Module) -> bool:
     )
 
 
-def trace_owner(owner: nn.Module) -> tuple[Graph, Graph] | None:
+def trace_owner(owner: nn.Module, *, defaults: bool = False) -> tuple[Graph, Graph] | None:
     """(training graph, evaluation graph) of the owner's own forward, or None where it cannot be traced.
 
-    Routers are hidden meanwhile: a Sequential would call every child that it holds.
+    Routers are hidden meanwhile: a Sequential would call every child that it holds. defaults: also a forward with
+    options, at their defaults: to look at, not to run in its place.
     """
-    if not traceable(owner) or type(owner).forward is nn.Module.forward:
+    if not (defaults or traceable(owner)) or type(owner).forward is nn.Module.forward:
         return None
+    options = inspect.signature(type(owner).forward).parameters.values() if defaults else ()
+    fixed = {p.name: p.default for p in options if p.default is not p.empty}
     before, state = owner.training, dict(owner.__dict__)
     graphs = []
     try:
         owner.__dict__["_modules"] = {k: m for k, m in owner._modules.items() if not isinstance(m, Router)}
         for flag in (True, False):
             owner.training = flag  # the flag alone: children keep theirs
-            graphs.append(_OwnerTracer().trace(owner))
+            graphs.append(_OwnerTracer().trace(owner, fixed or None))
     except Exception:  # any failure of the tracer means the same: this forward is left alone, hooks serve it
         return None
     finally:
