@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -35,8 +34,12 @@ def transform(
     the model is then as it was, as it is after Ctrl-C. Paper sections 4.1 and 4.2.
     """
     root = unwrapped(model)
-    all_or_nothing(root, partial(_transform, root, example_inputs, config or LTEConfig(), calibration))
-    return model
+
+    def work() -> nn.Module:
+        _transform(root, example_inputs, config or LTEConfig(), calibration)
+        return model
+
+    return all_or_nothing(root, work)
 
 
 def _transform(model: nn.Module, example_inputs: Any, config: LTEConfig, calibration: Iterable[Any] | None) -> None:

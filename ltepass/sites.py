@@ -159,7 +159,7 @@ def root_of(model: nn.Module, what: str) -> nn.Module:
     """
     if state_of(model) is not None:
         return model
-    found = {name: m for name, m in model.named_modules() if state_of(m) is not None}
+    found: dict[str, nn.Module] = {name: m for name, m in model.named_modules() if state_of(m) is not None}
     if not found:
         raise NotTransformedError(
             f"{type(model).__name__} holds no routers; {what} expects a transformed model; call "
@@ -176,15 +176,16 @@ def root_of(model: nn.Module, what: str) -> nn.Module:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model that PEFT, DistributedDataParallel, DataParallel or torch.compile wrapped, through all of them."""
+    inner: Any = model
     while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif "_orig_mod" in model._modules:  # torch.compile's; its class is not imported, which takes seconds
-            model = model._orig_mod  # type: ignore[assignment]
-        elif hasattr(type(model), "get_base_model"):  # peft's
-            model = model.get_base_model()  # type: ignore[operator]
+        if isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = inner.module
+        elif "_orig_mod" in inner._modules:  # torch.compile's; its class is not imported, which takes seconds
+            inner = inner._orig_mod
+        elif hasattr(type(inner), "get_base_model"):  # peft's
+            inner = inner.get_base_model()
         else:
-            return model
+            return inner  # type: ignore[no-any-return]
 
 
 def require_state(model: nn.Module, what: str) -> LTEState:

@@ -55,7 +55,7 @@ def all_or_nothing(model: nn.Module, work: Callable[[], T]) -> T:
     try:
         return context.run(work)
     except BaseException:
-        with _undisturbed(), ExitStack() as stack:  # which runs the rest where one of them fails
+        with undisturbed(), ExitStack() as stack:  # which runs the rest where one of them fails
             stack.callback(before.restore)
             for inverse in inverses[mark:]:
                 stack.callback(inverse)
@@ -120,8 +120,8 @@ class Snapshot:
                 parameter.requires_grad_(flag)
         for parameter, stride in self.strides:
             if parameter.stride() != stride:
-                like = {"dtype": parameter.dtype, "device": parameter.device}
-                parameter.data = torch.empty_strided(parameter.shape, stride, **like).copy_(parameter.data)
+                as_before = torch.empty_strided(parameter.shape, stride, dtype=parameter.dtype, device=parameter.device)
+                parameter.data = as_before.copy_(parameter.data)
         for buffer, value in self.values:
             _fill(buffer, value)
         torch.set_rng_state(self.random[0])
@@ -175,7 +175,7 @@ def _fill(tensor: Tensor, value: Tensor) -> None:
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
+def undisturbed() -> Iterator[None]:
     """A second Ctrl-C is not heard: half an undo would be worse than none. Only the main thread hears any."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -7,7 +7,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ltepass.router import Router
+from ltepass.sites import require_state
+
 STATE_FILE = "lte_state.json"
+APART_FILE = "lte_trained.safetensors"
 
 
 def mark_complete(folder: Path, state: dict[str, Any]) -> None:
@@ -27,3 +34,25 @@ def is_finished(checkpoint: str) -> bool:
     """Whether no step of its stage is left."""
     state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
     return bool(state["global_step"] >= state["max_steps"])
+
+
+def saved_apart(model: nn.Module, root: nn.Module) -> dict[str, Tensor]:
+    """Of a model with the user's adapters: what learns, and the routers, that PEFT does not save with an adapter."""
+    adapted = hasattr(model, "peft_config") or getattr(root, "_hf_peft_config_loaded", False)
+    sites = require_state(root, "LTETrainer").sites
+    if not adapted or not any(isinstance(root.get_submodule(site.router), Router) for site in sites):
+        return {}
+    learns = {name for name, p in root.named_parameters() if p.requires_grad}
+    routers = tuple(f"{site.router}." for site in sites)
+    return {name: t for name, t in root.state_dict().items() if name in learns or name.startswith(routers)}
+
+
+def save_apart(model: nn.Module, root: nn.Module, folder: Path) -> None:
+    tensors = saved_apart(model, root)
+    if tensors:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, folder / APART_FILE)
+
+
+def load_apart(root: nn.Module, folder: Path) -> None:
+    if (folder / APART_FILE).is_file():
+        root.load_state_dict(load_file(folder / APART_FILE), strict=False)

@@ -3,39 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 from torch import nn
 
+from ltepass.config import Mode
 from ltepass.lowering import lower, unlower
-from ltepass.sites import routers_of
+from ltepass.router import Router
+from ltepass.sites import require_state, router_of, routers_of
 from ltepass.training.lora import add_lora, merge_lora
 from ltepass.training.settings import LTESettings
 from ltepass.training.stages import Stage, begin_stage
+from ltepass.undo import all_or_nothing, undisturbed
 
 
 @contextmanager
 def stage_options(model: nn.Module, lte: LTESettings, stage: Stage) -> Iterator[None]:
-    """Which parameters learn, low-rank updates, what routers keep, what computes; as before, and merged, at the end."""
-    through_op = lte.through_op and stage == "hard"
+    """Which parameters learn, low-rank updates, what routers keep, what computes; as before, and merged, at the end.
+
+    What was learned stays, also where training fails or is interrupted; the mode is then the one before.
+    """
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    modes = [(router, router.mode) for router in routers_of(model)]
+    through_op = lte.through_op and stage == "hard"
+    all_or_nothing(model, partial(_begin, model, lte, stage, through_op))
+    try:
+        yield
+        modes = []
+    finally:
+        with undisturbed(), ExitStack() as last:  # last in, first out; each runs whatever became of the others
+            last.callback(_reset, model, flags, modes)
+            last.callback(merge_lora, model)
+            if through_op:
+                last.callback(unlower, model)
+
+
+def _begin(model: nn.Module, lte: LTESettings, stage: Stage, through_op: bool) -> None:
     begin_stage(model, stage, trainable=lte.trainable, straight_through=lte.straight_through)
     if lte.trainable == "lora":
-        routers = [p for p in model.parameters() if p.requires_grad]
         add_lora(model, lte.lora_rank)
-        for p in routers:
-            p.requires_grad_(True)
-    for router in routers_of(model):
+    for site in require_state(model, "stage options").sites:
+        router = router_of(model, site)
         router.count_inactive, router.share_neighbours = lte.hold, lte.union > 0
-    try:
-        if through_op:
-            lower(model, scope="ffn")
-        yield
-    finally:
-        if through_op:
-            unlower(model)
-        merge_lora(model)
-        for router in routers_of(model):
-            router.straight_through = router.count_inactive = router.share_neighbours = False
-        for name, p in model.named_parameters():
-            p.requires_grad_(flags[name])
+    if through_op:
+        lower(model, scope="ffn")
+
+
+def _reset(model: nn.Module, flags: dict[str, bool], modes: list[tuple[Router, Mode]]) -> None:
+    for router in routers_of(model):
+        router.straight_through = router.count_inactive = router.share_neighbours = False
+    for name, p in model.named_parameters():
+        p.requires_grad_(flags.get(name, p.requires_grad))
+    for router, mode in modes:
+        router.mode = mode

@@ -39,7 +39,8 @@ def begin_stage(
     learns_hard = straight_through or trainable == "routers"
     if trainable != "all":
         model.requires_grad_(False)
-    for router in routers_of(model):
+    for site in state.sites:
+        router = router_of(model, site)  # alone: what PEFT keeps beside it stays frozen
         router.straight_through = stage == "hard" and learns_hard
         router.requires_grad_(stage == "soft" or learns_hard)
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, set_seed
 
@@ -17,15 +21,22 @@ from ltepass.batches import inputs_of
 from ltepass.errors import TrainingError
 from ltepass.losses import kl_from
 from ltepass.padding import hooks_of, telling_tokens
-from ltepass.sites import require_state, router_of, routers_of
-from ltepass.training.checkpoints import STATE_FILE, is_finished, last_complete, mark_complete
+from ltepass.sites import require_state, root_of, router_of, routers_of
+from ltepass.training.checkpoints import (
+    STATE_FILE,
+    is_finished,
+    last_complete,
+    load_apart,
+    mark_complete,
+    save_apart,
+    saved_apart,
+)
 from ltepass.training.controller import SparsityController
 from ltepass.training.lora import merge_lora
 from ltepass.training.options import stage_options
 from ltepass.training.settings import LTESettings
 from ltepass.training.stages import (
     Stage,
-    begin_stage,
     clear_auxiliary,
     held_out_perplexity,
     hold,
@@ -34,6 +45,8 @@ from ltepass.training.stages import (
     settle,
     take_auxiliary,
 )
+
+HELD_OUT = 8  # batches that a stage is settled on
 
 __all__ = ["LTESettings", "LTETrainer", "LTETrainerMixin"]
 
@@ -55,6 +68,9 @@ class LTETrainerMixin:
     save_model: Any
     get_train_dataloader: Any
     get_eval_dataloader: Any
+    model_init: Any
+    _keeps_model = False
+    _next_stage: Stage | None = None  # of `fit`; else the routers' mode says it
     _prepare_inputs: Any
 
     def __init__(
@@ -63,17 +79,44 @@ class LTETrainerMixin:
         """teacher: of `LTESettings.distill`; None takes a copy of the model with every neuron active, as it is now."""
         super().__init__(*args, **kwargs)
         self.lte = lte or LTESettings()
-        self.lte_model: nn.Module = _root(self.model)
-        config = require_state(self.lte_model, "LTETrainer").config
-        target = self.lte.target_sparsity
-        self.target_sparsity: float = config["target_sparsity"] if target is None else target
-        self.controller = SparsityController(target=self.target_sparsity, eta=self.lte.eta)
-        self.teacher = _dense_teacher(self.lte_model, teacher) if self.lte.distill else None
+        self._given_teacher = teacher
+        self._adopt(self.model)
         self._seen: dict[str, Tensor | float] = {}
         self._pending: list[tuple[Tensor, Tensor]] = []
         self._shares: list[Tensor] = []
         self._task: list[Tensor] = []
         self.add_callback(_Guard(self))
+        if saved_apart(self.model, self.lte_model):
+            warnings.warn(
+                "the routers learn inside the base model, and an adapter's folder does not hold them; expected "
+                "modules_to_save=['router'] in the adapter's config; add it, or save the base model as well",
+                stacklevel=2,
+            )
+
+    def _adopt(self, model: nn.Module) -> None:
+        """Take what belongs to one model from it."""
+        self.model, self.lte_model = model, _root(model)
+        config, target = require_state(self.lte_model, "LTETrainer").config, self.lte.target_sparsity
+        self.target_sparsity: float = config["target_sparsity"] if target is None else target
+        self.controller = SparsityController(target=self.target_sparsity, eta=self.lte.eta)
+        self.teacher = _dense_teacher(self.lte_model, self._given_teacher) if self.lte.distill else None
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """How Trainer gets a new model for every `train`; the one that is there, while it trains or `fit` runs."""
+        return self.model if self._keeps_model else super().call_model_init(trial)  # type: ignore[misc,no-any-return]
+
+    @contextmanager
+    def _one_model(self, trial: Any = None) -> Iterator[None]:
+        """A new model, where `model_init` makes them, for all that trains inside."""
+        outer = self._keeps_model
+        if self.model_init is not None and not outer:
+            set_seed(self.args.seed)
+            self._adopt(self.call_model_init(trial))
+        self._keeps_model = True
+        try:
+            yield
+        finally:
+            self._keeps_model = outer
 
     @property
     def stage(self) -> Stage:
@@ -88,47 +131,61 @@ class LTETrainerMixin:
         base, steps = self.args.output_dir, self.args.max_steps  # type: ignore[has-type]
         stages: tuple[tuple[Stage, int | None], ...] = (("soft", self.lte.soft_steps), ("hard", self.lte.hard_steps))
         try:
-            for number, (stage, stage_steps) in enumerate(stages):
-                if stage_steps == 0:
-                    continue
-                begin_stage(self.lte_model, stage)
-                set_seed(self.args.seed + number)  # a stage that is resumed starts as one that follows another
-                self.args.output_dir = str(Path(base) / stage)
-                self.args.max_steps = steps if stage_steps is None else stage_steps
-                self.optimizer, self.lr_scheduler = None, None
-                self.train(resume_from_checkpoint=resume_from_checkpoint)
-                self.finish_stage()
+            with self._one_model():
+                for number, (stage, stage_steps) in enumerate(stages):
+                    if stage_steps == 0:
+                        continue
+                    set_seed(self.args.seed + number)  # a stage that is resumed starts as one that follows another
+                    self.args.output_dir = str(Path(base) / stage)
+                    self.args.max_steps = steps if stage_steps is None else stage_steps
+                    self.optimizer, self.lr_scheduler, self._next_stage = None, None, stage
+                    self.train(resume_from_checkpoint=resume_from_checkpoint)
+                    self.finish_stage()
         finally:
-            self.args.output_dir, self.args.max_steps = base, steps
+            self.args.output_dir, self.args.max_steps, self._next_stage = base, steps, None
 
     def finish_stage(self, batches: Iterable[Any] | None = None) -> dict[str, float]:
-        """Settle thresholds on `batches` (None: up to 8 of the evaluation set, else of the training set), and log."""
+        """Settle thresholds on `batches` (None: up to 8 of the evaluation set, else of the training set), and log.
+
+        Of several evaluation sets in turn. Of several processes the first one's batches count, for all of them.
+        """
         if not self.lte.settle:
             return {}
         stage = self.stage
-        if batches is None:
-            has_eval = self.eval_dataset is not None
-            loader = self.get_eval_dataloader() if has_eval else self.get_train_dataloader()
-            batches = [self._prepare_inputs(b) for b, _ in zip(loader, range(8), strict=False)]
-        batches = list(batches)
-        shares = settle(self.lte_model, batches, self.target_sparsity, budget=self.lte.budget)
-        end = {"eta": self.controller.eta, "held_out_sparsity": sum(shares.values()) / len(shares)}
+        batches = list(self._held_out() if batches is None else batches)
+        shares: dict[str, float] = settle(self.lte_model, batches, self.target_sparsity, budget=self.lte.budget)
         perplexity = held_out_perplexity(self.lte_model, batches)
+        for buffer in (b for router in routers_of(self.lte_model) for b in router.buffers()):
+            buffer.copy_(broadcast(buffer))
+        shares, perplexity = broadcast_object_list([shares, perplexity])
+        end = {"eta": self.controller.eta, "held_out_sparsity": sum(shares.values()) / len(shares)}
         if perplexity is not None:
             end["held_out_perplexity"] = perplexity
         self.log({f"lte_{stage}_stage_{k}": v for k, v in end.items()})
         return shares
 
-    def train(self, resume_from_checkpoint: bool | str | None = None, **kwargs: Any) -> Any:
+    def _held_out(self) -> list[Any]:
+        """What a stage is settled on: batches of the evaluation set, or of each in turn, else of the training set."""
+        sets = self.eval_dataset
+        names = list(sets) if isinstance(sets, dict) else [] if sets is None else [None]
+        loaders = [self.get_eval_dataloader(name) for name in names] or [self.get_train_dataloader()]
+        in_turn = (batch for row in zip_longest(*loaders) for batch in row if batch is not None)
+        return [self._prepare_inputs(batch) for batch in islice(in_turn, max(HELD_OUT, len(loaders)))]
+
+    def train(self, resume_from_checkpoint: bool | str | None = None, trial: Any = None, **kwargs: Any) -> Any:
         _refuse_reentrant(self.args)
-        with stage_options(self.lte_model, self.lte, self.stage), telling_tokens(self.lte_model, keep=True):
+        with (
+            self._one_model(trial),
+            stage_options(self.lte_model, self.lte, self._next_stage or self.stage),
+            telling_tokens(self.lte_model, keep=True),
+        ):
             if resume_from_checkpoint is True:
                 # none is whole where the kill came before the first: the stage begins anew
                 resume_from_checkpoint = last_complete(self.args.output_dir)
             if resume_from_checkpoint and is_finished(str(resume_from_checkpoint)):
                 self._load_from_checkpoint(str(resume_from_checkpoint))
                 return None
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)  # type: ignore[misc]
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, trial=trial, **kwargs)  # type: ignore[misc]
 
     def compute_loss(
         self,
@@ -242,10 +299,12 @@ class LTETrainerMixin:
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save and folder.is_dir():
+            save_apart(self.model, self.lte_model, folder)
             mark_complete(folder, {"stage": self.stage, "controller": self.controller.state_dict()})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        load_apart(self.lte_model, Path(resume_from_checkpoint))
         file = Path(resume_from_checkpoint) / STATE_FILE
         if file.is_file():
             self.controller = SparsityController.from_state(json.loads(file.read_text())["controller"])
@@ -255,6 +314,7 @@ class LTETrainerMixin:
         folder = Path(self.args.output_dir) / "last-good"
         merge_lora(self.lte_model)
         self.save_model(str(folder))
+        save_apart(self.model, self.lte_model, folder)
         raise TrainingError(
             f"{seen} at step {self.state.global_step}; expected a finite number; the weights of the last good step are "
             f"in {folder}; lower the learning rate or look at the batch"
@@ -284,7 +344,7 @@ class _Guard(TrainerCallback):  # type: ignore[misc]
 
 def _root(model: nn.Module) -> nn.Module:
     """The transformed model inside whatever wraps it (PEFT)."""
-    return next((m for m in model.modules() if hasattr(m, "_lte")), model)
+    return root_of(model, "LTETrainer")
 
 
 def _dense_teacher(model: nn.Module, teacher: nn.Module | None) -> nn.Module:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from hypothesis import HealthCheck, settings
 
-sys.path.append(str(Path(__file__).parents[1] / "passes"))  # the hand-written FFNs and traps
+for folder in ("passes", "models"):  # the hand-written FFNs and traps, the tiny models
+    sys.path.append(str(Path(__file__).parents[1] / folder))
 
 ALWAYS = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("quick", max_examples=100, **ALWAYS)

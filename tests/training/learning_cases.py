@@ -143,6 +143,7 @@ def fit(
     *,
     labels: Tensor | None = None,
     trainer: Any = LTETrainer,
+    resume: bool = False,
     **kwargs: Any,
 ) -> Any:
     """Both stages on new text; returns the trainer."""
@@ -161,6 +162,6 @@ def fit(
     held_out = [{"input_ids": a, "labels": a} for a in copied_text(128, 12)]
     args = TrainingArguments(output_dir=str(folder), **{**options, **kwargs})
     t = trainer(model=model, args=args, train_dataset=rows, eval_dataset=held_out, lte=lte)
-    t.fit()
+    t.fit(**({"resume_from_checkpoint": True} if resume else {}))
     model.eval()
     return t

@@ -59,12 +59,21 @@ def test_a_checkpoint_that_was_cut_short_is_not_taken(tmp_path: Path) -> None:
 def distributed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
     folder = tmp_path_factory.mktemp("distributed")
     drive("distributed_driver.py", folder)
-    return {name: torch.load(folder / f"{name}.pt") for name in ("single", "ddp", "fsdp")}
+    return {name: torch.load(folder / f"{name}.pt") for name in ("single", "ddp", "fsdp", "rank0", "rank1")}
 
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
 def test_two_processes_give_the_gradients_of_one(distributed: Any, way: str) -> None:
     assert_close(distributed["single"], distributed[way], 1e-5)
+
+
+def test_two_processes_end_a_fit_with_bitwise_the_same_routers(distributed: Any) -> None:
+    first, second = distributed["rank0"], distributed["rank1"]
+    assert first.keys() == second.keys()
+    assert any("cut" in name for name in first)
+    assert len(first["log"]) == 2  # sparsity and perplexity
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
 
 
 def assert_close(expected: dict[str, torch.Tensor], got: dict[str, torch.Tensor], tolerance: float) -> None:
