@@ -39,7 +39,7 @@ def begin_stage(
     learns_hard = straight_through or trainable == "routers"
     if trainable != "all":
         model.requires_grad_(False)
-    for site in state.sites:
+    for site in require_state(model, "begin_stage").sites:
         router = router_of(model, site)  # alone: what PEFT keeps beside it stays frozen
         router.straight_through = stage == "hard" and learns_hard
         router.requires_grad_(stage == "soft" or learns_hard)
