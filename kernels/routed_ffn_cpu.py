@@ -185,6 +185,11 @@ def _seal(path: Path) -> None:
     path.chmod(0o755)  # whatever the umask: others may read it, and not write
 
 
+def loaded() -> bool:
+    """Whether this process has the kernel, and may have run it."""
+    return bool(_loaded)
+
+
 def load() -> bool:
     """Loads the kernel, building it where needed; True once it is registered. Tries once per process."""
     global _loaded

@@ -31,35 +31,49 @@ def routed_ffn(*args: Any) -> Tensor:
 
     float32, float16 and bfloat16 run on kernels, float64 (gradcheck) runs the definition.
     """
-    x, threshold = args[0], args[3]
     if args[0].dtype == torch.float64:
         return reference.routed_ffn(*args)
+    return _eager(args)[0]
+
+
+def routed_ffn_with_mask(*args: Any) -> tuple[Tensor, Tensor]:
+    """The same, and the decision that the kernels took: bool [..., n_experts]."""
+    if args[0].dtype == torch.float64:
+        return reference.routed_ffn(*args), reference.mask(*args[:4])
+    y, wanted = _eager(args)
+    n_experts = args[1].shape[0]
+    by_token = wanted[:n_experts].unsqueeze(0) if wanted.dim() == 1 else wanted.t()  # a plan, or a mask
+    return y, by_token.bool().reshape(*args[0].shape[:-1], n_experts)
+
+
+def _eager(args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    x = args[0]
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        return run(Call.of(args, launcher=lambda kernel: kernel), tuning.density_of(threshold))
+        return run(Call.of(args, launcher=lambda kernel: kernel), tuning.assumed_density())
 
 
 def routed_ffn_traceable(*args: Any) -> Tensor:
-    """The same for tracers: launches are `torch.library.wrap_triton` nodes, which inductor compiles with the rest.
-
-    The density is what `tuning.assume_density` says: a traced threshold has no address to look it up by.
-    """
+    """The same for tracers: launches are `torch.library.wrap_triton` nodes, which inductor compiles with the rest."""
     if args[0].dtype == torch.float64:
         return reference.routed_ffn(*args)
-    return run(Call.of(args, launcher=torch.library.wrap_triton), tuning.assumed_density())
+    return run(Call.of(args, launcher=torch.library.wrap_triton), tuning.assumed_density())[0]
 
 
-def run(c: Call, density: float | None) -> Tensor:
-    """With any launcher: the eager one, a tracer's, the recorder of the ahead-of-time table."""
+def run(c: Call, density: float | None) -> tuple[Tensor, Tensor]:
+    """With any launcher: the eager one, a tracer's, the recorder of the ahead-of-time table.
+
+    -> y, and what says which token wants which expert: a plan (of one token) or a mask [n_experts, T].
+    """
     if c.n_tokens == 0:
-        return c.empty(*c.leading, c.d_out)
+        return c.empty(*c.leading, c.d_out), c.empty(c.n_experts, 0, dtype=torch.int8)
     path = tuning.choose_path(c.n_tokens, density, c.tuned("paths"))
     # The op's dtype is x's: autocast would change that of the dense products inside it.
     with torch.autocast("cuda", enabled=False) if torch.is_autocast_enabled("cuda") else nullcontext():
-        y = {"one": one, "union": union, "grouped": grouped, "dense": dense}[path](c)
-    return y.reshape(*c.leading, c.d_out)
+        y, wanted = {"one": one, "union": union, "grouped": grouped, "dense": dense}[path](c)
+    return y.reshape(*c.leading, c.d_out), wanted
 
 
-def one(c: Call) -> Tensor:
+def one(c: Call) -> tuple[Tensor, Tensor]:
     """One token in three launches, each bound by the bytes of the active experts."""
     router, gate_up, down = c.tuned("router_one"), c.tuned("gate_up_one"), c.tuned("down_one" + c.layout)
     r = router.fit(BLOCK_E=c.n_experts, BLOCK_D=c.d_model)
@@ -75,10 +89,10 @@ def one(c: Call) -> Tensor:
     c.launch(gate_up_one, gate_up, g, grid, **c.gate_up_args(), plan=plan, h=h)
     outputs = {"h": h, "plan": plan, "partial": parts_of(c, splits, h), "y": y, "SPLITS": splits}
     c.launch(down_one, down, d, (n_tiles, splits), **c.down_args(), HAS_CUT=c.cut is not None, **outputs)
-    return y
+    return y, plan
 
 
-def union(c: Call) -> Tensor:
+def union(c: Call) -> tuple[Tensor, Tensor]:
     """2-32 tokens in three launches: an expert's bytes are read once if any token wants it."""
     router, gate_up, down = c.tuned("router_many"), c.tuned("gate_up_many"), c.tuned("down_many" + c.layout)
     r = router.fit(DOT, BLOCK_E=c.n_experts, BLOCK_D=c.d_model)
@@ -97,10 +111,10 @@ def union(c: Call) -> Tensor:
     c.launch(gate_up_many, gate_up, g, grid, **c.gate_up_args(), **tokens, mask=mask, plan=plan, h=h)
     outputs = {"h": h, "plan": plan, "partial": parts_of(c, splits, h), "y": y, "SPLITS": splits}
     c.launch(down_many, down, d, (n_tiles, splits), **c.down_args(), **tokens, **outputs)
-    return y
+    return y, mask
 
 
-def grouped(c: Call) -> Tensor:
+def grouped(c: Call) -> tuple[Tensor, Tensor]:
     """Many tokens: gate and up are computed only for the (token, expert) pairs that are active; down is dense."""
     partition, gate_up = c.tuned("partition_tokens"), c.tuned("gate_up_grouped")
     g = gate_up.fit(DOT, BLOCK_N=c.group_size, BLOCK_D=c.d_model)
@@ -112,10 +126,10 @@ def grouped(c: Call) -> Tensor:
     c.launch(partition_tokens, partition, partition.blocks, (c.n_experts,), mask=mask, **lists)
     grid = (c.n_experts * triton.cdiv(c.group_size, g["BLOCK_N"]) * triton.cdiv(c.n_tokens, g["BLOCK_T"]),)
     c.launch(gate_up_grouped, gate_up, g, grid, **c.gate_up_args(), **lists, h=h)
-    return F.linear(h, c.down, c.down_bias)
+    return F.linear(h, c.down, c.down_bias), mask
 
 
-def dense(c: Call) -> Tensor:
+def dense(c: Call) -> tuple[Tensor, Tensor]:
     """Dense products by the library, activation and mask in one kernel: the exact fallback at high density."""
     tuned = c.tuned("mask_hidden")
     blocks = tuned.fit(BLOCK_N=c.d_ff)
@@ -124,11 +138,10 @@ def dense(c: Call) -> Tensor:
     h = c.empty(c.n_tokens, c.d_ff)
     grid = (triton.cdiv(c.n_tokens, blocks["BLOCK_T"]), triton.cdiv(c.d_ff, blocks["BLOCK_N"]))
     sizes = {"n_tokens": c.n_tokens, "d_ff": c.d_ff}
+    mask = mask_of(c)
     constants = {"GROUP": c.group_size, "ACT": c.activation, "GATED": c.gate is not None}
-    c.launch(
-        mask_hidden, tuned, blocks, grid, up=up, gate=gate, mask=mask_of(c), h=h, **c.cut_args(), **sizes, **constants
-    )
-    return F.linear(h, c.down, c.down_bias)
+    c.launch(mask_hidden, tuned, blocks, grid, up=up, gate=gate, mask=mask, h=h, **c.cut_args(), **sizes, **constants)
+    return F.linear(h, c.down, c.down_bias), mask
 
 
 def mask_of(c: Call) -> Tensor:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 # LTEPASS_TUNING_TABLE names another table, such as one that run_all.py has just written for this machine.
 TABLE = Path(os.environ.get("LTEPASS_TUNING_TABLE") or Path(__file__).with_name("tuning_table.csv"))
@@ -96,27 +95,16 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" and torch.cuda.is_available() else device.type
 
 
-# Share of active (token, expert) pairs that calibration measured, by the address of a router's threshold: that buffer
-# lives as long as its router and is what moves the share. A stale entry costs time, never a wrong result.
-_densities: dict[tuple[str, int], float] = {}
-
-
-def remember_density(threshold: Tensor, density: float) -> None:
-    """threshold: a router's [] buffer; density: expected share of active experts in [0, 1]. No sync, no device work."""
-    _densities[(str(threshold.device), threshold.data_ptr())] = density
-
-
-def density_of(threshold: Tensor) -> float | None:
-    """What `remember_density` was told for this router; under `assume_density`, that; else None."""
-    return _densities.get((str(threshold.device), threshold.data_ptr()), _assumed.get())
-
-
 _assumed: ContextVar[float | None] = ContextVar("assumed_density", default=None)
 
 
 @contextmanager
 def assume_density(density: float | None) -> Iterator[None]:
-    """While a graph is compiled its thresholds have no address: the backend says here what calibration expects."""
+    """The share of (token, expert) pairs that calibration expects to be active, for calls and compiles in the block.
+
+    Told by whoever calls the op for a router: the op sees tensors only, and must not wait for a device to count. A
+    stale value costs time, never a wrong result.
+    """
     token = _assumed.set(density)
     try:
         yield

@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ltepass import ops as _ops  # noqa: F401  # registers what a saved program calls (torch.export.load)
 from ltepass import registration as _registration
+from ltepass import router as _router  # noqa: F401  # likewise
 
 if TYPE_CHECKING:
     from ltepass.api import remove, transform

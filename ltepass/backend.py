@@ -9,34 +9,25 @@ from __future__ import annotations
 import functools
 import logging
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
+from torch.nn import Parameter
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ltepass import ops as ops  # registers the op that the pass emits
 from ltepass.dataflow import is_gate
 from ltepass.kernels import tuning
-from ltepass.passes.lower_routed_ffn import LowerRoutedFFN, router_path
+from ltepass.passes.lower_routed_ffn import LowerRoutedFFN, holds_ffn, router_path
 from ltepass.router import Router as Router  # registers ltepass::gate, whose name graphs carry
 
 log = logging.getLogger("ltepass")
 
 
-@dataclass(frozen=True, kw_only=True)
-class CompiledGraph:
-    """One graph that Dynamo handed over: gates seen, regions lowered, a reason for each gate kept masked-dense."""
-
-    gates: int
-    lowered: int
-    notes: list[str] = field(default_factory=list)
-
-
-history: list[CompiledGraph] = []  # what this process compiled, newest last; `ltepass.report` and tests read it
+_warned: Any = WeakIdKeyDictionary()  # the first weight of each graph that a warning was about, while it lives
 
 
 def lte(
@@ -53,24 +44,20 @@ def lte(
     """
     from torch._inductor.compile_fx import compile_fx
 
-    gates = sum(is_gate(n) for n in gm.graph.nodes)
+    gates = [n for n in gm.graph.nodes if is_gate(n)]
     lowered, notes = 0, dict[str, str]()
     if gates and not _trains(example_inputs):
         lowered, notes = LowerRoutedFFN()(gm)
     elif gates:
-        notes = {router_path(n): "the graph is traced with gradients" for n in gm.graph.nodes if is_gate(n)}
+        notes = {router_path(n): "the graph is traced with gradients" for n in gates}
+        _warn_of_gradients(gates, example_inputs)
+    elif not _holds_op(gm) and holds_ffn(gm):
+        _warn_of_no_gate(example_inputs)
     if kept is not None:
         for path, reason in notes.items():
             kept(path, reason)
-    lines = [f"{path}: {reason}" for path, reason in notes.items()]
-    history.append(CompiledGraph(gates=gates, lowered=lowered, notes=lines))
-    log.info("lte backend: %d gates, %d lowered%s", gates, lowered, "".join(f"; {line}" for line in lines))
-    if not any(g.gates for g in history) and not _holds_op(gm) and len(history) == 1:
-        warnings.warn(
-            "torch.compile(backend='lte') got a graph with no gate; expected a model that ltepass.transform changed, "
-            "in hard mode; inductor compiles it as it is",
-            stacklevel=2,
-        )
+    lines = "".join(f"; {path}: {reason}" for path, reason in notes.items())
+    log.info("lte backend: %d gates, %d lowered%s", len(gates), lowered, lines)
     with tuning.assume_density(_density(example_inputs)):
         compiled: Any = compile_fx(gm, example_inputs, config_patches=_patches(mode, options))
     on_cpu = all(t.device.type == "cpu" for t in example_inputs if isinstance(t, Tensor))
@@ -93,10 +80,40 @@ def _below_autograd(compiled: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _warn_of_gradients(gates: Iterable[Node], example_inputs: Sequence[Any]) -> None:
+    hard = [router_path(n) for n in gates if n.args[3] is False]
+    if hard:
+        _warn_once(
+            example_inputs,
+            f"torch.compile(backend='lte') got {len(hard)} hard gates (first: {hard[0]}) in a graph that is traced "
+            "with gradients, and lowered none: they stay masked-dense, which is exact and no faster; for inference "
+            "call the model under torch.no_grad() or torch.inference_mode(), or freeze it with "
+            "model.requires_grad_(False)",
+        )
+
+
+def _warn_of_no_gate(example_inputs: Sequence[Any]) -> None:
+    _warn_once(
+        example_inputs,
+        "torch.compile(backend='lte') got a graph with an FFN and no gate; expected a model that ltepass.transform "
+        'changed, in hard mode (ltepass.set_mode(model, "hard")); inductor compiles it as it is',
+    )
+
+
+def _warn_once(example_inputs: Sequence[Any], text: str) -> None:
+    """Once for each model: its graphs for other sizes have the same weights."""
+    weight = next((t for t in example_inputs if isinstance(t, Parameter)), None)
+    if weight is not None and _warned.get(weight) == text:
+        return
+    if weight is not None:
+        _warned[weight] = text
+    warnings.warn(text, stacklevel=3)
+
+
 def _density(example_inputs: Sequence[Any]) -> float | None:
-    """Mean over the graph's routers that are known, by the thresholds among its inputs; None where none is."""
-    scalars = [t for t in example_inputs if isinstance(t, Tensor) and t.dim() == 0 and not isinstance(t, FakeTensor)]
-    known = [density for t in scalars if (density := tuning.density_of(t)) is not None]
+    """Mean over the graph's routers that know theirs, which their thresholds carry; None where none does."""
+    carried = [getattr(t, "density", None) for t in example_inputs if isinstance(t, Tensor)]
+    known = [density for density in carried if density is not None]
     return sum(known) / len(known) if known else None
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import io
 import logging
 import random
 import re
@@ -24,6 +23,7 @@ from torch.fx import GraphModule, Node
 from ltepass.dataflow import Flow, is_movement, op_name, strip_identity
 from ltepass.errors import CaptureError
 from ltepass.example_inputs import make_example_inputs
+from ltepass.threads import quiet_stderr, tracing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,35 +186,51 @@ def _describe(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
 
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """RNG state, every module's attributes and the containers in them as before; export's own chatter kept quiet."""
-    rng, python_rng = torch.get_rng_state(), random.getstate()
-    cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    """Random numbers, every module's attributes and the containers in them as before; export's own chatter kept quiet.
+
+    One thread at a time: what is put back here must be what this thread found.
+    """
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._subclasses.fake_tensor")]
+    with tracing(), _same_random_numbers(), _same_attributes(model):
+        levels = [logger.level for logger in loggers]
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)  # a failed trace is an error of ours, with the tracer's words in it
+        try:
+            with quiet_stderr():  # where export prints the whole graph of a failure
+                yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """Python's own. Torch's stay by themselves: nothing is drawn for a fake tensor."""
+    before = random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(before)
+
+
+@contextlib.contextmanager
+def _same_attributes(model: nn.Module) -> Iterator[None]:
     kept: list[tuple[Any, Any]] = [(m.__dict__, dict(m.__dict__)) for m in model.modules()]
     kept += [(v, copy.copy(v)) for _, was in kept for v in was.values() if isinstance(v, (dict, list, set))]
-    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._subclasses.fake_tensor")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)  # a failed trace is an error of ours, with the tracer's words in it
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # where export prints the whole graph of a failure
-            yield
+        yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        torch.set_rng_state(rng)
-        random.setstate(python_rng)
-        if cuda_rng:
-            torch.cuda.set_rng_state_all(cuda_rng)
         for now, before in kept:
             _restore(now, before)
 
 
 def _restore(now: Any, before: Any) -> None:
-    """Only where something changed: an attribute may be watched."""
+    """Only what changed, key by key: an attribute may be watched, and another thread may read it meanwhile."""
     if isinstance(now, dict):
-        same = now.keys() == before.keys() and all(now[k] is before[k] for k in before)
-    else:
-        same = [id(v) for v in now] == [id(v) for v in before]
+        for key in [k for k in now if k not in before]:
+            del now[key]
+        now.update({k: v for k, v in before.items() if k not in now or now[k] is not v})
+    same = list(now) == list(before) if isinstance(now, dict) else [id(v) for v in now] == [id(v) for v in before]
     if not same:
         now.clear()
         (now.extend if isinstance(now, list) else now.update)(before)

@@ -226,16 +226,14 @@ def generate(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def serve(context: typer.Context) -> None:
     """`transformers serve` for saved models, lowered as they load; all arguments go to it."""
-    from ltepass.quantizer import LTEQuantizer
-
     try:
         from transformers.cli.transformers import app as transformers_app
 
+        from ltepass.lowered_server import lowered_as_loaded
         from ltepass.serving import checked_server
     except ImportError as error:
         raise ConfigError(f"transformers' server cannot start ({error}); pip install 'ltepass[serve]'") from error
-    LTEQuantizer.lower_scope = "ffn"
-    with checked_server():
+    with checked_server(), lowered_as_loaded():
         transformers_app(["serve", *context.args])
 
 

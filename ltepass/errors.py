@@ -51,6 +51,10 @@ class SourceNameError(LTEError):
     """A name cannot be written into the source of a generated forward."""
 
 
+class ConcurrencyError(LTEError):
+    """A forward met a call of another thread that has the model to itself for a time."""
+
+
 class LoweredError(LTEError):
     """The call is not possible on a lowered model; `ltepass.unlower` makes it possible."""
 

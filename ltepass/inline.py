@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from ltepass.errors import DisplacedHookError
-from ltepass.regenerate import original_class, subclass
+from ltepass.regenerate import original_class, shared_class, subclass
 from ltepass.router import gate, seen_inputs
 
 _calls = threading.local()
+_hooking = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class InlineSite:
 def attach(owner: nn.Module, sites: Sequence[InlineSite]) -> None:
     """Gate these FFNs of the owner; replaces whatever was attached before."""
     original = original_class(owner)
-    owner.__class__ = _gated_class(original, tuple(sites))  # type: ignore[arg-type]
+    owner.__class__ = _gated_class(original, tuple(sites))
     for site in sites:
         site.hook(owner)
 
@@ -83,8 +84,11 @@ def _unhook(owner: nn.Module, key: str) -> None:
             del hooks[handle]
 
 
-@functools.cache
 def _gated_class(original: type[nn.Module], sites: tuple[InlineSite, ...]) -> type[nn.Module]:
+    return shared_class((original, sites), lambda: _new_gated_class(original, sites))
+
+
+def _new_gated_class(original: type[nn.Module], sites: tuple[InlineSite, ...]) -> type[nn.Module]:
     run = original.forward
 
     @functools.wraps(run)
@@ -104,7 +108,7 @@ def _gated_class(original: type[nn.Module], sites: tuple[InlineSite, ...]) -> ty
 
 
 def _rebuild(original: type[nn.Module], sites: tuple[InlineSite, ...]) -> nn.Module:
-    cls = _gated_class(original, sites)  # type: ignore[arg-type]
+    cls = _gated_class(original, sites)
     return cls.__new__(cls)
 
 
@@ -115,7 +119,9 @@ def _enter(site: InlineSite, owner: nn.Module) -> None:
                 f"{site.key}: {site.up} or {site.down} was replaced after transform; expected the hooks of its gate; "
                 "run one forward outside torch.compile to attach them again"
             )
-        site.hook(owner)
+        with _hooking:  # the second of two threads finds them in place
+            if not site.in_place(owner):
+                site.hook(owner)
     setattr(_calls, site.slot, (owner, None))
 
 

@@ -8,7 +8,6 @@ scope "model": the `lte` backend compiles the whole model and lowers the same re
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial, wraps
 from itertools import groupby
 from typing import Any, Literal
 
@@ -16,16 +15,19 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
+from ltepass.compiled import compile_model, uncompile_model
 from ltepass.dataflow import erase_upstream
 from ltepass.errors import ConfigError, LoweredError, LoweringError
 from ltepass.inline import SparseDown, attach
+from ltepass.kernels.tuning import assume_density
 from ltepass.ops import routed_ffn
 from ltepass.passes.insert_routers import inline_site, insert_gates, relative
-from ltepass.regenerate import forwards_of, original_class, regenerate, trace_owner
+from ltepass.regenerate import forwards_of, regenerate, trace_owner
 from ltepass.router import Router
 from ltepass.router import gate as gate_call
-from ltepass.sites import FFNSite, LTEState, NeuronRows, require_not_lowered, require_state, router_of
+from ltepass.sites import FFNSite, LTEState, NeuronRows, require_not_lowered, require_state, router_of, routers_of
 from ltepass.sparsity import remember_densities
+from ltepass.threads import require_own, unshared
 from ltepass.undo import verb
 
 Scope = Literal["ffn", "model"]
@@ -69,12 +71,13 @@ def lower(model: nn.Module, scope: Scope = "ffn") -> nn.Module:
     if not sites:
         raise LoweringError("no site can be lowered:\n" + "\n".join(state.notes))
     for site in sites:
-        lay_out(model, site)
+        state.strides = lay_out(model, site) | state.strides  # what the first of those that share a parameter found
     remember_densities(model)
-    if scope == "ffn":
-        _lower_sites(model, state, sites)
-    else:
-        _compile(model, state)
+    with unshared(routers_of(model)):
+        if scope == "ffn":
+            _lower_sites(model, state, sites)
+        else:
+            compile_model(model, state)
     state.lowered = scope
     return model
 
@@ -83,15 +86,12 @@ def lower(model: nn.Module, scope: Scope = "ffn") -> nn.Module:
 def unlower(model: nn.Module) -> nn.Module:
     """Undo `lower`: forwards and weight layout as before; returns the model. Nothing to do for a model not lowered."""
     state = require_state(model, "unlower")
-    if state.lowered == "ffn":
-        _unlower_sites(model, state)
-    elif state.lowered == "model":
-        _uncompile(model)
-    for site in state.sites:
-        for rows in (site.up_rows, site.gate_rows, site.down_rows):
-            if rows is not None:
-                parameter = model.get_parameter(rows.param)
-                parameter.data = parameter.data.contiguous()
+    with unshared(routers_of(model)):
+        if state.lowered == "ffn":
+            _unlower_sites(model, state)
+        elif state.lowered == "model":
+            uncompile_model(model)
+    _give_back_strides(model, state)
     state.lowered, state.notes = None, []
     return model
 
@@ -150,18 +150,32 @@ def _is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
-def lay_out(model: nn.Module, site: FFNSite) -> None:
+def lay_out(model: nn.Module, site: FFNSite) -> dict[str, tuple[int, ...]]:
     """Store what the kernel gathers so that it is contiguous: same logical shape, no copy kept.
 
-    That is a neuron; of up and gate an input, where small inputs are left out.
+    That is a neuron; of up and gate an input, where small inputs are left out. Returns the strides that were, by name.
     """
+    before = {}
     by_input = router_of(model, site).input_cut is not None
     wanted = {site.down_rows: site.down_rows.dim}
     wanted |= {rows: 1 - rows.dim if by_input else rows.dim for rows in (site.up_rows, site.gate_rows) if rows}
     for rows, contiguous_along in wanted.items():
         parameter = model.get_parameter(rows.param)
         if contiguous_along == 1 and parameter.device.type == "cpu" and not parameter.is_meta:
+            before[rows.param] = parameter.stride()
             parameter.data = parameter.data.t().contiguous().t()
+    return before
+
+
+def _give_back_strides(model: nn.Module, state: LTEState) -> None:
+    """Of the weights that still lie as `lay_out` stored them: others were replaced meanwhile."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, stride in state.strides.items():
+        parameter = parameters.get(name)
+        if parameter is not None and parameter.dim() == 2 and parameter.t().is_contiguous():
+            as_it_was = torch.empty_strided(parameter.shape, stride, dtype=parameter.dtype, device=parameter.device)
+            parameter.data = as_it_was.copy_(parameter.data)
+    state.strides = {}
 
 
 def lowered_ffn(router: Router, up: nn.Module, gate_linear: nn.Module | None, down: nn.Module, x: Tensor) -> Tensor:
@@ -198,6 +212,8 @@ def lowered_call(
 ) -> Tensor:
     """The op on whole parameters, each read as the router's plan says."""
     plan = router.plan
+    if router.thread is not None and not torch.compiler.is_compiling():
+        require_own(router.thread)
     assert isinstance(plan, Plan), "a lowered site has a plan"
     f = plan.d_ff
     weight, bias = _parameters(router)
@@ -219,6 +235,9 @@ def lowered_call(
         y, active, _ = torch.ops.ltepass.routed_ffn_with_mask(*args)
         router.keep((~active).float().mean(-1))
         return y  # type: ignore[no-any-return]
+    if router.density is not None and x.is_cuda and not torch.compiler.is_compiling():
+        with assume_density(router.density):
+            return routed_ffn(*args)
     return routed_ffn(*args)
 
 
@@ -288,8 +307,7 @@ def _unlower_sites(model: nn.Module, state: LTEState) -> None:
 
 
 def _regenerate(owner: nn.Module, sites: list[FFNSite], lowered: set[str]) -> None:
-    """The owner's own forward with gates, and with the op where `lowered` names the site."""
-    owner.__class__ = original_class(owner)
+    """The owner's own forward with gates, and with the op where `lowered` names the site; swapped in one step."""
     graphs = trace_owner(owner)
     assert graphs is not None, "an aligned owner was traced before"
     for graph in graphs:
@@ -349,43 +367,3 @@ def _lower_inline(model: nn.Module, owner: str, sites: list[FFNSite], lowered: s
         sparse = SparseDown(inline[-1], lowered_ffn)
         model.get_submodule(site.down).forward = sparse  # type: ignore[method-assign]
     attach(module, inline)
-
-
-def _compile(model: nn.Module, state: LTEState) -> None:
-    from ltepass.backend import lte
-
-    def note(router: str, reason: str) -> None:
-        """After a graph break Dynamo's paths begin at the part that it traced: a path that ends so is taken."""
-        names = [s.name for s in state.sites if s.router == router]
-        names = names or [s.name for s in state.sites if s.router.endswith(f".{router}")]
-        line = f"{names[0] if len(names) == 1 else router}: kept masked-dense: {reason}"
-        state.notes += [] if line in state.notes else [line]
-
-    # Sizes are symbols from the start: else a few prompts of other lengths and batches reach Dynamo's recompile limit,
-    # and the model silently runs eager.
-    model.compile(backend=partial(lte, kept=note), dynamic=True)
-    model._compiled_call_impl = _with_constant_floats(model._compiled_call_impl)
-    config = getattr(model, "generation_config", None)
-    if config is not None:
-        model._lte_cache_implementation = config.cache_implementation  # type: ignore[assignment]
-        config.cache_implementation = "static"
-
-
-def _with_constant_floats(compiled: Any) -> Any:
-    """dynamic=True is meant for sizes. It makes symbols of floats too, and every norm's eps and every attention's scale
-    then becomes a tensor at each call: 0.8 ms a token of SmolLM2's 45, and a quarter more to compile.
-    """
-
-    @wraps(compiled)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with torch._dynamo.config.patch(specialize_float=True):
-            return compiled(*args, **kwargs)
-
-    return call
-
-
-def _uncompile(model: nn.Module) -> None:
-    model._compiled_call_impl = None
-    config = getattr(model, "generation_config", None)
-    if config is not None:
-        config.cache_implementation = model.__dict__.pop("_lte_cache_implementation")

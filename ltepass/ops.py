@@ -8,6 +8,7 @@ a compiler, CPU calls land in `_any_device` below, which is also what any other 
 # (torch leaves Library.impl, unpack_dual and Function.apply untyped)
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def check(x: Tensor, router_weight: Tensor, up: Tensor, gate: Tensor | None, dow
 
 def _plain(with_mask: bool, args: Args) -> Any:
     x, router_weight, router_bias, threshold, *weights = args[: _N_TENSORS + 2]
-    check(x, router_weight, weights[0], weights[2], weights[4], args[_N_TENSORS])
+    _check(args)
     active = reference.mask(x, router_weight, router_bias, threshold)
     y = reference.masked_ffn(reference.leave_out_small(x, _input_cut(args)), active, *weights)
     return (y, active, active.sum()) if with_mask else y
@@ -83,19 +84,30 @@ def _any_device(op: torch._ops.OpOverload, with_mask: bool) -> Any:
 def _cuda(*args: Any) -> Tensor:
     from ltepass.kernels import routed_ffn_triton
 
+    _check(args)
     if _input_cut(args) is not None:
         return _plain(False, args)  # type: ignore[no-any-return]  # rows of up and gate lie whole on a GPU
-    return routed_ffn_triton.routed_ffn(*args[: _N_TENSORS + 2])  # type: ignore[no-any-return]
+    return routed_ffn_triton.routed_ffn(*args[: _N_TENSORS + 2])
 
 
 def _cuda_with_mask(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    active = reference.mask(args[0], args[1], args[2], args[3])
-    return _cuda(*args), active, active.sum()
+    from ltepass.kernels import routed_ffn_triton
+
+    _check(args)
+    if _input_cut(args) is not None:
+        return _plain(True, args)  # type: ignore[no-any-return]
+    y, active = routed_ffn_triton.routed_ffn_with_mask(*args[: _N_TENSORS + 2])
+    return y, active, active.sum()
+
+
+def _check(args: Args) -> None:
+    x, router_weight, up, gate, down = args[0], args[1], args[4], args[6], args[8]
+    check(x, router_weight, up, gate, down, args[_N_TENSORS])
 
 
 def _fake(*args: Any) -> Tensor:
-    x, router_weight, up, gate, down = args[0], args[1], args[4], args[6], args[8]
-    check(x, router_weight, up, gate, down, args[_N_TENSORS])
+    _check(args)
+    x, down = args[0], args[8]
     return x.new_empty((*x.shape[:-1], down.shape[0]))  # type: ignore[no-any-return]
 
 
@@ -200,6 +212,18 @@ def _register() -> None:
 
 
 _register()
+
+
+def _one_thread() -> None:
+    """A forked child inherits OpenMP's notion of a pool and none of its threads: the next parallel loop would wait for
+    them for ever, in our kernel as in torch's own.
+    """
+    if routed_ffn_cpu.loaded():
+        torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_one_thread)
 # Looked up once: reading weights pushes code out of the caches, and each step of a call then waits for memory.
 _routed_ffn = torch.ops.ltepass.routed_ffn.default
 _routed_ffn_no_grad = torch.ops.ltepass._routed_ffn_no_grad.default

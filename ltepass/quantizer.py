@@ -11,7 +11,7 @@ import copy
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -69,7 +69,6 @@ class LTEQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
     """Rebuilds the routers on the meta device before the weights load, and sets hard mode after."""
 
     quantization_config: LTEQuantizationConfig
-    lower_scope: ClassVar[Literal["ffn", "model"] | None] = None  # set by a server, which loads models out of our sight
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
@@ -108,10 +107,7 @@ class LTEQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
             router = router_of(model, site)
             check_values(site, dict(router.named_buffers()))
             router.mode = "hard"
-        if self.lower_scope is not None:
-            import ltepass
-
-            ltepass.lower(model, scope=self.lower_scope)
+            router.note_density()
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:

@@ -12,17 +12,21 @@ import inspect
 import keyword
 import operator
 import re
+import threading
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
-from torch.fx import Graph, Tracer
+from torch.fx import Graph, Proxy, Tracer
 
 from ltepass.errors import SourceNameError
 from ltepass.names import is_path, shown
 from ltepass.router import Router
+from ltepass.threads import tracing
 
 
 @dataclass(frozen=True)
@@ -85,11 +89,14 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 def regenerate(module: nn.Module, forwards: Forwards) -> None:
     """Swap the module's class for one with these forwards."""
-    module.__class__ = regenerated_class(original_class(module), forwards)  # type: ignore[arg-type]
+    module.__class__ = regenerated_class(original_class(module), forwards)
 
 
-@functools.cache
 def regenerated_class(original: type[nn.Module], forwards: Forwards) -> type[nn.Module]:
+    return shared_class((original, forwards), lambda: _regenerated_class(original, forwards))
+
+
+def _regenerated_class(original: type[nn.Module], forwards: Forwards) -> type[nn.Module]:
     train = _compile(forwards.train, original)
     evaluate = train if forwards.train == forwards.evaluate else _compile(forwards.evaluate, original)
 
@@ -104,13 +111,27 @@ def regenerated_class(original: type[nn.Module], forwards: Forwards) -> type[nn.
     return subclass(original, {"forward": forward, "_lte_forwards": forwards}, _rebuild, (original, forwards))
 
 
+# Equal code is one class for as long as an instance lives: Dynamo compiles it once, and no model leaves classes behind.
+_classes: weakref.WeakValueDictionary[Any, type[nn.Module]] = weakref.WeakValueDictionary()
+_classes_lock = threading.Lock()
+
+
+def shared_class(key: tuple[Any, ...], make: Callable[[], type[nn.Module]]) -> type[nn.Module]:
+    """The living class made for an equal key, else a new one."""
+    with _classes_lock:
+        cls = _classes.get(key)
+        if cls is None:
+            cls = _classes[key] = make()
+        return cls
+
+
 def subclass(
     original: type[nn.Module], body: dict[str, Any], rebuild: Callable[..., nn.Module], arguments: tuple[Any, ...]
 ) -> type[nn.Module]:
     """A subclass that passes for the original. Pickle cannot import it by name, so it calls rebuild(*arguments)."""
 
     def reduce_ex(self: nn.Module, protocol: int) -> Any:
-        return rebuild, arguments, self.__dict__
+        return rebuild, arguments, self.__getstate__()  # without what `module.compile()` bound to this instance
 
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
     return type(
@@ -119,7 +140,7 @@ def subclass(
 
 
 def _rebuild(original: type[nn.Module], forwards: Forwards) -> nn.Module:
-    cls = regenerated_class(original, forwards)  # type: ignore[arg-type]
+    cls = regenerated_class(original, forwards)
     return cls.__new__(cls)
 
 
@@ -130,47 +151,82 @@ def _compile(code: ForwardCode, original: type[nn.Module]) -> Any:
 
 
 class _OwnerTracer(Tracer):
-    """Children are leaves, so that whatever wraps a child later (LoRA, offload, quantised linears) is simply called."""
+    """Children are leaves, so that whatever wraps a child later (LoRA, offload, quantised linears) is simply called.
+
+    While it traces, FX routes every module call of the process through here: those of other threads are let through.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.thread = threading.get_ident()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
+    def create_args_for_root(self, *args: Any, **kwargs: Any) -> Any:
+        torch.fx._symbolic_trace._is_fx_tracing_flag = _InThisThread()  # type: ignore[assignment]
+        return super().create_args_for_root(*args, **kwargs)
 
-def traceable(owner: nn.Module) -> bool:
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+class _InThisThread:
+    """True in the thread that made it. FX's flag for "somebody traces" refuses compiled calls of every thread."""
+
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
+
+    def __bool__(self) -> bool:
+        return threading.get_ident() == self.thread
+
+
+def traceable(original: type[nn.Module]) -> bool:
     """Only a forward that takes tensors and nothing optional is read right by symbolic tracing."""
-    parameters = list(inspect.signature(type(owner).forward).parameters.values())[1:]
+    parameters = list(inspect.signature(original.forward).parameters.values())[1:]
     return bool(parameters) and all(
         p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty and p.name != "kwargs" for p in parameters
     )
 
 
 def trace_owner(owner: nn.Module, *, defaults: bool = False) -> tuple[Graph, Graph] | None:
-    """(training graph, evaluation graph) of the owner's own forward, or None where it cannot be traced.
+    """(training graph, evaluation graph) of the owner's original forward, or None where it cannot be traced.
 
-    Routers are hidden meanwhile: a Sequential would call every child that it holds. defaults: also a forward with
-    options, at their defaults: to look at, not to run in its place.
+    The owner itself is not touched: a stand-in that shares its attributes is traced. Routers are hidden from it: a
+    Sequential would call every child that it holds. defaults: also a forward with options, at their defaults: to look
+    at, not to run in its place.
     """
-    if not (defaults or traceable(owner)) or type(owner).forward is nn.Module.forward:
+    original = original_class(owner)
+    if not (defaults or traceable(original)) or original.forward is nn.Module.forward:
         return None
-    options = inspect.signature(type(owner).forward).parameters.values() if defaults else ()
+    options = inspect.signature(original.forward).parameters.values() if defaults else ()
     fixed = {p.name: p.default for p in options if p.default is not p.empty}
-    before, state = owner.training, dict(owner.__dict__)
     graphs = []
     try:
-        owner.__dict__["_modules"] = {k: m for k, m in owner._modules.items() if not isinstance(m, Router)}
-        for flag in (True, False):
-            owner.training = flag  # the flag alone: children keep theirs
-            graphs.append(_OwnerTracer().trace(owner, fixed or None))
+        with tracing():
+            for flag in (True, False):
+                graphs.append(_OwnerTracer().trace(_stand_in(owner, original, training=flag), fixed or None))
     except Exception:  # any failure of the tracer means the same: this forward is left alone, hooks serve it
         return None
-    finally:
-        owner.__dict__.clear()
-        owner.__dict__.update(state)
-        owner.training = before
     targets = [(n.op, str(n.target)) for graph in graphs for n in graph.nodes if n.op in ("call_module", "get_attr")]
     lifted = any(op == "get_attr" and not _resolves(owner, target) for op, target in targets)
     named = all(is_path(target) for _, target in targets)
     return (graphs[0], graphs[1]) if named and not lifted else None
+
+
+def _stand_in(owner: nn.Module, original: type[nn.Module], *, training: bool) -> nn.Module:
+    """The owner as it was before: its class, its attributes and children, and no router. The flag alone is set."""
+    module: nn.Module = object.__new__(original)
+    children = {k: m for k, m in owner._modules.items() if not isinstance(m, Router)}
+    module.__dict__.update({**owner.__dict__, "_modules": children, "training": training})
+    return module
 
 
 def _resolves(owner: nn.Module, path: str) -> bool:

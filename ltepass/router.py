@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ltepass.config import Mode
 from ltepass.kernels.reference import leave_out_small
 from ltepass.rows import Forward, TokenRows
+from ltepass.threads import require_own
 
 N_QUANTILES = 101  # the sparsity table has one logit threshold for each of 0 %, 1 %, ... 100 %
 
@@ -91,6 +92,9 @@ class Router(nn.Module):
         self.observer: Callable[[Tensor], None] | None = None
         # How a lowered site reads its weights (lowering.Plan); None where it is not lowered.
         self.plan: object | None = None
+        self.thread: int | None = None  # the one that has this router to itself for a time (threads.unshared)
+        # Share of (token, expert) pairs active at the present threshold, as the table has it; None without a table.
+        self.density: float | None = None
         self.reset()
 
     def reset(self, generator: torch.Generator | None = None) -> None:
@@ -111,7 +115,10 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | None:
         """x: [..., d_model] any float dtype -> logits [..., n_experts] fp32; None in dense mode, which needs none."""
-        if self.mode == "dense":
+        mode = self.mode
+        if self.thread is not None and not torch.compiler.is_compiling():
+            require_own(self.thread)
+        if mode == "dense":
             return None
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
@@ -151,7 +158,28 @@ class Router(nn.Module):
             moved = fn(t)
             return moved if moved.dtype == t.dtype else t.to(moved.device)
 
-        return super()._apply(keep_dtype, recurse)  # type: ignore[no-any-return,no-untyped-call]
+        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        self._expect(self.density)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self.note_density()
+
+    def note_density(self) -> None:
+        """Keep `density` up to date: a number, so that no call has to wait for the device to choose its kernels."""
+        plain = type(self.threshold) is type(self.quantiles) is Tensor and not self.threshold.is_meta
+        known = plain and not bool(self.quantiles.isnan().any())
+        self._expect(float((self.quantiles > self.threshold).float().mean()) if known else None)
+
+    def _expect(self, density: float | None) -> None:
+        """On the threshold too, which is all that a backend sees of a router."""
+        self.density = self.threshold.density = density  # type: ignore[attr-defined]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: without what belongs to one forward, which no copy can take."""
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {**state, "kept": [], "rows": None, "observer": None, "thread": None}
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, n_experts={self.n_experts}, group_size={self.group_size}, mode={self.mode!r}"
@@ -195,6 +223,9 @@ def gate(router: Router, h: Tensor, logits: Tensor | None) -> Tensor:
     """h: [..., d_ff]; logits: what `router(x)` returned. The definition of soft, hard and dense mode."""
     if isinstance(h, torch.fx.Proxy):  # a GraphModule is traced again when it is pickled: one node stays one node
         return h.tracer.create_proxy("call_function", gate, (router, h, logits), {})  # type: ignore[return-value]
+    soft = router.mode == "soft"
+    if router.thread is not None and not torch.compiler.is_compiling():
+        require_own(router.thread)
     if router.observer is not None:
         router.observer(h)
     if logits is None:
@@ -202,4 +233,4 @@ def gate(router: Router, h: Tensor, logits: Tensor | None) -> Tensor:
     if router.straight_through and router.mode == "hard" and torch.is_grad_enabled():
         return _straight_through(h, logits, router.threshold, router.cut)
     cut = () if router.cut is None else (router.cut,)
-    return torch.ops.ltepass.gate.default(h, logits, router.threshold, router.mode == "soft", *cut)  # type: ignore[no-any-return]
+    return torch.ops.ltepass.gate.default(h, logits, router.threshold, soft, *cut)  # type: ignore[no-any-return]

@@ -144,6 +144,14 @@ class LTEState:
     grouping: str = "identity"
     lowered: str | None = None  # None, "ffn" or "model"
     notes: list[str] = field(default_factory=list)  # what lowering kept masked-dense, and why
+    strides: dict[str, tuple[int, ...]] = field(default_factory=dict)  # by parameter, before lowering laid it out anew
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which torch makes without the compiled call of scope "model"."""
+        if self.lowered != "model":
+            return self.__dict__
+        note = 'this is a copy of a compiled model and is not compiled; call ltepass.lower(model, scope="model")'
+        return {**self.__dict__, "lowered": None, "notes": [*self.notes, note]}
 
 
 def state_of(model: nn.Module) -> LTEState | None:

@@ -14,9 +14,9 @@ from ltepass import padding
 from ltepass.batches import fewest_logits, inputs_of, is_empty
 from ltepass.config import Mode, check_mode, check_sparsity
 from ltepass.errors import CalibrationError
-from ltepass.kernels import tuning
 from ltepass.router import N_QUANTILES, Router, logit
 from ltepass.sites import FFNSite, require_state, require_trained, router_of, routers_of
+from ltepass.threads import unshared
 from ltepass.undo import keep, verb
 
 BELOW = 2.0  # the least calibration logit, for a bias that leaves every expert active
@@ -81,16 +81,7 @@ def cuts_at(model: nn.Module, sparsity: float) -> list[Tensor]:
 def remember_densities(model: nn.Module) -> None:
     """Tell the GPU kernels how many experts to expect, so that no call has to count: their path depends on it."""
     for router in routers_of(model):
-        density = expected_density(router)
-        if density is not None:
-            tuning.remember_density(router.threshold, density)
-
-
-def expected_density(router: Router) -> float | None:
-    """Share of (token, expert) pairs active at the present threshold, as the calibrated table has it; None without."""
-    if router.threshold.is_meta or bool(router.quantiles.isnan().any()):
-        return None
-    return float((router.quantiles > router.threshold).float().mean())
+        router.note_density()
 
 
 def interpolate(quantiles: Tensor, sparsity: float) -> Tensor:
@@ -160,7 +151,7 @@ def on_logits(model: nn.Module, see: Callable[[FFNSite, Router, Tensor], None]) 
     sites = require_trained(model, "a look at its logits").sites
     handles = [router_of(model, site).register_forward_hook(hook(site)) for site in sites]
     try:
-        with padding.telling_tokens(model):
+        with padding.telling_tokens(model), unshared(routers_of(model)):
             yield
     finally:
         for handle in handles:
@@ -207,15 +198,16 @@ def run_batches(model: nn.Module, batches: Iterable[Any]) -> None:
 
 @contextmanager
 def mode_of(model: nn.Module, mode: Mode) -> Iterator[None]:
-    """Run a block in another mode."""
+    """Run a block in another mode. Forwards of other threads raise ConcurrencyError meanwhile."""
     before: list[tuple[Router, Mode]] = [(r, r.mode) for r in routers_of(model)]
-    for router, _ in before:
-        router.mode = mode
-    try:
-        yield
-    finally:
-        for router, old in before:
-            router.mode = old
+    with unshared(router for router, _ in before):
+        for router, _ in before:
+            router.mode = mode
+        try:
+            yield
+        finally:
+            for router, old in before:
+                router.mode = old
 
 
 @verb

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ltepass.sites import root_of, routers_of
+from ltepass.threads import alone
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -47,6 +48,11 @@ def verb(call: F) -> F:
 
 def all_or_nothing(model: nn.Module, work: Callable[[], T]) -> T:
     """Run `work`; where it raises anything, the model is as before. Nothing happens after `work` where it succeeds."""
+    with alone(model):
+        return _all_or_nothing(model, work)
+
+
+def _all_or_nothing(model: nn.Module, work: Callable[[], T]) -> T:
     before, inverses, context = Snapshot(model), _inverses.get(), copy_context()
     if inverses is None:
         inverses = []

@@ -57,6 +57,12 @@ class LowerRoutedFFN:
         return lowered, notes
 
 
+def holds_ffn(gm: GraphModule) -> bool:
+    """Whether the graph has an FFN at all, gated or not."""
+    flow = Flow(gm, _parameters(gm))
+    return any(isinstance(match_down(flow, x), Region) for x in map(flow.linear, list(flow.nodes())) if x is not None)
+
+
 def router_path(gate: Node) -> str:
     """Path of a gate's router in the module that Dynamo traced; the gate's own name where Dynamo does not say."""
     scores = gate.args[1]

@@ -86,12 +86,11 @@ def dense(bench: Bench, row: Row) -> None:
 
 def routed(bench: Bench, row: Row) -> None:
     made = bench.problems(row, by_neuron="by neuron" in row.implementation)
-    for p in made:
-        tuning.remember_density(p.args[3], row.active_percent / 100)
-        _check(row, routed_ffn(*p.args), p)
+    with tuning.assume_density(row.active_percent / 100):
+        for p in made:
+            _check(row, routed_ffn(*p.args), p)
+        timing = graphed([partial(routed_ffn, *p.args) for p in made])
     union = sum(p.union for p in made) / len(made)
-    timing = graphed([partial(routed_ffn, *p.args) for p in made])
-    tuning._densities.clear()
     note = f"union {union:.3f}" if 1 < row.tokens < 64 else ""
     bench.keep(row, timing, bench.shape(row).routed_bytes(union), note)
 

@@ -20,8 +20,8 @@ def main() -> None:
                 shape = Shape(name="small", d_model=100, d_ff=240, group_size=12, tokens=tokens, dtype=dtype)
                 here = problems.make(shape, active, "independent", "cpu", by_neuron=by_neuron).args
                 args = tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in here)
-                tuning.remember_density(args[3], active)
-                y, expected = routed_ffn(*args).cpu().double(), reference.routed_ffn(*here).double()
+                with tuning.assume_density(active):
+                    y, expected = routed_ffn(*args).cpu().double(), reference.routed_ffn(*here).double()
                 error = float((y - expected).norm() / expected.norm())
                 assert error < (1e-5 if dtype == torch.float32 else 2e-2), (shape, active, error)
     print("every path right")

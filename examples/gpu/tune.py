@@ -60,23 +60,24 @@ class Search:
         shape = Shape(
             name="tune", d_model=sizes[0], d_ff=sizes[1], tokens=min(tokens, 40) if dry else tokens, dtype=dtype
         )
-        made = [problems.make(shape, ACTIVE, "independent", self.device, i, by_neuron) for i in range(1 if dry else 8)]
-        for p in made:
-            tuning.remember_density(p.args[3], ACTIVE)
-        return made
+        return [problems.make(shape, ACTIVE, "independent", self.device, i, by_neuron) for i in range(1 if dry else 8)]
 
     def microseconds(self, made: list[Problem]) -> float:
         """Infinite for a launch that fails (too much shared memory, say) or computes something else."""
         try:
+            return self._microseconds(made)
+        except Exception as failed:  # Triton's compiler has many: none ends the search
+            print(f"skipped: {str(failed).splitlines()[0][:100]}", flush=True)
+            return float("inf")
+
+    def _microseconds(self, made: list[Problem]) -> float:
+        with tuning.assume_density(ACTIVE):
             for p in made[:1]:
                 y, expected = routed_ffn(*p.args).float(), reference.routed_ffn(*p.args).float()
                 if not (y - expected).norm() < 2e-2 * expected.norm():
                     print("wrong result, skipped", flush=True)
                     return float("inf")
             timing = graphed([partial(routed_ffn, *p.args) for p in made])
-        except Exception as failed:  # Triton's compiler has many: none ends the search
-            print(f"skipped: {str(failed).splitlines()[0][:100]}", flush=True)
-            return float("inf")
         return timing.microseconds if timing else 0.0
 
     def kernel(self, name: str, left: int) -> None:
@@ -95,7 +96,6 @@ class Search:
         tuning.override(best, name)
         if best_us < float("inf"):
             self.keep(best, best_us)
-        tuning._densities.clear()
 
     def overlap(self) -> None:
         """Whether the three kernels of a token may start before their predecessors end."""
@@ -111,7 +111,6 @@ class Search:
                 tuning.override(launch, name)
             else:
                 self.keep(tuning.launch_for(name, self.gpu, 16, 32), overlapped)
-        tuning._densities.clear()
 
     def keep(self, launch: Launch, us: float) -> None:
         group_size = "32" if launch.kernel == "down_one" else "*"  # the one kernel with general rows by group size

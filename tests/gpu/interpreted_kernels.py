@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import ffn_cases
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 
 from ltepass.errors import LTEError
 from ltepass.kernels import reference, tuning
-from ltepass.kernels.routed_ffn_triton import routed_ffn
+from ltepass.kernels.routed_ffn_triton import routed_ffn, routed_ffn_with_mask
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -26,21 +25,18 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PATHS = {"one": (1, None), "union 16": (2, None), "union 32": (17, 0.1), "grouped": (37, 0.1), "dense": (37, None)}
 
 
-@pytest.fixture(autouse=True)
-def _forget_densities() -> Iterator[None]:
-    yield
-    tuning._densities.clear()
-
-
 def run(args: tuple[Any, ...], density: float | None = None) -> torch.Tensor:
-    if density is not None:
-        tuning.remember_density(args[3], density)
-    return routed_ffn(*args)
+    with tuning.assume_density(density):
+        return routed_ffn(*args)
 
 
 def check(case: Case, density: float | None = None) -> None:
     args = ffn_cases.make(case)
-    ours, torchs = ffn_cases.errors(run(args, density), args)
+    with tuning.assume_density(density):
+        y, mask = routed_ffn_with_mask(*args)
+    assert torch.equal(y, run(args, density))
+    assert torch.equal(mask, reference.mask(*args[:4]))
+    ours, torchs = ffn_cases.errors(y, args)
     assert ours <= (FP32_LIMIT if case.dtype == torch.float32 else FACTOR_16_BIT * torchs), (ours, torchs)
 
 
@@ -89,12 +85,25 @@ def test_no_expert_and_all_experts_active(path: str, active: float) -> None:
         assert torch.equal(run(args, density), args[9].expand(T, -1))  # the bias, bit for bit
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_the_mask_that_comes_back_is_what_the_kernels_decided(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second computation may round another way: nothing but the kernels' own buffer can say what they did."""
+    T, density = PATHS[path]
+    args = ffn_cases.make(Case(T=T))
+    expected = reference.mask(*args[:4])
+    monkeypatch.setattr(reference, "mask", lambda *_: pytest.fail("decided a second time"))
+    with tuning.assume_density(density):
+        _, mask = routed_ffn_with_mask(*args)
+    assert torch.equal(mask, expected)
+
+
 @pytest.mark.parametrize("leading", [(0,), (2, 0), (), (2, 3), (1, 1)])
 def test_leading_axes_and_no_tokens(leading: tuple[int, ...]) -> None:
     args = ffn_cases.make(Case(T=max(torch.Size(leading).numel(), 1)))
     x = args[0][: torch.Size(leading).numel()].reshape(*leading, 63)
-    y = routed_ffn(x, *args[1:])
+    y, mask = routed_ffn_with_mask(x, *args[1:])
     assert y.shape == (*leading, 41)
+    assert torch.equal(mask, reference.mask(x, *args[1:4]))
     torch.testing.assert_close(y, reference.routed_ffn(x, *args[1:]), rtol=1e-5, atol=1e-5)
 
 

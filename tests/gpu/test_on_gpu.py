@@ -13,6 +13,7 @@ from ffn_cases import Case
 from torch import Tensor
 
 from ltepass import ops as ops
+from ltepass.errors import LTEError
 from ltepass.kernels import reference, tuning
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -23,25 +24,29 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # (tokens, calibrated density) for each path
 PATHS = {"one": (1, None), "union 16": (7, None), "union 32": (29, 0.05), "grouped": (200, 0.2), "dense": (200, None)}
 OP = torch.ops.ltepass.routed_ffn
+OP_WITH_MASK = torch.ops.ltepass.routed_ffn_with_mask
 
 
 @pytest.fixture(autouse=True)
 def _forget_densities() -> Iterator[None]:
     torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    tuning._densities.clear()
+    with tuning.assume_density(None):
+        yield
 
 
 def operands(case: Case, density: float | None = None) -> tuple[Any, ...]:
     args = ffn_cases.make(case, "cuda")
-    if density is not None:
-        tuning.remember_density(args[3], density)
+    tuning._assumed.set(density)  # until the end of the test
     return args
 
 
 def check(case: Case, density: float | None = None) -> None:
     args = operands(case, density)
-    ours, torchs = ffn_cases.errors(OP(*args), args)
+    y, mask, count = OP_WITH_MASK(*args)
+    assert torch.equal(y, OP(*args))
+    assert torch.equal(mask, reference.mask(*args[:4]))
+    assert int(count) == int(mask.sum())
+    ours, torchs = ffn_cases.errors(y, args)
     assert ours <= (FP32_LIMIT if case.dtype == torch.float32 else FACTOR_16_BIT * torchs), (case, ours, torchs)
 
 
@@ -51,6 +56,14 @@ def check(case: Case, density: float | None = None) -> None:
 def test_right_against_float64(dtype: torch.dtype, layout: str, path: str) -> None:
     T, density = PATHS[path]
     check(Case(T=T, dtype=dtype, layout=layout, d_model=255, n_experts=21, group_size=24, d_out=130), density)
+
+
+def test_shapes_that_no_path_can_make_sense_of_are_refused() -> None:
+    args = list(operands(Case(T=2)))
+    args[8] = args[8][:, 1:]
+    for op in (OP, OP_WITH_MASK):
+        with pytest.raises(LTEError, match="d_out, d_ff"):
+            op(*args)
 
 
 @pytest.mark.parametrize("activation", reference.ACTIVATIONS)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from ltepass import backend
 from ltepass.kernels import tuning
+from ltepass.router import Router
 
 KERNELS = {row.kernel for row in tuning.table()}
 
@@ -58,15 +62,51 @@ def test_path(tokens: int, density: float | None, path: str) -> None:
     assert tuning.choose_path(tokens, density, tuning.launch_for("paths", "cpu", 16, 32)) == path
 
 
-def test_density_is_remembered_by_router_and_assumed_while_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "_densities", {})  # other tests' routers may have stood at the address of `other`
-    ours, other = torch.zeros(()), torch.zeros(())
-    tuning.remember_density(ours, 0.25)
-    assert tuning.density_of(ours) == 0.25
-    assert tuning.density_of(other) is None
+def test_a_density_is_assumed_in_a_block_and_in_no_other_thread() -> None:
     with tuning.assume_density(0.5):
-        assert (tuning.density_of(ours), tuning.density_of(other), tuning.assumed_density()) == (0.25, 0.5, 0.5)
+        assert tuning.assumed_density() == 0.5
+        with ThreadPoolExecutor(1) as other:
+            assert other.submit(tuning.assumed_density).result() is None
     assert tuning.assumed_density() is None
+
+
+def test_a_router_knows_its_density_wherever_it_comes_from(tmp_path: Path) -> None:
+    """By no address: a router that is freed leaves its number to nobody."""
+    router = Router(8, 24, 4)
+    assert router.density is None
+    router.quantiles.copy_(torch.linspace(-1, 1, 101))
+    router.threshold.fill_(0.5)
+    router.note_density()
+    told = router.density
+    assert told == pytest.approx(0.25, abs=0.01)
+    loaded = Router(8, 24, 4)
+    loaded.load_state_dict(router.state_dict())
+    assigned = Router(8, 24, 4, device="meta")
+    assigned.load_state_dict(router.state_dict(), assign=True)
+    torch.save(router, tmp_path / "router")
+    pickled = torch.load(tmp_path / "router", weights_only=False)
+    for one in (loaded, assigned, pickled, copy.deepcopy(router), router.to(torch.float64), router.to("cpu")):
+        assert one.density == told
+        assert backend._density([one.weight, one.threshold]) == told
+
+
+def test_an_ffn_on_a_gpu_is_told_the_density_of_its_router(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ltepass import lowering
+
+    seen: list[float | None] = []
+    monkeypatch.setattr(lowering, "routed_ffn", lambda x, *_: (seen.append(tuning.assumed_density()), x)[1])
+    router = Router(8, 24, 4)
+    router.plan = lowering.Plan(
+        activation="relu", d_ff=24, up=None, gate=None, up_bias=None, gate_bias=None, down_transposed=False
+    )
+    router.density = 0.3
+
+    class OnGPU:
+        is_cuda = True
+
+    for x in (OnGPU(), torch.zeros(1, 8)):
+        lowering.lowered_call(router, router.weight, None, None, None, router.weight, None, x)  # type: ignore[arg-type]
+    assert seen == [0.3, None]
 
 
 def test_an_override_lasts_until_it_is_taken_back() -> None:
@@ -82,7 +122,6 @@ def test_a_model_tells_its_densities_and_the_backend_assumes_them(budget: Any, m
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import ltepass
-    from ltepass import backend
     from ltepass.sites import routers_of
 
     torch.manual_seed(0)
@@ -96,7 +135,7 @@ def test_a_model_tells_its_densities_and_the_backend_assumes_them(budget: Any, m
     ltepass.set_mode(model, "hard")
     for sparsity in (0.2, 0.7):
         ltepass.set_sparsity(model, sparsity)
-        told = [tuning.density_of(r.threshold) for r in routers_of(model)]
+        told = [r.density for r in routers_of(model)]
         measured = ltepass.measure_sparsity(model, [ids]).values()
         assert told == pytest.approx([1 - s for s in measured], abs=0.06)
         assert (abs(told[0] - told[1]) > 0.1) == (budget == "model")

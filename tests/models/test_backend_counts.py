@@ -14,10 +14,9 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
-from zoo import ids, logits, transformed
+from zoo import Graphs, ids, logits, transformed
 
 import ltepass
-from ltepass import backend
 from ltepass.sites import routers_of
 
 LAYERS, NEW = 12, 3
@@ -42,10 +41,15 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter]:
 
     torch._dynamo.reset()
     counters.clear()
-    backend.history.clear()
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", stand_in)
     yield seen
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def graphs() -> Iterator[Graphs]:
+    with Graphs() as graphs:
+        yield graphs
 
 
 def generate(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -53,7 +57,7 @@ def generate(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.slow), "opt"])
-def test_graph_breaks_recompiles_and_op_calls(name: str, calls: Counter) -> None:
+def test_graph_breaks_recompiles_and_op_calls(name: str, calls: Counter, graphs: Graphs) -> None:
     model = transformed(name, layers=LAYERS)
     prompts = [ids(batch, length) for length in LENGTHS for batch in BATCHES]
     expected = [generate(model, x) for x in prompts]
@@ -63,13 +67,14 @@ def test_graph_breaks_recompiles_and_op_calls(name: str, calls: Counter) -> None
         assert torch.equal(generate(model, x), tokens)
         assert calls == {"graphs": NEW, "ops": LAYERS * NEW, "below_autograd": NEW}, tuple(x.shape)
     assert dict(counters["graph_break"]) == {}
-    assert all(g.gates == g.lowered == LAYERS and g.notes == [] for g in backend.history)
-    compiled = len(backend.history)
+    assert set(graphs.seen) == {(LAYERS, LAYERS)}
+    assert graphs.reasons == []
+    compiled = len(graphs.seen)
     print(f"{name}: {len(prompts)} prompts, {compiled} graphs, 0 breaks, {LAYERS} op calls a step")
     assert compiled <= MOST_GRAPHS
     for x in prompts[::4]:
         generate(model, x)
-    assert len(backend.history) == compiled, "a prompt seen before compiles nothing"
+    assert len(graphs.seen) == compiled, "a prompt seen before compiles nothing"
 
 
 def test_a_step_makes_no_tensor_of_any_number(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,15 +102,15 @@ def test_autograd_is_passed_by_only_where_nothing_asks_for_a_gradient(calls: Cou
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])  # gpt2's activation has math.pi, dynamic as any number
-def test_fullgraph_stays_fullgraph_over_lengths_and_batches(name: str) -> None:
+def test_fullgraph_stays_fullgraph_over_lengths_and_batches(name: str, graphs: Graphs) -> None:
     model = transformed(name)
     compiled = torch.compile(model, backend="lte", fullgraph=True, dynamic=True)
     for batch in BATCHES:
         for length in LENGTHS:
             x = ids(batch, length)
             torch.testing.assert_close(logits(compiled, x), logits(model, x), rtol=1e-5, atol=1e-5)
-    assert len(backend.history) <= 2, "batch 1 is a graph of its own"
-    assert all(g.gates == g.lowered == 2 for g in backend.history)
+    assert len(graphs.seen) <= 2, "batch 1 is a graph of its own"
+    assert set(graphs.seen) == {(2, 2)}
 
 
 class _Scaled(nn.Module):
@@ -117,16 +122,16 @@ class _Scaled(nn.Module):
         return torch.relu(x) * self.factor
 
 
-def test_a_number_that_made_an_activation_known_is_guarded() -> None:
+def test_a_number_that_made_an_activation_known_is_guarded(graphs: Graphs) -> None:
     model, x = nn.Sequential(nn.Linear(8, 24), _Scaled(), nn.Linear(24, 8)).eval(), torch.randn(2, 3, 8)
     ltepass.transform(model, x, ltepass.LTEConfig(group_size=4))
     ltepass.set_mode(model, "hard")
     compiled = torch.compile(model, backend="lte", fullgraph=True, dynamic=True)
-    for factor, graphs in ((1.0, 1), (1.0, 1), (3.5, 2), (1.0, 2)):
+    for factor, count in ((1.0, 1), (1.0, 1), (3.5, 2), (1.0, 2)):
         model[1].factor = factor
         torch.testing.assert_close(logits(compiled, x), logits(model, x))
-        assert len(backend.history) == graphs
-    assert [g.lowered for g in backend.history] == [1, 0]
+        assert len(graphs.seen) == count
+    assert graphs.seen == [(1, 1), (1, 0)]
 
 
 class _Two(nn.Module):
@@ -142,7 +147,7 @@ class _Two(nn.Module):
         return x + self.unknown(x)
 
 
-def test_what_the_backend_keeps_masked_dense_reaches_the_report() -> None:
+def test_what_the_backend_keeps_masked_dense_reaches_the_report(graphs: Graphs) -> None:
     model, x = _Two().eval(), torch.randn(2, 3, 8)
     ltepass.transform(model, x, ltepass.LTEConfig(group_size=4))
     for router in routers_of(model):
@@ -150,8 +155,7 @@ def test_what_the_backend_keeps_masked_dense_reaches_the_report() -> None:
     expected = logits(model, x)
     ltepass.lower(model, scope="model")
     torch.testing.assert_close(logits(model, x), expected)
-    ((graph),) = backend.history
-    assert (graph.gates, graph.lowered) == (2, 1)
+    assert graphs.seen == [(2, 1)]
     (note,) = ltepass.report(model).notes
     assert note == "unknown: kept masked-dense: no kernel knows its activation custom(mish)"
     ltepass.unlower(model)

@@ -9,10 +9,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
-from zoo import ALL, HF, CountOp, ids, logits, transformed
+from zoo import ALL, HF, CountOp, Graphs, ids, logits, transformed
 
 import ltepass
-from ltepass import backend
 from ltepass.errors import ConfigError, LoweredError, LoweringError
 from ltepass.kernels import reference
 from ltepass.passes.lower_routed_ffn import LowerRoutedFFN
@@ -93,14 +92,14 @@ def test_scope_model_compiles_with_the_backend_and_gives_the_same_tokens(name: s
     layers, new = 3, 6
     model = transformed(name, layers=layers)
     expected = generate(model, ids(1, 5), new)
-    backend.history.clear()
     ltepass.lower(model, scope="model")
-    assert torch.equal(generate(model, ids(1, 5), new), expected)  # compiles, which runs the op on fake tensors too
+    with Graphs() as graphs:  # compiles, which runs the op on fake tensors too
+        assert torch.equal(generate(model, ids(1, 5), new), expected)
     with CountOp() as count:
         tokens = generate(model, ids(1, 5), new)
     assert torch.equal(tokens, expected)
     assert count.calls == layers * new
-    assert all(g.lowered == g.gates == layers for g in backend.history)
+    assert set(graphs.seen) == {(layers, layers)}
     ltepass.unlower(model)
     with CountOp() as count:
         assert torch.equal(generate(model, ids(1, 5), new), expected)
@@ -110,12 +109,12 @@ def test_scope_model_compiles_with_the_backend_and_gives_the_same_tokens(name: s
 @pytest.mark.parametrize("name", ["llama", "opt", "own"])
 def test_torch_compile_with_the_backend_lowers_every_gate(name: str) -> None:
     torch._dynamo.reset()
-    backend.history.clear()
     model = transformed(name)
     expected = logits(model)
     compiled = torch.compile(model, backend="lte", fullgraph=True)
-    assert (logits(compiled) - expected).abs().max() <= 1e-5 * expected.abs().max()
-    assert [(g.gates, g.lowered) for g in backend.history] == [(2, 2)]
+    with Graphs() as graphs:
+        assert (logits(compiled) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert graphs.seen == [(2, 2)]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -142,17 +141,17 @@ def test_the_backend_is_found_without_importing_ltepass() -> None:
 
 def test_set_sparsity_moves_a_tensor_and_compiles_nothing_again() -> None:
     torch._dynamo.reset()
-    backend.history.clear()
     model = transformed("llama")
     for router in routers_of(model):
         router.quantiles.copy_(torch.linspace(-2, 2, len(router.quantiles)))
     compiled = torch.compile(model, backend="lte")
     outputs = []
-    for s in (0.2, 0.5, 0.8):
-        ltepass.set_sparsity(model, s)
-        outputs.append(logits(compiled))
-        assert torch.allclose(outputs[-1], logits(model), atol=1e-5)
-    assert len(backend.history) == 1
+    with Graphs() as graphs:
+        for s in (0.2, 0.5, 0.8):
+            ltepass.set_sparsity(model, s)
+            outputs.append(logits(compiled))
+            assert torch.allclose(outputs[-1], logits(model), atol=1e-5)
+    assert len(graphs.seen) == 1
     assert not torch.equal(outputs[0], outputs[2])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -95,6 +96,31 @@ def logits(model: nn.Module, x: Tensor | None = None) -> Tensor:
     with torch.no_grad():
         out = model(ids() if x is None else x)
     return out if isinstance(out, Tensor) else out[0]
+
+
+class Graphs(logging.Handler):
+    """What the backend said of each graph that it compiled: (gates, regions lowered), and every reason it gave."""
+
+    def __enter__(self) -> Graphs:
+        self.clear()
+        self.log, self.before = logging.getLogger("ltepass"), logging.getLogger("ltepass").level
+        self.log.setLevel(logging.INFO)
+        self.log.addHandler(self)
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.log.removeHandler(self)
+        self.log.setLevel(self.before)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.msg.startswith("lte backend"):
+            gates, lowered, lines = record.args  # type: ignore[misc]
+            self.seen.append((gates, lowered))
+            self.reasons += [lines] if lines else []
+
+    def clear(self) -> None:
+        self.seen: list[tuple[int, int]] = []
+        self.reasons: list[str] = []
 
 
 class CountOp:

@@ -1,0 +1,106 @@
+"""What keeps threads apart.
+
+Tracing is done by one thread at a time, and so is every public call on a model: the second waits. A forward of another
+thread goes on meanwhile, except where the call gives the routers another mode or other code for a time: it would
+compute what nobody asked for, and is refused. `set_sparsity` and `set_mode` refuse nothing: each FFN of a forward takes
+what was set before or after.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from ltepass.errors import ConcurrencyError
+
+_tracing = threading.RLock()
+_guard = threading.Lock()
+_models: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # a model -> its lock
+
+
+@contextmanager
+def alone(model: nn.Module) -> Iterator[None]:
+    """One public call on a model at a time, and outside of inference mode, whose tensors could never train again."""
+    with _guard:
+        lock = _models.setdefault(model, threading.RLock())
+    with lock, _training_tensors():
+        yield
+
+
+@contextmanager
+def _training_tensors() -> Iterator[None]:
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+@contextmanager
+def unshared(routers: Iterable[Any]) -> Iterator[None]:
+    """Until the end, a forward of another thread through one of these routers raises ConcurrencyError."""
+    free = [router for router in routers if router.thread is None]
+    for router in free:
+        router.thread = threading.get_ident()
+    try:
+        yield
+    finally:
+        for router in free:
+            router.thread = None
+
+
+def require_own(thread: int) -> None:
+    """thread: whose call has the router to itself. Not asked in a backward pass: checkpoints run forwards in there, in
+    autograd's own threads.
+    """
+    if thread != threading.get_ident() and torch._C._current_graph_task_id() == -1:
+        raise ConcurrencyError(
+            "another thread is calibrating, measuring or lowering this model, whose gates do not decide as usual "
+            "meanwhile; expected one thread at a time; call the model again when that call has returned, or give each "
+            "thread its own copy (copy.deepcopy)"
+        )
+
+
+@contextmanager
+def tracing() -> Iterator[None]:
+    """FX and export patch torch's own modules while they trace, so that two tracers would restore each other's patches.
+
+    Dynamo traces under a lock of its own, which is taken too where Dynamo is there at all.
+    """
+    with _tracing:
+        dynamo: Any = sys.modules.get("torch._dynamo.convert_frame")
+        with nullcontext() if dynamo is None else dynamo.compile_lock:
+            yield
+
+
+@contextmanager
+def quiet_stderr() -> Iterator[None]:
+    """What this thread writes to sys.stderr is dropped; other threads write on."""
+    before = sys.stderr
+    ours = _OthersOnly(before)
+    sys.stderr = ours  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if sys.stderr is ours:  # type: ignore[comparison-overlap]
+            sys.stderr = before
+
+
+class _OthersOnly:
+    """A stream without what the thread that made this writes."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream, self.thread = stream, threading.get_ident()
+
+    def write(self, text: str) -> int:
+        return len(text) if threading.get_ident() == self.thread else self.stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
