@@ -41,14 +41,14 @@ def collect(model: nn.Module, batches: Iterable[Any]) -> dict[str, Sample]:
 
 def watch(model: nn.Module, batches: Iterable[Any], observers: Sequence[Observer], *, mode: Mode = "dense") -> None:
     """A pass in which every observer sees its own site. Raises CalibrationError where one saw no token."""
-    try:
-        for observer in observers:
-            observer.open()
-        with mode_of(model, mode), telling_tokens(model):
+    with mode_of(model, mode), telling_tokens(model):  # first: no other thread's forward is seen
+        try:
+            for observer in observers:
+                observer.open()
             run_batches(model, batches)
-    finally:
-        for observer in observers:
-            observer.close()
+        finally:
+            for observer in observers:
+                observer.close()
     require_seen({o.site.name: o.tokens for o in observers})
 
 

@@ -41,3 +41,18 @@ def test_the_server_answers_with_the_lowered_model(saved: Path, tmp_path: Path) 
     expected = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=60)[0, 3:]
     assert answer.split() == [f"w{i}" for i in expected.tolist()]
     assert int((tmp_path / "calls").read_text()) == 5 * 2  # each layer in each of the five steps
+
+
+def test_only_what_the_server_loads_is_lowered(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.cli.serving.model_manager import ModelManager
+
+    from ltepass.lowered_server import lowered_as_loaded
+
+    def load(self: Any, name: str) -> Any:
+        return AutoModelForCausalLM.from_pretrained(name)
+
+    monkeypatch.setattr(ModelManager, "_load_model", load)
+    with lowered_as_loaded():
+        assert ModelManager._load_model(None, saved)._lte.lowered == "ffn"
+        assert load(None, str(saved))._lte.lowered is None, "somebody else in the same process"
+    assert ModelManager._load_model is load

@@ -1,0 +1,265 @@
+"""Several threads, and forks: right, or refused by name."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from zoo import build, ids, logits, transformed
+
+import ltepass
+from ltepass import regenerate
+from ltepass.errors import ConcurrencyError
+from ltepass.sites import routers_of
+
+CONFIG = ltepass.LTEConfig(group_size=4, grouping="identity")
+
+
+@contextmanager
+def meanwhile(work: Callable[[], Any]) -> Iterator[list[Any]]:
+    """Another thread repeats `work` while the block runs; the answers, or what it raised."""
+    answers: list[Any] = []
+    going, begun = threading.Event(), threading.Event()
+    going.set()
+
+    def repeat() -> None:
+        while going.is_set():
+            try:
+                answers.append(work())
+            except Exception as error:
+                answers.append(error)
+            begun.set()
+
+    thread = threading.Thread(target=repeat)
+    thread.start()
+    begun.wait(30)
+    try:
+        yield answers
+    finally:
+        going.clear()
+        thread.join(60)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_another_model_runs_while_one_is_transformed_and_lowered(name: str) -> None:
+    other = build("llama")
+    expected, call = logits(other), nn.Module.__call__
+    with meanwhile(lambda: logits(other)) as answers:
+        for _ in range(2):
+            model = ltepass.transform(build(name), config=CONFIG)
+            ltepass.set_mode(model, "hard")
+            ltepass.unlower(ltepass.lower(model))
+    assert all(torch.equal(answer, expected) for answer in answers), answers[:1]
+    assert nn.Module.__call__ is call
+
+
+def test_a_compiled_call_is_not_refused_while_an_owner_is_traced() -> None:
+    """FX marks the whole process as tracing, and torch.compile refuses to run in one."""
+    owner = build("llama").model.layers[0].mlp
+    seen: list[bool] = []
+
+    def traces() -> bool:
+        return bool(torch.fx._symbolic_trace.is_fx_symbolic_tracing())
+
+    class Watched(type(owner)):  # type: ignore[misc]
+        def forward(self, x):
+            with ThreadPoolExecutor(1) as other:
+                seen.append(other.submit(traces).result())
+            seen.append(traces())
+            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+    owner.__class__ = Watched
+    assert regenerate.trace_owner(owner) is not None
+    assert seen == [False, True] * 2
+    assert not traces()
+
+
+def test_two_threads_transform_lower_and_generate_as_one_does() -> None:
+    def work(seed: int) -> torch.Tensor:
+        model = ltepass.transform(models[seed], config=CONFIG)
+        ltepass.set_mode(model, "hard")
+        ltepass.lower(model)
+        return model.generate(ids(1, 5), max_new_tokens=4, do_sample=False, pad_token_id=0)
+
+    models = [build("llama"), build("opt")]
+    expected = [work(0), work(1)]
+    models = [build("llama"), build("opt")]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(work, (0, 1)))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_what_another_thread_writes_to_stderr_while_one_captures_is_seen(capsys: pytest.CaptureFixture[str]) -> None:
+    before = sys.stderr
+
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 24), nn.Linear(24, 8)
+
+        def forward(self, x):
+            if torch.compiler.is_exporting():
+                with ThreadPoolExecutor(1) as other:
+                    other.submit(print, "seen", file=sys.stderr).result()
+                print("export's chatter", file=sys.stderr)
+            return self.down(torch.relu(self.up(x)))
+
+    ltepass.transform(Broken(), torch.randn(2, 8), CONFIG)
+    err = capsys.readouterr().err
+    assert "seen" in err
+    assert "chatter" not in err
+    assert sys.stderr is before
+
+
+def with_tables(model: nn.Module) -> nn.Module:
+    for router in routers_of(model):
+        router.quantiles.copy_(torch.linspace(-2, 2, len(router.quantiles)))
+    return model
+
+
+@pytest.mark.parametrize("lowered", [False, True])
+def test_set_sparsity_beside_forwards_gives_the_old_decision_or_the_new(lowered: bool) -> None:
+    model = with_tables(transformed("llama", layers=1))
+    if lowered:
+        ltepass.lower(model)
+    right = []
+    for sparsity in (0.2, 0.8):
+        ltepass.set_sparsity(model, sparsity)
+        right.append(logits(model))
+    with meanwhile(lambda: logits(model)) as answers:
+        for i in range(60):
+            ltepass.set_sparsity(model, (0.2, 0.8)[i % 2])
+    assert len(answers) > 1
+    assert all(any(torch.equal(answer, one) for one in right) for answer in answers)
+
+
+@pytest.mark.parametrize("verb", ["calibrate", "measure_sparsity", "lower and unlower"])
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_a_forward_beside_a_call_that_has_the_model_to_itself_is_right_or_refused(name: str, verb: str) -> None:
+    model = with_tables(transformed(name))
+    expected = logits(model)
+    calls: dict[str, Callable[[], Any]] = {
+        "calibrate": lambda: ltepass.calibrate(model, [ids(4, 9)] * 3),
+        "measure_sparsity": lambda: ltepass.measure_sparsity(model, [ids(4, 9)] * 6),
+        "lower and unlower": lambda: ltepass.unlower(ltepass.lower(model)),
+    }
+    measured = ltepass.measure_sparsity(model, [ids(4, 9)] * 6)
+    with meanwhile(lambda: logits(model)) as answers:
+        for _ in range(1 if verb == "calibrate" else 3):
+            result = calls[verb]()
+    if verb == "measure_sparsity":
+        assert result == measured, "tokens of the other thread count for nothing"
+    if verb == "calibrate":
+        answers = [a for a in answers if isinstance(a, Exception) or torch.equal(a, expected)]
+    for answer in answers:
+        if isinstance(answer, Exception):
+            assert isinstance(answer, ConcurrencyError), repr(answer)
+        else:
+            torch.testing.assert_close(answer, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(model).isfinite().all(), torch.tensor(True))
+    assert all(router.thread is None for router in routers_of(model))
+
+
+def test_a_forward_of_another_thread_is_refused_with_a_way_out() -> None:
+    model = transformed("llama")
+
+    def batches() -> Iterator[torch.Tensor]:
+        with ThreadPoolExecutor(1) as other, pytest.raises(ConcurrencyError, match=r"call the model again .* own copy"):
+            other.submit(logits, model).result()
+        yield ids()
+
+    ltepass.measure_sparsity(model, batches())
+    logits(model)
+
+
+def test_a_second_call_on_the_model_waits() -> None:
+    model = transformed("llama")
+    order: list[str] = []
+    started = threading.Event()
+
+    def batches() -> Iterator[torch.Tensor]:
+        started.set()
+        yield ids()
+        other.join(0.2)
+        order.append("first")
+
+    def second() -> None:
+        started.wait(30)
+        ltepass.set_mode(model, "soft")
+        order.append("second")
+
+    other = threading.Thread(target=second)
+    other.start()
+    ltepass.measure_sparsity(model, batches())
+    other.join(30)
+    assert order == ["first", "second"]
+    assert {router.mode for router in routers_of(model)} == {"soft"}
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_threads_generate_on_one_lowered_model(name: str) -> None:
+    model = ltepass.lower(transformed(name))
+
+    def tokens(length: int) -> torch.Tensor:
+        return model.generate(ids(1, length), max_new_tokens=5, do_sample=False, pad_token_id=0)
+
+    lengths = [3, 7, 9, 12]
+    expected = [tokens(n) for n in lengths]
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(a, b) for a, b in zip(pool.map(tokens, lengths), expected, strict=True))
+
+
+FORK = """
+import os, sys, torch, ltepass
+sys.path.insert(0, {folder!r})
+from zoo import ids, logits, transformed
+model = ltepass.lower(transformed("llama"))
+torch.set_num_threads(2)
+x = ids(4, 40)
+y = logits(model, x)
+one = torch.ops.ltepass.routed_ffn
+wide = (torch.randn(1, 512), torch.randn(64, 512), None, torch.zeros(()), torch.randn(2048, 512), None, None, None,
+        torch.randn(512, 2048), None, "silu")
+with torch.no_grad():
+    z = one(*wide)
+child = os.fork()
+if child == 0:
+    with torch.no_grad():
+        os._exit(0 if torch.equal(logits(model, x), y) and torch.equal(one(*wide), z) else 3)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_computes_the_same_and_does_not_hang() -> None:
+    """Its OpenMP pool has no threads any more: with two it would wait for ever."""
+    env = {**os.environ, "OMP_NUM_THREADS": "2"}
+    code = FORK.format(folder=os.path.dirname(__file__))
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["0"], done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_classes_are_shared_by_equals_and_go_with_the_last_of_them(name: str) -> None:
+    gc.collect()
+    before = len(regenerate._classes)
+    first, second = transformed(name), transformed(name)
+    owners = [model.get_submodule(model._lte.sites[0].owner) for model in (first, second)]
+    assert type(owners[0]) is type(owners[1])
+    classes = {weakref.ref(type(model.get_submodule(s.owner))) for model in (first, second) for s in model._lte.sites}
+    ltepass.lower(first)
+    del first, second, owners
+    gc.collect()
+    assert [cls for cls in classes if cls() is not None] == []
+    assert len(regenerate._classes) == before
