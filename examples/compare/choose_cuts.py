@@ -39,6 +39,7 @@ def main(
     held_out = data.held_out.to(base.device)
     print("# What the cuts may leave out\n\nPrinted by `examples/compare/choose_cuts.py`, on held-out text.")
     print(f"Preset {preset}, FFN sparsity {sparsity:.0%}, {held_out.numel()} tokens, torch {torch.__version__}.")
+    print(f"Cuts are placed by random rows of {BLOCKS} training blocks.")
     print("Perplexity, calibrated and not trained, by share of the inputs (rows) and of hidden units (columns).\n")
     print("| inputs | " + " | ".join(f"{h:.0%}" for h in HIDDEN) + " |\n|---|" + "---|" * len(HIDDEN))
     found: dict[Cuts, float] = {}

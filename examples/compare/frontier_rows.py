@@ -16,10 +16,13 @@ import transformers
 
 FIELDS = (
     "preset model method deployable trained_tokens group_size target_sparsity seed text ffn_sparsity bytes_share "
-    "perplexity seconds machine torch transformers".split()
+    "perplexity seconds machine torch transformers cut_sample".split()
 )
 Row = dict[str, str]
 NOT_DEPLOYABLE = ("oracle",)
+WITH_CUTS = ("lte+teal", "lte+cuts", "lte+cuts-one-checkpoint")
+CUT_SAMPLE = "rows"  # what a cut is placed by now; rows that do not say so are older, and theirs was every k-th entry
+OLDER = "\u2020"
 # How each method skips, as ffn_time.py measures it.
 WAYS = {
     "lte": "routed", "lte-calibrated": "routed", "lte-warm": "routed", "lte-one-checkpoint": "routed",
@@ -74,6 +77,7 @@ class Rows:
                     "machine": where,
                     "torch": torch.__version__,
                     "transformers": transformers.__version__,
+                    "cut_sample": CUT_SAMPLE if cell.method in WITH_CUTS else "",
                 }
             )
         write_rows(self.path, FIELDS, known)
@@ -153,7 +157,9 @@ def write_table(rows: Sequence[Row], path: Path, times: Sequence[Row] = ()) -> N
         "",
         "Made by `examples/compare/frontier.py` from the CSV beside it; nothing here is typed.",
     ]
+    lines += _cut_samples(rows)
     by = ratios(rows)
+    older = {(r["preset"], r["method"], r["target_sparsity"]) for r in rows if _has_older_cuts(r)}
     for preset, text in sorted({(p, t) for p, t, _ in by}):
         here = [r for r in rows if (r["preset"], r["text"]) == (preset, text)]
         cells = Counter((r["method"], r["target_sparsity"]) for r in here)
@@ -170,7 +176,7 @@ def write_table(rows: Sequence[Row], path: Path, times: Sequence[Row] = ()) -> N
             f"{max(int(r['trained_tokens']) for r in here):,} tokens. Groups of {facts['group_size']}; "
             f"{seeds}; torch {facts['torch']}; {facts['machine']}.",
             "",
-            *_equal_sparsity(by, preset, text),
+            *_equal_sparsity(by, preset, text, older),
             "",
             *_equal_bytes(by, preset, text),
             *(_equal_time(by, preset, text, times) if facts["model"] == "smollm2" and times else ()),
@@ -188,7 +194,27 @@ def _methods(by: Any, preset: str, text: str) -> list[str]:
     return sorted(found, key=lambda m: (m != "lte", m in NOT_DEPLOYABLE, m))
 
 
-def _equal_sparsity(by: Any, preset: str, text: str) -> list[str]:
+def _has_older_cuts(row: Row) -> bool:
+    return row["method"] in WITH_CUTS and not row.get("cut_sample")
+
+
+def _cut_samples(rows: Sequence[Row]) -> list[str]:
+    """What the mark says, and which rows were measured again."""
+    if not any(map(_has_older_cuts, rows)):
+        return []
+    again = sorted(
+        {f"{r['method']} at {float(r['target_sparsity']):.0%} ({r['preset']})" for r in rows if r.get("cut_sample")}
+    )
+    return [
+        "",
+        f"{OLDER} Measured with cuts that were placed by every k-th entry of a batch, which sees few of an FFN's "
+        "inputs where k divides their number; cuts are placed by random rows now. Sparsity, bytes and perplexity are "
+        "what was measured under those cuts. What stands on such a row in the other views has the same origin.",
+        f"Measured again by random rows: {', '.join(again) or 'none yet'}.",
+    ]
+
+
+def _equal_sparsity(by: Any, preset: str, text: str, older: set[tuple[str, str, str]]) -> list[str]:
     targets = sorted(
         {s for (p, t, m), c in by.items() if (p, t) == (preset, text) for s in c if float(s) > 0}, key=float
     )
@@ -198,6 +224,7 @@ def _equal_sparsity(by: Any, preset: str, text: str) -> list[str]:
         curve = by[preset, text, method]
         values = [
             f"x{spread_of([r for r, _, _ in curve[s]])} [{statistics.fmean(x for _, x, _ in curve[s]):.1%}]"
+            + (OLDER if (preset, method, s) in older else "")
             if s in curve
             else "not measured"
             for s in targets

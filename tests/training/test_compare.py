@@ -193,6 +193,18 @@ def test_the_table_shows_spread_over_seeds_and_what_was_not_measured(tmp_path: P
     assert "| cats | not measured | x2.000 [80.0%] |" in table
 
 
+def test_the_table_says_which_cuts_were_placed_in_another_way(tmp_path: Path) -> None:
+    rows = [made("dense", 0, 10, 1), made("lte", 0.5, 11, 0.5), made("lte+cuts", 0.5, 12, 0.5)]
+    rows.append({**made("lte+cuts", 0.8, 13, 0.2), "cut_sample": "rows"})
+    write_table(rows, tmp_path / "t.md")
+    table = (tmp_path / "t.md").read_text()
+    assert "| lte+cuts | x1.200 [50.0%]† | x1.300 [80.0%] |" in table
+    assert "Measured again by random rows: lte+cuts at 80% (p)." in table
+    assert table.count("†") == 2
+    write_table([*rows[:2], rows[3]], tmp_path / "t.md")
+    assert "†" not in (tmp_path / "t.md").read_text()
+
+
 @pytest.mark.usefixtures("quick")
 def test_ablations_and_tasks_write_their_rows(tmp_path: Path, shared: Path) -> None:
     common = {"preset": "smoke", "texts": None, "work": shared, "seeds": 1}
