@@ -113,14 +113,14 @@ class _Enter:
     def __init__(self, hooks: TokenHooks, model: nn.Module, module: nn.Module) -> None:
         self.hooks, self.running = hooks, False
         self.names = list(signature(module.forward).parameters)
-        self.sites: list[tuple[Router, Part, bool]] = []
+        self.sites: list[tuple[FFNSite, Router, Part, bool]] = []
         parts = _encoder_and_decoder(model)
         self.both = bool(parts) and module not in parts.values()
         below = set(module.modules())
         for site, router in zip(hooks.sites, hooks.routers, strict=True):
             if router in below:
                 part: Part = next((name for name, part in parts.items() if router in part.modules()), "whole")
-                self.sites.append((router, part, _reads_tokens(model, site)))
+                self.sites.append((site, router, part, _reads_tokens(model, site)))
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.hooks.running:
@@ -128,8 +128,9 @@ class _Enter:
         self.hooks.running = self.running = True
         self.hooks.number += 1
         masks = self._masks(dict(zip(self.names, args, strict=False)) | kwargs)
-        for router, part, told in self.sites:
-            assert router.rows is not None, "they hang there as long as this hook"
+        for site, router, part, told in self.sites:
+            if router.rows is None:
+                router.rows = TokenRows(site.name)  # of a copied model: its routers are copied without
             router.rows.forward = Forward(masks[part] if told else (), part, self.hooks.number)
             if not self.hooks.keep:
                 router.kept.clear()

@@ -88,7 +88,7 @@ def held_out_perplexity(model: Any, batches: Iterable[Any]) -> float | None:
         for batch in batches:
             if not isinstance(batch, Mapping) or "labels" not in batch or batch["labels"].dim() < 2:
                 continue
-            tokens = float(label_mask(batch["labels"]).sum())
+            tokens = float(label_mask(batch["labels"], shifted=shifts_labels(model)).sum())
             total += float(model(**batch).loss) * tokens
             count += tokens
     model.train(was_training)
@@ -205,6 +205,11 @@ def _active_routers(model: nn.Module) -> list[Router]:
     root = next((m for m in model.modules() if state_of(m) is not None), None)
     state = None if root is None else state_of(root)
     return list(routers_of(model)) if state is None or root is None else [router_of(root, s) for s in state.sites]
+
+
+def shifts_labels(model: nn.Module) -> bool:
+    """Whether a position predicts the next label, as in a decoder alone; an encoder-decoder's predicts its own."""
+    return not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
 
 
 def label_mask(labels: Tensor, *, shifted: bool = True) -> Tensor:

@@ -43,6 +43,7 @@ from ltepass.training.stages import (
     inactive_shares,
     label_mask,
     settle,
+    shifts_labels,
     take_auxiliary,
 )
 
@@ -216,7 +217,8 @@ class LTETrainerMixin:
         self, loss: Tensor, inputs: dict[str, Any], labels: Tensor | None, outputs: Any, items: Tensor | int | None
     ) -> Tensor:
         if labels is None or labels.dim() > 1:
-            mask = None if labels is None else label_mask(labels, shifted=getattr(self, "_loss_shifts_labels", True))
+            shifted = getattr(self, "_loss_shifts_labels", True) and shifts_labels(self.lte_model)
+            mask = None if labels is None else label_mask(labels, shifted=shifted)
         else:  # one label a sequence: every token counts, and the items of the batch are no tokens
             mask = items = None
         if self.teacher is not None:

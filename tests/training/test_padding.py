@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,23 @@ import pytest
 import torch
 from padded import FAMILIES, PAD, padded, same, sequences, started, transformed, whole
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    BertLMHeadModel,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
+    EncoderDecoderModel,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+    Trainer,
+    TrainingArguments,
+    XLNetConfig,
+    XLNetLMHeadModel,
+)
 
 import ltepass
 from ltepass.errors import TrainingError
@@ -20,8 +38,16 @@ from ltepass.sensitivity import loss_sensitivity
 from ltepass.sites import router_of, routers_of
 from ltepass.sparsity import record_logits, run_batches
 from ltepass.training.settings import LTESettings
-from ltepass.training.stages import begin_stage, hold, inactive_shares, label_mask, settle, take_auxiliary
-from ltepass.training.trainer import LTETrainerMixin
+from ltepass.training.stages import (
+    begin_stage,
+    clear_auxiliary,
+    hold,
+    inactive_shares,
+    label_mask,
+    settle,
+    take_auxiliary,
+)
+from ltepass.training.trainer import LTETrainer, LTETrainerMixin
 from ltepass.training.warm_start import warm_start
 
 LENGTHS = [3, 9, 5, 12, 2, 4]
@@ -249,6 +275,35 @@ def test_a_trainer_that_makes_its_own_inputs_counts_its_tokens(
     assert all(router.rows is None and not router.kept for router in routers_of(model))
 
 
+@pytest.mark.parametrize("distill", [0.0, 0.5])
+def test_an_encoder_decoder_learns_from_its_tokens(
+    distill: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its encoder's tokens by their mask, its decoder's by labels, which are not shifted; with a teacher too."""
+    counted: list[float] = []
+    take = take_auxiliary
+
+    def spy(model: nn.Module, mask: Tensor | None) -> Any:
+        sites = zip(model._lte.sites, routers_of(model), strict=True)  # type: ignore[union-attr, arg-type]
+        counted.extend(float(router.kept[0].forward.masks[0].sum()) for _, router in sites)
+        aux = take(model, mask)
+        counted.append(float(aux.tokens))
+        return aux
+
+    monkeypatch.setattr("ltepass.training.trainer.take_auxiliary", spy)
+    rows = sequences([5, 9, 2, 8])
+    batch = padded("t5", rows, extra=6)
+    batch["attention_mask"][:, 0] = 0  # as if sequences began later: the encoder's are four fewer
+    examples = [{name: value[i] for name, value in batch.items()} for i in range(len(rows))]
+    args = TrainingArguments(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=4, report_to="none", use_cpu=True, disable_tqdm=True,
+        save_strategy="no",
+    )  # fmt: skip
+    lte = LTESettings(distill=distill, hard_steps=0)
+    LTETrainer(model=started("t5"), args=args, train_dataset=examples, lte=lte).fit()
+    assert counted == [20.0, 20.0, 24.0, 24.0, 24.0]
+
+
 def test_held_thresholds_follow_the_tokens_alone() -> None:
     model = started("llama")
     begin_stage(model, "hard")
@@ -280,3 +335,63 @@ def test_nothing_is_kept_of_forwards_that_nobody_takes() -> None:
     for _ in range(3):
         model(input_ids=torch.zeros(1, 4, dtype=torch.long))
     assert {len(router.kept) for router in routers_of(model)} == {1}
+
+
+def test_a_copy_of_a_model_in_training_counts_its_own_tokens() -> None:
+    model = started("llama")
+    begin_stage(model, "soft")
+    batch, _ = one_batch("llama")
+    model(**batch)
+    clear_auxiliary(model)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        copied(**batch)
+        assert int(take_auxiliary(copied, None).tokens) == sum(LENGTHS)
+    assert not any(router.kept for router in routers_of(model))
+
+
+def other_families() -> dict[str, tuple[Any, list[int]]]:
+    """Model, and the tokens that its sites see of (encoder) 19 and (decoder) 13 in batches of 3."""
+    sizes = {"vocab_size": 61, "hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
+    bert = {**sizes, "intermediate_size": 48}
+    sides = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in SIDES.items()}
+    pair = EncoderDecoderModel(
+        encoder=BertModel(BertConfig(**bert)),
+        decoder=BertLMHeadModel(BertConfig(**bert, is_decoder=True, add_cross_attention=True)),
+    )
+    pair.config.decoder_start_token_id = pair.config.pad_token_id = 0
+    vision = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**bert, "max_position_embeddings": 12, "eos_token_id": 60, "bos_token_id": 0, "pad_token_id": 0}
+    clip = CLIPConfig(text_config=text, vision_config={**vision, "image_size": 12, "patch_size": 4}, projection_dim=8)
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+    return {
+        "bart": (BartForConditionalGeneration(BartConfig(vocab_size=61, d_model=24, **sides)), [19, 13]),
+        "bert to bert": (pair, [19, 13]),
+        "bert": (BertForMaskedLM(BertConfig(**bert)), [19]),
+        "modernbert": (ModernBertForMaskedLM(ModernBertConfig(**bert, **special)), [19]),  # takes padding out inside
+        "xlnet": (XLNetLMHeadModel(XLNetConfig(vocab_size=61, d_model=24, n_layer=1, n_head=2, d_inner=48)), [19]),
+        "clip": (CLIPModel(clip), [30, 19]),  # as many patches as tokens
+    }
+
+
+SIDES = {"ffn_dim": 48, "layers": 1, "attention_heads": 2}
+
+
+@pytest.mark.parametrize("name", ["bart", "bert to bert", "bert", "modernbert", "xlnet", "clip"])
+def test_each_site_sees_its_own_tokens(name: str) -> None:
+    model, expected = other_families()[name]
+    rows = sequences([3, 10, 6])
+    batch = padded("t5", rows)
+    batch["labels"] = torch.full((3, 8), -100)
+    for i, n in enumerate((2, 7, 4)):
+        batch["labels"][i, :n] = 5
+    example = {**batch, "labels": batch["labels"].clamp_min(0)}
+    if name == "clip":
+        batch = {k: v for k, v in batch.items() if k != "labels"} | {"pixel_values": torch.randn(3, 3, 12, 12)}
+        example = batch
+    given = example if name in ("bert to bert", "clip") else None
+    ltepass.transform(model.eval(), given, ltepass.LTEConfig(group_size=4))
+    ltepass.set_mode(model, "hard")
+    with warnings.catch_warnings(), record_logits(model) as seen:
+        warnings.filterwarnings("error", message=".*which of them are padding")
+        run_batches(model, [batch])
+    assert [sum(map(len, logits)) for logits in seen.values()] == expected
