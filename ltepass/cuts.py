@@ -9,6 +9,7 @@ paper; off unless asked for.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from ltepass.config import check_sparsity
 from ltepass.kernels.reference import mask
 from ltepass.observing import Observer, watch
 from ltepass.router import Router
-from ltepass.sites import FFNSite, require_trained, router_of
+from ltepass.sites import FFNSite, require_trained, router_of, routers_of
 from ltepass.sparsity import Reservoir
 from ltepass.undo import verb
 
@@ -61,8 +62,14 @@ def _set(model: nn.Module, setting: Setting, share: float, batches: Iterable[Any
     check_sparsity(share, setting)
     state = require_trained(model, f"set_{setting}")
     state.config[setting] = share
-    for site in state.sites:
-        router = router_of(model, site)
+    routers = [router for site in state.sites for router in routers_of(model.get_submodule(site.router))]
+    if share and len(routers) > len(state.sites) and any(getattr(r, BUFFERS[setting]) is None for r in routers):
+        warnings.warn(
+            f"{setting} was 0 when PEFT copied the routers, and an adapter's folder loads only what the base model's "
+            f"routers have; save the base model as well, or call set_{setting} before get_peft_model",
+            stacklevel=2,
+        )
+    for router in routers:  # also those that another adapter keeps
         setattr(router, BUFFERS[setting], torch.full_like(router.threshold, -1.0) if share else None)
     if share:
         place_cuts(model, batches)

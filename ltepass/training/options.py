@@ -27,19 +27,21 @@ def stage_options(model: nn.Module, lte: LTESettings, stage: Stage) -> Iterator[
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     modes = [(router, router.mode) for router in routers_of(model)]
     through_op = lte.through_op and stage == "hard"
-    all_or_nothing(model, partial(_begin, model, lte, stage, through_op))
+    begun = False
     try:
+        begun = all_or_nothing(model, partial(_begin, model, lte, stage, through_op))
         yield
         modes = []
     finally:
         with undisturbed(), ExitStack() as last:  # last in, first out; each runs whatever became of the others
-            last.callback(_reset, model, flags, modes)
-            last.callback(merge_lora, model)
-            if through_op:
+            if begun:
+                last.callback(_reset, model, flags, modes)
+                last.callback(merge_lora, model)
+            if begun and through_op:
                 last.callback(unlower, model)
 
 
-def _begin(model: nn.Module, lte: LTESettings, stage: Stage, through_op: bool) -> None:
+def _begin(model: nn.Module, lte: LTESettings, stage: Stage, through_op: bool) -> bool:
     begin_stage(model, stage, trainable=lte.trainable, straight_through=lte.straight_through)
     if lte.trainable == "lora":
         add_lora(model, lte.lora_rank)
@@ -48,6 +50,7 @@ def _begin(model: nn.Module, lte: LTESettings, stage: Stage, through_op: bool) -
         router.count_inactive, router.share_neighbours = lte.hold, lte.union > 0
     if through_op:
         lower(model, scope="ffn")
+    return True
 
 
 def _reset(model: nn.Module, flags: dict[str, bool], modes: list[tuple[Router, Mode]]) -> None:

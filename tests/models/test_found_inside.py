@@ -55,6 +55,7 @@ WRAPPERS: dict[str, Any] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:hidden_sparsity was 0 when PEFT copied")
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_every_verb_finds_the_model_inside(name: str) -> None:
     model = transformed("llama")

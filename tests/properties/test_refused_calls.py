@@ -154,7 +154,7 @@ def begun(stage: Stage, **settings: Any) -> Verb:
     def run(model: nn.Module) -> None:
         context = stage_options(model, LTESettings(**settings), stage)
         context.__enter__()
-        OPEN.append(context)  # which ends with the last reference to it
+        OPEN.append(context)
 
     return run
 
@@ -200,8 +200,10 @@ def test_a_call_that_fails_at_any_step_changes_nothing(name: str, verb: str) -> 
     model = prepared(name, verb)
     before = image(model)
 
+    last = steps.count - ("stage options" in verb)  # whose last step is the first of what comes then
+
     @examples(20)
-    @given(at=st.integers(1, steps.count), interrupted=st.booleans())
+    @given(at=st.integers(1, last), interrupted=st.booleans())
     def fails_at(at: int, interrupted: bool) -> None:
         planted = Steps(at, KeyboardInterrupt() if interrupted else Planted())
         with pytest.raises(BaseException) as error, planted:
@@ -213,3 +215,5 @@ def test_a_call_that_fails_at_any_step_changes_nothing(name: str, verb: str) -> 
     run(model)
     assert_same({"values": clean.state_dict()}, {"values": model.state_dict()})
     assert torch.equal(output(model), output(clean))
+    while OPEN:
+        OPEN.pop().__exit__(None, None, None)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import ltepass
 from ltepass.errors import ConfigError
-from ltepass.sites import routers_of
+from ltepass.sites import router_of, routers_of
 from ltepass.training.options import stage_options
 from ltepass.training.settings import LTESettings
 
@@ -121,6 +121,16 @@ def test_routers_in_modules_to_save_train_save_and_load(tmp_path: Path) -> None:
     merged = again.merge_and_unload()
     assert torch.allclose(logits(merged), expected, atol=1e-5)
     assert torch.allclose(logits(ltepass.lower(merged)), expected, atol=1e-4)
+
+
+def test_a_cut_that_the_base_model_does_not_have_is_not_loaded_with_an_adapter() -> None:
+    model = get_peft_model(trained(), adapters(modules_to_save=["router"]))
+    model.add_adapter("second", adapters(modules_to_save=["router"]))
+    with pytest.warns(UserWarning, match="set_hidden_sparsity before get_peft_model"):
+        ltepass.set_hidden_sparsity(model, 0.2, [copied_text(4, 3)])
+    model.set_adapter("second")
+    ltepass.set_hidden_sparsity(model, 0.3, [copied_text(4, 3)])
+    assert all(float(router_of(model.get_base_model(), s).cut) > 0 for s in ltepass.report(model).sites)
 
 
 def test_routers_that_an_adapter_will_not_hold_give_a_warning(tmp_path: Path) -> None:
