@@ -81,6 +81,7 @@ def export_module(
     """One ATen graph of `part`, which is `root.<prefix>`; leaves carry their first name in the root."""
     try:
         with untouched(root), torch.no_grad():
+            bring_back(root)
             program = torch.export.export(part, tuple(args), dict(kwargs), strict=False)
     except Exception as e:
         said = str(e).strip().splitlines()
@@ -182,6 +183,23 @@ def _describe(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
 
     parts = [one(a) for a in args] + [f"{k}={one(v)}" for k, v in kwargs.items()]
     return "inputs (" + ", ".join(parts) + ")"
+
+
+def bring_back(model: nn.Module) -> None:
+    """Take accelerate's hooks away, and stand-ins for the weights that they fetch: they move tensors, and a trace
+    computes nothing. Inside `untouched`, which puts all of it back.
+    """
+    for module in model.modules():
+        if "_hf_hook" in module.__dict__ and "_old_forward" in module.__dict__:
+            module.__dict__["forward"] = module.__dict__["_old_forward"]
+            for held in (module._parameters, module._buffers):
+                held.update({k: _stand_in(t) for k, t in held.items() if t is not None and t.is_meta})
+
+
+def _stand_in(tensor: Tensor) -> nn.Parameter:
+    """Of the same shape and dtype, on the CPU, in the memory of one number."""
+    one = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+    return nn.Parameter(one, requires_grad=False) if isinstance(tensor, nn.Parameter) else one  # type: ignore[return-value]
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from ltepass.capture import Captured, capture, export_module, inputs_of, join, split_inputs, untouched
+from ltepass.capture import Captured, bring_back, capture, export_module, inputs_of, join, split_inputs, untouched
 from ltepass.errors import CaptureError
 from ltepass.example_inputs import TOKENS, make_example_inputs
 
@@ -191,6 +191,7 @@ def _recorded_calls(
         return record
 
     with untouched(model), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        bring_back(model)
         for path, module in model.named_modules():
             handles.append(module.register_forward_pre_hook(recorder(path), with_kwargs=True))
         try:

@@ -55,6 +55,10 @@ class ConcurrencyError(LTEError):
     """A forward met a call of another thread that has the model to itself for a time."""
 
 
+class ShardedError(LTEError):
+    """A gate was handed a part of its FFN's hidden units: the rest is on another device."""
+
+
 class LoweredError(LTEError):
     """The call is not possible on a lowered model; `ltepass.unlower` makes it possible."""
 

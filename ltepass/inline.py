@@ -16,17 +16,26 @@ import functools
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ltepass.errors import DisplacedHookError
+from ltepass.guarding import bypassed, guard, release, replaced_forward
 from ltepass.regenerate import original_class, shared_class, subclass
 from ltepass.router import gate, seen_inputs
 
 _calls = threading.local()
 _hooking = threading.Lock()
+
+
+class _Note(NamedTuple):
+    """Of one call of an owner: the scores that wait for the gate (of a lowered site: x), and whether it was applied."""
+
+    owner: nn.Module
+    kept: tuple[Tensor | None] | None = None
+    gated: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,7 @@ def attach(owner: nn.Module, sites: Sequence[InlineSite]) -> None:
     """Gate these FFNs of the owner; replaces whatever was attached before."""
     original = original_class(owner)
     owner.__class__ = _gated_class(original, tuple(sites))
+    guard(owner)
     for site in sites:
         site.hook(owner)
 
@@ -75,6 +85,7 @@ def detach(owner: nn.Module, keys: Sequence[str]) -> None:
     for key in keys:
         _unhook(owner, key)
     owner.__class__ = original_class(owner)
+    release(owner)
 
 
 def _unhook(owner: nn.Module, key: str) -> None:
@@ -85,26 +96,34 @@ def _unhook(owner: nn.Module, key: str) -> None:
 
 
 def _gated_class(original: type[nn.Module], sites: tuple[InlineSite, ...]) -> type[nn.Module]:
-    return shared_class((original, sites), lambda: _new_gated_class(original, sites))
+    return shared_class((original, original.forward, sites), lambda: _new_gated_class(original, sites))
 
 
 def _new_gated_class(original: type[nn.Module], sites: tuple[InlineSite, ...]) -> type[nn.Module]:
-    run = original.forward
-
-    @functools.wraps(run)
+    @functools.wraps(original.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        run, replaced = original.forward, type(self)._lte_was is not original.forward
+        if "_lte_forward" in self.__dict__:
+            if _entered(sites[0], self):  # the forward that stands in this one's place calls what it replaced
+                return run(self, *args, **kwargs)
+            run, replaced = _replaced, True
         for site in sites:
             _enter(site, self)
         try:
             out = run(self, *args, **kwargs)
             for site in sites:
-                _check_gated(site)
+                _check_gated(site, self, replaced)
         finally:
             for site in sites:
                 setattr(_calls, site.slot, None)
         return out
 
-    return subclass(original, {"forward": forward}, _rebuild, (original, sites))
+    forward._lte_generated = forward._lte_guard = True
+    return subclass(original, {"forward": forward, "_lte_guarded": forward}, _rebuild, (original, sites))
+
+
+def _replaced(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return replaced_forward(self)(*args, **kwargs)
 
 
 def _rebuild(original: type[nn.Module], sites: tuple[InlineSite, ...]) -> nn.Module:
@@ -122,12 +141,20 @@ def _enter(site: InlineSite, owner: nn.Module) -> None:
         with _hooking:  # the second of two threads finds them in place
             if not site.in_place(owner):
                 site.hook(owner)
-    setattr(_calls, site.slot, (owner, None))
+    setattr(_calls, site.slot, _Note(owner))
 
 
-def _check_gated(site: InlineSite) -> None:
-    _, scores = _note(site)
-    if scores is not None:
+def _entered(site: InlineSite, owner: nn.Module) -> bool:
+    note = getattr(_calls, site.slot, None)
+    return note is not None and note.owner is owner
+
+
+def _check_gated(site: InlineSite, owner: nn.Module, replaced: bool) -> None:
+    """A forward of the class itself may leave its FFN out; one that was put in its place must come by the gate."""
+    note = _note(site)
+    if replaced and not note.gated:
+        raise bypassed(owner)
+    if note.kept is not None:
         raise DisplacedHookError(
             f"{site.key}: the forward ended and its gate was not applied; expected a call of {site.down}; remove "
             "whatever bypasses the module's hooks, or call ltepass.remove(model)"
@@ -145,15 +172,15 @@ def _carries(module: nn.Module, kind: type[_Hook], key: str) -> bool:
 
 class _UpBefore(_Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        owner, _ = _note(self.site)
+        owner = _note(self.site).owner
         kept = args[0] if self.site.lowered else owner.get_submodule(self.site.router)(args[0])
-        setattr(_calls, self.site.slot, (owner, (kept,)))
+        setattr(_calls, self.site.slot, _Note(owner, (kept,)))
         return _seen(self.site, owner, args)
 
 
 class _GateBefore(_Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        return _seen(self.site, _note(self.site)[0], args)
+        return _seen(self.site, _note(self.site).owner, args)
 
 
 def _seen(site: InlineSite, owner: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -165,8 +192,8 @@ def _seen(site: InlineSite, owner: nn.Module, args: tuple[Any, ...]) -> tuple[An
 
 class _DownBefore(_Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        owner, scores = _note(self.site)
-        if scores is None:
+        owner, kept, _ = _note(self.site)
+        if kept is None:
             raise DisplacedHookError(
                 f"{self.site.key}: {self.site.down} ran before {self.site.up}; expected the up projection first; "
                 "remove whatever bypasses the module's hooks, or call ltepass.remove(model)"
@@ -174,9 +201,9 @@ class _DownBefore(_Hook):
         if self.site.lowered:
             return None  # SparseDown takes the note
         router = owner.get_submodule(self.site.router)
-        setattr(_calls, self.site.slot, (owner, None))
+        setattr(_calls, self.site.slot, _Note(owner, gated=True))
         h: Tensor = args[0]
-        return gate(router, h, scores[0]), *args[1:]  # type: ignore[arg-type]
+        return gate(router, h, kept[0]), *args[1:]  # type: ignore[arg-type]
 
 
 class SparseDown:
@@ -187,15 +214,15 @@ class SparseDown:
 
     def __call__(self, h: Tensor) -> Tensor:
         site = self.site
-        owner, x = _note(site)
+        owner, x, _ = _note(site)
         assert x is not None, "the down hook has checked it"
-        setattr(_calls, site.slot, (owner, None))
+        setattr(_calls, site.slot, _Note(owner, gated=True))
         up, gate_linear = owner.get_submodule(site.up), owner.get_submodule(site.gate) if site.gate else None
         router, down = owner.get_submodule(site.router), owner.get_submodule(site.down)
         return self.ffn(router, up, gate_linear, down, x[0])
 
 
-def _note(site: InlineSite) -> tuple[nn.Module, tuple[Tensor | None] | None]:
+def _note(site: InlineSite) -> _Note:
     note = getattr(_calls, site.slot, None)
     if note is None:
         raise DisplacedHookError(

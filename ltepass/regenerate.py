@@ -25,7 +25,9 @@ from torch.fx import Graph, Proxy, Tracer
 
 from ltepass.errors import SourceNameError
 from ltepass.names import is_path, shown
+from ltepass.guarding import guard, is_replaced
 from ltepass.router import Router
+from ltepass.straight import is_straight
 from ltepass.threads import tracing
 
 
@@ -90,10 +92,12 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 def regenerate(module: nn.Module, forwards: Forwards) -> None:
     """Swap the module's class for one with these forwards."""
     module.__class__ = regenerated_class(original_class(module), forwards)
+    guard(module)
 
 
 def regenerated_class(original: type[nn.Module], forwards: Forwards) -> type[nn.Module]:
-    return shared_class((original, forwards), lambda: _regenerated_class(original, forwards))
+    key = (original, original.forward, forwards)
+    return shared_class(key, lambda: _regenerated_class(original, forwards))
 
 
 def _regenerated_class(original: type[nn.Module], forwards: Forwards) -> type[nn.Module]:
@@ -108,6 +112,7 @@ def _regenerated_class(original: type[nn.Module], forwards: Forwards) -> type[nn
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return (train if self.training else evaluate)(self, *args, **kwargs)
 
+    forward._lte_generated = True
     return subclass(original, {"forward": forward, "_lte_forwards": forwards}, _rebuild, (original, forwards))
 
 
@@ -133,10 +138,15 @@ def subclass(
     def reduce_ex(self: nn.Module, protocol: int) -> Any:
         return rebuild, arguments, self.__getstate__()  # without what `module.compile()` bound to this instance
 
+    def set_attribute(self: nn.Module, name: str, value: Any) -> None:
+        original.__setattr__(self, name, value)
+        if name == "forward":
+            guard(self)
+
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
-    return type(
-        original.__name__, (original,), {**body, **names, "__reduce_ex__": reduce_ex, "_lte_original": original}
-    )
+    ours = {"_lte_original": original, "_lte_was": original.forward}
+    methods = {"__reduce_ex__": reduce_ex, "__setattr__": set_attribute}
+    return type(original.__name__, (original,), {**body, **names, **ours, **methods})
 
 
 def _rebuild(original: type[nn.Module], forwards: Forwards) -> nn.Module:
@@ -204,7 +214,9 @@ def trace_owner(owner: nn.Module, *, defaults: bool = False) -> tuple[Graph, Gra
     at, not to run in its place.
     """
     original = original_class(owner)
-    if not (defaults or traceable(original)) or original.forward is nn.Module.forward:
+    if original.forward is nn.Module.forward:
+        return None
+    if not defaults and not (traceable(original) and is_straight(owner, original)):
         return None
     options = inspect.signature(original.forward).parameters.values() if defaults else ()
     fixed = {p.name: p.default for p in options if p.default is not p.empty}

@@ -10,6 +10,7 @@ from torch.fx import Graph, GraphModule
 
 from ltepass import padding
 from ltepass.grouping import permute_site
+from ltepass.guarding import release, unwatch
 from ltepass.inline import detach
 from ltepass.regenerate import original_class
 from ltepass.router import gate, seen_inputs
@@ -22,6 +23,7 @@ def remove_routers(model: nn.Module, state: LTEState, *, undo_grouping: bool) ->
     for site in {s.neurons: s for s in state.sites}.values():  # sites that share their weights share their order
         if undo_grouping:
             permute_site(model, site, torch.argsort(router_of(model, site).permutation))
+    unwatch(model)
     graph = copy.deepcopy(model.graph) if isinstance(model, GraphModule) else Graph()
     for site in state.sites:
         owner = model.get_submodule(site.owner)
@@ -34,6 +36,8 @@ def remove_routers(model: nn.Module, state: LTEState, *, undo_grouping: bool) ->
     for site in state.sites:
         parent, _, child = site.router.rpartition(".")
         del model.get_submodule(parent)._modules[child]
+    for module in model.modules():
+        release(module)
     if isinstance(model, GraphModule):
         model.graph = graph
     del model._lte

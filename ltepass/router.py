@@ -7,6 +7,7 @@ The gate multiplies the FFN's hidden units just before the down projection, whic
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ltepass.config import Mode
+from ltepass.errors import ShardedError
 from ltepass.kernels.reference import leave_out_small
 from ltepass.rows import Forward, TokenRows
 from ltepass.threads import require_own
@@ -56,6 +58,7 @@ class Router(nn.Module):
     permutation: Tensor
     cut: Tensor | None
     input_cut: Tensor | None
+    watched = False  # whether the gate tells that it was applied: a forward around it was replaced (guarding.py)
 
     def __init__(
         self,
@@ -185,6 +188,14 @@ class Router(nn.Module):
         return f"d_model={self.d_model}, n_experts={self.n_experts}, group_size={self.group_size}, mode={self.mode!r}"
 
 
+calls = threading.local()  # gates: how many a watched router's gates were, in the guarded call that runs now
+
+
+def applied() -> None:
+    """A watched router's gate was applied, or the op that stands for it."""
+    calls.gates = getattr(calls, "gates", 0) + 1
+
+
 _library = torch.library.Library("ltepass", "FRAGMENT")
 _library.define("gate(Tensor h, Tensor logits, Tensor threshold, bool soft, Tensor? cut=None) -> Tensor")
 
@@ -228,8 +239,15 @@ def gate(router: Router, h: Tensor, logits: Tensor | None) -> Tensor:
         require_own(router.thread)
     if router.observer is not None:
         router.observer(h)
+    if router.watched:
+        applied()
     if logits is None:
         return h
+    if h.shape[-1] != router.d_ff:
+        raise ShardedError(
+            f"a gate got {h.shape[-1]} of its FFN's {router.d_ff} hidden units; expected all of them on every device: "
+            "tensor parallelism cuts experts apart; load the model without tp_plan"
+        )
     if router.straight_through and router.mode == "hard" and torch.is_grad_enabled():
         return _straight_through(h, logits, router.threshold, router.cut)
     cut = () if router.cut is None else (router.cut,)

@@ -22,6 +22,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from ltepass.config import LTEConfig
 from ltepass.errors import CheckpointError
+from ltepass.guarding import watch
 from ltepass.inline import InlineSite, attach
 from ltepass.near import breadth_first
 from ltepass.pipeline import Job
@@ -57,7 +58,7 @@ def insert_routers(
     graphs = {owner: _owner_graphs(model, owner) for owner in {s.owner for s in sites if s.kind == "aligned"}}
     generator = torch.Generator().manual_seed(config.seed)
     for site in sites:
-        where = device if device is not None else next(model.get_submodule(site.down).parameters()).device
+        where = device if device is not None else _device(model.get_submodule(site.down))
         sizes = (site.d_model, site.d_ff, site.group_size)
         cuts = {"cut": config.hidden_sparsity > 0, "input_cut": config.input_sparsity > 0}
         router = Router(*sizes, bias=config.router_bias, tau=config.tau, device=where, **cuts)
@@ -79,6 +80,16 @@ def insert_routers(
             if site.kind == "graph":
                 _gate_in_user_graph(graph, site)
         model.graph = graph
+    watch(model, [s.owner for s in sites])
+
+
+def _device(down: nn.Module) -> torch.device:
+    """Where the down projection runs: of offloaded weights, what accelerate's hook says."""
+    device = next(down.parameters()).device
+    hook = down.__dict__.get("_hf_hook")
+    if device.type == "meta" and getattr(hook, "execution_device", None) is not None:
+        return torch.empty(0, device=hook.execution_device).device  # an integer is a GPU's number
+    return device
 
 
 def relative(site: FFNSite, path: str) -> str:
