@@ -55,6 +55,10 @@ class ConcurrencyError(LTEError):
     """A forward met a call of another thread that has the model to itself for a time."""
 
 
+class GateError(LTEError):
+    """A gate that was just inserted does not act, or changes what the dense model computes."""
+
+
 class ShardedError(LTEError):
     """A gate was handed a part of its FFN's hidden units: the rest is on another device."""
 

@@ -55,9 +55,17 @@ def replaced_forward(module: nn.Module) -> Any:
 
 
 def is_replaced(module: nn.Module) -> bool:
-    """Whether this instance runs another forward than its class's."""
+    """Whether this instance runs another forward than its class's, and than the one that transform traced."""
     found = module.__dict__.get("forward")
+    if _is_guard(found):
+        return module.__dict__["_lte_forward"] is not module.__dict__.get("_lte_traced", found)
     return found is not None and not _is_own(module, found)
+
+
+def remember(module: nn.Module) -> None:
+    """The forward that stands on the instance now is what transform has traced."""
+    if "_lte_forward" in module.__dict__:
+        module.__dict__["_lte_traced"] = module.__dict__["_lte_forward"]
 
 
 def _is_own(module: nn.Module, forward: Any) -> bool:
@@ -97,6 +105,7 @@ def release(module: nn.Module) -> None:
     if _is_guard(module.__dict__.get("forward")):
         del module.__dict__["forward"], module.__dict__["_lte_gates"]
         found = module.__dict__.pop("_lte_forward")
+        module.__dict__.pop("_lte_traced", None)
         if found is not None:
             module.__dict__["forward"] = found
     kept = module.__dict__.get("_old_forward")  # where accelerate's hooks keep what they wrap

@@ -91,7 +91,7 @@ def detach(owner: nn.Module, keys: Sequence[str]) -> None:
 def _unhook(owner: nn.Module, key: str) -> None:
     for module in owner.modules():
         hooks = module._forward_pre_hooks
-        for handle in [h for h, hook in hooks.items() if isinstance(hook, _Hook) and hook.site.key == key]:
+        for handle in [h for h, hook in hooks.items() if isinstance(hook, Hook) and hook.site.key == key]:
             del hooks[handle]
 
 
@@ -161,16 +161,16 @@ def _check_gated(site: InlineSite, owner: nn.Module, replaced: bool) -> None:
         )
 
 
-class _Hook:
+class Hook:
     def __init__(self, site: InlineSite) -> None:
         self.site = site
 
 
-def _carries(module: nn.Module, kind: type[_Hook], key: str) -> bool:
+def _carries(module: nn.Module, kind: type[Hook], key: str) -> bool:
     return any(isinstance(h, kind) and h.site.key == key for h in module._forward_pre_hooks.values())
 
 
-class _UpBefore(_Hook):
+class _UpBefore(Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         owner = _note(self.site).owner
         kept = args[0] if self.site.lowered else owner.get_submodule(self.site.router)(args[0])
@@ -178,7 +178,7 @@ class _UpBefore(_Hook):
         return _seen(self.site, owner, args)
 
 
-class _GateBefore(_Hook):
+class _GateBefore(Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         return _seen(self.site, _note(self.site).owner, args)
 
@@ -190,7 +190,7 @@ def _seen(site: InlineSite, owner: nn.Module, args: tuple[Any, ...]) -> tuple[An
     return seen_inputs(owner.get_submodule(site.router), args[0]), *args[1:]  # type: ignore[arg-type]
 
 
-class _DownBefore(_Hook):
+class _DownBefore(Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         owner, kept, _ = _note(self.site)
         if kept is None:

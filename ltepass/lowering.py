@@ -7,6 +7,7 @@ scope "model": the `lte` backend compiles the whole model and lowers the same re
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Literal
@@ -18,12 +19,25 @@ from torch.fx import Graph, GraphModule
 from ltepass.compiled import compile_model, uncompile_model
 from ltepass.dataflow import erase_upstream
 from ltepass.errors import ConfigError, LoweredError, LoweringError
+from ltepass.guarding import check_forwards
 from ltepass.inline import SparseDown, attach
 from ltepass.kernels.tuning import assume_density
+from ltepass.lowerable import (
+    Stub,
+    bypassed_code,
+    is_conv1d,
+    is_ordinary,
+    not_plain,
+    parameters_of,
+    plain,
+    untouched,
+    why_not,
+    why_not_alone,
+)
 from ltepass.ops import routed_ffn
 from ltepass.passes.insert_routers import inline_site, insert_gates, relative
 from ltepass.regenerate import forwards_of, regenerate, trace_owner
-from ltepass.router import Router
+from ltepass.router import Router, applied
 from ltepass.router import gate as gate_call
 from ltepass.sites import FFNSite, LTEState, NeuronRows, require_not_lowered, require_state, router_of, routers_of
 from ltepass.sparsity import remember_densities
@@ -65,7 +79,10 @@ def lower(model: nn.Module, scope: Scope = "ffn") -> nn.Module:
             f'{len(soft)} of {len(state.sites)} routers are in {mode!r} mode; lowering expects "hard"; call '
             'ltepass.set_mode(model, "hard")'
         )
+    check_forwards(model)
     reasons = {s.name: why_not(model, s) for s in state.sites}
+    if scope == "ffn":
+        reasons = {s.name: reasons[s.name] or why_not_alone(model, s) for s in state.sites}
     state.notes = [f"{name}: kept masked-dense: {reason}" for name, reason in reasons.items() if reason]
     sites = [s for s in state.sites if not reasons[s.name]]
     if not sites:
@@ -96,60 +113,6 @@ def unlower(model: nn.Module) -> nn.Module:
     return model
 
 
-def why_not(model: nn.Module, site: FFNSite) -> str | None:
-    """Why a site stays masked-dense, or None where the op computes just what the site computes."""
-    if site.activation.startswith("custom"):
-        return f"no kernel knows its activation {site.activation}"
-    rows = {site.up_rows, site.gate_rows, site.up_bias, site.gate_bias, site.down_rows}
-    if router_of(model, site).input_cut is not None and router_of(model, site).weight.is_cuda:
-        return "small inputs are left out, which no GPU kernel does"
-    extra = [r.param for r in site.neurons if r not in rows]
-    if extra:
-        return f"{extra[0]} also scales its neurons"
-    for rows_of, path in ((site.up_bias, site.up), (site.gate_bias, site.gate)):
-        if rows_of is None or path is None or site.kind == "graph":
-            continue
-        if not _has_bias(model, path, rows_of.param):
-            return f"{rows_of.param} is added apart from {path}"
-    for path in dict.fromkeys(p for p in (site.up, site.gate, site.down) if p is not None):
-        module = model.get_submodule(path)
-        if site.kind == "graph" and path not in _called_modules(model):
-            continue  # the graph itself holds the product
-        if "_hf_hook" in module.__dict__:
-            return f"{path} carries an offload hook, which the op would bypass"
-        if not plain(module):
-            return f"{path} is a {type(module).__module__}.{type(module).__name__}, not a plain linear"
-    return None
-
-
-def _has_bias(model: nn.Module, path: str, name: str) -> bool:
-    """Whether the linear at `path` adds this parameter itself, also where another module shares it and names it."""
-    if name.rpartition(".")[0] == path:
-        return True
-    own = model.get_submodule(path)._parameters.get("bias")
-    return own is not None and any(p is own for n, p in model.named_parameters(remove_duplicate=False) if n == name)
-
-
-def _called_modules(model: nn.Module) -> set[str]:
-    assert isinstance(model, GraphModule)
-    return {str(n.target) for n in model.graph.nodes if n.op == "call_module"}
-
-
-def plain(module: nn.Module) -> bool:
-    """A linear whose forward is the matrix product and nothing else: no subclass, no offload hook."""
-    cls = type(module)
-    product = cls is nn.Linear or _is_conv1d(module) or f"{cls.__module__}.{cls.__name__}" in _SAME_AS_LINEAR
-    return product and "_hf_hook" not in module.__dict__
-
-
-# Subclasses of nn.Linear whose forward is the same product spelled out.
-_SAME_AS_LINEAR = frozenset({"transformers.models.falcon.modeling_falcon.FalconLinear"})
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
-
-
 def lay_out(model: nn.Module, site: FFNSite) -> dict[str, tuple[int, ...]]:
     """Store what the kernel gathers so that it is contiguous: same logical shape, no copy kept.
 
@@ -178,26 +141,41 @@ def _give_back_strides(model: nn.Module, state: LTEState) -> None:
     state.strides = {}
 
 
-def lowered_ffn(router: Router, up: nn.Module, gate_linear: nn.Module | None, down: nn.Module, x: Tensor) -> Tensor:
-    """The whole FFN of a lowered site: x [..., d_model] -> [..., d_model]."""
+def lowered_ffn(
+    router: Router, up: nn.Module, gate_linear: nn.Module | None, down: nn.Module, x: Tensor, *skipped: nn.Module
+) -> Tensor:
+    """The whole FFN of a lowered site: x [..., d_model] -> [..., d_model]. skipped: modules that do not run for it."""
     for module in (up, gate_linear, down):
         if module is not None and not plain(module):
+            raise _wrapped(module)
+    for module in skipped:
+        if not untouched(module):
+            raise _wrapped(module)
+    gate = (None, None) if gate_linear is None else parameters_of(gate_linear)
+    weights = (*parameters_of(up), *gate, *parameters_of(down))
+    for weight in weights:
+        if weight is not None and not is_ordinary(weight):
             raise LoweredError(
-                f"{type(module).__name__} stands where the lowered FFN expects a plain linear; it was wrapped after "
-                "ltepass.lower; call ltepass.unlower(model) before wrapping, then lower again"
+                f"a weight of a lowered FFN is now a {type(weight).__module__}.{type(weight).__name__}, which the op "
+                "does not read; call ltepass.unlower(model) before changing weights, then lower again"
             )
-    gate = (None, None) if gate_linear is None else _parameters(gate_linear)
-    weights = (*_parameters(up), *gate, *_parameters(down))
     return lowered_call(router, *weights, x)  # type: ignore[call-arg]
 
 
-def _parameters(linear: nn.Module) -> tuple[Any, Any]:
-    """(weight, bias), without nn.Module.__getattr__, which costs more than the rest of a small FFN's call."""
-    own = linear._parameters
-    weight = own.get("weight")
-    if weight is None:  # a DataParallel replica keeps plain tensors as attributes
-        return linear.weight, linear.bias
-    return weight, own.get("bias")
+def lowered_in_graph(linears: Sequence[nn.Module], router: Router, *args: Any) -> Tensor:
+    """As `lowered_call`, where a user's graph called these linears."""
+    for module in linears:
+        if not plain(module):
+            raise _wrapped(module)
+    return lowered_call(router, *args)
+
+
+def _wrapped(module: nn.Module) -> LoweredError:
+    what = bypassed_code(module) or not_plain(module) or "was changed"
+    return LoweredError(
+        f"{type(module).__name__}, which a lowered FFN does not call, {what}: it was added after ltepass.lower; call "
+        "ltepass.unlower(model) before, then lower again"
+    )
 
 
 def lowered_call(
@@ -215,8 +193,10 @@ def lowered_call(
     if router.thread is not None and not torch.compiler.is_compiling():
         require_own(router.thread)
     assert isinstance(plan, Plan), "a lowered site has a plan"
+    if router.watched:
+        applied()
     f = plan.d_ff
-    weight, bias = _parameters(router)
+    weight, bias = parameters_of(router)
     args = (
         x,
         weight,
@@ -326,29 +306,29 @@ def _call_op(graph: Graph, site: FFNSite) -> None:
     )
     (down,) = gated.users
     x = gated.args[2].args[0]
+    called = _called(graph)
     with graph.inserting_before(down):
         module = graph.get_attr(router)
         if site.kind == "graph":
             rows = (site.up_rows, site.up_bias, site.gate_rows, site.gate_bias, site.down_rows)
             params = [None if r is None else graph.get_attr(r.param) for r in rows]
             bias = None if site.down_bias is None else graph.get_attr(site.down_bias)
-            new = graph.call_function(lowered_call, (module, *params, bias, x))
+            linears = [graph.get_attr(p) for p in dict.fromkeys((site.up, site.gate, site.down)) if p in called]
+            new = graph.call_function(lowered_in_graph, (linears, module, *params, bias, x))
         else:
             paths = (site.up, site.gate, site.down)
             linears = [None if p is None else graph.get_attr(relative(site, p)) for p in paths]
             new = graph.call_function(lowered_ffn, (module, *linears, x))
     down.replace_all_uses_with(new)
     erase_upstream(down)
+    if site.kind != "graph":
+        between = called - _called(graph) - {relative(site, p) for p in (site.up, site.gate, site.down) if p}
+        with graph.inserting_before(new):
+            new.args = (*new.args, *(graph.get_attr(path) for path in sorted(between)))
 
 
-class _Stub:
-    """Stands for an up linear's forward: zeros of its shape, for the activation to run on. Nothing reads the result."""
-
-    def __init__(self, width: int) -> None:
-        self.width = width
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return x.new_zeros((*x.shape[:-1], self.width))
+def _called(graph: Graph) -> set[str]:
+    return {str(n.target) for n in graph.nodes if n.op == "call_module"}
 
 
 def _lower_inline(model: nn.Module, owner: str, sites: list[FFNSite], lowered: set[str]) -> None:
@@ -362,8 +342,8 @@ def _lower_inline(model: nn.Module, owner: str, sites: list[FFNSite], lowered: s
         inline.append(replace(plain_site, lowered=True))
         for path in {site.up, site.gate or site.up}:
             linear = model.get_submodule(path)
-            width = linear.get_parameter("weight").shape[1 if _is_conv1d(linear) else 0]
-            linear.forward = _Stub(width)  # type: ignore[method-assign]
+            width = linear.get_parameter("weight").shape[1 if is_conv1d(linear) else 0]
+            linear.forward = Stub(width)  # type: ignore[method-assign]
         sparse = SparseDown(inline[-1], lowered_ffn)
         model.get_submodule(site.down).forward = sparse  # type: ignore[method-assign]
     attach(module, inline)

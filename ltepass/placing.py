@@ -15,6 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from ltepass.capture import Captured
 from ltepass.dataflow import Linear, is_movement, strip_identity
+from ltepass.guarding import is_replaced
 from ltepass.match import Region, Rows, down_rows
 from ltepass.regenerate import trace_owner
 from ltepass.sites import FFNSite, NeuronRows, Refusal
@@ -139,7 +140,7 @@ def _belongs(node: Node, linear: Linear) -> bool:
 def _in_modules(root: nn.Module, site: FFNSite, region: Region) -> FFNSite | Refusal:
     """Aligned where the owner's forward can be regenerated around the two linears, else inline hooks on them."""
     owner = root.get_submodule(site.owner)
-    graphs = trace_owner(owner)
+    graphs = None if is_replaced(owner) else trace_owner(owner)
     if graphs is not None and all(_calls_once(g, site) for g in graphs):
         return replace(site, kind="aligned")
     if isinstance(owner, (nn.Sequential, nn.ModuleList)):

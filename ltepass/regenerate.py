@@ -25,7 +25,7 @@ from torch.fx import Graph, Proxy, Tracer
 
 from ltepass.errors import SourceNameError
 from ltepass.names import is_path, shown
-from ltepass.guarding import guard, is_replaced
+from ltepass.guarding import guard
 from ltepass.router import Router
 from ltepass.straight import is_straight
 from ltepass.threads import tracing

@@ -18,7 +18,8 @@ class Report:
     """sites: every FFN that has a router; refusals: every candidate left alone, with the reason.
 
     modes: router mode by site name; sparsity: measured share of inactive neurons by site name, empty until measured;
-    notes: what lowering kept masked-dense, and why; paths: what the op does on this CPU, for a few numbers of tokens.
+    notes: what lowering kept masked-dense, and why; untried: owners that the self check did not run;
+    paths: what the op does on this CPU, for a few numbers of tokens.
     """
 
     sites: list[FFNSite]
@@ -27,6 +28,7 @@ class Report:
     grouping: str
     lowered: str | None
     notes: list[str]
+    untried: list[str] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
     modes: dict[str, str] = field(default_factory=dict)
     sparsity: dict[str, float] = field(default_factory=dict)
@@ -59,6 +61,7 @@ def report(model: nn.Module, sparsity: dict[str, float] | None = None) -> Report
         grouping=state.grouping,
         lowered=state.lowered,
         notes=list(state.notes),
+        untried=list(state.untried),
         paths=_paths(model, state) if state.lowered else [],
         modes=_modes(model, state),
         sparsity=dict(sparsity or {}),
@@ -106,7 +109,7 @@ def _tables(report: Report) -> Iterator[Any]:
         yield Text(f"the smallest {share:.0%} of each FFN's inputs are left out of up and gate (input_sparsity)")
     if report.refusals:
         yield refusals_table(report.refusals)
-    for line in (*report.notes, *report.paths):
+    for line in (*report.notes, *report.untried, *report.paths):
         yield Text(line)
 
 

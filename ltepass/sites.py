@@ -144,6 +144,7 @@ class LTEState:
     grouping: str = "identity"
     lowered: str | None = None  # None, "ffn" or "model"
     notes: list[str] = field(default_factory=list)  # what lowering kept masked-dense, and why
+    untried: list[str] = field(default_factory=list)  # owners that the self check could not run, and why
     strides: dict[str, tuple[int, ...]] = field(default_factory=dict)  # by parameter, before lowering laid it out anew
 
     def __getstate__(self) -> dict[str, Any]:

@@ -22,12 +22,13 @@ from torch.fx import Graph, GraphModule, Node
 
 from ltepass.config import LTEConfig
 from ltepass.errors import CheckpointError
-from ltepass.guarding import watch
+from ltepass.guarding import remember, watch
 from ltepass.inline import InlineSite, attach
 from ltepass.near import breadth_first
 from ltepass.pipeline import Job
 from ltepass.regenerate import forwards_of, regenerate, trace_owner
 from ltepass.router import Router, gate, seen_inputs
+from ltepass.selfcheck import check_gated
 from ltepass.sites import FFNSite, LTEState
 
 
@@ -45,6 +46,7 @@ class InsertRouters:
         grouping = job.config.grouping if job.permutations else "identity"
         state = LTEState(job.config.to_dict(), job.sites, job.refusals, grouping=grouping)
         job.model._lte = state  # type: ignore[assignment]
+        state.untried = check_gated(job.model)
         return f"{len(job.sites)} routers"
 
 
@@ -74,6 +76,7 @@ def insert_routers(
             regenerate(model.get_submodule(owner), forwards_of(graphs[owner]))
         if inline:
             attach(model.get_submodule(owner), [inline_site(s) for s in inline])
+            remember(model.get_submodule(owner))
     if isinstance(model, GraphModule):
         graph = copy.deepcopy(model.graph)  # the user's own stays whole, should this call fail
         for site in sites:

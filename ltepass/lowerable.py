@@ -1,0 +1,159 @@
+"""Which sites the op may stand for: what would not run then, and what the op does not read.
+
+Asked twice: before lowering, where the answer is a note; and at every call of a lowered site, where it is an error.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from ltepass.capture import join
+from ltepass.guarding import is_replaced
+from ltepass.inline import Hook, SparseDown
+from ltepass.sites import FFNSite, router_of
+
+
+class Stub:
+    """Stands for an up linear's forward: zeros of its shape, for the activation to run on. Nothing reads the result."""
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x.new_zeros((*x.shape[:-1], self.width))
+
+
+def why_not(model: nn.Module, site: FFNSite) -> str | None:
+    """Why a site stays masked-dense, or None where the op computes just what the site computes."""
+    if site.activation.startswith("custom"):
+        return f"no kernel knows its activation {site.activation}"
+    rows = {site.up_rows, site.gate_rows, site.up_bias, site.gate_bias, site.down_rows}
+    if router_of(model, site).input_cut is not None and router_of(model, site).weight.is_cuda:
+        return "small inputs are left out, which no GPU kernel does"
+    extra = [r.param for r in site.neurons if r not in rows]
+    if extra:
+        return f"{extra[0]} also scales its neurons"
+    for rows_of, path in ((site.up_bias, site.up), (site.gate_bias, site.gate)):
+        if rows_of is None or path is None or site.kind == "graph":
+            continue
+        if not _has_bias(model, path, rows_of.param):
+            return f"{rows_of.param} is added apart from {path}"
+    linears = dict.fromkeys(p for p in (site.up, site.gate, site.down) if p is not None)
+    for path in linears:
+        if site.kind == "graph" and path not in _called_modules(model):
+            continue  # the graph itself holds the product
+        reason = not_plain(model.get_submodule(path))
+        if reason is not None:
+            return f"{path} {reason}"
+    for rows in (r for r in (site.up_rows, site.gate_rows, site.down_rows) if r is not None):
+        last = rows.start + (site.d_ff - 1) * rows.step
+        if last >= model.get_parameter(rows.param).shape[rows.dim]:
+            return f"{rows.param} holds a part of the neurons here: the model is split over devices"
+    return None
+
+
+def why_not_alone(model: nn.Module, site: FFNSite) -> str | None:
+    """Why a site may not call the op by itself; where Dynamo traces the model, its graph says what hooks do."""
+    paths = [p for p in (site.up, site.gate, site.down) if p is not None]
+    if site.kind == "graph":
+        paths = [p for p in paths if p in _called_modules(model)]
+    else:
+        if is_replaced(model.get_submodule(site.owner)):
+            return f"{site.owner} runs a forward that was put on the instance"
+        paths += activations(model, site)
+    reasons = ((path, bypassed_code(model.get_submodule(path))) for path in dict.fromkeys(paths))
+    return next((f"{path} {reason}" for path, reason in reasons if reason is not None), None)
+
+
+def activations(model: nn.Module, site: FFNSite) -> list[str]:
+    """What may lie between the linears: modules without children and parameters beside one of them, or in the owner."""
+    parents = {path.rpartition(".")[0] for path in (site.up, site.gate, site.down) if path is not None} | {site.owner}
+    beside = [(join(parent, name), m) for parent in parents for name, m in model.get_submodule(parent).named_children()]
+    return sorted(path for path, m in beside if not m._modules and not m._parameters)
+
+
+def _has_bias(model: nn.Module, path: str, name: str) -> bool:
+    """Whether the linear at `path` adds this parameter itself, also where another module shares it and names it."""
+    if name.rpartition(".")[0] == path:
+        return True
+    own = model.get_submodule(path)._parameters.get("bias")
+    return own is not None and any(p is own for n, p in model.named_parameters(remove_duplicate=False) if n == name)
+
+
+def _called_modules(model: nn.Module) -> set[str]:
+    assert isinstance(model, GraphModule)
+    return {str(n.target) for n in model.graph.nodes if n.op == "call_module"}
+
+
+def not_plain(module: nn.Module) -> str | None:
+    """What makes a linear's forward more than the matrix product with tensors of torch's own; None for a plain one."""
+    if "_hf_hook" in module.__dict__:
+        return "carries an offload hook, which the op would bypass"
+    if not _is_product(module):
+        return f"is a {type(module).__module__}.{type(module).__name__}, not a plain linear"
+    for tensor in parameters_of(module):
+        if tensor is not None and not is_ordinary(tensor):
+            return f"holds a {type(tensor).__module__}.{type(tensor).__name__}, which the op does not read"
+    return None
+
+
+def bypassed_code(module: nn.Module) -> str | None:
+    """What runs with this module's call, and would not where the op stands in its place."""
+    if untouched(module):
+        return None
+    hooks = [h for name in _HOOKS for h in module.__dict__[name].values() if not isinstance(h, Hook)]
+    if hooks:
+        name = getattr(hooks[0], "__qualname__", type(hooks[0]).__name__)
+        return f"carries a hook, {name}, which the op would bypass"
+    return "runs a forward that was put on the instance, which the op would bypass"
+
+
+def untouched(module: nn.Module) -> bool:
+    """No hooks but ours, no other forward than the class's or ours; in as little time as can be."""
+    own = module.__dict__
+    if own["_forward_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return False
+    before = own["_forward_pre_hooks"]
+    if before and not all(isinstance(h, Hook) for h in before.values()):
+        return False
+    return "forward" not in own or isinstance(own["forward"], (Stub, SparseDown)) or not is_replaced(module)
+
+
+def plain(module: nn.Module) -> bool:
+    """Whether a module's call is a matrix product, and nothing runs with it."""
+    return (type(module) is nn.Linear or _is_product(module)) and untouched(module)
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _is_product(module: nn.Module) -> bool:
+    """A linear whose forward is the matrix product and nothing else: no subclass."""
+    cls = type(module)
+    return cls is nn.Linear or is_conv1d(module) or f"{cls.__module__}.{cls.__name__}" in _SAME_AS_LINEAR
+
+
+def is_ordinary(tensor: Tensor) -> bool:
+    """No subclass with operations of its own (quantised, distributed); fake tensors stand for ordinary ones."""
+    cls = type(tensor)
+    return cls is nn.Parameter or cls is Tensor or cls.__module__.startswith("torch._subclasses.")
+
+
+# Subclasses of nn.Linear whose forward is the same product spelled out.
+_SAME_AS_LINEAR = frozenset({"transformers.models.falcon.modeling_falcon.FalconLinear"})
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def parameters_of(linear: nn.Module) -> tuple[Any, Any]:
+    """(weight, bias), without nn.Module.__getattr__, which costs more than the rest of a small FFN's call."""
+    own = linear._parameters
+    weight = own.get("weight")
+    if weight is None:  # a DataParallel replica keeps plain tensors as attributes
+        return linear.weight, linear.bias
+    return weight, own.get("bias")
