@@ -24,8 +24,8 @@ from torch import nn
 from torch.fx import Graph, Proxy, Tracer
 
 from ltepass.errors import SourceNameError
-from ltepass.names import is_path, shown
 from ltepass.guarding import guard
+from ltepass.names import is_path, shown
 from ltepass.router import Router
 from ltepass.straight import is_straight
 from ltepass.threads import tracing
