@@ -163,10 +163,10 @@ class Watch:
         gates = sum(n for owner, n in self.owners.items() if f"{owner}.".startswith(f"{below}."))
         if "forward" in here.__dict__:
             guard(here, gates)
-        elif type(here) in self.forwards:  # the class's was replaced
+        elif type(here).forward in self.forwards.values() or hasattr(type(here).forward, "_lte_generated"):
+            self.forwards[type(here)] = type(here).forward  # a class that FSDP made of the one that stood here, or ours
+        else:  # the class's was replaced, or the class
             _set_guard(here, gates, None)
-        else:  # another class stands here: FSDP's, or an owner's own, which is looked at next
-            self.forwards[type(here)] = type(here).forward
 
     def _missing(self, module: nn.Module, path: tuple[str, ...]) -> None:
         """Something wraps the owner or a block, or stands in its place."""
@@ -224,9 +224,13 @@ def unwatch(model: nn.Module) -> None:
 
 
 def check_forwards(model: nn.Module) -> None:
-    """Raises DisplacedHookError where a forward was replaced in a way that no guard can mend."""
+    """Raises DisplacedHookError where an owner's class is another one, or its forward is."""
     for module, _, hook in watches(model):
         hook.check(module)
+        for path in hook.paths:
+            *_, owner = _along(module, path)
+            if hasattr(type(owner), "_lte_original") and not hasattr(type(owner).forward, "_lte_generated"):
+                raise bypassed(owner)
 
 
 def _caller(model: nn.Module, owner: str) -> str:

@@ -207,10 +207,13 @@ class _DownBefore(Hook):
 
 
 class SparseDown:
-    """The down linear's forward in a lowered inline site: the whole FFN from x; its own input is made of zeros."""
+    """The down linear's forward in a lowered inline site: the whole FFN from x; its own input is made of zeros.
 
-    def __init__(self, site: InlineSite, ffn: Callable[..., Tensor]) -> None:
-        self.site, self.ffn = site, ffn
+    skipped: paths below the owner of what runs on these zeros, and may carry no hooks.
+    """
+
+    def __init__(self, site: InlineSite, ffn: Callable[..., Tensor], skipped: Sequence[str]) -> None:
+        self.site, self.ffn, self.skipped = site, ffn, tuple(skipped)
 
     def __call__(self, h: Tensor) -> Tensor:
         site = self.site
@@ -219,7 +222,7 @@ class SparseDown:
         setattr(_calls, site.slot, _Note(owner, gated=True))
         up, gate_linear = owner.get_submodule(site.up), owner.get_submodule(site.gate) if site.gate else None
         router, down = owner.get_submodule(site.router), owner.get_submodule(site.down)
-        return self.ffn(router, up, gate_linear, down, x[0])
+        return self.ffn(router, up, gate_linear, down, x[0], *map(owner.get_submodule, self.skipped))
 
 
 def _note(site: InlineSite) -> _Note:

@@ -48,9 +48,16 @@ def why_not(model: nn.Module, site: FFNSite) -> str | None:
         reason = not_plain(model.get_submodule(path))
         if reason is not None:
             return f"{path} {reason}"
+    return _why_not_held(model, site)
+
+
+def _why_not_held(model: nn.Module, site: FFNSite) -> str | None:
+    """Whether the linears hold the weights that transform found there, and all of them."""
     for rows in (r for r in (site.up_rows, site.gate_rows, site.down_rows) if r is not None):
-        last = rows.start + (site.d_ff - 1) * rows.step
-        if last >= model.get_parameter(rows.param).shape[rows.dim]:
+        last, held = rows.start + (site.d_ff - 1) * rows.step, find_parameter(model, rows.param)
+        if held is None:
+            return f"{rows.param} is no parameter any more: the weight is computed"
+        if last >= held.shape[rows.dim]:
             return f"{rows.param} holds a part of the neurons here: the model is split over devices"
     return None
 
@@ -148,6 +155,12 @@ _SAME_AS_LINEAR = frozenset({"transformers.models.falcon.modeling_falcon.FalconL
 
 def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def find_parameter(model: nn.Module, name: str) -> nn.Parameter | None:
+    """A parameter by its name; None where pruning or a parametrisation computes it from others."""
+    path, _, attribute = name.rpartition(".")
+    return model.get_submodule(path)._parameters.get(attribute)
 
 
 def parameters_of(linear: nn.Module) -> tuple[Any, Any]:

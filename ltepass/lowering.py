@@ -24,6 +24,7 @@ from ltepass.inline import SparseDown, attach
 from ltepass.kernels.tuning import assume_density
 from ltepass.lowerable import (
     Stub,
+    activations,
     bypassed_code,
     is_conv1d,
     is_ordinary,
@@ -344,6 +345,6 @@ def _lower_inline(model: nn.Module, owner: str, sites: list[FFNSite], lowered: s
             linear = model.get_submodule(path)
             width = linear.get_parameter("weight").shape[1 if is_conv1d(linear) else 0]
             linear.forward = Stub(width)  # type: ignore[method-assign]
-        sparse = SparseDown(inline[-1], lowered_ffn)
+        sparse = SparseDown(inline[-1], lowered_ffn, [relative(site, path) for path in activations(model, site)])
         model.get_submodule(site.down).forward = sparse  # type: ignore[method-assign]
     attach(module, inline)

@@ -39,6 +39,8 @@ from ltepass.checkpoint_tensors import (
 )
 from ltepass.config import LTEConfig
 from ltepass.errors import CheckpointError
+from ltepass.placing import as_gated_now
+from ltepass.selfcheck import check_gated
 from ltepass.sites import FFNSite, LTEState, router_of, state_of
 
 
@@ -108,6 +110,7 @@ class LTEQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
             check_values(site, dict(router.named_buffers()))
             router.mode = "hard"
             router.note_density()
+        state.untried = check_gated(model)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -151,6 +154,7 @@ def checked_sites(model: Any, state: LTEState, header: Header | None) -> list[FF
         check_weights(model, named)
         if not converted:
             check_present(model, sites, named)
+    sites = as_gated_now(model, sites)
     check_forwards(model, sites)
     return sites
 

@@ -73,7 +73,7 @@ def _paths(model: nn.Module, state: LTEState) -> list[str]:
     from ltepass.ops import which_path
 
     site = state.sites[0]
-    parameter = model.get_parameter(site.up_rows.param)
+    parameter = next(model.get_submodule(site.up).parameters())
     if parameter.device.type != "cpu":
         return []
     tokens: dict[str, list[int]] = {}

@@ -21,6 +21,8 @@ from ltepass.checkpoint_tensors import check_all, check_routers, check_values, r
 from ltepass.config import LTEConfig
 from ltepass.errors import AlreadyTransformedError, CheckpointError, MetaWeightsError, NotTransformedError
 from ltepass.passes.insert_routers import insert_routers
+from ltepass.placing import as_gated_now
+from ltepass.selfcheck import check_gated
 from ltepass.sites import router_of, routers_of, state_of, unwrapped
 from ltepass.undo import all_or_nothing
 
@@ -102,6 +104,7 @@ def _load(model: nn.Module, folder: Path) -> None:
     check_routers(state.sites, state.config, header)
     check_sites(model, state.sites)
     check_all(model, header, [site.router for site in state.sites])
+    state.sites = as_gated_now(model, state.sites)
     check_forwards(model, state.sites)
     tensors = load_file(folder / WEIGHTS)
     for site in state.sites:
@@ -112,6 +115,7 @@ def _load(model: nn.Module, folder: Path) -> None:
     _fill(model, tensors)
     for site in state.sites:
         router_of(model, site).mode = "hard"
+    state.untried = check_gated(model)
 
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:

@@ -40,6 +40,7 @@ class FindFFN:
             job.refusals += refusals
         kept, tied = _without_ties(found, job.captured)
         job.refusals += tied
+        kept = _one_kind(kept)
         job.sites = _name_routers(job.model, [_sized(s, job.config.group_size) for s in kept])
         if not job.sites:
             lines = [f"  {r.module or '(root)'}: {r.check}: {r.reason}" for r in job.refusals]
@@ -135,6 +136,12 @@ def _without_ties(found: Iterable[Found], captured: list[Captured]) -> tuple[lis
             reason = f"{tied} is also used elsewhere, so its neurons cannot be permuted or gated here alone"
             refusals.append(Refusal(module=site.owner, node=site.down, check="tied", reason=reason))
     return kept, refusals
+
+
+def _one_kind(sites: list[FFNSite]) -> list[FFNSite]:
+    """An owner is gated in one way: where one of its sites needs hooks, all of them have hooks."""
+    hooked = {s.owner for s in sites if s.kind == "inline"}
+    return [replace(s, kind="inline") if s.owner in hooked else s for s in sites]
 
 
 def _readers(leaf: Node) -> set[Node]:
