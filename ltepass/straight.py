@@ -98,8 +98,6 @@ class _Reader:
             return True
         if isinstance(node, ast.Name | ast.Attribute):
             found = self._found(node)
-            if found is _OTHER and isinstance(node, ast.Attribute):
-                return False
             return found is _VALUE or isinstance(found, (Tensor, *_CONSTANTS)) or self._is_flag(node)
         if isinstance(node, ast.Call):
             return self._call(node)
