@@ -6,6 +6,7 @@ list that is wrong there would be silently wrong later.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -140,7 +141,7 @@ def _run(owner: nn.Module, node: Node, values: dict[Node, Any], d_model: int, ge
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     if node.op == "get_attr":
-        return owner.get_parameter(str(node.target))
+        return operator.attrgetter(str(node.target))(owner)
     assert callable(node.target)
     return node.target(*args, **kwargs)
 

@@ -27,7 +27,7 @@ from ltepass.errors import SourceNameError
 from ltepass.guarding import guard
 from ltepass.names import is_path, shown
 from ltepass.router import Router
-from ltepass.straight import is_straight
+from ltepass.straight import attributes, is_straight
 from ltepass.threads import tracing
 
 
@@ -175,7 +175,10 @@ class _OwnerTracer(Tracer):
 
     def create_args_for_root(self, *args: Any, **kwargs: Any) -> Any:
         torch.fx._symbolic_trace._is_fx_tracing_flag = _InThisThread()  # type: ignore[assignment]
-        return super().create_args_for_root(*args, **kwargs)
+        function, given = super().create_args_for_root(*args, **kwargs)
+        for name in attributes(given[0]):
+            given[0].__dict__[name] = _Attribute(self.create_node("get_attr", name, (), {}), self)
+        return function, given
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if threading.get_ident() != self.thread:
@@ -186,6 +189,18 @@ class _OwnerTracer(Tracer):
         if threading.get_ident() != self.thread:
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+class _Attribute(Proxy):
+    """Stands for an attribute of the owner that is no tensor and no module: a read in the forward stays a read."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.tracer.create_proxy("call_function", call, (self, *args), kwargs)
+
+
+def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What a generated forward calls an attribute with."""
+    return function(*args, **kwargs)
 
 
 class _InThisThread:
@@ -227,6 +242,9 @@ def trace_owner(owner: nn.Module, *, defaults: bool = False) -> tuple[Graph, Gra
                 graphs.append(_OwnerTracer().trace(_stand_in(owner, original, training=flag), fixed or None))
     except Exception:  # any failure of the tracer means the same: this forward is left alone, hooks serve it
         return None
+    for graph in graphs:
+        for node in [n for n in graph.nodes if n.op == "get_attr" and not n.users]:
+            graph.erase_node(node)  # not read in this forward
     targets = [(n.op, str(n.target)) for graph in graphs for n in graph.nodes if n.op in ("call_module", "get_attr")]
     lifted = any(op == "get_attr" and not _resolves(owner, target) for op, target in targets)
     named = all(is_path(target) for _, target in targets)

@@ -1,9 +1,9 @@
 """Which forwards may be regenerated from a trace: those whose trace is all that they do, for ever.
 
-A trace keeps as constants whatever the forward reads (a dropout's p, a scale, a flag) and whichever branch it takes. So
-only a straight forward is traced: it reads nothing but its children, their tensors and `training`, calls nothing but
-children, functions of torch and methods of tensors, and does not branch. All others are gated by hooks, around
-the module's own code. What has no source to be read counts among these.
+A trace keeps as constants what the forward reads of the world (a global, a property, another module's attribute) and
+whichever branch it takes. So only a straight forward is traced: it reads nothing but its children, their tensors,
+`training` and its own attributes, which stay reads; calls nothing but these, functions of torch and methods of tensors;
+and does not branch. All others are gated by hooks, around the module's own code, as is what has no source to be read.
 """
 
 from __future__ import annotations
@@ -36,6 +36,16 @@ def is_straight(owner: nn.Module, original: type[nn.Module]) -> bool:
         return True
     function = _parse(forward) if isinstance(forward, FunctionType) else None
     return function is not None and _Reader(owner, forward, function).straight()
+
+
+def attributes(owner: nn.Module) -> list[str]:
+    """Names of what an instance holds itself, besides what every module has, tensors, and forwards put on it."""
+    ours = ("forward", "_old_forward", "_hf_hook")
+    own = ((k, v) for k, v in owner.__dict__.items() if k not in _OF_MODULES and k not in ours and k.isidentifier())
+    return [k for k, v in own if not isinstance(v, (Tensor, nn.Module)) and not k.startswith(("_lte_", "__"))]
+
+
+_OF_MODULES = frozenset(nn.Module().__dict__) | {"_is_hf_initialized", "_compiled_call_impl", "_is_fsdp_managed_module"}
 
 
 @functools.lru_cache(maxsize=256)
@@ -143,7 +153,9 @@ class _Reader:
             return _VALUE
         if isinstance(held, nn.Module):
             own = {**held._parameters, **held._buffers, **held._modules}
-            return _OTHER if own.get(node.attr) is None else own[node.attr]
+            if own.get(node.attr) is not None:
+                return own[node.attr]
+            return _VALUE if held is self.owner and node.attr in attributes(held) else _OTHER
         of_torch = isinstance(held, ModuleType) and (held is math or held.__name__.split(".")[0] == "torch")
         return getattr(held, node.attr, _OTHER) if of_torch else _OTHER
 

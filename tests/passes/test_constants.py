@@ -1,4 +1,4 @@
-"""What a forward reads when it runs is read after transform too: such an owner is gated by hooks, not regenerated."""
+"""What a forward reads when it runs is read after transform too: by its regenerated code, or by its own behind hooks."""
 
 from __future__ import annotations
 
@@ -152,8 +152,9 @@ def change(owner: Any) -> None:
     owner.config.scale, owner.drop.p, FLAGS.factor, type(owner).__mro__[-3].factor = 3.0, 0.9, 3.0, 3.0
 
 
+READS = [DropoutP, Scale, Config, Function]  # of its own attributes: they stay reads
 CROOKED = [
-    *(DropoutP, Scale, OfTheClass, Config, Flag, Function, OfAChild, ChildInALocal, Global, Method),
+    *(OfTheClass, Flag, OfAChild, ChildInALocal, Global, Method),
     *(IsTensor, TypeOf, WeightDtype, GradMode, Writes, Getattr),
 ]
 
@@ -175,15 +176,15 @@ def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
     return found
 
 
-@pytest.mark.parametrize("cls", CROOKED)
+@pytest.mark.parametrize("cls", [*READS, *CROOKED])
 def test_a_value_that_changes_after_transform_acts(cls: type[Owner]) -> None:
     torch.manual_seed(0)
     model, x = Block(cls()).eval(), torch.randn(2, 3, 8)
     torch.manual_seed(0)
     plain = Block(cls()).eval()
-    assert trace_owner(model.mlp) is None
+    assert (trace_owner(model.mlp) is None) == (cls in CROOKED)
     ltepass.transform(model, (x,), ltepass.LTEConfig(group_size=4, grouping="identity"))
-    assert [s.kind for s in model._lte.sites] == ["inline"]
+    assert [s.kind for s in model._lte.sites] == ["inline" if cls in CROOKED else "aligned"]
     assert all(map(torch.equal, outputs(model, x), outputs(plain, x)))
     change(model.mlp)
     change(plain.mlp)
@@ -222,14 +223,14 @@ def test_an_old_checkpoint_that_regenerated_such_a_forward_is_gated_by_hooks(tmp
     import json
 
     torch.manual_seed(0)
-    model, x = Block(Scale()).eval(), torch.randn(2, 3, 8)
+    model, x = Block(Global()).eval(), torch.randn(2, 3, 8)
     ltepass.transform(model, (x,), ltepass.LTEConfig(group_size=4, grouping="identity"))
     ltepass.save(model, tmp_path)
     (written,) = [p for p in tmp_path.iterdir() if p.suffix == ".json"]
     written.write_text(json.dumps(json.loads(written.read_text())).replace('"inline"', '"aligned"'))
-    loaded = ltepass.load(Block(Scale()).eval(), tmp_path)
+    loaded = ltepass.load(Block(Global()).eval(), tmp_path)
     assert [s.kind for s in loaded._lte.sites] == ["inline"]
     ltepass.set_mode(loaded, "dense")
     assert torch.equal(loaded(x), model(x))
-    loaded.mlp.scale = 0.0
+    FLAGS.factor = 0.0
     assert torch.equal(loaded(x), x)
