@@ -1,4 +1,4 @@
-"""What a forward reads when it runs is read after transform too: by its regenerated code, or by its own behind hooks."""
+"""What a forward reads when it runs is read after transform too: by regenerated code, or by its own behind hooks."""
 
 from __future__ import annotations
 
