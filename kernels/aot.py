@@ -84,7 +84,7 @@ def launched(target: str) -> tuple[Launched, ...]:
         args = _operands(dtype, activation, group_size, gated, by_neuron, n_tokens)
         found.update(dict.fromkeys(_record(args, density, TARGETS[target][1])))
         if activation == "silu":  # a cut comes after any activation
-            cut = torch.empty((), device="meta")
+            cut = torch.empty((), dtype=torch.float32, device="meta")
             found.update(dict.fromkeys(_record((*args, cut), density, TARGETS[target][1])))
     if target == "sm_90":  # what a measured row of the tuning table may ask for there
         plain = [n for n in found if ("PDL", 0) in n.constants and dict(n.constants).get("ACT", "silu") == "silu"]

@@ -167,6 +167,8 @@ def _encoder_and_decoder(model: nn.Module) -> dict[Part, nn.Module]:
     encoder, decoder = _part(model, "encoder"), _part(model, "decoder")
     if encoder is None or decoder is None or not set(DECODER_TOKENS[:2]) & set(signature(model.forward).parameters):
         return {}
+    if encoder in decoder.modules() or decoder in encoder.modules():
+        return {}  # BLIP-2 calls a whole language model its encoder
     return {"encoder": encoder, "decoder": decoder}
 
 

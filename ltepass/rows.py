@@ -82,9 +82,10 @@ def token_mask(mask: Any, length: int | None) -> tuple[Tensor, ...]:
     real = mask > 0
     if mask.is_floating_point():
         real = torch.where((mask < 0).any(), mask >= 0, real)
+        real = real | ~real.any()  # zeros to add: nothing is padding
     if real.dim() > 2:
         real = real.flatten(1, -3)[:, 0] if real.dim() > 3 else real
         queries = real.shape[1]
         real = real[:, 0] if queries == 1 else real[:, :, -queries:].diagonal(dim1=1, dim2=2)
-        real = real | ~real.any()
+        real = real | ~real.any()  # no token sees itself: this mask tells something else
     return (real if length is None else real[:, -length:],)

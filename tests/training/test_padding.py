@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from padded import FAMILIES, PAD, padded, same, sequences, started, transformed, whole
+from padded import FAMILIES, PAD, dense, padded, same, sequences, started, transformed, whole
 from torch import Tensor, nn
 from transformers import (
     BartConfig,
@@ -175,6 +175,16 @@ def test_tokens_are_read_from_any_form_of_mask(mask: Tensor, form: str) -> None:
         mask = torch.where(causal, mask[:, None], blocked)[:, None]
     (found,) = token_mask({"full_attention": mask} if form == "kinds" else mask, 4)
     assert found.tolist() == expected
+
+
+def test_masks_that_tell_nothing_leave_no_token_out() -> None:
+    before = torch.ones(4, 4, dtype=torch.bool).tril(-1)[None, None]  # no token sees itself
+    for mask in (torch.zeros(2, 4), torch.zeros(2, 1, 4, 4), torch.ones(2, 4), before.expand(2, 1, 4, 4)):
+        (found,) = token_mask(mask, 4)
+        assert bool(found.all())
+    assert token_mask(None, 4) == token_mask(torch.ones(4), 4) == token_mask({}, 4) == token_mask("causal", 4) == ()
+    (found,) = token_mask(torch.zeros(2, 4, dtype=torch.long), 4)
+    assert not bool(found.any())  # a batch of padding
 
 
 def test_rows_are_told_by_their_shape() -> None:
@@ -347,6 +357,33 @@ def test_a_copy_of_a_model_in_training_counts_its_own_tokens() -> None:
         copied(**batch)
         assert int(take_auxiliary(copied, None).tokens) == sum(LENGTHS)
     assert not any(router.kept for router in routers_of(model))
+
+
+class Inside(nn.Module):
+    """Says that its language model is its encoder, and a part of that its decoder, as BLIP-2 does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.language_model = dense("opt")
+
+    def get_encoder(self) -> nn.Module:
+        return self.language_model  # type: ignore[no-any-return]
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model.model.decoder  # type: ignore[no-any-return]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor | None = None) -> Any:
+        return self.language_model(input_ids=input_ids, attention_mask=attention_mask)
+
+
+def test_a_decoder_inside_what_is_called_an_encoder_predicts_labels() -> None:
+    batch, _ = one_batch("opt")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    labels[:, 0] = -100
+    model = ltepass.transform(Inside(), batch, ltepass.LTEConfig(group_size=4))
+    begin_stage(model, "soft")
+    model(**batch)
+    assert int(take_auxiliary(model, label_mask(labels, shifted=False)).tokens) == sum(n - 1 for n in LENGTHS)
 
 
 def other_families() -> dict[str, tuple[Any, list[int]]]:
