@@ -285,6 +285,23 @@ def test_a_trainer_that_makes_its_own_inputs_counts_its_tokens(
     assert all(router.rows is None and not router.kept for router in routers_of(model))
 
 
+def test_labels_say_nothing_of_what_an_encoder_reads() -> None:
+    """As wide as its inputs: by hand from what the routers kept."""
+    model = started("t5")
+    begin_stage(model, "soft")
+    ids, labels = torch.randint(1, 61, (2, 6)), torch.full((2, 6), -100)
+    labels[:, :2] = 5
+    model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
+    kept = [router_of(model, site).kept[0].losses[0].clone() for site in model._lte.sites]
+    aux = take_auxiliary(model, label_mask(labels, shifted=False))
+    means = [
+        losses.mean() if site.name.startswith("encoder") else losses[:, :2].mean()
+        for site, losses in zip(model._lte.sites, kept, strict=True)
+    ]
+    assert int(aux.tokens) == 4
+    torch.testing.assert_close(aux.efficiency, 4 * torch.stack(means).mean())
+
+
 @pytest.mark.parametrize("distill", [0.0, 0.5])
 def test_an_encoder_decoder_learns_from_its_tokens(
     distill: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
