@@ -20,6 +20,7 @@ from ltepass.sites import FFNSite
 
 Header = dict[str, tuple[str, tuple[int, ...]]]  # tensor -> (dtype as safetensors names it, shape)
 ROUTER = ("weight", "bias", "threshold", "quantiles", "cut", "input_cut", "permutation")  # what a router may hold
+_ONLY_OURS = ("threshold", "quantiles", "permutation")
 FLOATS = ("F64", "F32", "F16", "BF16")
 _AGAIN = "expected a directory written by save_pretrained of a transformed model; save it again"
 
@@ -54,14 +55,15 @@ def router_header(site: FFNSite, config: Mapping[str, Any]) -> Header:
     return header | {name: optional[name] for name, setting in zip(optional, settings, strict=True) if config[setting]}
 
 
-def has_routers(header: Header) -> bool:
-    return bool(_stored(header))
+def has_routers(sites: Sequence[FFNSite], header: Header) -> bool:
+    """Whether the files hold any tensor of a router, of these sites or of others."""
+    return bool(_stored(header)) or any(f"{site.router}.{name}" in header for site in sites for name in ROUTER)
 
 
 def _stored(header: Header) -> set[str]:
-    """Paths of the routers that the files hold: only a router of ours has a table of quantiles."""
+    """Paths of the routers that the files hold, told by what a model's own router has not."""
     ends = (name.rpartition(".") for name in header)
-    return {path for path, _, last in ends if last == "quantiles" and is_path(path) and is_router(path)}
+    return {path for path, _, last in ends if last in _ONLY_OURS and is_path(path) and is_router(path)}
 
 
 def check_routers(sites: Sequence[FFNSite], config: Mapping[str, Any], header: Header) -> None:

@@ -111,6 +111,7 @@ class LTEQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
             router.mode = "hard"
             router.note_density()
         state.untried = check_gated(model)
+        _watch_parents(model)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -145,7 +146,7 @@ def checked_sites(model: Any, state: LTEState, header: Header | None) -> list[FF
     sites = _fit_prefix(model, state.sites)
     if header is None:
         check_sites(model, sites)
-    elif not has_routers(header):
+    elif not has_routers(state.sites, header):
         return []
     else:
         named, converted = _as_loaded(model, sites, header)
@@ -197,6 +198,10 @@ def attach(model: Any) -> None:
     _own_config(model)
     model.config.quantization_config = config
     model.hf_quantizer = LTEQuantizer(config, pre_quantized=True)
+    _watch_parents(model)
+
+
+def _watch_parents(model: nn.Module) -> None:
     if _warn_of_parent not in model._state_dict_pre_hooks.values():
         model.register_state_dict_pre_hook(_warn_of_parent)
 
