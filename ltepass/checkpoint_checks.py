@@ -32,7 +32,15 @@ class _Tree:
     @staticmethod
     def of(model: nn.Module) -> _Tree:
         modules = dict(model.named_modules(remove_duplicate=False))
-        return _Tree(type(model).__name__, modules, dict(model.named_parameters(remove_duplicate=False)))
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        ties = getattr(model, "all_tied_weights_keys", None) or {}  # which transformers makes one after they are loaded
+        parameters |= {one: parameters[other] for one, other in ties.items() if other in parameters}
+        return _Tree(type(model).__name__, modules, parameters)
+
+    def own(self, path: str) -> dict[str, nn.Parameter]:
+        """A module's own parameters by their last name."""
+        names = [name for name, p in self.modules[path]._parameters.items() if p is not None]
+        return {name: self.parameters[f"{path}.{name}".lstrip(".")] for name in names}
 
 
 def check_sites(model: nn.Module, sites: Sequence[FFNSite]) -> None:
@@ -106,12 +114,12 @@ def _check_weight(tree: _Tree, site: FFNSite, path: str, rows: NeuronRows) -> No
     weight = tree.parameters[rows.param]
     if weight.dim() != 2 or weight.shape[1 - rows.dim] != site.d_model:
         _refuse(site, f"{rows.param} has shape {tuple(weight.shape)}, and d_model is {site.d_model}")
-    if site.kind != "graph" and not _holds(tree.modules[path], weight):
+    if site.kind != "graph" and not _holds(tree, path, weight):
         _refuse(site, f"{rows.param} is no parameter of {path}")
 
 
 def _check_bias(tree: _Tree, site: FFNSite, path: str, rows: NeuronRows, bias: NeuronRows | None) -> None:
-    own = tree.modules[path]._parameters.get("bias")
+    own = tree.own(path).get("bias")
     if bias is None:
         counted = any(tree.parameters[r.param] is own for r in site.neurons)
         if own is not None and not counted and _adds_its_bias(tree.modules[path]) and site.kind != "graph":
@@ -121,7 +129,7 @@ def _check_bias(tree: _Tree, site: FFNSite, path: str, rows: NeuronRows, bias: N
 
 
 def _check_down_bias(tree: _Tree, site: FFNSite) -> None:
-    own = tree.modules[site.down]._parameters.get("bias")
+    own = tree.own(site.down).get("bias")
     if site.down_bias is None:
         if own is not None and _adds_its_bias(tree.modules[site.down]) and site.kind != "graph":
             _refuse(site, f"says nothing of the bias of {site.down}")
@@ -129,7 +137,7 @@ def _check_down_bias(tree: _Tree, site: FFNSite) -> None:
     bias = tree.parameters.get(site.down_bias)
     if bias is None or tuple(bias.shape) != (site.d_model,):
         _refuse(site, f"{site.down_bias} is no bias of {site.d_model} features")
-    if site.kind != "graph" and not _holds(tree.modules[site.down], bias):
+    if site.kind != "graph" and not _holds(tree, site.down, bias):
         _refuse(site, f"{site.down_bias} is no parameter of {site.down}")
 
 
@@ -137,8 +145,8 @@ def _adds_its_bias(module: nn.Module) -> bool:
     return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
 
 
-def _holds(module: nn.Module, parameter: Tensor) -> bool:
-    return any(p is parameter for p in module._parameters.values())
+def _holds(tree: _Tree, path: str, parameter: Tensor) -> bool:
+    return any(p is parameter for p in tree.own(path).values())
 
 
 def _check_neurons(tree: _Tree, site: FFNSite) -> None:
