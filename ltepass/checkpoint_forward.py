@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from ltepass.errors import CheckpointError
+from ltepass.errors import CheckpointError, LTEError
 from ltepass.kernels.reference import ACTIVATIONS
 from ltepass.regenerate import trace_owner
+from ltepass.selfcheck import check_gated
 from ltepass.sites import FFNSite, NeuronRows
 
 _TOKENS = 4
+_AGAIN = "load it with the code that it was made with, or delete quantization_config to load it dense"
 
 
 def check_forwards(model: nn.Module, sites: Iterable[FFNSite]) -> None:
@@ -41,6 +43,14 @@ def check_forwards(model: nn.Module, sites: Iterable[FFNSite]) -> None:
                 _check_region(model, owner, site, graphs[-1])
             else:
                 _check_functions(owner, site)
+
+
+def try_gates(model: nn.Module) -> list[str]:
+    """`check_gated` for what a checkpoint made of a model: a list that no other check saw through is refused here."""
+    try:
+        return check_gated(model)
+    except LTEError as error:
+        raise CheckpointError(f"the checkpoint's gates do not act on this model ({error}); {_AGAIN}") from error
 
 
 def _graphs(owner: nn.Module, site: FFNSite) -> tuple[Graph, ...]:
@@ -65,10 +75,7 @@ def _evaluating(owner: nn.Module) -> Iterator[None]:
 
 
 def _refuse(site: FFNSite, what: str) -> NoReturn:
-    raise CheckpointError(
-        f"site {site.name} of the checkpoint: {what}; load it with the transformers version that it was made with, or "
-        "delete quantization_config to load it dense"
-    )
+    raise CheckpointError(f"site {site.name} of the checkpoint: {what}; {_AGAIN}")
 
 
 def _paths(site: FFNSite) -> list[str]:

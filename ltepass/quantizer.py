@@ -26,7 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ltepass.checkpoint_checks import check_sites
 from ltepass.checkpoint_entry import METHOD, read_state, write_state
-from ltepass.checkpoint_forward import check_forwards
+from ltepass.checkpoint_forward import check_forwards, try_gates
 from ltepass.checkpoint_tensors import (
     ROUTER,
     Header,
@@ -40,7 +40,6 @@ from ltepass.checkpoint_tensors import (
 from ltepass.config import LTEConfig
 from ltepass.errors import CheckpointError
 from ltepass.placing import as_gated_now
-from ltepass.selfcheck import check_gated
 from ltepass.sites import FFNSite, LTEState, router_of, state_of
 
 
@@ -110,7 +109,7 @@ class LTEQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
             check_values(site, dict(router.named_buffers()))
             router.mode = "hard"
             router.note_density()
-        state.untried = check_gated(model)
+        state.untried = try_gates(model)
         _watch_parents(model)
         return model
 

@@ -16,13 +16,12 @@ from torch import Tensor, nn
 
 from ltepass.checkpoint_checks import check_sites
 from ltepass.checkpoint_entry import read_state, write_state
-from ltepass.checkpoint_forward import check_forwards
+from ltepass.checkpoint_forward import check_forwards, try_gates
 from ltepass.checkpoint_tensors import check_all, check_routers, check_values, read_header
 from ltepass.config import LTEConfig
 from ltepass.errors import AlreadyTransformedError, CheckpointError, MetaWeightsError, NotTransformedError
 from ltepass.passes.insert_routers import insert_routers
 from ltepass.placing import as_gated_now
-from ltepass.selfcheck import check_gated
 from ltepass.sites import router_of, routers_of, state_of, unwrapped
 from ltepass.undo import all_or_nothing
 
@@ -115,7 +114,7 @@ def _load(model: nn.Module, folder: Path) -> None:
     _fill(model, tensors)
     for site in state.sites:
         router_of(model, site).mode = "hard"
-    state.untried = check_gated(model)
+    state.untried = try_gates(model)
 
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:

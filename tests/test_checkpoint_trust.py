@@ -199,6 +199,21 @@ def test_an_activation_is_the_one_that_the_forward_computes(tmp_path: Path) -> N
             kind.from_pretrained(tmp_path)
 
 
+def test_up_and_down_that_change_places_are_seen_where_their_shapes_agree(tmp_path: Path) -> None:
+    """A forward alone tells them apart, and OPT's cannot be traced: its layers are tried when they are loaded."""
+    sizes = {"hidden_size": 24, "ffn_dim": 24, "word_embed_proj_dim": 24, "num_hidden_layers": 1, "vocab_size": 61}
+    model = hf.OPTForCausalLM(hf.OPTConfig(num_attention_heads=4, enable_bias=False, **sizes)).eval()
+    ltepass.transform(model, config=ltepass.LTEConfig(group_size=6))
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (site,) = config["quantization_config"]["sites"]
+    site["up"], site["down"] = site["down"], site["up"]
+    site["parameters"] = site["parameters"][::-1]
+    write(tmp_path, config)
+    with pytest.raises(CheckpointError):
+        hf.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
 def test_a_newer_format_says_which_ltepass_is_needed(tmp_path: Path) -> None:
     config = copied("v2/aligned", tmp_path)
     config["quantization_config"] |= {"version": 3, "written_by": "0.4.2", "something": "new"}
