@@ -14,16 +14,7 @@ from ltepass.capture import join
 from ltepass.guarding import is_replaced
 from ltepass.inline import Hook, SparseDown
 from ltepass.sites import FFNSite, router_of
-
-
-class Stub:
-    """Stands for an up linear's forward: zeros of its shape, for the activation to run on. Nothing reads the result."""
-
-    def __init__(self, width: int) -> None:
-        self.width = width
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return x.new_zeros((*x.shape[:-1], self.width))
+from ltepass.stubs import Stub
 
 
 def why_not(model: nn.Module, site: FFNSite) -> str | None:

@@ -23,7 +23,6 @@ from ltepass.guarding import check_forwards
 from ltepass.inline import SparseDown, attach
 from ltepass.kernels.tuning import assume_density
 from ltepass.lowerable import (
-    Stub,
     activations,
     bypassed_code,
     is_conv1d,
@@ -42,6 +41,7 @@ from ltepass.router import Router, applied
 from ltepass.router import gate as gate_call
 from ltepass.sites import FFNSite, LTEState, NeuronRows, require_not_lowered, require_state, router_of, routers_of
 from ltepass.sparsity import remember_densities
+from ltepass.stubs import Stub, one_token_will_do
 from ltepass.threads import require_own, unshared
 from ltepass.undo import verb
 
@@ -341,10 +341,11 @@ def _lower_inline(model: nn.Module, owner: str, sites: list[FFNSite], lowered: s
             inline.append(plain_site)
             continue
         inline.append(replace(plain_site, lowered=True))
-        for path in {site.up, site.gate or site.up}:
-            linear = model.get_submodule(path)
+        ups = dict.fromkeys((site.up, site.gate or site.up))
+        one_token = one_token_will_do(module, [relative(site, path) for path in ups], relative(site, site.down))
+        for linear in map(model.get_submodule, ups):
             width = linear.get_parameter("weight").shape[1 if is_conv1d(linear) else 0]
-            linear.forward = Stub(width)  # type: ignore[method-assign]
+            linear.forward = Stub(width, one_token=one_token)  # type: ignore[method-assign]
         sparse = SparseDown(inline[-1], lowered_ffn, [relative(site, path) for path in activations(model, site)])
         model.get_submodule(site.down).forward = sparse  # type: ignore[method-assign]
     attach(module, inline)

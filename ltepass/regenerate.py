@@ -14,7 +14,7 @@ import operator
 import re
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -166,12 +166,12 @@ class _OwnerTracer(Tracer):
     While it traces, FX routes every module call of the process through here: those of other threads are let through.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, through: Collection[str]) -> None:
         super().__init__()
-        self.thread = threading.get_ident()
+        self.thread, self.through = threading.get_ident(), through
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
+        return not any(path.startswith(f"{module_qualified_name}.") for path in self.through)
 
     def create_args_for_root(self, *args: Any, **kwargs: Any) -> Any:
         torch.fx._symbolic_trace._is_fx_tracing_flag = _InThisThread()  # type: ignore[assignment]
@@ -221,12 +221,14 @@ def traceable(original: type[nn.Module]) -> bool:
     )
 
 
-def trace_owner(owner: nn.Module, *, defaults: bool = False) -> tuple[Graph, Graph] | None:
+def trace_owner(
+    owner: nn.Module, *, defaults: bool = False, through: Collection[str] = ()
+) -> tuple[Graph, Graph] | None:
     """(training graph, evaluation graph) of the owner's original forward, or None where it cannot be traced.
 
     The owner itself is not touched: a stand-in that shares its attributes is traced. Routers are hidden from it: a
     Sequential would call every child that it holds. defaults: also a forward with options, at their defaults: to look
-    at, not to run in its place.
+    at, not to run in its place. through: also inside of the children that hold these modules.
     """
     original = original_class(owner)
     if original.forward is nn.Module.forward:
@@ -239,7 +241,7 @@ def trace_owner(owner: nn.Module, *, defaults: bool = False) -> tuple[Graph, Gra
     try:
         with tracing():
             for flag in (True, False):
-                graphs.append(_OwnerTracer().trace(_stand_in(owner, original, training=flag), fixed or None))
+                graphs.append(_OwnerTracer(through).trace(_stand_in(owner, original, training=flag), fixed or None))
     except Exception:  # any failure of the tracer means the same: this forward is left alone, hooks serve it
         return None
     for graph in graphs:
