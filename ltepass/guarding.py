@@ -92,7 +92,7 @@ def guard(module: nn.Module, gates: int = 1) -> None:
 
 def _set_guard(module: nn.Module, gates: int, found: Any) -> None:
     own, function = module.__dict__, getattr(type(module), "_lte_guarded", guarded)
-    now = own.get("forward")
+    now: Any = own.get("forward")
     if _is_guard(now) and now.__func__ is function and (own["_lte_forward"], own["_lte_gates"]) == (found, gates):
         return
     for router in (m for m in module.modules() if isinstance(m, Router)):
@@ -183,7 +183,7 @@ class Watch:
 
 def _along(module: nn.Module, path: Iterable[str]) -> Iterator[nn.Module]:
     """The modules on a path below `module`, as far as it goes; `module` itself where it is empty."""
-    here: nn.Module | None = module
+    here: Any = module
     yield from () if path else (module,)
     for name in path:
         here = here._modules.get(name)

@@ -100,9 +100,11 @@ def _gated_class(original: type[nn.Module], sites: tuple[InlineSite, ...]) -> ty
 
 
 def _new_gated_class(original: type[nn.Module], sites: tuple[InlineSite, ...]) -> type[nn.Module]:
-    @functools.wraps(original.forward)
+    was: Any = original.forward
+
+    @functools.wraps(was)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        run, replaced = original.forward, type(self)._lte_was is not original.forward
+        run, replaced = original.forward, was is not original.forward
         if "_lte_forward" in self.__dict__:
             if _entered(sites[0], self):  # the forward that stands in this one's place calls what it replaced
                 return run(self, *args, **kwargs)
@@ -118,7 +120,7 @@ def _new_gated_class(original: type[nn.Module], sites: tuple[InlineSite, ...]) -
                 setattr(_calls, site.slot, None)
         return out
 
-    forward._lte_generated = forward._lte_guard = True
+    forward._lte_generated = forward._lte_guard = True  # type: ignore[attr-defined]
     return subclass(original, {"forward": forward, "_lte_guarded": forward}, _rebuild, (original, sites))
 
 

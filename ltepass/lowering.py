@@ -314,8 +314,8 @@ def _call_op(graph: Graph, site: FFNSite) -> None:
             rows = (site.up_rows, site.up_bias, site.gate_rows, site.gate_bias, site.down_rows)
             params = [None if r is None else graph.get_attr(r.param) for r in rows]
             bias = None if site.down_bias is None else graph.get_attr(site.down_bias)
-            linears = [graph.get_attr(p) for p in dict.fromkeys((site.up, site.gate, site.down)) if p in called]
-            new = graph.call_function(lowered_in_graph, (linears, module, *params, bias, x))
+            skipped = [graph.get_attr(p) for p in dict.fromkeys((site.up, site.gate, site.down)) if p in called and p]
+            new = graph.call_function(lowered_in_graph, (skipped, module, *params, bias, x))
         else:
             paths = (site.up, site.gate, site.down)
             linears = [None if p is None else graph.get_attr(relative(site, p)) for p in paths]

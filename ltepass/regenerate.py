@@ -235,13 +235,12 @@ def trace_owner(
         return None
     if not defaults and not (traceable(original) and is_straight(owner, original)):
         return None
-    options = inspect.signature(original.forward).parameters.values() if defaults else ()
-    fixed = {p.name: p.default for p in options if p.default is not p.empty}
+    read = _at_defaults(original) if defaults else original
     graphs = []
     try:
         with tracing():
             for flag in (True, False):
-                graphs.append(_OwnerTracer(through).trace(_stand_in(owner, original, training=flag), fixed or None))
+                graphs.append(_OwnerTracer(through).trace(_stand_in(owner, read, training=flag)))
     except Exception:  # any failure of the tracer means the same: this forward is left alone, hooks serve it
         return None
     for graph in graphs:
@@ -251,6 +250,18 @@ def trace_owner(
     lifted = any(op == "get_attr" and not _resolves(owner, target) for op, target in targets)
     named = all(is_path(target) for _, target in targets)
     return (graphs[0], graphs[1]) if named and not lifted else None
+
+
+def _at_defaults(original: type[nn.Module]) -> type[nn.Module]:
+    """A class whose forward takes one input, and calls the original's, below its decorators, with its defaults."""
+    inner = inspect.unwrap(original.forward)
+    others = list(inspect.signature(inner).parameters.values())[2:]
+    needed = [p.name for p in others if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+
+    def forward(self: nn.Module, x: Any) -> Any:
+        return inner(self, x, *(x.tracer.create_proxy("placeholder", name, (), {}) for name in needed))
+
+    return type(original.__name__, (original,), {"forward": forward})
 
 
 def _stand_in(owner: nn.Module, original: type[nn.Module], *, training: bool) -> nn.Module:

@@ -28,6 +28,7 @@ from ltepass.sites import FFNSite, require_state
 
 TOKENS = 2
 _HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HELD = (dict, list, set)
 _FORWARDS = ("forward", "_lte_forward", "_old_forward")  # what an instance may hold of itself
 
 
@@ -134,7 +135,7 @@ def _copy(module: nn.Module, copies: dict[int, nn.Module]) -> nn.Module:
     if id(module) in copies:
         return copies[id(module)]
     new = copies[id(module)] = object.__new__(type(module))
-    own = {k: copy.copy(v) if isinstance(v, (dict, list, set)) else v for k, v in module.__dict__.items()}
+    own: dict[str, Any] = {k: copy.copy(v) if isinstance(v, _HELD) else v for k, v in module.__dict__.items()}
     own.pop("_compiled_call_impl", None)  # bound to the original
     own.update({name: type(own[name])() for name in _HOOKS})
     own["_forward_pre_hooks"] = OrderedDict(i for i in own["_forward_pre_hooks"].items() if isinstance(i[1], Hook))
