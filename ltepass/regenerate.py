@@ -163,12 +163,13 @@ def _compile(code: ForwardCode, original: type[nn.Module]) -> Any:
 class _OwnerTracer(Tracer):
     """Children are leaves, so that whatever wraps a child later (LoRA, offload, quantised linears) is simply called.
 
-    While it traces, FX routes every module call of the process through here: those of other threads are let through.
+    reads: attributes of the owner stay reads; else they are the values that they have now. While it traces, FX routes
+    every module call of the process through here: those of other threads are let through.
     """
 
-    def __init__(self, through: Collection[str]) -> None:
+    def __init__(self, through: Collection[str], *, reads: bool) -> None:
         super().__init__()
-        self.thread, self.through = threading.get_ident(), through
+        self.thread, self.through, self.reads = threading.get_ident(), through, reads
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return not any(path.startswith(f"{module_qualified_name}.") for path in self.through)
@@ -176,7 +177,7 @@ class _OwnerTracer(Tracer):
     def create_args_for_root(self, *args: Any, **kwargs: Any) -> Any:
         torch.fx._symbolic_trace._is_fx_tracing_flag = _InThisThread()  # type: ignore[assignment]
         function, given = super().create_args_for_root(*args, **kwargs)
-        for name in attributes(given[0]):
+        for name in attributes(given[0]) if self.reads else ():
             given[0].__dict__[name] = _Attribute(self.create_node("get_attr", name, (), {}), self)
         return function, given
 
@@ -240,7 +241,7 @@ def trace_owner(
     try:
         with tracing():
             for flag in (True, False):
-                graphs.append(_OwnerTracer(through).trace(_stand_in(owner, read, training=flag)))
+                graphs.append(_OwnerTracer(through, reads=not defaults).trace(_stand_in(owner, read, training=flag)))
     except Exception:  # any failure of the tracer means the same: this forward is left alone, hooks serve it
         return None
     for graph in graphs:
