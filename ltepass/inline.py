@@ -25,9 +25,9 @@ from ltepass.errors import DisplacedHookError
 from ltepass.guarding import bypassed, guard, release, replaced_forward
 from ltepass.regenerate import original_class, shared_class, subclass
 from ltepass.router import gate, seen_inputs
+from ltepass.threads import locks
 
 _calls = threading.local()
-_hooking = threading.Lock()
 
 
 class _Note(NamedTuple):
@@ -140,7 +140,7 @@ def _enter(site: InlineSite, owner: nn.Module) -> None:
                 f"{site.key}: {site.up} or {site.down} was replaced after transform; expected the hooks of its gate; "
                 "run one forward outside torch.compile to attach them again"
             )
-        with _hooking:  # the second of two threads finds them in place
+        with locks.hooks:  # the second of two threads finds them in place
             if not site.in_place(owner):
                 site.hook(owner)
     setattr(_calls, site.slot, _Note(owner))

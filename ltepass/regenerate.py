@@ -28,7 +28,7 @@ from ltepass.guarding import guard
 from ltepass.names import is_path, shown
 from ltepass.router import Router
 from ltepass.straight import attributes, is_straight
-from ltepass.threads import tracing
+from ltepass.threads import locks, tracing
 
 
 @dataclass(frozen=True)
@@ -118,12 +118,11 @@ def _regenerated_class(original: type[nn.Module], forwards: Forwards) -> type[nn
 
 # Equal code is one class for as long as an instance lives: Dynamo compiles it once, and no model leaves classes behind.
 _classes: weakref.WeakValueDictionary[Any, type[nn.Module]] = weakref.WeakValueDictionary()
-_classes_lock = threading.Lock()
 
 
 def shared_class(key: tuple[Any, ...], make: Callable[[], type[nn.Module]]) -> type[nn.Module]:
     """The living class made for an equal key, else a new one."""
-    with _classes_lock:
+    with locks.classes:
         cls = _classes.get(key)
         if cls is None:
             cls = _classes[key] = make()

@@ -8,6 +8,7 @@ what was set before or after.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Iterable, Iterator
@@ -20,17 +21,31 @@ from torch import nn
 
 from ltepass.errors import ConcurrencyError
 
-_tracing = threading.RLock()
-_guard = threading.Lock()
-_models: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # a model -> its lock
+
+class Locks:
+    """All locks of the library, made anew in a forked child: there, who held one is gone and will never release it."""
+
+    def __init__(self) -> None:
+        self.tracing = threading.RLock()
+        self.classes = threading.Lock()  # of the table of generated classes
+        self.hooks = threading.Lock()  # while an inline site's hooks are put back
+        self.models: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # a model -> its own
+        self.table = threading.Lock()  # of the models
+
+    def of(self, model: nn.Module) -> Any:
+        with self.table:
+            return self.models.setdefault(model, threading.RLock())
+
+
+locks = Locks()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=locks.__init__)
 
 
 @contextmanager
 def alone(model: nn.Module) -> Iterator[None]:
     """One public call on a model at a time, and outside of inference mode, whose tensors could never train again."""
-    with _guard:
-        lock = _models.setdefault(model, threading.RLock())
-    with lock, _training_tensors():
+    with locks.of(model), _training_tensors():
         yield
 
 
@@ -74,7 +89,7 @@ def tracing() -> Iterator[None]:
 
     Dynamo traces under a lock of its own, which is taken too where Dynamo is there at all.
     """
-    with _tracing:
+    with locks.tracing:
         dynamo: Any = sys.modules.get("torch._dynamo.convert_frame")
         with nullcontext() if dynamo is None else dynamo.compile_lock:
             yield

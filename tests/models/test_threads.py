@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 import threading
+import traceback
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +24,7 @@ import ltepass
 from ltepass import regenerate
 from ltepass.errors import ConcurrencyError
 from ltepass.sites import routers_of
+from ltepass.threads import locks
 
 CONFIG = ltepass.LTEConfig(group_size=4, grouping="identity")
 
@@ -220,6 +223,53 @@ def test_threads_generate_on_one_lowered_model(name: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(pool.map(tokens, lengths), expected, strict=True))
 
 
+def test_threads_compile_and_run_two_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda gm, inputs, config_patches: gm.forward)
+    models = [transformed("llama"), transformed("opt")]
+    expected = [logits(model, ids(2, n)) for model in models for n in (9, 5)]
+    for model in models:
+        ltepass.lower(model, scope="model")
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(logits, [m for m in models for _ in range(2)], [ids(2, n) for n in (9, 5)] * 2))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_fork_while_another_thread_has_the_model_to_itself() -> None:
+    """The child's model stands where that call left it, and is refused; its other models, and all locks, are free."""
+    model, spare = transformed("llama"), transformed("llama")
+
+    def batches() -> Iterator[torch.Tensor]:
+        with ThreadPoolExecutor(1) as other, locks.tracing, locks.classes:
+            code = other.submit(forked, child).result()
+        assert code == 0
+        yield ids()
+
+    def child() -> None:
+        with pytest.raises(ConcurrencyError):
+            logits(model)
+        ltepass.lower(spare)
+        ltepass.set_sparsity(with_tables(model), 0.5)
+
+    ltepass.measure_sparsity(model, batches())
+
+
+def forked(work: Callable[[], None]) -> int:
+    """The exit code of a child that does this; it is killed after a while."""
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(30)
+        try:
+            work()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
 FORK = """
 import os, sys, torch, ltepass
 sys.path.insert(0, {folder!r})
@@ -246,12 +296,13 @@ def test_a_forked_child_computes_the_same_and_does_not_hang() -> None:
     """Its OpenMP pool has no threads any more: with two it would wait for ever."""
     env = {**os.environ, "OMP_NUM_THREADS": "2"}
     code = FORK.format(folder=os.path.dirname(__file__))
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
     assert done.stdout.split() == ["0"], done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_classes_are_shared_by_equals_and_go_with_the_last_of_them(name: str) -> None:
+    torch._dynamo.reset()  # which keeps what it compiled, and its classes, until then
     gc.collect()
     before = len(regenerate._classes)
     first, second = transformed(name), transformed(name)
