@@ -25,7 +25,7 @@ from ltepass.errors import DisplacedHookError
 from ltepass.guarding import bypassed, guard, release, replaced_forward
 from ltepass.regenerate import original_class, shared_class, subclass
 from ltepass.router import gate, seen_inputs
-from ltepass.threads import locks
+from ltepass.threads import interfered, locks
 
 _calls = threading.local()
 
@@ -109,6 +109,7 @@ def _new_gated_class(original: type[nn.Module], sites: tuple[InlineSite, ...]) -
             if _entered(sites[0], self):  # the forward that stands in this one's place calls what it replaced
                 return run(self, *args, **kwargs)
             run, replaced = _replaced, True
+        turns = _turns(sites, self)
         for site in sites:
             _enter(site, self)
         try:
@@ -118,10 +119,18 @@ def _new_gated_class(original: type[nn.Module], sites: tuple[InlineSite, ...]) -
         finally:
             for site in sites:
                 setattr(_calls, site.slot, None)
+            if _turns(sites, self) != turns:  # its hooks may have been another thread's, half of them
+                raise interfered()
         return out
 
     forward._lte_generated = forward._lte_guard = True  # type: ignore[attr-defined]
     return subclass(original, {"forward": forward, "_lte_guarded": forward}, _rebuild, (original, sites))
+
+
+def _turns(sites: Sequence[InlineSite], owner: nn.Module) -> list[int]:
+    if torch.compiler.is_compiling():
+        return []
+    return [owner.get_submodule(site.router).turns for site in sites]  # type: ignore[misc]
 
 
 def _replaced(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

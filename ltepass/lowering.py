@@ -42,7 +42,7 @@ from ltepass.router import gate as gate_call
 from ltepass.sites import FFNSite, LTEState, NeuronRows, require_not_lowered, require_state, router_of, routers_of
 from ltepass.sparsity import remember_densities
 from ltepass.stubs import Stub, one_token_will_do
-from ltepass.threads import require_own, unshared
+from ltepass.threads import interfered, require_own, unshared
 from ltepass.undo import verb
 
 Scope = Literal["ffn", "model"]
@@ -193,7 +193,8 @@ def lowered_call(
     plan = router.plan
     if router.thread is not None and not torch.compiler.is_compiling():
         require_own(router.thread)
-    assert isinstance(plan, Plan), "a lowered site has a plan"
+    if not isinstance(plan, Plan):  # unlowered by another thread since this forward began
+        raise interfered()
     if router.watched:
         applied()
     f = plan.d_ff

@@ -96,6 +96,7 @@ class Router(nn.Module):
         # How a lowered site reads its weights (lowering.Plan); None where it is not lowered.
         self.plan: object | None = None
         self.thread: int | None = None  # the one that has this router to itself for a time (threads.unshared)
+        self.turns = 0  # how often one had
         # Share of (token, expert) pairs active at the present threshold, as the table has it; None without a table.
         self.density: float | None = None
         self.reset()

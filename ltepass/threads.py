@@ -63,7 +63,7 @@ def unshared(routers: Iterable[Any]) -> Iterator[None]:
     """Until the end, a forward of another thread through one of these routers raises ConcurrencyError."""
     free = [router for router in routers if router.thread is None]
     for router in free:
-        router.thread = threading.get_ident()
+        router.thread, router.turns = threading.get_ident(), router.turns + 1
     try:
         yield
     finally:
@@ -76,11 +76,15 @@ def require_own(thread: int) -> None:
     autograd's own threads.
     """
     if thread != threading.get_ident() and torch._C._current_graph_task_id() == -1:
-        raise ConcurrencyError(
-            "another thread is calibrating, measuring or lowering this model, whose gates do not decide as usual "
-            "meanwhile; expected one thread at a time; call the model again when that call has returned, or give each "
-            "thread its own copy (copy.deepcopy)"
-        )
+        raise interfered()
+
+
+def interfered() -> ConcurrencyError:
+    return ConcurrencyError(
+        "another thread is calibrating, measuring or lowering this model, whose gates do not decide as usual "
+        "meanwhile; expected one thread at a time; call the model again when that call has returned, or give each "
+        "thread its own copy (copy.deepcopy)"
+    )
 
 
 @contextmanager

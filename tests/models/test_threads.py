@@ -12,7 +12,7 @@ import traceback
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -23,6 +23,7 @@ from zoo import build, ids, logits, transformed
 import ltepass
 from ltepass import regenerate
 from ltepass.errors import ConcurrencyError
+from ltepass.router import Router
 from ltepass.sites import routers_of
 from ltepass.threads import locks
 
@@ -83,7 +84,7 @@ def test_a_compiled_call_is_not_refused_while_an_owner_is_traced() -> None:
             return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
     owner.__class__ = Watched
-    assert regenerate.trace_owner(owner) is not None
+    assert regenerate.trace_owner(owner, defaults=True) is not None
     assert seen == [False, True] * 2
     assert not traces()
 
@@ -211,6 +212,32 @@ def test_a_second_call_on_the_model_waits() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "opt"])
+def test_a_forward_that_a_whole_lowering_falls_into_is_right_or_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the scores of an FFN and its linears, whose forwards and hooks are others afterwards."""
+    model = transformed(name)
+    expected, forward = logits(model), Router.forward
+    work: list[Callable[[], Any]] = []
+
+    def interfere(self: Router, x: torch.Tensor) -> Any:
+        scores = forward(self, x)
+        if work:
+            with ThreadPoolExecutor(1) as other:
+                other.submit(work.pop()).result()
+        return scores
+
+    monkeypatch.setattr(Router, "forward", interfere)
+    for change in (lambda: ltepass.lower(model), lambda: ltepass.unlower(ltepass.lower(model))):
+        work.append(change)
+        with suppress(ConcurrencyError):
+            torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+        assert work == []
+        ltepass.unlower(model)
+        torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
 def test_threads_generate_on_one_lowered_model(name: str) -> None:
     model = ltepass.lower(transformed(name))
 
@@ -313,4 +340,4 @@ def test_classes_are_shared_by_equals_and_go_with_the_last_of_them(name: str) ->
     del first, second, owners
     gc.collect()
     assert [cls for cls in classes if cls() is not None] == []
-    assert len(regenerate._classes) == before
+    assert len(regenerate._classes) <= before
