@@ -1,13 +1,18 @@
 """Run by test_robust in a process of its own: trains in forked children that kill themselves, and resumes them.
 
 python kill_driver.py FOLDER: FOLDER/CASE/final.pt holds the weights that each case ended with.
+python kill_driver.py FOLDER N: the same for `whole` and for N runs that are killed at a random moment each.
 """
 
 from __future__ import annotations
 
 import os
+import random
+import shutil
 import signal
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +37,8 @@ CASES: dict[str, tuple[str, int, str] | None] = {
 SETTINGS = LTESettings(soft_steps=6, hard_steps=5)
 
 
-def run(folder: Path, kill: tuple[str, int, str] | None) -> None:
+def run(folder: Path, kill: tuple[str, int, str] | None, begins: Callable[[], None] = lambda: None) -> None:
+    """begins: called as the training does."""
     torch.manual_seed(0)
     config = ltepass.LTEConfig(group_size=4)
     model = ltepass.transform(small_llama().eval(), config=config, calibration=copied_text(32, 5).split(16))
@@ -43,6 +49,7 @@ def run(folder: Path, kill: tuple[str, int, str] | None) -> None:
 
     class Dying(LTETrainer):
         def fit(self, *args: Any) -> None:
+            begins()
             super().fit(resume_from_checkpoint=True)
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -63,8 +70,8 @@ def run(folder: Path, kill: tuple[str, int, str] | None) -> None:
     torch.save(model.state_dict(), folder / "final.pt")
 
 
-def in_child(*args: Any) -> int:
-    """The exit status of `run` in a forked child; nothing has used threads before."""
+def start(*args: Any) -> int:
+    """The id of a forked child that calls `run`; nothing has used threads before."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -76,11 +83,49 @@ def in_child(*args: Any) -> int:
             traceback.print_exc()
             os._exit(1)
         os._exit(0)
-    return os.waitpid(pid, 0)[1]
+    return pid
+
+
+def in_child(*args: Any) -> int:
+    """The exit status of `run` in a forked child."""
+    return os.waitpid(start(*args), 0)[1]
+
+
+def kill_after(folder: Path, seconds: float) -> bool:
+    """Starts a run, and kills it so long after its training began; False where it was over by then."""
+    here, there = os.pipe()
+    pid = start(folder, None, lambda: os.write(there, b"x"))
+    os.read(here, 1)
+    time.sleep(seconds)
+    os.kill(pid, signal.SIGKILL)
+    status = os.waitpid(pid, 0)[1]
+    os.close(here)
+    os.close(there)
+    return os.WIFSIGNALED(status)
+
+
+def kill_at_random(out: Path, n: int) -> None:
+    begun: list[float] = []
+
+    def timed(folder: Path) -> float:
+        run(folder, None, lambda: begun.append(time.monotonic()))
+        return time.monotonic() - begun[-1]
+
+    torch.set_num_threads(1)
+    assert in_child(out / "whole", None) == 0
+    length, rng = timed(out / "timed"), random.Random(n)
+    for i in range(n):
+        seconds = length * 0.9 * (i + rng.random()) / n
+        while not kill_after(out / f"random {i}", seconds):  # a machine is not always as quick
+            shutil.rmtree(out / f"random {i}")
+            seconds *= 0.7
+        assert in_child(out / f"random {i}", None) == 0, i
 
 
 def main() -> None:
     out = Path(sys.argv[1])
+    if len(sys.argv) > 2:
+        return kill_at_random(out, int(sys.argv[2]))
     for name, kill in CASES.items():
         if kill:
             status = in_child(out / name, kill)

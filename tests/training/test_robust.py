@@ -22,11 +22,15 @@ from ltepass.training.stages import begin_stage, take_auxiliary
 HERE = Path(__file__).parent
 
 
-def drive(script: str, folder: Path) -> None:
+def drive(script: str, folder: Path, *args: str, timeout: float = 240) -> None:
     path = os.pathsep.join([str(HERE), *filter(None, sys.path)])
     env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, str(HERE / script), str(folder)], env=env, capture_output=True, text=True, timeout=240
+        [sys.executable, str(HERE / script), str(folder), *args],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
@@ -44,6 +48,17 @@ def test_killed_training_resumes_to_bitwise_the_same_weights(ends: Any, case: st
     assert whole.keys() == ends[case].keys()
     for name, value in whole.items():
         assert torch.equal(value.nan_to_num(), ends[case][name].nan_to_num()), name
+
+
+@pytest.mark.parametrize("n", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.timeout(1200)
+def test_killed_at_random_moments_the_same_call_ends_with_the_same_weights(tmp_path: Path, n: int) -> None:
+    drive("kill_driver.py", tmp_path, str(n), timeout=1200)
+    whole = torch.load(tmp_path / "whole" / "final.pt")
+    for i in range(n):
+        ended = torch.load(tmp_path / f"random {i}" / "final.pt")
+        assert whole.keys() == ended.keys()
+        assert all(torch.equal(value.nan_to_num(), ended[name].nan_to_num()) for name, value in whole.items()), i
 
 
 def test_a_checkpoint_that_was_cut_short_is_not_taken(tmp_path: Path) -> None:
