@@ -8,13 +8,14 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 SOURCES := ltepass kernels passes tests examples setup.py
 
-.PHONY: help install demo test deep check readme clean
+.PHONY: help install demo test deep properties check readme clean
 
 help:
 	@echo "make demo     a real model gets faster (about 15 minutes on 2 cores; ARGS='--model tiny' takes a minute)"
 	@echo "make test     the test suite"
 	@echo "make check    ruff and mypy"
 	@echo "make deep     the slow test profiles"
+	@echo "make properties   20,000 hypothesis examples; the count is printed"
 	@echo "make readme   write the demo's table into README.md (after make demo)"
 	@echo "make clean    remove the virtual environment and everything built"
 
@@ -35,9 +36,12 @@ demo: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "not slow" $(ARGS)
 
-deep: $(STAMP)
-	$(BIN)/python -m pytest -q -m slow $(ARGS)
-	$(BIN)/python -m pytest -q --hypothesis-profile=deep tests/properties
+deep: $(STAMP) properties
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow $(ARGS)
+
+# No timeout: a test is thousands of examples.
+properties: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --timeout 0 --hypothesis-profile=deep tests/properties
 
 check: $(STAMP)
 	$(BIN)/ruff check $(SOURCES)

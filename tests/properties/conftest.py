@@ -1,8 +1,11 @@
-"""`pytest --hypothesis-profile=deep tests/properties` runs ten times as many examples as CI does."""
+"""`pytest --hypothesis-profile=deep tests/properties` runs many more examples than CI does, and says how many."""
 
+import re
 import sys
+from collections import Counter
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 for folder in ("passes", "models"):  # the hand-written FFNs and traps, the tiny models
@@ -10,5 +13,18 @@ for folder in ("passes", "models"):  # the hand-written FFNs and traps, the tiny
 
 ALWAYS = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("quick", max_examples=100, **ALWAYS)
-settings.register_profile("deep", max_examples=1000, **ALWAYS)
+settings.register_profile("deep", max_examples=2500, **ALWAYS)
 settings.load_profile("quick")
+PASSED: Counter[str] = Counter()  # examples by file
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Hypothesis' own count of the examples that ran and passed, of its stored ones and of new ones."""
+    text = getattr(item, "hypothesis_statistics", "")
+    PASSED[item.path.name] += sum(map(int, re.findall(r"(\d+) passing,", text)))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for name, count in sorted(PASSED.items()):
+        terminalreporter.write_line(f"{name}: {count:,} examples")
+    terminalreporter.write_line(f"{sum(PASSED.values()):,} hypothesis examples passed")
