@@ -109,7 +109,7 @@ def _exchange(products: _Products, labels: Tensor, seats: int) -> int:
         partner[i] = j.gather(1, at[:, None]).squeeze(1)
     order = gain.argsort(descending=True, stable=True)
     # A gain below the rounding of the sums could swap the same pair for ever.
-    order = order[gain[order] > 1e-5 * products.square.mean()]
+    order = order[gain[order] > 1e-5 * products.square.mean(dtype=torch.float64)]
     return _apply_disjoint(labels, order, partner[order], k)
 
 

@@ -176,7 +176,7 @@ class _EnergyFit(Observer):
         logs = log_energy(energy)
         self.sums.add(self.x, logs)
         del self.x
-        self.log_sum += logs.where(energy > 0, 0.0).sum()
+        self.log_sum += logs.where(energy > 0, 0.0).sum(dtype=torch.float64)  # in fp32 its bits follow the threads
         self.count += (energy > 0).sum()
 
     def fit(self) -> _Fit:

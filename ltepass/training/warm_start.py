@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ltepass.errors import CalibrationError
 from ltepass.padding import telling_tokens, tokens_of
+from ltepass.ridge import one_thread
 from ltepass.router import Router
 from ltepass.sites import FFNSite, NeuronRows, require_trained, router_of
 from ltepass.sparsity import interpolate, is_calibrated, mode_of, place_threshold, require_seen, run_batches, table_of
@@ -181,7 +182,8 @@ class _Fit:
         energy = gram.diagonal().clone()
         penalty = self.penalty * energy + 1e-3 * energy.mean() + 1e-12
         gram.diagonal().add_(penalty)
-        change = torch.linalg.solve(gram, cross)
+        with one_thread():
+            change = torch.linalg.solve(gram, cross)
         left = missing - (change * cross).sum(dtype=torch.float64)
         left -= (penalty * change.square().sum(1)).sum(dtype=torch.float64)
         keep(self.weight)  # a sum cannot be taken back bit by bit

@@ -171,7 +171,7 @@ def started(case: Case) -> tuple[Decoder, Tensor]:
     return model, x
 
 
-@examples(160)
+@examples(100)
 @given(cases)
 @torch.no_grad()
 def test_whatever_is_drawn(case: Case) -> None:
