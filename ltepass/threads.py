@@ -26,6 +26,9 @@ class Locks:
     """All locks of the library, made anew in a forked child: there, who held one is gone and will never release it."""
 
     def __init__(self) -> None:
+        self.renew()
+
+    def renew(self) -> None:
         self.tracing = threading.RLock()
         self.classes = threading.Lock()  # of the table of generated classes
         self.hooks = threading.Lock()  # while an inline site's hooks are put back
@@ -39,7 +42,7 @@ class Locks:
 
 locks = Locks()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=locks.__init__)
+    os.register_at_fork(after_in_child=locks.renew)
 
 
 @contextmanager
