@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
+from torch.nn import Parameter
 
 from ltepass.compiled import compile_model, uncompile_model
 from ltepass.dataflow import erase_upstream
@@ -155,7 +156,7 @@ def lowered_ffn(
     gate = (None, None) if gate_linear is None else parameters_of(gate_linear)
     weights = (*parameters_of(up), *gate, *parameters_of(down))
     for weight in weights:
-        if weight is not None and not is_ordinary(weight):
+        if type(weight) is not Parameter and weight is not None and not is_ordinary(weight):
             raise LoweredError(
                 f"a weight of a lowered FFN is now a {type(weight).__module__}.{type(weight).__name__}, which the op "
                 "does not read; call ltepass.unlower(model) before changing weights, then lower again"
