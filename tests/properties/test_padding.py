@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -28,6 +29,7 @@ def tables(model: Any, batches: Any) -> dict[str, Tensor]:
     return {site.name: router_of(model, site).quantiles.clone() for site in model._lte.sites}
 
 
+@pytest.mark.timeout(1800)  # of ten times as many examples on a busy machine
 @given(
     family=st.sampled_from(FAMILIES),
     lengths=st.lists(st.integers(2, 12), min_size=2, max_size=6),
