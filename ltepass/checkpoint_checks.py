@@ -120,11 +120,10 @@ def _check_weight(tree: _Tree, site: FFNSite, path: str, rows: NeuronRows) -> No
 
 def _check_bias(tree: _Tree, site: FFNSite, path: str, rows: NeuronRows, bias: NeuronRows | None) -> None:
     own = tree.own(path).get("bias")
-    if bias is None:
-        counted = any(tree.parameters[r.param] is own for r in site.neurons)
-        if own is not None and not counted and _adds_its_bias(tree.modules[path]) and site.kind != "graph":
-            _refuse(site, f"says nothing of the bias of {path}")
-    elif tree.parameters[bias.param].dim() != 1 or (bias.start, bias.step) != (rows.start, rows.step):
+    said = tree.parameters[bias.param] if bias else None
+    if own is not None and own is not said and _adds_its_bias(tree.modules[path]) and site.kind != "graph":
+        _refuse(site, f"says nothing of the bias of {path}")
+    if bias and said is not None and (said.dim() != 1 or (bias.start, bias.step) != (rows.start, rows.step)):
         _refuse(site, f"{bias.param} is no bias with the same rows as {rows.param}")
 
 

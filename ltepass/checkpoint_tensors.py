@@ -6,6 +6,7 @@ must be one, and a threshold must be a number.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -111,14 +112,25 @@ def check_weights(model: nn.Module, header: Header, *, heads: bool = False) -> N
 
 
 def check_present(model: nn.Module, sites: Sequence[FFNSite], header: Header) -> None:
-    """The weights of every site are in the files, under one of the names that the model has for them."""
+    """The files hold every weight of a site, and every weight whose like in another layer they hold.
+
+    A weight that is tied stands there under one of its names; a whole kind of weight may be new to this class.
+    """
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    for rows in (rows for site in sites for rows in site.neurons):
-        parameter = model.get_parameter(rows.param)
-        if not any(name in header for name in names[id(parameter)]):
-            raise CheckpointError(f"{rows.param} is missing from the weight files; {_AGAIN}")
+    later = getattr(model, "all_tied_weights_keys", None) or {}  # which transformers ties after they are loaded
+    kinds = {_kind(name) for name in header}
+    ffns = {id(model.get_parameter(rows.param)) for site in sites for rows in site.neurons}
+    for key, aliases in names.items():
+        wanted = key in ffns or any(_kind(name) in kinds for name in aliases)
+        if wanted and not any(name in header or name in later for name in aliases):
+            raise CheckpointError(f"{aliases[0]} is missing from the weight files; {_AGAIN}")
+
+
+def _kind(name: str) -> str:
+    """A weight's name without the numbers of its layers."""
+    return re.sub(r"\d+", "#", name)
 
 
 def check_all(model: nn.Module, header: Header, routers: Sequence[str]) -> None:

@@ -178,6 +178,16 @@ def test_a_site_that_does_not_fit_the_model_is_refused(field: str, tmp_path: Pat
             hf.AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+def test_a_bias_that_its_linear_adds_is_said_to_be_one(tmp_path: Path) -> None:
+    config = copied("v2/inline", tmp_path)
+    for key in ("up_bias", "down_bias"):
+        changed = copy.deepcopy(config)
+        changed["quantization_config"]["sites"][0][key] = None
+        write(tmp_path, changed)
+        with pytest.raises(CheckpointError, match="says nothing of the bias"):
+            hf.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
 def test_a_site_may_not_be_listed_twice_or_left_out(tmp_path: Path) -> None:
     config = copied("v2/aligned", tmp_path)
     first, second = config["quantization_config"]["sites"]
@@ -344,6 +354,7 @@ TENSORS = {
     "cut in the weight files is F32": lambda t: t.update({"model.layers.0.mlp.router.cut": torch.zeros(())}),
     "I32": lambda t: t.update({n: v.int() for n, v in t.items() if "q_proj" in n}),
     "down_proj.weight is missing": lambda t: t.pop("model.layers.1.mlp.down_proj.weight"),
+    "q_proj.weight is missing": lambda t: t.update(x=t.pop("model.layers.0.self_attn.q_proj.weight")),
     r"\[60, 25\]": lambda t: t.update({"model.layers.1.mlp.up_proj.weight": torch.zeros(60, 25)}),
     "permutation of site": lambda t: t["model.layers.0.mlp.router.permutation"].fill_(3),
     "threshold of site": lambda t: t["model.layers.1.mlp.router.threshold"].fill_(float("nan")),
