@@ -128,6 +128,10 @@ double dense_above(ScalarType dtype, int64_t tokens) {
   return 2.0;
 }
 
+// Columns below which the library's products are not asked: MKL deals them out to threads, and sums otherwise where a
+// thread gets few (24 of them and fewer). From here 16 threads give the bits of one.
+constexpr int64_t NARROW = 512;
+
 // The same for ltepass.ops.which_path: x is any tensor of the dtype.
 double dense_above_op(const Tensor& x, int64_t tokens) { return dense_above(x.scalar_type(), tokens); }
 
@@ -213,7 +217,7 @@ std::tuple<Tensor, OptionalTensor> forward(const Tensor& x_in, const Tensor& rou
   STD_TORCH_CHECK(p.act != Act::unknown, "unknown activation ", activation);
   p.cut = cut_of(cut, "cut");
   p.input_cut = cut_of(input_cut, "input_cut");
-  p.dense_above = dense_above(dtype, p.tokens);
+  p.dense_above = std::min(p.d_ff, p.d_out) < NARROW ? 2.0 : dense_above(dtype, p.tokens);
   // Inside somebody's parallel region there are no further threads to take.
   p.threads = omp_in_parallel() ? 1 : int(torch::stable::get_num_threads());
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import timeit
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -167,12 +171,12 @@ def test_dense_and_sparse_chunks_side_by_side(crowded: str) -> None:
         "ends of a span": {0, 6, 7, 8},
     }[crowded]
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(T, 8, generator=generator)
+    x = torch.randn(T, 512, generator=generator)
     x[:, 0] = torch.tensor([1.0 if t // chunk in dense else -1.0 for t in range(T)])
-    router = torch.zeros(4, 8)
+    router = torch.zeros(4, 512)
     router[:, 0] = 1.0
     bias = torch.tensor([5.0, 0.0, 0.0, 0.0])
-    up, gate, down = (torch.randn(*s, generator=generator) for s in ((32, 8), (32, 8), (8, 32)))
+    up, gate, down = (torch.randn(*s, generator=generator) / 20 for s in ((512, 512), (512, 512), (512, 512)))
     args = (x, router, bias, torch.tensor(0.0), up, None, gate, None, down, None, "silu")
     y, mask, count = op(*args)
     assert torch.equal(mask, reference.mask(*args[:4]))
@@ -216,6 +220,32 @@ def test_threshold_is_strict() -> None:
 def test_bitwise_repeatable(T: int, dtype: torch.dtype) -> None:
     recipe = Recipe(T=T, d_model=200, n_experts=20, group_size=16, d_out=100, dtype=dtype, layout="neuron_rows")
     assert_same_bits_on_any_threads(recipe)
+
+
+WIDTHS = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from routed_cases import Recipe, make
+import ltepass.ops
+for T in (33, 100, 600):
+    for d_out in (24, 65, 200, 511, 512, 600):
+        for experts in (2, 40, 64):
+            for dtype in (torch.float32, torch.bfloat16):
+                args = make(Recipe(T=T, d_model=200, n_experts=experts, d_out=d_out, mask="all", dtype=dtype))
+                seen = []
+                for threads in (1, 2, 3, 8, 16):
+                    torch.set_num_threads(threads)
+                    seen.append(torch.ops.ltepass.routed_ffn(*args))
+                assert all(torch.equal(y, seen[0]) for y in seen), (T, d_out, experts, dtype)
+"""
+
+
+def test_bitwise_repeatable_where_everything_is_active() -> None:
+    """Dense products are the library's, which may use more threads than there are cores only where it is told so."""
+    env = os.environ | {"MKL_DYNAMIC": "FALSE", "OMP_NUM_THREADS": "8", "OMP_WAIT_POLICY": "passive"}
+    command = [sys.executable, "-c", WIDTHS, str(Path(__file__).parent)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_many_python_threads_at_once() -> None:
