@@ -46,22 +46,6 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextmanager
-def alone(model: nn.Module) -> Iterator[None]:
-    """One public call on a model at a time, and outside of inference mode, whose tensors could never train again."""
-    with locks.of(model), _training_tensors():
-        yield
-
-
-@contextmanager
-def _training_tensors() -> Iterator[None]:
-    if not torch.is_inference_mode_enabled():
-        yield
-        return
-    with torch.inference_mode(False), torch.no_grad():
-        yield
-
-
-@contextmanager
 def unshared(routers: Iterable[Any]) -> Iterator[None]:
     """Until the end, a forward of another thread through one of these routers raises ConcurrencyError."""
     free = [router for router in routers if router.thread is None]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ltepass.sites import root_of, routers_of
-from ltepass.threads import alone
+from ltepass.threads import locks
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -48,7 +48,9 @@ def verb(call: F) -> F:
 
 def all_or_nothing(model: nn.Module, work: Callable[[], T]) -> T:
     """Run `work`; where it raises anything, the model is as before. Nothing happens after `work` where it succeeds."""
-    with alone(model):
+    learns = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    # Outside of inference mode, whose tensors could never train again. No step of ours comes after the work.
+    with locks.of(model), torch.inference_mode(False), torch.set_grad_enabled(learns):
         return _all_or_nothing(model, work)
 
 

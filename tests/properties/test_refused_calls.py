@@ -6,6 +6,7 @@ Every line of ltepass that a clean call runs is a step; one is drawn, and an exc
 from __future__ import annotations
 
 import copy
+import linecache
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,15 @@ from ltepass.training.warm_start import warm_start
 
 HERE = str(Path(ltepass.__file__).parent)
 PARTS = (HERE, *(str(p.resolve()) for p in Path(HERE).iterdir() if p.is_symlink()), "<ltepass")
+ONLY_READS = (  # most lines
+    "Snapshot.__init__",
+    "_Object.__init__",
+    "_objects",
+    "root_of",
+    "state_of",
+    "routers_of",
+    "all_or_nothing",
+)
 Verb = Callable[[nn.Module], Any]
 
 
@@ -47,10 +57,14 @@ class Steps:
         sys.settrace(self.before)
 
     def _on_call(self, frame: FrameType, event: str, arg: Any) -> Any:
-        return self._on_line if frame.f_code.co_filename.startswith(PARTS) else None
+        ours = frame.f_code.co_filename.startswith(PARTS) and not frame.f_code.co_qualname.startswith(ONLY_READS)
+        return self._on_line if ours else None
 
     def _on_line(self, frame: FrameType, event: str, arg: Any) -> Any:
-        if event == "line":
+        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip()
+        if event == "line" and not line.startswith(
+            ("with lock", "with self.table")
+        ):  # nothing is heard between a block's end and its lock's
             self.count += 1
             if self.count == self.fail_at and self.error is not None:
                 self.where = (frame.f_code.co_filename, frame.f_lineno)
@@ -202,13 +216,20 @@ def test_a_call_that_fails_at_any_step_changes_nothing(name: str, verb: str) -> 
 
     last = steps.count - ("stage options" in verb)  # whose last step is the first of what comes then
 
-    @examples(20)
+    @examples(10 if name == "llama" or verb == "transform" else 40)
     @given(at=st.integers(1, last), interrupted=st.booleans())
     def fails_at(at: int, interrupted: bool) -> None:
+        nonlocal model, before
         planted = Steps(at, KeyboardInterrupt() if interrupted else Planted())
-        with pytest.raises(BaseException) as error, planted:
-            run(model)
-        assert error.value is planted.error, (planted.count, steps.count, planted.where)
+        try:
+            with planted:
+                run(model)
+        except (KeyboardInterrupt, Planted):
+            pass
+        else:  # fewer steps than the clean run: a class that it made is still alive
+            assert planted.where is None
+            model = prepared(name, verb)
+            before = image(model)
         assert_same(before, image(model))
 
     fails_at()
