@@ -38,6 +38,7 @@ ONLY_READS = (  # most lines
     "routers_of",
     "all_or_nothing",
 )
+LOCKS = ("with lock", "with self.table")  # no interruption is heard between a block's end and the release of its lock
 Verb = Callable[[nn.Module], Any]
 
 
@@ -62,9 +63,7 @@ class Steps:
 
     def _on_line(self, frame: FrameType, event: str, arg: Any) -> Any:
         line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip()
-        if event == "line" and not line.startswith(
-            ("with lock", "with self.table")
-        ):  # nothing is heard between a block's end and its lock's
+        if event == "line" and not line.startswith(LOCKS):
             self.count += 1
             if self.count == self.fail_at and self.error is not None:
                 self.where = (frame.f_code.co_filename, frame.f_lineno)
