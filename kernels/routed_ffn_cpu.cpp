@@ -8,6 +8,7 @@
 #include <cpuid.h>
 #endif
 
+#include <exception>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -128,19 +129,35 @@ double dense_above(ScalarType dtype, int64_t tokens) {
   return 2.0;
 }
 
-// Columns below which the library's products are not asked: MKL deals them out to threads, and sums otherwise where a
-// thread gets few (24 of them and fewer). From here 16 threads give the bits of one.
-constexpr int64_t NARROW = 512;
-
 // The same for ltepass.ops.which_path: x is any tensor of the dtype.
 double dense_above_op(const Tensor& x, int64_t tokens) { return dense_above(x.scalar_type(), tokens); }
 
+// Columns below which the library's products get one thread: MKL deals columns out to threads, and sums otherwise where
+// one gets few (24 of them and fewer). From here 16 threads give the bits of one.
+constexpr int64_t NARROW = 512;
+
+// Inside a parallel region libraries take no threads of their own; the caller's thread does the work.
+template <class Work>
+void in_one_thread(Work&& work) {
+  std::exception_ptr thrown;
+#pragma omp parallel num_threads(2)
+#pragma omp master
+  try {
+    work();
+  } catch (...) {
+    thrown = std::current_exception();
+  }
+  if (thrown) std::rethrow_exception(thrown);
+}
+
 template <class E>
 void run(const Problem& p, const Tensor& x, const Weights& w, const Tensor& y) {
-  if (p.tokens == 1)
-    decode<E>(p);
-  else
-    batch<E>(p, [&](int64_t first, int64_t tokens, const uint8_t* mask) { dense<E>(p, x, w, y, first, tokens, mask); });
+  if (p.tokens == 1) return decode<E>(p);
+  const bool narrow = std::min(p.d_ff, p.d_out) < NARROW && p.threads > 1;
+  batch<E>(p, [&](int64_t first, int64_t tokens, const uint8_t* mask) {
+    auto work = [&] { dense<E>(p, x, w, y, first, tokens, mask); };
+    narrow ? in_one_thread(work) : work();
+  });
 }
 
 // fp64 (gradient checks) and anything else without a kernel: the few lines of PyTorch that ltepass/ops.py registers.
@@ -217,7 +234,7 @@ std::tuple<Tensor, OptionalTensor> forward(const Tensor& x_in, const Tensor& rou
   STD_TORCH_CHECK(p.act != Act::unknown, "unknown activation ", activation);
   p.cut = cut_of(cut, "cut");
   p.input_cut = cut_of(input_cut, "input_cut");
-  p.dense_above = std::min(p.d_ff, p.d_out) < NARROW ? 2.0 : dense_above(dtype, p.tokens);
+  p.dense_above = dense_above(dtype, p.tokens);
   // Inside somebody's parallel region there are no further threads to take.
   p.threads = omp_in_parallel() ? 1 : int(torch::stable::get_num_threads());
 

@@ -39,7 +39,6 @@ X86_LEVELS = {
 DIGEST = hashlib.sha256().digest_size  # bytes behind an object, see `_seal`
 BUILD_SECONDS = 180  # 15 on an idle core
 KNOWN_TO_WORK = "a g++ of version 11 or later is known to work"
-NARROW = 512  # as the kernel has it: narrower FFNs are never left to the library's products
 _lock = threading.Lock()
 _loaded: bool | None = None  # None before the first try
 
@@ -295,8 +294,7 @@ def which_path(T: int, d_model: int, d_ff: int, n_experts: int, dtype: torch.dty
         return f"masked dense (PyTorch): no kernel for {str(dtype).removeprefix('torch.')}"
     if T == 1:
         return f"C++ {isa()}: active neurons only"
-    narrow = min(d_model, d_ff) < NARROW
-    share = 2.0 if narrow else torch.ops.ltepass._dense_above(torch.empty(0, dtype=dtype), T)
+    share = torch.ops.ltepass._dense_above(torch.empty(0, dtype=dtype), T)
     dense = f", dense and mask above {share:.0%} active" if share < 1 else ""
     return f"C++ {isa()}: per expert, its own tokens{dense}"
 
