@@ -55,6 +55,8 @@ def watch(model: nn.Module, batches: Iterable[Any], observers: Sequence[Observer
 class Observer(ABC):
     """Sees the inputs x [n, d_model], then the hidden units h [n, d_ff], of every forward of one site: of tokens."""
 
+    handle: Any = None
+
     def __init__(self, site: FFNSite, router: Router) -> None:
         self.site, self.router, self.tokens = site, router, 0
 
@@ -74,7 +76,8 @@ class Observer(ABC):
         self.on_input(x)
 
     def close(self) -> None:
-        self.handle.remove()
+        if self.handle is not None:  # it was opened before the pass was interrupted
+            self.handle.remove()
         self.router.observer = None
 
 
