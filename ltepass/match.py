@@ -104,7 +104,7 @@ def _walk_back(flow: Flow, down: Linear, walk: _Walk) -> None:
     for node in breadth_first(down.x, lambda n: flow.back.successors(n) if n in walk.inner else ()):
         if node in flow.leaves:
             walk.leaves.append(node)
-        elif node is not down.x and is_plain_tensor(node) and numel(node) <= tokens and not flow.fixed(node):
+        elif is_plain_tensor(node) and numel(node) <= tokens < numel(down.x) and not flow.fixed(node):
             walk.scales.append(node)  # so few numbers made of the input: one a token, which trace_rows checks
         elif (linear := flow.linear(node)) is not None:
             walk.streams.append(linear)

@@ -72,3 +72,20 @@ def test_a_factor_of_the_neurons_that_is_no_parameter_is_refused(shape: tuple[in
     model = Excited(6, 16).eval()
     with pytest.raises(NoFFNFoundError):
         ltepass.transform(model, torch.randn(shape), ltepass.LTEConfig(group_size=2, grouping="random"))
+
+
+def test_a_single_neuron_is_no_factor() -> None:
+    """Its hidden units have the shape of one number a token, as a factor has."""
+    model = nn.Sequential(nn.LayerNorm(8), Narrow(8)).eval()
+    ltepass.transform(model, torch.randn(2, 3, 8))
+    (site,) = model._lte.sites
+    assert site.d_ff == 1
+
+
+class Narrow(nn.Module):
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(d, 1), nn.Linear(1, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(x)))
