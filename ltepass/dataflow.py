@@ -211,18 +211,19 @@ class Flow:
                 graph.add_edges_from((node, source) for source in inputs)
         return graph
 
+    @cached_property
+    def _made_of(self) -> dict[Node, tuple[bool, bool]]:
+        """Whether a node is made of an input, and whether of a parameter: one walk for all nodes."""
+        made: dict[Node, tuple[bool, bool]] = {}
+        for node in self.gm.graph.nodes:
+            before = [made[n] for n in node.all_input_nodes]
+            inputs = node.op == "placeholder" or any(of_input for of_input, _ in before)
+            made[node] = (False, True) if node in self.leaves else (inputs, any(of_leaf for _, of_leaf in before))
+        return made
+
     def fixed(self, node: Node) -> bool:
         """Whether a node is made of parameters alone, so that it is the same for every input."""
-        todo, seen = [node], {node}
-        while todo:
-            here = todo.pop()
-            if here not in self.leaves:
-                if here.op == "placeholder":
-                    return False
-                fresh = [n for n in here.all_input_nodes if n not in seen]
-                seen.update(fresh)
-                todo += fresh
-        return not seen.isdisjoint(self.leaves)
+        return self._made_of.get(node) == (False, True)
 
     def leaf(self, node: Node) -> tuple[Node, bool] | None:
         """(leaf node, transposed) when `node` is a leaf seen through casts and 2-D transposes, else None."""

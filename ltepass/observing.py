@@ -16,6 +16,7 @@ from ltepass.padding import telling_tokens, tokens_of
 from ltepass.router import Router
 from ltepass.sites import FFNSite, require_trained, router_of
 from ltepass.sparsity import mode_of, require_seen, run_batches
+from ltepass.threads import require_own
 
 BUDGET_BYTES = 900_000_000  # of sampled activations, all sites together
 SAMPLE_TOKENS = 2048  # for grouping and tables; the routers' regression sees every token
@@ -71,6 +72,8 @@ class Observer(ABC):
         self.router.observer = lambda h: self.on_hidden(tokens_of(self.router, h))
 
     def _count(self, seen: Tensor) -> None:
+        if self.router.thread is not None:  # before the router itself asks: what is seen here would be kept
+            require_own(self.router.thread)
         x = tokens_of(self.router, seen)
         self.tokens += len(x)
         self.on_input(x)

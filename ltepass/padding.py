@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import signature
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -123,7 +124,7 @@ class _Enter:
                 self.sites.append((site, router, part, _reads_tokens(model, site)))
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.hooks.running:
+        if self.hooks.running or self.of_another_thread():
             return
         self.hooks.running = self.running = True
         self.hooks.number += 1
@@ -135,6 +136,10 @@ class _Enter:
             if not self.hooks.keep:
                 router.kept.clear()
         self.hooks.output = Forward(masks["decoder" if self.both else "whole"], number=self.hooks.number)
+
+    def of_another_thread(self) -> bool:
+        """Whether a call has the model to itself, and this forward, which its first router refuses, is none of it."""
+        return any(router.thread not in (None, get_ident()) for _, router, _, _ in self.sites[:1])
 
     def _masks(self, given: Mapping[str, Any]) -> dict[Part, tuple[Tensor, ...]]:
         own = token_mask(given.get("attention_mask"), _length(given, TOKENS))
@@ -153,7 +158,7 @@ class _Leave:
         self.enter = enter
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.enter.running:
+        if self.enter.running and not self.enter.of_another_thread():
             self.enter.hooks.running = self.enter.running = False
 
 

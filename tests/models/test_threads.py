@@ -22,6 +22,7 @@ from zoo import build, ids, logits, transformed
 
 import ltepass
 from ltepass import regenerate
+from ltepass.calibration import fit_energies
 from ltepass.errors import ConcurrencyError
 from ltepass.router import Router
 from ltepass.sites import routers_of
@@ -341,3 +342,56 @@ def test_classes_are_shared_by_equals_and_go_with_the_last_of_them(name: str) ->
     gc.collect()
     assert [cls for cls in classes if cls() is not None] == []
     assert len(regenerate._classes) <= before
+
+
+def test_a_refused_forward_leaves_nothing_in_what_a_pass_sees() -> None:
+    """Neither its rows nor its padding: it is refused at its first router, after the hooks before that have run."""
+    model = transformed("llama")
+    padded = {"input_ids": ids(2, 9), "attention_mask": torch.arange(9).expand(2, 9).gt(3).long()}
+    weights = {site.name: torch.ones(site.d_ff) for site in model._lte.sites}
+    expected = fit_energies(model, [padded] * 2, weights, "dense")
+    forward = type(model.model).forward
+    done: list[str] = []
+
+    def beside(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """In the middle of the forward, after its masks were noted."""
+        if not done:
+            done.append("begun")
+            with ThreadPoolExecutor(1) as other, pytest.raises(ConcurrencyError):
+                other.submit(logits, model, ids(3, 5)).result()
+            done.append("refused")
+        return forward(self, *args, **kwargs)
+
+    model.model.forward = beside.__get__(model.model)
+    found = fit_energies(model, [padded] * 2, weights, "dense")
+    assert done == ["begun", "refused"]
+    for name, fit in expected.items():
+        assert torch.equal(found[name].weight, fit.weight)
+
+
+def test_a_forward_that_another_thread_has_begun_gives_a_pass_no_masks() -> None:
+    """It stands between its model's hooks and its first router while the whole pass goes by."""
+    model = transformed("llama")
+    padded = {"input_ids": ids(2, 9), "attention_mask": torch.arange(9).expand(2, 9).gt(3).long()}
+    expected = ltepass.measure_sparsity(model, [padded])
+    inside, go_on = threading.Event(), threading.Event()
+    embed = type(model.model.embed_tokens).forward
+
+    def waiting(self: Any, *args: Any) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            inside.set()
+            go_on.wait(30)
+        return embed(self, *args)
+
+    model.model.embed_tokens.forward = waiting.__get__(model.model.embed_tokens)
+    with ThreadPoolExecutor(1) as other:
+
+        def batches() -> Iterator[Any]:
+            running = other.submit(logits, model)
+            inside.wait(30)
+            yield padded
+            go_on.set()
+            with pytest.raises(ConcurrencyError):
+                running.result()
+
+        assert ltepass.measure_sparsity(model, batches()) == expected
