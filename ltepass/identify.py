@@ -21,6 +21,9 @@ from ltepass.values import MissError, Piece
 _SKIPPED = frozenset("to dropout float half bfloat16 double type_as gate alias detach contiguous clone".split())
 
 
+ENOUGH = 256  # values of each piece; at a single one far out, gelu and silu are the same number
+
+
 @dataclass(frozen=True)
 class Known:
     """What a region computes. order: which pieces are (gate, up) or (up,); activation: None where it is affine."""
@@ -50,19 +53,24 @@ def _run(probe: _Probe, leaves: Sequence[Node], scales: Sequence[Node]) -> Known
     names = [op_name(n) or "" for n in probe.inner if is_pointwise(n)]
     custom = "custom(" + ",".join(dict.fromkeys(n for n in names if n not in _SKIPPED)) + ")"
     order = tuple(range(len(probe.pieces)))
-    samples = [probe.sample(i) for i in order]
-    h = probe(samples)
-    if h is None:  # an operation that takes no made-up values: nothing is known but the names of its operations
+    rounds = [[probe.sample(i) for i in order] for _ in range(probe.rounds)]
+    values = [h for samples in rounds if (h := probe(samples)) is not None]
+    if not values:  # an operation that takes no made-up values: nothing is known but the names of its operations
         return Known(order[:2], custom)
-    if probe.affine(samples, order):
+
+    def affine(which: Sequence[int]) -> bool:
+        return all(probe.affine(samples, which) for samples in rounds)
+
+    if affine(order):
         return Known(order, None)
     if len(order) > 2:
         return Known(order[:2], custom)
-    if len(order) == 2 and not probe.affine(samples, [1]) and probe.affine(samples, [0]):
+    if len(order) == 2 and not affine([1]) and affine([0]):
         order = (1, 0)
     if scales or any(shape(leaf) and leaf not in probe.known for leaf in leaves):
         return Known(order, custom)
-    return _named(order, samples, h) or Known(order, custom)
+    samples = [torch.cat(of_piece) for of_piece in zip(*rounds, strict=True)]
+    return _named(order, samples, torch.cat(values)) or Known(order, custom)
 
 
 def _named(order: tuple[int, ...], samples: list[Tensor], h: Tensor) -> Known | None:
@@ -109,11 +117,18 @@ class _Probe:
     def _uniform(self, size: tuple[int, ...], low: float, high: float) -> Tensor:
         return torch.empty(size, dtype=torch.float64).uniform_(low, high, generator=self.generator)
 
+    @property
+    def rounds(self) -> int:
+        """How many samples tell one function from another: few example tokens of a narrow FFN hold few values."""
+        return max(1, -(-ENOUGH // (self._tokens(0) * self.down.in_width)))
+
+    def _tokens(self, i: int) -> int:
+        node = self.pieces[i].linear.node
+        return numel(node) // shape(node)[-1]
+
     def sample(self, i: int) -> Tensor:
         """Values of piece i: [tokens, d_ff], most within 6, some as far out as 6e4."""
-        node = self.pieces[i].linear.node
-        tokens = numel(node) // shape(node)[-1]
-        sample = self._uniform((tokens, self.down.in_width), -6.0, 6.0)
+        sample = self._uniform((self._tokens(i), self.down.in_width), -6.0, 6.0)
         reach = torch.randint(-4, 5, sample.shape, generator=self.generator).clamp_min(0)
         return sample * 10.0**reach
 

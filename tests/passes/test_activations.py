@@ -14,6 +14,7 @@ from transformers.activations import ACT2FN
 
 import ltepass
 from ltepass.errors import NoFFNFoundError
+from ltepass.kernels import reference
 from ltepass.sites import router_of
 
 FUSED = {
@@ -129,3 +130,23 @@ def test_a_parameter_per_neuron_moves_with_the_neuron() -> None:
         assert any(r.param.startswith("ffns.0.act.") for r in site.neurons)
     (site,) = sites_of(Residual(PARAMETRIC["one slope"]()))
     assert not any(r.param.startswith("ffns.0.act.") for r in site.neurons)
+
+
+class OneNeuron(nn.Module):
+    def __init__(self, activation: str, gated: bool) -> None:
+        super().__init__()
+        self.act, self.norm = reference.ACTIVATIONS[activation], nn.LayerNorm(3)
+        self.gate, self.up, self.down = nn.Linear(3, 1) if gated else None, nn.Linear(3, 1), nn.Linear(1, 3)
+
+    def forward(self, x):
+        z = self.norm(x)
+        return x + self.down(self.act(self.up(z)) if self.gate is None else self.act(self.gate(z)) * self.up(z))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", [name for name in reference.ACTIVATIONS if name != "identity"])
+def test_one_value_at_a_time_is_enough_to_know_it(activation: str, gated: bool) -> None:
+    """One token of one neuron is one sample; far out, several of the functions are the same number there."""
+    model = ltepass.transform(OneNeuron(activation, gated).eval(), torch.randn(1, 1, 3))
+    (site,) = model._lte.sites
+    assert site.activation == activation
