@@ -267,6 +267,7 @@ def test_many_python_threads_at_once() -> None:
     assert not wrong
 
 
+@pytest.mark.slow  # a time is asserted: by its own command alone
 def test_a_call_in_16_bits_costs_what_one_in_fp32_does() -> None:
     """What the CPU can do is asked once: in a virtual machine the instruction that tells takes longer than the call."""
 
