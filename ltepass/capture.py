@@ -24,6 +24,7 @@ from ltepass.dataflow import Flow, is_movement, op_name, strip_identity
 from ltepass.errors import CaptureError
 from ltepass.example_inputs import make_example_inputs
 from ltepass.threads import quiet_stderr, tracing
+from ltepass.undo import refill
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,16 +240,4 @@ def _same_attributes(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for now, before in kept:
-            _restore(now, before)
-
-
-def _restore(now: Any, before: Any) -> None:
-    """Only what changed, key by key: an attribute may be watched, and another thread may read it meanwhile."""
-    if isinstance(now, dict):
-        for key in [k for k in now if k not in before]:
-            del now[key]
-        now.update({k: v for k, v in before.items() if k not in now or now[k] is not v})
-    same = list(now) == list(before) if isinstance(now, dict) else [id(v) for v in now] == [id(v) for v in before]
-    if not same:
-        now.clear()
-        (now.extend if isinstance(now, list) else now.update)(before)
+            refill(now, before)

@@ -167,9 +167,12 @@ class _Object:
 
 
 def refill(container: Any, content: Any) -> None:
-    """Only where something changed: another thread may read it, or watch it."""
+    """Only what changed, key by key: an attribute may be watched, and another thread may read it meanwhile."""
     if isinstance(container, dict):
-        same = list(container) == list(content) and all(container[k] is content[k] for k in content)
+        for key in [k for k in container if k not in content]:
+            del container[key]
+        container.update({k: v for k, v in content.items() if k not in container or container[k] is not v})
+        same = list(container) == list(content)
     else:
         same = list(map(id, container)) == list(map(id, content))
     if not same:
