@@ -31,7 +31,7 @@ def decompose(
     if not all(issubclass(t, known) for t in types):
         return NotImplemented
     # An exported program keeps the op: kernels would make it good for one kind of device only.
-    exporting = custom_triton_ops_decomposition_disabled()  # type: ignore[no-untyped-call]
+    exporting = custom_triton_ops_decomposition_disabled()
     cuts_inputs = len(args) > 12 and args[12] is not None  # which no GPU kernel does
     if args[0].device.type != "cuda" or exporting or cuts_inputs:
         return mode.__torch_dispatch__(op, types, args, kwargs)

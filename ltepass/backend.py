@@ -61,7 +61,7 @@ def lte(
     with tuning.assume_density(_density(example_inputs)):
         compiled: Any = compile_fx(gm, example_inputs, config_patches=_patches(mode, options))
     on_cpu = all(t.device.type == "cpu" for t in example_inputs if isinstance(t, Tensor))
-    return _below_autograd(compiled) if lowered and on_cpu else compiled  # type: ignore[no-any-return]
+    return _below_autograd(compiled) if lowered and on_cpu else compiled
 
 
 def _below_autograd(compiled: Callable[..., Any]) -> Callable[..., Any]:

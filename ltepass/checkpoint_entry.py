@@ -82,7 +82,7 @@ def read_state(value: object) -> LTEState:
         entry.wrong("quant_method", METHOD)
     entry.text("written_by", default="")
     entry.end("version")
-    return LTEState(**known)  # type: ignore[arg-type]
+    return LTEState(**known)
 
 
 def _newer(value: Any, version: int) -> str:
@@ -180,13 +180,13 @@ def _name(entry: _Entry) -> str:
     name = entry.text("name")
     path, several, number = name.partition("#")
     good = is_path(path) and (not several or (number.isdecimal() and number.isascii()))
-    return name if good else entry.wrong("name", "dotted names")  # type: ignore[no-any-return]
+    return name if good else entry.wrong("name", "dotted names")
 
 
 def _activation(entry: _Entry) -> str:
     name = entry.text("activation")
     good = name in ACTIVATIONS or _CUSTOM.fullmatch(name)
-    return name if good else entry.wrong("activation", f"custom(...) or one of {', '.join(ACTIVATIONS)}")  # type: ignore[no-any-return]
+    return name if good else entry.wrong("activation", f"custom(...) or one of {', '.join(ACTIVATIONS)}")
 
 
 def _nodes(entry: _Entry) -> tuple[str, ...]:

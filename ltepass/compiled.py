@@ -54,7 +54,7 @@ def _with_constant_floats(trace: Any) -> Callable[..., Any]:
     from torch._dynamo.convert_frame import compile_lock
 
     def callback(*args: Any, **kwargs: Any) -> Any:
-        with compile_lock, config.patch(specialize_float=True):  # type: ignore[no-untyped-call]
+        with compile_lock, config.patch(specialize_float=True):
             return trace(*args, **kwargs)
 
     # Dynamo compares backends by this chain of attributes; a function that carries it is how torch wraps callbacks.

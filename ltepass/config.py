@@ -21,7 +21,7 @@ SEEDS = range(-(2**63), 2**64)  # what torch.Generator takes
 def check_mode(mode: str) -> Mode:
     if mode not in MODES:
         raise ConfigError(f"mode is {mode!r}; expected one of {', '.join(MODES)}; pass one of these")
-    return mode  # type: ignore[return-value]  # narrowed by the check above
+    return mode  # narrowed by the check above
 
 
 def check_sparsity(value: float, name: str = "target_sparsity") -> float:

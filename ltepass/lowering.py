@@ -347,7 +347,7 @@ def _lower_inline(model: nn.Module, owner: str, sites: list[FFNSite], lowered: s
         one_token = one_token_will_do(module, [relative(site, path) for path in ups], relative(site, site.down))
         for linear in map(model.get_submodule, ups):
             width = linear.get_parameter("weight").shape[1 if is_conv1d(linear) else 0]
-            linear.forward = Stub(width, one_token=one_token)  # type: ignore[method-assign]
+            linear.forward = Stub(width, one_token=one_token)
         sparse = SparseDown(inline[-1], lowered_ffn, [relative(site, path) for path in activations(model, site)])
-        model.get_submodule(site.down).forward = sparse  # type: ignore[method-assign]
+        model.get_submodule(site.down).forward = sparse
     attach(module, inline)

@@ -167,7 +167,7 @@ def _autograd(op: torch._ops.OpOverload, with_mask: bool) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             # The C++ apply: torch.func's own wrapper of it would dispatch a second time, from inside this kernel.
             with enable_single_level_autograd_function():
-                outputs = super(torch.autograd.Function, _HardFFN).apply(*args)  # type: ignore[misc]
+                outputs = super(torch.autograd.Function, _HardFFN).apply(*args)
             return outputs if with_mask else outputs[0]
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)

@@ -162,12 +162,12 @@ class Router(nn.Module):
             moved = fn(t)
             return moved if moved.dtype == t.dtype else t.to(moved.device)
 
-        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(keep_dtype, recurse)
         self._expect(self.density)
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(*args, **kwargs)
         self.note_density()
 
     def note_density(self) -> None:
@@ -182,7 +182,7 @@ class Router(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: without what belongs to one forward, which no copy can take."""
-        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        state: dict[str, Any] = super().__getstate__()
         return {**state, "kept": [], "rows": None, "observer": None, "thread": None}
 
     def extra_repr(self) -> str:
@@ -225,7 +225,7 @@ _library.impl("cut_inputs", leave_out_small, "CompositeImplicitAutograd")
 def seen_inputs(router: Router, x: Tensor) -> Tensor:
     """x: [..., d_model] -> what up and gate see of it: all, or in hard mode what `input_cut` leaves."""
     if isinstance(x, torch.fx.Proxy):
-        return x.tracer.create_proxy("call_function", seen_inputs, (router, x), {})  # type: ignore[return-value]
+        return x.tracer.create_proxy("call_function", seen_inputs, (router, x), {})
     if router.input_cut is None or router.mode != "hard":
         return x
     return torch.ops.ltepass.cut_inputs.default(x, router.input_cut)  # type: ignore[no-any-return]
@@ -234,7 +234,7 @@ def seen_inputs(router: Router, x: Tensor) -> Tensor:
 def gate(router: Router, h: Tensor, logits: Tensor | None) -> Tensor:
     """h: [..., d_ff]; logits: what `router(x)` returned. The definition of soft, hard and dense mode."""
     if isinstance(h, torch.fx.Proxy):  # a GraphModule is traced again when it is pickled: one node stays one node
-        return h.tracer.create_proxy("call_function", gate, (router, h, logits), {})  # type: ignore[return-value]
+        return h.tracer.create_proxy("call_function", gate, (router, h, logits), {})
     soft = router.mode == "soft"
     if router.thread is not None and not torch.compiler.is_compiling():
         require_own(router.thread)

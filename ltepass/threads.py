@@ -91,11 +91,11 @@ def quiet_stderr() -> Iterator[None]:
     """What this thread writes to sys.stderr is dropped; other threads write on."""
     before = sys.stderr
     ours = _OthersOnly(before)
-    sys.stderr = ours  # type: ignore[assignment]
+    sys.stderr = ours
     try:
         yield
     finally:
-        if sys.stderr is ours:  # type: ignore[comparison-overlap]
+        if sys.stderr is ours:
             sys.stderr = before
 
 

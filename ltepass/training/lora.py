@@ -68,5 +68,5 @@ def merge_lora(model: nn.Module) -> None:
         for child, layer in list(parent._modules.items()):
             # no getattr: PEFT's wrapper of modules_to_save hands that on to what it wraps
             if layer is not None and ADAPTER in layer._modules.get("lora_A", ()):  # type: ignore[operator]
-                layer.merge()  # type: ignore[union-attr, operator]  # a second time, where sites share it, does nothing
-                parent._modules[child] = layer.base_layer  # type: ignore[union-attr, assignment]
+                layer.merge()  # type: ignore[operator]  # a second time, where sites share it, does nothing
+                parent._modules[child] = layer.base_layer  # type: ignore[assignment]

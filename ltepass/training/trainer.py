@@ -104,7 +104,7 @@ class LTETrainerMixin:
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """How Trainer gets a new model for every `train`; the one that is there, while it trains or `fit` runs."""
-        return self.model if self._keeps_model else super().call_model_init(trial)  # type: ignore[misc,no-any-return]
+        return self.model if self._keeps_model else super().call_model_init(trial)  # type: ignore[misc]
 
     @contextmanager
     def _one_model(self, trial: Any = None) -> Iterator[None]:
@@ -129,7 +129,7 @@ class LTETrainerMixin:
 
         resume_from_checkpoint: True goes on from the newest whole checkpoint, wherever the last run was killed.
         """
-        base, steps = self.args.output_dir, self.args.max_steps  # type: ignore[has-type]
+        base, steps = self.args.output_dir, self.args.max_steps
         stages: tuple[tuple[Stage, int | None], ...] = (("soft", self.lte.soft_steps), ("hard", self.lte.hard_steps))
         try:
             with self._one_model():
