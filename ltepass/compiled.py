@@ -11,7 +11,10 @@ from functools import partial
 from typing import Any
 
 from torch import nn
+from torch.compiler import is_compiling
+from torch.nn.modules.module import _has_any_global_hook
 
+from ltepass.guarding import watches
 from ltepass.sites import LTEState
 
 CACHES = "_prepare_cache_for_generation"  # the method of transformers that makes a cache for one `generate`
@@ -32,8 +35,8 @@ def compile_model(model: nn.Module, state: LTEState) -> None:
     # Sizes are symbols from the start: else a few prompts of other lengths and batches reach Dynamo's recompile limit,
     # and the model silently runs eager.
     compiler: Any = torch._dynamo.optimize(backend=partial(lte, kept=note), dynamic=True)
-    compiler.callback = _with_constant_floats(compiler.callback)
-    model._compiled_call_impl = compiler(model._call_impl)
+    compiler.callback = _with_our_settings(compiler.callback)
+    model._compiled_call_impl = _seen_first(model, compiler(model._call_impl))
     if hasattr(model, CACHES):
         model.__dict__[CACHES] = _StaticCaches(model)
 
@@ -43,18 +46,36 @@ def uncompile_model(model: nn.Module) -> None:
     model.__dict__.pop(CACHES, None)
 
 
-def _with_constant_floats(trace: Any) -> Callable[..., Any]:
-    """Dynamo's own callback, which traces what no compiled code fits, taking Python floats as constants.
+def _seen_first(model: nn.Module, compiled: Any) -> Callable[..., Any]:
+    """The compiled call, after a look at what Dynamo does not guard: replaced forwards, and hooks for all modules."""
+    looks = [(module, hook) for module, _, hook in watches(model)]
 
-    dynamic=True is meant for sizes. It makes symbols of floats too, and every norm's eps and every attention's scale
-    then becomes a tensor at each call: 0.8 ms a token of SmolLM2's 45, and a quarter more to compile. Dynamo has this
-    as a setting of the process only. It is changed under the lock that Dynamo traces under: no other trace sees it.
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not is_compiling():
+            for module, hook in looks:
+                hook.check(module)
+            if _has_any_global_hook():
+                return model._call_impl(*args, **kwargs)  # masked-dense, which is exact, and every hook runs
+        return compiled(*args, **kwargs)
+
+    return call
+
+
+def _with_our_settings(trace: Any) -> Callable[..., Any]:
+    """Dynamo's own callback, which traces what no compiled code fits, with two settings that it has for the process.
+
+    They are changed under the lock that Dynamo traces under: no other trace sees them.
+    specialize_float: dynamic=True is meant for sizes. It makes symbols of floats too, and every norm's eps and every
+    attention's scale then becomes a tensor at each call: 0.8 ms a token of SmolLM2's 45, and a quarter more to compile.
+    skip_nnmodule_hook_guards: else a hook that somebody adds later is silently left out. 0.15 ms a token of 30 layers.
     """
     from torch._dynamo import config
     from torch._dynamo.convert_frame import compile_lock
 
+    settings = {"specialize_float": True, "skip_nnmodule_hook_guards": False}
+
     def callback(*args: Any, **kwargs: Any) -> Any:
-        with compile_lock, config.patch(specialize_float=True):
+        with compile_lock, config.patch(settings):
             return trace(*args, **kwargs)
 
     # Dynamo compares backends by this chain of attributes; a function that carries it is how torch wraps callbacks.

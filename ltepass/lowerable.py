@@ -5,14 +5,18 @@ Asked twice: before lowering, where the answer is a note; and at every call of a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.nn.modules.module import _has_any_global_hook
 
 from ltepass.capture import join
 from ltepass.guarding import is_replaced
 from ltepass.inline import Hook, SparseDown
+from ltepass.near import breadth_first
+from ltepass.router import gate
 from ltepass.sites import FFNSite, router_of
 from ltepass.stubs import Stub
 
@@ -55,22 +59,61 @@ def _why_not_held(model: nn.Module, site: FFNSite) -> str | None:
 
 def why_not_alone(model: nn.Module, site: FFNSite) -> str | None:
     """Why a site may not call the op by itself; where Dynamo traces the model, its graph says what hooks do."""
+    if _has_any_global_hook():
+        return GLOBAL_HOOK
     paths = [p for p in (site.up, site.gate, site.down) if p is not None]
     if site.kind == "graph":
         paths = [p for p in paths if p in _called_modules(model)]
-    else:
-        if is_replaced(model.get_submodule(site.owner)):
-            return f"{site.owner} runs a forward that was put on the instance"
-        paths += activations(model, site)
-    reasons = ((path, bypassed_code(model.get_submodule(path))) for path in dict.fromkeys(paths))
+    elif is_replaced(model.get_submodule(site.owner)):
+        return f"{site.owner} runs a forward that was put on the instance"
+    reasons = ((path, bypassed_code(model.get_submodule(path))) for path in dict.fromkeys(paths + idle(model, site)))
     return next((f"{path} {reason}" for path, reason in reasons if reason is not None), None)
 
 
-def activations(model: nn.Module, site: FFNSite) -> list[str]:
-    """What may lie between the linears: modules without children and parameters beside one of them, or in the owner."""
+GLOBAL_HOOK = (
+    "a hook for all modules (torch.nn.modules.module.register_module_forward_hook) is one that the op would bypass"
+)
+
+
+def idle(model: nn.Module, site: FFNSite) -> list[str]:
+    """Beside the linears, what is not called where the op stands, or runs on zeros: nobody may look there."""
+    if site.kind == "graph":
+        return with_inner(model, (*_called_between(model, site), site.router))
+    return with_inner(model, (*_activations(model, site), site.router)) + _around(site)
+
+
+def with_inner(root: nn.Module, paths: Iterable[str]) -> list[str]:
+    """These paths, and those of all modules below."""
+    found = (join(path, name) for path in paths for name, _ in root.get_submodule(path).named_modules())
+    return list(dict.fromkeys(found))
+
+
+def _activations(model: nn.Module, site: FFNSite) -> list[str]:
+    """What may lie between the linears: modules without parameters beside one of them, or in the owner."""
     parents = {path.rpartition(".")[0] for path in (site.up, site.gate, site.down) if path is not None} | {site.owner}
     beside = [(join(parent, name), m) for parent in parents for name, m in model.get_submodule(parent).named_children()]
-    return sorted(path for path, m in beside if not m._modules and not m._parameters)
+    return sorted(path for path, m in beside if next(m.parameters(), None) is None)
+
+
+def _around(site: FFNSite) -> list[str]:
+    """The modules below the owner that call a linear, which take or hand on zeros."""
+    found: dict[str, None] = {}
+    for path in (site.up, site.gate or site.up, site.down):
+        parent = path.rpartition(".")[0]
+        while len(parent) > len(site.owner):
+            found[parent] = None
+            parent = parent.rpartition(".")[0]
+    return list(found)
+
+
+def _called_between(model: nn.Module, site: FFNSite) -> list[str]:
+    """Modules that a user's graph calls between x and the hidden units."""
+    assert isinstance(model, GraphModule)
+    gated = next(n for n in model.graph.nodes if n.target is gate and n.args[0].target == site.router)
+    _, h, logits = gated.args
+    before = set(breadth_first(logits.args[0], lambda n: n.all_input_nodes))
+    between = [n for n in breadth_first(h, lambda n: n.all_input_nodes) if n not in before]
+    return [str(n.target) for n in between if n.op == "call_module"]
 
 
 def _has_bias(model: nn.Module, path: str, name: str) -> bool:

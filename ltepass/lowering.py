@@ -7,7 +7,7 @@ scope "model": the `lte` backend compiles the whole model and lowers the same re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Literal
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 from torch.nn import Parameter
+from torch.nn.modules.module import _has_any_global_hook
 
 from ltepass.compiled import compile_model, uncompile_model
 from ltepass.dataflow import erase_upstream
@@ -24,8 +25,9 @@ from ltepass.guarding import check_forwards
 from ltepass.inline import SparseDown, attach
 from ltepass.kernels.tuning import assume_density
 from ltepass.lowerable import (
-    activations,
+    GLOBAL_HOOK,
     bypassed_code,
+    idle,
     is_conv1d,
     is_ordinary,
     not_plain,
@@ -34,6 +36,7 @@ from ltepass.lowerable import (
     untouched,
     why_not,
     why_not_alone,
+    with_inner,
 )
 from ltepass.ops import routed_ffn
 from ltepass.passes.insert_routers import inline_site, insert_gates, relative
@@ -147,12 +150,7 @@ def lowered_ffn(
     router: Router, up: nn.Module, gate_linear: nn.Module | None, down: nn.Module, x: Tensor, *skipped: nn.Module
 ) -> Tensor:
     """The whole FFN of a lowered site: x [..., d_model] -> [..., d_model]. skipped: modules that do not run for it."""
-    for module in (up, gate_linear, down):
-        if module is not None and not plain(module):
-            raise _wrapped(module)
-    for module in skipped:
-        if not untouched(module):
-            raise _wrapped(module)
+    _check_bypassed((up, down) if gate_linear is None else (up, gate_linear, down), skipped)
     gate = (None, None) if gate_linear is None else parameters_of(gate_linear)
     weights = (*parameters_of(up), *gate, *parameters_of(down))
     for weight in weights:
@@ -164,19 +162,27 @@ def lowered_ffn(
     return lowered_call(router, *weights, x)  # type: ignore[call-arg]
 
 
-def lowered_in_graph(linears: Sequence[nn.Module], router: Router, *args: Any) -> Tensor:
-    """As `lowered_call`, where a user's graph called these linears."""
-    for module in linears:
-        if not plain(module):
-            raise _wrapped(module)
+def lowered_in_graph(linears: Sequence[nn.Module], skipped: Sequence[nn.Module], router: Router, *args: Any) -> Tensor:
+    """As `lowered_call`, where a user's graph called these modules."""
+    _check_bypassed(linears, skipped)
     return lowered_call(router, *args)
 
 
-def _wrapped(module: nn.Module) -> LoweredError:
-    what = bypassed_code(module) or not_plain(module) or "was changed"
+def _check_bypassed(linears: Iterable[nn.Module], skipped: Iterable[nn.Module]) -> None:
+    """Raises LoweredError where something would have run with a call of these, had the op not stood in their place."""
+    for module in linears:
+        if not plain(module):
+            raise _added_later(f"{type(module).__name__} {bypassed_code(module) or not_plain(module) or 'was changed'}")
+    for module in skipped:
+        if not untouched(module):
+            raise _added_later(f"{type(module).__name__} {bypassed_code(module) or 'was changed'}")
+    if _has_any_global_hook():
+        raise _added_later(GLOBAL_HOOK)
+
+
+def _added_later(what: str) -> LoweredError:
     return LoweredError(
-        f"{type(module).__name__}, which a lowered FFN does not call, {what}: it was added after ltepass.lower; call "
-        "ltepass.unlower(model) before, then lower again"
+        f"{what}: it was added after ltepass.lower; call ltepass.unlower(model) before, then lower again"
     )
 
 
@@ -270,7 +276,7 @@ def _lower_sites(model: nn.Module, state: LTEState, sites: list[FFNSite]) -> Non
         graph.output(graph.graph_copy(model.graph, {}))
         for site in sites:
             if site.kind == "graph":
-                _call_op(graph, site)
+                _call_op(model, graph, site)
         model.graph = graph
 
 
@@ -297,37 +303,36 @@ def _regenerate(owner: nn.Module, sites: list[FFNSite], lowered: set[str]) -> No
         insert_gates(graph, sites)
         for site in sites:
             if site.name in lowered:
-                _call_op(graph, site)
+                _call_op(owner, graph, site)
     regenerate(owner, forwards_of(graphs))
 
 
-def _call_op(graph: Graph, site: FFNSite) -> None:
-    """Replace the down call behind a site's gate by the op; what only fed it goes."""
+def _call_op(root: nn.Module, graph: Graph, site: FFNSite) -> None:
+    """Replace the down call behind a site's gate by the op; what only fed it goes. root: what the graph belongs to."""
     router = relative(site, site.router)
     gated = next(
         n for n in graph.nodes if n.op == "call_function" and n.target is gate_call and n.args[0].target == router
     )
     (down,) = gated.users
-    x = gated.args[2].args[0]
-    called = _called(graph)
+    x, called = gated.args[2].args[0], _called(graph)
+    paths = [None if p is None else relative(site, p) for p in (site.up, site.gate, site.down)]
     with graph.inserting_before(down):
         module = graph.get_attr(router)
         if site.kind == "graph":
             rows = (site.up_rows, site.up_bias, site.gate_rows, site.gate_bias, site.down_rows)
             params = [None if r is None else graph.get_attr(r.param) for r in rows]
             bias = None if site.down_bias is None else graph.get_attr(site.down_bias)
-            skipped = [graph.get_attr(p) for p in dict.fromkeys((site.up, site.gate, site.down)) if p in called and p]
-            new = graph.call_function(lowered_in_graph, (skipped, module, *params, bias, x))
+            linears = [graph.get_attr(p) for p in dict.fromkeys(paths) if p in called and p]
+            new = graph.call_function(lowered_in_graph, (linears, (), module, *params, bias, x))
         else:
-            paths = (site.up, site.gate, site.down)
-            linears = [None if p is None else graph.get_attr(relative(site, p)) for p in paths]
+            linears = [None if p is None else graph.get_attr(p) for p in paths]
             new = graph.call_function(lowered_ffn, (module, *linears, x))
     down.replace_all_uses_with(new)
     erase_upstream(down)
-    if site.kind != "graph":
-        between = called - _called(graph) - {relative(site, p) for p in (site.up, site.gate, site.down) if p}
-        with graph.inserting_before(new):
-            new.args = (*new.args, *(graph.get_attr(path) for path in sorted(between)))
+    between = with_inner(root, sorted(called - _called(graph) - set(paths)))
+    with graph.inserting_before(new):
+        skipped = [graph.get_attr(path) for path in between]
+    new.args = (linears, skipped, *new.args[2:]) if site.kind == "graph" else (*new.args, *skipped)
 
 
 def _called(graph: Graph) -> set[str]:
@@ -348,6 +353,6 @@ def _lower_inline(model: nn.Module, owner: str, sites: list[FFNSite], lowered: s
         for linear in map(model.get_submodule, ups):
             width = linear.get_parameter("weight").shape[1 if is_conv1d(linear) else 0]
             linear.forward = Stub(width, one_token=one_token)
-        sparse = SparseDown(inline[-1], lowered_ffn, [relative(site, path) for path in activations(model, site)])
+        sparse = SparseDown(inline[-1], lowered_ffn, [relative(site, path) for path in idle(model, site)])
         model.get_submodule(site.down).forward = sparse
     attach(module, inline)
