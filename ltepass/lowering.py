@@ -322,7 +322,7 @@ def _call_op(root: nn.Module, graph: Graph, site: FFNSite) -> None:
             rows = (site.up_rows, site.up_bias, site.gate_rows, site.gate_bias, site.down_rows)
             params = [None if r is None else graph.get_attr(r.param) for r in rows]
             bias = None if site.down_bias is None else graph.get_attr(site.down_bias)
-            linears = [graph.get_attr(p) for p in dict.fromkeys(paths) if p in called and p]
+            linears: list[Any] = [graph.get_attr(p) for p in dict.fromkeys(paths) if p in called and p]
             new = graph.call_function(lowered_in_graph, (linears, (), module, *params, bias, x))
         else:
             linears = [None if p is None else graph.get_attr(p) for p in paths]
