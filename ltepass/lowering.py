@@ -271,7 +271,7 @@ def _lower_sites(model: nn.Module, state: LTEState, sites: list[FFNSite]) -> Non
     for owner in {s.owner for s in sites if s.kind == "inline"}:
         _lower_inline(model, owner, [s for s in state.sites if s.owner == owner], lowered)
     if isinstance(model, GraphModule):
-        model._lte_graph = model.graph  # type: ignore[assignment]
+        state.graph = model.graph
         graph = Graph()
         graph.output(graph.graph_copy(model.graph, {}))
         for site in sites:
@@ -292,7 +292,8 @@ def _unlower_sites(model: nn.Module, state: LTEState) -> None:
                 model.get_submodule(path).__dict__.pop("forward", None)
             attach(model.get_submodule(site.owner), [inline_site(s) for s in state.sites if s.owner == site.owner])
     if isinstance(model, GraphModule):
-        model.graph = model.__dict__.pop("_lte_graph")
+        assert state.graph is not None, "lowering kept it"
+        model.graph, state.graph = state.graph, None
 
 
 def _regenerate(owner: nn.Module, sites: list[FFNSite], lowered: set[str]) -> None:

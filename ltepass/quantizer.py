@@ -40,7 +40,7 @@ from ltepass.checkpoint_tensors import (
 from ltepass.config import LTEConfig
 from ltepass.errors import CheckpointError
 from ltepass.placing import as_gated_now
-from ltepass.sites import FFNSite, LTEState, router_of, state_of
+from ltepass.sites import FFNSite, LTEState, router_of, set_state, state_of
 
 
 class LTEQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is not typed
@@ -94,7 +94,7 @@ class LTEQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
             return
         insert_routers(model, sites, LTEConfig(**state.config), device="meta")
         state.sites = sites
-        model._lte = state
+        set_state(model, state)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         # The weights are plain: with these flags transformers would refuse .half() and .float().

@@ -14,7 +14,7 @@ from ltepass.guarding import release, unwatch
 from ltepass.inline import detach
 from ltepass.regenerate import original_class
 from ltepass.router import gate, seen_inputs
-from ltepass.sites import FFNSite, LTEState, require_not_lowered, router_of
+from ltepass.sites import FFNSite, LTEState, drop_state, require_not_lowered, router_of
 
 
 def remove_routers(model: nn.Module, state: LTEState, *, undo_grouping: bool) -> None:
@@ -40,7 +40,7 @@ def remove_routers(model: nn.Module, state: LTEState, *, undo_grouping: bool) ->
         release(module)
     if isinstance(model, GraphModule):
         model.graph = graph
-    del model._lte
+    drop_state(model)
 
 
 def _ungate(graph: Graph, site: FFNSite) -> None:

@@ -22,7 +22,7 @@ from ltepass.config import LTEConfig
 from ltepass.errors import AlreadyTransformedError, CheckpointError, MetaWeightsError, NotTransformedError
 from ltepass.passes.insert_routers import insert_routers
 from ltepass.placing import as_gated_now
-from ltepass.sites import router_of, routers_of, state_of, unwrapped
+from ltepass.sites import router_of, routers_of, set_state, state_of, unwrapped
 from ltepass.undo import all_or_nothing
 
 SITES, WEIGHTS = "lte.json", "model.safetensors"
@@ -110,7 +110,7 @@ def _load(model: nn.Module, folder: Path) -> None:
         prefix = site.router + "."
         check_values(site, {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
     insert_routers(model, state.sites, LTEConfig(**state.config))
-    model._lte = state  # type: ignore[assignment]
+    set_state(model, state)
     _fill(model, tensors)
     for site in state.sites:
         router_of(model, site).mode = "hard"

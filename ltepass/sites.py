@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from torch.fx import Graph, GraphModule
 
 from ltepass.errors import AmbiguousModelError, LoweredError, NotTransformedError
 from ltepass.names import one_line
@@ -146,6 +147,7 @@ class LTEState:
     notes: list[str] = field(default_factory=list)  # what lowering kept masked-dense, and why
     untried: list[str] = field(default_factory=list)  # owners that the self check could not run, and why
     strides: dict[str, tuple[int, ...]] = field(default_factory=dict)  # by parameter, before lowering laid it out anew
+    graph: Graph | None = None  # a user's own, while the lowered one stands in its place
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which torch makes without the compiled call of scope "model"."""
@@ -161,6 +163,24 @@ def state_of(model: nn.Module) -> LTEState | None:
     return state
 
 
+def set_state(model: nn.Module, state: LTEState) -> None:
+    """This module is the transformed root. Torch's deepcopy of a GraphModule keeps the attributes that `meta` lists."""
+    model._lte = state  # type: ignore[assignment]
+    if isinstance(model, GraphModule):
+        model.meta = {**model.meta, _KEPT: {**model.meta.get(_KEPT, {}), "_lte": state}}
+
+
+def drop_state(model: nn.Module) -> None:
+    del model._lte
+    if isinstance(model, GraphModule):
+        kept = {name: value for name, value in model.meta.get(_KEPT, {}).items() if name != "_lte"}
+        others = {key: value for key, value in model.meta.items() if key != _KEPT}
+        model.meta = {**others, _KEPT: kept} if kept else others
+
+
+_KEPT = "_user_preserved_attributes"  # torch.fx.graph_module._USER_PRESERVED_ATTRIBUTES_KEY
+
+
 def root_of(model: nn.Module, what: str) -> nn.Module:
     """The transformed model: this one, or the one inside whatever wraps it (PEFT, DDP, torch.compile, an own parent).
 
@@ -169,6 +189,12 @@ def root_of(model: nn.Module, what: str) -> nn.Module:
     if state_of(model) is not None:
         return model
     found: dict[str, nn.Module] = {name: m for name, m in model.named_modules() if state_of(m) is not None}
+    if not found and any(routers_of(model)):
+        raise NotTransformedError(
+            f"{type(model).__name__} holds routers and no record of them; {what} expects the module that was given to "
+            "ltepass.transform, or what wraps it; pass that one and no part of it; copy a torch.fx.GraphModule by "
+            "copy.deepcopy(model), because its shallow copies keep no attributes"
+        )
     if not found:
         raise NotTransformedError(
             f"{type(model).__name__} holds no routers; {what} expects a transformed model; call "

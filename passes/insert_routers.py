@@ -30,7 +30,7 @@ from ltepass.pipeline import Job
 from ltepass.regenerate import forwards_of, regenerate, trace_owner
 from ltepass.router import Router, gate, seen_inputs
 from ltepass.selfcheck import check_gated
-from ltepass.sites import FFNSite, LTEState
+from ltepass.sites import FFNSite, LTEState, set_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class InsertRouters:
                 router.permutation.copy_(job.permutations[site.name])
         grouping = job.config.grouping if job.permutations else "identity"
         state = LTEState(job.config.to_dict(), job.sites, job.refusals, grouping=grouping)
-        job.model._lte = state  # type: ignore[assignment]
+        set_state(job.model, state)
         state.untried = check_gated(job.model)
         return f"{len(job.sites)} routers"
 

@@ -182,6 +182,69 @@ def test_an_exported_program_loads_after_import_ltepass_alone(tmp_path: Path) ->
 @pytest.mark.parametrize("name", ALL)
 def test_every_style_is_copied_while_lowered(name: str) -> None:
     model = ltepass.lower(transformed(name))
-    if isinstance(model, torch.fx.GraphModule):
-        pytest.skip("torch's own copy of a GraphModule keeps nothing that it does not know")
     assert torch.equal(logits(copy.deepcopy(model)), logits(model))
+
+
+TRACED = ("symbolic_trace", "export")
+
+
+@pytest.mark.parametrize("lowered", [False, True])
+@pytest.mark.parametrize("name", TRACED)
+def test_a_deep_copy_of_a_graph_is_transformed_and_its_own(name: str, lowered: bool) -> None:
+    model = transformed(name)
+    expected = logits(model)
+    if lowered:
+        ltepass.lower(model)
+    for twin in (copy.deepcopy(model), copy.deepcopy(copy.deepcopy(model))):
+        assert twin._lte is not model._lte
+        assert ltepass.report(twin).lowered == ("ffn" if lowered else None)
+        ltepass.unlower(twin)
+        assert torch.equal(logits(twin), expected)
+        ltepass.set_mode(twin, "dense")
+        assert not torch.allclose(logits(twin), expected, atol=1e-4)
+        ltepass.set_mode(twin, "hard")
+        assert torch.allclose(logits(ltepass.lower(twin)), expected, atol=1e-5)
+        ltepass.remove(ltepass.unlower(twin), undo_grouping=True)
+        assert not any(routers_of(twin))
+        assert "_lte" not in copy.deepcopy(twin).__dict__
+    assert ltepass.report(model).lowered == ("ffn" if lowered else None)
+    assert torch.allclose(logits(model), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_what_torch_keeps_for_a_user_stays_when_the_state_goes(name: str) -> None:
+    model = build(name)
+    model.meta["_user_preserved_attributes"] = {"theirs": 7}
+    before = {**model.meta}
+    ltepass.transform(model, ids(), ltepass.LTEConfig(group_size=4, grouping="identity"))
+    assert copy.deepcopy(model).theirs == 7
+    assert ltepass.remove(model).meta == before
+    with pytest.raises(ltepass.errors.NotTransformedError):
+        ltepass.remove(model)
+
+
+def test_a_pickled_graph_is_transformed() -> None:
+    for lowered in (False, True):
+        model = transformed("symbolic_trace")
+        expected = logits(model)
+        twin = pickle.loads(pickle.dumps(ltepass.lower(model) if lowered else model))
+        assert torch.allclose(logits(twin), expected, atol=1e-5)
+        assert torch.equal(logits(ltepass.unlower(twin)), expected)
+        ltepass.set_mode(twin, "soft")
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_a_shallow_copy_of_a_graph_is_refused_by_name(name: str) -> None:
+    model = transformed(name)
+    twin, expected = copy.copy(model), logits(model)
+    for verb in (ltepass.lower, ltepass.unlower, ltepass.remove, ltepass.report):
+        with pytest.raises(ltepass.errors.NotTransformedError, match=r"copy\.deepcopy"):
+            verb(twin)
+    assert torch.equal(logits(twin), expected)
+    assert torch.equal(logits(model), expected)
+
+
+def test_a_part_of_a_transformed_model_is_refused_by_name() -> None:
+    model = transformed("llama")
+    with pytest.raises(ltepass.errors.NotTransformedError, match="no part of it"):
+        ltepass.set_mode(model.model.layers, "dense")
