@@ -13,7 +13,7 @@ from ltepass.errors import AlreadyTransformedError, MetaWeightsError
 from ltepass.passes import transform_passes
 from ltepass.pipeline import Job, run_passes
 from ltepass.removal import remove_routers
-from ltepass.sites import require_state, routers_of, state_of, unwrapped
+from ltepass.sites import require_state, require_whole, routers_of, state_of, unwrapped
 from ltepass.undo import all_or_nothing, verb
 
 
@@ -43,6 +43,7 @@ def transform(
 
 
 def _transform(model: nn.Module, example_inputs: Any, config: LTEConfig, calibration: Iterable[Any] | None) -> None:
+    require_whole(model, "transform")
     if state_of(model) is not None or any(routers_of(model)):
         raise AlreadyTransformedError(
             f"{type(model).__name__} has routers already; expected a dense model; call ltepass.remove(model) first"
@@ -68,6 +69,7 @@ def remove(model: nn.Module, undo_grouping: bool = False) -> nn.Module:
     Raises NotTransformedError, LoweredError.
     """
     state = require_state(model, "remove")
+    require_whole(model, "remove")
     remove_routers(model, state, undo_grouping=undo_grouping)
     registration.detach(model)
     return model

@@ -33,7 +33,7 @@ from ltepass.observing import SAMPLE_TOKENS, Observer, collect, watch
 from ltepass.ridge import RidgeSums
 from ltepass.router import Router
 from ltepass.sensitivity import loss_sensitivity
-from ltepass.sites import FFNSite, require_state, require_trained, router_of, routers_of
+from ltepass.sites import FFNSite, require_state, require_trained, require_whole, router_of, routers_of
 from ltepass.sparsity import Reservoir, is_calibrated, mode_of, move_biases, table_of, update_table
 from ltepass.undo import keep, verb
 
@@ -64,6 +64,7 @@ def calibrate(
     MetaWeightsError, CalibrationError (no tokens seen).
     """
     state = require_trained(model, "calibrate")
+    require_whole(model, "calibrate")
     if inputs not in get_args(Inputs):
         raise ConfigError(f"inputs is {inputs!r}; expected one of {', '.join(get_args(Inputs))}; see calibrate's docs")
     if state.config["budget"] == "model" and any(router.bias is None for router in routers_of(model)):

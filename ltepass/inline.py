@@ -105,7 +105,7 @@ def _new_gated_class(original: type[nn.Module], sites: tuple[InlineSite, ...]) -
     @functools.wraps(was)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         run, replaced = original.forward, was is not original.forward
-        if "_lte_forward" in self.__dict__:
+        if "forward" in self.__dict__ and "_lte_forward" in self.__dict__:
             if _entered(sites[0], self):  # the forward that stands in this one's place calls what it replaced
                 return run(self, *args, **kwargs)
             run, replaced = _replaced, True

@@ -43,7 +43,16 @@ from ltepass.passes.insert_routers import inline_site, insert_gates, relative
 from ltepass.regenerate import forwards_of, regenerate, trace_owner
 from ltepass.router import Router, applied
 from ltepass.router import gate as gate_call
-from ltepass.sites import FFNSite, LTEState, NeuronRows, require_not_lowered, require_state, router_of, routers_of
+from ltepass.sites import (
+    FFNSite,
+    LTEState,
+    NeuronRows,
+    require_not_lowered,
+    require_state,
+    require_whole,
+    router_of,
+    routers_of,
+)
 from ltepass.sparsity import remember_densities
 from ltepass.stubs import Stub, one_token_will_do
 from ltepass.threads import interfered, require_own, unshared
@@ -75,6 +84,7 @@ def lower(model: nn.Module, scope: Scope = "ffn") -> nn.Module:
     """
     state = require_state(model, "lower")
     require_not_lowered(state, "lower")
+    require_whole(model, "lower")
     if scope not in ("ffn", "model"):
         raise ConfigError(f'scope is {scope!r}; expected "ffn" or "model"')
     soft = [s.name for s in state.sites if router_of(model, s).mode != "hard"]
@@ -108,6 +118,8 @@ def lower(model: nn.Module, scope: Scope = "ffn") -> nn.Module:
 def unlower(model: nn.Module) -> nn.Module:
     """Undo `lower`: forwards and weight layout as before; returns the model. Nothing to do for a model not lowered."""
     state = require_state(model, "unlower")
+    if state.lowered is not None:
+        require_whole(model, "unlower")
     with unshared(routers_of(model)):
         if state.lowered == "ffn":
             _unlower_sites(model, state)

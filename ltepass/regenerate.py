@@ -137,6 +137,11 @@ def subclass(
     def reduce_ex(self: nn.Module, protocol: int) -> Any:
         return rebuild, arguments, self.__getstate__()  # without what `module.compile()` bound to this instance
 
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if "forward" in self.__dict__ and not torch.compiler.is_compiling():
+            guard(self)  # whichever way it came there: nobody above may look for it, where this module alone is called
+        return original.__call__(self, *args, **kwargs)
+
     def set_attribute(self: nn.Module, name: str, value: Any) -> None:
         original.__setattr__(self, name, value)
         if name == "forward":
@@ -144,7 +149,7 @@ def subclass(
 
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
     ours = {"_lte_original": original, "_lte_was": original.forward}
-    methods = {"__reduce_ex__": reduce_ex, "__setattr__": set_attribute}
+    methods = {"__reduce_ex__": reduce_ex, "__setattr__": set_attribute, "__call__": run}
     return type(original.__name__, (original,), {**body, **names, **ours, **methods})
 
 

@@ -22,7 +22,7 @@ from ltepass.config import LTEConfig
 from ltepass.errors import AlreadyTransformedError, CheckpointError, MetaWeightsError, NotTransformedError
 from ltepass.passes.insert_routers import insert_routers
 from ltepass.placing import as_gated_now
-from ltepass.sites import router_of, routers_of, set_state, state_of, unwrapped
+from ltepass.sites import require_whole, router_of, routers_of, set_state, state_of, unwrapped
 from ltepass.undo import all_or_nothing
 
 SITES, WEIGHTS = "lte.json", "model.safetensors"
@@ -43,6 +43,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         where = f"only {parts[0]} was transformed: save that" if parts else "call ltepass.transform(model) first"
         raise NotTransformedError(f"{type(model).__name__} holds no site list; ltepass.save writes a root; {where}")
     _check_real(model, "save")
+    require_whole(model, "save")
     entry = write_state(state)
     read_state(json.loads(json.dumps(entry)))
     names = dict(model.named_parameters(remove_duplicate=False))
@@ -93,6 +94,7 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
 def _load(model: nn.Module, folder: Path) -> None:
     from safetensors.torch import load_file
 
+    require_whole(model, "load")
     if state_of(model) is not None or any(routers_of(model)):
         raise AlreadyTransformedError(
             f"{type(model).__name__} has routers already; ltepass.load expects a dense module, as the class builds it"

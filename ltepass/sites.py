@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
-from ltepass.errors import AmbiguousModelError, LoweredError, NotTransformedError
+from ltepass.errors import AmbiguousModelError, LoweredError, NotTransformedError, ShardedError
 from ltepass.names import one_line
 from ltepass.router import Router
 
@@ -210,11 +210,13 @@ def root_of(model: nn.Module, what: str) -> nn.Module:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model that PEFT, DistributedDataParallel, DataParallel or torch.compile wrapped, through all of them."""
+    """The model that PEFT, DDP, FSDP, DataParallel or torch.compile wrapped, through all of them."""
     inner: Any = model
     while True:
         if isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             inner = inner.module
+        elif "_fsdp_wrapped_module" in inner._modules:
+            inner = inner._fsdp_wrapped_module
         elif "_orig_mod" in inner._modules:  # torch.compile's; its class is not imported, which takes seconds
             inner = inner._orig_mod
         elif hasattr(type(inner), "get_base_model"):  # peft's
@@ -248,6 +250,17 @@ def require_not_lowered(state: LTEState, what: str) -> None:
             f"the model is lowered (scope {state.lowered!r}), which is hard mode; {what} expects it as trained; call "
             "ltepass.unlower(model)"
         )
+
+
+def require_whole(model: nn.Module, what: str, *, flat_only: bool = False) -> None:
+    """Raises ShardedError where FSDP has cut parameters up, or (flat_only) put them into one that has no names."""
+    for path, module in model.named_modules():
+        own = module.__dict__
+        if own.get("_is_fsdp_managed_module") and not (flat_only and own.get("_fsdp_use_orig_params")):
+            raise ShardedError(
+                f"{path or type(module).__name__} was wrapped by FullyShardedDataParallel or fully_shard, and holds a "
+                f"share of its weights only; {what} expects whole ones; call it before wrapping"
+            )
 
 
 def routers_of(model: nn.Module) -> Iterator[Router]:

@@ -16,7 +16,7 @@ from ltepass.errors import TrainingError
 from ltepass.padding import IGNORED
 from ltepass.router import Kept, Router
 from ltepass.rows import Part
-from ltepass.sites import require_state, require_trained, router_of, routers_of
+from ltepass.sites import require_state, require_trained, require_whole, router_of, routers_of
 from ltepass.sparsity import measure_sparsity, set_mode, set_sparsity, update_table
 from ltepass.training.settings import Trainable
 from ltepass.undo import verb
@@ -35,6 +35,7 @@ def begin_stage(
     Raises NotTransformedError, LoweredError.
     """
     require_trained(model, f"the {stage} stage")
+    require_whole(model, f"the {stage} stage", flat_only=True)
     set_mode(model, stage)
     learns_hard = straight_through or trainable == "routers"
     if trainable != "all":

@@ -26,7 +26,7 @@ from ltepass.errors import CalibrationError
 from ltepass.padding import telling_tokens, tokens_of
 from ltepass.ridge import one_thread
 from ltepass.router import Router
-from ltepass.sites import FFNSite, NeuronRows, require_trained, router_of
+from ltepass.sites import FFNSite, NeuronRows, require_trained, require_whole, router_of
 from ltepass.sparsity import interpolate, is_calibrated, mode_of, place_threshold, require_seen, run_batches, table_of
 from ltepass.undo import keep, verb
 
@@ -53,6 +53,7 @@ def warm_start(
     Raises NotTransformedError, LoweredError, CalibrationError.
     """
     state = require_trained(model, "warm_start")
+    require_whole(model, "warm_start")
     if not is_calibrated(model):
         raise CalibrationError("warm_start needs started routers; call ltepass.calibrate(model, batches) first")
     given = {"input_ids": input_ids} if isinstance(input_ids, Tensor) else input_ids

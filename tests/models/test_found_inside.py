@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +12,13 @@ import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from zoo import build, ids, transformed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from zoo import build, ids, logits, transformed
 
 import ltepass
-from ltepass.errors import AmbiguousModelError, NotTransformedError
+from ltepass.errors import AmbiguousModelError, NotTransformedError, ShardedError
 from ltepass.sites import routers_of, state_of
 from ltepass.sparsity import measure_union
 from ltepass.training.stages import begin_stage, settle
@@ -92,6 +96,84 @@ def test_transform_reaches_through_wrappers_so_that_the_model_outlives_them(name
     assert state_of(model) is not None
     if name == "peft":
         assert ltepass.report(wrapped.merge_and_unload()).sites == ltepass.report(model).sites
+
+
+def in_one(model: nn.Module, **how: Any) -> nn.Module:
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **how)
+
+
+def cut(model: nn.Module) -> nn.Module:
+    mesh = init_device_mesh("cpu", (1,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+SHARDED: dict[str, Any] = {
+    "FSDP1": lambda m: in_one(m, use_orig_params=True),
+    "FSDP1, flat": in_one,
+    "FSDP1, layers": lambda m: in_one(m, auto_wrap_policy=ModuleWrapPolicy({type(m.model.layers[0])})),
+    "fully_shard": cut,
+}
+WHOLE: dict[str, Any] = {
+    "calibrate": lambda m: ltepass.calibrate(m, [ids(3)]),
+    "warm_start": lambda m: warm_start(m, ids(3)),
+    "lower": ltepass.lower,
+    "remove": ltepass.remove,
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("name", SHARDED)
+def test_a_sharded_model_does_what_needs_no_whole_weights_and_refuses_the_rest(name: str) -> None:
+    model, batches = transformed("llama"), [ids(3), ids(2)]
+    ltepass.calibrate(model, batches)
+    ltepass.set_mode(model, "hard")
+    shares = ltepass.measure_sparsity(model, batches)
+    with one_process():
+        wrapped = SHARDED[name](model)
+        expected = logits(wrapped)
+        assert ltepass.measure_sparsity(wrapped, batches) == shares
+        for what, verb in WHOLE.items():
+            with pytest.raises(ShardedError, match=f"{what} expects whole"):
+                verb(wrapped)
+        assert torch.equal(logits(wrapped), expected)
+        ltepass.set_sparsity(wrapped, 0.3)
+        ltepass.set_hidden_sparsity(wrapped, 0.2, batches)
+        settle(wrapped, batches, 0.4)
+        assert set(ltepass.report(wrapped).modes.values()) == {"hard"}
+        if "FSDP1" in name and name != "FSDP1":
+            with pytest.raises(ShardedError, match="stage"):
+                begin_stage(wrapped, "soft")
+        else:
+            begin_stage(wrapped, "soft")
+            wrapped.train()(ids())[0].float().square().mean().backward()
+            assert all(router.weight.grad is not None for router in routers_of(wrapped))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("name", SHARDED)
+def test_a_dense_model_that_is_sharded_already_is_refused_and_runs_on(name: str, tmp_path: Path) -> None:
+    with one_process():
+        wrapped = SHARDED[name](build("llama"))
+        expected = logits(wrapped)
+        with pytest.raises(ShardedError, match="transform expects whole"):
+            ltepass.transform(wrapped, config=ltepass.LTEConfig(group_size=4))
+        with pytest.raises(ShardedError, match="load expects whole"):
+            ltepass.load(wrapped, tmp_path)
+        assert torch.equal(logits(wrapped), expected)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_a_lowered_model_that_is_wrapped_by_fsdp_stays_lowered(tmp_path: Path) -> None:
+    model = ltepass.lower(transformed("llama"))
+    expected = logits(model)
+    with one_process():
+        wrapped = in_one(model)
+        for verb in (ltepass.unlower, lambda m: ltepass.save(m, tmp_path)):
+            with pytest.raises(ShardedError, match="whole"):
+                verb(wrapped)
+        assert torch.allclose(logits(wrapped), expected, atol=1e-5)
 
 
 def test_several_transformed_models_inside_one_are_named() -> None:

@@ -117,6 +117,30 @@ def test_a_forward_without_the_gate_that_is_put_there_later_raises(what: str, re
         assert torch.allclose(logits(model), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("lowered", [False, True])
+@pytest.mark.parametrize("replace", [by_setattr, by_dict])
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_an_owner_that_is_called_alone_sees_that_its_forward_was_replaced(
+    name: str, replace: Callable, lowered: bool
+) -> None:
+    model = transformed(name)
+    if lowered:
+        ltepass.lower(model)
+    owner, x = model.get_submodule(model._lte.sites[0].owner), torch.randn(2, 5, 24)
+    mask = {} if name == "llama" else {"attention_mask": None}
+    expected = owner(x, **mask)[0]
+    replace(owner, lambda self, x, **mask: x)
+    for _ in range(2):
+        with pytest.raises(DisplacedHookError, match=r"ltepass\.remove"):
+            owner(x, **mask)
+    del owner.__dict__["forward"]
+    assert torch.equal(owner(x, **mask)[0], expected)
+    forward = owner.forward
+    replace(owner, lambda self, *args, **kwargs: forward(*args, **kwargs))
+    if not lowered:
+        assert torch.equal(owner(x, **mask)[0], expected)
+
+
 def test_a_forward_that_calls_what_it_replaced_runs_as_it_says() -> None:
     for name in ("llama", "opt"):
         model = transformed(name)
@@ -228,7 +252,7 @@ def test_a_root_that_owns_its_ffn(replace: Callable) -> None:
     ltepass.transform(model, x, ltepass.LTEConfig(group_size=4))
     for forward in (Own.forward, lambda self, x: Own.forward(self, x)):
         replace(model, forward)
-        if forward is Own.forward and replace is by_setattr:
+        if forward is Own.forward:
             model(x)  # its class's own forward, bound: nothing is replaced
         else:
             with pytest.raises(DisplacedHookError):
