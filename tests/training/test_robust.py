@@ -51,9 +51,9 @@ def test_killed_training_resumes_to_bitwise_the_same_weights(ends: Any, case: st
 
 
 @pytest.mark.parametrize("n", [2, pytest.param(20, marks=pytest.mark.slow)])
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(5000)  # beyond the driver's, which says what it was doing
 def test_killed_at_random_moments_the_same_call_ends_with_the_same_weights(tmp_path: Path, n: int) -> None:
-    drive("kill_driver.py", tmp_path, str(n), timeout=1200)
+    drive("kill_driver.py", tmp_path, str(n), timeout=600 + 200 * n)  # two trainings for each, on a loaded machine
     whole = torch.load(tmp_path / "whole" / "final.pt")
     for i in range(n):
         ended = torch.load(tmp_path / f"random {i}" / "final.pt")
