@@ -145,7 +145,7 @@ def _taken(router: Router, mask: Tensor | None) -> _Taken:
     if not calls or any(call.losses is None for call in calls):
         raise TrainingError(
             "a router's soft forward left no auxiliary loss: it ran without gradients; expected a plain forward or "
-            "non-reentrant checkpointing; pass gradient_checkpointing_kwargs={'use_reentrant': False}"
+            "non-reentrant checkpointing; pass use_reentrant=False to it"
         )
     router.kept.clear()
     sums: list[Tensor] = []

@@ -358,9 +358,11 @@ def _dense_teacher(model: nn.Module, teacher: nn.Module | None) -> nn.Module:
 
 
 def _refuse_reentrant(args: Any) -> None:
-    kwargs = getattr(args, "gradient_checkpointing_kwargs", None) or {}
-    if args.gradient_checkpointing and kwargs.get("use_reentrant"):
+    new, old = "activation_checkpointing", "gradient_checkpointing"  # transformers renames it, and mirrors it at first
+    name = new if hasattr(args, new) else old
+    kwargs = getattr(args, f"{name}_kwargs", None) or {}
+    if getattr(args, name) and kwargs.get("use_reentrant"):
         raise TrainingError(
-            "gradient_checkpointing_kwargs has use_reentrant=True, which silently drops the auxiliary gradient; "
+            f"{name}_kwargs has use_reentrant=True, which silently drops the auxiliary gradient; "
             "expected non-reentrant checkpointing; pass {'use_reentrant': False}"
         )

@@ -272,10 +272,12 @@ def test_a_trainer_that_makes_its_own_inputs_counts_its_tokens(
     trainer_class = type("LTE", (LTETrainerMixin, base), {})
     ids, real = torch.randint(1, 61, (8, 20)), torch.arange(20) < 8
     rows = [{"input_ids": row.where(real, PAD), "attention_mask": real.long()} for row in ids]
+    new, old = "activation_checkpointing", "gradient_checkpointing"
+    name = new if hasattr(TrainingArguments, new) else old
     args = TrainingArguments(
         str(tmp_path), max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2, report_to="none",
-        use_cpu=True, disable_tqdm=True, gradient_checkpointing=checkpointing, save_strategy="no",
-        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
+        use_cpu=True, disable_tqdm=True, save_strategy="no",
+        **{name: checkpointing, f"{name}_kwargs": {"use_reentrant": False} if checkpointing else None},
     )  # fmt: skip
     model = started("llama")
     trainer = trainer_class(model=model, args=args, train_dataset=rows, lte=LTESettings(hard_steps=1))

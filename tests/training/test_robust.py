@@ -118,7 +118,8 @@ def gradients(
 
         ltepass.set_mode(model, "dense")
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # its new name
+        enable({"use_reentrant": False})
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         loss = model(input_ids=x, labels=x).loss
         if mode == "soft":

@@ -207,12 +207,17 @@ def test_controller_raises_eta_while_sparsity_lags_and_lowers_it_beyond() -> Non
 def test_reentrant_checkpointing_is_refused(tmp_path: Path) -> None:
     m = model()
     begin_stage(m, "soft")
-    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
-    with pytest.raises(TrainingError, match="use_reentrant"):
-        trainer(m, tmp_path, **options).train()
+    new, old = "activation_checkpointing", "gradient_checkpointing"
+    name = new if hasattr(TrainingArguments, new) else old
+    with pytest.raises(TrainingError, match=f"{name}_kwargs has use_reentrant"):
+        trainer(m, tmp_path, **{name: True, f"{name}_kwargs": {"use_reentrant": True}}).train()
+    late = trainer(m, tmp_path, **{f"{name}_kwargs": {"use_reentrant": True}})
+    setattr(late.args, name, True)  # transformers mirrors one name in the other only as the arguments are made
+    with pytest.raises(TrainingError, match=f"{name}_kwargs has use_reentrant"):
+        late.train()
     # behind the trainer's back it is seen at the first step
     t = trainer(m, tmp_path, max_steps=1)
-    m.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    getattr(m, f"{name}_enable")({"use_reentrant": True})
     m.enable_input_require_grads()
     with pytest.raises(TrainingError, match="left no auxiliary loss"):
         t.train()
