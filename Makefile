@@ -63,7 +63,7 @@ check: $(STAMP)
 	$(BIN)/mypy
 
 readme: $(STAMP)
-	$(BIN)/python -m ltepass.demo.readme $(ARGS)
+	$(BIN)/python -m examples.results.demo_table $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(FLOORS:%=.venv-floor-%) build dist *.egg-info lte-demo

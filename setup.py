@@ -19,7 +19,7 @@ from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
-BUILDER = Path(__file__).resolve().parent / "kernels" / "routed_ffn_cpu.py"
+BUILDER = Path(__file__).resolve().parent / "kernels" / "cpu" / "build.py"
 
 
 @cache
@@ -40,7 +40,7 @@ class BuildPy(build_py):
         if not self.editable_mode and prebuilds():
             levels = os.environ.get("LTEPASS_PREBUILD", "").split()
             only = ["--isa", *levels] if levels else []
-            target = Path(self.build_lib) / "ltepass" / "kernels" / "prebuilt"
+            target = Path(self.build_lib) / "ltepass" / "kernels" / "cpu" / "prebuilt"
             subprocess.run([sys.executable, str(BUILDER), str(target), *only], check=True)
 
 

@@ -9,20 +9,21 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ltepass import ops as _ops  # noqa: F401  # registers what a saved program calls (torch.export.load)
+from ltepass import moved as _moved
 from ltepass import registration as _registration
-from ltepass import router as _router  # noqa: F401  # likewise
+from ltepass.kernels import routed_ffn as _ops  # noqa: F401  # registers what a saved program calls (torch.export.load)
+from ltepass.routed import router as _router  # noqa: F401  # likewise
 
 if TYPE_CHECKING:
     from ltepass.api import remove, transform
-    from ltepass.calibration import calibrate
+    from ltepass.calibration.calibrate import calibrate
     from ltepass.config import LTEConfig
-    from ltepass.cuts import set_hidden_sparsity, set_input_sparsity
-    from ltepass.lowering import lower, unlower
-    from ltepass.reporting import Report, report
-    from ltepass.saving import load, save
-    from ltepass.sites import FFNSite, Refusal
-    from ltepass.sparsity import measure_sparsity, set_mode, set_sparsity
+    from ltepass.passes.lower.modules import lower, unlower
+    from ltepass.routed.reporting import Report, report
+    from ltepass.routed.sites import FFNSite, Refusal
+    from ltepass.saving.modules import load, save
+    from ltepass.sparsity.cuts import set_hidden_sparsity, set_input_sparsity
+    from ltepass.sparsity.thresholds import measure_sparsity, set_mode, set_sparsity
     from ltepass.training.trainer import LTETrainer, LTETrainerMixin
 
 __version__ = "0.1.0"
@@ -31,21 +32,21 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "transform": "ltepass.api",
     "remove": "ltepass.api",
-    "calibrate": "ltepass.calibration",
+    "calibrate": "ltepass.calibration.calibrate",
     "LTEConfig": "ltepass.config",
-    "set_hidden_sparsity": "ltepass.cuts",
-    "set_input_sparsity": "ltepass.cuts",
-    "lower": "ltepass.lowering",
-    "unlower": "ltepass.lowering",
-    "Report": "ltepass.reporting",
-    "report": "ltepass.reporting",
-    "load": "ltepass.saving",
-    "save": "ltepass.saving",
-    "FFNSite": "ltepass.sites",
-    "Refusal": "ltepass.sites",
-    "measure_sparsity": "ltepass.sparsity",
-    "set_mode": "ltepass.sparsity",
-    "set_sparsity": "ltepass.sparsity",
+    "set_hidden_sparsity": "ltepass.sparsity.cuts",
+    "set_input_sparsity": "ltepass.sparsity.cuts",
+    "lower": "ltepass.passes.lower.modules",
+    "unlower": "ltepass.passes.lower.modules",
+    "Report": "ltepass.routed.reporting",
+    "report": "ltepass.routed.reporting",
+    "load": "ltepass.saving.modules",
+    "save": "ltepass.saving.modules",
+    "FFNSite": "ltepass.routed.sites",
+    "Refusal": "ltepass.routed.sites",
+    "measure_sparsity": "ltepass.sparsity.thresholds",
+    "set_mode": "ltepass.sparsity.thresholds",
+    "set_sparsity": "ltepass.sparsity.thresholds",
     "LTETrainer": "ltepass.training.trainer",
     "LTETrainerMixin": "ltepass.training.trainer",
 }
@@ -87,3 +88,4 @@ def __dir__() -> list[str]:
 
 
 _registration.register()
+_moved.register()

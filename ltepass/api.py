@@ -11,10 +11,10 @@ from ltepass import registration
 from ltepass.config import LTEConfig
 from ltepass.errors import AlreadyTransformedError, MetaWeightsError
 from ltepass.passes import transform_passes
-from ltepass.pipeline import Job, run_passes
-from ltepass.removal import remove_routers
-from ltepass.sites import require_state, require_whole, routers_of, state_of, unwrapped
-from ltepass.undo import all_or_nothing, verb
+from ltepass.passes.graph.pipeline import Job, run_passes
+from ltepass.passes.insert.remove_routers import remove_routers
+from ltepass.routed.sites import require_state, require_whole, routers_of, state_of, unwrapped
+from ltepass.routed.undo import all_or_nothing, verb
 
 
 def transform(
@@ -56,7 +56,7 @@ def _transform(model: nn.Module, example_inputs: Any, config: LTEConfig, calibra
     run_passes(transform_passes(has_calibration=calibration is not None), job)
     registration.attach(model)
     if calibration is not None:
-        from ltepass.calibration import calibrate
+        from ltepass.calibration.calibrate import calibrate
 
         calibrate(model, calibration)
 

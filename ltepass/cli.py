@@ -52,7 +52,7 @@ def inspect(
     """Show the FFN sites that transform would find, and why other candidates are refused. Needs no weights."""
     import time
 
-    from ltepass.models import inspect_model, peak_memory
+    from ltepass.commands.models import inspect_model, peak_memory
 
     start = time.perf_counter()
     _print(inspect_model(model, group_size=group_size))
@@ -69,7 +69,7 @@ def coverage(
     timeout: Annotated[float, typer.Option(help="Seconds that one architecture may take.")] = 180.0,
 ) -> None:
     """Transform, gate and lower a tiny model of every architecture, and compare what each computes."""
-    from ltepass import census
+    from examples.coverage import census
 
     rows = []
     for row in census.take_census(names or (), jobs=jobs, timeout=timeout):
@@ -90,7 +90,7 @@ def coverage(
 def report(folder: Folder) -> None:
     """Show the sites of a saved model."""
     import ltepass
-    from ltepass.models import load
+    from ltepass.commands.models import load
 
     _print(ltepass.report(load(str(folder))))
 
@@ -123,7 +123,7 @@ def train(
     device: Device = "cpu",
 ) -> None:
     """Transform a dense model, calibrate its routers and train it on a text, and save it."""
-    from ltepass import models
+    from ltepass.commands import models
 
     options = models.TrainOptions(
         target_sparsity=target_sparsity,
@@ -159,7 +159,7 @@ def evaluate(
     device: Device = "cpu",
 ) -> None:
     """Perplexity of a saved model on a text, with its gates and without, and how sparse it is there."""
-    from ltepass import models
+    from ltepass.commands import models
 
     wanted = [float(s) for s in sparsities.split(",") if s]
     _print(models.evaluate(str(folder), text.read_text(), wanted, length=length, limit=limit, device=device))
@@ -176,7 +176,7 @@ def bench_op(
     show: Annotated[bool, typer.Option("--list", help="Name the cases and stop.")] = False,
 ) -> None:
     """Time the sparse op against dense and against other ways to skip neurons; appends to a CSV."""
-    from ltepass.bench.op import bench
+    from examples.bench.op import bench
 
     _print(bench(cases, threads=threads, seconds=seconds, repeats=repeats, out=out, plot=plot, only_list=show))
 
@@ -195,7 +195,7 @@ def bench_model(
     device: Device = "cpu",
 ) -> None:
     """Decode speed of a saved model: dense and lowered take turns, and the cap is measured beside them."""
-    from ltepass import models
+    from ltepass.commands import models
 
     options = models.BenchOptions(
         tokens=tokens,
@@ -218,7 +218,7 @@ def generate(
     device: Device = "cpu",
 ) -> None:
     """Continue a prompt with a saved model, lowered."""
-    from ltepass.models import continue_text
+    from ltepass.commands.models import continue_text
 
     typer.echo(continue_text(str(folder), prompt, new_tokens=new_tokens, sparsity=sparsity, device=device))
 
@@ -229,8 +229,8 @@ def serve(context: typer.Context) -> None:
     try:
         from transformers.cli.transformers import app as transformers_app
 
-        from ltepass.lowered_server import lowered_as_loaded
-        from ltepass.serving import checked_server
+        from ltepass.serving.lowered_server import lowered_as_loaded
+        from ltepass.serving.middleware import checked_server
     except ImportError as error:
         raise ConfigError(f"transformers' server cannot start ({error}); pip install 'ltepass[serve]'") from error
     with checked_server(), lowered_as_loaded():

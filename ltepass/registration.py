@@ -18,7 +18,7 @@ from types import ModuleType
 from torch import nn
 
 TABLES = "transformers.quantizers.auto"
-QUANTIZER = "ltepass.quantizer"
+QUANTIZER = "ltepass.saving.quantizer"
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from ltepass.passes.capture_graphs import CaptureGraphs
-from ltepass.passes.find_ffn import FindFFN
-from ltepass.passes.group_neurons import GroupNeurons
-from ltepass.passes.insert_routers import InsertRouters
-from ltepass.pipeline import Pass
+from ltepass.passes.capture.capture_graphs import CaptureGraphs
+from ltepass.passes.find.find_ffn import FindFFN
+from ltepass.passes.graph.pipeline import Pass
+from ltepass.passes.group.group_neurons import GroupNeurons
+from ltepass.passes.insert.insert_routers import InsertRouters
 
 
 def transform_passes(*, has_calibration: bool = False) -> tuple[Pass, ...]:

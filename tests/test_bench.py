@@ -11,14 +11,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ltepass.bench import backward, cases, op, op_cases, readme, table, timing
-from ltepass.bench.cases import Shape
-from ltepass.bench.op_cases import CASES, TARGETS, Case
-from ltepass.bench.records import ModelRecord, OpRecord, append, read
-from ltepass.bench.timing import Timing, interleaved
+from examples.bench import backward, op, op_cases, speed_page, table, ways
+from examples.bench.op_cases import CASES, TARGETS, Case
+from examples.bench.ways import Shape
+from examples.results.demo_table import with_table
 from ltepass.cli import app
-from ltepass.demo.readme import with_table
 from ltepass.kernels import reference
+from ltepass.measure import timing
+from ltepass.measure.records import ModelRecord, OpRecord, append, read
+from ltepass.measure.timing import Timing, interleaved
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = Shape(tokens=1, d_model=96, d_ff=256, group_size=8)
@@ -31,7 +32,7 @@ def test_every_token_has_its_own_experts_at_exactly_the_sparsity(
     sparsity: float, dtype: torch.dtype, tokens: int
 ) -> None:
     shape = replace(TINY, tokens=tokens, dtype=dtype)
-    d = cases.decide(shape, sparsity)
+    d = ways.decide(shape, sparsity)
     expected = round((1 - sparsity) * shape.n_experts)
     assert d.active.sum(-1).eq(expected).all()
     assert torch.equal(reference.mask(d.x, d.router, None, torch.tensor(0.0)), d.active)
@@ -43,9 +44,9 @@ def test_every_token_has_its_own_experts_at_exactly_the_sparsity(
 @pytest.mark.parametrize("gated", [True, False])
 def test_every_contender_computes_what_it_claims(gated: bool) -> None:
     shape = replace(TINY, gated=gated)
-    weights = cases.make_weights(shape, 2)
-    turned = cases.turned_weights(weights)
-    w, d = weights[1], cases.decide(shape, 0.5)
+    weights = ways.make_weights(shape, 2)
+    turned = ways.turned_weights(weights)
+    w, d = weights[1], ways.decide(shape, 0.5)
     assert torch.equal(w.down, w.down_rows)
     assert w.down.stride() == (1, shape.d_model)
 
@@ -54,32 +55,32 @@ def test_every_contender_computes_what_it_claims(gated: bool) -> None:
 
     sparse, dense = masked(d.active), masked(torch.ones_like(d.active))
     same: dict[str, tuple[Any, torch.Tensor]] = {
-        "routed": (cases.routed(shape, weights, 0.5), sparse),
-        "row major": (cases.routed(shape, weights, 0.5, row_major=True), sparse),
-        "index_select": (cases.index_select(shape, weights, 0.5), sparse),
-        "every expert on": (cases.routed(shape, weights, 0.0), dense),
-        "dense eager": (cases.dense_eager(shape, weights), dense),
-        "dense upcast": (cases.dense_upcast(shape, weights), dense),
-        "single neurons, none dropped": (cases.single_neurons(shape, turned, 0.0), dense),
+        "routed": (ways.routed(shape, weights, 0.5), sparse),
+        "row major": (ways.routed(shape, weights, 0.5, row_major=True), sparse),
+        "index_select": (ways.index_select(shape, weights, 0.5), sparse),
+        "every expert on": (ways.routed(shape, weights, 0.0), dense),
+        "dense eager": (ways.dense_eager(shape, weights), dense),
+        "dense upcast": (ways.dense_upcast(shape, weights), dense),
+        "single neurons, none dropped": (ways.single_neurons(shape, turned, 0.0), dense),
     }
     if gated:
-        same["gate-first, none dropped"] = (cases.gate_first(shape, weights, 0.0), dense)
+        same["gate-first, none dropped"] = (ways.gate_first(shape, weights, 0.0), dense)
         a = torch.nn.functional.silu(d.x @ w.gate.T)  # type: ignore[union-attr]
         keep = a.abs() >= a.abs().flatten().sort(descending=True).values[shape.d_ff // 2 - 1]
         kept = (a * (d.x @ w.up.T) * keep) @ w.down.T
-        same["gate-first"] = (cases.gate_first(shape, weights, 0.5), kept)
+        same["gate-first"] = (ways.gate_first(shape, weights, 0.5), kept)
     h = reference.masked_ffn(d.x, d.active, w.up, None, w.gate, None, torch.eye(shape.d_ff), None, "silu")
     largest = h.abs() >= h.abs().flatten().sort(descending=True).values[round(0.4 * shape.d_ff / 2) - 1]
-    same["small units cut"] = (cases.routed(shape, weights, 0.5, hidden=0.6), (h * largest) @ w.down.T)
+    same["small units cut"] = (ways.routed(shape, weights, 0.5, hidden=0.6), (h * largest) @ w.down.T)
     for name, (call, expected) in same.items():
         torch.testing.assert_close(call(1), expected, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.slow
 def test_the_compiled_baseline_is_frozen_and_right() -> None:
-    weights = cases.make_weights(TINY, 2)
+    weights = ways.make_weights(TINY, 2)
     with torch.no_grad():
-        eager, compiled = cases.dense_eager(TINY, weights), cases.dense_compiled(TINY, weights)
+        eager, compiled = ways.dense_eager(TINY, weights), ways.dense_compiled(TINY, weights)
         for i in range(2):
             torch.testing.assert_close(compiled(i), eager(i), rtol=1e-4, atol=1e-5)
 
@@ -129,7 +130,7 @@ def tiny_case(monkeypatch: pytest.MonkeyPatch) -> Case:
     reads = {"worse": lambda _: time.sleep(0.05), "better": lambda _: time.sleep(0.005)}
     monkeypatch.setattr(op, "plain_reads", lambda: (reads, 50_000_000))
     monkeypatch.setattr(op, "gemm_rate", lambda: 50e9)
-    monkeypatch.setattr(cases, "dense_compiled", cases.dense_eager)
+    monkeypatch.setattr(ways, "dense_compiled", ways.dense_eager)
     return case
 
 
@@ -248,6 +249,6 @@ def test_the_backward_table_has_its_columns() -> None:
 
 
 def test_the_page_shows_the_kept_measurements() -> None:
-    text = (ROOT / readme.PAGE).read_text()
-    shown = with_table(text, readme.section(ROOT), readme.BEGIN, readme.END)
-    assert shown == text, "run `python -m ltepass.bench.readme`"
+    text = (ROOT / speed_page.PAGE).read_text()
+    shown = with_table(text, speed_page.section(ROOT), speed_page.BEGIN, speed_page.END)
+    assert shown == text, "run `python -m examples.bench.speed_page`"

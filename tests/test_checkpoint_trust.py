@@ -20,8 +20,8 @@ from watching import MARK, watch
 
 import ltepass
 from ltepass.errors import CheckpointError, SourceNameError
-from ltepass.regenerate import ForwardCode, trace_owner
-from ltepass.sites import FFNSite, NeuronRows, Refusal, routers_of, state_of
+from ltepass.passes.insert.forwards import ForwardCode, trace_owner
+from ltepass.routed.sites import FFNSite, NeuronRows, Refusal, routers_of, state_of
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 IDS = torch.arange(3, 35).reshape(2, 16)
@@ -111,7 +111,7 @@ def test_names_of_every_kind_are_held_to_the_rule() -> None:
 
 def test_the_rule_stands_under_python_o() -> None:
     code = (
-        "from torch.fx import Graph\nfrom ltepass.regenerate import ForwardCode\ng = Graph()\n"
+        "from torch.fx import Graph\nfrom ltepass.passes.insert.forwards import ForwardCode\ng = Graph()\n"
         "g.output(g.create_node('call_module', 'x\") or 1 or (\"', (g.placeholder('x'),)))\n"
         "try: ForwardCode.of(g)\nexcept ValueError as e: print(type(e).__name__)"
     )

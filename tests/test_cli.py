@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 import ltepass
 from ltepass.cli import app, main
+from ltepass.commands.models import call_by_name, load
 from ltepass.errors import ConfigError
-from ltepass.models import call_by_name, load
-from ltepass.sites import routers_of
+from ltepass.routed.sites import routers_of
 
 COMMANDS = {"demo", "inspect", "coverage", "train", "eval", "bench", "generate", "serve", "report"}
 CONFIG = LlamaConfig(
@@ -110,7 +110,7 @@ def test_a_function_that_returns_no_model_is_refused() -> None:
 
 
 def test_coverage_writes_a_table_and_adds_to_it(tmp_path: Path) -> None:
-    from ltepass import census
+    from examples.coverage import census
 
     output = run("coverage", "opt", "--out", str(tmp_path))
     assert "opt" in output

@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ltepass
+from examples.results.demo_table import BEGIN, END, with_table
 from ltepass.demo import learning, speed
 from ltepass.demo.folder import DemoOptions, Folder
-from ltepass.demo.readme import BEGIN, END, with_table
 from ltepass.demo.run import STAGES, run_demo
 from ltepass.demo.table import markdown, rows
 from ltepass.demo.task import load_task
 from ltepass.errors import ConfigError, TrainingError
-from ltepass.evaluation import perplexity, sparsity_of_tail
-from ltepass.sites import routers_of
+from ltepass.measure.quality import perplexity, sparsity_of_tail
+from ltepass.routed.sites import routers_of
 
 CONFIG = LlamaConfig(hidden_size=24, intermediate_size=60, num_hidden_layers=2, num_attention_heads=4, vocab_size=61)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from ltepass.kernels import routed_ffn_cpu
+from ltepass.kernels.cpu import build as routed_ffn_cpu
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = sysconfig.get_paths()["purelib"]
@@ -87,7 +87,7 @@ def test_a_wheel_built_beside_torch_brings_the_kernel_along(source: Path, tmp_pa
     shutil.unpack_archive(wheel, target, "zip")
     code = (
         f"import site, sys; site.addsitedir({str(target)!r}); sys.path.append({SITE!r})\n"
-        "from ltepass.kernels import routed_ffn_cpu as k; import ltepass.ops\n"
+        "from ltepass.kernels.cpu import build as k; import ltepass.kernels.routed_ffn\n"
         "print(k.load(), k._prebuilt() is not None, k.__file__)"
     )
     out = run(code, cwd=tmp_path, flags=("-S",), CXX="/does/not/exist", LTEPASS_CACHE_DIR=str(tmp_path / "cache"))

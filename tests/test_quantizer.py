@@ -17,8 +17,8 @@ from transformers import AutoModel, AutoModelForCausalLM, GPTNeoXConfig, LlamaCo
 
 import ltepass
 from ltepass.errors import CheckpointError
-from ltepass.router import Router
-from ltepass.sites import routers_of, state_of
+from ltepass.routed.router import Router
+from ltepass.routed.sites import routers_of, state_of
 
 IDS = torch.arange(3, 24)[None]
 SIZES: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 61}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ltepass.demo.readme import BEGIN, END, KEPT, with_table
+from examples.results.demo_table import BEGIN, END, KEPT, with_table
 from ltepass.demo.table import markdown
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -18,10 +18,10 @@ from serving import CHAT, ask, save_model, serving
 # The command, with the op's calls counted: what it answers must come from the lowered model.
 COUNTING = """
 import atexit, pathlib, sys
-from ltepass import lowering
+from ltepass.passes.lower import modules
 from ltepass.cli import main
-file, op, calls = pathlib.Path(sys.argv.pop(1)), lowering.routed_ffn, []
-lowering.routed_ffn = lambda *a: (calls.append(1), op(*a))[1]
+file, op, calls = pathlib.Path(sys.argv.pop(1)), modules.routed_ffn, []
+modules.routed_ffn = lambda *a: (calls.append(1), op(*a))[1]
 atexit.register(lambda: file.write_text(str(len(calls))))
 main()
 """
@@ -47,7 +47,7 @@ def test_the_server_answers_with_the_lowered_model(saved: Path, tmp_path: Path) 
 def test_only_what_the_server_loads_is_lowered(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.cli.serving.model_manager import ModelManager
 
-    from ltepass.lowered_server import lowered_as_loaded
+    from ltepass.serving.lowered_server import lowered_as_loaded
 
     def load(self: Any, name: str) -> Any:
         return AutoModelForCausalLM.from_pretrained(name)

@@ -20,7 +20,7 @@ from frontier import Frontier
 from frontier_rows import Rows
 from study import calibration_blocks, retarget
 
-from ltepass.evaluation import perplexity
+from ltepass.measure.quality import perplexity
 
 HIDDEN = (0.0, 0.25, 0.4, 0.55, 0.7)
 INPUTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)

@@ -14,7 +14,7 @@ from study import Measured, measure_lte
 from torch import Tensor, nn
 
 import ltepass
-from ltepass.sites import FFNSite
+from ltepass.routed.sites import FFNSite
 
 
 @dataclass(frozen=True, kw_only=True)

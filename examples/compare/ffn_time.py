@@ -21,9 +21,9 @@ from cuts import CUTS, expert_sparsity
 from frontier_rows import WAYS
 from torch import Tensor, nn
 
-from ltepass.bench import cases
-from ltepass.bench.cases import Shape, Weights
-from ltepass.bench.timing import Contender, copies_needed, interleaved, machine
+from examples.bench import ways
+from examples.bench.ways import Shape, Weights
+from ltepass.measure.timing import Contender, copies_needed, interleaved, machine
 
 SPARSITIES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 FIELDS = "way d_model d_ff group_size dtype threads sparsity median_ms p20_ms p80_ms repeats machine torch".split()
@@ -31,14 +31,14 @@ FIELDS = "way d_model d_ff group_size dtype threads sparsity median_ms p20_ms p8
 
 def predicted(shape: Shape, weights: list[Weights], sparsity: float, rank: int, *, neurons: bool) -> Contender:
     """A two-layer network picks the largest k of its outputs; then only those neurons are computed."""
-    routed = None if neurons else cases.routed(shape, weights, sparsity)
-    gathered = cases.index_select(shape, weights, sparsity)
+    routed = None if neurons else ways.routed(shape, weights, sparsity)
+    gathered = ways.index_select(shape, weights, sparsity)
     outputs = shape.d_ff if neurons else shape.n_experts
     k = max(1, round((1 - sparsity) * outputs))
     nets = [
         nn.Sequential(nn.Linear(shape.d_model, rank, bias=False), nn.Tanh(), nn.Linear(rank, outputs)) for _ in weights
     ]
-    x = cases.decide(shape, sparsity).x
+    x = ways.decide(shape, sparsity).x
 
     def call(i: int) -> Tensor:
         nets[i % len(nets)](x).topk(k, sorted=False)
@@ -48,20 +48,20 @@ def predicted(shape: Shape, weights: list[Weights], sparsity: float, rank: int, 
 
 
 def contenders(shape: Shape) -> dict[tuple[str, float], Contender]:
-    weights = cases.make_weights(shape, copies_needed(shape.weight_bytes * (1 - max(SPARSITIES)), 16))
+    weights = ways.make_weights(shape, copies_needed(shape.weight_bytes * (1 - max(SPARSITIES)), 16))
     out: dict[tuple[str, float], Contender] = {
-        ("dense eager", 0.0): cases.dense_eager(shape, weights),
-        ("dense compiled", 0.0): cases.dense_compiled(shape, weights),
-        ("routed", 0.0): cases.routed(shape, weights, 0.0),
+        ("dense eager", 0.0): ways.dense_eager(shape, weights),
+        ("dense compiled", 0.0): ways.dense_compiled(shape, weights),
+        ("routed", 0.0): ways.routed(shape, weights, 0.0),
     }
     for s in SPARSITIES:
-        out["routed", s] = cases.routed(shape, weights, s)
+        out["routed", s] = ways.routed(shape, weights, s)
         for method in ("lte+teal", "lte+cuts"):
             cuts = CUTS[method]
             experts = expert_sparsity(3, s, cuts)
-            out[WAYS[method], s] = cases.routed(shape, weights, experts, hidden=cuts.hidden, inputs=cuts.inputs)
-        out["gate-first", s] = cases.gate_first(shape, weights, s)
-        out["single neurons", s] = cases.routed(shape, weights, 0.0, hidden=s, inputs=s)
+            out[WAYS[method], s] = ways.routed(shape, weights, experts, hidden=cuts.hidden, inputs=cuts.inputs)
+        out["gate-first", s] = ways.gate_first(shape, weights, s)
+        out["single neurons", s] = ways.routed(shape, weights, 0.0, hidden=s, inputs=s)
         out["predicted experts", s] = predicted(shape, weights, s, min(128, shape.d_model), neurons=False)
         out["predicted neurons", s] = predicted(shape, weights, s, min(96, shape.d_model // 4), neurons=True)
     return out

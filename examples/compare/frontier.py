@@ -45,9 +45,9 @@ from study import (
 )
 
 import ltepass
-from ltepass.bench import timing
+from ltepass.calibration.warm_start import warm_start
+from ltepass.measure import timing
 from ltepass.training.stages import settle
-from ltepass.training.warm_start import warm_start
 
 SAMPLE_TOKENS = 16_384  # of training text, kept for the rules
 CALIBRATED = "lte-calibrated"

@@ -23,10 +23,10 @@ from rules import top
 from study import DEVICE, Recipe, Workshop, transform
 from torch import Tensor, nn
 
-from ltepass.energy import down_energy, expert_energy
-from ltepass.observing import SAMPLE_TOKENS, Observer, watch
-from ltepass.ridge import RidgeSums
-from ltepass.sites import FFNSite, router_of
+from ltepass.calibration.energy import down_energy, expert_energy
+from ltepass.calibration.ridge import RidgeSums
+from ltepass.routed.sites import FFNSite, router_of
+from ltepass.routed.watching import SAMPLE_TOKENS, Observer, watch
 
 FIELDS = "preset site chooser sparsity missed train_tokens test_tokens".split()
 HIDDEN, EPOCHS, BATCH, RATE = 1024, 20, 512, 1e-3

@@ -18,7 +18,7 @@ def load(name: str, folder: Path, train: Tensor | None = None) -> Any:
     from transformers import AutoModelForCausalLM
 
     if name == "smollm2":
-        from ltepass.smollm import load_smollm2
+        from ltepass.demo.smollm import load_smollm2
 
         return load_smollm2()[0]
     if name != "tiny":
@@ -34,7 +34,7 @@ def tokenizer(name: str) -> Any:
     if name == "tiny":
         return Bytes()
     if name == "smollm2":
-        from ltepass.smollm import load_smollm2
+        from ltepass.demo.smollm import load_smollm2
 
         return load_smollm2()[1]
     from transformers import AutoTokenizer

@@ -22,11 +22,11 @@ from rules import Rule, Seen, top
 from torch import Tensor
 
 import ltepass
-from ltepass.energy import down_energy
-from ltepass.evaluation import perplexity
-from ltepass.grouping import site_permutation
-from ltepass.observing import SAMPLE_TOKENS, Sample, collect
-from ltepass.texts import python_docs, token_blocks
+from ltepass.calibration.energy import down_energy
+from ltepass.measure.quality import perplexity
+from ltepass.measure.text_blocks import python_docs, token_blocks
+from ltepass.passes.group.methods import site_permutation
+from ltepass.routed.watching import SAMPLE_TOKENS, Sample, collect
 
 CALIBRATION, LENGTH = 8, 512
 ROWS = (

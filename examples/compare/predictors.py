@@ -8,8 +8,8 @@ import torch
 from rules import Rule, Seen, spread, top
 from torch import Tensor, nn
 
-from ltepass.energy import down_energy, expert_energy
-from ltepass.sites import FFNSite
+from ltepass.calibration.energy import down_energy, expert_energy
+from ltepass.routed.sites import FFNSite
 
 
 class Predictor(Rule):

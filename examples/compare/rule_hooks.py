@@ -10,8 +10,8 @@ from rules import Rule, Seen
 from torch import Tensor, nn
 
 import ltepass
-from ltepass.sites import FFNSite, require_state
-from ltepass.sparsity import run_batches
+from ltepass.routed.sites import FFNSite, require_state
+from ltepass.sparsity.thresholds import run_batches
 
 Samples = list[tuple[Tensor, Tensor, Tensor]]  # x, gate product and h of each site, [n, ...] bf16
 

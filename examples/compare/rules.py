@@ -14,9 +14,9 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
-from ltepass.energy import down_energy, expert_energy
+from ltepass.calibration.energy import down_energy, expert_energy
 from ltepass.kernels.reference import ACTIVATIONS
-from ltepass.sites import FFNSite, router_of
+from ltepass.routed.sites import FFNSite, router_of
 
 
 @dataclass

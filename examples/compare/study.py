@@ -15,14 +15,14 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainingArguments
 
 import ltepass
+from ltepass.calibration.warm_start import warm_start
 from ltepass.demo.speed import router_share
-from ltepass.evaluation import perplexity
-from ltepass.sites import router_of, routers_of
-from ltepass.sparsity import move_biases, set_sparsity, update_table
-from ltepass.texts import corpora, token_blocks
+from ltepass.measure.quality import perplexity
+from ltepass.measure.text_blocks import corpora, token_blocks
+from ltepass.routed.sites import router_of, routers_of
+from ltepass.sparsity.thresholds import move_biases, set_sparsity, update_table
 from ltepass.training.settings import LTESettings
 from ltepass.training.trainer import LTETrainerMixin
-from ltepass.training.warm_start import warm_start
 
 HELD_OUT = 12  # blocks
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

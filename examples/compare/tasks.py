@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 import ltepass
-from ltepass.training.warm_start import warm_start
+from ltepass.calibration.warm_start import warm_start
 
 FIELDS = "preset task method target seed tokens metric value ffn_sparsity seconds".split()
 IGNORED = -100
@@ -99,7 +99,7 @@ def classification_task(tokenizer: Any, budget: Budget, texts: Path | None, seed
 
 
 def _train_slice(tokenizer: Any, budget: Budget, texts: Path | None, name: str) -> Tensor:
-    from ltepass.texts import corpora, token_blocks
+    from ltepass.measure.text_blocks import corpora, token_blocks
 
     chars = 8 * budget.length * (budget.steps * budget.batch // 3 + 8)
     return token_blocks(tokenizer, corpora(texts, chars, 1)[name][0], budget.length)

@@ -17,8 +17,9 @@ from clock import Timing, copy_bandwidth, graphed, streamed
 from problems import Masks, Problem, Shape
 from results import Row
 
-from ltepass.kernels import reference, tuning
-from ltepass.kernels.routed_ffn_triton import routed_ffn
+from ltepass.kernels import reference
+from ltepass.kernels.gpu import tuning
+from ltepass.kernels.gpu.launch import routed_ffn
 
 COPIES = 8  # a tenth of a 7B FFN is 30 MB: eight of them are well past an H100's 50 MB of L2
 Operands = tuple[torch.Tensor, ...]

@@ -19,8 +19,6 @@ from results import Row
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 -- the name everybody uses
 
-from ltepass import ops as ops  # registers the op
-
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:

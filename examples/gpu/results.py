@@ -228,7 +228,7 @@ def plot(path: Path, rows: Iterable[Row]) -> bool:
 
 
 def main() -> None:
-    from ltepass.demo.readme import with_table
+    from examples.results.demo_table import with_table
 
     PAGE.write_text(with_table(PAGE.read_text(), markdown(read(HERE / "speed.csv")), BEGIN, END))
 

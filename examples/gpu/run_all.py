@@ -5,7 +5,7 @@
 
 Builds the C++ op, runs the whole test suite and the GPU tests, compute-sanitizer on a small case, tunes, measures, and
 writes DIR/speed.csv, speed.png, tuning_table.csv, log.txt and stages.txt (all that the stages printed). To keep a run,
-copy its tables over kernels/tuning_table.csv and examples/gpu/speed.csv.
+copy its tables over kernels/gpu/tuning_table.csv and examples/gpu/speed.csv.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def check(run: Run) -> dict[str, subprocess.Popen[str]]:
     Returns the suite, which goes on behind the rest, on the CPU at low priority: what is timed later are CUDA graphs.
     """
     run.stage("entry_points", [sys.executable, "setup.py", "-q", "egg_info"], 60)  # where torch.compile finds "lte"
-    build = "from ltepass.kernels import routed_ffn_cpu as k; ok = k.load(); print('C++ op:', ok); assert ok"
+    build = "from ltepass.kernels.cpu import build as k; ok = k.load(); print('C++ op:', ok); assert ok"
     run.stage("build", [sys.executable, "-c", build], 100)
     no_gpu = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"}
     suite = {}

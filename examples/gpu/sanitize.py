@@ -6,8 +6,9 @@ import problems
 import torch
 from problems import Shape
 
-from ltepass.kernels import reference, tuning
-from ltepass.kernels.routed_ffn_triton import routed_ffn
+from ltepass.kernels import reference
+from ltepass.kernels.gpu import tuning
+from ltepass.kernels.gpu.launch import routed_ffn
 
 PATHS = ((1, 0.3), (8, 0.3), (20, 0.05), (40, 0.2), (40, 0.9))  # (tokens, share of active experts)
 

@@ -20,9 +20,10 @@ import torch
 from clock import graphed
 from problems import Problem, Shape
 
-from ltepass.kernels import reference, tuning
-from ltepass.kernels.routed_ffn_triton import routed_ffn
-from ltepass.kernels.tuning import Launch
+from ltepass.kernels import reference
+from ltepass.kernels.gpu import tuning
+from ltepass.kernels.gpu.launch import routed_ffn
+from ltepass.kernels.gpu.tuning import Launch
 
 # Most promising first: the search may be cut short. Every combination keeps 8 to 64 bytes of loads a thread in flight.
 SPACE: dict[str, dict[str, list[int]]] = {

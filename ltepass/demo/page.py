@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from ltepass import plots
+from ltepass.demo import plots
 from ltepass.demo.table import command, machine_line, rows
 
 STYLE = """

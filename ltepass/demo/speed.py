@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ltepass.sites import FFNSite
+from ltepass.routed.sites import FFNSite
 
 
 def without_ffns(dense: nn.Module, sites: Sequence[FFNSite]) -> nn.Module:

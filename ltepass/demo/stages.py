@@ -18,8 +18,8 @@ import ltepass
 from ltepass.demo import learning, reload, speed
 from ltepass.demo.folder import DemoOptions, Folder
 from ltepass.demo.task import Task, load_dense, load_task
-from ltepass.evaluation import perplexity, sparsity_of_tail
-from ltepass.sites import routers_of
+from ltepass.measure.quality import perplexity, sparsity_of_tail
+from ltepass.routed.sites import routers_of
 from ltepass.training.stages import settle
 
 PROMPT_TOKENS = 64  # of held-out text in the KV cache before the first timed token

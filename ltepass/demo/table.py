@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ltepass.reporting import span
+from ltepass.routed.reporting import span
 
 Rows = list[tuple[str, str]]
 

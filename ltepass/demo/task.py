@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ltepass.demo.learning import schedule
-from ltepass.texts import python_docs, token_blocks
+from ltepass.measure.text_blocks import python_docs, token_blocks
 
 TRAIN_LENGTH = 256  # tokens of one training block
 TINY_STEPS = 120  # of the tiny model's own training, before the demo starts on it
@@ -75,7 +75,7 @@ def load_dense(model: str, out: Path, seed: int) -> Any:
 
 
 def _smollm2() -> tuple[Any, Any]:
-    from ltepass.smollm import load_smollm2
+    from ltepass.demo.smollm import load_smollm2
 
     return load_smollm2()
 

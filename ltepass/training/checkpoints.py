@@ -10,8 +10,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ltepass.router import Router
-from ltepass.sites import require_state
+from ltepass.routed.router import Router
+from ltepass.routed.sites import require_state
 
 STATE_FILE = "lte_state.json"
 APART_FILE = "lte_trained.safetensors"

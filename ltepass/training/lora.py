@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ltepass.errors import ConfigError
-from ltepass.sites import require_state
+from ltepass.routed.sites import require_state
 
 ADAPTER = "ltepass"  # the name that tells our layers from the user's
 

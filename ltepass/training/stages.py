@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from ltepass.config import Budget
-from ltepass.cuts import place_cuts
 from ltepass.errors import TrainingError
-from ltepass.padding import IGNORED
-from ltepass.router import Kept, Router
-from ltepass.rows import Part
-from ltepass.sites import require_state, require_trained, require_whole, router_of, routers_of
-from ltepass.sparsity import measure_sparsity, set_mode, set_sparsity, update_table
+from ltepass.routed.padding import IGNORED
+from ltepass.routed.router import Kept, Router
+from ltepass.routed.rows import Part
+from ltepass.routed.sites import require_state, require_trained, require_whole, router_of, routers_of
+from ltepass.routed.undo import verb
+from ltepass.sparsity.cuts import place_cuts
+from ltepass.sparsity.thresholds import measure_sparsity, set_mode, set_sparsity, update_table
 from ltepass.training.settings import Trainable
-from ltepass.undo import verb
 
 Stage = Literal["soft", "hard"]
 
@@ -201,7 +201,7 @@ def inactive_shares(model: nn.Module) -> Tensor:
 
 
 def _active_routers(model: nn.Module) -> list[Router]:
-    from ltepass.sites import state_of
+    from ltepass.routed.sites import state_of
 
     root = next((m for m in model.modules() if state_of(m) is not None), None)
     state = None if root is None else state_of(root)

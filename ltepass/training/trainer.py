@@ -17,11 +17,11 @@ from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, set_seed
 
-from ltepass.batches import inputs_of
 from ltepass.errors import TrainingError
-from ltepass.losses import kl_from
-from ltepass.padding import hooks_of, telling_tokens
-from ltepass.sites import require_state, root_of, router_of, routers_of
+from ltepass.routed.batches import inputs_of
+from ltepass.routed.padding import hooks_of, telling_tokens
+from ltepass.routed.sites import require_state, root_of, router_of, routers_of
+from ltepass.routed.soft_losses import kl_from
 from ltepass.training.checkpoints import (
     STATE_FILE,
     is_finished,
@@ -33,8 +33,8 @@ from ltepass.training.checkpoints import (
 )
 from ltepass.training.controller import SparsityController
 from ltepass.training.lora import merge_lora
-from ltepass.training.options import stage_options
 from ltepass.training.settings import LTESettings
+from ltepass.training.stage_options import stage_options
 from ltepass.training.stages import (
     Stage,
     clear_auxiliary,

@@ -16,7 +16,7 @@ import transformers as hf
 from safetensors.torch import save_file
 
 import ltepass
-from ltepass.sites import routers_of
+from ltepass.routed.sites import routers_of
 
 SIZES: dict[str, Any] = {"vocab_size": 61, "num_hidden_layers": 2, "num_attention_heads": 4}
 IDS = torch.arange(3, 35).reshape(2, 16)

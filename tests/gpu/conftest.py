@@ -40,7 +40,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every buffer of a call starts as NaN or as a huge index: what a kernel reads unwritten, shows."""
     import torch
 
-    from ltepass.kernels.triton_call import Call
+    from ltepass.kernels.gpu.call import Call
 
     def empty(self: Call, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         dtype = dtype or self.x.dtype

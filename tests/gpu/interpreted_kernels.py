@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ltepass.errors import LTEError
-from ltepass.kernels import reference, tuning
-from ltepass.kernels.routed_ffn_triton import routed_ffn, routed_ffn_with_mask
+from ltepass.kernels import reference
+from ltepass.kernels.gpu import tuning
+from ltepass.kernels.gpu.launch import routed_ffn, routed_ffn_with_mask
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

@@ -7,7 +7,7 @@ import os
 import pytest
 
 pytest.importorskip("triton")
-aot = pytest.importorskip("ltepass.kernels.aot", exc_type=ImportError)
+aot = pytest.importorskip("examples.gpu.aot", exc_type=ImportError)
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 
@@ -17,7 +17,7 @@ LIMITS = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "gfx942": 64 * 1024}  # byte
 def test_the_table_lists_what_the_host_code_launches() -> None:
     wanted = {(*launch.row_key, target) for target in aot.TARGETS for launch in aot.launched(target)}
     listed = {tuple(r[c] for c in aot.COLUMNS[:6]) for r in aot.stored()}
-    assert wanted == listed, "run python -m ltepass.kernels.aot"
+    assert wanted == listed, "run python -m examples.gpu.aot"
 
 
 def test_nothing_in_the_table_spills_or_is_too_large() -> None:

@@ -43,7 +43,7 @@ def test_the_committed_table_has_every_row_once() -> None:
 
 
 def test_the_page_shows_the_committed_table() -> None:
-    from ltepass.demo.readme import with_table
+    from examples.results.demo_table import with_table
 
     page = results.PAGE.read_text()
     table = results.markdown(results.read(FOLDER / "speed.csv"))

@@ -12,9 +12,9 @@ import torch
 from ffn_cases import Case
 from torch import Tensor
 
-from ltepass import ops as ops
 from ltepass.errors import LTEError
-from ltepass.kernels import reference, tuning
+from ltepass.kernels import reference
+from ltepass.kernels.gpu import tuning
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 

@@ -13,8 +13,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ltepass import ops as ops
-from ltepass.kernels import tuning
+from ltepass.kernels.gpu import tuning
 
 triton = pytest.importorskip("triton")
 OP = torch.ops.ltepass.routed_ffn.default

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from ltepass import backend
-from ltepass.kernels import tuning
-from ltepass.router import Router
+from ltepass.kernels.gpu import tuning
+from ltepass.passes.lower import backend
+from ltepass.routed.router import Router
 
 KERNELS = {row.kernel for row in tuning.table()}
 
@@ -91,12 +91,12 @@ def test_a_router_knows_its_density_wherever_it_comes_from(tmp_path: Path) -> No
 
 
 def test_an_ffn_on_a_gpu_is_told_the_density_of_its_router(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ltepass import lowering
+    from ltepass.passes.lower import modules
 
     seen: list[float | None] = []
-    monkeypatch.setattr(lowering, "routed_ffn", lambda x, *_: (seen.append(tuning.assumed_density()), x)[1])
+    monkeypatch.setattr(modules, "routed_ffn", lambda x, *_: (seen.append(tuning.assumed_density()), x)[1])
     router = Router(8, 24, 4)
-    router.plan = lowering.Plan(
+    router.plan = modules.Plan(
         activation="relu", d_ff=24, up=None, gate=None, up_bias=None, gate_bias=None, down_transposed=False
     )
     router.density = 0.3
@@ -105,7 +105,7 @@ def test_an_ffn_on_a_gpu_is_told_the_density_of_its_router(monkeypatch: pytest.M
         is_cuda = True
 
     for x in (OnGPU(), torch.zeros(1, 8)):
-        lowering.lowered_call(router, router.weight, None, None, None, router.weight, None, x)  # type: ignore[arg-type]
+        modules.lowered_call(router, router.weight, None, None, None, router.weight, None, x)  # type: ignore[arg-type]
     assert seen == [0.3, None]
 
 
@@ -122,7 +122,7 @@ def test_a_model_tells_its_densities_and_the_backend_assumes_them(budget: Any, m
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import ltepass
-    from ltepass.sites import routers_of
+    from ltepass.routed.sites import routers_of
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}

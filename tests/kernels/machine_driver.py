@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from routed_cases import Recipe, make
 
-from ltepass import ops
-from ltepass.kernels import reference, routed_ffn_cpu
+from ltepass.kernels import reference, routed_ffn
+from ltepass.kernels.cpu import build
 
 STRANGER = 54321  # a user id without a name or a home
 ROOT = getattr(os, "geteuid", lambda: 1)() == 0
@@ -31,13 +31,13 @@ class Machine:
     def __init__(self, home: Path, source: Path) -> None:
         self.home, self.cache, self.whole = home, home / "cache", source.read_bytes()
         home.mkdir()
-        (home / "unsealed").write_bytes(self.whole[: -routed_ffn_cpu.DIGEST])
+        (home / "unsealed").write_bytes(self.whole[: -build.DIGEST])
         os.environ["LTEPASS_CACHE_DIR"] = str(self.cache)
         self.compiler(f'cp "{home}/unsealed" "$2"')
 
     @property
     def target(self) -> Path:
-        return self.cache / routed_ffn_cpu.object_name(routed_ffn_cpu.isa())
+        return self.cache / build.object_name(build.isa())
 
     def compiler(self, then: str, name: str = "compiler", shebang: str = "#!/bin/sh") -> Path:
         """CXX: notes that it was called, leaves OBJECT of `-o OBJECT` in $2, and does what `then` says."""
@@ -121,12 +121,12 @@ def held_lock(machine: Machine) -> None:
     machine.cache.mkdir()
     handle = os.open(machine.cache / "lock", os.O_WRONLY | os.O_CREAT)
     fcntl.flock(handle, fcntl.LOCK_EX)
-    routed_ffn_cpu.BUILD_SECONDS = 1
+    build.BUILD_SECONDS = 1
 
 
 def cut_short_in_the_wheel(machine: Machine) -> None:
     (machine.home / "prebuilt.so").write_bytes(machine.whole[:9999])
-    routed_ffn_cpu._prebuilt = lambda: machine.home / "prebuilt.so"
+    build._prebuilt = lambda: machine.home / "prebuilt.so"
 
 
 LOADS: dict[str, Callable[[Machine], None]] = {
@@ -136,7 +136,7 @@ LOADS: dict[str, Callable[[Machine], None]] = {
     "a header and zeros": lambda m: m.cached(b"\x7fELF" + bytes(2000)),
     "an object that was cut short": cut_short,
     "an object with a byte changed": lambda m: m.cached(m.whole[:4096] + b"\xff" + m.whole[4097:]),
-    "an object without its digest": lambda m: m.cached(m.whole[: -routed_ffn_cpu.DIGEST]),
+    "an object without its digest": lambda m: m.cached(m.whole[: -build.DIGEST]),
     "text": lambda m: m.cached(b"#!/bin/sh\n"),
     "an object in the wheel that was cut short": cut_short_in_the_wheel,
     "a pipe": pipe,
@@ -166,7 +166,7 @@ def no_program(machine: Machine) -> None:
 def hanging(machine: Machine) -> None:
     """Its child would outlive it."""
     machine.compiler(f'sleep 1000 & echo $! > "{machine.home}/child"; wait')
-    routed_ffn_cpu.BUILD_SECONDS = 1
+    build.BUILD_SECONDS = 1
 
 
 def env(**values: str) -> Callable[[Machine], None]:
@@ -256,11 +256,11 @@ def observe(prepare: Callable[[Machine], None], home: Path, source: Path) -> dic
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         for _ in range(3):
-            out.append(ops.routed_ffn(*args))
+            out.append(routed_ffn.routed_ffn(*args))
     expected = reference.routed_ffn(*args)
     calls, cache = home / "calls", machine.cache
     return {
-        "loaded": routed_ffn_cpu._loaded,
+        "loaded": build._loaded,
         "warnings": [str(w.message) for w in seen],
         "close": all(torch.allclose(y, expected, rtol=1e-4, atol=1e-5) for y in out),
         "builds": calls.read_text().count("call") if calls.exists() else 0,

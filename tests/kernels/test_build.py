@@ -10,25 +10,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from ltepass.kernels import routed_ffn_cpu
+from ltepass.kernels.cpu import build
 
-x86 = pytest.mark.skipif(routed_ffn_cpu.isa() not in routed_ffn_cpu.X86_LEVELS, reason="x86-64 only")
+x86 = pytest.mark.skipif(build.isa() not in build.X86_LEVELS, reason="x86-64 only")
 RUN = """
 import warnings, torch, sys
 sys.path.insert(0, {here!r})
 from routed_cases import Recipe, make
-import ltepass.ops
-from ltepass.kernels import reference, routed_ffn_cpu
+import ltepass.kernels.routed_ffn
+from ltepass.kernels import reference
+from ltepass.kernels.cpu import build
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
     for T in (1, 9):
         args = make(Recipe(T=T))
         y = torch.ops.ltepass.routed_ffn(*args)
         torch.testing.assert_close(y, reference.routed_ffn(*args), rtol=1e-4, atol=1e-5)
-print("loaded", routed_ffn_cpu._loaded)
+print("loaded", build._loaded)
 for w in seen:
     if "ltepass" in str(w.message): print("warning", w.message)
-print(ltepass.ops.which_path(1, 64, 64, 8, torch.float32))
+print(ltepass.kernels.routed_ffn.which_path(1, 64, 64, 8, torch.float32))
 """
 
 
@@ -49,7 +50,7 @@ def finish(process: subprocess.Popen[str]) -> str:
 @x86
 def test_two_processes_build_once(tmp_path: Path) -> None:
     """The compiler is a script that counts its calls. The object is the baseline one, which any x86-64 runs."""
-    log, real = tmp_path / "calls", routed_ffn_cpu.compiler()
+    log, real = tmp_path / "calls", build.compiler()
     counting = tmp_path / "counting-g++"
     counting.write_text(f'#!/bin/sh\necho call >> "{log}"\nexec "{real}" "$@"\n')
     counting.chmod(0o755)
@@ -58,7 +59,7 @@ def test_two_processes_build_once(tmp_path: Path) -> None:
     for run in runs:
         assert "loaded True" in finish(run)
     assert log.read_text().count("call") == 1
-    assert [p.name for p in cache.glob("*.so")] == [routed_ffn_cpu.object_name("x86-64")]
+    assert [p.name for p in cache.glob("*.so")] == [build.object_name("x86-64")]
     assert not [p for p in cache.iterdir() if p.is_dir()]  # no temporary folder is left
     assert "loaded True" in finish(start(cache, CXX="/does/not/exist", LTEPASS_ISA="x86-64"))  # from the cache
 
@@ -93,12 +94,12 @@ def test_the_avx2_object_works(tmp_path: Path) -> None:
     assert "loaded True" in finish(start(tmp_path, LTEPASS_ISA="x86-64-v3"))
 
 
-@pytest.mark.skipif(routed_ffn_cpu.isa() != "cooperlake", reason="needs a CPU that multiplies bf16, and its object")
+@pytest.mark.skipif(build.isa() != "cooperlake", reason="needs a CPU that multiplies bf16, and its object")
 def test_multiplying_bf16_and_widening_it_agree(tmp_path: Path) -> None:
     """What differs is the rounding of the hidden units, so not every output is the same."""
     code = (
         f"import sys, torch; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from routed_cases import Recipe, make\nimport ltepass.ops\n"
+        "from routed_cases import Recipe, make\nimport ltepass.kernels.routed_ffn\n"
         "args = make(Recipe(T=32, d_model=512, group_size=33, dtype=torch.bfloat16, layout='neuron_rows'))\n"
         "torch.save(torch.ops.ltepass.routed_ffn(*args), sys.argv[1])"
     )
@@ -112,43 +113,43 @@ def test_multiplying_bf16_and_widening_it_agree(tmp_path: Path) -> None:
 
 
 def test_name_follows_source_isa_and_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    first = routed_ffn_cpu.object_name("x86-64")
-    assert first != routed_ffn_cpu.object_name("x86-64-v3")
+    first = build.object_name("x86-64")
+    assert first != build.object_name("x86-64-v3")
     monkeypatch.setattr(torch, "__version__", "2.99.0")
-    assert routed_ffn_cpu.object_name("x86-64") != first
+    assert build.object_name("x86-64") != first
     monkeypatch.undo()
-    for name in (routed_ffn_cpu.SOURCE, *routed_ffn_cpu.HEADERS):
-        (tmp_path / name).write_bytes((routed_ffn_cpu.HERE / name).read_bytes())
-    monkeypatch.setattr(routed_ffn_cpu, "HERE", tmp_path)
-    assert routed_ffn_cpu.object_name("x86-64") == first
-    for name in (routed_ffn_cpu.SOURCE, *routed_ffn_cpu.HEADERS):
-        before = routed_ffn_cpu.object_name("x86-64")
+    for name in (build.SOURCE, *build.HEADERS):
+        (tmp_path / name).write_bytes((build.HERE / name).read_bytes())
+    monkeypatch.setattr(build, "HERE", tmp_path)
+    assert build.object_name("x86-64") == first
+    for name in (build.SOURCE, *build.HEADERS):
+        before = build.object_name("x86-64")
         (tmp_path / name).write_text((tmp_path / name).read_text() + "\n// changed\n")
-        assert routed_ffn_cpu.object_name("x86-64") != before, name
+        assert build.object_name("x86-64") != before, name
 
 
 def test_an_object_from_the_wheel_is_taken_while_it_fits_the_source(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    for name in (routed_ffn_cpu.SOURCE, *routed_ffn_cpu.HEADERS):
-        (tmp_path / name).write_bytes((routed_ffn_cpu.HERE / name).read_bytes())
-    monkeypatch.setattr(routed_ffn_cpu, "HERE", tmp_path)
-    monkeypatch.setattr(routed_ffn_cpu, "compiler", lambda: None)
+    for name in (build.SOURCE, *build.HEADERS):
+        (tmp_path / name).write_bytes((build.HERE / name).read_bytes())
+    monkeypatch.setattr(build, "HERE", tmp_path)
+    monkeypatch.setattr(build, "compiler", lambda: None)
     monkeypatch.setenv("LTEPASS_CACHE_DIR", str(tmp_path / "cache"))
-    prebuilt = tmp_path / "prebuilt" / routed_ffn_cpu.prebuilt_name(routed_ffn_cpu.isa())
+    prebuilt = tmp_path / "prebuilt" / build.prebuilt_name(build.isa())
     prebuilt.parent.mkdir()
     prebuilt.touch()
-    assert routed_ffn_cpu._prebuilt() == prebuilt
+    assert build._prebuilt() == prebuilt
     monkeypatch.setattr(torch, "__version__", "2.99.0")
-    assert routed_ffn_cpu._prebuilt() == prebuilt  # the stable ABI serves every torch
-    assert not routed_ffn_cpu._load_prebuilt()  # it cannot be loaded (it is empty), so one is built
-    (tmp_path / routed_ffn_cpu.SOURCE).write_text("// changed\n")
-    assert routed_ffn_cpu._prebuilt() is None
+    assert build._prebuilt() == prebuilt  # the stable ABI serves every torch
+    assert not build._load_prebuilt()  # it cannot be loaded (it is empty), so one is built
+    (tmp_path / build.SOURCE).write_text("// changed\n")
+    assert build._prebuilt() is None
     with pytest.warns(UserWarning, match="no C\\+\\+ compiler"):
-        assert not routed_ffn_cpu._load_built()
+        assert not build._load_built()
 
 
 def test_headers_are_all_listed() -> None:
     """A header that is not in the hash would leave stale objects behind."""
-    folder = Path(routed_ffn_cpu.__file__).parent
-    assert {p.name for p in folder.glob("*.h")} == set(routed_ffn_cpu.HEADERS)
+    folder = Path(build.__file__).parent
+    assert {p.name for p in folder.glob("*.h")} == set(build.HEADERS)

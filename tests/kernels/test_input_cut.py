@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from routed_cases import ARGUMENTS, LAYOUTS, Recipe, assert_values, doubled, make, size_of_terms
 from torch import Tensor
 
-import ltepass.ops  # noqa: F401 -- defines the op
+import ltepass.kernels.routed_ffn  # noqa: F401 -- defines the op
 from ltepass.kernels import reference
 
 op = torch.ops.ltepass.routed_ffn

@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 from machine_driver import LOADS, REFUSES
 
-from ltepass import cache, smollm
+from ltepass import cache
+from ltepass.demo import smollm
 from ltepass.errors import CacheError
-from ltepass.kernels import routed_ffn_cpu
+from ltepass.kernels.cpu import build
 
 posix = pytest.mark.skipif(os.name != "posix", reason="owners and modes of POSIX")
-pytestmark = [posix, pytest.mark.skipif(routed_ffn_cpu.compiler() is None, reason="needs a C++ compiler")]
+pytestmark = [posix, pytest.mark.skipif(build.compiler() is None, reason="needs a C++ compiler")]
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +33,9 @@ def out() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def results(out: Path) -> dict[str, Any]:
-    assert routed_ffn_cpu.load()
-    driver, source = Path(__file__).with_name("machine_driver.py"), routed_ffn_cpu.cache_dir()
-    command = [sys.executable, str(driver), str(out), str(source / routed_ffn_cpu.object_name(routed_ffn_cpu.isa()))]
+    assert build.load()
+    driver, source = Path(__file__).with_name("machine_driver.py"), build.cache_dir()
+    command = [sys.executable, str(driver), str(out), str(source / build.object_name(build.isa()))]
     env = {k: v for k, v in os.environ.items() if k != "LTEPASS_CACHE"} | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -101,12 +102,13 @@ def test_a_folder_that_the_demo_did_not_make_stays(tmp_path: Path, monkeypatch: 
 def test_both_caches_follow_one_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LTEPASS_CACHE", str(tmp_path / "old"))
     monkeypatch.setenv("LTEPASS_CACHE_DIR", str(tmp_path))
-    assert {smollm.default_cache().parent, routed_ffn_cpu.cache_dir()} == {tmp_path}
+    assert {smollm.default_cache().parent, build.cache_dir()} == {tmp_path}
     monkeypatch.delenv("LTEPASS_CACHE_DIR")
     with pytest.warns(FutureWarning, match="set LTEPASS_CACHE_DIR"):
         assert smollm.default_cache().parent == tmp_path / "old"
 
 
 def test_the_package_can_be_imported_without_fcntl() -> None:
-    code = "import sys; sys.modules['fcntl'] = None; import ltepass.ops, ltepass.lowering, ltepass.cli"
+    names = "ltepass.kernels.routed_ffn, ltepass.passes.lower.modules, ltepass.cli"
+    code = f"import sys; sys.modules['fcntl'] = None; import {names}"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -17,9 +17,9 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
-import ltepass.ops
+import ltepass.kernels.routed_ffn
 from ltepass.errors import LTEError
-from ltepass.kernels import reference, routed_ffn_backward
+from ltepass.kernels import backward, reference
 
 op = torch.ops.ltepass.routed_ffn
 FROZEN = ("router_weight", "router_bias", "threshold")
@@ -54,12 +54,14 @@ def test_which_op_a_lowered_module_calls(monkeypatch: pytest.MonkeyPatch) -> Non
     """The one without an autograd rule where nothing can ask for a gradient or looks on; the bits are the same."""
     args, seen = make(Recipe(T=2)), []
     for name in ("_routed_ffn", "_routed_ffn_no_grad"):
-        call = getattr(ltepass.ops, name)
-        monkeypatch.setattr(ltepass.ops, name, lambda *a, n=name, call=call: (seen.append(n), call(*a))[1])
+        call = getattr(ltepass.kernels.routed_ffn, name)
+        monkeypatch.setattr(
+            ltepass.kernels.routed_ffn, name, lambda *a, n=name, call=call: (seen.append(n), call(*a))[1]
+        )
 
     def called() -> list[str]:
         seen.clear()
-        assert torch.equal(ltepass.ops.routed_ffn(*args), y)
+        assert torch.equal(ltepass.kernels.routed_ffn.routed_ffn(*args), y)
         return seen
 
     with torch.no_grad():
@@ -81,7 +83,7 @@ def test_graphs_hold_the_public_op(trace: Any) -> None:
         return gm
 
     def of_x(x: Tensor) -> Tensor:
-        return ltepass.ops.routed_ffn(x, *args[1:])
+        return ltepass.kernels.routed_ffn.routed_ffn(x, *args[1:])
 
     with torch.no_grad():
         if trace is None:
@@ -147,9 +149,9 @@ def test_active_pairs_alone_give_the_same_gradients(dtype: torch.dtype, gated: b
         ours, stock, exact = (
             form(*tensors, activation, needs)
             for form, tensors in (
-                (routed_ffn_backward.per_expert, (grad, *rest)),
-                (routed_ffn_backward.masked_dense, (grad, *rest)),
-                (routed_ffn_backward.masked_dense, wide),
+                (backward.per_expert, (grad, *rest)),
+                (backward.masked_dense, (grad, *rest)),
+                (backward.masked_dense, wide),
             )
         )
         names = ("x", "up", "up_bias", "gate", "gate_bias", "down", "down_bias")
@@ -170,13 +172,13 @@ def test_active_pairs_are_used_in_eager_only(monkeypatch: pytest.MonkeyPatch) ->
         used.append(len(args[0]))
         return per_expert(*args)
 
-    per_expert = routed_ffn_backward.per_expert
-    monkeypatch.setattr(routed_ffn_backward, "per_expert", noting)
+    per_expert = backward.per_expert
+    monkeypatch.setattr(backward, "per_expert", noting)
     args = make(Recipe(T=6))
     op(args[0].detach().requires_grad_(), *args[1:]).sum().backward()
     assert used == []  # six tokens do not pay
     for name, value in (("LEAST_TOKENS", 0), ("LEAST_GROUP", 1), ("MOST_ACTIVE", 1.0)):
-        monkeypatch.setattr(routed_ffn_backward, name, value)
+        monkeypatch.setattr(backward, name, value)
     x = args[0].detach().requires_grad_()
     op(x, *args[1:]).sum().backward()
     assert used == [6]
@@ -319,9 +321,9 @@ def test_float64_takes_the_plain_path() -> None:
 
 def test_import_is_light() -> None:
     code = (
-        "import sys, ltepass.ops, ltepass.kernels.reference; "
+        "import sys, ltepass.kernels.routed_ffn, ltepass.kernels.reference; "
         "assert 'triton' not in sys.modules and 'transformers' not in sys.modules; "
-        "from ltepass.kernels import routed_ffn_cpu; assert routed_ffn_cpu._loaded is None"
+        "from ltepass.kernels.cpu import build as routed_ffn_cpu; assert routed_ffn_cpu._loaded is None"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -335,9 +337,9 @@ def gemms(args: tuple[Any, ...]) -> int:
 
 def test_the_path_that_is_told_is_the_path_that_runs() -> None:
     """The dense one is PyTorch's GEMMs; it is taken from shapes and counts alone."""
-    assert "dense and mask above" in ltepass.ops.which_path(64, 64, 64, 8, torch.float32)
-    assert "dense" not in ltepass.ops.which_path(1, 64, 64, 8, torch.float32)
-    assert "float64" in ltepass.ops.which_path(1, 64, 64, 8, torch.float64)
+    assert "dense and mask above" in ltepass.kernels.routed_ffn.which_path(64, 64, 64, 8, torch.float32)
+    assert "dense" not in ltepass.kernels.routed_ffn.which_path(1, 64, 64, 8, torch.float32)
+    assert "float64" in ltepass.kernels.routed_ffn.which_path(1, 64, 64, 8, torch.float64)
     assert gemms(make(Recipe(T=64, mask="all"))) == 3
     assert gemms(make(Recipe(T=64, mask="all", gated=False))) == 2
     assert gemms(make(Recipe(T=64, mask="one"))) == 0

@@ -16,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from routed_cases import LAYOUTS, Recipe, assert_values, make
 
-import ltepass.ops
+import ltepass.kernels.routed_ffn
 from ltepass.errors import LTEError
-from ltepass.kernels import reference, routed_ffn_cpu
+from ltepass.kernels import reference
+from ltepass.kernels.cpu import build
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 op = torch.ops.ltepass.routed_ffn_with_mask
@@ -45,8 +46,8 @@ def check(recipe: Recipe) -> None:
 
 
 def test_the_cpp_kernel_is_what_runs() -> None:
-    assert routed_ffn_cpu.load()
-    assert "C++" in ltepass.ops.which_path(1, 64, 64, 8, torch.float32)
+    assert build.load()
+    assert "C++" in ltepass.kernels.routed_ffn.which_path(1, 64, 64, 8, torch.float32)
     assert torch._C._dispatch_has_kernel_for_dispatch_key("ltepass::routed_ffn", "CPU")
 
 
@@ -226,7 +227,7 @@ WIDTHS = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
 from routed_cases import Recipe, make
-import ltepass.ops
+import ltepass.kernels.routed_ffn
 for T in (33, 100, 600):
     for d_out in (24, 65, 200, 511, 512, 600):
         for experts in (2, 40, 64):

@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 from zoo import Graphs, ids, logits, transformed
 
 import ltepass
-from ltepass.sites import routers_of
+from ltepass.routed.sites import routers_of
 
 LAYERS, NEW = 12, 3
 LENGTHS, BATCHES = (3, 5, 8, 13, 21), (1, 2, 4)

@@ -16,7 +16,7 @@ from zoo import GRAPHS, CountOp, ids, logits, transformed
 
 import ltepass
 from ltepass.errors import LoweredError, LoweringError, ShardedError
-from ltepass.sites import router_of
+from ltepass.routed.sites import router_of
 
 
 class Scaled(torch.Tensor):

@@ -16,7 +16,7 @@ from torch import nn
 from zoo import ALL, build, ids, logits, transformed
 
 import ltepass
-from ltepass.sites import routers_of
+from ltepass.routed.sites import routers_of
 
 COPIES: dict[str, Callable[[Any], Any]] = {
     "deepcopy": copy.deepcopy,

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import transformers
 
-from ltepass import census, justified
-from ltepass.coverage import TOLERANCE, Example, Row, examine
+from examples.coverage import census, known_reasons
+from examples.coverage.examine import TOLERANCE, Example, Row, examine
 from ltepass.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +35,7 @@ def check_row(row: Row) -> None:
     assert census.unexplained(row) == [], row
     if row.status != "ok":
         return
-    assert row.gates_act or row.name in justified.INVISIBLE, row
+    assert row.gates_act or row.name in known_reasons.INVISIBLE, row
     assert row.dense_error is not None
     assert row.dense_error <= TOLERANCE, row
     if row.lowered:
@@ -88,8 +88,8 @@ def test_the_page_is_what_the_rows_give() -> None:
 @needs_table
 def test_no_sentence_is_left_over() -> None:
     rows = {r.name: r for r in TABLE}
-    assert {n for n in justified.NOT_BUILT if rows[n].status not in ("build", "stopped")} == set()
-    for name, parts in justified.UNFOUND.items():
+    assert {n for n in known_reasons.NOT_BUILT if rows[n].status not in ("build", "stopped")} == set()
+    for name, parts in known_reasons.UNFOUND.items():
         assert [p for p in parts if p not in rows[name].unfound] == [], name
 
 

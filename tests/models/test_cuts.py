@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from zoo import ALL, CountOp, build, ids, logits, transformed
 
 import ltepass
-from ltepass.cuts import BUFFERS
 from ltepass.errors import CalibrationError, ConfigError, LoweredError, NotTransformedError
-from ltepass.sites import router_of
+from ltepass.routed.sites import router_of
+from ltepass.sparsity.cuts import BUFFERS
 
 SETTERS = {"hidden_sparsity": ltepass.set_hidden_sparsity, "input_sparsity": ltepass.set_input_sparsity}
 both = pytest.mark.parametrize("setting", SETTERS)

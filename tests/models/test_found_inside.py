@@ -18,11 +18,11 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from zoo import build, ids, logits, transformed
 
 import ltepass
+from ltepass.calibration.warm_start import warm_start
 from ltepass.errors import AmbiguousModelError, NotTransformedError, ShardedError
-from ltepass.sites import routers_of, state_of
-from ltepass.sparsity import measure_union
+from ltepass.routed.sites import routers_of, state_of
+from ltepass.sparsity.thresholds import measure_union
 from ltepass.training.stages import begin_stage, settle
-from ltepass.training.warm_start import warm_start
 
 
 class Parent(nn.Module):

@@ -14,8 +14,8 @@ from zoo import ALL, HF, CountOp, Graphs, ids, logits, transformed
 import ltepass
 from ltepass.errors import ConfigError, LoweredError, LoweringError
 from ltepass.kernels import reference
-from ltepass.passes.lower_routed_ffn import LowerRoutedFFN
-from ltepass.sites import router_of, routers_of
+from ltepass.passes.lower.graph_regions import LowerRoutedFFN
+from ltepass.routed.sites import router_of, routers_of
 
 
 def router_inputs(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from zoo import CountOp, build, ids, logits, transformed
 
 import ltepass
 from ltepass.errors import DisplacedHookError
-from ltepass.sites import routers_of
+from ltepass.routed.sites import routers_of
 
 CONFIG = ltepass.LTEConfig(group_size=5, grouping="random")
 AS_IS = ltepass.LTEConfig(group_size=5, grouping="identity")
@@ -271,7 +271,7 @@ def test_what_torch_compile_wrapped_is_gated() -> None:
         logits(model)  # compiled before it was gated
         routed(model)
         assert torch.allclose(logits(model), expected, atol=1e-5)
-        copied = copy.deepcopy(ltepass.sites.unwrapped(model))
+        copied = copy.deepcopy(ltepass.routed.sites.unwrapped(model))
         for p in copied.parameters():
             p.data.zero_()
         assert not logits(copied).any()

@@ -12,10 +12,10 @@ from zoo import build, ids, logits, transformed
 
 import ltepass
 from ltepass.errors import CheckpointError, GateError
-from ltepass.passes import insert_routers as inserting
-from ltepass.router import Router
-from ltepass.selfcheck import check_gated
-from ltepass.sites import router_of, routers_of
+from ltepass.passes.insert import insert_routers as inserting
+from ltepass.passes.insert.selfcheck import check_gated
+from ltepass.routed.router import Router
+from ltepass.routed.sites import router_of, routers_of
 
 
 def state(model: nn.Module) -> tuple[Any, ...]:

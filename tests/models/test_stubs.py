@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import CountOp, ids, logits, transformed
 
 import ltepass
-from ltepass.sites import routers_of
+from ltepass.routed.sites import routers_of
 
 
 class LargestWithin(TorchDispatchMode):

@@ -21,11 +21,11 @@ from torch import nn
 from zoo import build, ids, logits, transformed
 
 import ltepass
-from ltepass import regenerate
-from ltepass.calibration import fit_energies
+from ltepass.calibration.calibrate import fit_energies
 from ltepass.errors import ConcurrencyError
-from ltepass.router import Router
-from ltepass.sites import routers_of
+from ltepass.passes.insert import forwards
+from ltepass.routed.router import Router
+from ltepass.routed.sites import routers_of
 from ltepass.threads import locks
 
 CONFIG = ltepass.LTEConfig(group_size=4, grouping="identity")
@@ -85,7 +85,7 @@ def test_a_compiled_call_is_not_refused_while_an_owner_is_traced() -> None:
             return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
     owner.__class__ = Watched
-    assert regenerate.trace_owner(owner, defaults=True) is not None
+    assert forwards.trace_owner(owner, defaults=True) is not None
     assert seen == [False, True] * 2
     assert not traces()
 
@@ -332,7 +332,7 @@ def test_a_forked_child_computes_the_same_and_does_not_hang() -> None:
 def test_classes_are_shared_by_equals_and_go_with_the_last_of_them(name: str) -> None:
     torch._dynamo.reset()  # which keeps what it compiled, and its classes, until then
     gc.collect()
-    before = len(regenerate._classes)
+    before = len(forwards._classes)
     first, second = transformed(name), transformed(name)
     owners = [model.get_submodule(model._lte.sites[0].owner) for model in (first, second)]
     assert type(owners[0]) is type(owners[1])
@@ -341,7 +341,7 @@ def test_classes_are_shared_by_equals_and_go_with_the_last_of_them(name: str) ->
     del first, second, owners
     gc.collect()
     assert [cls for cls in classes if cls() is not None] == []
-    assert len(regenerate._classes) <= before
+    assert len(forwards._classes) <= before
 
 
 def test_a_refused_forward_leaves_nothing_in_what_a_pass_sees() -> None:

@@ -23,8 +23,8 @@ from ltepass.errors import (
     NoFFNFoundError,
     NotTransformedError,
 )
-from ltepass.router import Router
-from ltepass.sites import router_of, routers_of
+from ltepass.routed.router import Router
+from ltepass.routed.sites import router_of, routers_of
 
 ACTIVATIONS = {"llama": "silu", "gpt2": "gelu_tanh", "opt": "relu", "phi3": "silu", "gpt_neox": "gelu"}
 
@@ -282,7 +282,7 @@ def test_calls_that_need_routers_say_so() -> None:
 
 
 def test_auto_group_size_is_the_divisor_nearest_32() -> None:
-    from ltepass.passes.find_ffn import auto_group_size
+    from ltepass.passes.find.find_ffn import auto_group_size
 
     assert [auto_group_size(n) for n in (11008, 1536, 60, 100, 63, 97)] == [32, 32, 30, 25, 21, 97]
 

@@ -13,7 +13,7 @@ from zoo import build, ids, logits, transformed
 
 import ltepass
 from ltepass.errors import DisplacedHookError, LoweredError, LoweringError, NoFFNFoundError
-from ltepass.sites import routers_of
+from ltepass.routed.sites import routers_of
 
 LINEARS = {"llama": ["gate_proj", "up_proj", "down_proj"], "opt": ["fc1", "fc2"]}
 

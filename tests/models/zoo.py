@@ -11,7 +11,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 import ltepass
-from ltepass.sites import routers_of
+from ltepass.routed.sites import routers_of
 
 VOCAB = 61
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 import ltepass
-from ltepass.sites import router_of, routers_of
+from ltepass.routed.sites import router_of, routers_of
 
 D, H = 10, 24  # d_model, d_ff
 
@@ -207,7 +207,7 @@ def x_of(batch: int = 2, tokens: int = 5) -> Tensor:
     return torch.randn(batch, tokens, D, generator=torch.Generator().manual_seed(7))
 
 
-def sites_of(model: nn.Module, x: Any = None, **config: Any) -> list[ltepass.sites.FFNSite]:
+def sites_of(model: nn.Module, x: Any = None, **config: Any) -> list[ltepass.routed.sites.FFNSite]:
     ltepass.transform(model, x_of() if x is None else x, ltepass.LTEConfig(**config))
     return list(model._lte.sites)
 

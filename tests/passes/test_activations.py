@@ -15,7 +15,7 @@ from transformers.activations import ACT2FN
 import ltepass
 from ltepass.errors import NoFFNFoundError
 from ltepass.kernels import reference
-from ltepass.sites import router_of
+from ltepass.routed.sites import router_of
 
 FUSED = {
     **dict.fromkeys(("gelu", "gelu_python"), "gelu"),

@@ -30,7 +30,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 import ltepass
-from ltepass.sites import router_of
+from ltepass.routed.sites import router_of
 
 FORMS: dict[str, tuple[Any, str, str, bool]] = {  # name: model, activation, kind, lowered
     "plain": (lambda: Residual(Plain(F.gelu)), "gelu", "aligned", True),

@@ -30,10 +30,10 @@ from traps import (
 
 import ltepass
 from ltepass.errors import NoFFNFoundError
-from ltepass.passes.capture_graphs import CaptureGraphs
-from ltepass.passes.find_ffn import FindFFN
-from ltepass.pipeline import Job
-from ltepass.sites import Refusal
+from ltepass.passes.capture.capture_graphs import CaptureGraphs
+from ltepass.passes.find.find_ffn import FindFFN
+from ltepass.passes.graph.pipeline import Job
+from ltepass.routed.sites import Refusal
 
 
 def refusals(model: nn.Module) -> list[Refusal]:

@@ -25,10 +25,10 @@ from mutants import mutant
 from safetensors.torch import load_file
 from watching import watch
 
-from ltepass.checkpoint_tensors import FLOATS, Header, read_header
 from ltepass.errors import CheckpointError
-from ltepass.quantizer import LTEQuantizationConfig, checked_sites
-from ltepass.sites import FFNSite, LTEState, state_of
+from ltepass.routed.sites import FFNSite, LTEState, state_of
+from ltepass.saving.quantizer import LTEQuantizationConfig, checked_sites
+from ltepass.saving.tensor_checks import FLOATS, Header, read_header
 
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
 FOLDERS = [CHECKPOINTS / v / n for v in ("v1", "v2") for n in ("aligned", "inline", "fused", "encoder_decoder", "cuts")]

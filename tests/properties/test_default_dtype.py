@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ltepass
-from ltepass.balanced import WHOLE_GRAM, balanced_kmeans
-from ltepass.sites import router_of, routers_of
-from ltepass.sparsity import measure_union
+from ltepass.calibration.warm_start import warm_start
+from ltepass.passes.group.balanced_kmeans import WHOLE_GRAM, balanced_kmeans
+from ltepass.routed.sites import router_of, routers_of
+from ltepass.sparsity.thresholds import measure_union
 from ltepass.training.stages import begin_stage, settle, take_auxiliary
-from ltepass.training.warm_start import warm_start
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 SIZES = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -20,7 +20,7 @@ from trees import examples
 import ltepass
 from ltepass.errors import LTEError
 from ltepass.kernels.reference import ACTIVATIONS
-from ltepass.sites import routers_of
+from ltepass.routed.sites import routers_of
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 

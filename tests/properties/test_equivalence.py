@@ -12,7 +12,7 @@ from trees import examples
 
 import ltepass
 from ltepass.kernels.reference import ACTIVATIONS
-from ltepass.sites import router_of, routers_of
+from ltepass.routed.sites import router_of, routers_of
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ sys.path.append(str(Path(__file__).parents[1] / "training"))
 from padded import FAMILIES, padded, same, sequences, started, whole
 
 import ltepass
-from ltepass.calibration import fit_energies
-from ltepass.energy import down_energy
-from ltepass.sites import router_of
-from ltepass.sparsity import measure_union, update_table
+from ltepass.calibration.calibrate import fit_energies
+from ltepass.calibration.energy import down_energy
+from ltepass.routed.sites import router_of
+from ltepass.sparsity.thresholds import measure_union, update_table
 
 models = cache(started)
 

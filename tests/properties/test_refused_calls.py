@@ -22,10 +22,10 @@ from trees import examples
 from zoo import build, ids
 
 import ltepass
-from ltepass.training.options import stage_options
+from ltepass.calibration.warm_start import warm_start
 from ltepass.training.settings import LTESettings
+from ltepass.training.stage_options import stage_options
 from ltepass.training.stages import Stage, begin_stage, settle
-from ltepass.training.warm_start import warm_start
 
 HERE = str(Path(ltepass.__file__).parent)
 PARTS = (HERE, *(str(p.resolve()) for p in Path(HERE).iterdir() if p.is_symlink()), "<ltepass")

@@ -12,12 +12,12 @@ from torch import nn
 from trees import build, captured, examples, flat_graph_of, graph_of, reordered, trees
 
 import ltepass
-from ltepass.capture import Captured
 from ltepass.errors import AlreadyTransformedError, LoweringError, NoFFNFoundError
-from ltepass.passes.capture_graphs import CaptureGraphs
-from ltepass.passes.find_ffn import FindFFN
-from ltepass.pipeline import Job
-from ltepass.sites import router_of, routers_of
+from ltepass.passes.capture.capture_graphs import CaptureGraphs
+from ltepass.passes.capture.export import Captured
+from ltepass.passes.find.find_ffn import FindFFN
+from ltepass.passes.graph.pipeline import Job
+from ltepass.routed.sites import router_of, routers_of
 
 X = torch.randn(2, 5, 10, generator=torch.Generator().manual_seed(0))
 CONFIG = ltepass.LTEConfig(grouping="random")

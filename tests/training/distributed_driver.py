@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import TrainingArguments
 
 import ltepass
-from ltepass.sites import routers_of
+from ltepass.routed.sites import routers_of
 from ltepass.training.settings import LTESettings
 from ltepass.training.stages import begin_stage, label_mask, take_auxiliary
 from ltepass.training.trainer import LTETrainer

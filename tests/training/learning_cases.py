@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 import ltepass
-from ltepass.evaluation import perplexity
-from ltepass.sites import router_of
-from ltepass.sparsity import mode_of
+from ltepass.measure.quality import perplexity
+from ltepass.routed.sites import router_of
+from ltepass.sparsity.thresholds import mode_of
 from ltepass.training.settings import LTESettings
 from ltepass.training.trainer import LTETrainer
 

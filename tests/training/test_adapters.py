@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 
 import ltepass
 from ltepass.errors import ConfigError
-from ltepass.sites import router_of, routers_of
-from ltepass.training.options import stage_options
+from ltepass.routed.sites import router_of, routers_of
 from ltepass.training.settings import LTESettings
+from ltepass.training.stage_options import stage_options
 
 BOTH = LTESettings(soft_steps=2, hard_steps=2)
 NOT_SAVED = pytest.mark.filterwarnings("ignore:the routers learn inside the base model")

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ltepass import balanced
-from ltepass.balanced import balanced_kmeans, greedy_assignment
+from ltepass.passes.group import balanced_kmeans as balanced
+from ltepass.passes.group.balanced_kmeans import balanced_kmeans, greedy_assignment
 
 
 def objective(points: Tensor, labels: Tensor) -> float:

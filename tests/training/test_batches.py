@@ -18,15 +18,15 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import BatchEncoding, DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
 import ltepass
-from ltepass.batches import inputs_of
+from ltepass.calibration.ridge import RidgeSums
+from ltepass.calibration.sensitivity import loss_sensitivity
+from ltepass.calibration.warm_start import warm_start
 from ltepass.errors import CalibrationError, LoweredError
-from ltepass.evaluation import sparsity_of_tail
-from ltepass.ridge import RidgeSums
-from ltepass.sensitivity import loss_sensitivity
-from ltepass.sites import routers_of
-from ltepass.sparsity import Reservoir, Tally, measure_union, record_logits, update_table
+from ltepass.measure.quality import sparsity_of_tail
+from ltepass.routed.batches import inputs_of
+from ltepass.routed.sites import routers_of
+from ltepass.sparsity.thresholds import Reservoir, Tally, measure_union, record_logits, update_table
 from ltepass.training.stages import held_out_perplexity, settle
-from ltepass.training.warm_start import warm_start
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

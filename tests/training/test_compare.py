@@ -27,9 +27,9 @@ from cuts import Cuts, expert_sparsity, measure_cut, n_matrices
 from frontier_rows import Rows, at_bytes, ratios, shown_at, write_table
 
 import ltepass
-from ltepass.evaluation import perplexity, sparsity_curve
-from ltepass.sites import routers_of
-from ltepass.texts import corpora
+from ltepass.measure.quality import perplexity, sparsity_curve
+from ltepass.measure.text_blocks import corpora
+from ltepass.routed.sites import routers_of
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from rule_hooks import Ruled, collect
 from rules import Seen, spread, top
 
 import ltepass
-from ltepass.evaluation import perplexity
+from ltepass.measure.quality import perplexity
 
 EXACT_COUNT = ("topk", "oracle", "random", "moefication", "dejavu", "noisy-topk")
 BY_THRESHOLD = ("cats", "teal", "prunepath")

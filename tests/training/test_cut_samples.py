@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import ltepass
-from ltepass.cuts import SAMPLE
 from ltepass.kernels.reference import is_small
-from ltepass.sites import routers_of
+from ltepass.routed.sites import routers_of
+from ltepass.sparsity.cuts import SAMPLE
 
 
 class Uneven(nn.Module):

@@ -13,13 +13,14 @@ from learning_cases import assert_same, calibrated, dense_model, router_inputs, 
 from torch import Tensor
 
 import ltepass
-from ltepass import calibration, observing
-from ltepass.energy import down_energy, expert_energy, log_energy
+from ltepass.calibration import calibrate
+from ltepass.calibration.energy import down_energy, expert_energy, log_energy
+from ltepass.calibration.ridge import RIDGE, RidgeSums
 from ltepass.errors import CalibrationError, ConfigError
-from ltepass.grouping import grouping_permutation, permute_site, site_permutation
-from ltepass.observing import Sample, collect
-from ltepass.ridge import RIDGE, RidgeSums
-from ltepass.sites import router_of
+from ltepass.passes.group.methods import grouping_permutation, permute_site, site_permutation
+from ltepass.routed import watching
+from ltepass.routed.sites import router_of
+from ltepass.routed.watching import Sample, collect
 
 METHODS = ("identity", "random", "kmeans", "coactivation", "output_aware")
 
@@ -232,13 +233,13 @@ def test_routers_are_fitted_on_every_token_that_the_model_gives_them(
 ) -> None:
     """By hand, from the model as it was before the last fit, in the mode that was asked for."""
     before: list[tuple[Any, str]] = []
-    fit = calibration.fit_energies
+    fit = calibrate.fit_energies
 
     def keep(model: Any, batches: Any, weights: Any, mode: Any) -> Any:
         before.append((copy.deepcopy(model), mode))
         return fit(model, batches, weights, mode)
 
-    monkeypatch.setattr(calibration, "fit_energies", keep)
+    monkeypatch.setattr(calibrate, "fit_energies", keep)
     batches = [tokens(8, seed=s) for s in range(4)]
     model = transformed(0.8)
     ltepass.calibrate(model, batches, inputs=inputs)
@@ -257,5 +258,5 @@ def test_routers_are_fitted_on_every_token_that_the_model_gives_them(
 
 
 def test_the_sample_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(observing, "SAMPLE_TOKENS", 64)
+    monkeypatch.setattr(watching, "SAMPLE_TOKENS", 64)
     assert {len(s.h) for s in collect(transformed(), [tokens(8, seed=s) for s in range(4)]).values()} == {64}

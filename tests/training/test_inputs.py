@@ -12,9 +12,9 @@ from torch.utils.data import IterableDataset
 from transformers import TrainingArguments, integrations
 
 import ltepass
-from ltepass.sites import routers_of
-from ltepass.training.options import stage_options
+from ltepass.routed.sites import routers_of
 from ltepass.training.settings import LTESettings
+from ltepass.training.stage_options import stage_options
 from ltepass.training.trainer import HELD_OUT, LTETrainer
 
 BOTH = LTESettings(soft_steps=2, hard_steps=2)
@@ -156,7 +156,7 @@ def test_training_that_stops_midway_leaves_modes_flags_and_modules_as_before(
 
 
 def test_the_exit_of_a_stage_is_finished_whatever_fails_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ltepass.training import options
+    from ltepass.training import stage_options as options
 
     model = trained()
     flags = {n: p.requires_grad for n, p in model.named_parameters()}

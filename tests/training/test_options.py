@@ -12,10 +12,10 @@ from torch import nn
 
 import ltepass
 from ltepass.errors import ConfigError
-from ltepass.kernels import routed_ffn_backward
-from ltepass.losses import kl_from, union_per_token
-from ltepass.sites import router_of, routers_of
-from ltepass.sparsity import measure_union, mode_of
+from ltepass.kernels import backward
+from ltepass.routed.sites import router_of, routers_of
+from ltepass.routed.soft_losses import kl_from, union_per_token
+from ltepass.sparsity.thresholds import measure_union, mode_of
 from ltepass.training.lora import ffn_linears
 from ltepass.training.settings import LTESettings
 from ltepass.training.stages import begin_stage, settle
@@ -158,9 +158,9 @@ def test_the_hard_stage_through_the_op_ends_where_the_masked_form_does(
 ) -> None:
     """The same thresholds, held by the same measured shares, and weights equal but for the order of sums."""
     calls: list[int] = []
-    per_expert = routed_ffn_backward.per_expert
-    monkeypatch.setattr(routed_ffn_backward, "per_expert", lambda *a: (calls.append(1), per_expert(*a))[1])
-    monkeypatch.setattr(routed_ffn_backward, "LEAST_TOKENS", 1)
+    per_expert = backward.per_expert
+    monkeypatch.setattr(backward, "per_expert", lambda *a: (calls.append(1), per_expert(*a))[1])
+    monkeypatch.setattr(backward, "LEAST_TOKENS", 1)
     ends = []
     for through_op in (False, True):
         model = trained(0.75, group_size=32)

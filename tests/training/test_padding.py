@@ -31,12 +31,13 @@ from transformers import (
 )
 
 import ltepass
+from ltepass.calibration.sensitivity import loss_sensitivity
+from ltepass.calibration.warm_start import warm_start
 from ltepass.errors import TrainingError
-from ltepass.padding import hooks_of, telling_tokens
-from ltepass.rows import Forward, token_mask
-from ltepass.sensitivity import loss_sensitivity
-from ltepass.sites import router_of, routers_of
-from ltepass.sparsity import record_logits, run_batches
+from ltepass.routed.padding import hooks_of, telling_tokens
+from ltepass.routed.rows import Forward, token_mask
+from ltepass.routed.sites import router_of, routers_of
+from ltepass.sparsity.thresholds import record_logits, run_batches
 from ltepass.training.settings import LTESettings
 from ltepass.training.stages import (
     begin_stage,
@@ -48,7 +49,6 @@ from ltepass.training.stages import (
     take_auxiliary,
 )
 from ltepass.training.trainer import LTETrainer, LTETrainerMixin
-from ltepass.training.warm_start import warm_start
 
 LENGTHS = [3, 9, 5, 12, 2, 4]
 

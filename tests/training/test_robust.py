@@ -14,7 +14,7 @@ from kill_driver import CASES
 from learning_cases import copied_text, fit, trained
 
 from ltepass.errors import TrainingError
-from ltepass.sites import routers_of
+from ltepass.routed.sites import routers_of
 from ltepass.training.checkpoints import last_complete, mark_complete
 from ltepass.training.settings import LTESettings
 from ltepass.training.stages import begin_stage, take_auxiliary

@@ -12,12 +12,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AlbertConfig, AlbertForMaskedLM
 
 import ltepass
-from ltepass.padding import telling_tokens
-from ltepass.sensitivity import loss_sensitivity
-from ltepass.sites import routers_of
-from ltepass.sparsity import mode_of
+from ltepass.calibration.sensitivity import loss_sensitivity
+from ltepass.calibration.warm_start import warm_start
+from ltepass.routed.padding import telling_tokens
+from ltepass.routed.sites import routers_of
+from ltepass.sparsity.thresholds import mode_of
 from ltepass.training.stages import begin_stage, clear_auxiliary, inactive_shares, take_auxiliary
-from ltepass.training.warm_start import warm_start
 
 LOOPS = 3
 

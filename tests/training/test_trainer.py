@@ -14,8 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 import ltepass
 from ltepass.errors import LoweredError, TrainingError
-from ltepass.losses import SEPARABILITY_CLAMP, per_token_losses
-from ltepass.sites import routers_of
+from ltepass.routed.sites import routers_of
+from ltepass.routed.soft_losses import SEPARABILITY_CLAMP, per_token_losses
 from ltepass.training.controller import SparsityController
 from ltepass.training.stages import begin_stage, label_mask
 from ltepass.training.trainer import LTESettings, LTETrainer

@@ -9,10 +9,10 @@ import torch
 from learning_cases import assert_same, calibrated, tokens, transformed, weights
 
 import ltepass
+from ltepass.calibration.warm_start import warm_start
 from ltepass.errors import CalibrationError, LoweredError, NotTransformedError
-from ltepass.sites import routers_of
-from ltepass.sparsity import mode_of
-from ltepass.training.warm_start import warm_start
+from ltepass.routed.sites import routers_of
+from ltepass.sparsity.thresholds import mode_of
 
 
 def distance(model: Any, dense: torch.Tensor, x: torch.Tensor) -> float:

@@ -1,0 +1,213 @@
+"""The same three launches for 2 to 32 tokens, and the router of any number of tokens, on matrix units.
+
+A weight row is read once when any token of the call wants its expert (the union); each token's own mask decides what is
+kept of the result, so a token computes what it would compute alone. Weights are the left operand: a tile has as many
+rows as neurons (or outputs) and as many columns as tokens.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+from __future__ import annotations
+
+import triton.language as tl
+
+from ltepass.kernels.gpu.common import (
+    chunk_neurons,
+    finish_tile,
+    hidden_units,
+    jit,
+    list_expert,
+    my_chunks,
+    zero_tickets,
+)
+
+
+@jit
+def token_tile(x, token_T, live_T, col_D, live_D, d_model):
+    """x^T as [D, T], in x's dtype; x: [T, D] contiguous."""
+    at_DT = token_T.to(tl.int64)[None, :] * d_model + col_D[:, None]
+    return tl.load(x + at_DT, mask=live_D[:, None] & live_T[None, :], other=0.0)
+
+
+@jit
+def exact_dot(w_ED, x_DT, acc_ET, TF32: tl.constexpr):
+    """acc + w . x with w in fp32, to about fp32's own rounding, on the fastest unit that can.
+
+    bf16 x: w as three bf16 parts, 24 bits. fp16 x, which tf32 holds exactly: w as two tf32 parts, 22 bits.
+    """
+    if x_DT.dtype == tl.bfloat16:
+        high_ED = w_ED.to(tl.bfloat16)
+        rest_ED = w_ED - high_ED.to(tl.float32)
+        middle_ED = rest_ED.to(tl.bfloat16)
+        low_ED = (rest_ED - middle_ED.to(tl.float32)).to(tl.bfloat16)
+        acc_ET = tl.dot(low_ED, x_DT, acc_ET)
+        acc_ET = tl.dot(middle_ED, x_DT, acc_ET)
+        acc_ET = tl.dot(high_ED, x_DT, acc_ET)
+    elif TF32:
+        high_ED = (w_ED.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        acc_ET = tl.dot(w_ED - high_ED, x_DT.to(tl.float32), acc_ET, input_precision="tf32")
+        acc_ET = tl.dot(high_ED, x_DT.to(tl.float32), acc_ET, input_precision="tf32")
+    else:
+        acc_ET = tl.dot(w_ED, x_DT.to(tl.float32), acc_ET, input_precision="ieee")
+    return acc_ET
+
+
+@jit
+def router_many(
+    x,
+    weight,
+    bias,
+    threshold,
+    mask,
+    plan,
+    n_tokens,
+    n_experts,
+    d_model,
+    n_tickets,
+    HAS_BIAS: tl.constexpr,
+    UNION: tl.constexpr,
+    TF32: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """mask[e, t] = 1 (int8) where token t wants e; with UNION (n_tokens <= BLOCK_T) plan[e] = any.
+
+    Grid: (cdiv(E, EXPERTS), T tiles). EXPERTS may be less than BLOCK_E, the least that matrix units take: with few
+    tokens the router is bound by memory, and more programs read faster.
+    """
+    place_E = tl.arange(0, BLOCK_E)
+    expert_E = tl.program_id(0) * EXPERTS + place_E
+    token_T = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    live_E, live_T = (place_E < EXPERTS) & (expert_E < n_experts), token_T < n_tokens
+    logit_ET = tl.zeros([BLOCK_E, BLOCK_T], tl.float32)
+    for start in range(0, d_model, BLOCK_D):
+        col_D = start + tl.arange(0, BLOCK_D)
+        live_D = col_D < d_model
+        x_DT = token_tile(x, token_T, live_T, col_D, live_D, d_model)
+        at_ED = expert_E.to(tl.int64)[:, None] * d_model + col_D[None, :]
+        w_ED = tl.load(weight + at_ED, mask=live_E[:, None] & live_D[None, :], other=0.0)
+        logit_ET = exact_dot(w_ED, x_DT, logit_ET, TF32)
+    if HAS_BIAS:
+        logit_ET += tl.load(bias + expert_E, mask=live_E, other=0.0)[:, None]
+    wants_ET = ((logit_ET > tl.load(threshold)) & live_T[None, :]).to(tl.int32)
+    at_ET = expert_E.to(tl.int64)[:, None] * n_tokens + token_T[None, :]
+    tl.store(mask + at_ET, wants_ET.to(tl.int8), mask=live_E[:, None] & live_T[None, :])
+    if UNION:
+        tl.store(plan + expert_E, tl.max(wants_ET, axis=1), mask=live_E)
+        if tl.program_id(0) == 0:
+            zero_tickets(plan, n_experts, n_tickets)
+
+
+@jit
+def gate_up_many(
+    x,
+    up,
+    up_bias,
+    gate,
+    gate_bias,
+    cut,
+    mask,
+    plan,
+    h,
+    n_tokens,
+    n_experts,
+    d_model,
+    stride_un,
+    stride_ud,
+    stride_gn,
+    stride_gd,
+    GROUP: tl.constexpr,
+    ACT: tl.constexpr,
+    GATED: tl.constexpr,
+    HAS_CUT: tl.constexpr,
+    HAS_UP_BIAS: tl.constexpr,
+    HAS_GATE_BIAS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """h[t, n] in x's dtype for the neurons of the union's experts, 0 where token t does not want the expert.
+
+    Grid: (E + E * cdiv(GROUP, BLOCK_N),), the first E programs make the list; n_tokens <= BLOCK_T.
+    """
+    parts: tl.constexpr = (GROUP + BLOCK_N - 1) // BLOCK_N
+    pid = tl.program_id(0)
+    expert = (pid - n_experts) // parts
+    if pid < n_experts:
+        list_expert(plan, pid, n_experts)
+    elif tl.load(plan + expert) != 0:
+        token_T = tl.arange(0, BLOCK_T)
+        live_T = token_T < n_tokens
+        place_N = (pid - n_experts) % parts * BLOCK_N + tl.arange(0, BLOCK_N)
+        live_N = place_N < GROUP
+        row_N = expert.to(tl.int64) * GROUP + place_N
+        up_NT = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+        gate_NT = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+        for start in range(0, d_model, BLOCK_D):
+            col_D = start + tl.arange(0, BLOCK_D)
+            live_D = col_D < d_model
+            live_ND = live_N[:, None] & live_D[None, :]
+            x_DT = token_tile(x, token_T, live_T, col_D, live_D, d_model)
+            up_at_ND = row_N[:, None] * stride_un + col_D.to(tl.int64)[None, :] * stride_ud
+            up_ND = tl.load(up + up_at_ND, mask=live_ND, other=0.0, eviction_policy="evict_first")
+            up_NT = tl.dot(up_ND, x_DT, up_NT, input_precision="ieee")
+            if GATED:
+                gate_at_ND = row_N[:, None] * stride_gn + col_D.to(tl.int64)[None, :] * stride_gd
+                gate_ND = tl.load(gate + gate_at_ND, mask=live_ND, other=0.0, eviction_policy="evict_first")
+                gate_NT = tl.dot(gate_ND, x_DT, gate_NT, input_precision="ieee")
+        if HAS_UP_BIAS:
+            up_NT += tl.load(up_bias + row_N, mask=live_N, other=0.0).to(tl.float32)[:, None]
+        if HAS_GATE_BIAS:
+            gate_NT += tl.load(gate_bias + row_N, mask=live_N, other=0.0).to(tl.float32)[:, None]
+        wants_T = tl.load(mask + expert.to(tl.int64) * n_tokens + token_T, mask=live_T, other=0)
+        h_NT = tl.where(wants_T[None, :] != 0, hidden_units(up_NT, gate_NT, cut, ACT, GATED, HAS_CUT), 0.0)
+        at_NT = token_T.to(tl.int64)[None, :] * (n_experts * GROUP) + row_N[:, None]
+        tl.store(h + at_NT, h_NT.to(h.dtype.element_ty), mask=live_N[:, None] & live_T[None, :])
+
+
+@jit
+def down_many(
+    h,
+    down,
+    bias,
+    plan,
+    partial,
+    y,
+    n_tokens,
+    n_experts,
+    d_out,
+    stride_do,
+    stride_dn,
+    GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """y[t] = down[:, union] . h[t, union] + bias. Grid: (cdiv(d_out, BLOCK_O), SPLITS); n_tokens <= BLOCK_T."""
+    tile, split = tl.program_id(0), tl.program_id(1)
+    token_T = tl.arange(0, BLOCK_T)
+    live_T = token_T < n_tokens
+    out_O = tile * BLOCK_O + tl.arange(0, BLOCK_O)
+    live_O = out_O < d_out
+    parts: tl.constexpr = (GROUP + BLOCK_K - 1) // BLOCK_K
+    first, end = my_chunks(plan, n_experts, split, parts, SPLITS)
+    acc_OT = tl.zeros([BLOCK_O, BLOCK_T], tl.float32)
+    for chunk in range(first, end):
+        neuron_K, live_K = chunk_neurons(plan, n_experts, chunk, parts, GROUP, BLOCK_K)
+        h_at_KT = token_T.to(tl.int64)[None, :] * (n_experts * GROUP) + neuron_K[:, None]
+        h_KT = tl.load(h + h_at_KT, mask=live_K[:, None] & live_T[None, :], other=0.0)
+        at_OK = out_O.to(tl.int64)[:, None] * stride_do + neuron_K[None, :] * stride_dn
+        live_OK = live_O[:, None] & live_K[None, :]
+        w_OK = tl.load(down + at_OK, mask=live_OK, other=0.0, eviction_policy="evict_first")
+        acc_OT = tl.dot(w_OK, h_KT, acc_OT, input_precision="ieee")
+    bias_O = tl.zeros([BLOCK_O], tl.float32)
+    if HAS_BIAS:
+        bias_O = tl.load(bias + out_O, mask=live_O, other=0.0).to(tl.float32)
+    size = tl.cast(n_tokens, tl.int64) * d_out  # torch 2.11 reads this with a plain int
+    where_OT = token_T.to(tl.int64)[None, :] * d_out + out_O[:, None]
+    live_OT = live_O[:, None] & live_T[None, :]
+    ticket = plan + 2 * n_experts + 1 + tile
+    finish_tile(acc_OT, bias_O[:, None], partial, y, where_OT, live_OT, size, ticket, split, SPLITS)

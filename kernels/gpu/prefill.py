@@ -1,0 +1,129 @@
+"""More than 32 tokens: gate/up as one matrix product per expert over the tokens that want it, or dense with a mask.
+
+The router is `triton_batch.router_many`. Down is a dense product of h, zeros and all, by whatever library multiplies
+matrices best: tokens of a prompt want different experts, so no tile of h is empty.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+from __future__ import annotations
+
+import triton.language as tl
+
+from ltepass.kernels.gpu.common import hidden_units, jit
+
+
+@jit
+def partition_tokens(mask, tokens, counts, n_tokens, BLOCK_T: tl.constexpr):
+    """tokens[e]: the tokens that want expert e in ascending order, then those that do not; counts[e]. Grid: (E,).
+
+    The second part lets the next kernel write every element of h exactly once, so h needs no zero fill.
+    """
+    expert = tl.program_id(0).to(tl.int64)
+    count = tl.zeros([], tl.int32)
+    for start in range(0, n_tokens, BLOCK_T):
+        token_T = start + tl.arange(0, BLOCK_T)
+        live_T = token_T < n_tokens
+        wants_T = tl.load(mask + expert * n_tokens + token_T, mask=live_T, other=0).to(tl.int32)
+        before_T = count + tl.cumsum(wants_T, axis=0) - wants_T
+        place_T = tl.where(wants_T != 0, before_T, n_tokens - 1 - (token_T - before_T))
+        tl.store(tokens + expert * n_tokens + place_T, token_T, mask=live_T)
+        count += tl.sum(wants_T, axis=0)
+    tl.store(counts + expert, count)
+
+
+@jit
+def gate_up_grouped(
+    x,
+    up,
+    up_bias,
+    gate,
+    gate_bias,
+    cut,
+    tokens,
+    counts,
+    h,
+    n_tokens,
+    n_experts,
+    d_model,
+    stride_un,
+    stride_ud,
+    stride_gn,
+    stride_gd,
+    GROUP: tl.constexpr,
+    ACT: tl.constexpr,
+    GATED: tl.constexpr,
+    HAS_CUT: tl.constexpr,
+    HAS_UP_BIAS: tl.constexpr,
+    HAS_GATE_BIAS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """h[t, n] in x's dtype, all of it: computed where token t wants the expert, else 0.
+
+    Grid: (E * cdiv(GROUP, BLOCK_N) * cdiv(T, BLOCK_T),); tiles of tokens run fastest, so neighbours share weights.
+    """
+    parts: tl.constexpr = (GROUP + BLOCK_N - 1) // BLOCK_N
+    n_tiles = tl.cdiv(n_tokens, BLOCK_T)
+    slice_of_neurons = tl.program_id(0) // n_tiles
+    expert = (slice_of_neurons // parts).to(tl.int64)
+    place_N = slice_of_neurons % parts * BLOCK_N + tl.arange(0, BLOCK_N)
+    live_N = place_N < GROUP
+    row_N = expert * GROUP + place_N
+    first = tl.program_id(0) % n_tiles * BLOCK_T
+    place_T = first + tl.arange(0, BLOCK_T)
+    live_T = place_T < n_tokens
+    count = tl.load(counts + expert)
+    token_T = tl.load(tokens + expert * n_tokens + place_T, mask=live_T, other=0).to(tl.int64)
+    wants_T = place_T < count
+    up_TN = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+    gate_TN = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+    for start in range(0, tl.where(first < count, d_model, 0), BLOCK_D):
+        col_D = start + tl.arange(0, BLOCK_D)
+        live_D = col_D < d_model
+        live_DN = live_D[:, None] & live_N[None, :]
+        x_at_TD = token_T[:, None] * d_model + col_D[None, :]
+        x_TD = tl.load(x + x_at_TD, mask=wants_T[:, None] & live_D[None, :], other=0.0)
+        up_at_DN = row_N[None, :] * stride_un + col_D.to(tl.int64)[:, None] * stride_ud
+        up_TN = tl.dot(x_TD, tl.load(up + up_at_DN, mask=live_DN, other=0.0), up_TN, input_precision="ieee")
+        if GATED:
+            gate_at_DN = row_N[None, :] * stride_gn + col_D.to(tl.int64)[:, None] * stride_gd
+            gate_TN = tl.dot(x_TD, tl.load(gate + gate_at_DN, mask=live_DN, other=0.0), gate_TN, input_precision="ieee")
+    if HAS_UP_BIAS:
+        up_TN += tl.load(up_bias + row_N, mask=live_N, other=0.0).to(tl.float32)[None, :]
+    if HAS_GATE_BIAS:
+        gate_TN += tl.load(gate_bias + row_N, mask=live_N, other=0.0).to(tl.float32)[None, :]
+    h_TN = tl.where(wants_T[:, None], hidden_units(up_TN, gate_TN, cut, ACT, GATED, HAS_CUT), 0.0)
+    at_TN = token_T[:, None] * (n_experts * GROUP) + row_N[None, :]
+    tl.store(h + at_TN, h_TN.to(h.dtype.element_ty), mask=live_T[:, None] & live_N[None, :])
+
+
+@jit
+def mask_hidden(
+    up,
+    gate,
+    cut,
+    mask,
+    h,
+    n_tokens,
+    d_ff,
+    GROUP: tl.constexpr,
+    ACT: tl.constexpr,
+    GATED: tl.constexpr,
+    HAS_CUT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """h = act(gate) * up * mask; up, gate, h: [T, d_ff] contiguous. Grid: (cdiv(T, BLOCK_T), cdiv(d_ff, BLOCK_N))."""
+    token_T = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    neuron_N = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    live_TN = (token_T < n_tokens)[:, None] & (neuron_N < d_ff)[None, :]
+    at_TN = token_T.to(tl.int64)[:, None] * d_ff + neuron_N[None, :]
+    up_TN = tl.load(up + at_TN, mask=live_TN, other=0.0).to(tl.float32)
+    gate_TN = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+    if GATED:
+        gate_TN = tl.load(gate + at_TN, mask=live_TN, other=0.0).to(tl.float32)
+    mask_at_TN = (neuron_N // GROUP).to(tl.int64)[None, :] * n_tokens + token_T[:, None]
+    wants_TN = tl.load(mask + mask_at_TN, mask=live_TN, other=0) != 0
+    h_TN = tl.where(wants_TN, hidden_units(up_TN, gate_TN, cut, ACT, GATED, HAS_CUT), 0.0)
+    tl.store(h + at_TN, h_TN.to(h.dtype.element_ty), mask=live_TN)

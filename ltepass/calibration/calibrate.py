@@ -1,0 +1,222 @@
+"""From a few batches of text: data-driven grouping, a router start, and the sparsity table.
+
+The paper gives no router start. Ours predicts each expert's energy, the norm of h_j ||down_j|| over its neurons, from
+the FFN's input by ridge regression, and puts the threshold where the target share of experts is inactive; with budget
+"model" the loss's own metric stands for ||down_j|| (`sensitivity.py`). Part of a dense pass samples tokens to group
+neurons by; another adds up what the regression needs, which is as small for a million tokens as for one.
+What needs few tokens sees every eighth batch: which FFNs matter, and where thresholds lie.
+
+What hard gates give the next FFN is not what the dense model gave it, and at a high sparsity the two have little in
+common: with `inputs="hard"` thresholds are placed, routers fitted again and thresholds placed again on what the model
+itself makes of the text. The layer-wise warm start mends the inputs by its own means, and wants routers that know the
+dense model's. What each gives before any training stands in `examples/results/frontier.md`, as lte-calibrated and
+lte-warm; what a start costs, in `examples/results/start_cost.md`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, TypeVar, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ltepass.calibration.energy import down_energy, expert_energy, log_energy
+from ltepass.calibration.ridge import RidgeSums
+from ltepass.calibration.sensitivity import loss_sensitivity
+from ltepass.config import Mode
+from ltepass.errors import CalibrationError, ConfigError, MetaWeightsError
+from ltepass.passes.group.methods import permute_site, site_permutation
+from ltepass.routed.batches import tokens_in
+from ltepass.routed.router import Router
+from ltepass.routed.sites import FFNSite, require_state, require_trained, require_whole, router_of, routers_of
+from ltepass.routed.undo import keep, verb
+from ltepass.routed.watching import SAMPLE_TOKENS, Observer, collect, watch
+from ltepass.sparsity.cuts import place_cuts
+from ltepass.sparsity.thresholds import Reservoir, is_calibrated, mode_of, move_biases, table_of, update_table
+
+Inputs = Literal["dense", "hard"]
+T = TypeVar("T")
+LOG_LEAST = 70.0  # of an offset: an FFN that the output does not hear has none
+FIRST, FEW = 4, 8  # every so manieth batch: for a fit that only leads to the next, and for thresholds and costs
+FEWEST_TOKENS = 512  # of these, where the batches hold as many
+LOGIT_STD = 2.0  # spread of the starting logits: a quarter of the scores lie within 0.15 of tau, off the pole
+
+
+@verb
+def calibrate(
+    model: nn.Module, batches: Iterable[Any], *, grouping: str | None = None, inputs: Inputs = "dense"
+) -> None:
+    """Group neurons, start routers for the config's target and fill the sparsity table from passes over `batches`.
+
+    batches: mappings of model inputs (what a tokenizer or a data collator gives), or token id tensors; padding is not
+        seen. A few thousand tokens are enough, and more make better routers (`examples/compare/ablations.py --only
+        start` measures what they are worth).
+    grouping: a method of `LTEConfig.grouping`; None takes the config's ("auto" is output_aware here). Groups that an
+        earlier calibration made by this method stay, as do all for "identity".
+    inputs: what routers are fitted to: "dense", what the dense model gives its FFNs, before any training or
+        `warm_start`; "hard", what they see once experts are left out (under the present cuts, if any), for a model that
+        is used as it is. It passes over the batches 1.6 times from eight batches of 512 tokens on, and up to five times
+        with fewer, where "dense" does once. Learned routers are replaced by either.
+    Leaves mode, training flags, RNG and hooks as they were. Raises NotTransformedError, LoweredError, ConfigError,
+    MetaWeightsError, CalibrationError (no tokens seen).
+    """
+    state = require_trained(model, "calibrate")
+    require_whole(model, "calibrate")
+    if inputs not in get_args(Inputs):
+        raise ConfigError(f"inputs is {inputs!r}; expected one of {', '.join(get_args(Inputs))}; see calibrate's docs")
+    if state.config["budget"] == "model" and any(router.bias is None for router in routers_of(model)):
+        raise ConfigError('budget "model" puts what an FFN matters into its router\'s bias; expected router_bias=True')
+    if any(p.is_meta for p in model.parameters()):
+        raise MetaWeightsError("calibration needs real weights and the model is on the meta device; load them first")
+    batches = list(batches)
+    group_by(model, batches, grouping)
+    start_routers(model, batches, inputs)
+    place_cuts(model, batches)
+
+
+def group_by(model: nn.Module, batches: Sequence[Any], grouping: str | None) -> None:
+    """Reorder every site's neurons by the method, unless they are in its order already."""
+    state = require_state(model, "calibrate")
+    method = grouping or state.config["grouping"]
+    method = "output_aware" if method == "auto" else method
+    if method == "identity":
+        return
+    by_rows = method == "kmeans" and not is_calibrated(model)  # transform had no inputs to group by
+    if method != state.grouping or by_rows:
+        samples = collect(model, batches)
+        orders: dict[Any, Tensor] = {}  # sites that share their weights share their order
+        for site in state.sites:
+            if site.neurons not in orders:
+                orders[site.neurons] = site_permutation(model, site, method, samples[site.name], state.config["seed"])
+                permute_site(model, site, orders[site.neurons])
+    state.grouping = method
+
+
+def start_routers(model: nn.Module, batches: Sequence[Any], inputs: Inputs) -> None:
+    """Routers that predict log energy, times a scale, with their thresholds at the target; fills the table.
+
+    With budget "model" sites compete: they get one scale and one threshold, and a site's mean logit stands for its log
+    cost in the dense model, whichever inputs it is fitted to. A site whose inputs shrink in hard mode would give up
+    ever more experts.
+    """
+    state = require_state(model, "calibrate")
+    target = state.config["target_sparsity"]
+    log_costs: dict[str, float] | None = None
+    if state.config["budget"] == "model":
+        found = _on_every(FEW, batches, partial(loss_sensitivity, model))
+        weights = {name: s.neurons for name, s in found.items()}
+        log_costs = {name: s.log_cost for name, s in found.items()}
+    else:
+        weights = {s.name: down_energy(model, s) for s in state.sites}
+    adapts = inputs == "hard" and target > 0
+    scales: dict[str, float] = {}
+    passes: list[tuple[Mode, int, int]] = [("dense", 1, 0)]
+    if adapts:  # thresholds of the last fit twice: the second sees the inputs that the moved thresholds make
+        passes = [("dense", FIRST, 1), ("hard", 1, 2)]
+    for mode, nth, meetings in passes:
+        fits = _on_every(nth, batches, partial(fit_energies, model, weights=weights, mode=mode))
+        scales = scales or _scales(fits, together=log_costs is not None)  # of the dense pass
+        for name, fit in fits.items():
+            offset = 0.0 if log_costs is None else max(log_costs[name] - fit.mean_log, -LOG_LEAST)
+            fits[name] = fit.scaled(scales[name], scales[name] * offset)
+        _place(model, fits, target)
+        for _ in range(meetings):
+            _meet(model, every(FEW, batches), target)
+
+
+def every(nth: int, batches: Sequence[Any]) -> Sequence[Any]:
+    """Every nth of the batches, or more of them where those hold fewer than FEWEST_TOKENS."""
+    parts = (batches[::step] for step in range(nth, 1, -1))
+    return next((some for some in parts if sum(map(tokens_in, some)) >= FEWEST_TOKENS), batches)
+
+
+def _on_every(nth: int, batches: Sequence[Any], run: Callable[[Sequence[Any]], dict[str, T]]) -> dict[str, T]:
+    """What a run over every nth batch gives, or over all where those pass an FFN by."""
+    some = every(nth, batches)
+    try:
+        return run(some)
+    except CalibrationError:
+        if len(some) == len(batches):
+            raise
+        return run(batches)
+
+
+@dataclass
+class _Fit:
+    """Linear fit of the log energy of a site's experts, and its values on a sample of what it was fitted to.
+
+    mean_log: of the energies that are not exactly 0.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    logits: Tensor
+    mean_log: float
+
+    def scaled(self, scale: float, offset: float) -> _Fit:
+        return _Fit(scale * self.weight, scale * self.bias + offset, scale * self.logits + offset, self.mean_log)
+
+
+class _EnergyFit(Observer):
+    """Regression of the log energy of one site's experts on its input; keeps SAMPLE_TOKENS inputs."""
+
+    def __init__(self, site: FFNSite, router: Router, weights: Tensor) -> None:
+        super().__init__(site, router)
+        self.weights, self.kept, self.sums = weights, Reservoir(SAMPLE_TOKENS), RidgeSums()
+        self.log_sum, self.count = (torch.zeros((), dtype=torch.float64, device=weights.device) for _ in range(2))
+
+    def on_input(self, x: Tensor) -> None:
+        self.x = x.float()
+        self.kept.add(x.to(torch.bfloat16))
+
+    def on_hidden(self, h: Tensor) -> None:
+        energy = expert_energy(self.site, h, self.weights)
+        logs = log_energy(energy)
+        self.sums.add(self.x, logs)
+        del self.x
+        self.log_sum += logs.where(energy > 0, 0.0).sum(dtype=torch.float64)  # in fp32 its bits follow the threads
+        self.count += (energy > 0).sum()
+
+    def fit(self) -> _Fit:
+        weight, bias = self.sums.solve()
+        logits = self.kept.rows().float() @ weight.T + bias
+        return _Fit(weight, bias, logits, float(self.log_sum / self.count.clamp_min(1)))
+
+
+def fit_energies(model: nn.Module, batches: Sequence[Any], weights: dict[str, Tensor], mode: Mode) -> dict[str, _Fit]:
+    """By site name: fitted on every token of the batches, as the FFNs see it in this mode."""
+    sites = require_state(model, "calibrate").sites
+    observers = [_EnergyFit(s, router_of(model, s), weights[s.name]) for s in sites]
+    watch(model, batches, observers, mode=mode)
+    return {o.site.name: o.fit() for o in observers}
+
+
+def _scales(fits: dict[str, _Fit], *, together: bool) -> dict[str, float]:
+    """By site: what brings the logits to a spread of LOGIT_STD, each site's own or on average."""
+    spreads = {name: max(float(fit.logits.std()), 1e-6) for name, fit in fits.items()}
+    if together:
+        spreads = dict.fromkeys(spreads, sum(spreads.values()) / len(spreads))
+    return {name: LOGIT_STD / spread for name, spread in spreads.items()}
+
+
+def _place(model: nn.Module, fits: dict[str, _Fit], target: float) -> None:
+    """Weights, tables and thresholds, which stay logit(tau) where a bias can carry the target, as in the paper."""
+    for site in require_state(model, "calibrate").sites:
+        router, fit = router_of(model, site), fits[site.name]
+        keep(router.weight, router.bias)
+        with torch.no_grad():
+            router.weight.copy_(fit.weight)
+            if router.bias is not None:
+                router.bias.copy_(fit.bias)
+            router.quantiles.copy_(table_of(fit.logits if router.bias is not None else fit.logits - fit.bias))
+    move_biases(model, target)
+
+
+def _meet(model: nn.Module, batches: Sequence[Any], target: float) -> None:
+    """Tables, and thresholds at the target, on the inputs that hard gates give the FFNs."""
+    with mode_of(model, "hard"):
+        update_table(model, batches)
+    move_biases(model, target)

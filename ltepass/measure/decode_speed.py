@@ -1,0 +1,114 @@
+"""Decode speed of a saved model against itself with every neuron active, and the cap of that very run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from torch import Tensor
+
+import ltepass
+from ltepass.demo import speed
+from ltepass.errors import ConfigError
+from ltepass.measure.decoding import time_generate
+from ltepass.measure.quality import perplexity, sparsity_of_tail
+from ltepass.measure.records import Environment, ModelRecord
+from ltepass.measure.timing import Timing, gemm_rate, stream_bandwidth
+from ltepass.routed.sites import require_state, routers_of
+
+How = Literal["eager", "compiled"]
+PROMPT_TOKENS = 64
+
+
+def bench_model(
+    model: Any,
+    ids: Tensor,
+    blocks: Tensor,
+    *,
+    name: str,
+    how: How = "eager",
+    sparsities: Sequence[float | None] = (None,),
+    rounds: int = 4,
+) -> list[ModelRecord]:
+    """One record a sparsity: dense, lowered and dense-without-FFNs take turns in `generate`, all eager or all compiled.
+
+    model: transformed, in hard mode, with aligned sites only; it is lowered meanwhile, and left with the last
+    thresholds. ids: [T] int64, of which the first 64 are the prompt and the rest is decoded `rounds` times.
+    blocks: [n, T'] int64 for the perplexity. sparsities: set by the knob `set_sparsity`; None leaves the thresholds as
+    they were saved. Dense is a copy with the routers removed. Raises NotTransformedError; ConfigError where
+    too few tokens or an inline site leave no number.
+    """
+    state = require_state(model, "bench_model")
+    if len(ids) < PROMPT_TOKENS + 8:
+        raise ConfigError(f"{len(ids)} tokens were given; expected at least {PROMPT_TOKENS + 8}; pass a longer text")
+    inline = [site.name for site in state.sites if site.kind != "aligned"]
+    if inline:
+        raise ConfigError(
+            f"site {inline[0]} is inline: no module of its own can be taken out, so there is no cap to measure; time "
+            "the op itself instead: ltepass bench op"
+        )
+    dense = ltepass.remove(copy.deepcopy(model))
+    sides = {"dense": dense, "lowered": model, "bare": speed.without_ffns(dense, state.sites)}
+    dense_perplexity = perplexity(dense, blocks)
+    if how == "compiled":
+        for side in (sides["dense"], sides["bare"]):
+            side.compile()
+            side.generation_config.cache_implementation = "static"
+    environment = Environment.here(
+        f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S}", bandwidth=stream_bandwidth(), flops=gemm_rate()
+    )
+    settings = [_set(model, sparsity, ids, blocks) for sparsity in sparsities]
+    ltepass.lower(model, scope="ffn" if how == "eager" else "model")
+    records = []
+    for sparsity, setting in zip(sparsities, settings, strict=True):
+        for router, threshold in zip(routers_of(model), setting.thresholds, strict=True):
+            router.threshold.copy_(threshold)
+        times = time_generate(sides, ids[:PROMPT_TOKENS], ids[PROMPT_TOKENS:], rounds=rounds)
+        out = speed.summary(times, setting.active, speed.router_share(model, state.sites))
+        timing = {side: Timing.of([1e3 * t for t in values]) for side, values in times.items()}
+        records.append(
+            ModelRecord(
+                **vars(environment),
+                model=name,
+                how=how,
+                dtype=str(model.dtype).removeprefix("torch."),
+                group_size=state.sites[0].group_size or 0,
+                active=setting.active,
+                router=out["router_share"],
+                sparsity=float(state.config["target_sparsity"]) if sparsity is None else sparsity,
+                perplexity=setting.perplexity,
+                perplexity_dense=dense_perplexity,
+                tokens=out["tokens_timed"],
+                dense_ms=timing["dense"].median,
+                dense_p20_ms=timing["dense"].p20,
+                dense_p80_ms=timing["dense"].p80,
+                lowered_ms=timing["lowered"].median,
+                lowered_p20_ms=timing["lowered"].p20,
+                lowered_p80_ms=timing["lowered"].p80,
+                without_ffns_ms=timing["bare"].median,
+                speedup=out["speedup"],
+                cap=out["cap"],
+                share_of_cap=out["share_of_cap"],
+            )
+        )
+    ltepass.unlower(model)
+    return records
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What the knob made of the model. active: share of neurons that the decoded tokens use."""
+
+    thresholds: list[Tensor]
+    active: float
+    perplexity: float
+
+
+def _set(model: Any, sparsity: float | None, ids: Tensor, blocks: Tensor) -> _Setting:
+    if sparsity is not None:
+        ltepass.set_sparsity(model, sparsity)
+    thresholds = [router.threshold.clone() for router in routers_of(model)]
+    return _Setting(thresholds, 1 - sparsity_of_tail(model, ids, PROMPT_TOKENS), perplexity(model, blocks))

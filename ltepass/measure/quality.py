@@ -1,0 +1,59 @@
+"""Quality on held-out text: perplexity, and sparsity beside it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ltepass.routed.sites import require_trained, router_of
+from ltepass.routed.undo import verb
+from ltepass.sparsity.thresholds import measure_sparsity, record_logits, set_sparsity
+
+
+@torch.no_grad()
+def perplexity(model: Any, blocks: Tensor) -> float:
+    """exp of the mean cross-entropy in nats over every next token of blocks [n, T] int64, one block at a time."""
+    total = 0.0
+    for block in blocks.to(model.device):
+        logits = model(input_ids=block[None]).logits[0, :-1].float()
+        total += nn.functional.cross_entropy(logits, block[1:], reduction="sum").item()
+    return math.exp(total / (blocks.shape[0] * (blocks.shape[1] - 1)))
+
+
+@verb
+@torch.no_grad()
+def sparsity_of_tail(model: Any, ids: Tensor, skip: int) -> float:
+    """Mean share of inactive neurons, over sites, for tokens skip.. of ids [T]; the model must be in hard mode.
+
+    Raises NotTransformedError, LoweredError.
+    """
+    state = require_trained(model, "sparsity_of_tail")
+    with record_logits(model) as seen:
+        model(input_ids=ids[None].to(model.device), use_cache=False)
+    shares = []
+    for site in state.sites:
+        (logits,) = seen[site.name]
+        shares.append(1.0 - (logits[skip:] > router_of(model, site).threshold).float().mean().item())
+    return sum(shares) / len(shares)
+
+
+def sparsity_curve(model: Any, blocks: Tensor, sparsities: Iterable[float]) -> Iterator[tuple[float, float, float]]:
+    """(asked for, perplexity, measured sparsity) of one checkpoint in hard mode at other points of its table.
+
+    blocks: [n, T] int64. The thresholds stand where they stood afterwards. Raises CalibrationError without a table,
+    LoweredError.
+    """
+    routers = [router_of(model, s) for s in require_trained(model, "sparsity_curve").sites]
+    before = [r.threshold.clone() for r in routers]
+    try:
+        for sparsity in sparsities:
+            set_sparsity(model, sparsity)
+            shares = measure_sparsity(model, blocks[:, None].to(model.device))
+            yield sparsity, perplexity(model, blocks), sum(shares.values()) / len(shares)
+    finally:
+        for router, threshold in zip(routers, before, strict=True):
+            router.threshold.copy_(threshold)

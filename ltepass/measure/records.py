@@ -1,0 +1,129 @@
+"""One measured time as one CSV row, with everything that a reader needs to judge it, and the file it is appended to."""
+
+from __future__ import annotations
+
+import csv
+import platform
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from ltepass.measure.timing import machine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """What was the same for every row of one run. run: its start, and the name that rows to be compared share."""
+
+    run: str
+    threads: int
+    bandwidth_gbs: float  # of reading cold memory, measured in this run
+    gflops: float  # of torch.mm on large fp32 matrices, measured in this run
+    machine: str = ""
+    torch: str = torch.__version__
+    python: str = platform.python_version()
+    ltepass: str = ""
+
+    @staticmethod
+    def here(run: str, *, bandwidth: float, flops: float) -> Environment:
+        return Environment(
+            run=run,
+            threads=torch.get_num_threads(),
+            bandwidth_gbs=round(bandwidth / 1e9, 2),
+            gflops=round(flops / 1e9, 1),
+            machine=machine(),
+            ltepass=version("ltepass"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpRecord(Environment):
+    """One FFN, one contender. sparsity: of each token; union: share of experts that at least one token uses.
+
+    byte_ideal_ms: weights and router that are used, read once at the measured bandwidth; bound_ms: that, or the
+    arithmetic at the measured rate, whichever takes longer. path: what the op says it chose; empty for a baseline.
+    """
+
+    case: str
+    contender: str
+    tokens: int
+    d_model: int
+    d_ff: int
+    group_size: int
+    gated: bool
+    dtype: str
+    sparsity: float
+    union: float
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    repeats: int
+    byte_ideal_ms: float
+    share_of_byte_ideal: float
+    bound_ms: float
+    path: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRecord(Environment):
+    """One token of a saved model. cap: dense time over what is left once the inactive neurons cost nothing."""
+
+    model: str
+    how: str  # eager or compiled, the same on all sides
+    dtype: str
+    group_size: int
+    active: float  # share of neurons that the timed tokens used
+    router: float  # bytes of the routers over bytes of the FFNs
+    sparsity: float  # asked for
+    perplexity: float  # of the lowered model at this sparsity
+    perplexity_dense: float  # of the same weights with every neuron active
+    tokens: int
+    dense_ms: float
+    dense_p20_ms: float
+    dense_p80_ms: float
+    lowered_ms: float
+    lowered_p20_ms: float
+    lowered_p80_ms: float
+    without_ffns_ms: float
+    speedup: float
+    cap: float
+    share_of_cap: float
+
+
+Record = OpRecord | ModelRecord
+R = TypeVar("R", OpRecord, ModelRecord)
+
+
+def append(path: Path, records: Iterable[Record]) -> None:
+    """Adds rows below those of earlier runs; makes the file, with its heading, where there is none."""
+    rows = [{name: _text(value) for name, value in asdict(record).items()} for record in records]
+    if not rows:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        if fresh:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def read(path: Path, kind: type[R]) -> list[R]:
+    """All rows of a file, oldest first; none where there is no file."""
+    if not path.exists():
+        return []
+    types = {field.name: str(field.type) for field in fields(kind)}
+    with path.open(newline="") as file:
+        return [kind(**{name: _value(text, types[name]) for name, text in row.items()}) for row in csv.DictReader(file)]
+
+
+def _value(text: str, kind: str) -> Any:
+    return text == "True" if kind == "bool" else {"int": int, "float": float, "str": str}[kind](text)

@@ -1,0 +1,102 @@
+"""Old names of modules: what was pickled by an earlier version holds them, and still loads.
+
+One row a module, old to new. Nothing of ours imports by an old name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+MOVED = {
+    "ltepass.energy": "ltepass.calibration.energy",
+    "ltepass.ridge": "ltepass.calibration.ridge",
+    "ltepass.sensitivity": "ltepass.calibration.sensitivity",
+    "ltepass.training.warm_start": "ltepass.calibration.warm_start",
+    "ltepass.models": "ltepass.commands.models",
+    "ltepass.plots": "ltepass.demo.plots",
+    "ltepass.smollm": "ltepass.demo.smollm",
+    "ltepass.kernels.routed_ffn_backward": "ltepass.kernels.backward",
+    "ltepass.ops": "ltepass.kernels.routed_ffn",
+    "ltepass.kernels.routed_ffn_cpu": "ltepass.kernels.cpu.build",
+    "ltepass.kernels.routed_ffn_triton": "ltepass.kernels.gpu.launch",
+    "ltepass.kernels.traceable": "ltepass.kernels.gpu.traceable",
+    "ltepass.kernels.triton_batch": "ltepass.kernels.gpu.batch",
+    "ltepass.kernels.triton_call": "ltepass.kernels.gpu.call",
+    "ltepass.kernels.triton_common": "ltepass.kernels.gpu.common",
+    "ltepass.kernels.triton_decode": "ltepass.kernels.gpu.decode",
+    "ltepass.kernels.triton_prefill": "ltepass.kernels.gpu.prefill",
+    "ltepass.kernels.tuning": "ltepass.kernels.gpu.tuning",
+    "ltepass.evaluation": "ltepass.measure.quality",
+    "ltepass.texts": "ltepass.measure.text_blocks",
+    "ltepass.capture": "ltepass.passes.capture.export",
+    "ltepass.capture_parts": "ltepass.passes.capture.parts",
+    "ltepass.example_inputs": "ltepass.passes.capture.example_inputs",
+    "ltepass.passes.capture_graphs": "ltepass.passes.capture.capture_graphs",
+    "ltepass.passes.normalize": "ltepass.passes.capture.inline_leaves",
+    "ltepass.experts": "ltepass.passes.find.moe_stacks",
+    "ltepass.identify": "ltepass.passes.find.activation",
+    "ltepass.match": "ltepass.passes.find.match",
+    "ltepass.near": "ltepass.passes.find.near_miss",
+    "ltepass.passes.find_ffn": "ltepass.passes.find.find_ffn",
+    "ltepass.placing": "ltepass.passes.find.owner",
+    "ltepass.propagate": "ltepass.passes.find.neuron_rows",
+    "ltepass.values": "ltepass.passes.find.pieces",
+    "ltepass.dataflow": "ltepass.passes.graph.flow",
+    "ltepass.pipeline": "ltepass.passes.graph.pipeline",
+    "ltepass.balanced": "ltepass.passes.group.balanced_kmeans",
+    "ltepass.grouping": "ltepass.passes.group.methods",
+    "ltepass.passes.group_neurons": "ltepass.passes.group.group_neurons",
+    "ltepass.guarding": "ltepass.passes.insert.guarding",
+    "ltepass.inline": "ltepass.passes.insert.hooks",
+    "ltepass.passes.insert_routers": "ltepass.passes.insert.insert_routers",
+    "ltepass.regenerate": "ltepass.passes.insert.forwards",
+    "ltepass.removal": "ltepass.passes.insert.remove_routers",
+    "ltepass.selfcheck": "ltepass.passes.insert.selfcheck",
+    "ltepass.straight": "ltepass.passes.insert.straight",
+    "ltepass.compiled": "ltepass.passes.lower.compiled",
+    "ltepass.lowerable": "ltepass.passes.lower.lowerable",
+    "ltepass.lowering": "ltepass.passes.lower.modules",
+    "ltepass.passes.lower_routed_ffn": "ltepass.passes.lower.graph_regions",
+    "ltepass.stubs": "ltepass.passes.lower.stubs",
+    "ltepass.batches": "ltepass.routed.batches",
+    "ltepass.losses": "ltepass.routed.soft_losses",
+    "ltepass.observing": "ltepass.routed.watching",
+    "ltepass.padding": "ltepass.routed.padding",
+    "ltepass.reporting": "ltepass.routed.reporting",
+    "ltepass.router": "ltepass.routed.router",
+    "ltepass.rows": "ltepass.routed.rows",
+    "ltepass.sites": "ltepass.routed.sites",
+    "ltepass.undo": "ltepass.routed.undo",
+    "ltepass.checkpoint_checks": "ltepass.saving.site_checks",
+    "ltepass.checkpoint_entry": "ltepass.saving.entry",
+    "ltepass.checkpoint_forward": "ltepass.saving.forward_checks",
+    "ltepass.checkpoint_tensors": "ltepass.saving.tensor_checks",
+    "ltepass.quantizer": "ltepass.saving.quantizer",
+    "ltepass.lowered_server": "ltepass.serving.lowered_server",
+    "ltepass.request_schema": "ltepass.serving.request_schema",
+    "ltepass.cuts": "ltepass.sparsity.cuts",
+    "ltepass.training.options": "ltepass.training.stage_options",
+}
+
+
+class _OldNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds a module of MOVED, which is the new one under its old name."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        return importlib.machinery.ModuleSpec(fullname, self) if fullname in MOVED else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        sys.modules[module.__name__] = importlib.import_module(MOVED[module.__name__])
+
+
+def register() -> None:
+    """Idempotent; called by `import ltepass`."""
+    if not any(isinstance(finder, _OldNames) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _OldNames())

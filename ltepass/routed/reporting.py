@@ -1,0 +1,185 @@
+"""What `ltepass.report(model)` returns: the sites found, the candidates refused, printed as rich tables."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ltepass.routed.sites import FFNSite, LTEState, Refusal, require_state, router_of
+from ltepass.routed.undo import verb
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """sites: every FFN that has a router; refusals: every candidate left alone, with the reason.
+
+    modes: router mode by site name; sparsity: measured share of inactive neurons by site name, empty until measured;
+    notes: what lowering kept masked-dense, and why; untried: owners that the self check did not run;
+    paths: what the op does on this CPU, for a few numbers of tokens.
+    """
+
+    sites: list[FFNSite]
+    refusals: list[Refusal]
+    config: dict[str, Any]
+    grouping: str
+    lowered: str | None
+    notes: list[str]
+    untried: list[str] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
+    modes: dict[str, str] = field(default_factory=dict)
+    sparsity: dict[str, float] = field(default_factory=dict)
+
+    def __rich__(self) -> Any:
+        from rich.console import Group
+
+        return Group(*_tables(self))
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=140)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get().rstrip()
+
+
+@verb
+def report(model: nn.Module, sparsity: dict[str, float] | None = None) -> Report:
+    """The report of a transformed model. Raises NotTransformedError where there are no routers.
+
+    sparsity: measured share of inactive neurons by site name, shown beside each site where given.
+    """
+    state = require_state(model, "report")
+    return Report(
+        sites=list(state.sites),
+        refusals=list(state.refusals),
+        config=dict(state.config),
+        grouping=state.grouping,
+        lowered=state.lowered,
+        notes=list(state.notes),
+        untried=list(state.untried),
+        paths=_paths(model, state) if state.lowered else [],
+        modes=_modes(model, state),
+        sparsity=dict(sparsity or {}),
+    )
+
+
+def _paths(model: nn.Module, state: LTEState) -> list[str]:
+    """One line for each stretch of token counts that the op treats alike, where the model is on the CPU."""
+    from ltepass.kernels.routed_ffn import which_path
+
+    site = state.sites[0]
+    parameter = next(model.get_submodule(site.up).parameters())
+    if parameter.device.type != "cpu":
+        return []
+    tokens: dict[str, list[int]] = {}
+    for T in (1, 2, 8, 32, 128, 512, 2048):
+        path = which_path(T, site.d_model, site.d_ff, site.n_experts, parameter.dtype)
+        tokens.setdefault(path, []).append(T)
+    return [
+        f"{' '.join(map(str, counts))} token{'s' if counts[-1] > 1 else ''}: {path}" for path, counts in tokens.items()
+    ]
+
+
+def _modes(model: nn.Module, state: LTEState) -> dict[str, str]:
+    return {site.name: router_of(model, site).mode for site in state.sites}
+
+
+def _tables(report: Report) -> Iterator[Any]:
+    from rich.table import Table
+    from rich.text import Text
+
+    plural = "s" if len(report.sites) != 1 else ""
+    lowered = f"lowered: {report.lowered}" if report.lowered else "not lowered"
+    table = Table(
+        title=f"{len(report.sites)} FFN site{plural}, grouping {report.grouping}, {lowered}", title_justify="left"
+    )
+    for heading in ("site", "kind", "activation", "d_model", "d_ff", "group", "experts", "mode", "sparsity"):
+        table.add_column(heading, justify="right" if heading in _NUMBERS else "left", overflow="fold")
+    for alike in alike_sites(report.sites, report.modes):
+        table.add_row(*_row(alike, report))
+    yield table
+    if share := report.config.get("hidden_sparsity"):
+        yield Text(f"of active neurons, the smallest {share:.0%} are left out of the down projection (hidden_sparsity)")
+    if share := report.config.get("input_sparsity"):
+        yield Text(f"the smallest {share:.0%} of each FFN's inputs are left out of up and gate (input_sparsity)")
+    if report.refusals:
+        yield refusals_table(report.refusals)
+    for line in (*report.notes, *report.untried, *report.paths):
+        yield Text(line)
+
+
+_NUMBERS = {"d_model", "d_ff", "group", "experts", "sparsity"}
+
+
+def _row(alike: Sequence[FFNSite], report: Report) -> tuple[str, ...]:
+    site = alike[0]
+    shares = [report.sparsity[s.name] for s in alike if s.name in report.sparsity]
+    return (
+        pattern([s.name for s in alike]),
+        site.kind,
+        f"{site.activation}{', gated' if site.gate is not None else ''}",
+        str(site.d_model),
+        str(site.d_ff),
+        str(site.group_size or "-"),
+        str(site.n_experts) if site.group_size else "-",
+        report.modes.get(site.name, "-"),
+        span(shares) if shares else "not measured",
+    )
+
+
+def span(shares: Sequence[float]) -> str:
+    """One share, or min / mean / max of several, in percent."""
+    values = (min(shares), sum(shares) / len(shares), max(shares)) if len(shares) > 1 else tuple(shares)
+    return " / ".join(f"{value:.1%}" for value in values)
+
+
+def alike_sites(sites: Sequence[FFNSite], modes: dict[str, str]) -> list[list[FFNSite]]:
+    """Sites that differ only in a layer number go into one row; order is kept."""
+    rows: dict[tuple[Any, ...], list[FFNSite]] = {}
+    for site in sites:
+        shape = (site.kind, site.activation, site.gate is None, site.d_model, site.d_ff, site.group_size)
+        rows.setdefault((re.sub(r"\d+", "#", site.name), *shape, modes.get(site.name)), []).append(site)
+    return list(rows.values())
+
+
+def pattern(names: Sequence[str]) -> str:
+    """`model.layers.0.mlp`, `model.layers.1.mlp` -> `model.layers.{0..1}.mlp (2)`; gaps are not shown."""
+    if len(names) == 1:
+        return names[0]
+    numbers = [re.findall(r"\d+", name) for name in names]
+    spans = iter([(min(map(int, column)), max(map(int, column))) for column in zip(*numbers, strict=True)])
+
+    def show(_: re.Match[str]) -> str:
+        low, high = next(spans)
+        return str(low) if low == high else f"{{{low}..{high}}}"
+
+    return f"{re.sub(r'[0-9]+', show, names[0])} ({len(names)})"
+
+
+def refusals_table(refusals: Sequence[Refusal]) -> Any:
+    """A rich table of candidates left alone, alike ones in one row."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=f"{len(refusals)} candidate{'s' if len(refusals) != 1 else ''} refused", title_justify="left")
+    for heading in ("module", "node", "check", "reason", "nearest miss"):
+        table.add_column(heading, overflow="fold")
+    rows: dict[tuple[str, ...], list[Refusal]] = {}
+    for refusal in refusals:
+        key = (re.sub(r"\d+", "#", refusal.module), refusal.check, *_unnumbered(refusal))
+        rows.setdefault(key, []).append(refusal)
+    for (_, check, reason, nearest), alike in rows.items():
+        node = alike[0].node + (", ..." if len(alike) > 1 else "")
+        cells = (pattern([r.module for r in alike]), node or "-", check, reason, nearest or "-")
+        table.add_row(*map(Text, cells))  # plain text: these words may come from a checkpoint
+    return table
+
+
+def _unnumbered(refusal: Refusal) -> tuple[str, str]:
+    """Reasons name graph nodes such as `linear_17`; without the numbers, alike refusals share a row."""
+    return re.sub(r"_\d+", "", refusal.reason), re.sub(r"_\d+", "", refusal.nearest)

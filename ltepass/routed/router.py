@@ -1,0 +1,255 @@
+"""The trainable router of one FFN site, and the gate that applies its decision.
+
+Paper section 4.2: score G = sigmoid(x W_g); soft y = sum_i G_i E_i(x); hard y = sum_i 1[G_i > tau] E_i(x), unscaled.
+The gate multiplies the FFN's hidden units just before the down projection, which is the same sum.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ltepass.config import Mode
+from ltepass.errors import ShardedError
+from ltepass.kernels.reference import leave_out_small
+from ltepass.routed.rows import Forward, TokenRows
+from ltepass.threads import require_own
+
+N_QUANTILES = 101  # the sparsity table has one logit threshold for each of 0 %, 1 %, ... 100 %
+
+
+def logit(tau: float) -> float:
+    return math.log(tau / (1.0 - tau))
+
+
+class Kept(NamedTuple):
+    """What one call of an FFN with gradients leaves for the losses: a value per row each, of the shape of the rows.
+
+    losses: (efficiency, separability, union, soft sparsity) in soft mode, else None. inactive: hard sparsity.
+    forward: what is known of which rows are tokens.
+    """
+
+    losses: tuple[Tensor, Tensor, Tensor, Tensor] | None
+    inactive: Tensor
+    forward: Forward
+
+
+class Router(nn.Module):
+    """Scores `n_experts` groups of neurons from the FFN's input. Always fp32, whatever the model's dtype.
+
+    weight: [n_experts, d_model]; bias: [n_experts] or None; an expert is active where logit > threshold.
+    threshold: [] fp32 buffer, logit(tau) unless `set_sparsity` moved it.
+    quantiles: [101] fp32 buffer, quantiles[s] is the threshold that leaves s % of the calibration experts inactive;
+        NaN before calibration.
+    cut: [] fp32 buffer, or None (the paper) where `set_hidden_sparsity` made none: in hard mode, hidden units of a size
+        up to it are left out of the down projection, also those of active experts; negative: none are.
+    input_cut: the same for entries of x and the up and gate projections (`set_input_sparsity`); the router sees all.
+    permutation: [d_ff] int64 buffer; hidden unit i of the grouped FFN was unit permutation[i] of the original.
+    """
+
+    weight: Tensor
+    threshold: Tensor
+    quantiles: Tensor
+    permutation: Tensor
+    cut: Tensor | None
+    input_cut: Tensor | None
+    watched = False  # whether the gate tells that it was applied: a forward around it was replaced (guarding.py)
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        group_size: int,
+        *,
+        bias: bool = True,
+        tau: float = 0.5,
+        cut: bool = False,
+        input_cut: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        assert d_ff % group_size == 0, (d_ff, group_size)
+        self.d_model, self.d_ff, self.group_size, self.tau = d_model, d_ff, group_size, tau
+        self.n_experts = d_ff // group_size
+        self.mode: Mode = "dense"
+        self.weight = nn.Parameter(torch.empty(self.n_experts, d_model, dtype=torch.float32, device=device))
+        self.bias = nn.Parameter(torch.empty(self.n_experts, dtype=torch.float32, device=device)) if bias else None
+        self.register_buffer("threshold", torch.empty((), dtype=torch.float32, device=device))
+        self.register_buffer("quantiles", torch.empty(N_QUANTILES, dtype=torch.float32, device=device))
+        for name, given in (("cut", cut), ("input_cut", input_cut)):
+            self.register_buffer(name, torch.empty((), dtype=torch.float32, device=device) if given else None)
+        self.register_buffer("permutation", torch.empty(d_ff, dtype=torch.int64, device=device))
+        # Set by a training stage, never saved. straight_through: hard mode learns through its decision as if it were
+        # the score. count_inactive: hard mode keeps `inactive` too. share_neighbours: soft mode keeps the union term.
+        self.straight_through = self.count_inactive = self.share_neighbours = False
+        # Of every call with gradients in soft mode, or with `count_inactive`, until a loss takes it.
+        self.kept: list[Kept] = []
+        # Which rows of a call are tokens, while somebody counts them; None otherwise.
+        self.rows: TokenRows | None = None
+        # Called with the hidden units h [..., d_ff] of every forward while calibration runs; None otherwise.
+        self.observer: Callable[[Tensor], None] | None = None
+        # How a lowered site reads its weights (lowering.Plan); None where it is not lowered.
+        self.plan: object | None = None
+        self.thread: int | None = None  # the one that has this router to itself for a time (threads.unshared)
+        self.turns = 0  # how often one had
+        # Share of (token, expert) pairs active at the present threshold, as the table has it; None without a table.
+        self.density: float | None = None
+        self.reset()
+
+    def reset(self, generator: torch.Generator | None = None) -> None:
+        """Random start that leaves the global RNG alone; no table; identity permutation."""
+        generator = generator or torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            if not self.weight.is_meta:
+                start = torch.randn(self.weight.shape, generator=generator, dtype=torch.float32) * self.d_model**-0.5
+                self.weight.copy_(start)
+            if self.bias is not None:
+                self.bias.zero_()
+            self.threshold.fill_(logit(self.tau))
+            self.quantiles.fill_(math.nan)
+            for cut in (self.cut, self.input_cut):
+                if cut is not None:
+                    cut.fill_(-1.0)
+            self.permutation.copy_(torch.arange(self.d_ff))
+
+    def forward(self, x: Tensor) -> Tensor | None:
+        """x: [..., d_model] any float dtype -> logits [..., n_experts] fp32; None in dense mode, which needs none."""
+        mode = self.mode
+        if self.thread is not None and not torch.compiler.is_compiling():
+            require_own(self.thread)
+        if mode == "dense":
+            return None
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                logits = nn.functional.linear(x.float(), self.weight, self.bias)
+        else:
+            logits = nn.functional.linear(x.float(), self.weight, self.bias)
+        if torch.is_grad_enabled() and (self.mode == "soft" or self.count_inactive):
+            self.keep((logits.detach() <= self.threshold).float().mean(-1), logits)
+        return logits
+
+    def keep(self, inactive: Tensor, logits: Tensor | None = None) -> None:
+        """Leave a call's hard sparsity, and in soft mode the losses of its logits, for who takes them."""
+        losses = None
+        if self.mode == "soft" and logits is not None:
+            from ltepass.routed.soft_losses import per_token_losses, union_per_token
+
+            efficiency, separability = per_token_losses(logits, self.tau)
+            union = union_per_token(logits) if self.share_neighbours else torch.zeros_like(efficiency)
+            losses = (efficiency, separability, union, 1.0 - torch.sigmoid(logits.detach()).mean(-1))
+        if self.rows is None:
+            self.kept.clear()  # nobody counts: the last call is enough
+        # Checkpointing runs a layer again inside the backward pass: all of it, but it is the same call. What a replica
+        # of DataParallel keeps is lost with it.
+        again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        if not again and not getattr(self, "_is_replica", False):
+            self.kept.append(Kept(losses, inactive, Forward() if self.rows is None else self.rows.forward))
+
+    @property
+    def aux(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """(efficiency, separability, union, soft sparsity) per row of the last soft call with gradients."""
+        return self.kept[-1].losses if self.kept else None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        """Moves with the model, but never changes dtype: `model.to(bfloat16)` keeps the decision in fp32."""
+
+        def keep_dtype(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return moved if moved.dtype == t.dtype else t.to(moved.device)
+
+        super()._apply(keep_dtype, recurse)
+        self._expect(self.density)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.note_density()
+
+    def note_density(self) -> None:
+        """Keep `density` up to date: a number, so that no call has to wait for the device to choose its kernels."""
+        plain = type(self.threshold) is type(self.quantiles) is Tensor and not self.threshold.is_meta
+        known = plain and not bool(self.quantiles.isnan().any())
+        self._expect(float((self.quantiles > self.threshold).float().mean()) if known else None)
+
+    def _expect(self, density: float | None) -> None:
+        """On the threshold too, which is all that a backend sees of a router."""
+        self.density = self.threshold.density = density  # type: ignore[attr-defined]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: without what belongs to one forward, which no copy can take."""
+        state: dict[str, Any] = super().__getstate__()
+        return {**state, "kept": [], "rows": None, "observer": None, "thread": None}
+
+    def extra_repr(self) -> str:
+        return f"d_model={self.d_model}, n_experts={self.n_experts}, group_size={self.group_size}, mode={self.mode!r}"
+
+
+calls = threading.local()  # gates: how many a watched router's gates were, in the guarded call that runs now
+
+
+def applied() -> None:
+    """A watched router's gate was applied, or the op that stands for it."""
+    calls.gates = getattr(calls, "gates", 0) + 1
+
+
+_library = torch.library.Library("ltepass", "FRAGMENT")
+_library.define("gate(Tensor h, Tensor logits, Tensor threshold, bool soft, Tensor? cut=None) -> Tensor")
+
+
+def _gate(h: Tensor, logits: Tensor, threshold: Tensor, soft: bool, cut: Tensor | None = None) -> Tensor:
+    scores = torch.sigmoid(logits) if soft else logits > threshold
+    n_experts = logits.shape[-1]
+    gated: Tensor = h.unflatten(-1, (n_experts, -1)) * scores.to(h.dtype).unsqueeze(-1)
+    return leave_out_small(gated.flatten(-2), None if soft else cut)
+
+
+def _straight_through(h: Tensor, logits: Tensor, threshold: Tensor, cut: Tensor | None) -> Tensor:
+    """The hard gate's value, with the gradient of a sigmoid around the threshold."""
+    scores = torch.sigmoid(logits - threshold)
+    mask = (logits > threshold).to(scores.dtype) + (scores - scores.detach())
+    gated: Tensor = h.unflatten(-1, (logits.shape[-1], -1)) * mask.to(h.dtype).unsqueeze(-1)
+    return leave_out_small(gated.flatten(-2), cut)
+
+
+# One op in Dynamo's graph, so that a pass finds it without guessing; plain ATen ops for autograd, export and inductor.
+_library.impl("gate", _gate, "CompositeImplicitAutograd")
+_library.define("cut_inputs(Tensor x, Tensor cut) -> Tensor")
+_library.impl("cut_inputs", leave_out_small, "CompositeImplicitAutograd")
+
+
+def seen_inputs(router: Router, x: Tensor) -> Tensor:
+    """x: [..., d_model] -> what up and gate see of it: all, or in hard mode what `input_cut` leaves."""
+    if isinstance(x, torch.fx.Proxy):
+        return x.tracer.create_proxy("call_function", seen_inputs, (router, x), {})
+    if router.input_cut is None or router.mode != "hard":
+        return x
+    return torch.ops.ltepass.cut_inputs.default(x, router.input_cut)  # type: ignore[no-any-return]
+
+
+def gate(router: Router, h: Tensor, logits: Tensor | None) -> Tensor:
+    """h: [..., d_ff]; logits: what `router(x)` returned. The definition of soft, hard and dense mode."""
+    if isinstance(h, torch.fx.Proxy):  # a GraphModule is traced again when it is pickled: one node stays one node
+        return h.tracer.create_proxy("call_function", gate, (router, h, logits), {})
+    soft = router.mode == "soft"
+    if router.thread is not None and not torch.compiler.is_compiling():
+        require_own(router.thread)
+    if router.observer is not None:
+        router.observer(h)
+    if router.watched:
+        applied()
+    if logits is None:
+        return h
+    if h.shape[-1] != router.d_ff:
+        raise ShardedError(
+            f"a gate got {h.shape[-1]} of its FFN's {router.d_ff} hidden units; expected all of them on every device: "
+            "tensor parallelism cuts experts apart; load the model without tp_plan"
+        )
+    if router.straight_through and router.mode == "hard" and torch.is_grad_enabled():
+        return _straight_through(h, logits, router.threshold, router.cut)
+    cut = () if router.cut is None else (router.cut,)
+    return torch.ops.ltepass.gate.default(h, logits, router.threshold, soft, *cut)  # type: ignore[no-any-return]

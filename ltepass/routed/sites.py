@@ -1,0 +1,278 @@
+"""What find_ffn finds: FFN sites as plain values, small enough to stand in a checkpoint's config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule
+
+from ltepass.errors import AmbiguousModelError, LoweredError, NotTransformedError, ShardedError
+from ltepass.names import one_line
+from ltepass.routed.router import Router
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeuronRows:
+    """Where a site's neurons lie in one parameter: neuron i is index `start + i * step` along `dim`."""
+
+    param: str  # full name in the root model
+    dim: int
+    start: int
+    step: int
+
+    def of(self, model: nn.Module, d_ff: int) -> Tensor:
+        """The slice as a view of the parameter, neurons first: [d_ff, ...]."""
+        return self.take(model.get_parameter(self.param), d_ff)
+
+    def take(self, parameter: Tensor, d_ff: int) -> Tensor:
+        moved = parameter.movedim(self.dim, 0)
+        indices = self.indices(d_ff)
+        return moved[indices.start : indices.stop : indices.step]
+
+    def indices(self, d_ff: int) -> range:
+        return range(self.start, self.start + (d_ff - 1) * self.step + 1, self.step)
+
+    def renamed(self, rename: Callable[[str], str]) -> NeuronRows:
+        return replace(self, param=rename(self.param))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FFNSite:
+    """One FFN: y = down(act(gate(x)) * up(x)) or y = down(act(up(x))).
+
+    name: unique; the path of the router is `router`.
+    owner: path of the smallest module that contains the region; "" is the root.
+    up, gate, down: paths of the modules that hold the linears (gate is None in a plain FFN; up == gate where fused).
+    kind: "aligned" (a regenerated forward), "inline" (guarded hooks), "graph" (nodes in a GraphModule).
+    activation: name in `ltepass.kernels.reference.ACTIVATIONS`, or the ATen op's name where no kernel knows it.
+    up_rows, gate_rows, down_rows: where neuron i's weights lie (a row or a column); up_bias, gate_bias likewise.
+    down_bias: name of the parameter, or None.
+    neurons: every parameter that has one slice per neuron, these and any other (a learned scale).
+    group_size: neurons per expert; 0 before grouping.
+    """
+
+    name: str
+    owner: str
+    kind: Literal["aligned", "inline", "graph"]
+    router: str
+    up: str
+    gate: str | None
+    down: str
+    activation: str
+    d_model: int
+    d_ff: int
+    up_rows: NeuronRows
+    up_bias: NeuronRows | None
+    gate_rows: NeuronRows | None
+    gate_bias: NeuronRows | None
+    down_rows: NeuronRows
+    down_bias: str | None
+    neurons: tuple[NeuronRows, ...]
+    group_size: int = 0
+    nodes: tuple[str, ...] = ()  # kind "graph" only: names of x, hidden units and down in the user's graph
+
+    @property
+    def n_experts(self) -> int:
+        return self.d_ff // self.group_size
+
+    def renamed(self, rename: Callable[[str], str]) -> FFNSite:
+        """The same site in a root where every module and parameter has another path."""
+        changed: dict[str, Any] = {f: rename(getattr(self, f)) for f in PATHS if getattr(self, f) is not None}
+        changed |= {f: getattr(self, f).renamed(rename) for f in ROWS if getattr(self, f) is not None}
+        changed["neurons"] = tuple(r.renamed(rename) for r in self.neurons)
+        site = replace(self, **changed)
+        return replace(site, name=site_name(site, self.number)) if self.name == site_name(self, self.number) else site
+
+    @property
+    def number(self) -> str | None:
+        """Which of its owner's sites this is, where that has several."""
+        number = self.name.removeprefix(self.owner).lstrip("#")
+        return number if number.isdecimal() else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds of a site."""
+        from ltepass.saving.entry import write_site
+
+        return write_site(self)
+
+    @staticmethod
+    def from_dict(d: dict[str, Any]) -> FFNSite:
+        """Raises CheckpointError where a field is missing, unknown, of another type or no possible value."""
+        from ltepass.saving.entry import read_site
+
+        return read_site(d)
+
+
+def site_name(site: FFNSite, number: str | None) -> str:
+    """The owner's path; that of down where the root owns it alone; with a number where an owner has several sites."""
+    return (site.owner or site.down) if number is None else f"{site.owner}#{number}".lstrip("#")
+
+
+# Fields of a site that name something of the root.
+PATHS = ("name", "owner", "router", "up", "gate", "down", "down_bias")
+ROWS = ("up_rows", "up_bias", "gate_rows", "gate_bias", "down_rows")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """Why a candidate was left alone. A value, never an exception.
+
+    module: path of the candidate's down projection (or the owner); node: graph node; check: name of the check that
+    failed; reason: one sentence; nearest: how far the match came.
+    """
+
+    module: str
+    node: str
+    check: str
+    reason: str
+    nearest: str = ""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            object.__setattr__(self, f.name, one_line(getattr(self, f.name)))
+
+
+@dataclass
+class LTEState:
+    """Kept on the transformed root model as `model._lte`: what was found, what was done, with which settings."""
+
+    config: dict[str, Any]
+    sites: list[FFNSite]
+    refusals: list[Refusal]
+    grouping: str = "identity"
+    lowered: str | None = None  # None, "ffn" or "model"
+    notes: list[str] = field(default_factory=list)  # what lowering kept masked-dense, and why
+    untried: list[str] = field(default_factory=list)  # owners that the self check could not run, and why
+    strides: dict[str, tuple[int, ...]] = field(default_factory=dict)  # by parameter, before lowering laid it out anew
+    graph: Graph | None = None  # a user's own, while the lowered one stands in its place
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which torch makes without the compiled call of scope "model"."""
+        if self.lowered != "model":
+            return self.__dict__
+        note = 'this is a copy of a compiled model and is not compiled; call ltepass.lower(model, scope="model")'
+        return {**self.__dict__, "lowered": None, "notes": [*self.notes, note]}
+
+
+def state_of(model: nn.Module) -> LTEState | None:
+    """The state that `transform` left on this very module, or None."""
+    state: LTEState | None = model.__dict__.get("_lte")  # no getattr: wrappers hand that on to what they wrap
+    return state
+
+
+def set_state(model: nn.Module, state: LTEState) -> None:
+    """This module is the transformed root. Torch's deepcopy of a GraphModule keeps the attributes that `meta` lists."""
+    model._lte = state  # type: ignore[assignment]
+    if isinstance(model, GraphModule):
+        model.meta = {**model.meta, _KEPT: {**model.meta.get(_KEPT, {}), "_lte": state}}
+
+
+def drop_state(model: nn.Module) -> None:
+    del model._lte
+    if isinstance(model, GraphModule):
+        kept = {name: value for name, value in model.meta.get(_KEPT, {}).items() if name != "_lte"}
+        others = {key: value for key, value in model.meta.items() if key != _KEPT}
+        model.meta = {**others, _KEPT: kept} if kept else others
+
+
+_KEPT = "_user_preserved_attributes"  # torch.fx.graph_module._USER_PRESERVED_ATTRIBUTES_KEY
+
+
+def root_of(model: nn.Module, what: str) -> nn.Module:
+    """The transformed model: this one, or the one inside whatever wraps it (PEFT, DDP, torch.compile, an own parent).
+
+    what: the call that wants it. Raises NotTransformedError, AmbiguousModelError.
+    """
+    if state_of(model) is not None:
+        return model
+    found: dict[str, nn.Module] = {name: m for name, m in model.named_modules() if state_of(m) is not None}
+    if not found and any(routers_of(model)):
+        raise NotTransformedError(
+            f"{type(model).__name__} holds routers and no record of them; {what} expects the module that was given to "
+            "ltepass.transform, or what wraps it; pass that one and no part of it; copy a torch.fx.GraphModule by "
+            "copy.deepcopy(model), because its shallow copies keep no attributes"
+        )
+    if not found:
+        raise NotTransformedError(
+            f"{type(model).__name__} holds no routers; {what} expects a transformed model; call "
+            "ltepass.transform(model) first, and pass the same root module, or what wraps it"
+        )
+    if len(found) > 1:
+        raise AmbiguousModelError(
+            f"{type(model).__name__} holds {len(found)} transformed models ({', '.join(found)}); {what} expects one; "
+            "pass the one that is meant"
+        )
+    (root,) = found.values()
+    return root
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model that PEFT, DDP, FSDP, DataParallel or torch.compile wrapped, through all of them."""
+    inner: Any = model
+    while True:
+        if isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = inner.module
+        elif "_fsdp_wrapped_module" in inner._modules:
+            inner = inner._fsdp_wrapped_module
+        elif "_orig_mod" in inner._modules:  # torch.compile's; its class is not imported, which takes seconds
+            inner = inner._orig_mod
+        elif hasattr(type(inner), "get_base_model"):  # peft's
+            inner = inner.get_base_model()
+        else:
+            return inner  # type: ignore[no-any-return]
+
+
+def require_state(model: nn.Module, what: str) -> LTEState:
+    """The state of the transformed root itself, or NotTransformedError naming the call that wanted it."""
+    state = state_of(model)
+    if state is None:
+        raise NotTransformedError(
+            f"{type(model).__name__} holds no routers; {what} expects a transformed model; call "
+            "ltepass.transform(model) first, and pass the same root module"
+        )
+    return state
+
+
+def require_trained(model: nn.Module, what: str) -> LTEState:
+    """The state of a model that is not lowered, or NotTransformedError or LoweredError naming the call."""
+    state = require_state(model, what)
+    require_not_lowered(state, what)
+    return state
+
+
+def require_not_lowered(state: LTEState, what: str) -> None:
+    """Raises LoweredError, naming the call that reads or changes what lowering bypasses."""
+    if state.lowered is not None:
+        raise LoweredError(
+            f"the model is lowered (scope {state.lowered!r}), which is hard mode; {what} expects it as trained; call "
+            "ltepass.unlower(model)"
+        )
+
+
+def require_whole(model: nn.Module, what: str, *, flat_only: bool = False) -> None:
+    """Raises ShardedError where FSDP has cut parameters up, or (flat_only) put them into one that has no names."""
+    for path, module in model.named_modules():
+        own = module.__dict__
+        if own.get("_is_fsdp_managed_module") and not (flat_only and own.get("_fsdp_use_orig_params")):
+            raise ShardedError(
+                f"{path or type(module).__name__} was wrapped by FullyShardedDataParallel or fully_shard, and holds a "
+                f"share of its weights only; {what} expects whole ones; call it before wrapping"
+            )
+
+
+def routers_of(model: nn.Module) -> Iterator[Router]:
+    """Every router below `model`, transformed root or any part of one."""
+    return (m for m in model.modules() if isinstance(m, Router))
+
+
+def router_of(model: nn.Module, site: FFNSite) -> Router:
+    """The router that decides at this site: PEFT's modules_to_save keeps a trained copy for each adapter."""
+    found: Any = model.get_submodule(site.router)
+    if hasattr(found, "modules_to_save"):
+        names = found.active_adapters
+        copied = names and not found.disable_adapters and all(name in found.modules_to_save for name in names)
+        found = found.modules_to_save[names[0]] if copied else found.original_module
+    return next(m for m in found.modules() if isinstance(m, Router))

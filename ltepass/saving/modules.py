@@ -1,0 +1,146 @@
+"""Save and load for any module: safetensors, and beside them the site list as JSON. Hugging Face models need neither:
+their own save_pretrained and from_pretrained do the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ltepass.config import LTEConfig
+from ltepass.errors import AlreadyTransformedError, CheckpointError, MetaWeightsError, NotTransformedError
+from ltepass.passes.find.owner import as_gated_now
+from ltepass.passes.insert.insert_routers import insert_routers
+from ltepass.routed.sites import require_whole, router_of, routers_of, set_state, state_of, unwrapped
+from ltepass.routed.undo import all_or_nothing
+from ltepass.saving.entry import read_state, write_state
+from ltepass.saving.forward_checks import check_forwards, try_gates
+from ltepass.saving.site_checks import check_sites
+from ltepass.saving.tensor_checks import check_all, check_routers, check_values, read_header
+
+SITES, WEIGHTS = "lte.json", "model.safetensors"
+
+
+def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Write a transformed module's weights, routers and site list into `folder`, which is made where it is missing.
+
+    Raises NotTransformedError for a module that is not itself the transformed root, MetaWeightsError, CheckpointError
+    where `load` could not read what would be written; nothing is then written.
+    """
+    from safetensors.torch import save_file
+
+    model = unwrapped(model)
+    state = state_of(model)
+    if state is None:
+        parts = [name for name, module in model.named_modules() if "_lte" in module.__dict__]
+        where = f"only {parts[0]} was transformed: save that" if parts else "call ltepass.transform(model) first"
+        raise NotTransformedError(f"{type(model).__name__} holds no site list; ltepass.save writes a root; {where}")
+    _check_real(model, "save")
+    require_whole(model, "save")
+    entry = write_state(state)
+    read_state(json.loads(json.dumps(entry)))
+    names = dict(model.named_parameters(remove_duplicate=False))
+    wrapped = [rows.param for site in state.sites for rows in site.neurons if rows.param not in names]
+    if wrapped:
+        raise CheckpointError(
+            f"{wrapped[0]} has another name now; expected the linears unwrapped; merge adapters first"
+        )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _replacing(folder / WEIGHTS) as weights, _replacing(folder / SITES) as sites:
+        try:
+            save_file(_tensors(model), weights, metadata={"format": "pt"})
+        except RuntimeError as error:  # parameters that share a part of their memory, which safetensors cannot say
+            raise CheckpointError(f"{type(model).__name__} cannot be written as safetensors ({error})") from error
+        sites.write_text(json.dumps(entry, indent=2, sort_keys=True) + "\n")
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The module's state, what it holds under several names under the first, in the layout that lowering may change."""
+    first = {id(tensor): name for name, tensor in reversed(model.state_dict(keep_vars=True).items())}
+    names = set(first.values())
+    return {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name in names}
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` that takes its place at the end, and goes where writing it failed."""
+    written = path.with_name(path.name + ".tmp")
+    try:
+        yield written
+        written.replace(path)
+    finally:
+        written.unlink(missing_ok=True)
+
+
+def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
+    """Make a freshly built dense module what `save` wrote, in place and in hard mode; returns it.
+
+    model: of the class and sizes that were saved, on any device, in any float dtype (routers stay fp32).
+    Raises AlreadyTransformedError, MetaWeightsError, CheckpointError; the module is then as it was.
+    """
+    root = unwrapped(model)
+    all_or_nothing(root, partial(_load, root, Path(folder)))
+    return model
+
+
+def _load(model: nn.Module, folder: Path) -> None:
+    from safetensors.torch import load_file
+
+    require_whole(model, "load")
+    if state_of(model) is not None or any(routers_of(model)):
+        raise AlreadyTransformedError(
+            f"{type(model).__name__} has routers already; ltepass.load expects a dense module, as the class builds it"
+        )
+    _check_real(model, "load")
+    state = read_state(_read_json(folder / SITES))
+    header = read_header([folder / WEIGHTS])
+    check_routers(state.sites, state.config, header)
+    check_sites(model, state.sites)
+    check_all(model, header, [site.router for site in state.sites])
+    state.sites = as_gated_now(model, state.sites)
+    check_forwards(model, state.sites)
+    tensors = load_file(folder / WEIGHTS)
+    for site in state.sites:
+        prefix = site.router + "."
+        check_values(site, {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    insert_routers(model, state.sites, LTEConfig(**state.config))
+    set_state(model, state)
+    _fill(model, tensors)
+    for site in state.sites:
+        router_of(model, site).mode = "hard"
+    state.untried = try_gates(model)
+
+
+def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Every tensor of the module becomes what its file says, on its device and in its dtype, or none does."""
+    before: list[tuple[Tensor, Tensor]] = []
+    try:
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if name in tensors:
+                before.append((tensor, tensor.data))
+                tensor.data = tensors[name].to(tensor.device, tensor.dtype)
+    except BaseException:
+        for tensor, data in before:
+            tensor.data = data
+        raise
+
+
+def _check_real(model: nn.Module, what: str) -> None:
+    meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    if meta is not None:
+        raise MetaWeightsError(f"{meta} is on the meta device; ltepass.{what} expects real weights")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}); expected what ltepass.save wrote") from error

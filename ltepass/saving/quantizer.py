@@ -1,0 +1,266 @@
+"""Saving and loading through transformers' quantizer interface, under the name "lte".
+
+`save_pretrained` writes safetensors (dense names kept, routers beside them) and puts the sites into config.json as
+`quantization_config`; `from_pretrained` rebuilds the routers from that list before the weights load, with no capture.
+Without `import ltepass` transformers warns and loads the dense model: names and neuron order make that right as well.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ltepass.config import LTEConfig
+from ltepass.errors import CheckpointError
+from ltepass.passes.find.owner import as_gated_now
+from ltepass.routed.sites import FFNSite, LTEState, router_of, set_state, state_of
+from ltepass.saving.entry import METHOD, read_state, write_state
+from ltepass.saving.forward_checks import check_forwards, try_gates
+from ltepass.saving.site_checks import check_sites
+from ltepass.saving.tensor_checks import (
+    ROUTER,
+    Header,
+    check_present,
+    check_routers,
+    check_values,
+    check_weights,
+    has_routers,
+    read_header,
+)
+
+
+class LTEQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is not typed
+    """What config.json says of a transformed model. A live view of the model's `LTEState`, so it never goes stale."""
+
+    def __init__(self, state: LTEState) -> None:
+        self.quant_method = METHOD
+        self.state = state
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], *_: Any, **__: Any) -> LTEQuantizationConfig:
+        """Raises CheckpointError where the entry was not written by this format."""
+        return cls(read_state(config_dict))
+
+    def to_dict(self) -> dict[str, Any]:
+        return write_state(self.state)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """transformers reads a config given as an object like the dict it is in config.json."""
+        return self.to_dict().get(key, default)
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        yield from self.to_dict().items()
+
+
+class LTEQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not typed
+    """Rebuilds the routers on the meta device before the weights load, and sets hard mode after."""
+
+    quantization_config: LTEQuantizationConfig
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            raise CheckpointError(
+                "an LTE config was passed for a checkpoint that holds no routers; expected a directory written by a "
+                "transformed model; load it without quantization_config and call ltepass.transform"
+            )
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        from ltepass.passes.insert.insert_routers import insert_routers
+
+        state = self.quantization_config.state
+        sites = checked_sites(model, state, read_header(checkpoint_files) if checkpoint_files else None)
+        if not sites:
+            warnings.warn(
+                "config.json lists routers, and no weight file holds one: the model was saved again without ltepass; "
+                "loaded dense; delete quantization_config from config.json to say so",
+                stacklevel=2,
+            )
+            return
+        insert_routers(model, sites, LTEConfig(**state.config), device="meta")
+        state.sites = sites
+        set_state(model, state)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        # The weights are plain: with these flags transformers would refuse .half() and .float().
+        model.is_quantized = False
+        del model.quantization_method
+        state = state_of(model)
+        if state is None:
+            detach(model)
+            return model
+        for site in state.sites:
+            router = router_of(model, site)
+            check_values(site, dict(router.named_buffers()))
+            router.mode = "hard"
+            router.note_density()
+        state.untried = try_gates(model)
+        _watch_parents(model)
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        import ltepass
+
+        return ltepass.remove(model)
+
+    def remove_quantization_config(self, model: nn.Module) -> None:
+        detach(model)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def checked_sites(model: Any, state: LTEState, header: Header | None) -> list[FFNSite]:
+    """The state's sites as this model has them, compared with it and with the files; none where those hold no router.
+
+    header: of all weight files; None where the weights come from elsewhere. Raises CheckpointError; changes nothing.
+    """
+    sites = _fit_prefix(model, state.sites)
+    if header is None:
+        check_sites(model, sites)
+    elif not has_routers(state.sites, header):
+        return []
+    else:
+        named, converted = _as_loaded(model, sites, header)
+        check_routers(sites, state.config, named)
+        check_sites(model, sites)
+        check_weights(model, named)
+        if not converted:
+            check_present(model, sites, named)
+    sites = as_gated_now(model, sites)
+    check_forwards(model, sites)
+    return sites
+
+
+def _as_loaded(model: Any, sites: list[FFNSite], header: Header) -> tuple[Header, bool]:
+    """The header by the names under which transformers will load it, and whether it converts some of the weights.
+
+    Its classes may have other names in their files: another prefix, `ffn` for `mlp`, experts one by one.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, dot_natural_key, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in mapping if not isinstance(rule, WeightRenaming)]
+    known = {**model.state_dict(), **{f"{site.router}.{name}": True for site in sites for name in ROUTER}}
+    named: Header = {}
+    for key in sorted(header, key=dot_natural_key):
+        name, rule = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
+        if name not in known and key in known:
+            name, rule = key, None
+        if rule is None:
+            named[name] = header[key]
+    return named, len(named) < len(header)
+
+
+def attach(model: Any) -> None:
+    """From now on `model.save_pretrained` writes the sites. The model must be transformed."""
+    state = state_of(model)
+    assert state is not None
+    other = getattr(model, "hf_quantizer", None)
+    if other is not None and not isinstance(other, LTEQuantizer):
+        warnings.warn(
+            f"the model is quantised with {other.quantization_config.quant_method}: config.json can hold one method, "
+            "so save_pretrained will keep that one and the routers will not load again; keep the state_dict instead",
+            stacklevel=3,
+        )
+        return
+    config = LTEQuantizationConfig(state)
+    _own_config(model)
+    model.config.quantization_config = config
+    model.hf_quantizer = LTEQuantizer(config, pre_quantized=True)
+    _watch_parents(model)
+
+
+def _watch_parents(model: nn.Module) -> None:
+    if _warn_of_parent not in model._state_dict_pre_hooks.values():
+        model.register_state_dict_pre_hook(_warn_of_parent)
+
+
+def _warn_of_parent(model: Any, prefix: str, keep_vars: bool) -> None:
+    """Where a Hugging Face model holds the transformed one, its config says nothing of the routers."""
+    from transformers import PreTrainedModel
+
+    frame = sys._getframe(1)
+    while prefix and frame is not None and frame.f_code is nn.Module.state_dict.__code__:
+        parent = frame.f_locals["self"]
+        if parent is not model and isinstance(parent, PreTrainedModel) and state_of(parent) is None:
+            warnings.warn(
+                f"{prefix.removesuffix('.')} of this {type(parent).__name__} was transformed alone: the weights hold "
+                "its routers, and the whole model's config.json does not list them, so from_pretrained will load it "
+                "dense; transform the whole model instead, or save the part",
+                stacklevel=2,
+            )
+            return
+        frame = frame.f_back  # type: ignore[assignment]
+
+
+def _own_config(model: Any) -> None:
+    """A config object may have built several models: only this one is to say that it has routers."""
+    shared, own = model.config, copy.copy(model.config)
+    for module in model.modules():
+        if module.__dict__.get("config") is shared:
+            module.config = own
+
+
+def detach(model: Any) -> None:
+    """The model saves as a dense model again. Nothing happens where `attach` was not called."""
+    if isinstance(getattr(model, "hf_quantizer", None), LTEQuantizer):
+        del model.hf_quantizer
+        model.is_quantized = False
+        for key in [key for key, hook in model._state_dict_pre_hooks.items() if hook is _warn_of_parent]:
+            del model._state_dict_pre_hooks[key]
+        if isinstance(getattr(model.config, "quantization_config", None), LTEQuantizationConfig):
+            del model.config.quantization_config
+
+
+def _fit_prefix(model: nn.Module, sites: list[FFNSite]) -> list[FFNSite]:
+    """Paths as this class has them: `AutoModel` drops the head, and with it the prefix that the causal LM puts before.
+
+    The list comes back as it was where no prefix fits; `check_sites` then says what is missing.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    names = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    renames: tuple[Callable[[str], str], ...] = (
+        str,
+        lambda path: "" if path == prefix else path.removeprefix(prefix + "."),
+        lambda path: f"{prefix}.{path}" if path else prefix,
+    )
+    for rename in renames if prefix else (str,):
+        if all(rename(site.down) in names for site in sites):
+            return [site.renamed(rename) for site in sites]
+    return sites
+
+
+if METHOD not in AUTO_QUANTIZER_MAPPING:
+    register_quantizer(METHOD)(LTEQuantizer)
+if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    register_quantization_config(METHOD)(LTEQuantizationConfig)

@@ -1,0 +1,27 @@
+"""transformers' server loads models out of our sight: while one runs, what it loads is lowered, and nothing else is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers.cli.serving.model_manager import ModelManager
+
+from ltepass.passes.lower.modules import lower
+from ltepass.routed.sites import state_of
+
+
+@contextmanager
+def lowered_as_loaded() -> Iterator[None]:
+    load = ModelManager._load_model
+
+    def load_lowered(self: Any, *args: Any, **kwargs: Any) -> Any:
+        model = load(self, *args, **kwargs)
+        return model if state_of(model) is None else lower(model)
+
+    ModelManager._load_model = load_lowered
+    try:
+        yield
+    finally:
+        ModelManager._load_model = load

@@ -1,0 +1,243 @@
+"""Capture one module as one graph whose nodes know their module: torch.export for modules, fake tensors for graphs.
+
+Nothing here runs the user's model for real: export traces under fake tensors, which works on the meta device too.
+The training flag, RNG state, hooks, buffers and caches of the model are as before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import random
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from ltepass.errors import CaptureError
+from ltepass.passes.capture.example_inputs import make_example_inputs
+from ltepass.passes.graph.flow import Flow, is_movement, op_name, strip_identity
+from ltepass.routed.undo import refill
+from ltepass.threads import quiet_stderr, tracing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Captured:
+    """A graph of (a part of) a root module.
+
+    prefix: path of the captured part in the root, "" for all of it.
+    aliases: paths of modules that the root holds under several, to the first of them.
+    sharers: names of parameters that several modules hold, to the paths of these modules.
+    """
+
+    flow: Flow
+    prefix: str = ""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    sharers: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def stack(self, node: Node) -> list[str]:
+        """Paths of the module calls that a node stands in, outermost first; [""] is the root."""
+        raw = node.meta.get("nn_module_stack") or {}
+        paths = [re.sub(r"@\d+", "", str(path)) for path, _ in raw.values()]
+        joined = [join(self.prefix, path) for path in paths]
+        return list(dict.fromkeys(self.aliases.get(p, p) for p in (self.prefix, *joined)))
+
+    def only_linears(self, path: str) -> bool:
+        """Whether what the graph holds of this module's calls is products with leaf weights, and views around them."""
+        return path not in self._busy
+
+    @cached_property
+    def _busy(self) -> set[str]:
+        """Paths of modules that compute something besides products with leaf weights."""
+        flow = self.flow
+        busy: set[str] = set()
+        for node in flow.nodes():
+            product = flow.linear(node) is not None or flow.product(node) is not None
+            plain = product or is_movement(node) or strip_identity(node) is not node
+            if not plain and op_name(node) not in (None, "_assert_tensor_metadata", "size", "sym_size", "getattr"):
+                busy.update(self.stack(node))
+        return busy
+
+
+def join(*paths: str) -> str:
+    return ".".join(p for p in paths if p)
+
+
+def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Captured:
+    """One ATen graph of the model. Raises CaptureError with the tracer's own words where it cannot be traced."""
+    if isinstance(model, GraphModule):
+        return _capture_graph_module(model, args, kwargs)
+    return export_module(model, model, args, kwargs)
+
+
+def export_module(
+    root: nn.Module, part: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], prefix: str = ""
+) -> Captured:
+    """One ATen graph of `part`, which is `root.<prefix>`; leaves carry their first name in the root."""
+    try:
+        with untouched(root), torch.no_grad():
+            bring_back(root)
+            program = torch.export.export(part, tuple(args), dict(kwargs), strict=False)
+    except Exception as e:
+        said = str(e).strip().splitlines()
+        raise CaptureError(
+            f"torch.export could not trace {type(part).__name__} with {_describe(args, kwargs)}: "
+            f"{type(e).__name__}: {said[0] if said else ''}; pass example_inputs that model(...) accepts"
+        ) from e
+    names = program.graph_signature
+    by_target = {**names.inputs_to_parameters, **names.inputs_to_buffers}
+    literals = names.inputs_to_lifted_tensor_constants
+    leaves = {n: by_target[n.name] for n in program.graph.nodes if n.op == "placeholder" and n.name in by_target}
+    first = {id(t): name for name, t in (*root.named_buffers(), *root.named_parameters())}
+    leaves = {n: first.get(id(_tensor(part, name)), join(prefix, name)) for n, name in leaves.items()}
+    constants = {literals[n.name]: n for n in program.graph.nodes if n.name in literals}
+    values = {k: program.constants[k] for k in constants if isinstance(program.constants.get(k), Tensor)}
+    flow = Flow(program.graph_module, {**leaves, **{constants[k]: k for k in constants}}, values)
+    return Captured(flow=flow, prefix=prefix, aliases=_aliases(root), sharers=_sharers(root))
+
+
+def _tensor(part: nn.Module, name: str) -> Any:
+    path, _, attribute = name.rpartition(".")
+    return getattr(part.get_submodule(path), attribute)
+
+
+def _aliases(root: nn.Module) -> dict[str, str]:
+    first = {id(m): path for path, m in root.named_modules()}
+    return {path: first[id(m)] for path, m in root.named_modules(remove_duplicate=False) if first[id(m)] != path}
+
+
+def _sharers(root: nn.Module) -> dict[str, list[str]]:
+    first: dict[int, str] = {}
+    holders: dict[str, list[str]] = {}
+    for path, module in root.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            holders.setdefault(first.setdefault(id(parameter), join(path, name)), []).append(path)
+    return {name: paths for name, paths in holders.items() if len(paths) > 1}
+
+
+def _capture_graph_module(gm: GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Captured:
+    """Shapes for a user's graph, on a copy whose plain leaf modules are inlined."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+    from ltepass.passes.capture.inline_leaves import inline_leaf_modules
+
+    flat = inline_leaf_modules(gm)
+    placeholders = [n for n in flat.graph.nodes if n.op == "placeholder"]
+    try:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        values = _bind(placeholders, args, kwargs)
+        with torch.no_grad():
+            FakeTensorProp(flat, mode).propagate(*values)
+    except Exception as e:
+        raise CaptureError(
+            f"the GraphModule could not be run on fake tensors with {_describe(args, kwargs)}: "
+            f"{type(e).__name__}: {e}; pass example_inputs for its {len(placeholders)} placeholders"
+        ) from e
+    leaves = {
+        n: str(n.target) for n in flat.graph.nodes if n.op == "get_attr" and isinstance(n.meta.get("val"), Tensor)
+    }
+    return Captured(flow=Flow(flat, leaves))
+
+
+def _bind(placeholders: Sequence[Node], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """Values in placeholder order: positional, then by name, then the value that the graph itself was traced with."""
+    out: list[Any] = list(args)
+    for node in placeholders[len(out) :]:
+        if str(node.target) in kwargs:
+            out.append(kwargs[str(node.target)])
+        elif node.args:
+            out.append(node.args[0])
+        else:
+            val = node.meta.get("val", node.meta.get("example_value"))
+            if val is None:
+                raise ValueError(f"no value for placeholder {node.target}")
+            out.append(torch.empty(tuple(int(s) for s in val.shape), dtype=val.dtype))
+    return out
+
+
+def inputs_of(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(args, kwargs) of a tuple (args), a dict (kwargs), one tensor, or None: a Hugging Face model makes its own."""
+    return split_inputs(make_example_inputs(model) if example_inputs is None else example_inputs)
+
+
+def split_inputs(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(args, kwargs) of example inputs in any accepted form."""
+    if isinstance(example, Tensor):
+        return (example,), {}
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    if isinstance(example, (tuple, list)):
+        return tuple(example), {}
+    raise CaptureError(f"example_inputs is a {type(example).__name__}; expected a tuple, a dict or a tensor")
+
+
+def _describe(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    def one(v: Any) -> str:
+        return f"{tuple(v.shape)} {v.dtype}" if isinstance(v, Tensor) else repr(v)
+
+    parts = [one(a) for a in args] + [f"{k}={one(v)}" for k, v in kwargs.items()]
+    return "inputs (" + ", ".join(parts) + ")"
+
+
+def bring_back(model: nn.Module) -> None:
+    """Take accelerate's hooks away, and stand-ins for the weights that they fetch: they move tensors, and a trace
+    computes nothing. Inside `untouched`, which puts all of it back.
+    """
+    for module in model.modules():
+        if "_hf_hook" in module.__dict__ and "_old_forward" in module.__dict__:
+            module.__dict__["forward"] = module.__dict__["_old_forward"]
+            for held in (module._parameters, module._buffers):
+                held.update({k: _stand_in(t) for k, t in held.items() if t is not None and t.is_meta})
+
+
+def _stand_in(tensor: Tensor) -> nn.Parameter:
+    """Of the same shape and dtype, on the CPU, in the memory of one number."""
+    one = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+    return nn.Parameter(one, requires_grad=False) if isinstance(tensor, nn.Parameter) else one  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Random numbers, every module's attributes and the containers in them as before; export's own chatter kept quiet.
+
+    One thread at a time: what is put back here must be what this thread found.
+    """
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._subclasses.fake_tensor")]
+    with tracing(), _same_random_numbers(), _same_attributes(model):
+        levels = [logger.level for logger in loggers]
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)  # a failed trace is an error of ours, with the tracer's words in it
+        try:
+            with quiet_stderr():  # where export prints the whole graph of a failure
+                yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """Python's own. Torch's stay by themselves: nothing is drawn for a fake tensor."""
+    before = random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(before)
+
+
+@contextlib.contextmanager
+def _same_attributes(model: nn.Module) -> Iterator[None]:
+    kept: list[tuple[Any, Any]] = [(m.__dict__, dict(m.__dict__)) for m in model.modules()]
+    kept += [(v, copy.copy(v)) for _, was in kept for v in was.values() if isinstance(v, (dict, list, set))]
+    try:
+        yield
+    finally:
+        for now, before in kept:
+            refill(now, before)

@@ -1,0 +1,225 @@
+"""Capture all of a model: whole where it exports, else block by block; then the parts that the inputs never reach.
+
+A part is tried with the inputs that it got in a run under fake tensors (which goes as far as it can), else with those
+of another module of its class, else, when its forward takes one tensor, with hidden states of its first linear's width.
+A part that does not export is left to its children: an FFN module is small, and exports where its surroundings do not.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+from ltepass.errors import CaptureError
+from ltepass.passes.capture.example_inputs import TOKENS, make_example_inputs
+from ltepass.passes.capture.export import (
+    Captured,
+    bring_back,
+    capture,
+    export_module,
+    inputs_of,
+    join,
+    split_inputs,
+    untouched,
+)
+
+# Raised where the code needs a value, which a fake tensor does not have: the inputs may be right.
+_ONLY_UNDER_FAKE_TENSORS = (
+    fake_tensor.DataDependentOutputException,
+    fake_tensor.DynamicOutputShapeException,
+    fake_tensor.UnsupportedFakeTensorException,
+    fake_tensor.UnsupportedOperatorException,
+    GuardOnDataDependentSymNode,
+)
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass
+class Captures:
+    """graphs: what was captured. missed: path of each part with linears that no graph shows -> why."""
+
+    graphs: list[Captured] = field(default_factory=list)
+    missed: dict[str, str] = field(default_factory=dict)
+
+
+def capture_all(model: nn.Module, example_inputs: Any = None) -> Captures:
+    """Every part of the model that can be traced.
+
+    Raises CaptureError where nothing can, where the model takes inputs that cannot be made up, and where it does not
+    take the ones that were given.
+    """
+    args, kwargs = inputs_of(model, example_inputs)
+    try:
+        whole = capture(model, args, kwargs)
+    except CaptureError as error:
+        if isinstance(model, GraphModule):
+            raise
+        calls, failure = _recorded_calls(model, args, kwargs)
+        if example_inputs is not None and failure is not None and not isinstance(failure, _ONLY_UNDER_FAKE_TENSORS):
+            raise
+        found = _Parts(model, calls)
+        for name, child in model.named_children():
+            found.add(name, child)
+        if not found.captures.graphs:
+            raise
+        found.captures.missed = {p: f"{why} (the whole model: {error})" for p, why in found.captures.missed.items()}
+        return found.captures
+    if isinstance(model, GraphModule):
+        return Captures([whole])
+    found = _Parts(model, {})
+    found.captures.graphs.append(whole)
+    reached = {part for node in whole.flow.nodes() for path in whole.stack(node) for part in _with_parents(path)}
+    for path in _unreached(model, reached):
+        found.add(path, model.get_submodule(path))
+    return found.captures
+
+
+def _with_parents(path: str) -> list[str]:
+    """The path and what holds it: a module whose methods are called, not its forward, stands in no stack itself."""
+    parts = path.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+
+
+def _unreached(model: nn.Module, reached: set[str], path: str = "") -> Iterator[str]:
+    """The topmost modules that no operation of the graph stands in, and that hold at least two linears."""
+    for name, child in model.named_children():
+        here = join(path, name)
+        if here in reached or isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            yield from _unreached(child, reached, here)
+        elif _linears(child) > 1:
+            yield here
+
+
+def _linears(module: nn.Module) -> int:
+    """Matrices below a module: of linears, and bare parameters of a class that is no layer of torch."""
+    bare = [m for m in module.modules() if not type(m).__module__.startswith("torch.nn") and _width(m) is None]
+    matrices = sum(p.dim() in (2, 3) for m in bare for p in m.parameters(recurse=False))
+    return matrices + sum(_width(m) is not None for m in module.modules())
+
+
+def _width(module: nn.Module) -> int | None:
+    """Input width of a linear module, else None."""
+    if isinstance(module, nn.Linear):
+        return module.in_features
+    if type(module).__name__ == "Conv1D" and isinstance(module.weight, Tensor):
+        return module.weight.shape[0]
+    return None
+
+
+class _Parts:
+    """Captures parts of `root`, going down where one cannot be captured."""
+
+    def __init__(self, root: nn.Module, calls: Mapping[str, Call]) -> None:
+        self.root, self.captures = root, Captures()
+        self.calls = dict(calls)
+        self.by_class = {type(root.get_submodule(path)): call for path, call in calls.items()}
+        self.failed: dict[type[nn.Module], str] = {}  # one try for each class: its other instances fail alike
+        self.done: set[int] = set()
+
+    def add(self, path: str, module: nn.Module) -> None:
+        if id(module) in self.done or _linears(module) < 2:
+            return
+        self.done.add(id(module))
+        why = self._try(path, module)
+        if why is None:
+            return
+        before = len(self.captures.graphs), len(self.captures.missed)
+        for name, child in module.named_children():
+            self.add(join(path, name), child)
+        if before == (len(self.captures.graphs), len(self.captures.missed)):
+            self.captures.missed[path] = why
+
+    def _try(self, path: str, module: nn.Module) -> str | None:
+        """Capture one module; why not, where it cannot be."""
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)) or _holds_blocks(module):
+            return "it holds blocks, which are tried one by one"
+        if type(module) in self.failed:
+            return self.failed[type(module)]
+        call = self._call(path, module)
+        if call is None:
+            return "the example inputs do not reach it, and its own cannot be made up"
+        try:
+            self.captures.graphs.append(export_module(self.root, module, *call, prefix=path))
+        except CaptureError as error:
+            self.failed[type(module)] = str(error)
+            return str(error)
+        return None
+
+    def _call(self, path: str, module: nn.Module) -> Call | None:
+        if path in self.calls:
+            return self.calls[path]
+        if type(module) in self.by_class:
+            return self.by_class[type(module)]
+        if hasattr(module, "main_input_name"):
+            try:
+                return split_inputs(make_example_inputs(module))
+            except CaptureError:
+                return None
+        return _one_tensor(module)
+
+
+def _holds_blocks(module: nn.Module) -> bool:
+    """A stack of blocks exports no better than the model did; each block may. A tower makes its own inputs."""
+    if hasattr(module, "main_input_name") and module.main_input_name != "input_ids":
+        return False
+    return any(isinstance(m, nn.ModuleList) and len(m) > 1 and _linears(m[0]) > 1 for m in module.modules())
+
+
+def _one_tensor(module: nn.Module) -> Call | None:
+    """Hidden states for a module whose forward takes one tensor and nothing else that has no default."""
+    parameters = list(inspect.signature(module.forward).parameters.values())
+    needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    width = next((w for m in module.modules() if (w := _width(m)) is not None), None)
+    like = next((p for p in module.parameters() if p.is_floating_point()), None)
+    if len(needed) != 1 or width is None or like is None:
+        return None
+    return (like.new_zeros(1, TOKENS, width),), {}
+
+
+def _recorded_calls(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[dict[str, Call], Exception | None]:
+    """What each module was called with in a run under fake tensors, which compute nothing, and how the run failed."""
+    calls: dict[str, Call] = {}
+    handles = []
+    failure = None
+
+    def recorder(path: str) -> Any:
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.setdefault(path, (args, kwargs))
+
+        return record
+
+    with untouched(model), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        bring_back(model)
+        for path, module in model.named_modules():
+            handles.append(module.register_forward_pre_hook(recorder(path), with_kwargs=True))
+        try:
+            fake = torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, (tuple(args), dict(kwargs)))
+            model(*fake[0], **fake[1])
+        except Exception as e:  # what was called before is known
+            failure = e
+        finally:
+            for handle in handles:
+                handle.remove()
+    return {path: (_plain(args), _plain(kwargs)) for path, (args, kwargs) in calls.items()}, failure
+
+
+def _plain(tree: Any) -> Any:
+    """Fake tensors become zeros, and objects (caches, outputs) nothing."""
+
+    def one(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return torch.zeros(tuple(leaf.shape), dtype=leaf.dtype, device=leaf.device)
+        return leaf if isinstance(leaf, (int, float, bool, str, type(None))) else None
+
+    return torch.utils._pytree.tree_map(one, tree)

@@ -1,0 +1,150 @@
+"""insert_routers: a trainable router per site, and its gate just before the down projection.
+
+    before:  h = act(gate(x)) * up(x);                            y = down(h)
+    after:   x' = seen_inputs(x);  h = act(gate(x')) * up(x');  s = router(x);  h' = gate(h, s);  y = down(h')
+
+Legal because down is linear: gating group i of h is gating expert i's share of y. In dense mode the gate hands h on,
+and so does `seen_inputs` x, unless `set_input_sparsity` gave it a cut.
+An aligned owner gets a regenerated forward, an inline one guarded hooks, a GraphModule two nodes. Only adds: every
+parameter keeps its name and value.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph, GraphModule, Node
+
+from ltepass.config import LTEConfig
+from ltepass.errors import CheckpointError
+from ltepass.passes.find.near_miss import breadth_first
+from ltepass.passes.graph.pipeline import Job
+from ltepass.passes.insert.forwards import forwards_of, regenerate, trace_owner
+from ltepass.passes.insert.guarding import remember, watch
+from ltepass.passes.insert.hooks import InlineSite, attach
+from ltepass.passes.insert.selfcheck import check_gated
+from ltepass.routed.router import Router, gate, seen_inputs
+from ltepass.routed.sites import FFNSite, LTEState, set_state
+
+
+@dataclass(frozen=True, kw_only=True)
+class InsertRouters:
+    name: str = "insert_routers"
+
+    def __call__(self, job: Job) -> str:
+        insert_routers(job.model, job.sites, job.config)
+        for site in job.sites:
+            if site.name in job.permutations:
+                router = job.model.get_submodule(site.router)
+                assert isinstance(router, Router)
+                router.permutation.copy_(job.permutations[site.name])
+        grouping = job.config.grouping if job.permutations else "identity"
+        state = LTEState(job.config.to_dict(), job.sites, job.refusals, grouping=grouping)
+        set_state(job.model, state)
+        state.untried = check_gated(job.model)
+        return f"{len(job.sites)} routers"
+
+
+def insert_routers(
+    model: nn.Module, sites: Sequence[FFNSite], config: LTEConfig, device: torch.device | str | None = None
+) -> None:
+    """Add routers and gates from the site list alone: no capture, works on the meta device, used by from_pretrained.
+
+    device: of the routers; None takes the device of the site's down weight.
+    """
+    graphs = {owner: _owner_graphs(model, owner) for owner in {s.owner for s in sites if s.kind == "aligned"}}
+    generator = torch.Generator().manual_seed(config.seed)
+    for site in sites:
+        where = device if device is not None else _device(model.get_submodule(site.down))
+        sizes = (site.d_model, site.d_ff, site.group_size)
+        cuts = {"cut": config.hidden_sparsity > 0, "input_cut": config.input_sparsity > 0}
+        router = Router(*sizes, bias=config.router_bias, tau=config.tau, device=where, **cuts)
+        router.reset(generator)
+        parent, _, child = site.router.rpartition(".")
+        model.get_submodule(parent).add_module(child, router)
+    for owner, group in groupby(sorted(sites, key=lambda s: s.owner), key=lambda s: s.owner):
+        here = list(group)
+        gated, inline = ([s for s in here if s.kind == kind] for kind in ("aligned", "inline"))
+        for graph in graphs.get(owner, ()):
+            insert_gates(graph, gated)
+        if gated:
+            regenerate(model.get_submodule(owner), forwards_of(graphs[owner]))
+        if inline:
+            attach(model.get_submodule(owner), [inline_site(s) for s in inline])
+            remember(model.get_submodule(owner))
+    if isinstance(model, GraphModule):
+        graph = copy.deepcopy(model.graph)  # the user's own stays whole, should this call fail
+        for site in sites:
+            if site.kind == "graph":
+                _gate_in_user_graph(graph, site)
+        model.graph = graph
+    watch(model, [s.owner for s in sites])
+
+
+def _device(down: nn.Module) -> torch.device:
+    """Where the down projection runs: of offloaded weights, what accelerate's hook says."""
+    device = next(down.parameters()).device
+    hook: Any = down.__dict__.get("_hf_hook")
+    if device.type == "meta" and getattr(hook, "execution_device", None) is not None:
+        return torch.empty(0, device=hook.execution_device).device  # an integer is a GPU's number
+    return device
+
+
+def relative(site: FFNSite, path: str) -> str:
+    """A path of the root, seen from the site's owner."""
+    return path[len(site.owner) + 1 :] if site.owner else path
+
+
+def inline_site(site: FFNSite) -> InlineSite:
+    up, down, router = (relative(site, p) for p in (site.up, site.down, site.router))
+    return InlineSite(site.name, up, down, router, gate=relative(site, site.gate) if site.gate else "")
+
+
+def _owner_graphs(model: nn.Module, owner: str) -> tuple[Graph, Graph]:
+    graphs = trace_owner(model.get_submodule(owner))
+    if graphs is None:
+        raise CheckpointError(
+            f"{owner}: {type(model.get_submodule(owner)).__name__}.forward cannot be traced; expected the class that "
+            "the checkpoint was made with; load it with the same transformers version, or transform the dense model"
+        )
+    return graphs
+
+
+def _called(graph: Graph, path: str) -> Node:
+    node: Node = next(n for n in graph.nodes if n.op == "call_module" and n.target == path)
+    return node
+
+
+def insert_gates(graph: Graph, sites: Sequence[FFNSite]) -> None:
+    """Routers and gates in an aligned owner's own graph."""
+    for site in sites:
+        up, gate_linear, down = (_called(graph, relative(site, p)) for p in (site.up, site.gate or site.up, site.down))
+        inputs = dict.fromkeys((up.all_input_nodes[0], gate_linear.all_input_nodes[0]))  # two views of x at most
+        _insert_gate(graph, list(inputs), down, down.all_input_nodes[0], relative(site, site.router))
+
+
+def _gate_in_user_graph(graph: Graph, site: FFNSite) -> None:
+    by_name = {n.name: n for n in graph.nodes}
+    x, h, down = (by_name[name] for name in site.nodes)
+    _insert_gate(graph, [x], down, h, site.router)
+
+
+def _insert_gate(graph: Graph, inputs: Sequence[Node], down: Node, h: Node, router: str) -> None:
+    region = set(breadth_first(h, lambda n: n.all_input_nodes))
+    for x in inputs:
+        readers = [n for n in graph.nodes if n in region and x in n.all_input_nodes]
+        with graph.inserting_before(readers[0]):
+            seen = graph.call_function(seen_inputs, (graph.get_attr(router), x))
+        for reader in readers:
+            reader.replace_input_with(x, seen)
+    with graph.inserting_before(down):
+        module = graph.get_attr(router)
+        logits = graph.call_module(router, (inputs[0],))
+        gated = graph.call_function(gate, (module, h, logits))
+    down.replace_input_with(h, gated)

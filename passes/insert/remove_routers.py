@@ -1,0 +1,54 @@
+"""Undo insert_routers and group_neurons: class, forward, hooks and graph as before."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+from torch.fx import Graph, GraphModule
+
+from ltepass.passes.group.methods import permute_site
+from ltepass.passes.insert.forwards import original_class
+from ltepass.passes.insert.guarding import release, unwatch
+from ltepass.passes.insert.hooks import detach
+from ltepass.routed import padding
+from ltepass.routed.router import gate, seen_inputs
+from ltepass.routed.sites import FFNSite, LTEState, drop_state, require_not_lowered, router_of
+
+
+def remove_routers(model: nn.Module, state: LTEState, *, undo_grouping: bool) -> None:
+    require_not_lowered(state, "remove")
+    padding.detach(model)
+    for site in {s.neurons: s for s in state.sites}.values():  # sites that share their weights share their order
+        if undo_grouping:
+            permute_site(model, site, torch.argsort(router_of(model, site).permutation))
+    unwatch(model)
+    graph = copy.deepcopy(model.graph) if isinstance(model, GraphModule) else Graph()
+    for site in state.sites:
+        owner = model.get_submodule(site.owner)
+        if site.kind == "aligned":
+            owner.__class__ = original_class(owner)
+        elif site.kind == "inline":
+            detach(owner, [site.name])
+        else:
+            _ungate(graph, site)
+    for site in state.sites:
+        parent, _, child = site.router.rpartition(".")
+        del model.get_submodule(parent)._modules[child]
+    for module in model.modules():
+        release(module)
+    if isinstance(model, GraphModule):
+        model.graph = graph
+    drop_state(model)
+
+
+def _ungate(graph: Graph, site: FFNSite) -> None:
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target not in (gate, seen_inputs):
+            continue
+        module, kept, *logits = node.args
+        if module.target == site.router:
+            node.replace_all_uses_with(kept)
+            for dead in (node, *logits, module):
+                graph.erase_node(dead)

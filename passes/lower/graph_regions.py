@@ -1,0 +1,187 @@
+"""lower_routed_ffn: in Dynamo's graph, a hard gate's region becomes one op.
+
+    before:  s = linear(x.float(), Wr, br); h = silu(linear(x, Wg)) * linear(x, Wu); y = linear(gate(h, s, t), Wd)
+    after:   y = ltepass::routed_ffn(x, Wr, br, t, Wu, None, Wg, None, Wd, None, "silu")
+
+Where up and gate read cut_inputs(x, c), c becomes an argument of the op; so does a cut of the gate.
+
+Legal because the op is defined as just this (kernels/reference.py), the region is proved by the same matcher that found
+the FFN, and nothing outside it reads the hidden units. A region that does not match stays masked-dense, which is exact;
+the reason is returned as a value. The graph's other nodes are untouched.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ltepass.passes.find.match import Miss, Region, Rows, down_rows, match_down
+from ltepass.passes.graph.flow import (
+    Flow,
+    Linear,
+    erase_upstream,
+    is_gate,
+    is_input_cut,
+    is_plain_tensor,
+    shape,
+    strip_identity,
+    strip_views,
+    value,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowerRoutedFFN:
+    name: str = "lower_routed_ffn"
+
+    def __call__(self, gm: GraphModule) -> tuple[int, dict[str, str]]:
+        """(number of regions lowered, for each gate left masked-dense the path of its router and the reason)."""
+        flow = Flow(gm, _parameters(gm))
+        matches = [match_down(flow, linear) for linear in map(flow.linear, list(flow.nodes())) if linear is not None]
+        regions = {m.gate_op: m for m in matches if isinstance(m, Region) and m.gate_op is not None}
+        misses = {m.gate_op: m for m in matches if isinstance(m, Miss) and m.gate_op is not None}
+        notes, lowered = dict[str, str](), 0
+        for gate in [n for n in flow.nodes() if is_gate(n)]:
+            region = regions.get(gate)
+            if region is None:
+                miss = misses.get(gate)
+                notes[router_path(gate)] = miss.reason if miss else "no down projection reads the gate"
+                continue
+            reason = _lower(flow, region)
+            lowered += reason is None
+            notes |= {} if reason is None else {router_path(gate): reason}
+        gm.recompile()
+        return lowered, notes
+
+
+def holds_ffn(gm: GraphModule) -> bool:
+    """Whether the graph has an FFN at all, gated or not."""
+    flow = Flow(gm, _parameters(gm))
+    return any(isinstance(match_down(flow, x), Region) for x in map(flow.linear, list(flow.nodes())) if x is not None)
+
+
+def router_path(gate: Node) -> str:
+    """Path of a gate's router in the module that Dynamo traced; the gate's own name where Dynamo does not say."""
+    scores = gate.args[1]
+    assert isinstance(scores, Node)
+    stack = list((scores.meta.get("nn_module_stack") or {}).values())
+    return re.sub(r"^L\['\w+'\]\.?", "", stack[-1][0]) if stack else gate.name
+
+
+def _parameters(gm: GraphModule) -> dict[Node, str]:
+    """Weights are what Dynamo lifted as parameters or buffers, and a GraphModule's own attributes."""
+    leaves = {}
+    for node in gm.graph.nodes:
+        v = value(node)
+        if node.op == "get_attr" and isinstance(v, torch.Tensor):
+            leaves[node] = str(node.target)
+        elif node.op == "placeholder" and isinstance(v, torch.Tensor) and _lifted(node, v):
+            leaves[node] = node.name
+    return leaves
+
+
+def _lifted(node: Node, v: torch.Tensor) -> bool:
+    return isinstance(v, torch.nn.Parameter) or "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
+
+
+def _lower(flow: Flow, region: Region) -> str | None:
+    """Rewrite one region, or say why not."""
+    gate, up, down = region.gate_op, region.up.linear, region.down
+    assert gate is not None
+    _, scores, threshold, soft, *cuts = gate.args
+    assert isinstance(scores, Node)
+    x = up.x
+    if is_input_cut(region.x):
+        cuts = [cuts[0] if cuts else None, region.x.args[1]]
+    router = flow.linear(strip_identity(scores))
+    reason = _why_not(region, router, bool(soft))
+    if reason is not None:
+        return reason
+    assert router is not None
+    graph = flow.gm.graph
+    if is_input_cut(region.x):  # only this region reads it, and goes
+        source = region.x.all_input_nodes[0]
+        x = source if x is region.x else x
+        region.x.replace_all_uses_with(source)
+        graph.erase_node(region.x)
+    with graph.inserting_before(down.node):
+
+        def operand(rows: Rows | None) -> Node | None:
+            return None if rows is None else _operand(flow, rows, region.d_ff)
+
+        args = (
+            x,
+            router.weight,
+            _leaf(flow, router.bias),
+            threshold,
+            operand(region.up.rows),
+            operand(region.up.bias),
+            operand(region.gate.rows) if region.gate else None,
+            operand(region.gate.bias) if region.gate else None,
+            down.weight if down.out_dim == 0 else _transposed(flow, down.weight),
+            down.bias,
+            region.activation,
+            *cuts,
+        )
+        new = graph.call_function(torch.ops.ltepass.routed_ffn.default, args)
+        new.meta = dict(down.node.meta)
+    down.node.replace_all_uses_with(new)
+    erase_upstream(down.node)
+    return None
+
+
+def _why_not(region: Region, router: Linear | None, soft: bool) -> str | None:
+    standard = {region.up.rows, region.up.bias, down_rows(region.down)}
+    standard |= {region.gate.rows, region.gate.bias} if region.gate else set()
+    x, source = region.up.linear.x, region.x
+    if is_input_cut(source):
+        source = strip_views(source.args[0])  # type: ignore[arg-type]
+        if value(x).device.type != "cpu":
+            return "small inputs are left out, which no GPU kernel does"
+    if soft:
+        return "a soft gate: every expert is active"
+    if not region.lowerable:
+        return f"no kernel knows its activation {region.activation}"
+    if any(r not in standard for r in region.neurons):
+        return "another parameter scales its neurons"
+    if router is None or router.out_dim != 0 or strip_views(router.x) is not source:
+        return "the gate's scores are no linear of the FFN's input"
+    if region.x is not strip_views(x) or value(region.x).dtype != value(x).dtype:
+        return "the router and the up projection read different dtypes"
+    inner = [value(n) for n in region.inner if is_plain_tensor(n)]
+    if any(v.is_floating_point() and v.dtype != value(x).dtype for v in inner):
+        return "a cast inside the region"
+    if shape(x)[:-1] != shape(region.down.node)[:-1]:
+        return "the region changes the token dims"
+    return None
+
+
+def _leaf(flow: Flow, node: Node | None) -> Node | None:
+    leaf = None if node is None else flow.leaf(node)
+    return node if leaf is None else leaf[0]
+
+
+def _transposed(flow: Flow, weight: Node) -> Node:
+    new = flow.gm.graph.call_function(torch.ops.aten.t.default, (weight,))
+    v = value(weight)
+    new.meta["example_value"] = v.t()
+    return new
+
+
+def _operand(flow: Flow, rows: Rows, d_ff: int) -> Node:
+    """The leaf itself where all of it is wanted, else a view of it, neurons first."""
+    node = rows.leaf if rows.dim == 0 else _transposed(flow, rows.leaf)
+    if rows.step == 1 and shape(node)[0] == d_ff:
+        return node
+    stop = rows.start + (d_ff - 1) * rows.step + 1
+    args = (node, 0, rows.start, stop, rows.step)
+    new = flow.gm.graph.call_function(torch.ops.aten.slice.Tensor, args)
+    new.meta["example_value"] = value(node)[rows.start : stop : rows.step]
+    if len(shape(node)) == 2 or rows.step == 1:
+        return new
+    dense = flow.gm.graph.call_function(torch.ops.aten.contiguous.default, (new,))  # the kernels take no strided bias
+    dense.meta["example_value"] = value(new).contiguous()
+    return dense

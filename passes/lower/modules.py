@@ -1,0 +1,371 @@
+"""Lower a trained model's FFNs in place: each site calls the sparse op `ltepass::routed_ffn` directly.
+
+scope "ffn": nothing is compiled, so there are no guards, no recompiles and no limit on lengths.
+scope "model": the `lte` backend compiles the whole model and lowers the same regions in Dynamo's graph.
+`state_dict`, checkpoints and names never change; `unlower` gives back what was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule
+from torch.nn import Parameter
+from torch.nn.modules.module import _has_any_global_hook
+
+from ltepass.errors import ConfigError, LoweredError, LoweringError
+from ltepass.kernels.gpu.tuning import assume_density
+from ltepass.kernels.routed_ffn import routed_ffn
+from ltepass.passes.graph.flow import erase_upstream
+from ltepass.passes.insert.forwards import forwards_of, regenerate, trace_owner
+from ltepass.passes.insert.guarding import check_forwards
+from ltepass.passes.insert.hooks import SparseDown, attach
+from ltepass.passes.insert.insert_routers import inline_site, insert_gates, relative
+from ltepass.passes.lower.compiled import compile_model, uncompile_model
+from ltepass.passes.lower.lowerable import (
+    GLOBAL_HOOK,
+    bypassed_code,
+    idle,
+    is_conv1d,
+    is_ordinary,
+    not_plain,
+    parameters_of,
+    plain,
+    untouched,
+    why_not,
+    why_not_alone,
+    with_inner,
+)
+from ltepass.passes.lower.stubs import Stub, one_token_will_do
+from ltepass.routed.router import Router, applied
+from ltepass.routed.router import gate as gate_call
+from ltepass.routed.sites import (
+    FFNSite,
+    LTEState,
+    NeuronRows,
+    require_not_lowered,
+    require_state,
+    require_whole,
+    router_of,
+    routers_of,
+)
+from ltepass.routed.undo import verb
+from ltepass.sparsity.thresholds import remember_densities
+from ltepass.threads import interfered, require_own, unshared
+
+Scope = Literal["ffn", "model"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one site's weights are read by the op. Rows are None where the whole parameter is the operand."""
+
+    activation: str
+    d_ff: int
+    up: NeuronRows | None
+    gate: NeuronRows | None
+    up_bias: NeuronRows | None
+    gate_bias: NeuronRows | None
+    down_transposed: bool
+
+
+@verb
+def lower(model: nn.Module, scope: Scope = "ffn") -> nn.Module:
+    """Make every FFN that can be lowered call the sparse op; returns the model.
+
+    Needs hard mode. What cannot be lowered stays masked-dense, exact, and stands in `ltepass.report(model).notes`.
+    Raises NotTransformedError, LoweredError (lowered already), LoweringError (a router is not in hard mode, or no site
+    can be lowered), ConfigError.
+    """
+    state = require_state(model, "lower")
+    require_not_lowered(state, "lower")
+    require_whole(model, "lower")
+    if scope not in ("ffn", "model"):
+        raise ConfigError(f'scope is {scope!r}; expected "ffn" or "model"')
+    soft = [s.name for s in state.sites if router_of(model, s).mode != "hard"]
+    if soft:
+        mode = router_of(model, state.sites[0]).mode
+        raise LoweringError(
+            f'{len(soft)} of {len(state.sites)} routers are in {mode!r} mode; lowering expects "hard"; call '
+            'ltepass.set_mode(model, "hard")'
+        )
+    check_forwards(model)
+    reasons = {s.name: why_not(model, s) for s in state.sites}
+    if scope == "ffn":
+        reasons = {s.name: reasons[s.name] or why_not_alone(model, s) for s in state.sites}
+    state.notes = [f"{name}: kept masked-dense: {reason}" for name, reason in reasons.items() if reason]
+    sites = [s for s in state.sites if not reasons[s.name]]
+    if not sites:
+        raise LoweringError("no site can be lowered:\n" + "\n".join(state.notes))
+    for site in sites:
+        state.strides = lay_out(model, site) | state.strides  # what the first of those that share a parameter found
+    remember_densities(model)
+    with unshared(routers_of(model)):
+        if scope == "ffn":
+            _lower_sites(model, state, sites)
+        else:
+            compile_model(model, state)
+    state.lowered = scope
+    return model
+
+
+@verb
+def unlower(model: nn.Module) -> nn.Module:
+    """Undo `lower`: forwards and weight layout as before; returns the model. Nothing to do for a model not lowered."""
+    state = require_state(model, "unlower")
+    if state.lowered is not None:
+        require_whole(model, "unlower")
+    with unshared(routers_of(model)):
+        if state.lowered == "ffn":
+            _unlower_sites(model, state)
+        elif state.lowered == "model":
+            uncompile_model(model)
+    _give_back_strides(model, state)
+    state.lowered, state.notes = None, []
+    return model
+
+
+def lay_out(model: nn.Module, site: FFNSite) -> dict[str, tuple[int, ...]]:
+    """Store what the kernel gathers so that it is contiguous: same logical shape, no copy kept.
+
+    That is a neuron; of up and gate an input, where small inputs are left out. Returns the strides that were, by name.
+    """
+    before = {}
+    by_input = router_of(model, site).input_cut is not None
+    wanted = {site.down_rows: site.down_rows.dim}
+    wanted |= {rows: 1 - rows.dim if by_input else rows.dim for rows in (site.up_rows, site.gate_rows) if rows}
+    for rows, contiguous_along in wanted.items():
+        parameter = model.get_parameter(rows.param)
+        if contiguous_along == 1 and parameter.device.type == "cpu" and not parameter.is_meta:
+            before[rows.param] = parameter.stride()
+            parameter.data = parameter.data.t().contiguous().t()
+    return before
+
+
+def _give_back_strides(model: nn.Module, state: LTEState) -> None:
+    """Of the weights that still lie as `lay_out` stored them: others were replaced meanwhile."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, stride in state.strides.items():
+        parameter = parameters.get(name)
+        if parameter is not None and parameter.dim() == 2 and parameter.t().is_contiguous():
+            as_it_was = torch.empty_strided(parameter.shape, stride, dtype=parameter.dtype, device=parameter.device)
+            parameter.data = as_it_was.copy_(parameter.data)
+    state.strides = {}
+
+
+def lowered_ffn(
+    router: Router, up: nn.Module, gate_linear: nn.Module | None, down: nn.Module, x: Tensor, *skipped: nn.Module
+) -> Tensor:
+    """The whole FFN of a lowered site: x [..., d_model] -> [..., d_model]. skipped: modules that do not run for it."""
+    _check_bypassed((up, down) if gate_linear is None else (up, gate_linear, down), skipped)
+    gate = (None, None) if gate_linear is None else parameters_of(gate_linear)
+    weights = (*parameters_of(up), *gate, *parameters_of(down))
+    for weight in weights:
+        if type(weight) is not Parameter and weight is not None and not is_ordinary(weight):
+            raise LoweredError(
+                f"a weight of a lowered FFN is now a {type(weight).__module__}.{type(weight).__name__}, which the op "
+                "does not read; call ltepass.unlower(model) before changing weights, then lower again"
+            )
+    return lowered_call(router, *weights, x)  # type: ignore[call-arg]
+
+
+def lowered_in_graph(linears: Sequence[nn.Module], skipped: Sequence[nn.Module], router: Router, *args: Any) -> Tensor:
+    """As `lowered_call`, where a user's graph called these modules."""
+    _check_bypassed(linears, skipped)
+    return lowered_call(router, *args)
+
+
+def _check_bypassed(linears: Iterable[nn.Module], skipped: Iterable[nn.Module]) -> None:
+    """Raises LoweredError where something would have run with a call of these, had the op not stood in their place."""
+    for module in linears:
+        if not plain(module):
+            raise _added_later(f"{type(module).__name__} {bypassed_code(module) or not_plain(module) or 'was changed'}")
+    for module in skipped:
+        if not untouched(module):
+            raise _added_later(f"{type(module).__name__} {bypassed_code(module) or 'was changed'}")
+    if _has_any_global_hook():
+        raise _added_later(GLOBAL_HOOK)
+
+
+def _added_later(what: str) -> LoweredError:
+    return LoweredError(
+        f"{what}: it was added after ltepass.lower; call ltepass.unlower(model) before, then lower again"
+    )
+
+
+def lowered_call(
+    router: Router,
+    up: Tensor,
+    up_bias: Tensor | None,
+    gate: Tensor | None,
+    gate_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    x: Tensor,
+) -> Tensor:
+    """The op on whole parameters, each read as the router's plan says."""
+    plan = router.plan
+    if router.thread is not None and not torch.compiler.is_compiling():
+        require_own(router.thread)
+    if not isinstance(plan, Plan):  # unlowered by another thread since this forward began
+        raise interfered()
+    if router.watched:
+        applied()
+    f = plan.d_ff
+    weight, bias = parameters_of(router)
+    args = (
+        x,
+        weight,
+        bias,
+        router._buffers["threshold"],
+        _take(plan.up, up, f),
+        _take(plan.up_bias, up_bias, f),
+        _take(plan.gate, gate, f),
+        _take(plan.gate_bias, gate_bias, f),
+        down.t() if plan.down_transposed else down,
+        down_bias,
+        plan.activation,
+        *_cuts(router),
+    )
+    if router.count_inactive and torch.is_grad_enabled():
+        y, active, _ = torch.ops.ltepass.routed_ffn_with_mask(*args)
+        router.keep((~active).float().mean(-1))
+        return y  # type: ignore[no-any-return]
+    if router.density is not None and x.is_cuda and not torch.compiler.is_compiling():
+        with assume_density(router.density):
+            return routed_ffn(*args)
+    return routed_ffn(*args)
+
+
+def _cuts(router: Router) -> tuple[Tensor | None, ...]:
+    """The op's last arguments, those left away that nobody asked for."""
+    cut, input_cut = router._buffers["cut"], router._buffers["input_cut"]
+    return (cut, input_cut) if input_cut is not None else () if cut is None else (cut,)
+
+
+def _take(rows: NeuronRows | None, parameter: Any, d_ff: int) -> Any:
+    if rows is None or parameter is None:
+        return parameter
+    taken = rows.take(parameter, d_ff)
+    return taken.contiguous() if taken.dim() == 1 else taken  # the kernels take strided rows, and no strided bias
+
+
+def _plan(model: nn.Module, site: FFNSite) -> Plan:
+    def partial(rows: NeuronRows | None) -> NeuronRows | None:
+        if rows is None:
+            return None
+        whole = rows.dim == 0 and rows.step == 1 and model.get_parameter(rows.param).shape[0] == site.d_ff
+        return None if whole else rows
+
+    return Plan(
+        activation=site.activation,
+        d_ff=site.d_ff,
+        up=partial(site.up_rows),
+        gate=partial(site.gate_rows),
+        up_bias=partial(site.up_bias),
+        gate_bias=partial(site.gate_bias),
+        down_transposed=site.down_rows.dim == 0,
+    )
+
+
+def _lower_sites(model: nn.Module, state: LTEState, sites: list[FFNSite]) -> None:
+    lowered = {s.name for s in sites}
+    for site in sites:
+        router_of(model, site).plan = _plan(model, site)
+    aligned = sorted((s for s in state.sites if s.kind == "aligned"), key=lambda s: s.owner)
+    for owner, group in groupby(aligned, key=lambda s: s.owner):
+        _regenerate(model.get_submodule(owner), list(group), lowered)
+    for owner in {s.owner for s in sites if s.kind == "inline"}:
+        _lower_inline(model, owner, [s for s in state.sites if s.owner == owner], lowered)
+    if isinstance(model, GraphModule):
+        state.graph = model.graph
+        graph = Graph()
+        graph.output(graph.graph_copy(model.graph, {}))
+        for site in sites:
+            if site.kind == "graph":
+                _call_op(model, graph, site)
+        model.graph = graph
+
+
+def _unlower_sites(model: nn.Module, state: LTEState) -> None:
+    for owner, group in groupby(
+        sorted((s for s in state.sites if s.kind == "aligned"), key=lambda s: s.owner), key=lambda s: s.owner
+    ):
+        _regenerate(model.get_submodule(owner), list(group), set())
+    for site in state.sites:
+        router_of(model, site).plan = None
+        if site.kind == "inline":
+            for path in {site.up, site.gate or site.up, site.down}:
+                model.get_submodule(path).__dict__.pop("forward", None)
+            attach(model.get_submodule(site.owner), [inline_site(s) for s in state.sites if s.owner == site.owner])
+    if isinstance(model, GraphModule):
+        assert state.graph is not None, "lowering kept it"
+        model.graph, state.graph = state.graph, None
+
+
+def _regenerate(owner: nn.Module, sites: list[FFNSite], lowered: set[str]) -> None:
+    """The owner's own forward with gates, and with the op where `lowered` names the site; swapped in one step."""
+    graphs = trace_owner(owner)
+    assert graphs is not None, "an aligned owner was traced before"
+    for graph in graphs:
+        insert_gates(graph, sites)
+        for site in sites:
+            if site.name in lowered:
+                _call_op(owner, graph, site)
+    regenerate(owner, forwards_of(graphs))
+
+
+def _call_op(root: nn.Module, graph: Graph, site: FFNSite) -> None:
+    """Replace the down call behind a site's gate by the op; what only fed it goes. root: what the graph belongs to."""
+    router = relative(site, site.router)
+    gated = next(
+        n for n in graph.nodes if n.op == "call_function" and n.target is gate_call and n.args[0].target == router
+    )
+    (down,) = gated.users
+    x, called = gated.args[2].args[0], _called(graph)
+    paths = [None if p is None else relative(site, p) for p in (site.up, site.gate, site.down)]
+    with graph.inserting_before(down):
+        module = graph.get_attr(router)
+        if site.kind == "graph":
+            rows = (site.up_rows, site.up_bias, site.gate_rows, site.gate_bias, site.down_rows)
+            params = [None if r is None else graph.get_attr(r.param) for r in rows]
+            bias = None if site.down_bias is None else graph.get_attr(site.down_bias)
+            linears: list[Any] = [graph.get_attr(p) for p in dict.fromkeys(paths) if p in called and p]
+            new = graph.call_function(lowered_in_graph, (linears, (), module, *params, bias, x))
+        else:
+            linears = [None if p is None else graph.get_attr(p) for p in paths]
+            new = graph.call_function(lowered_ffn, (module, *linears, x))
+    down.replace_all_uses_with(new)
+    erase_upstream(down)
+    between = with_inner(root, sorted(called - _called(graph) - set(paths)))
+    with graph.inserting_before(new):
+        skipped = [graph.get_attr(path) for path in between]
+    new.args = (linears, skipped, *new.args[2:]) if site.kind == "graph" else (*new.args, *skipped)
+
+
+def _called(graph: Graph) -> set[str]:
+    return {str(n.target) for n in graph.nodes if n.op == "call_module"}
+
+
+def _lower_inline(model: nn.Module, owner: str, sites: list[FFNSite], lowered: set[str]) -> None:
+    """The up linears hand zeros on, and the down linear runs the whole FFN from the x that was noted."""
+    module, inline = model.get_submodule(owner), []
+    for site in sites:
+        plain_site = inline_site(site)
+        if site.name not in lowered:
+            inline.append(plain_site)
+            continue
+        inline.append(replace(plain_site, lowered=True))
+        ups = dict.fromkeys((site.up, site.gate or site.up))
+        one_token = one_token_will_do(module, [relative(site, path) for path in ups], relative(site, site.down))
+        for linear in map(model.get_submodule, ups):
+            width = linear.get_parameter("weight").shape[1 if is_conv1d(linear) else 0]
+            linear.forward = Stub(width, one_token=one_token)
+        sparse = SparseDown(inline[-1], lowered_ffn, [relative(site, path) for path in idle(model, site)])
+        model.get_submodule(site.down).forward = sparse
+    attach(module, inline)

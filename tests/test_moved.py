@@ -1,0 +1,58 @@
+"""What was pickled or exported when modules had other names still loads, and computes what it did."""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ltepass
+from ltepass.moved import MOVED
+
+PICKLES = Path(__file__).parent / "checkpoints" / "pickles"
+
+
+@pytest.mark.parametrize("name", ["aligned", "inline", "aligned_lowered", "inline_lowered"])
+def test_an_old_pickle_loads_and_computes_the_same(name: str) -> None:
+    held = torch.load(PICKLES / f"{name}.pt", weights_only=False)
+    model = held["model"]
+    torch.testing.assert_close(model(**held["inputs"]), held["expected"])
+    if name.endswith("lowered"):
+        ltepass.unlower(model)
+    gated = model(**held["inputs"])
+    assert not torch.allclose(ltepass.remove(model)(**held["inputs"]), gated), "it was sparse"
+
+
+def test_an_old_program_loads_after_the_import_alone() -> None:
+    code = (
+        "import torch, ltepass, sys\n"
+        "p = torch.export.load(sys.argv[1]); held = torch.load(sys.argv[2], weights_only=False)\n"
+        "torch.testing.assert_close(p.module()(held['inputs']['input']), held['expected'])"
+    )
+    files = [str(PICKLES / "program.pt2"), str(PICKLES / "aligned.pt")]
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code, *files], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("old", sorted(MOVED))
+def test_every_old_name_is_the_new_module(old: str) -> None:
+    try:
+        new = importlib.import_module(MOVED[old])
+    except ImportError as missing:
+        pytest.skip(f"{MOVED[old]}: {missing}")
+    assert importlib.import_module(old) is new
+    assert new.__spec__ is not None
+    assert new.__spec__.name == MOVED[old], "the alias leaves the module as it was"
+
+
+def test_the_old_backend_module_is_a_forward() -> None:
+    assert importlib.import_module("ltepass.backend").lte is importlib.import_module("ltepass.passes.lower.backend").lte
+
+
+def test_an_unknown_old_name_stays_an_import_error() -> None:
+    with pytest.raises(ModuleNotFoundError):
+        pickle.loads(b"cltepass.nothing\nX\n.")
