@@ -13,20 +13,21 @@ from ltepass import moved as _moved
 from ltepass import registration as _registration
 from ltepass.kernels import routed_ffn as _ops  # noqa: F401  # registers what a saved program calls (torch.export.load)
 from ltepass.routed import router as _router  # noqa: F401  # likewise
+from ltepass.version import __version__
 
 if TYPE_CHECKING:
     from ltepass.api import remove, transform
     from ltepass.calibration.calibrate import calibrate
     from ltepass.config import LTEConfig
+    from ltepass.measure.sparsity import measure_sparsity
     from ltepass.passes.lower.modules import lower, unlower
     from ltepass.routed.reporting import Report, report
     from ltepass.routed.sites import FFNSite, Refusal
     from ltepass.saving.modules import load, save
     from ltepass.sparsity.cuts import set_hidden_sparsity, set_input_sparsity
-    from ltepass.sparsity.thresholds import measure_sparsity, set_mode, set_sparsity
+    from ltepass.sparsity.modes import set_mode
+    from ltepass.sparsity.thresholds import set_sparsity
     from ltepass.training.trainer import LTETrainer, LTETrainerMixin
-
-__version__ = "0.1.0"
 
 # name -> module; loaded on first use, so that importing ltepass is quick and touches neither transformers nor a GPU
 _PUBLIC = {
@@ -44,8 +45,8 @@ _PUBLIC = {
     "save": "ltepass.saving.modules",
     "FFNSite": "ltepass.routed.sites",
     "Refusal": "ltepass.routed.sites",
-    "measure_sparsity": "ltepass.sparsity.thresholds",
-    "set_mode": "ltepass.sparsity.thresholds",
+    "measure_sparsity": "ltepass.measure.sparsity",
+    "set_mode": "ltepass.sparsity.modes",
     "set_sparsity": "ltepass.sparsity.thresholds",
     "LTETrainer": "ltepass.training.trainer",
     "LTETrainerMixin": "ltepass.training.trainer",
@@ -87,5 +88,5 @@ def __dir__() -> list[str]:
     return __all__
 
 
-_registration.register()
+_registration.register("ltepass.saving.quantizer")
 _moved.register()

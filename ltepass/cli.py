@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,9 @@ Sparsity = Annotated[float, typer.Option(help="Share of inactive neurons, in [0,
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 GroupSize = Annotated[int | None, typer.Option(help="Neurons per expert; without it, chosen per site.")]
 Seed = Annotated[int, typer.Option(help="Seed of grouping, router start and batches.")]
+PASSED_ON: Any = {  # a command whose arguments, --help too, another program reads
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+}
 
 
 @app.command()
@@ -59,31 +63,10 @@ def inspect(
     typer.echo(f"found in {time.perf_counter() - start:.1f} s; peak memory of the process {peak_memory() / 1e9:.2f} GB")
 
 
-@app.command()
-def coverage(
-    names: Annotated[
-        list[str] | None, typer.Argument(help="Model types or families; every causal LM and family if none.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Where coverage.csv and coverage.md go.")] = None,
-    jobs: Annotated[int, typer.Option(help="Processes at a time, one thread each.")] = 1,
-    timeout: Annotated[float, typer.Option(help="Seconds that one architecture may take.")] = 180.0,
-) -> None:
-    """Transform, gate and lower a tiny model of every architecture, and compare what each computes."""
-    from examples.coverage import census
-
-    rows = []
-    for row in census.take_census(names or (), jobs=jobs, timeout=timeout):
-        typer.echo(census.line_of(row))
-        rows.append(row)
-        if out is not None:
-            census.write_table(rows, out)  # after each: a run that is stopped keeps what it has
-    for line in census.summary_lines(rows):
-        typer.echo(line)
-    lacking = {row.name: missing for row in rows if (missing := census.unexplained(row))}
-    for name, missing in lacking.items():
-        typer.echo(f"{name}: no reason is known for {', '.join(missing)}", err=True)
-    if lacking:
-        raise typer.Exit(1)
+@app.command(**PASSED_ON)
+def coverage(context: typer.Context) -> None:
+    """Transform, gate and lower a tiny model of every architecture; in a checkout. All arguments go to it."""
+    _example(context, "ltepass coverage", "coverage.census")
 
 
 @app.command()
@@ -165,20 +148,10 @@ def evaluate(
     _print(models.evaluate(str(folder), text.read_text(), wanted, length=length, limit=limit, device=device))
 
 
-@bench_app.command("op")
-def bench_op(
-    cases: Annotated[list[str] | None, typer.Argument(help="Names or patterns such as '7b-*'; all if none.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Only cases for this number of threads.")] = None,
-    seconds: Annotated[float, typer.Option(help="Rough time of the turns of each case.")] = 20.0,
-    repeats: Annotated[int, typer.Option(help="Turns at least.")] = 15,
-    out: Out = Path("lte-bench/op.csv"),
-    plot: Annotated[Path | None, typer.Option(help="An SVG of everything in OUT: time against sparsity.")] = None,
-    show: Annotated[bool, typer.Option("--list", help="Name the cases and stop.")] = False,
-) -> None:
-    """Time the sparse op against dense and against other ways to skip neurons; appends to a CSV."""
-    from examples.bench.op import bench
-
-    _print(bench(cases, threads=threads, seconds=seconds, repeats=repeats, out=out, plot=plot, only_list=show))
+@bench_app.command("op", **PASSED_ON)
+def bench_op(context: typer.Context) -> None:
+    """Time the sparse op against dense and other ways to skip neurons; in a checkout. All arguments go to it."""
+    _example(context, "ltepass bench op", "bench.op")
 
 
 @bench_app.command("model")
@@ -237,16 +210,33 @@ def serve(context: typer.Context) -> None:
         transformers_app(["serve", *context.args])
 
 
+def _example(context: typer.Context, command: str, module: str) -> None:
+    from ltepass.commands.workshop import run_example
+
+    raise typer.Exit(run_example(command, module, context.args))
+
+
 def _print(what: Any) -> None:
     from rich.console import Console
 
     Console().print(what)
 
 
+def run_command(function: Callable[..., None]) -> None:
+    """One function as a program of its own, with its options and errors shown as those of `ltepass`."""
+    program = typer.Typer(add_completion=False)
+    program.command()(function)
+    _run(program)
+
+
 def main() -> None:
+    _run(app)
+
+
+def _run(program: typer.Typer) -> None:
     """Errors that a user can put right are shown as text, without a traceback."""
     try:
-        app()
+        program()
     except LTEError as error:
         typer.echo(f"{type(error).__name__}: {error}", err=True)
         raise SystemExit(2) from None

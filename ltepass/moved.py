@@ -9,8 +9,9 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 MOVED = {
     "ltepass.energy": "ltepass.calibration.energy",
@@ -57,7 +58,7 @@ MOVED = {
     "ltepass.regenerate": "ltepass.passes.insert.forwards",
     "ltepass.removal": "ltepass.passes.insert.remove_routers",
     "ltepass.selfcheck": "ltepass.passes.insert.selfcheck",
-    "ltepass.straight": "ltepass.passes.insert.straight",
+    "ltepass.straight": "ltepass.passes.capture.straight",
     "ltepass.compiled": "ltepass.passes.lower.compiled",
     "ltepass.lowerable": "ltepass.passes.lower.lowerable",
     "ltepass.lowering": "ltepass.passes.lower.modules",
@@ -82,6 +83,33 @@ MOVED = {
     "ltepass.cuts": "ltepass.sparsity.cuts",
     "ltepass.training.options": "ltepass.training.stage_options",
 }
+
+
+# Modules whose names are folders now: where what they held lies.
+HELD = {
+    "ltepass.calibration": ("ltepass.calibration.calibrate",),
+    "ltepass.saving": ("ltepass.saving.modules",),
+    "ltepass.serving": ("ltepass.serving.middleware",),
+    "ltepass.sparsity": (
+        "ltepass.sparsity.thresholds",
+        "ltepass.sparsity.modes",
+        "ltepass.routed.watching",
+        "ltepass.routed.samples",
+        "ltepass.measure.sparsity",
+    ),
+}
+
+
+def held_by(package: str) -> Callable[[str], Any]:
+    """The `__getattr__` of a folder of HELD."""
+
+    def find(name: str) -> Any:
+        for module in HELD[package] if not name.startswith("_") else ():
+            if name in (values := vars(importlib.import_module(module))):
+                return values[name]
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return find
 
 
 class _OldNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):

@@ -18,11 +18,11 @@ from types import ModuleType
 from torch import nn
 
 TABLES = "transformers.quantizers.auto"
-QUANTIZER = "ltepass.saving.quantizer"
+_quantizer = ""  # the module that fills them; it stands above this one, which is told its name
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Finds only TABLES, through the other finders, and imports QUANTIZER after it has run."""
+    """Finds only TABLES, through the other finders, and imports the quantizer after it has run."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -37,16 +37,18 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             run(module)
-            importlib.import_module(QUANTIZER)
+            importlib.import_module(_quantizer)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
-def register() -> None:
-    """Idempotent; called by `import ltepass`."""
+def register(quantizer: str) -> None:
+    """Idempotent; called by `import ltepass`. quantizer: the module whose import fills the tables."""
+    global _quantizer
+    _quantizer = quantizer
     if TABLES in sys.modules:
-        importlib.import_module(QUANTIZER)
+        importlib.import_module(_quantizer)
     elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport())
 
@@ -54,10 +56,10 @@ def register() -> None:
 def attach(model: nn.Module) -> None:
     """After transform: `model.save_pretrained` writes what `from_pretrained` needs. Nothing to do for other models."""
     if hasattr(model, "save_pretrained") and hasattr(model, "config"):
-        importlib.import_module(QUANTIZER).attach(model)
+        importlib.import_module(_quantizer).attach(model)
 
 
 def detach(model: nn.Module) -> None:
     """After remove: the model saves as the dense model that it is again."""
-    if QUANTIZER in sys.modules:
-        importlib.import_module(QUANTIZER).detach(model)
+    if _quantizer in sys.modules:
+        importlib.import_module(_quantizer).detach(model)

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 from examples.bench import backward, op, op_cases, speed_page, table, ways
 from examples.bench.op_cases import CASES, TARGETS, Case
 from examples.bench.ways import Shape
 from examples.results.demo_table import with_table
-from ltepass.cli import app
 from ltepass.kernels import reference
 from ltepass.measure import timing
 from ltepass.measure.records import ModelRecord, OpRecord, append, read
@@ -134,11 +134,18 @@ def tiny_case(monkeypatch: pytest.MonkeyPatch) -> Case:
     return case
 
 
+def program() -> typer.Typer:
+    """`python -m examples.bench.op`, in this process."""
+    app = typer.Typer()
+    app.command()(op.main)
+    return app
+
+
 def test_the_command_appends_whole_rows_and_draws(tiny_case: Case, tmp_path: Path) -> None:
     out, plot = tmp_path / "op.csv", tmp_path / "op.svg"
-    common = ["bench", "op", "7b-*", "--out", str(out), "--seconds", "1", "--repeats", "2"]
+    common = ["7b-*", "--out", str(out), "--seconds", "1", "--repeats", "2"]
     for _ in range(2):
-        result = CliRunner().invoke(app, [*common, "--plot", str(plot)], catch_exceptions=False)
+        result = CliRunner().invoke(program(), [*common, "--plot", str(plot)], catch_exceptions=False)
         assert result.exit_code == 0, result.output
     records = read(out, OpRecord)
     names = {(r.contender, r.sparsity) for r in records}
@@ -166,8 +173,8 @@ def test_a_case_that_does_not_exist_is_refused(tiny_case: Case, tmp_path: Path) 
     from ltepass.errors import ConfigError
 
     with pytest.raises(ConfigError, match="no case matches 'nothing-\\*'"):
-        CliRunner().invoke(app, ["bench", "op", "nothing-*"], catch_exceptions=False)
-    listed = CliRunner().invoke(app, ["bench", "op", "--list"]).output
+        CliRunner().invoke(program(), ["nothing-*"], catch_exceptions=False)
+    listed = CliRunner().invoke(program(), ["--list"]).output
     assert "7b-fp32-1: T=1, 96 x 256, fp32, 1 thread" in listed
 
 

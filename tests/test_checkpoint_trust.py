@@ -20,7 +20,8 @@ from watching import MARK, watch
 
 import ltepass
 from ltepass.errors import CheckpointError, SourceNameError
-from ltepass.passes.insert.forwards import ForwardCode, trace_owner
+from ltepass.passes.capture.owner_forward import trace_owner
+from ltepass.passes.insert.forwards import ForwardCode
 from ltepass.routed.sites import FFNSite, NeuronRows, Refusal, routers_of, state_of
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"

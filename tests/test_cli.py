@@ -60,8 +60,34 @@ def test_every_promised_command_is_there_and_has_help() -> None:
     assert {command.name or command.callback.__name__ for command in app.registered_commands} | {
         group.name for group in app.registered_groups
     } == COMMANDS
-    for name in COMMANDS:
+    for name in COMMANDS - {"coverage"}:
         assert run(name, "--help").strip()
+
+
+@pytest.mark.parametrize("command", [("coverage",), ("bench", "op")], ids=" ".join)
+def test_a_command_of_the_workshop_runs_in_a_checkout(
+    command: tuple[str, ...], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the user's folder, not the checkout's
+    run(*command, "--help")
+    assert "--out" in capfd.readouterr().out
+    wrong = CliRunner().invoke(app, [*command, "--no-such-option"])
+    assert wrong.exit_code == 2
+    assert "No such option" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("command", [("coverage", "opt"), ("bench", "op", "--list")], ids=" ".join)
+def test_and_says_where_it_is_found_from_a_wheel(
+    command: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(ltepass, "__file__", str(tmp_path / "ltepass" / "__init__.py"))
+    monkeypatch.setattr(sys, "argv", ["ltepass", *command])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "expected a checkout" in line
+    assert "examples/" in line
 
 
 def test_inspect_reads_a_directory_without_weights(tmp_path: Path) -> None:
@@ -109,10 +135,11 @@ def test_a_function_that_returns_no_model_is_refused() -> None:
         call_by_name("platform:node")
 
 
-def test_coverage_writes_a_table_and_adds_to_it(tmp_path: Path) -> None:
+def test_coverage_writes_a_table_and_adds_to_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     from examples.coverage import census
 
-    output = run("coverage", "opt", "--out", str(tmp_path))
+    run("coverage", "opt", "--out", str(tmp_path))
+    output = capfd.readouterr().out
     assert "opt" in output
     assert "1 causal LMs; 1 instantiate and run; of these 1 have a dense FFN, and 1 (100.0%) get every one" in output
     run("coverage", "gpt2", "nanoGPT style", "--out", str(tmp_path))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from ltepass.kernels.cpu import build as routed_ffn_cpu
+from ltepass.kernels.cpu import build as kernel
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = sysconfig.get_paths()["purelib"]
@@ -78,10 +78,10 @@ def test_every_kind_of_install_imports_every_package(kind: str, source: Path, tm
         assert (target / "ltepass/py.typed").exists()
 
 
-@pytest.mark.skipif(routed_ffn_cpu.compiler() is None, reason="needs a C++ compiler")
+@pytest.mark.skipif(kernel.compiler() is None, reason="needs a C++ compiler")
 def test_a_wheel_built_beside_torch_brings_the_kernel_along(source: Path, tmp_path: Path) -> None:
     """It runs where there is no compiler and nothing in the cache."""
-    wheel = build("wheel", source, tmp_path, prebuild=routed_ffn_cpu.isa())
+    wheel = build("wheel", source, tmp_path, prebuild=kernel.isa())
     assert not wheel.stem.endswith("any")
     target = tmp_path / "target"
     shutil.unpack_archive(wheel, target, "zip")
@@ -95,8 +95,27 @@ def test_a_wheel_built_beside_torch_brings_the_kernel_along(source: Path, tmp_pa
     assert Path(out.split()[2]).is_relative_to(target)
 
 
+@pytest.mark.skipif(kernel.compiler() is None, reason="needs a C++ compiler")
+def test_the_wheel_holds_nothing_of_the_workshop_and_all_that_runs(source: Path, tmp_path: Path) -> None:
+    """From it the C++ compiles, and the tuning table is found."""
+    target = tmp_path / "target"
+    shutil.unpack_archive(build("wheel", source, tmp_path), target, "zip")
+    assert {path.name for path in target.iterdir() if path.suffix != ".dist-info"} == {"ltepass"}
+    names = file_names(target, "*")
+    for word in ("examples", "tests", "zoo", "census", "aot", "coverage", "op_cases", "speed_page", "demo_table"):
+        assert not [name for name in names if word in name], word
+    code = (
+        f"import site, sys; site.addsitedir({str(target)!r}); sys.path.append({SITE!r})\n"
+        "from ltepass.kernels.cpu import build; from ltepass.kernels.gpu import tuning\n"
+        "print(build._prebuilt() is None and build.load(), tuning.TABLE.exists(), build.__file__)"
+    )
+    out = run(code, cwd=tmp_path, flags=("-S",), LTEPASS_CACHE_DIR=str(tmp_path / "cache"))
+    assert out.split()[:2] == ["True", "True"]
+    assert Path(out.split()[2]).is_relative_to(target)
+
+
 def test_a_wheel_built_without_a_compiler_is_one_for_any_platform(source: Path, tmp_path: Path) -> None:
-    wheel = build("wheel", source, tmp_path, prebuild=routed_ffn_cpu.isa(), CXX="/does/not/exist")
+    wheel = build("wheel", source, tmp_path, prebuild=kernel.isa(), CXX="/does/not/exist")
     assert wheel.stem.endswith("any")
     shutil.unpack_archive(wheel, tmp_path / "target", "zip")
     assert not file_names(tmp_path / "target", "*.so")

@@ -1,0 +1,1 @@
+"""Times of the sparse op against what one would pick instead."""

@@ -1,4 +1,4 @@
-"""`ltepass bench op`: one case, every contender in turns, one record each."""
+"""`python -m examples.bench.op [CASES]`: one case, every contender in turns, one record each."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 
 from examples.bench import ways
 from examples.bench.op_cases import CALL, CASES, SPARSITIES, Case
 from examples.bench.table import describe, op_table
 from examples.bench.ways import Shape
+from ltepass.cli import run_command
 from ltepass.errors import ConfigError
 from ltepass.kernels import routed_ffn
 from ltepass.measure.records import Environment, OpRecord, append, read
@@ -151,3 +153,22 @@ def make_contenders(case: Case, sparsities: Sequence[float]) -> dict[tuple[str, 
             out["gate-first", s] = ways.gate_first(shape, weights, s)
             out["single neurons", s] = ways.single_neurons(shape, turned, s)
     return out
+
+
+def main(
+    cases: Annotated[list[str] | None, typer.Argument(help="Names or patterns such as '7b-*'; all if none.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Only cases for this number of threads.")] = None,
+    seconds: Annotated[float, typer.Option(help="Rough time of the turns of each case.")] = 20.0,
+    repeats: Annotated[int, typer.Option(help="Turns at least.")] = 15,
+    out: Annotated[Path, typer.Option(help="Where results go.")] = Path("lte-bench/op.csv"),
+    plot: Annotated[Path | None, typer.Option(help="An SVG of everything in OUT: time against sparsity.")] = None,
+    show: Annotated[bool, typer.Option("--list", help="Name the cases and stop.")] = False,
+) -> None:
+    """Time the sparse op against dense and against other ways to skip neurons; appends to a CSV."""
+    from rich.console import Console
+
+    Console().print(bench(cases, threads=threads, seconds=seconds, repeats=repeats, out=out, plot=plot, only_list=show))
+
+
+if __name__ == "__main__":
+    run_command(main)

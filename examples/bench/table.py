@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from examples.bench.op_cases import BASELINES, CALL, CASES, STOCK, TARGETS, Target
+from ltepass.commands.decode_table import threads_of
 from ltepass.measure.records import ModelRecord, OpRecord
 
 NOT_MEASURED = "not measured"
@@ -89,29 +90,6 @@ def op_table(records: Sequence[OpRecord]) -> Any:
                 f"{r.bound_ms:.3f}",
             )
         table.add_section()
-    return table
-
-
-def model_table(records: Sequence[ModelRecord]) -> Any:
-    """A rich table for the terminal, one column a record."""
-    from rich.table import Table
-
-    how = "; ".join(dict.fromkeys(f"{r.how}, {r.dtype}, {_threads(r.threads)}" for r in records))
-    table = Table("sparsity asked for", title=f"one token of generate, {how}", title_justify="left")
-    for r in records:
-        table.add_column(f"{r.sparsity:.0%}", justify="right")
-    rows = {
-        "inactive neurons": [f"{1 - r.active:.1%}" for r in records],
-        "perplexity": [f"{r.perplexity:.2f}" for r in records],
-        "every neuron on": [f"{r.perplexity_dense:.2f}" for r in records],
-        "dense, ms": [f"{r.dense_ms:.2f}" for r in records],
-        "lowered, ms": [f"{r.lowered_ms:.2f}" for r in records],
-        "speed-up": [f"{r.speedup:.2f}x" for r in records],
-        "cap of this run": [f"{r.cap:.2f}x" for r in records],
-        "share of the cap": [f"{r.share_of_cap:.0%}" for r in records],
-    }
-    for name, cells in rows.items():
-        table.add_row(name, *cells)
     return table
 
 
@@ -213,11 +191,7 @@ def describe(case: str) -> str:
     s = found.shape
     kind = "" if s.gated else " plain"
     dtype = {"float32": "fp32", "bfloat16": "bf16"}[str(s.dtype).removeprefix("torch.")]
-    return f"T={s.tokens}, {s.d_model} x {s.d_ff}{kind}, {dtype}, {_threads(found.threads)}"
-
-
-def _threads(n: int) -> str:
-    return f"{n} thread{'s' if n > 1 else ''}"
+    return f"T={s.tokens}, {s.d_model} x {s.d_ff}{kind}, {dtype}, {threads_of(found.threads)}"
 
 
 def _notes(runs: dict[str, list[OpRecord]]) -> list[str]:
@@ -228,7 +202,7 @@ def _notes(runs: dict[str, list[OpRecord]]) -> list[str]:
     by_threads = {
         n: sorted(r.bandwidth_gbs for r in measured if r.threads == n) for n in sorted({r.threads for r in measured})
     }
-    speeds = "; ".join(f"{v[0]:.0f}-{v[-1]:.0f} GB/s read on {_threads(n)}" for n, v in by_threads.items())
+    speeds = "; ".join(f"{v[0]:.0f}-{v[-1]:.0f} GB/s read on {threads_of(n)}" for n, v in by_threads.items())
     notes = [f"Measured on {machines}; {speeds}."]
     calls = sorted(1e3 * r.median_ms for r in measured if r.contender == CALL)
     if calls:
@@ -252,7 +226,7 @@ def _model_table(records: Sequence[ModelRecord]) -> str:
         share = f"{r.share_of_cap:.2f}" + (f" (target {value.target:g})" if value else "")
         met = "" if value is None else "yes" if value.met else "no"
         cells = (
-            f"{r.model}, experts of {r.group_size}, {r.dtype}, {r.how} on both sides, {_threads(r.threads)}",
+            f"{r.model}, experts of {r.group_size}, {r.dtype}, {r.how} on both sides, {threads_of(r.threads)}",
             f"{r.sparsity:.0%} / {1 - r.active:.1%}",
             f"{r.perplexity:.2f} ({r.perplexity_dense:.2f})",
             f"{1e3 / r.dense_ms:.1f}",

@@ -1,0 +1,1 @@
+"""LTE beside other ways to be sparse: quality, bytes, time."""

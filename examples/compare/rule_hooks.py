@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import ltepass
 from ltepass.routed.sites import FFNSite, require_state
-from ltepass.sparsity.thresholds import run_batches
+from ltepass.routed.watching import run_batches
 
 Samples = list[tuple[Tensor, Tensor, Tensor]]  # x, gate product and h of each site, [n, ...] bf16
 

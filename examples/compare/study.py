@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 
 import ltepass
 from ltepass.calibration.warm_start import warm_start
-from ltepass.demo.speed import router_share
+from ltepass.measure.decode_speed import router_share
 from ltepass.measure.quality import perplexity
 from ltepass.measure.text_blocks import corpora, token_blocks
 from ltepass.routed.sites import router_of, routers_of

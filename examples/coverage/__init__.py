@@ -1,0 +1,1 @@
+"""Every architecture, transformed, gated and lowered."""

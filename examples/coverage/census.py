@@ -1,4 +1,4 @@
-"""`ltepass coverage`: a row for every architecture, each examined in a process of its own, and the tables made of them.
+"""`python -m examples.coverage.census [NAMES]`: a row for every architecture, and the tables made of them.
 
 Processes are forked from a server that has torch and transformers loaded, so a row costs its checks and not imports.
 """
@@ -16,10 +16,13 @@ from dataclasses import asdict, fields
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from examples.coverage.examine import Example, Row, examine
 from examples.coverage.known_reasons import CHECKS, NO_DENSE_FFN, NOT_BUILT, PARTS, UNFOUND
+from ltepass.cli import run_command
 from ltepass.errors import ConfigError
 
 TIMEOUT_S = 180.0
@@ -261,3 +264,31 @@ def line_of(row: Row) -> str:
     lowered = "" if row.lowered_error is None else f"lowered {row.lowered}: {row.lowered_error:.0e}"
     lacking = (row.unfound and f"not found: {row.unfound}", row.detail, row.kept, row.refusals)
     return f"{row.name:26} {found:20} {dense:12} {lowered:18} {row.seconds:5.1f} s  {'; '.join(filter(None, lacking))}"
+
+
+def main(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Model types or families; every causal LM and family if none.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Where coverage.csv and coverage.md go.")] = None,
+    jobs: Annotated[int, typer.Option(help="Processes at a time, one thread each.")] = 1,
+    timeout: Annotated[float, typer.Option(help="Seconds that one architecture may take.")] = TIMEOUT_S,
+) -> None:
+    """Transform, gate and lower a tiny model of every architecture, and compare what each computes."""
+    rows = []
+    for row in take_census(names or (), jobs=jobs, timeout=timeout):
+        typer.echo(line_of(row))
+        rows.append(row)
+        if out is not None:
+            write_table(rows, out)  # after each: a run that is stopped keeps what it has
+    for line in summary_lines(rows):
+        typer.echo(line)
+    lacking = {row.name: missing for row in rows if (missing := unexplained(row))}
+    for name, missing in lacking.items():
+        typer.echo(f"{name}: no reason is known for {', '.join(missing)}", err=True)
+    if lacking:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    run_command(main)

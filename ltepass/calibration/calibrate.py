@@ -31,11 +31,12 @@ from ltepass.errors import CalibrationError, ConfigError, MetaWeightsError
 from ltepass.passes.group.methods import permute_site, site_permutation
 from ltepass.routed.batches import tokens_in
 from ltepass.routed.router import Router
+from ltepass.routed.samples import Reservoir
 from ltepass.routed.sites import FFNSite, require_state, require_trained, require_whole, router_of, routers_of
 from ltepass.routed.undo import keep, verb
-from ltepass.routed.watching import SAMPLE_TOKENS, Observer, collect, watch
+from ltepass.routed.watching import SAMPLE_TOKENS, Observer, collect, mode_of, watch
 from ltepass.sparsity.cuts import place_cuts
-from ltepass.sparsity.thresholds import Reservoir, is_calibrated, mode_of, move_biases, table_of, update_table
+from ltepass.sparsity.thresholds import is_calibrated, move_biases, table_of, update_table
 
 Inputs = Literal["dense", "hard"]
 T = TypeVar("T")

@@ -32,7 +32,7 @@ from ltepass.routed.batches import inputs_of, is_empty
 from ltepass.routed.padding import TokenHooks, telling_tokens, tokens_of
 from ltepass.routed.sites import FFNSite, require_trained, router_of
 from ltepass.routed.undo import verb
-from ltepass.sparsity.thresholds import mode_of, require_seen
+from ltepass.routed.watching import mode_of, require_seen
 
 TOKENS = 2048  # enough for a mean over tokens and experts
 

@@ -28,15 +28,8 @@ from ltepass.routed.padding import telling_tokens, tokens_of
 from ltepass.routed.router import Router
 from ltepass.routed.sites import FFNSite, NeuronRows, require_trained, require_whole, router_of
 from ltepass.routed.undo import keep, verb
-from ltepass.sparsity.thresholds import (
-    interpolate,
-    is_calibrated,
-    mode_of,
-    place_threshold,
-    require_seen,
-    run_batches,
-    table_of,
-)
+from ltepass.routed.watching import mode_of, require_seen, run_batches
+from ltepass.sparsity.thresholds import interpolate, is_calibrated, place_threshold, table_of
 
 PENALTY = 0.3  # of each neuron's own energy: shrinks the refit of neurons that were rarely seen
 

@@ -256,7 +256,7 @@ def bench(folder: str, text: str, out: Path | None, options: BenchOptions) -> An
     """
     from transformers import AutoTokenizer
 
-    from examples.bench.table import model_table
+    from ltepass.commands.decode_table import model_table
     from ltepass.measure import decode_speed as timed
     from ltepass.measure.records import append
 

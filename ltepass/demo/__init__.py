@@ -1,1 +1,1 @@
-"""`ltepass demo`: a real model is trained, lowered, timed, saved and loaded, and one table says what came out."""
+"""A real model gets faster: the command `ltepass demo`."""

@@ -7,34 +7,12 @@ T_dense - (1 - p - r) * T_ffn.
 
 from __future__ import annotations
 
-import copy
-import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-from ltepass.routed.sites import FFNSite
-
-
-def without_ffns(dense: nn.Module, sites: Sequence[FFNSite]) -> nn.Module:
-    """A copy that shares every weight, each FFN replaced by identity. Sites must be aligned (`owner` is the FFN)."""
-    assert all(site.kind == "aligned" for site in sites), "an inline FFN has no module of its own to replace"
-    shared = {id(tensor): tensor for tensor in (*dense.parameters(), *dense.buffers())}
-    bare = copy.deepcopy(dense, shared)
-    for site in sites:
-        bare.set_submodule(site.owner, nn.Identity())
-    return bare
-
-
-def router_share(model: nn.Module, sites: Sequence[FFNSite]) -> float:
-    """r: bytes of all routers over bytes of all FFN weights."""
-    parameters = dict(model.named_parameters())
-    ffn = {rows.param: parameters[rows.param] for site in sites for rows in site.neurons}
-    routers = [p for site in sites for p in model.get_submodule(site.router).parameters()]
-    return sum(p.nbytes for p in routers) / sum(p.nbytes for p in ffn.values())
+from torch import Tensor
 
 
 @torch.no_grad()
@@ -61,27 +39,3 @@ def time_decoding(sides: Mapping[str, Any], prompt: Tensor, tokens: Tensor, warm
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def summary(times: Mapping[str, Sequence[float]], active: float, router: float) -> dict[str, Any]:
-    """Medians and quartiles of tokens/s, the speed-up, and its share of the cap. times: sides dense, lowered, bare."""
-    median = {name: statistics.median(values) for name, values in times.items()}
-    ffn = median["dense"] - median["bare"]
-    cap = median["dense"] / (median["dense"] - (1 - active - router) * ffn)
-    speedup = median["dense"] / median["lowered"]
-    return {
-        "tokens_per_s": {name: _spread(values) for name, values in times.items()},
-        "ms_per_token": {name: 1000 * value for name, value in median.items()},
-        "speedup": speedup,
-        "cap": cap,
-        "share_of_cap": speedup / cap,
-        "active_share": active,
-        "router_share": router,
-        "ffn_share_of_time": ffn / median["dense"],
-        "tokens_timed": len(times["dense"]),
-    }
-
-
-def _spread(seconds: Sequence[float]) -> dict[str, float]:
-    slow, middle, fast = sorted(1 / q for q in statistics.quantiles(seconds, n=4))
-    return {"median": middle, "low": slow, "high": fast}

@@ -18,6 +18,7 @@ import ltepass
 from ltepass.demo import learning, reload, speed
 from ltepass.demo.folder import DemoOptions, Folder
 from ltepass.demo.task import Task, load_dense, load_task
+from ltepass.measure import decode_speed
 from ltepass.measure.quality import perplexity, sparsity_of_tail
 from ltepass.routed.sites import routers_of
 from ltepass.training.stages import settle
@@ -161,10 +162,10 @@ def measure_speed(demo: Demo) -> Result:
     text = demo.task.test.flatten()[: PROMPT_TOKENS + TIMED_TOKENS].to(demo.options.device)
     active = 1 - sparsity_of_tail(routed, text, PROMPT_TOKENS)
     ltepass.lower(routed, scope="ffn")
-    sides = {"dense": plain, "lowered": routed, "bare": speed.without_ffns(plain, sites)}
+    sides = {"dense": plain, "lowered": routed, "bare": decode_speed.without_ffns(plain, sites)}
     times = speed.time_decoding(sides, text[:PROMPT_TOKENS], text[PROMPT_TOKENS:])
     return {
-        **speed.summary(times, active, speed.router_share(routed, sites)),
+        **decode_speed.summary(times, active, decode_speed.router_share(routed, sites)),
         "compile_mode": COMPILE_MODE,
         "dtype": str(plain.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),

@@ -1,0 +1,1 @@
+"""How good, how sparse and how fast a model is."""

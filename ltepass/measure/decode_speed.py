@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
-import ltepass
-from ltepass.demo import speed
+from ltepass.api import remove
 from ltepass.errors import ConfigError
 from ltepass.measure.decoding import time_generate
 from ltepass.measure.quality import perplexity, sparsity_of_tail
 from ltepass.measure.records import Environment, ModelRecord
 from ltepass.measure.timing import Timing, gemm_rate, stream_bandwidth
-from ltepass.routed.sites import require_state, routers_of
+from ltepass.passes.lower.modules import lower, unlower
+from ltepass.routed.sites import FFNSite, require_state, routers_of
+from ltepass.sparsity.thresholds import set_sparsity
 
 How = Literal["eager", "compiled"]
 PROMPT_TOKENS = 64
@@ -50,8 +52,8 @@ def bench_model(
             f"site {inline[0]} is inline: no module of its own can be taken out, so there is no cap to measure; time "
             "the op itself instead: ltepass bench op"
         )
-    dense = ltepass.remove(copy.deepcopy(model))
-    sides = {"dense": dense, "lowered": model, "bare": speed.without_ffns(dense, state.sites)}
+    dense = remove(copy.deepcopy(model))
+    sides = {"dense": dense, "lowered": model, "bare": without_ffns(dense, state.sites)}
     dense_perplexity = perplexity(dense, blocks)
     if how == "compiled":
         for side in (sides["dense"], sides["bare"]):
@@ -61,13 +63,13 @@ def bench_model(
         f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S}", bandwidth=stream_bandwidth(), flops=gemm_rate()
     )
     settings = [_set(model, sparsity, ids, blocks) for sparsity in sparsities]
-    ltepass.lower(model, scope="ffn" if how == "eager" else "model")
+    lower(model, scope="ffn" if how == "eager" else "model")
     records = []
     for sparsity, setting in zip(sparsities, settings, strict=True):
         for router, threshold in zip(routers_of(model), setting.thresholds, strict=True):
             router.threshold.copy_(threshold)
         times = time_generate(sides, ids[:PROMPT_TOKENS], ids[PROMPT_TOKENS:], rounds=rounds)
-        out = speed.summary(times, setting.active, speed.router_share(model, state.sites))
+        out = summary(times, setting.active, router_share(model, state.sites))
         timing = {side: Timing.of([1e3 * t for t in values]) for side, values in times.items()}
         records.append(
             ModelRecord(
@@ -94,7 +96,7 @@ def bench_model(
                 share_of_cap=out["share_of_cap"],
             )
         )
-    ltepass.unlower(model)
+    unlower(model)
     return records
 
 
@@ -109,6 +111,48 @@ class _Setting:
 
 def _set(model: Any, sparsity: float | None, ids: Tensor, blocks: Tensor) -> _Setting:
     if sparsity is not None:
-        ltepass.set_sparsity(model, sparsity)
+        set_sparsity(model, sparsity)
     thresholds = [router.threshold.clone() for router in routers_of(model)]
     return _Setting(thresholds, 1 - sparsity_of_tail(model, ids, PROMPT_TOKENS), perplexity(model, blocks))
+
+
+def without_ffns(dense: nn.Module, sites: Sequence[FFNSite]) -> nn.Module:
+    """A copy that shares every weight, each FFN replaced by identity. Sites must be aligned (`owner` is the FFN)."""
+    assert all(site.kind == "aligned" for site in sites), "an inline FFN has no module of its own to replace"
+    shared = {id(tensor): tensor for tensor in (*dense.parameters(), *dense.buffers())}
+    bare = copy.deepcopy(dense, shared)
+    for site in sites:
+        bare.set_submodule(site.owner, nn.Identity())
+    return bare
+
+
+def router_share(model: nn.Module, sites: Sequence[FFNSite]) -> float:
+    """r: bytes of all routers over bytes of all FFN weights."""
+    parameters = dict(model.named_parameters())
+    ffn = {rows.param: parameters[rows.param] for site in sites for rows in site.neurons}
+    routers = [p for site in sites for p in model.get_submodule(site.router).parameters()]
+    return sum(p.nbytes for p in routers) / sum(p.nbytes for p in ffn.values())
+
+
+def summary(times: Mapping[str, Sequence[float]], active: float, router: float) -> dict[str, Any]:
+    """Medians and quartiles of tokens/s, the speed-up, and its share of the cap. times: sides dense, lowered, bare."""
+    median = {name: statistics.median(values) for name, values in times.items()}
+    ffn = median["dense"] - median["bare"]
+    cap = median["dense"] / (median["dense"] - (1 - active - router) * ffn)
+    speedup = median["dense"] / median["lowered"]
+    return {
+        "tokens_per_s": {name: _spread(values) for name, values in times.items()},
+        "ms_per_token": {name: 1000 * value for name, value in median.items()},
+        "speedup": speedup,
+        "cap": cap,
+        "share_of_cap": speedup / cap,
+        "active_share": active,
+        "router_share": router,
+        "ffn_share_of_time": ffn / median["dense"],
+        "tokens_timed": len(times["dense"]),
+    }
+
+
+def _spread(seconds: Sequence[float]) -> dict[str, float]:
+    slow, middle, fast = sorted(1 / q for q in statistics.quantiles(seconds, n=4))
+    return {"median": middle, "low": slow, "high": fast}

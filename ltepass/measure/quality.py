@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ltepass.measure.sparsity import measure_sparsity
 from ltepass.routed.sites import require_trained, router_of
 from ltepass.routed.undo import verb
-from ltepass.sparsity.thresholds import measure_sparsity, record_logits, set_sparsity
+from ltepass.routed.watching import record_logits
+from ltepass.sparsity.thresholds import set_sparsity
 
 
 @torch.no_grad()

@@ -1,0 +1,1 @@
+"""What a transformed model holds, and how it is watched."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -12,11 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from ltepass.config import Mode
+from ltepass.errors import CalibrationError
+from ltepass.routed import padding
+from ltepass.routed.batches import fewest_logits, inputs_of, is_empty
 from ltepass.routed.padding import telling_tokens, tokens_of
 from ltepass.routed.router import Router
-from ltepass.routed.sites import FFNSite, require_trained, router_of
-from ltepass.sparsity.thresholds import mode_of, require_seen, run_batches
-from ltepass.threads import require_own
+from ltepass.routed.samples import SomeRows
+from ltepass.routed.sites import FFNSite, require_trained, router_of, routers_of
+from ltepass.threads import require_own, unshared
 
 BUDGET_BYTES = 900_000_000  # of sampled activations, all sites together
 SAMPLE_TOKENS = 2048  # for grouping and tables; the routers' regression sees every token
@@ -107,3 +111,86 @@ class _Collector(Observer):
     @property
     def full(self) -> bool:
         return sum(len(r) for r in self.h) >= self.room
+
+
+@contextmanager
+def on_logits(model: nn.Module, see: Callable[[FFNSite, Router, Tensor], None]) -> Iterator[None]:
+    """Calls see(site, router, logits [..., n_experts]) after every router while the block runs, without gradients."""
+
+    def hook(site: FFNSite) -> Callable[[Any, Any, Tensor | None], None]:
+        def run(router: Router, args: Any, logits: Tensor | None) -> None:
+            if logits is not None:
+                see(site, router, logits.detach())
+
+        return run
+
+    sites = require_trained(model, "a look at its logits").sites
+    handles = [router_of(model, site).register_forward_hook(hook(site)) for site in sites]
+    try:
+        with padding.telling_tokens(model), unshared(routers_of(model)):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def record_logits(model: nn.Module, keep: int | None = None, *, flat: bool = True) -> Iterator[dict[str, list[Tensor]]]:
+    """Collect every router's logits [n_tokens, n_experts] by site name while the block runs, without those of padding.
+
+    keep: at most so many tokens per forward; None keeps all. flat: False leaves the shape as it is, padding included.
+    """
+    seen: dict[str, list[Tensor]] = {site.name: [] for site in require_trained(model, "record_logits").sites}
+    draws = {name: SomeRows(keep) for name in seen}
+
+    def see(site: FFNSite, router: Router, logits: Tensor) -> None:
+        rows = draws[site.name](padding.tokens_of(router, logits)) if flat else logits.clone()
+        seen[site.name].append(rows)
+
+    with on_logits(model, see):
+        yield seen
+
+
+def run_batches(model: nn.Module, batches: Iterable[Any]) -> None:
+    """Forward passes for what hooks see, without gradients, in eval mode; the training flags are as before afterwards.
+
+    Nobody reads the logits of a language model, and as few as it can are made. Batches without a token are passed by.
+    Raises CalibrationError for a batch that is no model input.
+    """
+    flags = {m: m.training for m in model.modules()}
+    for module in flags:
+        module.training = False  # an exported module has no eval()
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                if is_empty(batch):
+                    continue
+                args, named = inputs_of(model, batch)
+                model(*args, **fewest_logits(model, named) | named)
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+
+
+@contextmanager
+def mode_of(model: nn.Module, mode: Mode) -> Iterator[None]:
+    """Run a block in another mode. Forwards of other threads raise ConcurrencyError meanwhile."""
+    before: list[tuple[Router, Mode]] = [(r, r.mode) for r in routers_of(model)]
+    with unshared(router for router, _ in before):
+        for router, _ in before:
+            router.mode = mode
+        try:
+            yield
+        finally:
+            for router, old in before:
+                router.mode = old
+
+
+def require_seen(counts: dict[str, int]) -> None:
+    """counts: by site name, of tokens or batches that it saw. Raises CalibrationError where that is none."""
+    missed = [name for name, count in counts.items() if not count]
+    if missed:
+        raise CalibrationError(
+            f"no token reached {missed[0]} ({len(missed)} of {len(counts)} sites); expected at least one "
+            "batch that runs through every FFN; pass batches of token ids"
+        )

@@ -24,6 +24,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ltepass.api import remove
 from ltepass.config import LTEConfig
 from ltepass.errors import CheckpointError
 from ltepass.passes.find.owner import as_gated_now
@@ -114,9 +115,7 @@ class LTEQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        import ltepass
-
-        return ltepass.remove(model)
+        return remove(model)
 
     def remove_quantization_config(self, model: nn.Module) -> None:
         detach(model)

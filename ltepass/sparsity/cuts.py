@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from ltepass.config import check_sparsity
 from ltepass.kernels.reference import mask
 from ltepass.routed.router import Router
+from ltepass.routed.samples import Reservoir
 from ltepass.routed.sites import FFNSite, require_trained, router_of, routers_of
 from ltepass.routed.undo import verb
 from ltepass.routed.watching import Observer, watch
-from ltepass.sparsity.thresholds import Reservoir
 
 # Entries of a site that a cut is placed by, in whole rows drawn at random from all tokens: features differ in size,
 # and a stride meets their number (with d_model 576 and 2,048 tokens it saw 4 of them).

@@ -3,43 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ltepass.config import Mode, check_mode, check_sparsity
+from ltepass.config import check_sparsity
 from ltepass.errors import CalibrationError
 from ltepass.routed import padding
-from ltepass.routed.batches import fewest_logits, inputs_of, is_empty
 from ltepass.routed.router import N_QUANTILES, Router, logit
+from ltepass.routed.samples import Reservoir
 from ltepass.routed.sites import FFNSite, require_state, require_trained, router_of, routers_of
 from ltepass.routed.undo import keep, verb
-from ltepass.threads import unshared
+from ltepass.routed.watching import mode_of, on_logits, run_batches
 
 BELOW = 2.0  # the least calibration logit, for a bias that leaves every expert active
 TABLE_TOKENS = 8192  # of which a site's table is made: a share is then off by half a point over sqrt(n_experts)
 SHARED_POINTS = 4096  # values that stand for one site's logits where sites share a threshold
-
-
-@verb
-def set_mode(model: nn.Module, mode: Mode) -> None:
-    """Switch every router: "soft" and "hard" as the paper has them, "dense" leaves the gates open.
-
-    Raises ConfigError, NotTransformedError, LoweredError.
-    """
-    check_mode(mode)
-    require_trained(model, "set_mode")
-    for router in routers_of(model):
-        router.mode = mode
-        router.kept.clear()
-    if mode == "soft":
-        padding.attach(model)  # what a forward leaves for the losses begins anew with the next
-    else:
-        padding.detach(model)
-    remember_densities(model)
 
 
 @verb
@@ -91,186 +72,6 @@ def interpolate(quantiles: Tensor, sparsity: float) -> Tensor:
     at = sparsity * (N_QUANTILES - 1)
     low = int(at)
     return torch.lerp(quantiles[low], quantiles[min(low + 1, N_QUANTILES - 1)], at - low)
-
-
-class SomeRows:
-    """Copies of at most `keep` rows of each tensor, drawn at random, the same for the same tensors; None keeps all.
-
-    A stride would meet the length of the sequences and see some positions only.
-    """
-
-    def __init__(self, keep: int | None) -> None:
-        self.keep, self.generator = keep, torch.Generator().manual_seed(0)
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        if self.keep is None or len(rows) <= self.keep:
-            return rows.clone()
-        return rows[torch.randperm(len(rows), generator=self.generator)[: self.keep].to(rows.device)]
-
-
-class Reservoir:
-    """At most `keep` of all rows that were added, each as likely as any other, in their order.
-
-    The same rows give the same sample, however they were divided into batches.
-    """
-
-    def __init__(self, keep: int) -> None:
-        self.keep, self.generator = keep, torch.Generator().manual_seed(0)
-        self.parts: list[Tensor] = []
-        self.keys = torch.empty(0, dtype=torch.float64)  # of the kept rows: those with the smallest are kept
-
-    def add(self, rows: Tensor) -> None:
-        keys = torch.rand(len(rows), generator=self.generator, dtype=torch.float64)
-        if len(self.keys) == self.keep:
-            hopeful = keys < self.keys.max()
-            rows, keys = rows[hopeful.to(rows.device)], keys[hopeful]
-        self.parts, self.keys = [*self.parts, rows.clone()], torch.cat([self.keys, keys])
-        if len(self.keys) > self.keep:
-            best = self.keys.topk(self.keep, largest=False, sorted=False).indices.sort().values
-            self.parts, self.keys = [self.rows()[best.to(rows.device)]], self.keys[best]
-
-    def rows(self) -> Tensor:
-        """At least one tensor must have been added."""
-        return torch.cat(self.parts)
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-
-@contextmanager
-def on_logits(model: nn.Module, see: Callable[[FFNSite, Router, Tensor], None]) -> Iterator[None]:
-    """Calls see(site, router, logits [..., n_experts]) after every router while the block runs, without gradients."""
-
-    def hook(site: FFNSite) -> Callable[[Any, Any, Tensor | None], None]:
-        def run(router: Router, args: Any, logits: Tensor | None) -> None:
-            if logits is not None:
-                see(site, router, logits.detach())
-
-        return run
-
-    sites = require_trained(model, "a look at its logits").sites
-    handles = [router_of(model, site).register_forward_hook(hook(site)) for site in sites]
-    try:
-        with padding.telling_tokens(model), unshared(routers_of(model)):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def record_logits(model: nn.Module, keep: int | None = None, *, flat: bool = True) -> Iterator[dict[str, list[Tensor]]]:
-    """Collect every router's logits [n_tokens, n_experts] by site name while the block runs, without those of padding.
-
-    keep: at most so many tokens per forward; None keeps all. flat: False leaves the shape as it is, padding included.
-    """
-    seen: dict[str, list[Tensor]] = {site.name: [] for site in require_trained(model, "record_logits").sites}
-    draws = {name: SomeRows(keep) for name in seen}
-
-    def see(site: FFNSite, router: Router, logits: Tensor) -> None:
-        rows = draws[site.name](padding.tokens_of(router, logits)) if flat else logits.clone()
-        seen[site.name].append(rows)
-
-    with on_logits(model, see):
-        yield seen
-
-
-def run_batches(model: nn.Module, batches: Iterable[Any]) -> None:
-    """Forward passes for what hooks see, without gradients, in eval mode; the training flags are as before afterwards.
-
-    Nobody reads the logits of a language model, and as few as it can are made. Batches without a token are passed by.
-    Raises CalibrationError for a batch that is no model input.
-    """
-    flags = {m: m.training for m in model.modules()}
-    for module in flags:
-        module.training = False  # an exported module has no eval()
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                if is_empty(batch):
-                    continue
-                args, named = inputs_of(model, batch)
-                model(*args, **fewest_logits(model, named) | named)
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
-
-
-@contextmanager
-def mode_of(model: nn.Module, mode: Mode) -> Iterator[None]:
-    """Run a block in another mode. Forwards of other threads raise ConcurrencyError meanwhile."""
-    before: list[tuple[Router, Mode]] = [(r, r.mode) for r in routers_of(model)]
-    with unshared(router for router, _ in before):
-        for router, _ in before:
-            router.mode = mode
-        try:
-            yield
-        finally:
-            for router, old in before:
-                router.mode = old
-
-
-@verb
-def measure_sparsity(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
-    """Share of inactive neurons by site name, over all tokens of the batches, each seen through hard gates.
-
-    batches: mappings of model inputs, or token id tensors; padding is not counted. Raises NotTransformedError,
-    LoweredError, CalibrationError (no tokens seen).
-    """
-    active = {site.name: Tally() for site in require_trained(model, "measure_sparsity").sites}
-
-    def see(site: FFNSite, router: Router, logits: Tensor) -> None:
-        active[site.name].add(padding.tokens_of(router, logits) > router.threshold)
-
-    with mode_of(model, "hard"), on_logits(model, see):
-        run_batches(model, batches)
-    require_seen({name: tally.count for name, tally in active.items()})
-    return {name: 1.0 - tally.share() for name, tally in active.items()}
-
-
-@verb
-def measure_union(model: nn.Module, batches: Iterable[Any], window: int = 2) -> dict[str, float]:
-    """Share of experts by site name that no token of `window` neighbouring ones uses: what a batched kernel can skip.
-
-    Every whole window of every row counts that holds no padding. Raises NotTransformedError, LoweredError,
-    CalibrationError (no window of tokens seen).
-    """
-    unused = {site.name: Tally() for site in require_trained(model, "measure_union").sites}
-
-    def see(site: FFNSite, router: Router, logits: Tensor) -> None:
-        logits, real = padding.sequences_of(router, logits)
-        if logits.shape[-2] >= window:
-            nobody = (logits <= router.threshold).unfold(-2, window, 1).all(-1)
-            unused[site.name].add(nobody[real.unfold(-1, window, 1).all(-1)])
-
-    with mode_of(model, "hard"), on_logits(model, see):
-        run_batches(model, batches)
-    require_seen({name: tally.count for name, tally in unused.items()})
-    return {name: tally.share() for name, tally in unused.items()}
-
-
-class Tally:
-    """How many of the entries that were added are True: counts, so that a million tokens take no more than one."""
-
-    def __init__(self) -> None:
-        self.count, self.true = 0, 0
-
-    def add(self, entries: Tensor) -> None:
-        self.count += entries.numel()
-        self.true = self.true + entries.sum()  # type: ignore[assignment]  # a tensor: no GPU is waited for
-
-    def share(self) -> float:
-        return int(self.true) / self.count
-
-
-def require_seen(counts: dict[str, int]) -> None:
-    """counts: by site name, of tokens or batches that it saw. Raises CalibrationError where that is none."""
-    missed = [name for name, count in counts.items() if not count]
-    if missed:
-        raise CalibrationError(
-            f"no token reached {missed[0]} ({len(missed)} of {len(counts)} sites); expected at least one "
-            "batch that runs through every FFN; pass batches of token ids"
-        )
 
 
 def update_table(model: nn.Module, batches: Iterable[Any]) -> None:

@@ -12,13 +12,15 @@ from torch import Tensor, nn
 
 from ltepass.config import Budget
 from ltepass.errors import TrainingError
+from ltepass.measure.sparsity import measure_sparsity
 from ltepass.routed.padding import IGNORED
 from ltepass.routed.router import Kept, Router
 from ltepass.routed.rows import Part
 from ltepass.routed.sites import require_state, require_trained, require_whole, router_of, routers_of
 from ltepass.routed.undo import verb
 from ltepass.sparsity.cuts import place_cuts
-from ltepass.sparsity.thresholds import measure_sparsity, set_mode, set_sparsity, update_table
+from ltepass.sparsity.modes import set_mode
+from ltepass.sparsity.thresholds import set_sparsity, update_table
 from ltepass.training.settings import Trainable
 
 Stage = Literal["soft", "hard"]

@@ -1,0 +1,1 @@
+"""The model as graphs whose nodes know their module."""

@@ -21,16 +21,8 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ltepass.errors import CaptureError
 from ltepass.passes.capture.example_inputs import TOKENS, make_example_inputs
-from ltepass.passes.capture.export import (
-    Captured,
-    bring_back,
-    capture,
-    export_module,
-    inputs_of,
-    join,
-    split_inputs,
-    untouched,
-)
+from ltepass.passes.capture.export import bring_back, capture, export_module, inputs_of, split_inputs, untouched
+from ltepass.passes.graph.captured import Captured, join
 
 # Raised where the code needs a value, which a fake tensor does not have: the inputs may be right.
 _ONLY_UNDER_FAKE_TENSORS = (

@@ -1,0 +1,1 @@
+"""Regions of the graphs become FFN sites, or refusals with a reason."""

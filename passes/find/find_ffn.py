@@ -17,10 +17,10 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from ltepass.errors import GroupSizeError, NoFFNFoundError
-from ltepass.passes.capture.export import Captured
 from ltepass.passes.find.match import Miss, Region, match_down
 from ltepass.passes.find.moe_stacks import ExpertStack, find_experts
 from ltepass.passes.find.owner import place
+from ltepass.passes.graph.captured import Captured
 from ltepass.passes.graph.flow import consumers, is_movement, op_name, strip_identity
 from ltepass.passes.graph.pipeline import Job
 from ltepass.routed.sites import FFNSite, NeuronRows, Refusal

@@ -1,8 +1,8 @@
 """Match one FFN region, and learn what it computes by running it on other values, never by names.
 
 The region lies between one or more "streams" (outputs of up linears) and the input of the down linear. It runs twice:
-  on index tensors (propagate.py), which tells neuron i's row of every parameter and that no two tokens are mixed;
-  on sample values (identify.py), which tells the activation (compared with every function that a kernel knows).
+  on index tensors (neuron_rows.py), which tells neuron i's row of every parameter and that no two tokens are mixed;
+  on sample values (activation.py), which tells the activation (compared with every function that a kernel knows).
 The checks around it ask whether a gate before the down projection switches a neuron off and nothing else.
 """
 

@@ -14,12 +14,11 @@ from dataclasses import replace
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from ltepass.passes.capture.export import Captured
+from ltepass.passes.capture.owner_forward import is_replaced, original_class, trace_owner
+from ltepass.passes.capture.straight import is_straight
 from ltepass.passes.find.match import Region, Rows, down_rows
+from ltepass.passes.graph.captured import Captured
 from ltepass.passes.graph.flow import Linear, is_movement, strip_identity
-from ltepass.passes.insert.forwards import original_class, trace_owner
-from ltepass.passes.insert.guarding import is_replaced
-from ltepass.passes.insert.straight import is_straight
 from ltepass.routed.sites import FFNSite, NeuronRows, Refusal
 
 

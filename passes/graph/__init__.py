@@ -1,0 +1,1 @@
+"""What every pass builds on: data flow, the captured graph, the runner."""

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from ltepass.config import LTEConfig
-from ltepass.passes.capture.export import Captured
+from ltepass.passes.graph.captured import Captured
 from ltepass.routed.sites import FFNSite, Refusal
 from ltepass.routed.undo import all_or_nothing
 

@@ -1,0 +1,1 @@
+"""Neurons become experts: one permutation of each site's rows."""

@@ -1,0 +1,1 @@
+"""Routers and gates go in, and out again."""

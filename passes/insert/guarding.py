@@ -1,6 +1,6 @@
 """Forwards that are not the class's: libraries replace them on instances (fused kernels, offload hooks, compilation).
 
-Before transform: the owner is gated by hooks on its linears, whichever forward calls them (inline.py).
+Before transform: the owner is gated by hooks on its linears, whichever forward calls them (hooks.py).
 Afterwards: the new forward runs inside a guard, which raises where the call ended without the gate: some wrap the
 forward that they replace, and come by the gate; others do not, and the FFN would be silently dense.
 
@@ -18,6 +18,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from ltepass.errors import DisplacedHookError
+from ltepass.passes.capture.owner_forward import is_guard, is_own
 from ltepass.routed.router import Router, calls
 
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
@@ -54,29 +55,10 @@ def replaced_forward(module: nn.Module) -> Any:
     return module.__dict__["_lte_forward"] or MethodType(type(module).forward, module)
 
 
-def is_replaced(module: nn.Module) -> bool:
-    """Whether this instance runs another forward than its class's, and than the one that transform traced."""
-    found = module.__dict__.get("forward")
-    if _is_guard(found):
-        return module.__dict__["_lte_forward"] is not module.__dict__.get("_lte_traced", found)
-    return found is not None and not _is_own(module, found)
-
-
 def remember(module: nn.Module) -> None:
     """The forward that stands on the instance now is what transform has traced."""
     if "_lte_forward" in module.__dict__:
         module.__dict__["_lte_traced"] = module.__dict__["_lte_forward"]
-
-
-def _is_own(module: nn.Module, forward: Any) -> bool:
-    """The class's own forward, bound: what accelerate leaves on an instance when it takes its hooks away."""
-    function = getattr(forward, "__func__", None)
-    own = (type(module).forward, getattr(type(module), "_lte_original", type(module)).forward)
-    return forward.__self__ is module if function in own or hasattr(function, "_lte_generated") else False
-
-
-def _is_guard(forward: Any) -> bool:
-    return hasattr(getattr(forward, "__func__", None), "_lte_guard")
 
 
 def guard(module: nn.Module, gates: int = 1) -> None:
@@ -84,16 +66,16 @@ def guard(module: nn.Module, gates: int = 1) -> None:
     anew; nothing happens where the class's forward runs.
     """
     found = module.__dict__.get("forward")
-    if found is not None and not _is_guard(found) and _is_own(module, found):
+    if found is not None and not is_guard(found) and is_own(module, found):
         del module.__dict__["forward"]
     elif found is not None:
-        _set_guard(module, gates, module.__dict__["_lte_forward"] if _is_guard(found) else found)
+        _set_guard(module, gates, module.__dict__["_lte_forward"] if is_guard(found) else found)
 
 
 def _set_guard(module: nn.Module, gates: int, found: Any) -> None:
     own, function = module.__dict__, getattr(type(module), "_lte_guarded", guarded)
     now: Any = own.get("forward")
-    if _is_guard(now) and now.__func__ is function and (own["_lte_forward"], own["_lte_gates"]) == (found, gates):
+    if is_guard(now) and now.__func__ is function and (own["_lte_forward"], own["_lte_gates"]) == (found, gates):
         return
     for router in (m for m in module.modules() if isinstance(m, Router)):
         router.watched = True
@@ -102,7 +84,7 @@ def _set_guard(module: nn.Module, gates: int, found: Any) -> None:
 
 def release(module: nn.Module) -> None:
     """Take a guard away again: the forward that it found is back, and runs the class's own."""
-    if _is_guard(module.__dict__.get("forward")):
+    if is_guard(module.__dict__.get("forward")):
         del module.__dict__["forward"], module.__dict__["_lte_gates"]
         found = module.__dict__.pop("_lte_forward")
         module.__dict__.pop("_lte_traced", None)
@@ -135,7 +117,7 @@ class Watch:
 
     def check(self, module: nn.Module) -> None:
         """Raises DisplacedHookError where an owner is gone, or its class's forward is another one."""
-        if () in self.paths and "forward" in module.__dict__ and not _is_guard(module.__dict__["forward"]):
+        if () in self.paths and "forward" in module.__dict__ and not is_guard(module.__dict__["forward"]):
             raise bypassed(module)  # of the module that is called: too late for a guard
         if not self.forwards:
             for path in self.paths:

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from ltepass.errors import DisplacedHookError
-from ltepass.passes.insert.forwards import original_class, shared_class, subclass
+from ltepass.passes.capture.owner_forward import original_class
+from ltepass.passes.insert.forwards import shared_class, subclass
 from ltepass.passes.insert.guarding import bypassed, guard, release, replaced_forward
 from ltepass.routed.router import gate, seen_inputs
 from ltepass.threads import interfered, locks

@@ -23,9 +23,10 @@ from torch.fx import Graph, GraphModule, Node
 
 from ltepass.config import LTEConfig
 from ltepass.errors import CheckpointError
+from ltepass.passes.capture.owner_forward import trace_owner
 from ltepass.passes.find.near_miss import breadth_first
 from ltepass.passes.graph.pipeline import Job
-from ltepass.passes.insert.forwards import forwards_of, regenerate, trace_owner
+from ltepass.passes.insert.forwards import forwards_of, regenerate
 from ltepass.passes.insert.guarding import remember, watch
 from ltepass.passes.insert.hooks import InlineSite, attach
 from ltepass.passes.insert.selfcheck import check_gated

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule
 
+from ltepass.passes.capture.owner_forward import original_class
 from ltepass.passes.group.methods import permute_site
-from ltepass.passes.insert.forwards import original_class
 from ltepass.passes.insert.guarding import release, unwatch
 from ltepass.passes.insert.hooks import detach
 from ltepass.routed import padding

@@ -1,0 +1,1 @@
+"""Gated FFNs become the sparse op."""

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.modules.module import _has_any_global_hook
 
-from ltepass.passes.capture.export import join
+from ltepass.passes.capture.owner_forward import is_replaced
 from ltepass.passes.find.near_miss import breadth_first
-from ltepass.passes.insert.guarding import is_replaced
+from ltepass.passes.graph.captured import join
 from ltepass.passes.insert.hooks import Hook, SparseDown
 from ltepass.passes.lower.stubs import Stub
 from ltepass.routed.router import gate

@@ -21,8 +21,9 @@ from torch.nn.modules.module import _has_any_global_hook
 from ltepass.errors import ConfigError, LoweredError, LoweringError
 from ltepass.kernels.gpu.tuning import assume_density
 from ltepass.kernels.routed_ffn import routed_ffn
+from ltepass.passes.capture.owner_forward import trace_owner
 from ltepass.passes.graph.flow import erase_upstream
-from ltepass.passes.insert.forwards import forwards_of, regenerate, trace_owner
+from ltepass.passes.insert.forwards import forwards_of, regenerate
 from ltepass.passes.insert.guarding import check_forwards
 from ltepass.passes.insert.hooks import SparseDown, attach
 from ltepass.passes.insert.insert_routers import inline_site, insert_gates, relative

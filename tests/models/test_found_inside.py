@@ -20,8 +20,8 @@ from zoo import build, ids, logits, transformed
 import ltepass
 from ltepass.calibration.warm_start import warm_start
 from ltepass.errors import AmbiguousModelError, NotTransformedError, ShardedError
+from ltepass.measure.sparsity import measure_union
 from ltepass.routed.sites import routers_of, state_of
-from ltepass.sparsity.thresholds import measure_union
 from ltepass.training.stages import begin_stage, settle
 
 

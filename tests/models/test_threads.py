@@ -23,6 +23,7 @@ from zoo import build, ids, logits, transformed
 import ltepass
 from ltepass.calibration.calibrate import fit_energies
 from ltepass.errors import ConcurrencyError
+from ltepass.passes.capture import owner_forward
 from ltepass.passes.insert import forwards
 from ltepass.routed.router import Router
 from ltepass.routed.sites import routers_of
@@ -85,7 +86,7 @@ def test_a_compiled_call_is_not_refused_while_an_owner_is_traced() -> None:
             return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
     owner.__class__ = Watched
-    assert forwards.trace_owner(owner, defaults=True) is not None
+    assert owner_forward.trace_owner(owner, defaults=True) is not None
     assert seen == [False, True] * 2
     assert not traces()
 

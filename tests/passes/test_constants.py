@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import ltepass
-from ltepass.passes.insert.forwards import trace_owner
+from ltepass.passes.capture.owner_forward import trace_owner
 
 FLAGS = SimpleNamespace(factor=2.0)
 

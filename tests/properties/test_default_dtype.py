@@ -13,9 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import ltepass
 from ltepass.calibration.warm_start import warm_start
+from ltepass.measure.sparsity import measure_union
 from ltepass.passes.group.balanced_kmeans import WHOLE_GRAM, balanced_kmeans
 from ltepass.routed.sites import router_of, routers_of
-from ltepass.sparsity.thresholds import measure_union
 from ltepass.training.stages import begin_stage, settle, take_auxiliary
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

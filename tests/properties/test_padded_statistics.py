@@ -18,8 +18,9 @@ from padded import FAMILIES, padded, same, sequences, started, whole
 import ltepass
 from ltepass.calibration.calibrate import fit_energies
 from ltepass.calibration.energy import down_energy
+from ltepass.measure.sparsity import measure_union
 from ltepass.routed.sites import router_of
-from ltepass.sparsity.thresholds import measure_union, update_table
+from ltepass.sparsity.thresholds import update_table
 
 models = cache(started)
 

@@ -14,8 +14,8 @@ from trees import build, captured, examples, flat_graph_of, graph_of, reordered,
 import ltepass
 from ltepass.errors import AlreadyTransformedError, LoweringError, NoFFNFoundError
 from ltepass.passes.capture.capture_graphs import CaptureGraphs
-from ltepass.passes.capture.export import Captured
 from ltepass.passes.find.find_ffn import FindFFN
+from ltepass.passes.graph.captured import Captured
 from ltepass.passes.graph.pipeline import Job
 from ltepass.routed.sites import router_of, routers_of
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Interpreter, Node, Tracer
 from torch.nn import functional as F  # noqa: N812
 
-from ltepass.passes.capture.export import Captured
+from ltepass.passes.graph.captured import Captured
 from ltepass.passes.graph.flow import Flow
 
 D = forms.D

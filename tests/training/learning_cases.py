@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 import ltepass
 from ltepass.measure.quality import perplexity
 from ltepass.routed.sites import router_of
-from ltepass.sparsity.thresholds import mode_of
+from ltepass.routed.watching import mode_of
 from ltepass.training.settings import LTESettings
 from ltepass.training.trainer import LTETrainer
 

@@ -23,9 +23,12 @@ from ltepass.calibration.sensitivity import loss_sensitivity
 from ltepass.calibration.warm_start import warm_start
 from ltepass.errors import CalibrationError, LoweredError
 from ltepass.measure.quality import sparsity_of_tail
+from ltepass.measure.sparsity import measure_union
 from ltepass.routed.batches import inputs_of
+from ltepass.routed.samples import Reservoir, Tally
 from ltepass.routed.sites import routers_of
-from ltepass.sparsity.thresholds import Reservoir, Tally, measure_union, record_logits, update_table
+from ltepass.routed.watching import record_logits
+from ltepass.sparsity.thresholds import update_table
 from ltepass.training.stages import held_out_perplexity, settle
 
 

@@ -13,9 +13,10 @@ from torch import nn
 import ltepass
 from ltepass.errors import ConfigError
 from ltepass.kernels import backward
+from ltepass.measure.sparsity import measure_union
 from ltepass.routed.sites import router_of, routers_of
 from ltepass.routed.soft_losses import kl_from, union_per_token
-from ltepass.sparsity.thresholds import measure_union, mode_of
+from ltepass.routed.watching import mode_of
 from ltepass.training.lora import ffn_linears
 from ltepass.training.settings import LTESettings
 from ltepass.training.stages import begin_stage, settle

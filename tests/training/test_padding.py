@@ -37,7 +37,7 @@ from ltepass.errors import TrainingError
 from ltepass.routed.padding import hooks_of, telling_tokens
 from ltepass.routed.rows import Forward, token_mask
 from ltepass.routed.sites import router_of, routers_of
-from ltepass.sparsity.thresholds import record_logits, run_batches
+from ltepass.routed.watching import record_logits, run_batches
 from ltepass.training.settings import LTESettings
 from ltepass.training.stages import (
     begin_stage,

@@ -16,7 +16,7 @@ from ltepass.calibration.sensitivity import loss_sensitivity
 from ltepass.calibration.warm_start import warm_start
 from ltepass.routed.padding import telling_tokens
 from ltepass.routed.sites import routers_of
-from ltepass.sparsity.thresholds import mode_of
+from ltepass.routed.watching import mode_of
 from ltepass.training.stages import begin_stage, clear_auxiliary, inactive_shares, take_auxiliary
 
 LOOPS = 3

@@ -15,8 +15,10 @@ import ltepass
 from ltepass.calibration import calibrate
 from ltepass.calibration.calibrate import every
 from ltepass.errors import CalibrationError, ConfigError, LoweredError, NotTransformedError
+from ltepass.routed.samples import SomeRows
 from ltepass.routed.sites import router_of, routers_of
-from ltepass.sparsity.thresholds import SomeRows, mode_of, record_logits, run_batches, update_table
+from ltepass.routed.watching import mode_of, record_logits, run_batches
+from ltepass.sparsity.thresholds import update_table
 from ltepass.training.stages import settle
 
 

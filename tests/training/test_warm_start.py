@@ -12,7 +12,7 @@ import ltepass
 from ltepass.calibration.warm_start import warm_start
 from ltepass.errors import CalibrationError, LoweredError, NotTransformedError
 from ltepass.routed.sites import routers_of
-from ltepass.sparsity.thresholds import mode_of
+from ltepass.routed.watching import mode_of
 
 
 def distance(model: Any, dense: torch.Tensor, x: torch.Tensor) -> float:

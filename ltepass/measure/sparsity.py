@@ -1,0 +1,54 @@
+"""How sparse a model really is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ltepass.routed import padding
+from ltepass.routed.router import Router
+from ltepass.routed.samples import Tally
+from ltepass.routed.sites import FFNSite, require_trained
+from ltepass.routed.undo import verb
+from ltepass.routed.watching import mode_of, on_logits, require_seen, run_batches
+
+
+@verb
+def measure_sparsity(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
+    """Share of inactive neurons by site name, over all tokens of the batches, each seen through hard gates.
+
+    batches: mappings of model inputs, or token id tensors; padding is not counted. Raises NotTransformedError,
+    LoweredError, CalibrationError (no tokens seen).
+    """
+    active = {site.name: Tally() for site in require_trained(model, "measure_sparsity").sites}
+
+    def see(site: FFNSite, router: Router, logits: Tensor) -> None:
+        active[site.name].add(padding.tokens_of(router, logits) > router.threshold)
+
+    with mode_of(model, "hard"), on_logits(model, see):
+        run_batches(model, batches)
+    require_seen({name: tally.count for name, tally in active.items()})
+    return {name: 1.0 - tally.share() for name, tally in active.items()}
+
+
+@verb
+def measure_union(model: nn.Module, batches: Iterable[Any], window: int = 2) -> dict[str, float]:
+    """Share of experts by site name that no token of `window` neighbouring ones uses: what a batched kernel can skip.
+
+    Every whole window of every row counts that holds no padding. Raises NotTransformedError, LoweredError,
+    CalibrationError (no window of tokens seen).
+    """
+    unused = {site.name: Tally() for site in require_trained(model, "measure_union").sites}
+
+    def see(site: FFNSite, router: Router, logits: Tensor) -> None:
+        logits, real = padding.sequences_of(router, logits)
+        if logits.shape[-2] >= window:
+            nobody = (logits <= router.threshold).unfold(-2, window, 1).all(-1)
+            unused[site.name].add(nobody[real.unfold(-1, window, 1).all(-1)])
+
+    with mode_of(model, "hard"), on_logits(model, see):
+        run_batches(model, batches)
+    require_seen({name: tally.count for name, tally in unused.items()})
+    return {name: tally.share() for name, tally in unused.items()}

@@ -1,0 +1,29 @@
+"""Soft, hard or dense: what the gates of a whole model do."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ltepass.config import Mode, check_mode
+from ltepass.routed import padding
+from ltepass.routed.sites import require_trained, routers_of
+from ltepass.routed.undo import verb
+from ltepass.sparsity.thresholds import remember_densities
+
+
+@verb
+def set_mode(model: nn.Module, mode: Mode) -> None:
+    """Switch every router: "soft" and "hard" as the paper has them, "dense" leaves the gates open.
+
+    Raises ConfigError, NotTransformedError, LoweredError.
+    """
+    check_mode(mode)
+    require_trained(model, "set_mode")
+    for router in routers_of(model):
+        router.mode = mode
+        router.kept.clear()
+    if mode == "soft":
+        padding.attach(model)  # what a forward leaves for the losses begins anew with the next
+    else:
+        padding.detach(model)
+    remember_densities(model)

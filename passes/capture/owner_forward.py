@@ -1,0 +1,164 @@
+"""The graphs of an owner's own forward, traced with its children as leaves."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import threading
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph, Proxy, Tracer
+
+from ltepass.names import is_path
+from ltepass.passes.capture.straight import attributes, is_straight
+from ltepass.routed.router import Router
+from ltepass.threads import tracing
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class that the module had before its forward was regenerated."""
+    return getattr(type(module), "_lte_original", type(module))
+
+
+class _OwnerTracer(Tracer):
+    """Children are leaves, so that whatever wraps a child later (LoRA, offload, quantised linears) is simply called.
+
+    reads: attributes of the owner stay reads; else they are the values that they have now. While it traces, FX routes
+    every module call of the process through here: those of other threads are let through.
+    """
+
+    def __init__(self, through: Collection[str], *, reads: bool) -> None:
+        super().__init__()
+        self.thread, self.through, self.reads = threading.get_ident(), through, reads
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return not any(path.startswith(f"{module_qualified_name}.") for path in self.through)
+
+    def create_args_for_root(self, *args: Any, **kwargs: Any) -> Any:
+        torch.fx._symbolic_trace._is_fx_tracing_flag = _InThisThread()  # type: ignore[assignment]
+        function, given = super().create_args_for_root(*args, **kwargs)
+        for name in attributes(given[0]) if self.reads else ():
+            given[0].__dict__[name] = _Attribute(self.create_node("get_attr", name, (), {}), self)
+        return function, given
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+class _Attribute(Proxy):
+    """Stands for an attribute of the owner that is no tensor and no module: a read in the forward stays a read."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.tracer.create_proxy("call_function", call, (self, *args), kwargs)
+
+
+def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What a generated forward calls an attribute with."""
+    return function(*args, **kwargs)
+
+
+class _InThisThread:
+    """True in the thread that made it. FX's flag for "somebody traces" refuses compiled calls of every thread."""
+
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
+
+    def __bool__(self) -> bool:
+        return threading.get_ident() == self.thread
+
+
+def traceable(original: type[nn.Module]) -> bool:
+    """Only a forward that takes tensors and nothing optional is read right by symbolic tracing."""
+    parameters = list(inspect.signature(original.forward).parameters.values())[1:]
+    return bool(parameters) and all(
+        p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty and p.name != "kwargs" for p in parameters
+    )
+
+
+def trace_owner(
+    owner: nn.Module, *, defaults: bool = False, through: Collection[str] = ()
+) -> tuple[Graph, Graph] | None:
+    """(training graph, evaluation graph) of the owner's original forward, or None where it cannot be traced.
+
+    The owner itself is not touched: a stand-in that shares its attributes is traced. Routers are hidden from it: a
+    Sequential would call every child that it holds. defaults: also a forward with options, at their defaults: to look
+    at, not to run in its place. through: also inside of the children that hold these modules.
+    """
+    original = original_class(owner)
+    if original.forward is nn.Module.forward:
+        return None
+    if not defaults and not (traceable(original) and is_straight(owner, original)):
+        return None
+    read = _at_defaults(original) if defaults else original
+    graphs = []
+    try:
+        with tracing():
+            for flag in (True, False):
+                graphs.append(_OwnerTracer(through, reads=not defaults).trace(_stand_in(owner, read, training=flag)))
+    except Exception:  # any failure of the tracer means the same: this forward is left alone, hooks serve it
+        return None
+    for graph in graphs:
+        for node in [n for n in graph.nodes if n.op == "get_attr" and not n.users]:
+            graph.erase_node(node)  # not read in this forward
+    targets = [(n.op, str(n.target)) for graph in graphs for n in graph.nodes if n.op in ("call_module", "get_attr")]
+    lifted = any(op == "get_attr" and not _resolves(owner, target) for op, target in targets)
+    named = all(is_path(target) for _, target in targets)
+    return (graphs[0], graphs[1]) if named and not lifted else None
+
+
+def _at_defaults(original: type[nn.Module]) -> type[nn.Module]:
+    """A class whose forward takes one input, and calls the original's, below its decorators, with its defaults."""
+    inner = inspect.unwrap(original.forward)
+    others = list(inspect.signature(inner).parameters.values())[2:]
+    needed = [p.name for p in others if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+
+    def forward(self: nn.Module, x: Any) -> Any:
+        return inner(self, x, *(x.tracer.create_proxy("placeholder", name, (), {}) for name in needed))
+
+    return type(original.__name__, (original,), {"forward": forward})
+
+
+def _stand_in(owner: nn.Module, original: type[nn.Module], *, training: bool) -> nn.Module:
+    """The owner as it was before: its class, its attributes and children, and no router. The flag alone is set."""
+    module: nn.Module = object.__new__(original)
+    children = {k: m for k, m in owner._modules.items() if not isinstance(m, Router)}
+    module.__dict__.update({**owner.__dict__, "_modules": children, "training": training})
+    return module
+
+
+def _resolves(owner: nn.Module, path: str) -> bool:
+    """Not for a tensor that the forward makes out of nothing: the tracer hangs it on the module for a while."""
+    try:
+        operator.attrgetter(path)(owner)
+    except AttributeError:
+        return False
+    return True
+
+
+def is_replaced(module: nn.Module) -> bool:
+    """Whether this instance runs another forward than its class's, and than the one that transform traced."""
+    found = module.__dict__.get("forward")
+    if is_guard(found):
+        return module.__dict__["_lte_forward"] is not module.__dict__.get("_lte_traced", found)
+    return found is not None and not is_own(module, found)
+
+
+def is_own(module: nn.Module, forward: Any) -> bool:
+    """The class's own forward, bound: what accelerate leaves on an instance when it takes its hooks away."""
+    function = getattr(forward, "__func__", None)
+    own = (type(module).forward, getattr(type(module), "_lte_original", type(module)).forward)
+    return forward.__self__ is module if function in own or hasattr(function, "_lte_generated") else False
+
+
+def is_guard(forward: Any) -> bool:
+    return hasattr(getattr(forward, "__func__", None), "_lte_guard")
