@@ -10,8 +10,8 @@ from torch import nn
 from ltepass import registration
 from ltepass.config import LTEConfig
 from ltepass.errors import AlreadyTransformedError, MetaWeightsError
-from ltepass.passes import transform_passes
-from ltepass.passes.graph.pipeline import Job, run_passes
+from ltepass.passes import TRANSFORM
+from ltepass.passes.graph.pipeline import TransformJob, run_passes
 from ltepass.passes.insert.remove_routers import remove_routers
 from ltepass.routed.sites import require_state, require_whole, routers_of, state_of, unwrapped
 from ltepass.routed.undo import all_or_nothing, verb
@@ -52,8 +52,8 @@ def _transform(model: nn.Module, example_inputs: Any, config: LTEConfig, calibra
         raise MetaWeightsError(
             "calibration was given and the model is on the meta device; expected real weights; load them first"
         )
-    job = Job(model=model, config=config, example_inputs=example_inputs)
-    run_passes(transform_passes(has_calibration=calibration is not None), job)
+    has = calibration is not None
+    run_passes(TRANSFORM, TransformJob(model, config, example_inputs, has_calibration=has))
     registration.attach(model)
     if calibration is not None:
         from ltepass.calibration.calibrate import calibrate

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from ltepass.passes.capture.capture_graphs import CaptureGraphs
 from ltepass.passes.find.find_ffn import FindFFN
-from ltepass.passes.graph.pipeline import Pass
+from ltepass.passes.graph.pipeline import Pass, TransformJob
 from ltepass.passes.group.group_neurons import GroupNeurons
 from ltepass.passes.insert.insert_routers import InsertRouters
+from ltepass.passes.lower.backend import BACKEND as BACKEND
 
-
-def transform_passes(*, has_calibration: bool = False) -> tuple[Pass, ...]:
-    """What `ltepass.transform` runs, read top to bottom. The last two change the model; all checks come before."""
-    return (
-        CaptureGraphs(),
-        FindFFN(),
-        GroupNeurons(has_calibration=has_calibration),
-        InsertRouters(),
-    )
+# What `ltepass.transform` runs. The last two change the model; all checks come before.
+TRANSFORM: tuple[Pass[TransformJob], ...] = (
+    CaptureGraphs(),
+    FindFFN(),
+    GroupNeurons(),
+    InsertRouters(),
+)

@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ltepass import registration
 from ltepass.config import LTEConfig
 from ltepass.errors import CaptureError, LoweringError, NoFFNFoundError
-from ltepass.passes import transform_passes
-from ltepass.passes.graph.pipeline import Job, run_passes
+from ltepass.passes import TRANSFORM
+from ltepass.passes.graph.pipeline import TransformJob, run_passes
 from ltepass.routed.sites import Refusal, require_state, routers_of
 
 TOLERANCE = 1e-5  # relative to the largest output value, fp32
@@ -142,9 +142,10 @@ def _refused(refusals: Iterable[Refusal]) -> str:
 def _transformed(row: Row, example: Example) -> Row:
     """What `ltepass.transform` does, keeping the job, which knows the graphs."""
     model, expected = example.model, named_downs(example.model)
-    job = Job(model=model, config=LTEConfig(group_size=GROUP_SIZE, grouping="random"), example_inputs=example.traced)
+    config = LTEConfig(group_size=GROUP_SIZE, grouping="random")
+    job = TransformJob(model, config, example.traced)
     try:
-        run_passes(transform_passes(), job)
+        run_passes(TRANSFORM, job)
         status = "ok"
     except CaptureError as e:
         return replace(row, status="capture", detail=str(e)[:300], unfound=" ".join(sorted(expected)))

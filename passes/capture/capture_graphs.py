@@ -11,15 +11,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ltepass.passes.capture.parts import capture_all
-from ltepass.passes.graph.pipeline import Job
+from ltepass.passes.graph.pipeline import Tier, TransformJob
 from ltepass.routed.sites import Refusal
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptureGraphs:
     name: str = "capture"
+    tier: Tier = "exact"
+    skippable: bool = False
 
-    def __call__(self, job: Job) -> str:
+    def __call__(self, job: TransformJob) -> str:
         captures = capture_all(job.model, job.example_inputs)
         job.captured = captures.graphs
         job.refusals += [

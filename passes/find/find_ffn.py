@@ -22,7 +22,7 @@ from ltepass.passes.find.moe_stacks import ExpertStack, find_experts
 from ltepass.passes.find.owner import place
 from ltepass.passes.graph.captured import Captured
 from ltepass.passes.graph.flow import consumers, is_movement, op_name, strip_identity
-from ltepass.passes.graph.pipeline import Job
+from ltepass.passes.graph.pipeline import Tier, TransformJob
 from ltepass.routed.sites import FFNSite, NeuronRows, Refusal
 
 TARGET_GROUP = 32  # the paper's group size
@@ -31,8 +31,10 @@ TARGET_GROUP = 32  # the paper's group size
 @dataclass(frozen=True, kw_only=True)
 class FindFFN:
     name: str = "find_ffn"
+    tier: Tier = "exact"
+    skippable: bool = False
 
-    def __call__(self, job: Job) -> str:
+    def __call__(self, job: TransformJob) -> str:
         found: list[Found] = []
         for captured in job.captured:
             here, refusals = find_in(job.model, captured)

@@ -14,26 +14,25 @@ from dataclasses import dataclass
 from torch import nn
 
 from ltepass.errors import CalibrationError, MetaWeightsError
-from ltepass.passes.graph.pipeline import Job
+from ltepass.passes.graph.pipeline import Tier, TransformJob
 from ltepass.passes.group.methods import DATA_DRIVEN, permute_site, site_permutation
 from ltepass.routed.sites import FFNSite
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupNeurons:
-    """has_calibration: batches follow, so methods that use data may wait for them."""
-
-    has_calibration: bool = False
     name: str = "group_neurons"
+    tier: Tier = "rounding"
+    skippable: bool = True
 
-    def __call__(self, job: Job) -> str:
+    def __call__(self, job: TransformJob) -> str:
         method = job.config.grouping
-        if method in DATA_DRIVEN and not self.has_calibration:
+        if method in DATA_DRIVEN and not job.has_calibration:
             raise CalibrationError(
                 f"grouping {method!r} needs activations and no calibration was given; expected transform(..., "
                 'calibration=batches); pass batches, or choose "kmeans" or "identity"'
             )
-        waits = self.has_calibration and method == "kmeans"  # which is better with data
+        waits = job.has_calibration and method == "kmeans"  # which is better with data
         if waits or method in (*DATA_DRIVEN, "auto", "identity"):
             return "unchanged"
         check_real_weights(job.model, job.sites, f"grouping {method!r}")

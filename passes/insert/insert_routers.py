@@ -25,7 +25,7 @@ from ltepass.config import LTEConfig
 from ltepass.errors import CheckpointError
 from ltepass.passes.capture.owner_forward import trace_owner
 from ltepass.passes.find.near_miss import breadth_first
-from ltepass.passes.graph.pipeline import Job
+from ltepass.passes.graph.pipeline import Tier, TransformJob
 from ltepass.passes.insert.forwards import forwards_of, regenerate
 from ltepass.passes.insert.guarding import remember, watch
 from ltepass.passes.insert.hooks import InlineSite, attach
@@ -37,8 +37,10 @@ from ltepass.routed.sites import FFNSite, LTEState, set_state
 @dataclass(frozen=True, kw_only=True)
 class InsertRouters:
     name: str = "insert_routers"
+    tier: Tier = "exact"
+    skippable: bool = False
 
-    def __call__(self, job: Job) -> str:
+    def __call__(self, job: TransformJob) -> str:
         insert_routers(job.model, job.sites, job.config)
         for site in job.sites:
             if site.name in job.permutations:

@@ -21,11 +21,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ltepass.kernels import routed_ffn  # registers the op that the pass emits
 from ltepass.kernels.gpu import tuning
 from ltepass.passes.graph.flow import is_gate
+from ltepass.passes.graph.pipeline import GraphJob, Pass, run_passes
 from ltepass.passes.lower.graph_regions import LowerRoutedFFN, holds_ffn, router_path
 from ltepass.routed.router import Router as Router  # registers ltepass::gate, whose name graphs carry
 
 log = logging.getLogger("ltepass")
 
+
+BACKEND: tuple[Pass[GraphJob], ...] = (LowerRoutedFFN(),)
 
 _warned: Any = WeakIdKeyDictionary()  # the first weight of each graph that a warning was about, while it lives
 
@@ -45,23 +48,23 @@ def lte(
     from torch._inductor.compile_fx import compile_fx
 
     gates = [n for n in gm.graph.nodes if is_gate(n)]
-    lowered, notes = 0, dict[str, str]()
+    job = GraphJob(gm)
     if gates and not _trains(example_inputs):
-        lowered, notes = LowerRoutedFFN()(gm)
+        run_passes(BACKEND, job)
     elif gates:
-        notes = {router_path(n): "the graph is traced with gradients" for n in gates}
+        job.notes = {router_path(n): "the graph is traced with gradients" for n in gates}
         _warn_of_gradients(gates, example_inputs)
     elif not _holds_op(gm) and holds_ffn(gm):
         _warn_of_no_gate(example_inputs)
     if kept is not None:
-        for path, reason in notes.items():
+        for path, reason in job.notes.items():
             kept(path, reason)
-    lines = "".join(f"; {path}: {reason}" for path, reason in notes.items())
-    log.info("lte backend: %d gates, %d lowered%s", len(gates), lowered, lines)
+    lines = "".join(f"; {path}: {reason}" for path, reason in job.notes.items())
+    log.info("lte backend: %d gates, %d lowered%s", len(gates), job.lowered, lines)
     with tuning.assume_density(_density(example_inputs)):
         compiled: Any = compile_fx(gm, example_inputs, config_patches=_patches(mode, options))
     on_cpu = all(t.device.type == "cpu" for t in example_inputs if isinstance(t, Tensor))
-    return _below_autograd(compiled) if lowered and on_cpu else compiled
+    return _below_autograd(compiled) if job.lowered and on_cpu else compiled
 
 
 def _below_autograd(compiled: Callable[..., Any]) -> Callable[..., Any]:

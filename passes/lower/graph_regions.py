@@ -31,30 +31,34 @@ from ltepass.passes.graph.flow import (
     strip_views,
     value,
 )
+from ltepass.passes.graph.pipeline import GraphJob, Tier
 
 
 @dataclass(frozen=True, kw_only=True)
 class LowerRoutedFFN:
     name: str = "lower_routed_ffn"
+    tier: Tier = "rounding"
+    skippable: bool = True
 
-    def __call__(self, gm: GraphModule) -> tuple[int, dict[str, str]]:
-        """(number of regions lowered, for each gate left masked-dense the path of its router and the reason)."""
+    def __call__(self, job: GraphJob) -> str:
+        gm = job.gm
         flow = Flow(gm, _parameters(gm))
         matches = [match_down(flow, linear) for linear in map(flow.linear, list(flow.nodes())) if linear is not None]
         regions = {m.gate_op: m for m in matches if isinstance(m, Region) and m.gate_op is not None}
         misses = {m.gate_op: m for m in matches if isinstance(m, Miss) and m.gate_op is not None}
-        notes, lowered = dict[str, str](), 0
-        for gate in [n for n in flow.nodes() if is_gate(n)]:
+        # From the last one: lowering replaces a region's result, which the next FFN may read as it is.
+        for gate in reversed([n for n in flow.nodes() if is_gate(n)]):
             region = regions.get(gate)
             if region is None:
                 miss = misses.get(gate)
-                notes[router_path(gate)] = miss.reason if miss else "no down projection reads the gate"
+                job.notes[router_path(gate)] = miss.reason if miss else "no down projection reads the gate"
                 continue
             reason = _lower(flow, region)
-            lowered += reason is None
-            notes |= {} if reason is None else {router_path(gate): reason}
+            job.lowered += reason is None
+            job.notes |= {} if reason is None else {router_path(gate): reason}
+        job.notes = dict(reversed(job.notes.items()))
         gm.recompile()
-        return lowered, notes
+        return f"{job.lowered} regions lowered" if job.lowered else "unchanged"
 
 
 def holds_ffn(gm: GraphModule) -> bool:

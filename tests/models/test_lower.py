@@ -14,7 +14,8 @@ from zoo import ALL, HF, CountOp, Graphs, ids, logits, transformed
 import ltepass
 from ltepass.errors import ConfigError, LoweredError, LoweringError
 from ltepass.kernels import reference
-from ltepass.passes.lower.graph_regions import LowerRoutedFFN
+from ltepass.passes import BACKEND
+from ltepass.passes.graph.pipeline import GraphJob, run_passes
 from ltepass.routed.sites import router_of, routers_of
 
 
@@ -124,7 +125,8 @@ def test_the_pass_alone_lowers_every_gate_of_dynamos_graph(name: str) -> None:
     model, results = transformed(name), []
 
     def lower_only(gm: torch.fx.GraphModule, example_inputs: list) -> Callable:
-        results.append(LowerRoutedFFN()(gm))
+        job = run_passes(BACKEND, GraphJob(gm))
+        results.append((job.lowered, job.notes))
         return gm.forward
 
     expected = logits(model)

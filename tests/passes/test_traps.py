@@ -32,13 +32,13 @@ import ltepass
 from ltepass.errors import NoFFNFoundError
 from ltepass.passes.capture.capture_graphs import CaptureGraphs
 from ltepass.passes.find.find_ffn import FindFFN
-from ltepass.passes.graph.pipeline import Job
+from ltepass.passes.graph.pipeline import TransformJob
 from ltepass.routed.sites import Refusal
 
 
 def refusals(model: nn.Module) -> list[Refusal]:
     """Refusals of a model in which nothing may be found."""
-    job = Job(model=model.eval(), config=ltepass.LTEConfig(), example_inputs=x_of())
+    job = TransformJob(model=model.eval(), config=ltepass.LTEConfig(), example_inputs=x_of())
     CaptureGraphs()(job)
     with pytest.raises(NoFFNFoundError) as error:
         FindFFN()(job)

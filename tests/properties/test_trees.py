@@ -16,7 +16,7 @@ from ltepass.errors import AlreadyTransformedError, LoweringError, NoFFNFoundErr
 from ltepass.passes.capture.capture_graphs import CaptureGraphs
 from ltepass.passes.find.find_ffn import FindFFN
 from ltepass.passes.graph.captured import Captured
-from ltepass.passes.graph.pipeline import Job
+from ltepass.passes.graph.pipeline import TransformJob
 from ltepass.routed.sites import router_of, routers_of
 
 X = torch.randn(2, 5, 10, generator=torch.Generator().manual_seed(0))
@@ -25,7 +25,7 @@ CONFIG = ltepass.LTEConfig(grouping="random")
 
 def found(model: nn.Module, graph: Captured | None = None) -> set[int]:
     """Addresses of the down weights of every site; nothing is changed."""
-    job = Job(model=model, config=CONFIG, example_inputs=(X,))
+    job = TransformJob(model=model, config=CONFIG, example_inputs=(X,))
     if graph is None:
         CaptureGraphs()(job)
     else:
