@@ -17,7 +17,7 @@ from ltepass.version import __version__
 
 if TYPE_CHECKING:
     from ltepass.api import remove, transform
-    from ltepass.calibration.calibrate import calibrate
+    from ltepass.calibration.initialise import calibrate
     from ltepass.config import LTEConfig
     from ltepass.measure.sparsity import measure_sparsity
     from ltepass.passes.lower.modules import lower, unlower
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "transform": "ltepass.api",
     "remove": "ltepass.api",
-    "calibrate": "ltepass.calibration.calibrate",
+    "calibrate": "ltepass.calibration.initialise",
     "LTEConfig": "ltepass.config",
     "set_hidden_sparsity": "ltepass.sparsity.cuts",
     "set_input_sparsity": "ltepass.sparsity.cuts",

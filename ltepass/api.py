@@ -56,7 +56,7 @@ def _transform(model: nn.Module, example_inputs: Any, config: LTEConfig, calibra
     run_passes(TRANSFORM, TransformJob(model, config, example_inputs, has_calibration=has))
     registration.attach(model)
     if calibration is not None:
-        from ltepass.calibration.calibrate import calibrate
+        from ltepass.calibration.initialise import calibrate
 
         calibrate(model, calibration)
 

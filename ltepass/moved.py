@@ -60,7 +60,7 @@ MOVED = {
     "ltepass.selfcheck": "ltepass.passes.insert.selfcheck",
     "ltepass.straight": "ltepass.passes.capture.straight",
     "ltepass.compiled": "ltepass.passes.lower.compiled",
-    "ltepass.lowerable": "ltepass.passes.lower.lowerable",
+    "ltepass.lowerable": "ltepass.passes.lower.why_not",
     "ltepass.lowering": "ltepass.passes.lower.modules",
     "ltepass.passes.lower_routed_ffn": "ltepass.passes.lower.graph_regions",
     "ltepass.stubs": "ltepass.passes.lower.stubs",
@@ -87,7 +87,7 @@ MOVED = {
 
 # Modules whose names are folders now: where what they held lies.
 HELD = {
-    "ltepass.calibration": ("ltepass.calibration.calibrate",),
+    "ltepass.calibration": ("ltepass.calibration.initialise",),
     "ltepass.saving": ("ltepass.saving.modules",),
     "ltepass.serving": ("ltepass.serving.middleware",),
     "ltepass.sparsity": (

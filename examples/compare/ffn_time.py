@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from examples.bench import ways
 from examples.bench.ways import Shape, Weights
-from ltepass.measure.timing import Contender, copies_needed, interleaved, machine
+from ltepass.measure.machine import machine
+from ltepass.measure.timing import Contender, copies_needed, interleaved
 
 SPARSITIES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 FIELDS = "way d_model d_ff group_size dtype threads sparsity median_ms p20_ms p80_ms repeats machine torch".split()

@@ -46,7 +46,7 @@ from study import (
 
 import ltepass
 from ltepass.calibration.warm_start import warm_start
-from ltepass.measure import timing
+from ltepass.measure.machine import machine as cpu_line
 from ltepass.training.stages import settle
 
 SAMPLE_TOKENS = 16_384  # of training text, kept for the rules
@@ -275,7 +275,7 @@ class Frontier(Workshop):
 def machine() -> str:
     if torch.cuda.is_available():
         return str(torch.cuda.get_device_name())
-    return f"{timing.machine()}, {torch.get_num_threads()} thread(s)"
+    return f"{cpu_line()}, {torch.get_num_threads()} thread(s)"
 
 
 def finish(rows: Rows, results: Path) -> None:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from ltepass.config import check_sparsity
 from ltepass.errors import ConfigError
+from ltepass.measure.machine import facts
 
 MODELS = ("smollm2", "tiny")
 
@@ -41,7 +39,7 @@ class Folder:
     def __init__(self, path: Path, options: DemoOptions, *, fresh: bool = False) -> None:
         self.path = path
         self.file = path / "results.json"
-        self.results: dict[str, Any] = {"options": asdict(options), "machine": machine(), "stages": {}}
+        self.results: dict[str, Any] = {"options": asdict(options), "machine": facts(), "stages": {}}
         path.mkdir(parents=True, exist_ok=True)
         if self.file.exists() and not fresh:
             saved = json.loads(self.file.read_text())
@@ -70,25 +68,3 @@ class Folder:
         scratch = self.file.with_suffix(".tmp")
         scratch.write_text(json.dumps(self.results, indent=2) + "\n")
         os.replace(scratch, self.file)
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    return {
-        "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "isa": torch.backends.cpu.get_cpu_capability(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "system": platform.platform(terse=True),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ltepass.measure.timing import machine
+from ltepass.measure.machine import machine
 
 
 @dataclass(frozen=True, kw_only=True)

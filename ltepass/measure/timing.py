@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import platform
 import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
@@ -117,13 +115,3 @@ def gemm_rate(size: int = 2048, repeats: int = 5) -> float:
         torch.mm(a, a)
         seconds.append(time.perf_counter() - t0)
     return 2 * size**3 / sorted(seconds)[repeats // 2]
-
-
-def machine() -> str:
-    """CPU name and core count, as /proc/cpuinfo tells it."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = (line for line in cpuinfo.read_text().splitlines() if line.startswith("model name"))
-        name = next((line.split(":", 1)[1].strip() for line in lines), name)
-    return f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"

@@ -18,7 +18,7 @@ from ltepass.routed.sites import FFNSite, require_state, require_trained, router
 from ltepass.routed.undo import keep, verb
 from ltepass.routed.watching import mode_of, on_logits, run_batches
 
-BELOW = 2.0  # the least calibration logit, for a bias that leaves every expert active
+BIAS_MARGIN = 2.0  # below the least calibration logit, for a bias that leaves every expert active
 TABLE_TOKENS = 8192  # of which a site's table is made: a share is then off by half a point over sqrt(n_experts)
 SHARED_POINTS = 4096  # values that stand for one site's logits where sites share a threshold
 
@@ -38,8 +38,8 @@ def set_sparsity(model: nn.Module, sparsity: float) -> None:
             "the model has no calibrated sparsity table; set_sparsity expects one; call "
             "ltepass.calibrate(model, batches)"
         )
-    for site, cut in zip(state.sites, cuts_at(model, sparsity), strict=True):
-        router_of(model, site).threshold.copy_(cut)
+    for site, threshold in zip(state.sites, thresholds_at(model, sparsity), strict=True):
+        router_of(model, site).threshold.copy_(threshold)
     remember_densities(model)
 
 
@@ -49,13 +49,13 @@ def is_calibrated(model: nn.Module) -> bool:
     return not any(bool(router_of(model, s).quantiles.isnan().any()) for s in sites)
 
 
-def cuts_at(model: nn.Module, sparsity: float) -> list[Tensor]:
+def thresholds_at(model: nn.Module, sparsity: float) -> list[Tensor]:
     """By site: the logit that `sparsity` puts the threshold at, from the tables and the config's budget."""
-    state = require_state(model, "cuts_at")
+    state = require_state(model, "thresholds_at")
     tables = [router_of(model, s).quantiles for s in state.sites]
     if state.config["budget"] == "model":
-        cut = shared_cut(tables, sparsity)
-        return [cut.to(table.device) for table in tables]
+        shared = shared_threshold(tables, sparsity)
+        return [shared.to(table.device) for table in tables]
     return [interpolate(table, sparsity) for table in tables]
 
 
@@ -98,15 +98,15 @@ def table_of(logits: Tensor) -> Tensor:
     return quantiles(logits.flatten(), torch.linspace(0.0, 1.0, N_QUANTILES, dtype=torch.float32, device=logits.device))
 
 
-def place_threshold(router: Router, table: Tensor, cut: Tensor) -> None:
-    """Take over a new table of logits; the bias moves, so that a threshold at `cut` is logit(tau), as in the paper."""
+def place_threshold(router: Router, table: Tensor, threshold: Tensor) -> None:
+    """Take over a new table of logits; the bias moves, so that this threshold is logit(tau), as in the paper."""
     with torch.no_grad():
         if router.bias is None:
             router.quantiles.copy_(table)
-            router.threshold.copy_(cut)
+            router.threshold.copy_(threshold)
             return
         keep(router.bias)
-        shift = logit(router.tau) - cut
+        shift = logit(router.tau) - threshold
         router.bias.add_(shift)
         router.quantiles.copy_(table + shift)
         router.threshold.fill_(logit(router.tau))
@@ -119,16 +119,16 @@ def move_biases(model: nn.Module, sparsity: float) -> None:
     """
     state = require_state(model, "move_biases")
     routers = [router_of(model, site) for site in state.sites]
-    cuts = cuts_at(model, sparsity)
+    thresholds = thresholds_at(model, sparsity)
     if sparsity == 0.0 and all(router.bias is not None for router in routers):
         least = [router.quantiles[0] for router in routers]
         shared = min(map(float, least)) if state.config["budget"] == "model" else math.inf
-        cuts = [one.clamp_max(shared) - BELOW for one in least]
-    for router, cut in zip(routers, cuts, strict=True):
-        place_threshold(router, router.quantiles, cut)
+        thresholds = [one.clamp_max(shared) - BIAS_MARGIN for one in least]
+    for router, threshold in zip(routers, thresholds, strict=True):
+        place_threshold(router, router.quantiles, threshold)
 
 
-def shared_cut(tables: Sequence[Tensor], sparsity: float) -> Tensor:
+def shared_threshold(tables: Sequence[Tensor], sparsity: float) -> Tensor:
     """The logit below which this share of all sites' experts lies; each site counts alike. tables: [101] each."""
     device = tables[0].device
     if sparsity == 0.0:

@@ -32,6 +32,7 @@ from ltepass.passes.graph.flow import (
     value,
 )
 from ltepass.passes.graph.pipeline import GraphJob, Tier
+from ltepass.passes.lower.why_not import SMALL_INPUTS_ON_GPU, also_scales, unknown_activation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,13 +145,14 @@ def _why_not(region: Region, router: Linear | None, soft: bool) -> str | None:
     if is_input_cut(source):
         source = strip_views(source.args[0])  # type: ignore[arg-type]
         if value(x).device.type != "cpu":
-            return "small inputs are left out, which no GPU kernel does"
+            return SMALL_INPUTS_ON_GPU
     if soft:
         return "a soft gate: every expert is active"
     if not region.lowerable:
-        return f"no kernel knows its activation {region.activation}"
-    if any(r not in standard for r in region.neurons):
-        return "another parameter scales its neurons"
+        return unknown_activation(region.activation)
+    extra = [r.leaf.name for r in region.neurons if r not in standard]
+    if extra:
+        return also_scales(extra[0])
     if router is None or router.out_dim != 0 or strip_views(router.x) is not source:
         return "the gate's scores are no linear of the FFN's input"
     if region.x is not strip_views(x) or value(region.x).dtype != value(x).dtype:

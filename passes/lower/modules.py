@@ -28,7 +28,8 @@ from ltepass.passes.insert.guarding import check_forwards
 from ltepass.passes.insert.hooks import SparseDown, attach
 from ltepass.passes.insert.insert_routers import inline_site, insert_gates, relative
 from ltepass.passes.lower.compiled import compile_model, uncompile_model
-from ltepass.passes.lower.lowerable import (
+from ltepass.passes.lower.stubs import Stub, one_token_will_do
+from ltepass.passes.lower.why_not import (
     GLOBAL_HOOK,
     bypassed_code,
     idle,
@@ -42,7 +43,6 @@ from ltepass.passes.lower.lowerable import (
     why_not_alone,
     with_inner,
 )
-from ltepass.passes.lower.stubs import Stub, one_token_will_do
 from ltepass.routed.router import Router, applied
 from ltepass.routed.router import gate as gate_call
 from ltepass.routed.sites import (

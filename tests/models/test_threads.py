@@ -21,7 +21,7 @@ from torch import nn
 from zoo import build, ids, logits, transformed
 
 import ltepass
-from ltepass.calibration.calibrate import fit_energies
+from ltepass.calibration.initialise import fit_energies
 from ltepass.errors import ConcurrencyError
 from ltepass.passes.capture import owner_forward
 from ltepass.passes.insert import forwards

@@ -16,8 +16,8 @@ sys.path.append(str(Path(__file__).parents[1] / "training"))
 from padded import FAMILIES, padded, same, sequences, started, whole
 
 import ltepass
-from ltepass.calibration.calibrate import fit_energies
 from ltepass.calibration.energy import down_energy
+from ltepass.calibration.initialise import fit_energies
 from ltepass.measure.sparsity import measure_union
 from ltepass.routed.sites import router_of
 from ltepass.sparsity.thresholds import update_table

@@ -17,7 +17,7 @@ from torch.nn import functional as F  # noqa: N812 -- the name everybody uses
 from transformers import AutoModelForCausalLM
 
 import ltepass
-from ltepass.calibration import calibrate
+from ltepass.calibration import initialise
 from ltepass.calibration.sensitivity import loss_sensitivity
 from ltepass.calibration.warm_start import warm_start
 from ltepass.errors import CalibrationError, ConfigError
@@ -166,7 +166,7 @@ def test_routers_start_from_what_the_loss_hears() -> None:
 def test_sites_compare_by_their_log_cost_whichever_inputs_they_are_fitted_to(monkeypatch: pytest.MonkeyPatch) -> None:
     """Mean logits on the inputs of the last fit differ between sites by the scale times the log cost, and no more."""
     last: list[Any] = []
-    fit = calibrate.fit_energies
+    fit = initialise.fit_energies
 
     def keep(model: Any, batches: Any, weights: Any, mode: Any) -> Any:
         before = copy.deepcopy(model)
@@ -180,8 +180,8 @@ def test_sites_compare_by_their_log_cost_whichever_inputs_they_are_fitted_to(mon
         costs.update(loss_sensitivity(model, batches))
         return costs
 
-    monkeypatch.setattr(calibrate, "fit_energies", keep)
-    monkeypatch.setattr(calibrate, "loss_sensitivity", keep_costs)
+    monkeypatch.setattr(initialise, "fit_energies", keep)
+    monkeypatch.setattr(initialise, "loss_sensitivity", keep_costs)
     model, batches = dense_model(layers=6), tokens(200).split(25)
     with torch.no_grad():
         for layer in model.model.layers:

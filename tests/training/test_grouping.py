@@ -13,7 +13,7 @@ from learning_cases import assert_same, calibrated, dense_model, router_inputs, 
 from torch import Tensor
 
 import ltepass
-from ltepass.calibration import calibrate
+from ltepass.calibration import initialise
 from ltepass.calibration.energy import down_energy, expert_energy, log_energy
 from ltepass.calibration.ridge import RIDGE, RidgeSums
 from ltepass.errors import CalibrationError, ConfigError
@@ -233,13 +233,13 @@ def test_routers_are_fitted_on_every_token_that_the_model_gives_them(
 ) -> None:
     """By hand, from the model as it was before the last fit, in the mode that was asked for."""
     before: list[tuple[Any, str]] = []
-    fit = calibrate.fit_energies
+    fit = initialise.fit_energies
 
     def keep(model: Any, batches: Any, weights: Any, mode: Any) -> Any:
         before.append((copy.deepcopy(model), mode))
         return fit(model, batches, weights, mode)
 
-    monkeypatch.setattr(calibrate, "fit_energies", keep)
+    monkeypatch.setattr(initialise, "fit_energies", keep)
     batches = [tokens(8, seed=s) for s in range(4)]
     model = transformed(0.8)
     ltepass.calibrate(model, batches, inputs=inputs)

@@ -12,8 +12,8 @@ from transformers import BioGptConfig, BioGptForSequenceClassification, LlamaCon
 from transformers.models.gemma4 import Gemma4ForCausalLM, Gemma4TextConfig
 
 import ltepass
-from ltepass.calibration import calibrate
-from ltepass.calibration.calibrate import every
+from ltepass.calibration import initialise
+from ltepass.calibration.initialise import every
 from ltepass.errors import CalibrationError, ConfigError, LoweredError, NotTransformedError
 from ltepass.routed.samples import SomeRows
 from ltepass.routed.sites import router_of, routers_of
@@ -95,7 +95,7 @@ def test_a_start_from_hard_inputs_places_thresholds_before_and_after_its_second_
 ) -> None:
     """By hand: where the last table was taken, the routers leave the target share out."""
     steps: list[Any] = []
-    table, fit = calibrate.update_table, calibrate.fit_energies
+    table, fit = initialise.update_table, initialise.fit_energies
 
     def keep_table(m: Any, batches: Any) -> None:
         steps.append((copy.deepcopy(m), batches))
@@ -105,8 +105,8 @@ def test_a_start_from_hard_inputs_places_thresholds_before_and_after_its_second_
         steps.append((mode, len(batches)))
         return fit(m, batches, weights, mode)
 
-    monkeypatch.setattr(calibrate, "update_table", keep_table)
-    monkeypatch.setattr(calibrate, "fit_energies", keep_fit)
+    monkeypatch.setattr(initialise, "update_table", keep_table)
+    monkeypatch.setattr(initialise, "fit_energies", keep_fit)
     m = model(calibrated=False, target_sparsity=0.9)
     ltepass.calibrate(m, [ids(seed) for seed in range(17)], inputs="hard")
     (first, (_, settling), second, _, (before, batches)) = steps
@@ -142,7 +142,7 @@ def test_what_needs_few_tokens_gets_some_from_everywhere() -> None:
 def test_a_start_with_groups_in_place_takes_no_pass_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
     m = model()
     before = [r.permutation.clone() for r in routers_of(m)]
-    monkeypatch.setattr(calibrate, "collect", lambda *_: pytest.fail("sampled for groups that stay"))
+    monkeypatch.setattr(initialise, "collect", lambda *_: pytest.fail("sampled for groups that stay"))
     ltepass.calibrate(m, [ids(1), ids(2)])
     assert all(torch.equal(r.permutation, b) for r, b in zip(routers_of(m), before, strict=True))
     for budget in ("layer", "model"):

@@ -1,6 +1,8 @@
 """Which sites the op may stand for: what would not run then, and what the op does not read.
 
-Asked twice: before lowering, where the answer is a note; and at every call of a lowered site, where it is an error.
+What holds of a site holds of its region in Dynamo's graph too, and is said in the same words (`graph_regions.py`).
+Of a site it is asked twice: before lowering, where the answer is a note; and at every call of a lowered site, where it
+is an error.
 """
 
 from __future__ import annotations
@@ -20,17 +22,27 @@ from ltepass.passes.lower.stubs import Stub
 from ltepass.routed.router import gate
 from ltepass.routed.sites import FFNSite, router_of
 
+SMALL_INPUTS_ON_GPU = "small inputs are left out, which no GPU kernel does"
+
+
+def unknown_activation(activation: str) -> str:
+    return f"no kernel knows its activation {activation}"
+
+
+def also_scales(parameter: str) -> str:
+    return f"{parameter} also scales its neurons"
+
 
 def why_not(model: nn.Module, site: FFNSite) -> str | None:
     """Why a site stays masked-dense, or None where the op computes just what the site computes."""
     if site.activation.startswith("custom"):
-        return f"no kernel knows its activation {site.activation}"
+        return unknown_activation(site.activation)
     rows = {site.up_rows, site.gate_rows, site.up_bias, site.gate_bias, site.down_rows}
     if router_of(model, site).input_cut is not None and router_of(model, site).weight.is_cuda:
-        return "small inputs are left out, which no GPU kernel does"
+        return SMALL_INPUTS_ON_GPU
     extra = [r.param for r in site.neurons if r not in rows]
     if extra:
-        return f"{extra[0]} also scales its neurons"
+        return also_scales(extra[0])
     for rows_of, path in ((site.up_bias, site.up), (site.gate_bias, site.gate)):
         if rows_of is None or path is None or site.kind == "graph":
             continue

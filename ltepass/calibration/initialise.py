@@ -40,9 +40,10 @@ from ltepass.sparsity.thresholds import is_calibrated, move_biases, table_of, up
 
 Inputs = Literal["dense", "hard"]
 T = TypeVar("T")
-LOG_LEAST = 70.0  # of an offset: an FFN that the output does not hear has none
-FIRST, FEW = 4, 8  # every so manieth batch: for a fit that only leads to the next, and for thresholds and costs
-FEWEST_TOKENS = 512  # of these, where the batches hold as many
+MAX_LOG_OFFSET = 70.0  # of an offset: an FFN that the output does not hear has none
+FIRST_FIT_STRIDE = 4  # every fourth batch, for a fit that only leads to the next
+THRESHOLD_STRIDE = 8  # every eighth, for thresholds and costs
+MIN_TOKENS = 512  # of either, where the batches hold as many
 LOGIT_STD = 2.0  # spread of the starting logits: a quarter of the scores lie within 0.15 of tau, off the pole
 
 
@@ -74,7 +75,7 @@ def calibrate(
         raise MetaWeightsError("calibration needs real weights and the model is on the meta device; load them first")
     batches = list(batches)
     group_by(model, batches, grouping)
-    start_routers(model, batches, inputs)
+    initialise_routers(model, batches, inputs)
     place_cuts(model, batches)
 
 
@@ -96,7 +97,7 @@ def group_by(model: nn.Module, batches: Sequence[Any], grouping: str | None) -> 
     state.grouping = method
 
 
-def start_routers(model: nn.Module, batches: Sequence[Any], inputs: Inputs) -> None:
+def initialise_routers(model: nn.Module, batches: Sequence[Any], inputs: Inputs) -> None:
     """Routers that predict log energy, times a scale, with their thresholds at the target; fills the table.
 
     With budget "model" sites compete: they get one scale and one threshold, and a site's mean logit stands for its log
@@ -107,7 +108,7 @@ def start_routers(model: nn.Module, batches: Sequence[Any], inputs: Inputs) -> N
     target = state.config["target_sparsity"]
     log_costs: dict[str, float] | None = None
     if state.config["budget"] == "model":
-        found = _on_every(FEW, batches, partial(loss_sensitivity, model))
+        found = _on_every(THRESHOLD_STRIDE, batches, partial(loss_sensitivity, model))
         weights = {name: s.neurons for name, s in found.items()}
         log_costs = {name: s.log_cost for name, s in found.items()}
     else:
@@ -116,22 +117,22 @@ def start_routers(model: nn.Module, batches: Sequence[Any], inputs: Inputs) -> N
     scales: dict[str, float] = {}
     passes: list[tuple[Mode, int, int]] = [("dense", 1, 0)]
     if adapts:  # thresholds of the last fit twice: the second sees the inputs that the moved thresholds make
-        passes = [("dense", FIRST, 1), ("hard", 1, 2)]
+        passes = [("dense", FIRST_FIT_STRIDE, 1), ("hard", 1, 2)]
     for mode, nth, meetings in passes:
         fits = _on_every(nth, batches, partial(fit_energies, model, weights=weights, mode=mode))
         scales = scales or _scales(fits, together=log_costs is not None)  # of the dense pass
         for name, fit in fits.items():
-            offset = 0.0 if log_costs is None else max(log_costs[name] - fit.mean_log, -LOG_LEAST)
+            offset = 0.0 if log_costs is None else max(log_costs[name] - fit.mean_log, -MAX_LOG_OFFSET)
             fits[name] = fit.scaled(scales[name], scales[name] * offset)
         _place(model, fits, target)
         for _ in range(meetings):
-            _meet(model, every(FEW, batches), target)
+            _recalibrate(model, every(THRESHOLD_STRIDE, batches), target)
 
 
 def every(nth: int, batches: Sequence[Any]) -> Sequence[Any]:
-    """Every nth of the batches, or more of them where those hold fewer than FEWEST_TOKENS."""
+    """Every nth of the batches, or more of them where those hold fewer than MIN_TOKENS."""
     parts = (batches[::step] for step in range(nth, 1, -1))
-    return next((some for some in parts if sum(map(tokens_in, some)) >= FEWEST_TOKENS), batches)
+    return next((some for some in parts if sum(map(tokens_in, some)) >= MIN_TOKENS), batches)
 
 
 def _on_every(nth: int, batches: Sequence[Any], run: Callable[[Sequence[Any]], dict[str, T]]) -> dict[str, T]:
@@ -216,7 +217,7 @@ def _place(model: nn.Module, fits: dict[str, _Fit], target: float) -> None:
     move_biases(model, target)
 
 
-def _meet(model: nn.Module, batches: Sequence[Any], target: float) -> None:
+def _recalibrate(model: nn.Module, batches: Sequence[Any], target: float) -> None:
     """Tables, and thresholds at the target, on the inputs that hard gates give the FFNs."""
     with mode_of(model, "hard"):
         update_table(model, batches)
