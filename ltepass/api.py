@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -13,6 +13,7 @@ from ltepass.errors import AlreadyTransformedError, MetaWeightsError
 from ltepass.passes import TRANSFORM
 from ltepass.passes.graph.pipeline import TransformJob, run_passes
 from ltepass.passes.insert.remove_routers import remove_routers
+from ltepass.routed.selection import Selection, Which
 from ltepass.routed.sites import require_state, require_whole, routers_of, state_of, unwrapped
 from ltepass.routed.undo import all_or_nothing, verb
 
@@ -22,6 +23,10 @@ def transform(
     example_inputs: Any = None,
     config: LTEConfig | None = None,
     calibration: Iterable[Any] | None = None,
+    *,
+    only: Which | None = None,
+    skip: Which | None = None,
+    per_site: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> nn.Module:
     """Find the FFNs of `model`, group their neurons and insert routers, in place; returns the model in dense mode.
 
@@ -29,20 +34,30 @@ def transform(
     example_inputs: tuple, dict or tensor that `model(...)` accepts; traced under fake tensors, never run.
     calibration: batches (dicts of model inputs, or token id tensors) for data-driven grouping, the router start and the
         sparsity table; the same as calling `ltepass.calibrate(model, calibration)` afterwards.
+    only, skip: which FFNs are gated: a site's name or a pattern ("model.layers.*.mlp"), several, or a function of the
+        FFNSite; what is left out stays dense, and the report says so.
+    per_site: settings of some sites, by name or pattern: {"model.layers.0.mlp": {"group_size": 16}}.
     What PEFT, DistributedDataParallel or torch.compile wrapped is transformed inside its wrapper.
-    Raises AlreadyTransformedError, CaptureError, NoFFNFoundError, GroupSizeError, MetaWeightsError, CalibrationError;
+    Raises AlreadyTransformedError, CaptureError, NoFFNFoundError, GroupSizeError, MetaWeightsError, CalibrationError,
+    ConfigError (a pattern that names no site, all left out, a setting that is none of a site's);
     the model is then as it was, as it is after Ctrl-C. Paper sections 4.1 and 4.2.
     """
-    root = unwrapped(model)
+    root, selection = unwrapped(model), Selection(only=only, skip=skip, per_site=per_site)
 
     def work() -> nn.Module:
-        _transform(root, example_inputs, config or LTEConfig(), calibration)
+        _transform(root, example_inputs, config or LTEConfig(), calibration, selection)
         return model
 
     return all_or_nothing(root, work)
 
 
-def _transform(model: nn.Module, example_inputs: Any, config: LTEConfig, calibration: Iterable[Any] | None) -> None:
+def _transform(
+    model: nn.Module,
+    example_inputs: Any,
+    config: LTEConfig,
+    calibration: Iterable[Any] | None,
+    selection: Selection,
+) -> None:
     require_whole(model, "transform")
     if state_of(model) is not None or any(routers_of(model)):
         raise AlreadyTransformedError(
@@ -53,7 +68,7 @@ def _transform(model: nn.Module, example_inputs: Any, config: LTEConfig, calibra
             "calibration was given and the model is on the meta device; expected real weights; load them first"
         )
     has = calibration is not None
-    run_passes(TRANSFORM, TransformJob(model, config, example_inputs, has_calibration=has))
+    run_passes(TRANSFORM, TransformJob(model, config, example_inputs, has_calibration=has, selection=selection))
     registration.attach(model)
     if calibration is not None:
         from ltepass.calibration.initialise import calibrate

@@ -23,7 +23,7 @@ from ltepass.passes.find.owner import place
 from ltepass.passes.graph.captured import Captured
 from ltepass.passes.graph.flow import consumers, is_movement, op_name, strip_identity
 from ltepass.passes.graph.pipeline import Tier, TransformJob
-from ltepass.routed.sites import FFNSite, NeuronRows, Refusal
+from ltepass.routed.sites import FFNSite, NeuronRows, Refusal, site_name
 
 TARGET_GROUP = 32  # the paper's group size
 
@@ -42,15 +42,18 @@ class FindFFN:
             job.refusals += refusals
         kept, tied = _without_ties(found, job.captured)
         job.refusals += tied
-        kept = _one_kind(kept)
-        job.sites = _name_routers(job.model, [_sized(s, job.config.group_size) for s in kept])
+        kept, left_out = job.selection.split(_named(_one_kind(kept)))
+        job.refusals += left_out
+        sizes = {s: job.selection.group_size(s, job.config.group_size, kept) for s in kept}
+        job.sites = _name_routers(job.model, [_sized(s, size) for s, size in sizes.items()])
         if not job.sites:
             lines = [f"  {r.module or '(root)'}: {r.check}: {r.reason}" for r in job.refusals]
             raise NoFFNFoundError(
                 f"no FFN site found in {type(job.model).__name__}; expected a linear that reads act(up(x)) or "
                 "act(gate(x)) * up(x); refusals:\n" + ("\n".join(lines) or "  (no candidate at all)")
             )
-        _check_group_size(job.sites, job.config.group_size)
+        for size in dict.fromkeys(sizes.values()):
+            _check_group_size([s for s, wanted in sizes.items() if wanted == size], size)
         return f"{len(job.sites)} sites, {len(job.refusals)} refusals"
 
 
@@ -189,16 +192,22 @@ def _check_group_size(sites: list[FFNSite], group_size: int | str) -> None:
         )
 
 
-def _name_routers(root: nn.Module, sites: list[FFNSite]) -> list[FFNSite]:
-    """A free attribute of the owner for each router: `router`, or `lte_router`, numbered where an owner has several."""
-    several = Counter(s.owner for s in sites)
-    seen: Counter[str] = Counter()
+def _named(sites: Iterable[FFNSite]) -> list[FFNSite]:
+    """With a number in the name where an owner has several sites."""
+    sites = list(sites)
+    several, seen, named = Counter(s.owner for s in sites), Counter[str](), []
+    for s in sites:
+        named.append(s if several[s.owner] == 1 else replace(s, name=site_name(s, str(seen[s.owner]))))
+        seen[s.owner] += 1
+    return named
+
+
+def _name_routers(root: nn.Module, sites: Iterable[FFNSite]) -> list[FFNSite]:
+    """A free attribute of the owner for each router: `router`, or `lte_router`, numbered as the site is."""
     named = []
     for s in sites:
         owner = root.get_submodule(s.owner)
         base = "lte_router" if hasattr(owner, "router") or isinstance(root, GraphModule) else "router"
-        name = base if several[s.owner] == 1 else f"{base}_{seen[s.owner]}"
-        unique = s.name if several[s.owner] == 1 else f"{s.owner}#{seen[s.owner]}".lstrip("#")
-        seen[s.owner] += 1
-        named.append(replace(s, router=".".join(p for p in (s.owner, name) if p), name=unique))
+        name = base if s.name == site_name(s, None) else f"{base}_{s.number}"
+        named.append(replace(s, router=".".join(p for p in (s.owner, name) if p)))
     return named

@@ -22,6 +22,7 @@ from ltepass.config import LTEConfig
 from ltepass.errors import ConfigError
 from ltepass.passes.graph.captured import Captured
 from ltepass.passes.graph.flow import op_name
+from ltepass.routed.selection import Selection
 from ltepass.routed.sites import FFNSite, Refusal
 from ltepass.routed.undo import all_or_nothing
 
@@ -75,6 +76,7 @@ class TransformJob:
     config: LTEConfig
     example_inputs: Any = None
     has_calibration: bool = False
+    selection: Selection = field(default_factory=Selection)
     captured: list[Captured] = field(default_factory=list)
     sites: list[FFNSite] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)

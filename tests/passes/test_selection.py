@@ -1,0 +1,174 @@
+"""Which FFNs are gated, and what differs from one to the next, as a user names them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import ltepass
+from ltepass.errors import ConfigError, GroupSizeError
+from ltepass.routed.sites import FFNSite, routers_of
+
+X = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+IDS = torch.arange(24).reshape(2, 12)
+MLP = "model.layers.{}.mlp"
+
+
+class Two(nn.Module):
+    """One owner of two FFNs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up0, self.down0 = nn.Linear(6, 24), nn.Linear(24, 6)
+        self.up1, self.down1 = nn.Linear(6, 24), nn.Linear(24, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.down0(torch.relu(self.up0(x)))
+        return x + self.down1(torch.relu(self.up1(x)))  # type: ignore[no-any-return]
+
+
+def llama() -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "intermediate_size": 60, "num_attention_heads": 3, "vocab_size": 61}
+    return hf.LlamaForCausalLM(hf.LlamaConfig(num_hidden_layers=3, **sizes)).eval()
+
+
+def t5() -> Any:
+    sizes = {"d_model": 24, "d_ff": 60, "d_kv": 6, "num_layers": 1, "num_heads": 4, "vocab_size": 61}
+    return hf.T5ForConditionalGeneration(hf.T5Config(**sizes, decoder_start_token_id=0)).eval()
+
+
+def graph() -> Any:
+    return torch.fx.symbolic_trace(nn.Sequential(Two(), Two()).eval())
+
+
+def names(model: nn.Module) -> list[str]:
+    return [site.name for site in ltepass.report(model).sites]
+
+
+def left_out(model: nn.Module) -> dict[str, str]:
+    return {r.module: r.reason for r in ltepass.report(model).refusals if r.check == "left out"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kept"),
+    [
+        ({"only": MLP.format(1)}, [1]),
+        ({"only": "model.layers.*.mlp", "skip": [MLP.format(0)]}, [1, 2]),
+        ({"skip": lambda site: site.name.endswith("2.mlp")}, [0, 1]),
+        ({"only": (MLP.format(2), "*.0.*")}, [0, 2]),
+        ({"only": lambda site: "1" in site.owner, "skip": MLP.format(0)}, [1]),
+        ({}, [0, 1, 2]),
+    ],
+)
+def test_what_is_left_out_stays_dense_and_is_reported(arguments: dict[str, Any], kept: list[int]) -> None:
+    model, dense = llama(), llama()
+    ltepass.transform(model, config=ltepass.LTEConfig(group_size=12, grouping="random"), **arguments)
+    assert names(model) == [MLP.format(i) for i in kept]
+    assert set(left_out(model)) == {MLP.format(i) for i in range(3) if i not in kept}
+    assert torch.allclose(model(IDS).logits, dense(IDS).logits, atol=1e-5)
+    ltepass.set_mode(model, "hard")
+    for i in range(3):
+        mlp = model.model.layers[i].mlp
+        assert any(routers_of(mlp)) == (i in kept)
+        if i not in kept:
+            assert torch.equal(mlp.up_proj.weight, dense.model.layers[i].mlp.up_proj.weight), "no neuron moved"
+            assert type(mlp) is type(dense.model.layers[i].mlp)
+
+
+@pytest.mark.parametrize(
+    ("make", "inputs", "only", "kept"),
+    [
+        (Two, X, "#1", ["#1"]),
+        (lambda: nn.Sequential(Two(), Two()), X, "0", ["0#0", "0#1"]),
+        (lambda: nn.Sequential(Two(), Two()), X, ["0#1", "1#0"], ["0#1", "1#0"]),
+        (graph, X, lambda site: "down0" in site.down, None),
+        (t5, {"input_ids": IDS, "decoder_input_ids": IDS}, "decoder.*", ["decoder.block.0.layer.2.DenseReluDense"]),
+    ],
+    ids=["several of the root", "all of an owner", "one of each", "graph", "decoder alone"],
+)
+def test_one_site_of_several(make: Any, inputs: Any, only: Any, kept: list[str] | None) -> None:
+    torch.manual_seed(0)
+    model = make().eval()
+    calls = inputs if isinstance(inputs, dict) else {"x": inputs}
+    run = lambda: model(**calls) if isinstance(inputs, dict) else model(inputs)  # noqa: E731
+    before = run()
+    if only == "#1":
+        only = lambda site: "down1" in site.down  # noqa: E731  # a root's own sites have no path
+    ltepass.transform(model, inputs, ltepass.LTEConfig(group_size=12 if isinstance(inputs, dict) else 4), only=only)
+    found = names(model)
+    assert len(found) == len(kept or (0, 0))
+    if kept is not None and kept != ["#1"]:
+        assert found == kept
+    value = lambda out: out if isinstance(out, Tensor) else out.logits  # noqa: E731
+    torch.testing.assert_close(value(run()), value(before))
+    ltepass.set_mode(model, "hard")
+    for router in routers_of(model):
+        router.threshold.fill_(torch.inf)
+    hard = value(run())
+    assert not torch.allclose(hard, value(before)), "the gate acts"
+    ltepass.lower(model)
+    torch.testing.assert_close(value(run()), hard)
+    ltepass.remove(ltepass.unlower(model))
+    torch.testing.assert_close(value(run()), value(before))
+
+
+def test_sizes_differ_by_site_and_are_saved(tmp_path: Path) -> None:
+    model = llama()
+    sizes = {MLP.format(0): {"group_size": 12}, "model.layers.[12].mlp": {"group_size": "auto"}}
+    ltepass.transform(
+        model, config=ltepass.LTEConfig(group_size=10), calibration=[IDS], per_site=sizes, skip=MLP.format(2)
+    )
+    ltepass.set_sparsity(model, 0.5)
+    ltepass.set_mode(model, "hard")
+    assert [s.group_size for s in ltepass.report(model).sites] == [12, 30]
+    expected = model(IDS).logits
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again(IDS).logits, expected)
+    assert [s.group_size for s in ltepass.report(again).sites] == [12, 30]
+    assert left_out(again) == left_out(model) == {MLP.format(2): "skip names it"}
+    torch.testing.assert_close(ltepass.lower(again)(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"only": "model.layers.7.mlp"}, "only names 'model.layers.7.mlp', which no FFN site has"),
+        ({"skip": ["model.layers.0.mlp", "lm_head"]}, "skip names 'lm_head'"),
+        ({"skip": "*"}, "leave out all 3 FFN sites"),
+        ({"only": lambda site: False}, "leave out all 3 FFN sites"),
+        ({"only": [3]}, "only holds 3"),
+        ({"per_site": {"*": {"tau": 0.3}}}, "'tau'; expected group_size"),
+        ({"per_site": {"*": {"group_size": 0}}}, "group_size is 0"),
+        ({"per_site": {"*": {"group_size": True}}}, "group_size is True"),
+        ({"per_site": {"nothing": {"group_size": 12}}}, "per_site names 'nothing'"),
+        ({"per_site": {"*0.mlp": {"group_size": 12}, "*": {"group_size": 10}}}, "12 by '\\*0.mlp' and 10 by '\\*'"),
+    ],
+)
+def test_what_names_nothing_is_refused_before_anything_changes(arguments: dict[str, Any], message: str) -> None:
+    model = llama()
+    before = {**model.state_dict()}, model(IDS).logits, type(model.model.layers[0].mlp)
+    with pytest.raises(ConfigError, match=message):
+        ltepass.transform(model, **arguments)
+    assert model.state_dict().keys() == before[0].keys()
+    assert torch.equal(model(IDS).logits, before[1])
+    assert type(model.model.layers[0].mlp) is before[2]
+
+
+def test_a_size_that_does_not_divide_names_its_site() -> None:
+    with pytest.raises(GroupSizeError, match=r"group_size 7 does not divide d_ff at model.layers.1.mlp \(60\)"):
+        ltepass.transform(llama(), per_site={MLP.format(1): {"group_size": 7}})
+
+
+def test_a_function_is_given_sites() -> None:
+    seen: list[FFNSite] = []
+    ltepass.transform(llama(), only=lambda site: seen.append(site) is None)
+    assert [site.d_ff for site in seen] == [60, 60, 60]
+    assert all(isinstance(site, FFNSite) for site in seen)
