@@ -18,8 +18,10 @@ from ltepass.version import __version__
 if TYPE_CHECKING:
     from ltepass.api import remove, transform
     from ltepass.calibration.initialise import calibrate
+    from ltepass.calibration.warm_start import warm_start
     from ltepass.config import LTEConfig
-    from ltepass.measure.sparsity import measure_sparsity
+    from ltepass.measure.quality import perplexity
+    from ltepass.measure.sparsity import measure_sparsity, measure_union
     from ltepass.passes.lower.modules import lower, unlower
     from ltepass.routed.reporting import Report, report
     from ltepass.routed.sites import FFNSite, Refusal
@@ -27,27 +29,39 @@ if TYPE_CHECKING:
     from ltepass.sparsity.cuts import set_hidden_sparsity, set_input_sparsity
     from ltepass.sparsity.modes import set_mode
     from ltepass.sparsity.thresholds import set_sparsity
+    from ltepass.training.controller import SparsityController
+    from ltepass.training.settings import LTESettings
+    from ltepass.training.stages import begin_stage, label_mask, settle, take_auxiliary
     from ltepass.training.trainer import LTETrainer, LTETrainerMixin
 
 # name -> module; loaded on first use, so that importing ltepass is quick and touches neither transformers nor a GPU
 _PUBLIC = {
-    "transform": "ltepass.api",
     "remove": "ltepass.api",
+    "transform": "ltepass.api",
     "calibrate": "ltepass.calibration.initialise",
+    "warm_start": "ltepass.calibration.warm_start",
     "LTEConfig": "ltepass.config",
-    "set_hidden_sparsity": "ltepass.sparsity.cuts",
-    "set_input_sparsity": "ltepass.sparsity.cuts",
+    "perplexity": "ltepass.measure.quality",
+    "measure_sparsity": "ltepass.measure.sparsity",
+    "measure_union": "ltepass.measure.sparsity",
     "lower": "ltepass.passes.lower.modules",
     "unlower": "ltepass.passes.lower.modules",
     "Report": "ltepass.routed.reporting",
     "report": "ltepass.routed.reporting",
-    "load": "ltepass.saving.modules",
-    "save": "ltepass.saving.modules",
     "FFNSite": "ltepass.routed.sites",
     "Refusal": "ltepass.routed.sites",
-    "measure_sparsity": "ltepass.measure.sparsity",
+    "load": "ltepass.saving.modules",
+    "save": "ltepass.saving.modules",
+    "set_hidden_sparsity": "ltepass.sparsity.cuts",
+    "set_input_sparsity": "ltepass.sparsity.cuts",
     "set_mode": "ltepass.sparsity.modes",
     "set_sparsity": "ltepass.sparsity.thresholds",
+    "SparsityController": "ltepass.training.controller",
+    "LTESettings": "ltepass.training.settings",
+    "begin_stage": "ltepass.training.stages",
+    "label_mask": "ltepass.training.stages",
+    "settle": "ltepass.training.stages",
+    "take_auxiliary": "ltepass.training.stages",
     "LTETrainer": "ltepass.training.trainer",
     "LTETrainerMixin": "ltepass.training.trainer",
 }
@@ -55,15 +69,21 @@ _PUBLIC = {
 __all__ = [
     "FFNSite",
     "LTEConfig",
+    "LTESettings",
     "LTETrainer",
     "LTETrainerMixin",
     "Refusal",
     "Report",
+    "SparsityController",
     "__version__",
+    "begin_stage",
     "calibrate",
+    "label_mask",
     "load",
     "lower",
     "measure_sparsity",
+    "measure_union",
+    "perplexity",
     "remove",
     "report",
     "save",
@@ -71,8 +91,11 @@ __all__ = [
     "set_input_sparsity",
     "set_mode",
     "set_sparsity",
+    "settle",
+    "take_auxiliary",
     "transform",
     "unlower",
+    "warm_start",
 ]
 
 

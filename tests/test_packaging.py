@@ -176,15 +176,21 @@ def test_importing_ltepass_is_light(tmp_path: Path) -> None:
 PUBLIC = [
     "FFNSite",
     "LTEConfig",
+    "LTESettings",
     "LTETrainer",
     "LTETrainerMixin",
     "Refusal",
     "Report",
+    "SparsityController",
     "__version__",
+    "begin_stage",
     "calibrate",
+    "label_mask",
     "load",
     "lower",
     "measure_sparsity",
+    "measure_union",
+    "perplexity",
     "remove",
     "report",
     "save",
@@ -192,8 +198,11 @@ PUBLIC = [
     "set_input_sparsity",
     "set_mode",
     "set_sparsity",
+    "settle",
+    "take_auxiliary",
     "transform",
     "unlower",
+    "warm_start",
 ]
 
 
