@@ -16,13 +16,13 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.fx import Graph
-from watching import MARK, watch
 
 import ltepass
 from ltepass.errors import CheckpointError, SourceNameError
 from ltepass.passes.capture.owner_forward import trace_owner
 from ltepass.passes.insert.forwards import ForwardCode
 from ltepass.routed.sites import FFNSite, NeuronRows, Refusal, routers_of, state_of
+from tests.watching import MARK, watch
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 IDS = torch.arange(3, 35).reshape(2, 16)

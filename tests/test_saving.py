@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.fx import symbolic_trace
-from watching import watch
 
 import ltepass
 from ltepass.errors import AlreadyTransformedError, CheckpointError, MetaWeightsError, NotTransformedError
 from ltepass.routed.sites import routers_of, state_of
 from ltepass.saving import modules
+from tests.watching import watch
 
 X = torch.linspace(-2.0, 2.0, 2 * 5 * 8).reshape(2, 5, 8)
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 pytest.importorskip("fastapi", reason="needs the extra 'serve'")
 pytest.importorskip("uvicorn", reason="needs the extra 'serve'")
 
-from serving import CHAT, ask, save_model, serving
+from tests.serving import CHAT, ask, save_model, serving
 
 # The command, with the op's calls counted: what it answers must come from the lowered model.
 COUNTING = """

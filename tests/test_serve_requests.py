@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("fastapi", reason="needs the extra 'serve'")
 pytest.importorskip("uvicorn", reason="needs the extra 'serve'")
 
-from serving import CHAT, JSON, TEXT, ask, bad, good, save_model, serving
+from tests.serving import CHAT, JSON, TEXT, ask, bad, good, save_model, serving
 
 
 @pytest.fixture(scope="module")

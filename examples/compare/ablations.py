@@ -1,8 +1,8 @@
 """The paper's ablations and ours, each variant at the same tokens, in one table; sparsity per layer in the rows.
 
-    python examples/compare/ablations.py                          the tiny model, two seeds, about ten minutes
-    python examples/compare/ablations.py --preset smoke           two variants of each in a minute
-    python examples/compare/ablations.py --preset small --texts FOLDER --only stages   SmolLM2-135M
+    python -m examples.compare.ablations                          the tiny model, two seeds, about ten minutes
+    python -m examples.compare.ablations --preset smoke           two variants of each in a minute
+    python -m examples.compare.ablations --preset small --texts FOLDER --only stages   SmolLM2-135M
 
 Rows go to RESULTS.csv as they are measured; what stands there is not run again.
 """
@@ -19,11 +19,13 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from frontier import PRESETS
-from frontier_rows import spread_of
-from methods import RULES
-from rule_hooks import Ruled, collect
-from study import (
+
+import ltepass
+from examples.compare.frontier import PRESETS
+from examples.compare.frontier_rows import spread_of
+from examples.compare.methods import RULES
+from examples.compare.rule_hooks import Ruled, collect
+from examples.compare.study import (
     Data,
     Measured,
     Recipe,
@@ -36,8 +38,6 @@ from study import (
     tune_dense,
     tune_lte,
 )
-
-import ltepass
 
 HALF = 0.5  # of the steps in the soft stage, where a variant needs one
 BASE = Recipe(soft_share=HALF, warm=False)  # the paper's two stages, from a calibrated start

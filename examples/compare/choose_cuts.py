@@ -1,7 +1,7 @@
 """How much of what active experts read the cuts should leave out: perplexity on held-out text, before any training.
 
-    python examples/compare/choose_cuts.py --preset cpu --texts FOLDER > examples/results/cuts.md
-    python examples/compare/choose_cuts.py --preset smoke             a minute
+    python -m examples.compare.choose_cuts --preset cpu --texts FOLDER > examples/results/cuts.md
+    python -m examples.compare.choose_cuts --preset smoke             a minute
 
 Every pair of shares is measured at the same FFN sparsity: the more the cuts leave out, the less routers do. Cuts are
 set on training blocks and measured on the blocks that thresholds settle on; no test text is looked at.
@@ -15,11 +15,11 @@ from typing import Annotated
 
 import torch
 import typer
-from cuts import Cuts, expert_sparsity, n_matrices
-from frontier import Frontier
-from frontier_rows import Rows
-from study import calibration_blocks, retarget
 
+from examples.compare.cuts import Cuts, expert_sparsity, n_matrices
+from examples.compare.frontier import Frontier
+from examples.compare.frontier_rows import Rows
+from examples.compare.study import calibration_blocks, retarget
 from ltepass.measure.quality import perplexity
 
 HIDDEN = (0.0, 0.25, 0.4, 0.55, 0.7)

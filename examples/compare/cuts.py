@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from study import Measured, measure_lte
 from torch import Tensor, nn
 
 import ltepass
+from examples.compare.study import Measured, measure_lte
 from ltepass.routed.sites import FFNSite
 
 

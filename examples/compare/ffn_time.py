@@ -1,6 +1,6 @@
 """Measured time of one FFN at one token, by how a method skips: the frontier's third view, beside sparsity and bytes.
 
-    python examples/compare/ffn_time.py --results examples/results/frontier_time.csv          SmolLM2-135M's shape
+    python -m examples.compare.ffn_time --results examples/results/frontier_time.csv          SmolLM2-135M's shape
 
 Every way takes turns with the others, its weights cold, as in `ltepass bench op`. LTE and every other method that picks
 experts with a linear router run on our kernel, `lte+teal` and `lte+cuts` with cuts as in their rows; so does TEAL,
@@ -17,12 +17,12 @@ from typing import Annotated
 
 import torch
 import typer
-from cuts import CUTS, expert_sparsity
-from frontier_rows import WAYS
 from torch import Tensor, nn
 
 from examples.bench import ways
 from examples.bench.ways import Shape, Weights
+from examples.compare.cuts import CUTS, expert_sparsity
+from examples.compare.frontier_rows import WAYS
 from ltepass.measure.machine import machine
 from ltepass.measure.timing import Contender, copies_needed, interleaved
 

@@ -1,7 +1,7 @@
 """The frontier without training: the two checkpoints of `ltepass demo`, and every post-hoc method on its dense one.
 
     ltepass demo                                                     (make demo)
-    python examples/compare/from_demo.py --demo lte-demo --results examples/results/frontier
+    python -m examples.compare.from_demo --demo lte-demo --results examples/results/frontier
 
 Both checkpoints saw the same tokens; the text is the held-out one. Other sparsities of LTE are the one checkpoint's
 table (`set_sparsity`), under the name lte-one-checkpoint: none was trained for them.
@@ -15,14 +15,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import models
 import torch
 import typer
-from frontier import POST_HOC, Cell, Frontier, Preset, finish, machine
-from frontier_rows import Rows
-from study import DEVICE, Budget, Data, Measured, measure_lte, perplexities
 
 import ltepass
+from examples.compare import models
+from examples.compare.frontier import POST_HOC, Cell, Frontier, Preset, finish, machine
+from examples.compare.frontier_rows import Rows
+from examples.compare.study import DEVICE, Budget, Data, Measured, measure_lte, perplexities
 from ltepass.demo.learning import batches
 from ltepass.demo.task import load_task
 

@@ -1,10 +1,10 @@
 """The frontier: one command trains and measures every method at several FFN sparsities on the same text and tokens.
 
-    python examples/compare/frontier.py --preset smoke                   a minute: a tiny model
-    python examples/compare/frontier.py --preset small --texts FOLDER    SmolLM2-135M, few tokens, half an hour
-    python examples/compare/frontier.py --preset cpu --texts FOLDER      SmolLM2-135M, two hours and a half on 2 cores
-    python examples/compare/frontier.py --preset long --texts FOLDER --only dense,lte+cuts,teal   three times the tokens
-    python examples/compare/frontier.py --preset gpu --texts FOLDER      SmolLM2-135M, three seeds, on a GPU
+    python -m examples.compare.frontier --preset smoke                   a minute: a tiny model
+    python -m examples.compare.frontier --preset small --texts FOLDER    SmolLM2-135M, few tokens, half an hour
+    python -m examples.compare.frontier --preset cpu --texts FOLDER      SmolLM2-135M, two hours and a half on 2 cores
+    python -m examples.compare.frontier --preset long --texts FOLDER --only dense,lte+cuts,teal   three times the tokens
+    python -m examples.compare.frontier --preset gpu --texts FOLDER      SmolLM2-135M, three seeds, on a GPU
 
 Rows go to RESULTS.csv as they are measured; what stands there already is not run again, so a run that was stopped goes
 on. The table (RESULTS.md) and the plot (RESULTS.svg) are made from the rows at the end.
@@ -20,14 +20,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import models
 import torch
 import typer
-from cuts import CUTS, expert_sparsity, measure_cut, n_matrices
-from frontier_rows import Rows, write_plot, write_table
-from methods import RULES
-from rule_hooks import Ruled, Samples, collect
-from study import (
+
+import ltepass
+from examples.compare import models
+from examples.compare.cuts import CUTS, expert_sparsity, measure_cut, n_matrices
+from examples.compare.frontier_rows import Rows, write_plot, write_table
+from examples.compare.methods import RULES
+from examples.compare.rule_hooks import Ruled, Samples, collect
+from examples.compare.study import (
     DEVICE,
     Budget,
     Data,
@@ -43,8 +45,6 @@ from study import (
     tune_dense,
     tune_lte,
 )
-
-import ltepass
 from ltepass.calibration.warm_start import warm_start
 from ltepass.measure.machine import machine as cpu_line
 from ltepass.training.stages import settle

@@ -183,7 +183,7 @@ def write_table(rows: Sequence[Row], path: Path, times: Sequence[Row] = ()) -> N
         ]
     for preset in sorted({"cpu", "gpu"} - {r["preset"] for r in rows}):
         command = (
-            f"python examples/compare/frontier.py --preset {preset} --texts FOLDER --results {path.with_suffix('')}"
+            f"python -m examples.compare.frontier --preset {preset} --texts FOLDER --results {path.with_suffix('')}"
         )
         lines += ["", f"## Preset {preset}: not measured", "", f"`{command}`"]
     path.write_text("\n".join(lines) + "\n")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from predictors import DejaVu, MoEfication
-from rules import Cats, NoisyTopK, Oracle, PrunePath, RandomExperts, Rule, Teal, TopK, TrainedTeal
+from examples.compare.predictors import DejaVu, MoEfication
+from examples.compare.rules import Cats, NoisyTopK, Oracle, PrunePath, RandomExperts, Rule, Teal, TopK, TrainedTeal
 
 RULES: dict[str, type[Rule]] = {
     r.name: r

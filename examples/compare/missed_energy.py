@@ -1,7 +1,7 @@
 """What a choice of experts misses, by who chooses: how much of LTE's loss a better router could take back.
 
-    python examples/compare/missed_energy.py                                        a tiny model, seconds
-    python examples/compare/missed_energy.py --preset small --texts FOLDER --results examples/results/missed_energy
+    python -m examples.compare.missed_energy                                        a tiny model, seconds
+    python -m examples.compare.missed_energy --preset small --texts FOLDER --results examples/results/missed_energy
 
 At each token of the test slices the best experts are kept, by one of four scores, and the energy of the others,
 sum of (h_j |down_j|)^2, is missed: a row has the mean of its share. No weight is trained; predictors are fitted on all
@@ -18,11 +18,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from frontier import PRESETS
-from rules import top
-from study import DEVICE, Recipe, Workshop, transform
 from torch import Tensor, nn
 
+from examples.compare.frontier import PRESETS
+from examples.compare.rules import top
+from examples.compare.study import DEVICE, Recipe, Workshop, transform
 from ltepass.calibration.energy import down_energy, expert_energy
 from ltepass.calibration.ridge import RidgeSums
 from ltepass.routed.sites import FFNSite, router_of

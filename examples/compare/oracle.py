@@ -1,7 +1,7 @@
 """What groups of neurons cost before any training: perplexity of a dense model that keeps the experts an oracle picks.
 
-    python examples/compare/oracle.py --model smollm2 --text FILE > examples/results/oracle.md
-    python examples/compare/oracle.py --model tiny                  seconds
+    python -m examples.compare.oracle --model smollm2 --text FILE > examples/results/oracle.md
+    python -m examples.compare.oracle --model tiny                  seconds
 
 Groups are made from the first SAMPLE_TOKENS / CALIBRATION tokens of each calibration block. The oracle knows every
 expert's energy, sum (h_j |down_j|)^2, and keeps the largest of each token. Untrained groups are poor even so; which
@@ -14,14 +14,14 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
-import models
 import torch
 import typer
-from rule_hooks import Ruled
-from rules import Rule, Seen, top
 from torch import Tensor
 
 import ltepass
+from examples.compare import models
+from examples.compare.rule_hooks import Ruled
+from examples.compare.rules import Rule, Seen, top
 from ltepass.calibration.energy import down_energy
 from ltepass.measure.quality import perplexity
 from ltepass.measure.text_blocks import python_docs, token_blocks

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from rules import Rule, Seen, spread, top
 from torch import Tensor, nn
 
+from examples.compare.rules import Rule, Seen, spread, top
 from ltepass.calibration.energy import down_energy, expert_energy
 from ltepass.routed.sites import FFNSite
 

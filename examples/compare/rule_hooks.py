@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from rules import Rule, Seen
 from torch import Tensor, nn
 
 import ltepass
+from examples.compare.rules import Rule, Seen
 from ltepass.routed.sites import FFNSite, require_state
 from ltepass.routed.watching import run_batches
 

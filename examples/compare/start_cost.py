@@ -1,7 +1,7 @@
 """What a start costs and what it gives, before any training: our routers against MoEfication's post-hoc MLP routers.
 
-    python examples/compare/start_cost.py --preset smoke                  half a minute: a tiny model
-    python examples/compare/start_cost.py --preset cpu --texts FOLDER --points 0.5,0.7,0.8,0.9,0.95
+    python -m examples.compare.start_cost --preset smoke                  half a minute: a tiny model
+    python -m examples.compare.start_cost --preset cpu --texts FOLDER --points 0.5,0.7,0.8,0.9,0.95
                                           SmolLM2-135M, forty minutes on a core once `frontier.py` has tuned the model
 
 Seconds are from the dense model, whose groups are in place, to routers in hard mode: every pass and every fit. All
@@ -22,14 +22,14 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from frontier import Frontier, machine
-from frontier_rows import Point, Row, Rows, shown_at, write_rows
-from predictors import MoEfication
-from rule_hooks import Ruled, collect
-from study import DEVICE, Measured, measure_lte, measure_rule, perplexities, retarget
 from torch import Tensor
 
 import ltepass
+from examples.compare.frontier import Frontier, machine
+from examples.compare.frontier_rows import Point, Row, Rows, shown_at, write_rows
+from examples.compare.predictors import MoEfication
+from examples.compare.rule_hooks import Ruled, collect
+from examples.compare.study import DEVICE, Measured, measure_lte, measure_rule, perplexities, retarget
 
 FIELDS = "preset start tokens sparsity seconds text bytes_share ratio_to_dense machine torch".split()
 BASELINE = "moefication"

@@ -1,9 +1,9 @@
 """Time of one optimizer step: dense fine-tuning, LTE's soft stage and its hard stage, interleaved, eager.
 
-    python examples/compare/step_time.py --model smollm2 --tokens 1024 --results step_time.csv
-    python examples/compare/step_time.py --group-size 32 --sparsity 0.8 --results step_time.csv
-    python examples/compare/step_time.py --model smollm2 --tokens 8192 --micro-batches 4 --results step_time.csv
-    python examples/compare/step_time.py --model smollm2 --tokens 1024,8192 --device cuda --results step_time.csv
+    python -m examples.compare.step_time --model smollm2 --tokens 1024 --results step_time.csv
+    python -m examples.compare.step_time --group-size 32 --sparsity 0.8 --results step_time.csv
+    python -m examples.compare.step_time --model smollm2 --tokens 8192 --micro-batches 4 --results step_time.csv
+    python -m examples.compare.step_time --model smollm2 --tokens 1024,8192 --device cuda --results step_time.csv
 
 Forward, backward with the auxiliary losses, clipping and AdamW, on one model: dense mode, soft mode, hard mode, and
 hard mode through the sparse op and its backward (`LTESettings(through_op=True)`).
@@ -18,14 +18,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import models
 import torch
 import typer
-from frontier import machine
-from frontier_rows import spread_of
 from torch import Tensor
 
 import ltepass
+from examples.compare import models
+from examples.compare.frontier import machine
+from examples.compare.frontier_rows import spread_of
 from ltepass.training.stages import begin_stage, take_auxiliary
 
 FIELDS = (

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import models
 import torch
-from rule_hooks import Ruled
 from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainingArguments
 
 import ltepass
+from examples.compare import models
+from examples.compare.rule_hooks import Ruled
 from ltepass.calibration.warm_start import warm_start
 from ltepass.measure.decode_speed import router_share
 from ltepass.measure.quality import perplexity

@@ -1,7 +1,7 @@
 """Dense against LTE on tasks: instruction following (loss on answers only), classification (which text is this from).
 
-    python examples/compare/tasks.py                                     the tiny model, minutes
-    python examples/compare/tasks.py --preset small --texts FOLDER       SmolLM2-135M with its own chat template
+    python -m examples.compare.tasks                                     the tiny model, minutes
+    python -m examples.compare.tasks --preset small --texts FOLDER       SmolLM2-135M with its own chat template
 
 Language modelling is the frontier's. Instructions are made from the Python reference: asked for a topic, the answer is
 its text; whole topics are held out. Passages to classify come from the three texts' own train and test slices.
@@ -19,16 +19,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import models
 import torch
 import typer
-from frontier import PRESETS
-from frontier_rows import spread_of
-from study import DEVICE, Budget, DenseTrainer, Recipe, arguments, freeze_embeddings, load_data, run_stages
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 import ltepass
+from examples.compare import models
+from examples.compare.frontier import PRESETS
+from examples.compare.frontier_rows import spread_of
+from examples.compare.study import (
+    DEVICE,
+    Budget,
+    DenseTrainer,
+    Recipe,
+    arguments,
+    freeze_embeddings,
+    load_data,
+    run_stages,
+)
 from ltepass.calibration.warm_start import warm_start
 
 FIELDS = "preset task method target seed tokens metric value ffn_sparsity seconds".split()

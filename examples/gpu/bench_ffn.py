@@ -9,14 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import baselines
-import problems
-import results
 import torch
-from clock import Timing, copy_bandwidth, graphed, streamed
-from problems import Masks, Problem, Shape
-from results import Row
 
+from examples.gpu import baselines, problems, results
+from examples.gpu.clock import Timing, copy_bandwidth, graphed, streamed
+from examples.gpu.problems import Masks, Problem, Shape
+from examples.gpu.results import Row
 from ltepass.kernels import reference
 from ltepass.kernels.gpu import tuning
 from ltepass.kernels.gpu.launch import routed_ffn

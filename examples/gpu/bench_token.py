@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import results
 import torch
-from clock import Timing, copy_bandwidth, graphed
-from results import Row
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 -- the name everybody uses
+
+from examples.gpu import results
+from examples.gpu.clock import Timing, copy_bandwidth, graphed
+from examples.gpu.results import Row
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 A row that no GPU filled says "not measured" and keeps its place.
 
-    python examples/gpu/results.py    # writes the rows that have a target from speed.csv into examples/results/gpu.md
+    python -m examples.gpu.results    # writes the rows that have a target from speed.csv into examples/results/gpu.md
 """
 
 from __future__ import annotations

@@ -23,10 +23,12 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import results
+ROOT = Path(__file__).resolve().parents[2]
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # as `python -m` has it, where the file itself is started
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
+from examples.gpu import results  # noqa: E402 -- after the path
+
 SECONDS = 525  # for all stages
 # The test suite in parts that run side by side; together they are every folder and file of tests/.
 SUITE = (
@@ -100,7 +102,7 @@ class Run:
 
 
 def python(script: str, *options: str) -> list[str]:
-    return [sys.executable, str(HERE / script), *options]
+    return [sys.executable, "-m", f"examples.gpu.{script}", *options]
 
 
 def pytest(*options: str, processes: int) -> list[str]:
@@ -133,7 +135,7 @@ def check(run: Run) -> dict[str, subprocess.Popen[str]]:
     if Path(tool).exists():
         for name in ("memcheck", "racecheck"):
             how = ["--tool", name, "--report-api-errors", "no", "--error-exitcode", "1"]
-            command = [tool, *how, *python("sanitize.py")]
+            command = [tool, *how, *python("sanitize")]
             stages[name] = run.start(name, command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     else:
         run.failed.append("compute-sanitizer (not installed)")
@@ -146,11 +148,11 @@ def check(run: Run) -> dict[str, subprocess.Popen[str]]:
 def measure(run: Run) -> None:
     """Tuning first; the benchmarks then read the table it wrote."""
     table = run.out / "tuning_table.csv"
-    run.stage("tune", python("tune.py", "--out", str(table), "--seconds", "70"), 100)
+    run.stage("tune", python("tune", "--out", str(table), "--seconds", "70"), 100)
     tuned = {"LTEPASS_TUNING_TABLE": str(table)} if table.exists() else {}
     about = ("--software", software())
-    run.stage("bench_token", python("bench_token.py", "--out", str(run.out / "token.csv"), *about), 200, **tuned)
-    run.stage("bench_ffn", python("bench_ffn.py", "--out", str(run.out / "ffn.csv"), *about), SECONDS, **tuned)
+    run.stage("bench_token", python("bench_token", "--out", str(run.out / "token.csv"), *about), 200, **tuned)
+    run.stage("bench_ffn", python("bench_ffn", "--out", str(run.out / "ffn.csv"), *about), SECONDS, **tuned)
 
 
 def report(run: Run) -> None:
@@ -185,7 +187,7 @@ def everything(run: Run, only: str | None) -> None:
     run.say(software())
     suite = {}
     if run.dry:
-        run.stage("sanitize", python("sanitize.py"), 120)
+        run.stage("sanitize", python("sanitize"), 120)
     elif only != "measure":
         suite = check(run)
     if only != "check":

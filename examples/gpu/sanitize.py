@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import problems
 import torch
-from problems import Shape
 
+from examples.gpu import problems
+from examples.gpu.problems import Shape
 from ltepass.kernels import reference
 from ltepass.kernels.gpu import tuning
 from ltepass.kernels.gpu.launch import routed_ffn

@@ -15,11 +15,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import problems
 import torch
-from clock import graphed
-from problems import Problem, Shape
 
+from examples.gpu import problems
+from examples.gpu.clock import graphed
+from examples.gpu.problems import Problem, Shape
 from ltepass.kernels import reference
 from ltepass.kernels.gpu import tuning
 from ltepass.kernels.gpu.launch import routed_ffn

@@ -1,4 +1,4 @@
-"""Writes small checkpoints with the code of the day: `python tests/checkpoints/write.py FOLDER`.
+"""Writes small checkpoints with the code of the day: `python -m tests.checkpoints.write FOLDER`.
 
 A folder here is written once, by the format version it is named after, and never again: later code must load it. Beside
 the model lies `expected.safetensors`: token ids, and the logits that the code which wrote it gave for them.

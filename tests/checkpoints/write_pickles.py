@@ -1,4 +1,4 @@
-"""Writes the pickles and programs here with the code of the day: `python tests/checkpoints/write_pickles.py FOLDER`.
+"""Writes the pickles and programs here with the code of the day: `python -m tests.checkpoints.write_pickles FOLDER`.
 
 They hold the dotted names that the code had then, which later code must still find. Only classes of torch besides ours.
 """

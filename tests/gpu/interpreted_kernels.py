@@ -5,10 +5,8 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-import ffn_cases
 import pytest
 import torch
-from ffn_cases import Case
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +14,8 @@ from ltepass.errors import LTEError
 from ltepass.kernels import reference
 from ltepass.kernels.gpu import tuning
 from ltepass.kernels.gpu.launch import routed_ffn, routed_ffn_with_mask
+from tests.gpu import ffn_cases
+from tests.gpu.ffn_cases import Case
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

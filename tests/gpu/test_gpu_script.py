@@ -8,14 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from old_versions import needs_interpreter
+
+from examples.gpu import results, run_all
+from examples.results.demo_table import with_table
+from tests.gpu.old_versions import needs_interpreter
 
 pytest.importorskip("triton")
-FOLDER = Path(__file__).resolve().parents[2] / "examples" / "gpu"
-sys.path.insert(0, str(FOLDER))
-
-import results  # noqa: E402 -- lies beside the script, which is no package
-import run_all  # noqa: E402
+FOLDER = Path(run_all.__file__).parent
 
 
 @needs_interpreter
@@ -43,11 +42,9 @@ def test_the_committed_table_has_every_row_once() -> None:
 
 
 def test_the_page_shows_the_committed_table() -> None:
-    from examples.results.demo_table import with_table
-
     page = results.PAGE.read_text()
     table = results.markdown(results.read(FOLDER / "speed.csv"))
-    assert with_table(page, table, results.BEGIN, results.END) == page, "run python examples/gpu/results.py"
+    assert with_table(page, table, results.BEGIN, results.END) == page, "run python -m examples.gpu.results"
 
 
 def test_a_row_says_whether_it_met_its_target() -> None:

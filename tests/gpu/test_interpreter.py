@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from old_versions import needs_interpreter
+from tests.gpu.old_versions import needs_interpreter
 
 HERE = Path(__file__).parent
 

@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import ffn_cases
 import pytest
 import torch
-from ffn_cases import Case
 from torch import Tensor
 
 from ltepass.errors import LTEError
 from ltepass.kernels import reference
 from ltepass.kernels.gpu import tuning
+from tests.gpu import ffn_cases
+from tests.gpu.ffn_cases import Case
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 

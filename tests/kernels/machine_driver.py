@@ -1,6 +1,7 @@
 """Run by test_machines in a process of its own: each case is a machine where something is missing or wrong.
 
-python machine_driver.py FOLDER OBJECT: FOLDER/results.json holds what came of each case. OBJECT is a kernel that loads.
+python -m tests.kernels.machine_driver FOLDER OBJECT: FOLDER/results.json holds what came of each case. OBJECT is a
+kernel that loads.
 A case runs in a forked child that has loaded nothing yet: it prepares the machine, calls the op, and counts warnings.
 """
 
@@ -16,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from routed_cases import Recipe, make
 
 from ltepass.kernels import reference, routed_ffn
 from ltepass.kernels.cpu import build
+from tests.kernels.routed_cases import Recipe, make
 
 STRANGER = 54321  # a user id without a name or a home
 ROOT = getattr(os, "geteuid", lambda: 1)() == 0

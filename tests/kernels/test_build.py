@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +10,12 @@ import pytest
 import torch
 
 from ltepass.kernels.cpu import build
+from tests.child import environment
 
 x86 = pytest.mark.skipif(build.isa() not in build.X86_LEVELS, reason="x86-64 only")
 RUN = """
-import warnings, torch, sys
-sys.path.insert(0, {here!r})
-from routed_cases import Recipe, make
+import warnings, torch
+from tests.kernels.routed_cases import Recipe, make
 import ltepass.kernels.routed_ffn
 from ltepass.kernels import reference
 from ltepass.kernels.cpu import build
@@ -34,10 +33,9 @@ print(ltepass.kernels.routed_ffn.which_path(1, 64, 64, 8, torch.float32))
 
 
 def start(cache: Path, **env: str) -> subprocess.Popen[str]:
-    code = RUN.format(here=str(Path(__file__).parent))
-    full = {**os.environ, "LTEPASS_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1", **env}
+    full = environment(**{"LTEPASS_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1", **env})
     return subprocess.Popen(
-        [sys.executable, "-c", code], env=full, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", RUN], env=full, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
@@ -98,14 +96,14 @@ def test_the_avx2_object_works(tmp_path: Path) -> None:
 def test_multiplying_bf16_and_widening_it_agree(tmp_path: Path) -> None:
     """What differs is the rounding of the hidden units, so not every output is the same."""
     code = (
-        f"import sys, torch; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from routed_cases import Recipe, make\nimport ltepass.kernels.routed_ffn\n"
+        "import sys, torch\n"
+        "from tests.kernels.routed_cases import Recipe, make\nimport ltepass.kernels.routed_ffn\n"
         "args = make(Recipe(T=32, d_model=512, group_size=33, dtype=torch.bfloat16, layout='neuron_rows'))\n"
         "torch.save(torch.ops.ltepass.routed_ffn(*args), sys.argv[1])"
     )
     y = []
     for level in ("cooperlake", "x86-64-v4"):
-        env = {**os.environ, "LTEPASS_ISA": level}
+        env = environment(LTEPASS_ISA=level)
         subprocess.run([sys.executable, "-c", code, str(tmp_path / level)], env=env, check=True, timeout=240)
         y.append(torch.load(tmp_path / level).float())
     assert not torch.equal(*y)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from routed_cases import ARGUMENTS, LAYOUTS, Recipe, doubled, make, size_of_terms
 from torch import Tensor
 
 import ltepass.kernels.routed_ffn  # noqa: F401 -- defines the op
 from ltepass.kernels import backward, reference
+from tests.kernels.routed_cases import ARGUMENTS, LAYOUTS, Recipe, doubled, make, size_of_terms
 
 op = torch.ops.ltepass.routed_ffn
 

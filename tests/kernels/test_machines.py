@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from machine_driver import LOADS, REFUSES
 
 from ltepass import cache
 from ltepass.demo import smollm
 from ltepass.errors import CacheError
 from ltepass.kernels.cpu import build
+from tests.child import environment
+from tests.kernels.machine_driver import LOADS, REFUSES
 
 posix = pytest.mark.skipif(os.name != "posix", reason="owners and modes of POSIX")
 pytestmark = [posix, pytest.mark.skipif(build.compiler() is None, reason="needs a C++ compiler")]
@@ -34,9 +35,10 @@ def out() -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def results(out: Path) -> dict[str, Any]:
     assert build.load()
-    driver, source = Path(__file__).with_name("machine_driver.py"), build.cache_dir()
-    command = [sys.executable, str(driver), str(out), str(source / build.object_name(build.isa()))]
-    env = {k: v for k, v in os.environ.items() if k != "LTEPASS_CACHE"} | {"OMP_NUM_THREADS": "1"}
+    kernel = build.cache_dir() / build.object_name(build.isa())
+    command = [sys.executable, "-m", "tests.kernels.machine_driver", str(out), str(kernel)]
+    env = environment(OMP_NUM_THREADS="1")
+    env.pop("LTEPASS_CACHE", None)
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((out / "results.json").read_text())  # type: ignore[no-any-return]

@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from routed_cases import ARGUMENTS, LAYOUTS, Recipe, make
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -20,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import ltepass.kernels.routed_ffn
 from ltepass.errors import LTEError
 from ltepass.kernels import backward, reference
+from tests.kernels.routed_cases import ARGUMENTS, LAYOUTS, Recipe, make
 
 op = torch.ops.ltepass.routed_ffn
 FROZEN = ("router_weight", "router_bias", "threshold")

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import threading
 import timeit
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from routed_cases import LAYOUTS, Recipe, assert_values, make
 
 import ltepass.kernels.routed_ffn
 from ltepass.errors import LTEError
 from ltepass.kernels import reference
 from ltepass.kernels.cpu import build
+from tests.child import environment
+from tests.kernels.routed_cases import LAYOUTS, Recipe, assert_values, make
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 op = torch.ops.ltepass.routed_ffn_with_mask
@@ -224,9 +223,8 @@ def test_bitwise_repeatable(T: int, dtype: torch.dtype) -> None:
 
 
 WIDTHS = """
-import sys, torch
-sys.path.insert(0, sys.argv[1])
-from routed_cases import Recipe, make
+import torch
+from tests.kernels.routed_cases import Recipe, make
 import ltepass.kernels.routed_ffn
 for T in (33, 100, 600):
     for d_out in (24, 65, 200, 511, 512, 600):
@@ -243,8 +241,8 @@ for T in (33, 100, 600):
 
 def test_bitwise_repeatable_where_everything_is_active() -> None:
     """Dense products are the library's, which may use more threads than there are cores only where it is told so."""
-    env = os.environ | {"MKL_DYNAMIC": "FALSE", "OMP_NUM_THREADS": "8", "OMP_WAIT_POLICY": "passive"}
-    command = [sys.executable, "-c", WIDTHS, str(Path(__file__).parent)]
+    env = environment(MKL_DYNAMIC="FALSE", OMP_NUM_THREADS="8", OMP_WAIT_POLICY="passive")
+    command = [sys.executable, "-c", WIDTHS]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
-from zoo import Graphs, ids, logits, transformed
 
 import ltepass
 from ltepass.routed.sites import routers_of
+from tests.models.zoo import Graphs, ids, logits, transformed
 
 LAYERS, NEW = 12, 3
 LENGTHS, BATCHES = (3, 5, 8, 13, 21), (1, 2, 4)

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from zoo import Graphs, build, ids, logits, transformed
 
 import ltepass
+from tests.models.zoo import Graphs, build, ids, logits, transformed
 
 
 @pytest.fixture(autouse=True)

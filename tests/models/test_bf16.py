@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from zoo import VOCAB, llama, opt
 
 import ltepass
+from tests.models.zoo import VOCAB, llama, opt
 
 GAP = 0.06  # of the spread of a step's logits; bf16 keeps 8 bits
 NEW_TOKENS = 16

@@ -12,11 +12,11 @@ import transformers as hf
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, parametrize, prune
-from zoo import GRAPHS, CountOp, ids, logits, transformed
 
 import ltepass
 from ltepass.errors import LoweredError, LoweringError, ShardedError
 from ltepass.routed.sites import router_of
+from tests.models.zoo import GRAPHS, CountOp, ids, logits, transformed
 
 
 class Scaled(torch.Tensor):

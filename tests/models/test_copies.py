@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from zoo import ALL, build, ids, logits, transformed
 
 import ltepass
 from ltepass.routed.sites import routers_of
+from tests.models.zoo import ALL, build, ids, logits, transformed
 
 COPIES: dict[str, Callable[[Any], Any]] = {
     "deepcopy": copy.deepcopy,

@@ -8,9 +8,9 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from zoo import HF
 
 import ltepass
+from tests.models.zoo import HF
 
 PACKAGE = str(Path(ltepass.__file__).parent)
 

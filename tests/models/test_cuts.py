@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, TrainingArguments
-from zoo import ALL, CountOp, build, ids, logits, transformed
 
 import ltepass
 from ltepass.errors import CalibrationError, ConfigError, LoweredError, NotTransformedError
 from ltepass.routed.sites import router_of
 from ltepass.sparsity.cuts import BUFFERS
+from tests.models.zoo import ALL, CountOp, build, ids, logits, transformed
 
 SETTERS = {"hidden_sparsity": ltepass.set_hidden_sparsity, "input_sparsity": ltepass.set_input_sparsity}
 both = pytest.mark.parametrize("setting", SETTERS)

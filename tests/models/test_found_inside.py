@@ -15,7 +15,6 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-from zoo import build, ids, logits, transformed
 
 import ltepass
 from ltepass.calibration.warm_start import warm_start
@@ -23,6 +22,7 @@ from ltepass.errors import AmbiguousModelError, NotTransformedError, ShardedErro
 from ltepass.measure.sparsity import measure_union
 from ltepass.routed.sites import routers_of, state_of
 from ltepass.training.stages import begin_stage, settle
+from tests.models.zoo import build, ids, logits, transformed
 
 
 class Parent(nn.Module):

@@ -9,7 +9,6 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
-from zoo import ALL, HF, CountOp, Graphs, ids, logits, transformed
 
 import ltepass
 from ltepass.errors import ConfigError, LoweredError, LoweringError
@@ -17,6 +16,7 @@ from ltepass.kernels import reference
 from ltepass.passes import BACKEND
 from ltepass.passes.graph.pipeline import GraphJob, run_passes
 from ltepass.routed.sites import router_of, routers_of
+from tests.models.zoo import ALL, HF, CountOp, Graphs, ids, logits, transformed
 
 
 def router_inputs(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:

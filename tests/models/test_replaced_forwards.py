@@ -13,11 +13,11 @@ import torch
 from accelerate import cpu_offload, dispatch_model
 from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
-from zoo import CountOp, build, ids, logits, transformed
 
 import ltepass
 from ltepass.errors import DisplacedHookError
 from ltepass.routed.sites import routers_of
+from tests.models.zoo import CountOp, build, ids, logits, transformed
 
 CONFIG = ltepass.LTEConfig(group_size=5, grouping="random")
 AS_IS = ltepass.LTEConfig(group_size=5, grouping="identity")

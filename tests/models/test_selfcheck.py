@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from zoo import build, ids, logits, transformed
 
 import ltepass
 from ltepass.errors import CheckpointError, GateError
@@ -16,6 +15,7 @@ from ltepass.passes.insert import insert_routers as inserting
 from ltepass.passes.insert.selfcheck import check_gated
 from ltepass.routed.router import Router
 from ltepass.routed.sites import router_of, routers_of
+from tests.models.zoo import build, ids, logits, transformed
 
 
 def state(model: nn.Module) -> tuple[Any, ...]:

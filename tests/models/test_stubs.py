@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from zoo import CountOp, ids, logits, transformed
 
 import ltepass
 from ltepass.routed.sites import routers_of
+from tests.models.zoo import CountOp, ids, logits, transformed
 
 
 class LargestWithin(TorchDispatchMode):

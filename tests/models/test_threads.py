@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from zoo import build, ids, logits, transformed
 
 import ltepass
 from ltepass.calibration.initialise import fit_energies
@@ -28,6 +27,8 @@ from ltepass.passes.insert import forwards
 from ltepass.routed.router import Router
 from ltepass.routed.sites import routers_of
 from ltepass.threads import locks
+from tests.child import environment
+from tests.models.zoo import build, ids, logits, transformed
 
 CONFIG = ltepass.LTEConfig(group_size=4, grouping="identity")
 
@@ -300,9 +301,8 @@ def forked(work: Callable[[], None]) -> int:
 
 
 FORK = """
-import os, sys, torch, ltepass
-sys.path.insert(0, {folder!r})
-from zoo import ids, logits, transformed
+import os, torch, ltepass
+from tests.models.zoo import ids, logits, transformed
 model = ltepass.lower(transformed("llama"))
 torch.set_num_threads(2)
 x = ids(4, 40)
@@ -323,9 +323,8 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_child_computes_the_same_and_does_not_hang() -> None:
     """Its OpenMP pool has no threads any more: with two it would wait for ever."""
-    env = {**os.environ, "OMP_NUM_THREADS": "2"}
-    code = FORK.format(folder=os.path.dirname(__file__))
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+    env = environment(OMP_NUM_THREADS="2")
+    done = subprocess.run([sys.executable, "-c", FORK], env=env, capture_output=True, text=True, timeout=60)
     assert done.stdout.split() == ["0"], done.stderr[-2000:]
 
 

@@ -10,7 +10,6 @@ import threading
 import pytest
 import torch
 from torch import nn
-from zoo import ALL, HF, build, ids, logits, transformed
 
 import ltepass
 from ltepass.errors import (
@@ -25,6 +24,7 @@ from ltepass.errors import (
 )
 from ltepass.routed.router import Router
 from ltepass.routed.sites import router_of, routers_of
+from tests.models.zoo import ALL, HF, build, ids, logits, transformed
 
 ACTIVATIONS = {"llama": "silu", "gpt2": "gelu_tanh", "opt": "relu", "phi3": "silu", "gpt_neox": "gelu"}
 

@@ -9,11 +9,11 @@ import torch
 from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from zoo import build, ids, logits, transformed
 
 import ltepass
 from ltepass.errors import DisplacedHookError, LoweredError, LoweringError, NoFFNFoundError
 from ltepass.routed.sites import routers_of
+from tests.models.zoo import build, ids, logits, transformed
 
 LINEARS = {"llama": ["gate_proj", "up_proj", "down_proj"], "opt": ["fc1", "fc2"]}
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ffn_forms import D, Gated, H, Plain, Residual, check_exact, set_mode, sites_of, x_of
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from transformers.activations import ACT2FN
@@ -16,6 +15,7 @@ import ltepass
 from ltepass.errors import NoFFNFoundError
 from ltepass.kernels import reference
 from ltepass.routed.sites import router_of
+from tests.passes.ffn_forms import D, Gated, H, Plain, Residual, check_exact, set_mode, sites_of, x_of
 
 FUSED = {
     **dict.fromkeys(("gelu", "gelu_python"), "gelu"),

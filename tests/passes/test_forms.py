@@ -6,7 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from ffn_forms import (
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+import ltepass
+from ltepass.routed.sites import router_of
+from tests.passes.ffn_forms import (
     Apart,
     Conv,
     D,
@@ -26,11 +31,6 @@ from ffn_forms import (
     sites_of,
     x_of,
 )
-from torch import nn
-from torch.nn import functional as F  # noqa: N812
-
-import ltepass
-from ltepass.routed.sites import router_of
 
 FORMS: dict[str, tuple[Any, str, str, bool]] = {  # name: model, activation, kind, lowered
     "plain": (lambda: Residual(Plain(F.gelu)), "gelu", "aligned", True),

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ffn_forms import D, FusedHalves, Gated, H, Plain, Residual, sites_of, x_of
 from torch import nn
-from traps import (
+
+import ltepass
+from ltepass.errors import NoFFNFoundError
+from ltepass.passes.capture.capture_graphs import CaptureGraphs
+from ltepass.passes.find.find_ffn import FindFFN
+from ltepass.passes.graph.pipeline import TransformJob
+from ltepass.routed.sites import Refusal
+from tests.passes.ffn_forms import D, FusedHalves, Gated, H, Plain, Residual, sites_of, x_of
+from tests.passes.traps import (
     SDPA,
     Attention,
     CrossGated,
@@ -27,13 +34,6 @@ from traps import (
     TwoBranches,
     Watched,
 )
-
-import ltepass
-from ltepass.errors import NoFFNFoundError
-from ltepass.passes.capture.capture_graphs import CaptureGraphs
-from ltepass.passes.find.find_ffn import FindFFN
-from ltepass.passes.graph.pipeline import TransformJob
-from ltepass.routed.sites import Refusal
 
 
 def refusals(model: nn.Module) -> list[Refusal]:

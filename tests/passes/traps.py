@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from ffn_forms import D, H, Plain
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
+
+from tests.passes.ffn_forms import D, H, Plain
 
 
 class Attention(nn.Module):

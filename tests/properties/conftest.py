@@ -1,15 +1,10 @@
 """`pytest --hypothesis-profile=deep tests/properties` runs many more examples than CI does, and says how many."""
 
 import re
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
-
-for folder in ("passes", "models"):  # the hand-written FFNs and traps, the tiny models
-    sys.path.append(str(Path(__file__).parents[1] / folder))
 
 ALWAYS = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("quick", max_examples=100, **ALWAYS)

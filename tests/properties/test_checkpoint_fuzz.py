@@ -21,14 +21,14 @@ import torch
 import transformers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mutants import mutant
 from safetensors.torch import load_file
-from watching import watch
 
 from ltepass.errors import CheckpointError
 from ltepass.routed.sites import FFNSite, LTEState, state_of
 from ltepass.saving.quantizer import LTEQuantizationConfig, checked_sites
 from ltepass.saving.tensor_checks import FLOATS, Header, read_header
+from tests.properties.mutants import mutant
+from tests.watching import watch
 
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
 FOLDERS = [CHECKPOINTS / v / n for v in ("v1", "v2") for n in ("aligned", "inline", "fused", "encoder_decoder", "cuts")]

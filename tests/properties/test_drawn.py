@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_equivalence import Block, Form, forms
 from torch import Tensor, nn
-from trees import examples
 
 import ltepass
 from ltepass.errors import LTEError
 from ltepass.kernels.reference import ACTIVATIONS
 from ltepass.routed.sites import routers_of
+from tests.properties.test_equivalence import Block, Form, forms
+from tests.properties.trees import examples
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 

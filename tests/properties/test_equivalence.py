@@ -8,11 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from trees import examples
 
 import ltepass
 from ltepass.kernels.reference import ACTIVATIONS
 from ltepass.routed.sites import router_of, routers_of
+from tests.properties.trees import examples
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,15 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).parents[1] / "training"))
-from padded import FAMILIES, padded, same, sequences, started, whole
-
 import ltepass
 from ltepass.calibration.energy import down_energy
 from ltepass.calibration.initialise import fit_energies
 from ltepass.measure.sparsity import measure_union
 from ltepass.routed.sites import router_of
 from ltepass.sparsity.thresholds import update_table
+from tests.training.padded import FAMILIES, padded, same, sequences, started, whole
 
 models = cache(started)
 

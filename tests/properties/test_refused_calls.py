@@ -18,14 +18,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from trees import examples
-from zoo import build, ids
 
 import ltepass
 from ltepass.calibration.warm_start import warm_start
 from ltepass.training.settings import LTESettings
 from ltepass.training.stage_options import stage_options
 from ltepass.training.stages import Stage, begin_stage, settle
+from tests.models.zoo import build, ids
+from tests.properties.trees import examples
 
 HERE = str(Path(ltepass.__file__).parent)
 PARTS = (HERE, *(str(p.resolve()) for p in Path(HERE).iterdir() if p.is_symlink()), "<ltepass")

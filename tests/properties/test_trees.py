@@ -9,7 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from trees import build, captured, examples, flat_graph_of, graph_of, reordered, trees
 
 import ltepass
 from ltepass.errors import AlreadyTransformedError, LoweringError, NoFFNFoundError
@@ -18,6 +17,7 @@ from ltepass.passes.find.find_ffn import FindFFN
 from ltepass.passes.graph.captured import Captured
 from ltepass.passes.graph.pipeline import TransformJob
 from ltepass.routed.sites import router_of, routers_of
+from tests.properties.trees import build, captured, examples, flat_graph_of, graph_of, reordered, trees
 
 X = torch.randn(2, 5, 10, generator=torch.Generator().manual_seed(0))
 CONFIG = ltepass.LTEConfig(grouping="random")

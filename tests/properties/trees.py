@@ -7,9 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import ffn_forms as forms
 import torch
-import traps
 from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -18,6 +16,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from ltepass.passes.graph.captured import Captured
 from ltepass.passes.graph.flow import Flow
+from tests.passes import ffn_forms as forms
+from tests.passes import traps
 
 D = forms.D
 

@@ -1,7 +1,7 @@
 """Run by test_robust in a process of its own: gradients of one soft step, by one process, by DDP and by FSDP2 of two.
 
-python distributed_driver.py FOLDER: FOLDER/{single,ddp,fsdp}.pt hold gradients by parameter name, FOLDER/rank{0,1}.pt
-the routers of each process after a `fit` of two.
+python -m tests.training.distributed_driver FOLDER: FOLDER/{single,ddp,fsdp}.pt hold gradients by parameter name,
+FOLDER/rank{0,1}.pt the routers of each process after a `fit` of two.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from learning_cases import copied_text, small_llama
 from torch.distributed.fsdp import fully_shard
 from transformers import TrainingArguments
 
@@ -23,6 +22,7 @@ from ltepass.routed.sites import routers_of
 from ltepass.training.settings import LTESettings
 from ltepass.training.stages import begin_stage, label_mask, take_auxiliary
 from ltepass.training.trainer import LTETrainer
+from tests.training.learning_cases import copied_text, small_llama
 
 ROWS, ETA, LAM = 8, 0.3, 0.5
 

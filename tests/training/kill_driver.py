@@ -1,7 +1,7 @@
 """Run by test_robust in a process of its own: trains in forked children that kill themselves, and resumes them.
 
-python kill_driver.py FOLDER: FOLDER/CASE/final.pt holds the weights that each case ended with.
-python kill_driver.py FOLDER N: the same for `whole` and for N runs that are killed at a random moment each.
+python -m tests.training.kill_driver FOLDER: FOLDER/CASE/final.pt holds the weights that each case ended with.
+python -m tests.training.kill_driver FOLDER N: the same for `whole` and for N runs, each killed at a random moment.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from learning_cases import copied_text, fit, small_llama
 from transformers import TrainerCallback
 
 import ltepass
 from ltepass.training import trainer as trainer_module
 from ltepass.training.settings import LTESettings
 from ltepass.training.trainer import LTETrainer
+from tests.training.learning_cases import copied_text, fit, small_llama
 
 # (stage, step, what is cut short): at the end of that step, or in the middle of writing its checkpoint
 CASES: dict[str, tuple[str, int, str] | None] = {

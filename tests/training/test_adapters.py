@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from learning_cases import copied_text, fit, trained
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -16,6 +15,7 @@ from ltepass.errors import ConfigError
 from ltepass.routed.sites import router_of, routers_of
 from ltepass.training.settings import LTESettings
 from ltepass.training.stage_options import stage_options
+from tests.training.learning_cases import copied_text, fit, trained
 
 BOTH = LTESettings(soft_steps=2, hard_steps=2)
 NOT_SAVED = pytest.mark.filterwarnings("ignore:the routers learn inside the base model")

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from padded import sequences, started, transformed
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -30,6 +29,7 @@ from ltepass.routed.sites import routers_of
 from ltepass.routed.watching import record_logits
 from ltepass.sparsity.thresholds import update_table
 from ltepass.training.stages import held_out_perplexity, settle
+from tests.training.padded import sequences, started, transformed
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from learning_cases import calibrated, dense_model, router_inputs, tokens
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 -- the name everybody uses
 from transformers import AutoModelForCausalLM
@@ -24,6 +23,7 @@ from ltepass.errors import CalibrationError, ConfigError
 from ltepass.routed.sites import router_of, routers_of
 from ltepass.routed.watching import collect
 from ltepass.training.stages import settle
+from tests.training.learning_cases import calibrated, dense_model, router_inputs, tokens
 
 D, FF, VOCAB = 16, 48, 31
 

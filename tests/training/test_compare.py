@@ -4,32 +4,30 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from learning_cases import copied_text, trained
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "compare"))
-
-import ablations
-import choose_cuts
-import frontier
-import missed_energy
-import models
-import start_cost
-import step_time
-import study
-import tasks
-from cuts import Cuts, expert_sparsity, measure_cut, n_matrices
-from frontier_rows import Rows, at_bytes, ratios, shown_at, write_table
 
 import ltepass
+from examples.compare import (
+    ablations,
+    choose_cuts,
+    frontier,
+    missed_energy,
+    models,
+    start_cost,
+    step_time,
+    study,
+    tasks,
+)
+from examples.compare.cuts import Cuts, expert_sparsity, measure_cut, n_matrices
+from examples.compare.frontier_rows import Rows, at_bytes, ratios, shown_at, write_table
 from ltepass.measure.quality import perplexity, sparsity_curve
 from ltepass.measure.text_blocks import corpora
 from ltepass.routed.sites import routers_of
+from tests.training.learning_cases import copied_text, trained
 
 
 @pytest.fixture(scope="module")

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import statistics
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from learning_cases import copied_text, trained
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "compare"))
-
-from methods import RULES
-from rule_hooks import Ruled, collect
-from rules import Seen, spread, top
-
 import ltepass
+from examples.compare.methods import RULES
+from examples.compare.rule_hooks import Ruled, collect
+from examples.compare.rules import Seen, spread, top
 from ltepass.measure.quality import perplexity
+from tests.training.learning_cases import copied_text, trained
 
 EXACT_COUNT = ("topk", "oracle", "random", "moefication", "dejavu", "noisy-topk")
 BY_THRESHOLD = ("cats", "teal", "prunepath")

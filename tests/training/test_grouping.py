@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from learning_cases import assert_same, calibrated, dense_model, router_inputs, tokens, transformed, weights
 from torch import Tensor
 
 import ltepass
@@ -21,6 +20,15 @@ from ltepass.passes.group.methods import grouping_permutation, permute_site, sit
 from ltepass.routed import watching
 from ltepass.routed.sites import router_of
 from ltepass.routed.watching import Sample, collect
+from tests.training.learning_cases import (
+    assert_same,
+    calibrated,
+    dense_model,
+    router_inputs,
+    tokens,
+    transformed,
+    weights,
+)
 
 METHODS = ("identity", "random", "kmeans", "coactivation", "output_aware")
 

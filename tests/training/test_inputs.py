@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from learning_cases import copied_text, trained
 from torch.utils.data import IterableDataset
 from transformers import TrainingArguments, integrations
 
@@ -16,6 +15,7 @@ from ltepass.routed.sites import routers_of
 from ltepass.training.settings import LTESettings
 from ltepass.training.stage_options import stage_options
 from ltepass.training.trainer import HELD_OUT, LTETrainer
+from tests.training.learning_cases import copied_text, trained
 
 BOTH = LTESettings(soft_steps=2, hard_steps=2)
 

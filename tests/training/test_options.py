@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from learning_cases import copied_text, fit, perplexity_of, trained
 from torch import nn
 
 import ltepass
@@ -20,6 +19,7 @@ from ltepass.routed.watching import mode_of
 from ltepass.training.lora import ffn_linears
 from ltepass.training.settings import LTESettings
 from ltepass.training.stages import begin_stage, settle
+from tests.training.learning_cases import copied_text, fit, perplexity_of, trained
 
 
 def changed(before: dict[str, torch.Tensor], model: Any) -> set[str]:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from padded import FAMILIES, PAD, dense, padded, same, sequences, started, transformed, whole
 from torch import Tensor, nn
 from transformers import (
     BartConfig,
@@ -49,6 +48,7 @@ from ltepass.training.stages import (
     take_auxiliary,
 )
 from ltepass.training.trainer import LTETrainer, LTETrainerMixin
+from tests.training.padded import FAMILIES, PAD, dense, padded, same, sequences, started, transformed, whole
 
 LENGTHS = [3, 9, 5, 12, 2, 4]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,23 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from kill_driver import CASES
-from learning_cases import copied_text, fit, trained
 
 from ltepass.errors import TrainingError
 from ltepass.routed.sites import routers_of
 from ltepass.training.checkpoints import last_complete, mark_complete
 from ltepass.training.settings import LTESettings
 from ltepass.training.stages import begin_stage, take_auxiliary
+from tests.child import environment
+from tests.training.kill_driver import CASES
+from tests.training.learning_cases import copied_text, fit, trained
 
-HERE = Path(__file__).parent
 
-
-def drive(script: str, folder: Path, *args: str, timeout: float = 240) -> None:
-    path = os.pathsep.join([str(HERE), *filter(None, sys.path)])
-    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+def drive(driver: str, folder: Path, *args: str, timeout: float = 240) -> None:
+    env = environment(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
     done = subprocess.run(
-        [sys.executable, str(HERE / script), str(folder), *args],
+        [sys.executable, "-m", f"tests.training.{driver}", str(folder), *args],
         env=env,
         capture_output=True,
         text=True,
@@ -38,7 +35,7 @@ def drive(script: str, folder: Path, *args: str, timeout: float = 240) -> None:
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
     folder = tmp_path_factory.mktemp("killed")
-    drive("kill_driver.py", folder)
+    drive("kill_driver", folder)
     return {name: torch.load(folder / name / "final.pt") for name in CASES}
 
 
@@ -53,7 +50,7 @@ def test_killed_training_resumes_to_bitwise_the_same_weights(ends: Any, case: st
 @pytest.mark.parametrize("n", [2, pytest.param(20, marks=pytest.mark.slow)])
 @pytest.mark.timeout(5000)  # beyond the driver's, which says what it was doing
 def test_killed_at_random_moments_the_same_call_ends_with_the_same_weights(tmp_path: Path, n: int) -> None:
-    drive("kill_driver.py", tmp_path, str(n), timeout=600 + 200 * n)  # two trainings for each, on a loaded machine
+    drive("kill_driver", tmp_path, str(n), timeout=600 + 200 * n)  # two trainings for each, on a loaded machine
     whole = torch.load(tmp_path / "whole" / "final.pt")
     for i in range(n):
         ended = torch.load(tmp_path / f"random {i}" / "final.pt")
@@ -73,7 +70,7 @@ def test_a_checkpoint_that_was_cut_short_is_not_taken(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def distributed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
     folder = tmp_path_factory.mktemp("distributed")
-    drive("distributed_driver.py", folder)
+    drive("distributed_driver", folder)
     return {name: torch.load(folder / f"{name}.pt") for name in ("single", "ddp", "fsdp", "rank0", "rank1")}
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from learning_cases import dense_model, router_inputs, tokens
 from transformers import BioGptConfig, BioGptForSequenceClassification, LlamaConfig, LlamaForCausalLM
 from transformers.models.gemma4 import Gemma4ForCausalLM, Gemma4TextConfig
 
@@ -20,6 +19,7 @@ from ltepass.routed.sites import router_of, routers_of
 from ltepass.routed.watching import mode_of, record_logits, run_batches
 from ltepass.sparsity.thresholds import update_table
 from ltepass.training.stages import settle
+from tests.training.learning_cases import dense_model, router_inputs, tokens
 
 
 def ids(seed: int, batch: int = 16, length: int = 32) -> torch.Tensor:

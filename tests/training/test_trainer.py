@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from learning_cases import copied_text, fit, perplexity_of, trained
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 import ltepass
@@ -19,6 +18,7 @@ from ltepass.routed.soft_losses import SEPARABILITY_CLAMP, per_token_losses
 from ltepass.training.controller import SparsityController
 from ltepass.training.stages import begin_stage, label_mask
 from ltepass.training.trainer import LTESettings, LTETrainer
+from tests.training.learning_cases import copied_text, fit, perplexity_of, trained
 
 VOCAB, LENGTH = 37, 24
 

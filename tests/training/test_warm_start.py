@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from learning_cases import assert_same, calibrated, tokens, transformed, weights
 
 import ltepass
 from ltepass.calibration.warm_start import warm_start
 from ltepass.errors import CalibrationError, LoweredError, NotTransformedError
 from ltepass.routed.sites import routers_of
 from ltepass.routed.watching import mode_of
+from tests.training.learning_cases import assert_same, calibrated, tokens, transformed, weights
 
 
 def distance(model: Any, dense: torch.Tensor, x: torch.Tensor) -> float:
