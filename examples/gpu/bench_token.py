@@ -19,6 +19,7 @@ from torch.nn import functional as F  # noqa: N812 -- the name everybody uses
 from examples.gpu import results
 from examples.gpu.clock import Timing, copy_bandwidth, graphed
 from examples.gpu.results import Row
+from ltepass.kernels import routed_ffn as _op  # noqa: F401 -- registers what the FFNs call
 
 
 @dataclass(frozen=True, kw_only=True)
