@@ -44,7 +44,7 @@ class FindFFN:
         job.refusals += tied
         kept, left_out = job.selection.split(_named(_one_kind(kept)))
         job.refusals += left_out
-        sizes = {s: job.selection.group_size(s, job.config.group_size, kept) for s in kept}
+        sizes = job.selection.sizes(kept, job.config.group_size)
         job.sites = _name_routers(job.model, [_sized(s, size) for s, size in sizes.items()])
         if not job.sites:
             lines = [f"  {r.module or '(root)'}: {r.check}: {r.reason}" for r in job.refusals]

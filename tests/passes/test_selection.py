@@ -145,6 +145,12 @@ def test_sizes_differ_by_site_and_are_saved(tmp_path: Path) -> None:
         ({"skip": "*"}, "leave out all 3 FFN sites"),
         ({"only": lambda site: False}, "leave out all 3 FFN sites"),
         ({"only": [3]}, "only holds 3"),
+        ({"skip": 3}, "skip holds 3"),
+        ({"skip": lambda site: None}, "skip answers None for model.layers.0.mlp"),
+        ({"per_site": ["*"]}, r"per_site is \['\*'\]"),
+        ({"per_site": {"*": 3}}, r"per_site holds '\*': 3"),
+        ({"per_site": {"nothing": {}}}, "per_site holds 'nothing': {}"),
+        ({"per_site": {"*0.mlp": {"group_size": 12}}, "skip": "*0.mlp"}, "per_site names '\\*0.mlp'"),
         ({"per_site": {"*": {"tau": 0.3}}}, "'tau'; expected group_size"),
         ({"per_site": {"*": {"group_size": 0}}}, "group_size is 0"),
         ({"per_site": {"*": {"group_size": True}}}, "group_size is True"),
@@ -172,3 +178,37 @@ def test_a_function_is_given_sites() -> None:
     ltepass.transform(llama(), only=lambda site: seen.append(site) is None)
     assert [site.d_ff for site in seen] == [60, 60, 60]
     assert all(isinstance(site, FFNSite) for site in seen)
+
+
+class FFN(nn.Module):
+    def __init__(self, up: nn.Linear, down: nn.Linear) -> None:
+        super().__init__()
+        self.up, self.down = up, down
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(x)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"only": "0"}, "leave out 1 and keep 0, which shares its weights"),
+        ({"skip": lambda site: site.name == "0"}, "leave out 0 and keep 1, which shares its weights"),
+        ({"per_site": {"1": {"group_size": 8}}}, "groups of 4 at 0 and of 8 at 1, which shares its weights"),
+        ({"per_site": {"[01]": {"group_size": 8}}, "skip": "2"}, ""),
+    ],
+    ids=["only", "skip", "per_site", "both"],
+)
+def test_sites_that_share_their_weights_are_chosen_and_sized_together(arguments: Any, message: str) -> None:
+    up, down = nn.Linear(6, 24), nn.Linear(24, 6)
+    model = nn.Sequential(FFN(up, down), FFN(up, down), FFN(nn.Linear(6, 24), nn.Linear(24, 6))).eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    config = ltepass.LTEConfig(group_size=4, grouping="random")
+    if not message:
+        ltepass.transform(model, X, config, **arguments)
+        assert [site.group_size for site in ltepass.report(model).sites] == [8, 8]
+        return
+    with pytest.raises(ConfigError, match=message):
+        ltepass.transform(model, X, config, **arguments)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
