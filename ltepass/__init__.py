@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ltepass import moved as _moved
+from ltepass import old_names as _old_names
 from ltepass import registration as _registration
 from ltepass.kernels import routed_ffn as _ops  # noqa: F401  # registers what a saved program calls (torch.export.load)
 from ltepass.routed import router as _router  # noqa: F401  # likewise
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from ltepass.config import LTEConfig
     from ltepass.measure.quality import perplexity
     from ltepass.measure.sparsity import measure_sparsity, measure_union
-    from ltepass.passes.lower.modules import lower, unlower
+    from ltepass.passes.lower.lower_modules import lower, unlower
     from ltepass.routed.reporting import Report, report
     from ltepass.routed.sites import FFNSite, Refusal
-    from ltepass.saving.modules import load, save
+    from ltepass.saving.plain_modules import load, save
     from ltepass.sparsity.cuts import set_hidden_sparsity, set_input_sparsity
     from ltepass.sparsity.modes import set_mode
     from ltepass.sparsity.thresholds import set_sparsity
@@ -44,14 +44,14 @@ _PUBLIC = {
     "perplexity": "ltepass.measure.quality",
     "measure_sparsity": "ltepass.measure.sparsity",
     "measure_union": "ltepass.measure.sparsity",
-    "lower": "ltepass.passes.lower.modules",
-    "unlower": "ltepass.passes.lower.modules",
+    "lower": "ltepass.passes.lower.lower_modules",
+    "unlower": "ltepass.passes.lower.lower_modules",
     "Report": "ltepass.routed.reporting",
     "report": "ltepass.routed.reporting",
     "FFNSite": "ltepass.routed.sites",
     "Refusal": "ltepass.routed.sites",
-    "load": "ltepass.saving.modules",
-    "save": "ltepass.saving.modules",
+    "load": "ltepass.saving.plain_modules",
+    "save": "ltepass.saving.plain_modules",
     "set_hidden_sparsity": "ltepass.sparsity.cuts",
     "set_input_sparsity": "ltepass.sparsity.cuts",
     "set_mode": "ltepass.sparsity.modes",
@@ -112,4 +112,4 @@ def __dir__() -> list[str]:
 
 
 _registration.register("ltepass.saving.quantizer")
-_moved.register()
+_old_names.register()

@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # Bottom to top. A folder, or a module of `ltepass/` itself, imports from floors below its own, and from itself.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "version", "moved"),
+    ("errors", "version", "old_names"),
     ("config", "names", "threads", "cache", "registration"),
     ("kernels",),
     ("routed",),
@@ -28,7 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli",),
 )
 TOP = ("__init__", "__main__", "backend")  # the root package itself, its program, and a forward for older installs
-KNOWS_NAMES = ("moved",)  # strings of this module name modules for others to import
+KNOWS_NAMES = ("old_names",)  # strings of this module name modules for others to import
 SOURCES = (("ltepass", "ltepass"), ("passes", "ltepass.passes"), ("kernels", "ltepass.kernels"))
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 

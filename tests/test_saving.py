@@ -15,7 +15,7 @@ from torch.fx import symbolic_trace
 import ltepass
 from ltepass.errors import AlreadyTransformedError, CheckpointError, MetaWeightsError, NotTransformedError
 from ltepass.routed.sites import routers_of, state_of
-from ltepass.saving import modules
+from ltepass.saving import plain_modules
 from tests.watching import watch
 
 X = torch.linspace(-2.0, 2.0, 2 * 5 * 8).reshape(2, 5, 8)
@@ -182,7 +182,7 @@ def test_an_interrupted_load_leaves_the_module_as_before(tmp_path: Path, monkeyp
     ltepass.save(trained(), tmp_path)
     model = fresh()
     before = surface(model)
-    take = modules._fill
+    take = plain_modules._fill
 
     def interrupted(model: nn.Module, tensors: dict[str, Any]) -> None:
         class Last:
@@ -191,7 +191,7 @@ def test_an_interrupted_load_leaves_the_module_as_before(tmp_path: Path, monkeyp
 
         take(model, {**tensors, "fourth.down.weight": Last(), "third.down.weight": Last()})
 
-    monkeypatch.setattr(modules, "_fill", interrupted)
+    monkeypatch.setattr(plain_modules, "_fill", interrupted)
     with pytest.raises(KeyboardInterrupt):
         ltepass.load(model, tmp_path)
     assert same(surface(model), before)
@@ -201,8 +201,8 @@ def test_an_interrupted_save_leaves_the_folder_as_before(tmp_path: Path, monkeyp
     ltepass.save(trained(), tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     model = trained(tau=0.3)
-    monkeypatch.setattr(modules.json, "dumps", lambda *_, indent=None, **__: _stop() if indent else "null")  # type: ignore[attr-defined]
-    monkeypatch.setattr(modules, "read_state", lambda _: None)
+    monkeypatch.setattr(plain_modules.json, "dumps", lambda *_, indent=None, **__: _stop() if indent else "null")  # type: ignore[attr-defined]
+    monkeypatch.setattr(plain_modules, "read_state", lambda _: None)
     with pytest.raises(KeyboardInterrupt):
         ltepass.save(model, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

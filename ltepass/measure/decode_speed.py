@@ -17,7 +17,7 @@ from ltepass.measure.decoding import time_generate
 from ltepass.measure.quality import perplexity, sparsity_of_tail
 from ltepass.measure.records import Environment, ModelRecord
 from ltepass.measure.timing import Timing, gemm_rate, stream_bandwidth
-from ltepass.passes.lower.modules import lower, unlower
+from ltepass.passes.lower.lower_modules import lower, unlower
 from ltepass.routed.sites import FFNSite, require_state, routers_of
 from ltepass.sparsity.thresholds import set_sparsity
 

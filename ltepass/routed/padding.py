@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from ltepass.routed.router import Router
-from ltepass.routed.rows import Forward, Part, TokenRows, fitted, token_mask
 from ltepass.routed.sites import FFNSite, require_state, router_of
+from ltepass.routed.token_rows import Forward, Part, TokenRows, fitted, token_mask
 
 IGNORED = -100  # what transformers puts where a position has no label
 TOKENS = ("input_ids", "inputs_embeds")

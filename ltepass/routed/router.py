@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ltepass.config import Mode
 from ltepass.errors import ShardedError
 from ltepass.kernels.reference import leave_out_small
-from ltepass.routed.rows import Forward, TokenRows
+from ltepass.routed.token_rows import Forward, TokenRows
 from ltepass.threads import require_own
 
 N_QUANTILES = 101  # the sparsity table has one logit threshold for each of 0 %, 1 %, ... 100 %

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers.cli.serving.model_manager import ModelManager
 
-from ltepass.passes.lower.modules import lower
+from ltepass.passes.lower.lower_modules import lower
 from ltepass.routed.sites import state_of
 
 

@@ -1,5 +1,5 @@
 """How sparse: modes of the gates, thresholds, and cuts within active neurons."""
 
-from ltepass.moved import held_by
+from ltepass.old_names import held_by
 
 __getattr__ = held_by(__name__)  # of the module that had this name

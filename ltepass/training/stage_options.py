@@ -9,7 +9,7 @@ from functools import partial
 from torch import nn
 
 from ltepass.config import Mode
-from ltepass.passes.lower.modules import lower, unlower
+from ltepass.passes.lower.lower_modules import lower, unlower
 from ltepass.routed.router import Router
 from ltepass.routed.sites import require_state, router_of, routers_of
 from ltepass.routed.undo import all_or_nothing, undisturbed

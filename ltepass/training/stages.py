@@ -15,8 +15,8 @@ from ltepass.errors import TrainingError
 from ltepass.measure.sparsity import measure_sparsity
 from ltepass.routed.padding import IGNORED
 from ltepass.routed.router import Kept, Router
-from ltepass.routed.rows import Part
 from ltepass.routed.sites import require_state, require_trained, require_whole, router_of, routers_of
+from ltepass.routed.token_rows import Part
 from ltepass.routed.undo import verb
 from ltepass.sparsity.cuts import place_cuts
 from ltepass.sparsity.modes import set_mode

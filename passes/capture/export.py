@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 from ltepass.errors import CaptureError
 from ltepass.passes.capture.example_inputs import make_example_inputs
 from ltepass.passes.graph.captured import Captured, join
-from ltepass.passes.graph.flow import Flow
+from ltepass.passes.graph.linears import Flow
 from ltepass.routed.undo import refill
 from ltepass.threads import quiet_stderr, tracing
 

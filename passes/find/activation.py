@@ -15,8 +15,9 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from ltepass.passes.find.neuron_rows import run
-from ltepass.passes.find.pieces import MissError, Piece
-from ltepass.passes.graph.flow import Flow, Linear, is_plain_tensor, is_pointwise, numel, op_name, shape, tensor_inputs
+from ltepass.passes.find.regions import MissError, Piece
+from ltepass.passes.graph.linears import Flow, Linear
+from ltepass.passes.graph.node_kinds import is_plain_tensor, is_pointwise, numel, op_name, shape, tensor_inputs
 
 _SKIPPED = frozenset("to dropout float half bfloat16 double type_as gate alias detach contiguous clone".split())
 

@@ -21,7 +21,7 @@ from ltepass.passes.find.match import Miss, Region, match_down
 from ltepass.passes.find.moe_stacks import ExpertStack, find_experts
 from ltepass.passes.find.owner import place
 from ltepass.passes.graph.captured import Captured
-from ltepass.passes.graph.flow import consumers, is_movement, op_name, strip_identity
+from ltepass.passes.graph.node_kinds import consumers, is_movement, op_name, strip_identity
 from ltepass.passes.graph.pipeline import Tier, TransformJob
 from ltepass.routed.sites import FFNSite, NeuronRows, Refusal, site_name
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from ltepass.passes.graph.flow import (
-    Flow,
+from ltepass.passes.graph.linears import Flow
+from ltepass.passes.graph.node_kinds import (
     is_movement,
     is_nonlinear,
     is_plain_tensor,

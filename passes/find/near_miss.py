@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 from torch.fx import Node
 
-from ltepass.passes.graph.flow import (
-    Flow,
-    Linear,
+from ltepass.passes.graph.linears import Flow, Linear
+from ltepass.passes.graph.node_kinds import (
     consumers,
     is_movement,
     is_nonlinear,

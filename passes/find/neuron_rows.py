@@ -15,10 +15,9 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from ltepass.passes.find.pieces import MissError, Piece, Rows
-from ltepass.passes.graph.flow import (
-    Flow,
-    Linear,
+from ltepass.passes.find.regions import MissError, Piece, Rows
+from ltepass.passes.graph.linears import Flow, Linear
+from ltepass.passes.graph.node_kinds import (
     call,
     concrete,
     is_movement,

@@ -15,10 +15,11 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from ltepass.passes.capture.owner_forward import is_replaced, original_class, trace_owner
-from ltepass.passes.capture.straight import is_straight
+from ltepass.passes.capture.traceable_forwards import is_straight
 from ltepass.passes.find.match import Region, Rows, down_rows
 from ltepass.passes.graph.captured import Captured
-from ltepass.passes.graph.flow import Linear, is_movement, strip_identity
+from ltepass.passes.graph.linears import Linear
+from ltepass.passes.graph.node_kinds import is_movement, strip_identity
 from ltepass.routed.sites import FFNSite, NeuronRows, Refusal
 
 

@@ -9,7 +9,8 @@ from functools import cached_property
 
 from torch.fx import Node
 
-from ltepass.passes.graph.flow import Flow, is_movement, op_name, strip_identity
+from ltepass.passes.graph.linears import Flow
+from ltepass.passes.graph.node_kinds import is_movement, op_name, strip_identity
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from torch.fx import Graph, GraphModule
 from ltepass.config import LTEConfig
 from ltepass.errors import ConfigError
 from ltepass.passes.graph.captured import Captured
-from ltepass.passes.graph.flow import op_name
+from ltepass.passes.graph.node_kinds import op_name
 from ltepass.routed.selection import Selection
 from ltepass.routed.sites import FFNSite, Refusal
 from ltepass.routed.undo import all_or_nothing

@@ -20,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ltepass.kernels import routed_ffn  # registers the op that the pass emits
 from ltepass.kernels.gpu import tuning
-from ltepass.passes.graph.flow import is_gate
+from ltepass.passes.graph.node_kinds import is_gate
 from ltepass.passes.graph.pipeline import GraphJob, Pass, run_passes
 from ltepass.passes.lower.graph_regions import LowerRoutedFFN, holds_ffn, router_path
 from ltepass.routed.router import Router as Router  # registers ltepass::gate, whose name graphs carry

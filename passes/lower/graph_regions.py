@@ -19,9 +19,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ltepass.passes.find.match import Miss, Region, Rows, down_rows, match_down
-from ltepass.passes.graph.flow import (
-    Flow,
-    Linear,
+from ltepass.passes.graph.linears import Flow, Linear
+from ltepass.passes.graph.node_kinds import (
     erase_upstream,
     is_gate,
     is_input_cut,

@@ -91,12 +91,12 @@ def test_a_router_knows_its_density_wherever_it_comes_from(tmp_path: Path) -> No
 
 
 def test_an_ffn_on_a_gpu_is_told_the_density_of_its_router(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ltepass.passes.lower import modules
+    from ltepass.passes.lower import lower_modules
 
     seen: list[float | None] = []
-    monkeypatch.setattr(modules, "routed_ffn", lambda x, *_: (seen.append(tuning.assumed_density()), x)[1])
+    monkeypatch.setattr(lower_modules, "routed_ffn", lambda x, *_: (seen.append(tuning.assumed_density()), x)[1])
     router = Router(8, 24, 4)
-    router.plan = modules.Plan(
+    router.plan = lower_modules.Plan(
         activation="relu", d_ff=24, up=None, gate=None, up_bias=None, gate_bias=None, down_transposed=False
     )
     router.density = 0.3
@@ -105,7 +105,7 @@ def test_an_ffn_on_a_gpu_is_told_the_density_of_its_router(monkeypatch: pytest.M
         is_cuda = True
 
     for x in (OnGPU(), torch.zeros(1, 8)):
-        modules.lowered_call(router, router.weight, None, None, None, router.weight, None, x)  # type: ignore[arg-type]
+        lower_modules.lowered_call(router, router.weight, None, None, None, router.weight, None, x)  # type: ignore[arg-type]
     assert seen == [0.3, None]
 
 

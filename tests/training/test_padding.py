@@ -34,8 +34,8 @@ from ltepass.calibration.sensitivity import loss_sensitivity
 from ltepass.calibration.warm_start import warm_start
 from ltepass.errors import TrainingError
 from ltepass.routed.padding import hooks_of, telling_tokens
-from ltepass.routed.rows import Forward, token_mask
 from ltepass.routed.sites import router_of, routers_of
+from ltepass.routed.token_rows import Forward, token_mask
 from ltepass.routed.watching import record_logits, run_batches
 from ltepass.training.settings import LTESettings
 from ltepass.training.stages import (

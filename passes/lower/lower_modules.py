@@ -22,7 +22,7 @@ from ltepass.errors import ConfigError, LoweredError, LoweringError
 from ltepass.kernels.gpu.tuning import assume_density
 from ltepass.kernels.routed_ffn import routed_ffn
 from ltepass.passes.capture.owner_forward import trace_owner
-from ltepass.passes.graph.flow import erase_upstream
+from ltepass.passes.graph.node_kinds import erase_upstream
 from ltepass.passes.insert.forwards import forwards_of, regenerate
 from ltepass.passes.insert.guarding import check_forwards
 from ltepass.passes.insert.hooks import SparseDown, attach

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from ltepass.passes.graph.flow import Linear
+from ltepass.passes.graph.linears import Linear
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import ltepass
-from ltepass.moved import HELD, MOVED
+from ltepass.old_names import HELD, MOVED
 
 PICKLES = Path(__file__).parent / "checkpoints" / "pickles"
 
