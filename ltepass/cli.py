@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ltepass.errors import ConfigError, LTEError
+from ltepass.grouping_methods import AUTO, GROUPINGS
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Make a transformer decoder learn to be efficient.")
 bench_app = typer.Typer(no_args_is_help=True, help="Timings of a saved model.")
@@ -20,6 +21,7 @@ Out = Annotated[Path, typer.Option(help="Where results go.")]
 Sparsity = Annotated[float, typer.Option(help="Share of inactive neurons, in [0, 1).")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 GroupSize = Annotated[int | None, typer.Option(help="Neurons per expert; without it, chosen per site.")]
+METHODS = "; ".join(f"{name}: {grouping.doc}" for name, grouping in GROUPINGS.items())
 Seed = Annotated[int, typer.Option(help="Seed of grouping, router start and batches.")]
 PASSED_ON: Any = {  # a command whose arguments, --help too, another program reads
     "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
@@ -87,6 +89,7 @@ def train(
     group_size: GroupSize = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps of the hard stage; 0: none.")] = 100,
     batch: Annotated[int, typer.Option(help="Blocks of one step.")] = 4,
+    grouping: Annotated[str, typer.Option(help=f"Which neurons make an expert. {METHODS}.")] = AUTO,
     length: Annotated[int, typer.Option(help="Tokens of one block.")] = 512,
     learning_rate: Annotated[float, typer.Option(help="Of both stages.")] = 1e-4,
     soft_steps: Annotated[int, typer.Option(help="Of the paper's soft stage before it; for long trainings.")] = 0,
@@ -111,6 +114,7 @@ def train(
     options = models.TrainOptions(
         target_sparsity=target_sparsity,
         group_size=group_size,
+        grouping=grouping,
         steps=steps,
         batch=batch,
         length=length,

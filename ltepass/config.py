@@ -6,15 +6,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from ltepass.errors import ConfigError
+from ltepass.grouping_methods import AUTO, GROUPINGS
 
-GroupingName = Literal["auto", "identity", "random", "kmeans", "coactivation", "output_aware"]
 Mode = Literal["soft", "hard", "dense"]
 Budget = Literal["layer", "model"]
 
 MODES: tuple[Mode, ...] = ("soft", "hard", "dense")
 BUDGETS: tuple[Budget, ...] = ("layer", "model")
-GROUPINGS: tuple[GroupingName, ...] = ("auto", "identity", "random", "kmeans", "coactivation", "output_aware")
-
 SEEDS = range(-(2**63), 2**64)  # what torch.Generator takes
 
 
@@ -36,7 +34,7 @@ class LTEConfig:
 
     group_size: neurons per expert; "auto" picks a divisor of each site's d_ff near 32 (the paper's value).
     target_sparsity: share of inactive neurons that training steers to, in [0, 1).
-    grouping: how neurons become experts (paper section 4.1: balanced k-means on rows of the weights). "auto" takes
+    grouping: how neurons become experts: a method of `ltepass.grouping_methods.GROUPINGS`, or "auto", which takes
         output_aware where calibration data is given and identity where it is not.
     budget: "layer" brings every FFN to the target; "model" their mean, by one threshold for all: FFNs to whose experts
         the loss is less sensitive give up more (calibration measures it, with one backward pass).
@@ -51,7 +49,7 @@ class LTEConfig:
 
     group_size: int | Literal["auto"] = "auto"
     target_sparsity: float = 0.5
-    grouping: GroupingName = "auto"
+    grouping: str = "auto"
     budget: Budget = "layer"
     hidden_sparsity: float = 0.0
     input_sparsity: float = 0.0
@@ -65,8 +63,8 @@ class LTEConfig:
         check_sparsity(self.input_sparsity, "input_sparsity")
         if self.group_size != "auto" and (type(self.group_size) is not int or self.group_size < 1):
             raise ConfigError(f'group_size is {self.group_size!r}; expected "auto" or an integer of at least 1')
-        if self.grouping not in GROUPINGS:
-            raise ConfigError(f"grouping is {self.grouping!r}; expected one of {', '.join(GROUPINGS)}")
+        if self.grouping not in (AUTO, *GROUPINGS):
+            raise ConfigError(f"grouping is {self.grouping!r}; expected one of {', '.join((AUTO, *GROUPINGS))}")
         if self.budget not in BUDGETS:
             raise ConfigError(f"budget is {self.budget!r}; expected one of {', '.join(BUDGETS)}")
         if self.budget == "model" and not self.router_bias:

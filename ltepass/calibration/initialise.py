@@ -28,6 +28,7 @@ from ltepass.calibration.ridge import RidgeSums
 from ltepass.calibration.sensitivity import loss_sensitivity
 from ltepass.config import Mode
 from ltepass.errors import CalibrationError, ConfigError, MetaWeightsError
+from ltepass.grouping_methods import AUTO, AUTO_WITH_DATA
 from ltepass.passes.group.methods import permute_site, site_permutation
 from ltepass.routed.batches import tokens_in
 from ltepass.routed.router import Router
@@ -83,7 +84,7 @@ def group_by(model: nn.Module, batches: Sequence[Any], grouping: str | None) -> 
     """Reorder every site's neurons by the method, unless they are in its order already."""
     state = require_state(model, "calibrate")
     method = grouping or state.config["grouping"]
-    method = "output_aware" if method == "auto" else method
+    method = AUTO_WITH_DATA if method == AUTO else method
     if method == "identity":
         return
     by_rows = method == "kmeans" and not is_calibrated(model)  # transform had no inputs to group by

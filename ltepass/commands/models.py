@@ -17,6 +17,7 @@ from torch import nn
 import ltepass
 from ltepass.config import Budget, LTEConfig
 from ltepass.errors import ConfigError
+from ltepass.grouping_methods import AUTO
 from ltepass.measure.quality import perplexity, sparsity_curve
 from ltepass.measure.text_blocks import token_blocks
 from ltepass.routed.reporting import Report, span
@@ -111,6 +112,7 @@ class TrainOptions:
 
     target_sparsity: float = 0.5
     group_size: int | None = None
+    grouping: str = AUTO
     steps: int = 100
     batch: int = 4
     length: int = 512
@@ -189,6 +191,7 @@ def _start(model: Any, blocks: torch.Tensor, options: TrainOptions) -> None:
     config = LTEConfig(
         target_sparsity=options.target_sparsity,
         group_size=options.group_size or "auto",
+        grouping=options.grouping,
         budget=options.budget,
         hidden_sparsity=options.hidden_sparsity,
         input_sparsity=options.input_sparsity,

@@ -14,8 +14,9 @@ from collections.abc import Callable
 from dataclasses import asdict, fields
 from typing import Any
 
-from ltepass.config import BUDGETS, GROUPINGS, SEEDS, LTEConfig
+from ltepass.config import BUDGETS, SEEDS, LTEConfig
 from ltepass.errors import CheckpointError, ConfigError
+from ltepass.grouping_methods import AUTO, GROUPINGS
 from ltepass.names import shown
 from ltepass.routed.json_entry import ADVICE, LARGEST, Entry
 from ltepass.routed.site_entry import VERSION, read_site, write_site
@@ -51,7 +52,7 @@ def read_state(value: object) -> LTEState:
     entry = Entry("quantization_config", value)
     known = {
         "config": _read_config(entry.take("config"), version),
-        "grouping": entry.one_of("grouping", [g for g in GROUPINGS if g != "auto"]),
+        "grouping": entry.one_of("grouping", GROUPINGS),
         "sites": [read_site(site, f"site {i}", version) for i, site in enumerate(entry.list("sites"))],
         "refusals": [_read_refusal(r, f"refusal {i}") for i, r in enumerate(entry.list("refusals"))],
     }
@@ -109,7 +110,7 @@ def _number(value: object) -> bool:
 _CONFIG: dict[str, Callable[[Any], bool]] = {
     "group_size": lambda v: v == "auto" or (type(v) is int and v < LARGEST),
     "target_sparsity": _number,
-    "grouping": lambda v: isinstance(v, str) and v in GROUPINGS,
+    "grouping": lambda v: isinstance(v, str) and v in (AUTO, *GROUPINGS),
     "budget": lambda v: isinstance(v, str) and v in BUDGETS,
     "hidden_sparsity": _number,
     "input_sparsity": _number,

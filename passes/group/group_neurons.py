@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from ltepass.errors import CalibrationError, MetaWeightsError
+from ltepass.grouping_methods import AUTO, GROUPINGS
 from ltepass.passes.graph.pipeline import Tier, TransformJob
-from ltepass.passes.group.methods import DATA_DRIVEN, permute_site, site_permutation
+from ltepass.passes.group.methods import permute_site, site_permutation
 from ltepass.routed.sites import FFNSite
 
 
@@ -27,13 +28,14 @@ class GroupNeurons:
 
     def __call__(self, job: TransformJob) -> str:
         method = job.config.grouping
-        if method in DATA_DRIVEN and not job.has_calibration:
+        if method in (AUTO, "identity"):  # auto is identity until data comes
+            return "unchanged"
+        if GROUPINGS[method].data == "needed" and not job.has_calibration:
             raise CalibrationError(
                 f"grouping {method!r} needs activations and no calibration was given; expected transform(..., "
                 'calibration=batches); pass batches, or choose "kmeans" or "identity"'
             )
-        waits = job.has_calibration and method == "kmeans"  # which is better with data
-        if waits or method in (*DATA_DRIVEN, "auto", "identity"):
+        if GROUPINGS[method].data != "unused" and job.has_calibration:  # waits for the batches
             return "unchanged"
         check_real_weights(job.model, job.sites, f"grouping {method!r}")
         sites = {s.neurons: s for s in job.sites}  # sites that share their weights share their order

@@ -8,13 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ltepass.errors import CalibrationError, ConfigError
+from ltepass.grouping_methods import GROUPINGS, Neurons
 from ltepass.passes.group.balanced_kmeans import balanced_kmeans
 from ltepass.routed.sites import FFNSite, routers_of, state_of
 from ltepass.routed.undo import reorder
 from ltepass.routed.watching import Sample
-
-DATA_DRIVEN = ("coactivation", "output_aware")
-SMALL = 0.1  # of a token's mean |h|: how small below that is all the same
 
 
 def grouping_permutation(
@@ -29,34 +27,20 @@ def grouping_permutation(
 ) -> Tensor:
     """up, gate: [d_ff, d_model]; down: [d_ff, d_model], one row per neuron -> [d_ff] int64, a permutation.
 
-    sample: what the site saw, h in its present neuron order.
+    sample: what the site saw, h in its present neuron order. method: one of `ltepass.grouping_methods`.
     New neuron i was neuron permutation[i]; expert e is new neurons [e * group_size, (e + 1) * group_size).
-    Methods: identity; random; kmeans (the paper's, on rows of gate and up: by how far apart their products with tokens
-    of unit length lie; without a sample, their directions); coactivation (log |h_j| over tokens: which neurons are
-    large together); output_aware (log |h_j| ||down_j||: which matter to the output together). Logarithms, because a
-    threshold asks which neurons are large, not how large the largest are. `examples/compare/oracle.py` compares them.
     Deterministic for a seed. Raises CalibrationError where a sample is needed and missing, ConfigError.
     """
-    d_ff = up.shape[0]
-    if method == "identity":
-        return torch.arange(d_ff)
-    if method == "random":
-        return torch.randperm(d_ff, generator=torch.Generator().manual_seed(seed))
-    if method not in ("kmeans", *DATA_DRIVEN):
-        raise ConfigError(f"grouping is {method!r}; expected identity, random, kmeans, coactivation or output_aware")
-    if method == "kmeans":
-        rows = [w.float() for w in (gate, up) if w is not None]
-        if sample is None:
-            points = torch.cat([nn.functional.normalize(w, dim=1) for w in rows], 1)
-        else:  # inputs have few large directions, and only along those does it matter how rows differ
-            tokens = nn.functional.normalize(sample.x.float(), dim=1)
-            points = torch.cat([w @ tokens.T for w in rows], 1)
-    elif sample is None:
+    if method not in GROUPINGS:
+        raise ConfigError(f"grouping is {method!r}; expected one of {', '.join(GROUPINGS)}; pass one of these")
+    grouping = GROUPINGS[method]
+    if grouping.data == "needed" and sample is None:
         raise CalibrationError(f"grouping {method!r} needs activations; expected calibration batches; pass them")
-    elif method == "coactivation":
-        points = _log_sizes(sample.h.float().abs()).T
-    else:
-        points = _log_sizes(sample.h.float().abs() * down.float().norm(dim=1)).T
+    x, h = (None, None) if sample is None else (sample.x, sample.h)
+    return grouping.order(Neurons(up=up, gate=gate, down=down, x=x, h=h), partial(_clustered, group_size, seed), seed)
+
+
+def _clustered(group_size: int, seed: int, points: Tensor) -> Tensor:
     return balanced_kmeans(points.cpu(), group_size, seed=seed).argsort(stable=True)
 
 
@@ -67,12 +51,6 @@ def site_permutation(model: nn.Module, site: FFNSite, method: str, sample: Sampl
     return grouping_permutation(
         method, up=up, gate=gate, down=down, sample=sample, group_size=site.group_size, seed=seed
     )
-
-
-def _log_sizes(size: Tensor) -> Tensor:
-    """[n_tokens, d_ff], relative to each token's mean."""
-    mean = size.mean(1, keepdim=True).clamp_min(torch.finfo(size.dtype).tiny)
-    return (size / mean + SMALL).log()
 
 
 def permute_site(model: nn.Module, site: FFNSite, permutation: Tensor) -> None:

@@ -16,10 +16,12 @@ from ltepass.calibration import initialise
 from ltepass.calibration.energy import down_energy, expert_energy, log_energy
 from ltepass.calibration.ridge import RIDGE, RidgeSums
 from ltepass.errors import CalibrationError, ConfigError
+from ltepass.grouping_methods import AUTO, GROUPINGS, Grouping
 from ltepass.passes.group.methods import grouping_permutation, permute_site, site_permutation
 from ltepass.routed import watching
 from ltepass.routed.sites import router_of
 from ltepass.routed.watching import Sample, collect
+from ltepass.saving.entry import read_state, write_state
 from tests.training.learning_cases import (
     assert_same,
     calibrated,
@@ -30,7 +32,7 @@ from tests.training.learning_cases import (
     weights,
 )
 
-METHODS = ("identity", "random", "kmeans", "coactivation", "output_aware")
+METHODS = tuple(GROUPINGS)
 
 
 def arguments(d_ff: int = 60, seed: int = 0) -> dict[str, Tensor | Sample]:
@@ -268,3 +270,26 @@ def test_routers_are_fitted_on_every_token_that_the_model_gives_them(
 def test_the_sample_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watching, "SAMPLE_TOKENS", 64)
     assert {len(s.h) for s in collect(transformed(), [tokens(8, seed=s) for s in range(4)]).values()} == {64}
+
+
+def test_a_method_is_one_row_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The config's check, the dispatch and what a checkpoint may say read the same table."""
+    backwards = Grouping(order=lambda n, cluster, seed: torch.arange(len(n.up)).flip(0), data="unused", doc="reversed")
+    with pytest.raises(ConfigError, match="expected one of auto, identity, random, kmeans"):
+        ltepass.LTEConfig(grouping="backwards")
+    monkeypatch.setitem(GROUPINGS, "backwards", backwards)
+    model = dense_model()
+    ltepass.transform(model, config=ltepass.LTEConfig(grouping="backwards"))
+    site = model._lte.sites[0]
+    assert router_of(model, site).permutation.tolist() == list(range(site.d_ff))[::-1]
+    assert read_state(write_state(model._lte)).grouping == "backwards"
+
+
+def test_every_method_has_its_words_on_the_command_line() -> None:
+    from typer.testing import CliRunner
+
+    from ltepass.cli import app
+
+    shown = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "400"}).output
+    assert AUTO not in GROUPINGS
+    assert all(f"{name}: {grouping.doc}" in shown for name, grouping in GROUPINGS.items())
