@@ -2,6 +2,9 @@
 
 Find the FFN blocks in the traced graph, insert trainable routers with threshold gates over groups of neurons, train
 them to a sparsity, and lower the result to fused sparse kernels through the torch.compile backend "lte".
+
+In the examples of the docstrings, `dense` is a language model of transformers, `model` one that is transformed and
+calibrated, `ids` token ids [n, T], `batches` a list of such, and `folder` a path.
 """
 
 from __future__ import annotations

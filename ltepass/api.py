@@ -28,19 +28,26 @@ def transform(
     skip: Which | None = None,
     per_site: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> nn.Module:
-    """Find the FFNs of `model`, group their neurons and insert routers, in place; returns the model in dense mode.
+    """Find the FFNs of `model`, group their neurons and insert routers, in place. Paper sections 4.1 and 4.2.
 
-    model: an nn.Module (a Hugging Face model makes its own example inputs) or a torch.fx.GraphModule.
-    example_inputs: tuple, dict or tensor that `model(...)` accepts; traced under fake tensors, never run.
-    calibration: batches (dicts of model inputs, or token id tensors) for data-driven grouping, the router start and the
-        sparsity table; the same as calling `ltepass.calibrate(model, calibration)` afterwards.
-    only, skip: which FFNs are gated: a site's name or a pattern ("model.layers.*.mlp"), several, or a function of the
-        FFNSite; what is left out stays dense, and the report says so.
-    per_site: settings of some sites, by name or pattern: {"model.layers.0.mlp": {"group_size": 16}}.
-    What PEFT, DistributedDataParallel or torch.compile wrapped is transformed inside its wrapper.
-    Raises AlreadyTransformedError, CaptureError, NoFFNFoundError, GroupSizeError, MetaWeightsError, CalibrationError,
-    ConfigError (a pattern that names no site, all left out, a setting that is none of a site's);
-    the model is then as it was, as it is after Ctrl-C. Paper sections 4.1 and 4.2.
+    Arguments:
+        model: an nn.Module (a Hugging Face model makes its own example inputs) or a torch.fx.GraphModule. What PEFT,
+            DistributedDataParallel or torch.compile wrapped is transformed inside its wrapper.
+        example_inputs: tuple, dict or tensor that `model(...)` accepts; traced under fake tensors, never run.
+        config: settings of the whole model; None takes `LTEConfig()`.
+        calibration: batches (dicts of model inputs, or token id tensors) for data-driven grouping, the router start and
+            the sparsity table; the same as calling `ltepass.calibrate(model, calibration)` afterwards.
+        only, skip: which FFNs are gated: a site's name or a pattern ("model.layers.*.mlp"; `*` stands for dots too),
+            several, or a function of the FFNSite; what is left out stays dense, and the report says so.
+        per_site: settings of some sites, by name or pattern: {"model.layers.0.mlp": {"group_size": 16}}.
+    Returns: the model, in dense mode.
+    Raises: AlreadyTransformedError, CaptureError, NoFFNFoundError, GroupSizeError, MetaWeightsError, CalibrationError,
+        ShardedError, ConfigError (a pattern that names no site, all left out, a setting that is none of a site's); the
+        model is then as it was, as it is after Ctrl-C.
+    Example:
+        >>> model = ltepass.transform(dense, config=ltepass.LTEConfig(group_size=12), skip="*.0.mlp")
+        >>> [site.name for site in ltepass.report(model).sites]
+        ['model.layers.1.mlp']
     """
     root, selection = unwrapped(model), Selection(only=only, skip=skip, per_site=per_site)
 
@@ -78,10 +85,16 @@ def _transform(
 
 @verb
 def remove(model: nn.Module, undo_grouping: bool = False) -> nn.Module:
-    """Take routers and gates out again: classes, forwards and hooks as before transform; returns the model.
+    """Take routers and gates out again: classes, forwards and hooks as before transform.
 
-    undo_grouping: also put every neuron back where it was; weights are then bitwise the original's.
-    Raises NotTransformedError, LoweredError.
+    Arguments:
+        model: a transformed model.
+        undo_grouping: also put every neuron back where it was; weights are then bitwise the original's.
+    Returns: the model.
+    Raises: NotTransformedError, LoweredError, ShardedError.
+    Example:
+        >>> ltepass.remove(model, undo_grouping=True) is model
+        True
     """
     state = require_state(model, "remove")
     require_whole(model, "remove")

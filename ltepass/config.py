@@ -32,19 +32,24 @@ def check_sparsity(value: float, name: str = "target_sparsity") -> float:
 class LTEConfig:
     """Settings of `ltepass.transform`.
 
-    group_size: neurons per expert; "auto" picks a divisor of each site's d_ff near 32 (the paper's value).
-    target_sparsity: share of inactive neurons that training steers to, in [0, 1).
-    grouping: how neurons become experts: a method of `ltepass.grouping_methods.GROUPINGS`, or "auto", which takes
-        output_aware where calibration data is given and identity where it is not.
-    budget: "layer" brings every FFN to the target; "model" their mean, by one threshold for all: FFNs to whose experts
-        the loss is less sensitive give up more (calibration measures it, with one backward pass).
-    hidden_sparsity: share of the hidden units of active experts, the smallest, that the down projection does not read;
-        0 in the paper. `ltepass.set_hidden_sparsity` changes it and places the cuts.
-    input_sparsity: share of an FFN's inputs, the smallest, that its up and gate projections do not read; 0 in the
-        paper. `ltepass.set_input_sparsity` changes it and places the cuts.
-    router_bias: the paper's router has none; a calibrated start fits better with one.
-    tau: threshold on the sigmoid score (0.5 everywhere in the paper).
-    seed: for grouping and router start.
+    Arguments:
+        group_size: neurons per expert; "auto" picks a divisor of each site's d_ff near 32 (the paper's value).
+        target_sparsity: share of inactive neurons that training steers to, in [0, 1).
+        grouping: how neurons become experts: a method of `ltepass.grouping_methods.GROUPINGS`, or "auto", which takes
+            output_aware where calibration data is given and identity where it is not.
+        budget: "layer" brings every FFN to the target; "model" their mean, by one threshold for all: FFNs to whose
+            experts the loss is less sensitive give up more (calibration measures it, with one backward pass).
+        hidden_sparsity: share of the hidden units of active experts, the smallest, that the down projection does not
+            read; 0 in the paper. `ltepass.set_hidden_sparsity` changes it and places the cuts.
+        input_sparsity: share of an FFN's inputs, the smallest, that its up and gate projections do not read; 0 in the
+            paper. `ltepass.set_input_sparsity` changes it and places the cuts.
+        router_bias: the paper's router has none; a calibrated start fits better with one.
+        tau: threshold on the sigmoid score (0.5 everywhere in the paper).
+        seed: for grouping and router start.
+    Raises: ConfigError.
+    Example:
+        >>> ltepass.LTEConfig(target_sparsity=0.7).tau
+        0.5
     """
 
     group_size: int | Literal["auto"] = "auto"

@@ -52,19 +52,26 @@ LOGIT_STD = 2.0  # spread of the starting logits: a quarter of the scores lie wi
 def calibrate(
     model: nn.Module, batches: Iterable[Any], *, grouping: str | None = None, inputs: Inputs = "dense"
 ) -> None:
-    """Group neurons, start routers for the config's target and fill the sparsity table from passes over `batches`.
+    """Group neurons, start routers for the config's target and fill the sparsity table, without training.
 
-    batches: mappings of model inputs (what a tokenizer or a data collator gives), or token id tensors; padding is not
-        seen. A few thousand tokens are enough, and more make better routers (`examples/compare/ablations.py --only
-        start` measures what they are worth).
-    grouping: a method of `LTEConfig.grouping`; None takes the config's ("auto" is output_aware here). Groups that an
-        earlier calibration made by this method stay, as do all for "identity".
-    inputs: what routers are fitted to: "dense", what the dense model gives its FFNs, before any training or
-        `warm_start`; "hard", what they see once experts are left out (under the present cuts, if any), for a model that
-        is used as it is. It passes over the batches 1.6 times from eight batches of 512 tokens on, and up to five times
-        with fewer, where "dense" does once. Learned routers are replaced by either.
-    Leaves mode, training flags, RNG and hooks as they were. Raises NotTransformedError, LoweredError, ConfigError,
-    MetaWeightsError, CalibrationError (no tokens seen).
+    Arguments:
+        model: a transformed model, not lowered.
+        batches: mappings of model inputs (what a tokenizer or a data collator gives), or token id tensors; padding is
+            not seen. A few thousand tokens are enough, and more make better routers (`examples/compare/ablations.py
+            --only start` measures what they are worth).
+        grouping: a method of `LTEConfig.grouping`; None takes the config's ("auto" is output_aware here). Groups that
+            an earlier calibration made by this method stay, as do all for "identity".
+        inputs: what routers are fitted to: "dense", what the dense model gives its FFNs, before any training or
+            `warm_start`; "hard", what they see once experts are left out (under the present cuts, if any), for a model
+            that is used as it is. It passes over the batches 1.6 times from eight batches of 512 tokens on, and up to
+            five times with fewer, where "dense" does once. Learned routers are replaced by either.
+    Returns: None; mode, training flags, RNG and hooks are as they were.
+    Raises: NotTransformedError, LoweredError, ShardedError, ConfigError, MetaWeightsError, CalibrationError (no tokens
+        seen).
+    Example:
+        >>> model = ltepass.transform(dense)
+        >>> ltepass.calibrate(model, batches)
+        >>> ltepass.set_sparsity(model, 0.7)
     """
     state = require_trained(model, "calibrate")
     require_whole(model, "calibrate")

@@ -46,12 +46,21 @@ def warm_start(
     penalty: float = PENALTY,
     on_site: Callable[[int, float], None] | None = None,
 ) -> dict[str, float]:
-    """Refit thresholds and down projections in place; returns each site's error |G (W + D) - H W|^2 / |H W|^2.
+    """Refit thresholds and down projections in place, layer by layer, before any training.
 
-    input_ids: [n, T] int64, or a mapping of model inputs with an attention mask, whose padding is not seen; all run in
-    one forward; as many as memory allows, and none that is kept for measuring. The model must be calibrated (routers
-    started). Leaves mode, training flags and hooks as they were; weights change but for routers'.
-    Raises NotTransformedError, LoweredError, CalibrationError.
+    Arguments:
+        model: a calibrated model, not lowered (its routers are started).
+        input_ids: [n, T] int64, or a mapping of model inputs with an attention mask, whose padding is not seen; all run
+            in one forward; as many as memory allows, and none that is kept for measuring.
+        penalty: of each neuron's change, as a share of its energy.
+        on_site: called with how many sites are done and the error of the last.
+    Returns: each site's error |G (W + D) - H W|^2 / |H W|^2, by name. Weights change but for routers'; mode, training
+        flags and hooks are as they were.
+    Raises: NotTransformedError, LoweredError, ShardedError, CalibrationError.
+    Example:
+        >>> errors = ltepass.warm_start(model, ids)
+        >>> all(0 <= error < 1 for error in errors.values())
+        True
     """
     state = require_trained(model, "warm_start")
     require_whole(model, "warm_start")

@@ -18,7 +18,17 @@ from ltepass.sparsity.thresholds import set_sparsity
 
 @torch.no_grad()
 def perplexity(model: Any, blocks: Tensor) -> float:
-    """exp of the mean cross-entropy in nats over every next token of blocks [n, T] int64, one block at a time."""
+    """exp of the mean cross-entropy in nats over every next token, one block at a time, in the present mode.
+
+    Arguments:
+        model: a causal language model, transformed or not.
+        blocks: token ids, [n, T] int64, T at least 2.
+    Returns: the perplexity, a float.
+    Raises: nothing of its own.
+    Example:
+        >>> 1 < ltepass.perplexity(dense, ids) < 100
+        True
+    """
     total = 0.0
     for block in blocks.to(model.device):
         logits = model(input_ids=block[None]).logits[0, :-1].float()

@@ -17,10 +17,17 @@ from ltepass.routed.watching import mode_of, on_logits, require_seen, run_batche
 
 @verb
 def measure_sparsity(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
-    """Share of inactive neurons by site name, over all tokens of the batches, each seen through hard gates.
+    """How sparse hard gates are, over all tokens of the batches, whatever the present mode.
 
-    batches: mappings of model inputs, or token id tensors; padding is not counted. Raises NotTransformedError,
-    LoweredError, CalibrationError (no tokens seen).
+    Arguments:
+        model: a transformed model, not lowered.
+        batches: mappings of model inputs, or token id tensors; padding is not counted.
+    Returns: share of inactive neurons in [0, 1], by site name.
+    Raises: NotTransformedError, LoweredError, CalibrationError (no tokens seen).
+    Example:
+        >>> ltepass.set_sparsity(model, 0.0)
+        >>> ltepass.measure_sparsity(model, batches)
+        {'model.layers.0.mlp': 0.0, 'model.layers.1.mlp': 0.0}
     """
     active = {site.name: Tally() for site in require_trained(model, "measure_sparsity").sites}
 
@@ -35,10 +42,19 @@ def measure_sparsity(model: nn.Module, batches: Iterable[Any]) -> dict[str, floa
 
 @verb
 def measure_union(model: nn.Module, batches: Iterable[Any], window: int = 2) -> dict[str, float]:
-    """Share of experts by site name that no token of `window` neighbouring ones uses: what a batched kernel can skip.
+    """Share of experts that no token of a window uses: what a batched kernel can skip.
 
-    Every whole window of every row counts that holds no padding. Raises NotTransformedError, LoweredError,
-    CalibrationError (no window of tokens seen).
+    Arguments:
+        model: a transformed model, not lowered.
+        batches: mappings of model inputs, or token id tensors. Every whole window of every row counts that has no
+            padding.
+        window: how many neighbouring tokens.
+    Returns: the share in [0, 1], by site name.
+    Raises: NotTransformedError, LoweredError, CalibrationError (no window of tokens seen).
+    Example:
+        >>> one, four = (ltepass.measure_union(model, batches, window) for window in (1, 4))
+        >>> all(four[name] <= one[name] for name in one)
+        True
     """
     unused = {site.name: Tally() for site in require_trained(model, "measure_union").sites}
 

@@ -15,11 +15,19 @@ from ltepass.routed.undo import verb
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """sites: every FFN that has a router; refusals: every candidate left alone, with the reason.
+    """What transform found and did; prints as tables.
 
-    modes: router mode by site name; sparsity: measured share of inactive neurons by site name, empty until measured;
-    notes: what lowering kept masked-dense, and why; untried: owners that the self check did not run;
-    paths: what the op does on this CPU, for a few numbers of tokens.
+    Arguments:
+        sites: every FFN that has a router. refusals: every candidate left alone, with the reason.
+        config: the settings. grouping: the method that ordered the neurons. lowered: None, or the scope.
+        notes: what lowering kept masked-dense, and why. untried: owners that the self check did not run.
+        paths: what the op does on this CPU, for a few numbers of tokens.
+        modes: router mode by site name. sparsity: measured share of inactive neurons by site name, empty until
+            measured.
+    Raises: nothing.
+    Example:
+        >>> print(str(ltepass.report(model)).splitlines()[0].strip())
+        2 FFN sites, grouping output_aware, not lowered
     """
 
     sites: list[FFNSite]
@@ -49,9 +57,16 @@ class Report:
 
 @verb
 def report(model: nn.Module, sparsity: dict[str, float] | None = None) -> Report:
-    """The report of a transformed model. Raises NotTransformedError where there are no routers.
+    """What transform found and did to a model.
 
-    sparsity: measured share of inactive neurons by site name, shown beside each site where given.
+    Arguments:
+        model: a transformed model.
+        sparsity: measured share of inactive neurons by site name, shown beside each site where given.
+    Returns: a Report.
+    Raises: NotTransformedError.
+    Example:
+        >>> ltepass.report(model, ltepass.measure_sparsity(model, batches)).modes
+        {'model.layers.0.mlp': 'dense', 'model.layers.1.mlp': 'dense'}
     """
     state = require_state(model, "report")
     return Report(

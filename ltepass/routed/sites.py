@@ -43,15 +43,23 @@ class NeuronRows:
 class FFNSite:
     """One FFN: y = down(act(gate(x)) * up(x)) or y = down(act(up(x))).
 
-    name: unique; the path of the router is `router`.
-    owner: path of the smallest module that contains the region; "" is the root.
-    up, gate, down: paths of the modules that hold the linears (gate is None in a plain FFN; up == gate where fused).
-    kind: "aligned" (a regenerated forward), "inline" (guarded hooks), "graph" (nodes in a GraphModule).
-    activation: name in `ltepass.kernels.reference.ACTIVATIONS`, or the ATen op's name where no kernel knows it.
-    up_rows, gate_rows, down_rows: where neuron i's weights lie (a row or a column); up_bias, gate_bias likewise.
-    down_bias: name of the parameter, or None.
-    neurons: every parameter that has one slice per neuron, these and any other (a learned scale).
-    group_size: neurons per expert; 0 before grouping.
+    Arguments:
+        name: unique; the path of the router is `router`.
+        owner: path of the smallest module that contains the region; "" is the root.
+        up, gate, down: paths of the modules that hold the linears (gate is None in a plain FFN; up == gate where
+            fused).
+        kind: "aligned" (a regenerated forward), "inline" (guarded hooks), "graph" (nodes in a GraphModule).
+        activation: name in `ltepass.kernels.reference.ACTIVATIONS`, or the ATen op's name where no kernel knows it.
+        d_model, d_ff: features of x, and neurons.
+        up_rows, gate_rows, down_rows: where neuron i's weights lie (a row or a column); up_bias, gate_bias likewise.
+        down_bias: name of the parameter, or None.
+        neurons: every parameter that has one slice per neuron, these and any other (a learned scale).
+        group_size: neurons per expert; 0 before grouping.
+    Raises: nothing; `from_dict` raises CheckpointError.
+    Example:
+        >>> site = ltepass.report(model).sites[0]
+        >>> site.name, site.activation, site.d_ff, site.n_experts
+        ('model.layers.0.mlp', 'silu', 60, 5)
     """
 
     name: str
@@ -120,8 +128,14 @@ ROWS = ("up_rows", "up_bias", "gate_rows", "gate_bias", "down_rows")
 class Refusal:
     """Why a candidate was left alone. A value, never an exception.
 
-    module: path of the candidate's down projection (or the owner); node: graph node; check: name of the check that
-    failed; reason: one sentence; nearest: how far the match came.
+    Arguments:
+        module: path of the candidate's down projection (or the owner).
+        node: graph node. check: name of the check that failed. reason: one sentence. nearest: how far the match came.
+    Raises: nothing.
+    Example:
+        >>> model = ltepass.transform(dense, skip="*.0.mlp")
+        >>> [(refusal.module, refusal.check, refusal.reason) for refusal in ltepass.report(model).refusals]
+        [('model.layers.0.mlp', 'left out', 'skip names it')]
     """
 
     module: str

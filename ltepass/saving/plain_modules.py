@@ -29,10 +29,16 @@ SITES, WEIGHTS = "lte.json", "model.safetensors"
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Write a transformed module's weights, routers and site list into `folder`, which is made where it is missing.
+    """Write a transformed module's weights, routers and site list into a folder.
 
-    Raises NotTransformedError for a module that is not itself the transformed root, MetaWeightsError, CheckpointError
-    where `load` could not read what would be written; nothing is then written.
+    Arguments:
+        model: the transformed root. A Hugging Face model has `save_pretrained` for the same.
+        folder: made where it is missing.
+    Returns: None.
+    Raises: NotTransformedError for a module that is not itself the transformed root, MetaWeightsError, ShardedError,
+        CheckpointError where `load` could not read what would be written; nothing is then written.
+    Example:
+        >>> ltepass.save(model, folder)
     """
     from safetensors.torch import save_file
 
@@ -81,10 +87,18 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 
 def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
-    """Make a freshly built dense module what `save` wrote, in place and in hard mode; returns it.
+    """Make a freshly built dense module what `save` wrote, in place.
 
-    model: of the class and sizes that were saved, on any device, in any float dtype (routers stay fp32).
-    Raises AlreadyTransformedError, MetaWeightsError, CheckpointError; the module is then as it was.
+    Arguments:
+        model: of the class and sizes that were saved, on any device, in any float dtype (routers stay fp32).
+        folder: what `save` wrote.
+    Returns: the model, in hard mode.
+    Raises: AlreadyTransformedError, MetaWeightsError, ShardedError, CheckpointError; the module is then as it was.
+    Example:
+        >>> ltepass.set_mode(model, "hard")
+        >>> ltepass.save(model, folder)
+        >>> torch.equal(ltepass.load(dense, folder)(ids).logits, model(ids).logits)
+        True
     """
     root = unwrapped(model)
     all_or_nothing(root, partial(_load, root, Path(folder)))

@@ -34,26 +34,46 @@ BUFFERS: dict[Setting, str] = {"hidden_sparsity": "cut", "input_sparsity": "inpu
 
 @verb
 def set_hidden_sparsity(model: nn.Module, share: float, batches: Iterable[Any]) -> None:
-    """Leave the smallest `share` of active experts' hidden units out of the down projection, in hard mode; 0 ends it.
+    """Leave the smallest `share` of active experts' hidden units out of the down projection, in hard mode.
 
-    share: in [0, 1), of the hidden units that active experts give on `batches` (dicts of model inputs or token ids; not
-        those of a test), site by site. An FFN of three matrices then reads (1 - share / 3) of its active experts'
-        bytes. Training in hard mode goes on under the cuts, `LTETrainer` places them again at the end of a stage, and
-        they are saved with the model. Call it again after `set_sparsity`: other experts give other hidden units.
-    Raises ConfigError, NotTransformedError, LoweredError, CalibrationError (no tokens seen).
+    Training in hard mode goes on under the cuts, `LTETrainer` places them again at the end of a stage, and they are
+        saved
+    with the model. Call it again after `set_sparsity`: other experts give other hidden units.
+
+    Arguments:
+        model: a transformed model, not lowered.
+        share: in [0, 1), of the hidden units that active experts give on `batches`, site by site; 0 ends it. An FFN of
+            three matrices then reads (1 - share / 3) of its active experts' bytes.
+        batches: dicts of model inputs or token ids; not those of a test.
+    Returns: None.
+    Raises: ConfigError, NotTransformedError, LoweredError, CalibrationError (no tokens seen).
+    Example:
+        >>> ltepass.set_hidden_sparsity(model, 0.3, batches)
+        >>> ltepass.report(model).config["hidden_sparsity"]
+        0.3
     """
     _set(model, "hidden_sparsity", share, batches)
 
 
 @verb
 def set_input_sparsity(model: nn.Module, share: float, batches: Iterable[Any]) -> None:
-    """Leave the smallest `share` of each FFN's inputs out of its up and gate projections, in hard mode; 0 ends it.
+    """Leave the smallest `share` of each FFN's inputs out of its up and gate projections, in hard mode.
 
-    share: in [0, 1), of the entries of x on `batches`, as for `set_hidden_sparsity`, with which it can be combined.
-        For one token on a CPU an FFN of three matrices then reads (1 - 2 share / 3) of its active experts' bytes:
-        lowering stores up and gate with a row for each input there. Several tokens get the same numbers and save
-        nothing by it; on a GPU such an FFN stays masked-dense (`ltepass.report` says so).
-    Raises ConfigError, NotTransformedError, LoweredError, CalibrationError (no tokens seen).
+    For one token on a CPU an FFN of three matrices then reads (1 - 2 share / 3) of its active experts' bytes: lowering
+    stores up and gate with a row for each input there. Several tokens get the same numbers and save nothing by it; on a
+        GPU
+    such an FFN stays masked-dense (`ltepass.report` says so).
+
+    Arguments:
+        model: a transformed model, not lowered.
+        share: in [0, 1), of the entries of x on `batches`; 0 ends it. Combines with `set_hidden_sparsity`.
+        batches: dicts of model inputs or token ids; not those of a test.
+    Returns: None.
+    Raises: ConfigError, NotTransformedError, LoweredError, CalibrationError (no tokens seen).
+    Example:
+        >>> ltepass.set_input_sparsity(model, 0.2, batches)
+        >>> ltepass.report(model).config["input_sparsity"]
+        0.2
     """
     _set(model, "input_sparsity", share, batches)
 

@@ -13,9 +13,17 @@ from ltepass.sparsity.thresholds import remember_densities
 
 @verb
 def set_mode(model: nn.Module, mode: Mode) -> None:
-    """Switch every router: "soft" and "hard" as the paper has them, "dense" leaves the gates open.
+    """Switch every router. Paper section 4.2.
 
-    Raises ConfigError, NotTransformedError, LoweredError.
+    Arguments:
+        model: a transformed model, not lowered.
+        mode: "soft" and "hard" as the paper has them; "dense" leaves the gates open.
+    Returns: None.
+    Raises: ConfigError, NotTransformedError, LoweredError.
+    Example:
+        >>> ltepass.set_mode(model, "hard")
+        >>> set(ltepass.report(model).modes.values())
+        {'hard'}
     """
     check_mode(mode)
     require_trained(model, "set_mode")

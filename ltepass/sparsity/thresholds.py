@@ -28,8 +28,19 @@ def set_sparsity(model: nn.Module, sparsity: float) -> None:
     """Move every router's threshold to the value that left this share of its calibration experts inactive.
 
     With the budget "model" all get the one value that leaves this share of all sites' experts inactive. Changes tensors
-    in place: works on a lowered model and causes no recompile.
-    Raises ConfigError outside [0, 1), CalibrationError without a calibrated table, NotTransformedError.
+        in
+    place: works on a lowered model and causes no recompile.
+
+    Arguments:
+        model: a calibrated model.
+        sparsity: share of inactive experts, in [0, 1).
+    Returns: None.
+    Raises: ConfigError outside [0, 1), CalibrationError without a calibrated table, NotTransformedError.
+    Example:
+        >>> ltepass.set_sparsity(model, 0.7)
+        >>> shares = ltepass.measure_sparsity(model, batches)
+        >>> all(0.5 < share < 0.9 for share in shares.values())
+        True
     """
     check_sparsity(sparsity, "sparsity")
     state = require_state(model, "set_sparsity")

@@ -13,10 +13,20 @@ from typing import Any
 
 @dataclass
 class SparsityController:
-    """target: share of inactive experts, in [0, 1). eta: present coefficient.
+    """Steers eta, the coefficient of the efficiency loss (paper section 4.3), to a sparsity.
 
-    ramp: share of the stage after which the reference stands at the target. gain: change of log(eta) per step and unit
-    of error. smooth: weight of a new measurement in the running mean (single batches are noisy).
+    Arguments:
+        target: share of inactive experts, in [0, 1). eta: present coefficient.
+        ramp: share of the stage after which the reference stands at the target. gain: change of log(eta) per step and
+            unit of error. smooth: weight of a new measurement in the running mean (single batches are noisy).
+        start, measured: first and running sparsity; None before the first step.
+    Raises: nothing.
+    Example:
+        >>> controller = ltepass.SparsityController(target=0.7)
+        >>> controller.update(0.4, progress=0.0) == 0.3  # on the reference
+        True
+        >>> controller.update(0.4, progress=0.5) > 0.3  # behind it
+        True
     """
 
     target: float

@@ -13,21 +13,30 @@ Trainable = Literal["all", "lora", "routers"]
 
 @dataclass(frozen=True, kw_only=True)
 class LTESettings:
-    """Beside TrainingArguments, which each stage uses as they are.
+    """Settings of the two training stages (paper section 4.3).
 
-    lam: separability coefficient (0.5 in the paper). eta: first efficiency coefficient, then steered to
-    `target_sparsity` (None: the model's config) unless `steer` is off, as in the paper.
-    soft_steps, hard_steps: optimizer steps of each stage; None takes the arguments' epochs or max_steps, 0 none.
-    settle: move thresholds at the end of each stage so that held-out sparsity meets the target.
-    hold: in the hard stage, thresholds follow the measured sparsity step by step, so that settling is a small move.
-    budget: "layer" brings every FFN to the target, "model" their mean, by one threshold for all; None: the config's.
-    trainable: "all" (the paper), "lora" (low-rank updates of the FFNs' linears, merged after each stage; needs peft) or
-        "routers". The routers learn in the soft stage; in the hard stage they are frozen, except with "routers", where
-        nothing else is left to learn, or with `straight_through`: the hard decision's value, a sigmoid's gradient.
-    through_op: the hard stage computes the active (token, expert) pairs alone, by the sparse op and its backward. What
-        that saves of an FFN is in kernels/README.md, of whole steps in examples/results/step_time.csv.
-    lora_rank: of "lora". distill: weight of the KL to the dense model; the labels' loss gets 1 - distill.
-    union: coefficient of the soft stage's term by which neighbouring tokens share experts.
+    Arguments (beside TrainingArguments, which each stage uses as they are):
+        lam: separability coefficient (0.5 in the paper).
+        eta: first efficiency coefficient, then steered to
+            `target_sparsity` (None: the model's config) unless `steer` is off, as in the paper.
+        soft_steps, hard_steps: optimizer steps of each stage; None takes the arguments' epochs or max_steps, 0 none.
+        settle: move thresholds at the end of each stage so that held-out sparsity meets the target.
+        hold: in the hard stage, thresholds follow the measured sparsity step by step, so that settling is a small move.
+        budget: "layer" brings every FFN to the target, "model" their mean, by one threshold for all; None: the
+            config's.
+        trainable: "all" (the paper), "lora" (low-rank updates of the FFNs' linears, merged after each stage; needs
+            peft) or "routers". The routers learn in the soft stage; in the hard stage they are frozen, except with
+            "routers", where nothing else is left to learn, or with `straight_through`: the hard decision's value, a
+            sigmoid's gradient.
+        through_op: the hard stage computes the active (token, expert) pairs alone, by the sparse op and its backward.
+            What that saves of an FFN is in kernels/README.md, of whole steps in examples/results/step_time.csv.
+        lora_rank: of "lora".
+        distill: weight of the KL to the dense model; the labels' loss gets 1 - distill.
+        union: coefficient of the soft stage's term by which neighbouring tokens share experts.
+    Raises: ConfigError.
+    Example:
+        >>> ltepass.LTESettings(target_sparsity=0.7, trainable="routers").lam
+        0.5
     """
 
     lam: float = 0.5

@@ -30,11 +30,19 @@ Stage = Literal["soft", "hard"]
 def begin_stage(
     model: nn.Module, stage: Stage, *, trainable: Trainable = "all", straight_through: bool = False
 ) -> None:
-    """soft: everything learns. hard: routers frozen, so the task loss trains what is left. Set before the optimizer.
+    """Begin one of the two stages: modes and what learns. Call it before the optimizer is made. Paper section 4.3.
 
-    trainable: "all" leaves the flags of what is no router as they are; "routers" and "lora" freeze it.
-    straight_through: routers learn in the hard stage too, as they do with "routers".
-    Raises NotTransformedError, LoweredError.
+    Arguments:
+        model: a transformed model, not lowered.
+        stage: "soft", where everything learns, or "hard": routers frozen, so the task loss trains what is left.
+        trainable: "all" leaves the flags of what is no router as they are; "routers" and "lora" freeze it.
+        straight_through: routers learn in the hard stage too, as they do with "routers".
+    Returns: None.
+    Raises: NotTransformedError, LoweredError, ShardedError.
+    Example:
+        >>> ltepass.begin_stage(model, "hard")
+        >>> model.model.layers[0].mlp.router.weight.requires_grad
+        False
     """
     require_trained(model, f"the {stage} stage")
     require_whole(model, f"the {stage} stage", flat_only=True)
@@ -52,11 +60,22 @@ def begin_stage(
 def settle(
     model: nn.Module, batches: Iterable[Any], sparsity: float, *, budget: Budget | None = None
 ) -> dict[str, float]:
-    """End a stage: new sparsity table, thresholds at `sparsity`; returns the hard sparsity by site on `batches`.
+    """End a stage: new sparsity table, thresholds at `sparsity`, hard mode.
 
-    budget: "layer" brings every site to it; "model" the mean over sites, by one threshold that all share; None takes
-    the config's, any other becomes it, so that `set_sparsity` goes on like this. Use batches that were not trained on.
     The routers' weights stay; only their thresholds move, and the cuts of hidden units where the model has them.
+
+    Arguments:
+        model: a transformed model, not lowered.
+        batches: mappings of model inputs, or token id tensors, that were not trained on.
+        sparsity: share of inactive experts, in [0, 1).
+        budget: "layer" brings every site to it; "model" the mean over sites, by one threshold that all share; None
+            takes the config's, any other becomes it, so that `set_sparsity` goes on like this.
+    Returns: the hard sparsity on `batches`, by site name.
+    Raises: ConfigError, NotTransformedError, LoweredError, CalibrationError.
+    Example:
+        >>> shares = ltepass.settle(model, batches, 0.6)
+        >>> all(0.5 < share < 0.7 for share in shares.values())
+        True
     """
     batches = list(batches)
     config = require_state(model, "settle").config
@@ -119,11 +138,21 @@ def clear_auxiliary(model: nn.Module) -> None:
 
 
 def take_auxiliary(model: nn.Module, mask: Tensor | None) -> Auxiliary:
-    """Collect what the soft forwards left on the routers, and clear it. Padding never counts.
+    """Collect the losses that soft forwards left on the routers, and clear them. Paper section 4.3.
 
-    mask: bool [batch, length], True at tokens whose prediction counts; None counts all.
-    Raises TrainingError where a router kept nothing: its forward ran without gradients, as reentrant checkpointing
-    does, and its loss would silently be lost.
+    Arguments:
+        model: a transformed model after a forward in soft mode, with gradients.
+        mask: bool [B, T], True at tokens whose prediction counts; None counts all. Padding never counts.
+    Returns: sums over tokens, fp32 scalars: `efficiency` and `separability` (the paper's), `union`, `soft_sparsity`,
+        `sparsity`; divide by `tokens`.
+    Raises: TrainingError where a router kept nothing: its forward ran without gradients, as reentrant checkpointing
+        does, and its loss would silently be lost.
+    Example:
+        >>> ltepass.begin_stage(model, "soft")
+        >>> task = model(input_ids=ids, labels=ids).loss
+        >>> auxiliary = ltepass.take_auxiliary(model, ltepass.label_mask(ids))
+        >>> loss = task + (0.3 * auxiliary.efficiency + 1e-4 * auxiliary.separability) / auxiliary.tokens
+        >>> loss.backward()
     """
     sites = [_taken(router, mask) for router in _active_routers(model)]
     predicting = [site for site in sites if site.part != "encoder"] or sites
@@ -216,7 +245,17 @@ def shifts_labels(model: nn.Module) -> bool:
 
 
 def label_mask(labels: Tensor, *, shifted: bool = True) -> Tensor:
-    """bool like labels: True at the positions whose prediction counts in a causal loss (the next label is no -100)."""
+    """Which positions count in a causal loss: those whose next label is not -100.
+
+    Arguments:
+        labels: [B, T] int64.
+        shifted: False where a position predicts its own label, as in an encoder-decoder.
+    Returns: bool [B, T].
+    Raises: nothing.
+    Example:
+        >>> ltepass.label_mask(torch.tensor([[5, 6, -100]]))
+        tensor([[ True, False, False]])
+    """
     if not shifted:
         return labels != IGNORED
     mask = torch.zeros_like(labels, dtype=torch.bool)

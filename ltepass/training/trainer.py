@@ -53,9 +53,22 @@ __all__ = ["LTESettings", "LTETrainer", "LTETrainerMixin"]
 
 
 class LTETrainerMixin:
-    """Adds the auxiliary loss, the controller and the stages to a Trainer.
+    """Adds the auxiliary loss, the controller and the stages to a Trainer. Paper section 4.3.
 
     `fit()` runs both stages. `train()` alone runs the stage of the routers' mode.
+
+    Arguments:
+        lte: settings of the stages; None takes `LTESettings()`. All others go to the Trainer behind the mixin.
+        teacher: of `LTESettings.distill`; None takes a copy of the model with every neuron active, as it is now.
+    Raises: NotTransformedError, LoweredError, TrainingError, ConfigError.
+    Example:
+        >>> from transformers import TrainingArguments, Trainer
+        >>> arguments = TrainingArguments(folder, max_steps=1, use_cpu=True, report_to=[], disable_tqdm=True)
+        >>> rows = [{"input_ids": row, "labels": row} for row in ids]
+        >>> class MyTrainer(ltepass.LTETrainerMixin, Trainer):
+        ...     pass
+        >>> MyTrainer(model, arguments, train_dataset=rows).target_sparsity
+        0.5
     """
 
     args: Any  # what the Trainer behind the mixin brings
@@ -324,7 +337,18 @@ class LTETrainerMixin:
 
 
 class LTETrainer(LTETrainerMixin, Trainer):  # type: ignore[misc]
-    """transformers' Trainer with the LTE stages."""
+    """transformers' Trainer with the two stages of paper section 4.3.
+
+    Arguments: those of transformers.Trainer, and `lte` and `teacher` of LTETrainerMixin.
+    Raises: NotTransformedError, LoweredError, TrainingError, ConfigError.
+    Example:
+        >>> from transformers import TrainingArguments
+        >>> arguments = TrainingArguments(folder, max_steps=1, use_cpu=True, report_to=[], disable_tqdm=True)
+        >>> rows = [{"input_ids": row, "labels": row} for row in ids]
+        >>> trainer = ltepass.LTETrainer(model, arguments, train_dataset=rows)
+        >>> trainer.fit()  # doctest: +ELLIPSIS
+        {...
+    """
 
 
 class _Guard(TrainerCallback):  # type: ignore[misc]

@@ -77,11 +77,19 @@ class Plan:
 
 @verb
 def lower(model: nn.Module, scope: Scope = "ffn") -> nn.Module:
-    """Make every FFN that can be lowered call the sparse op; returns the model.
+    """Make every FFN that can be lowered call the sparse op.
 
-    Needs hard mode. What cannot be lowered stays masked-dense, exact, and stands in `ltepass.report(model).notes`.
-    Raises NotTransformedError, LoweredError (lowered already), LoweringError (a router is not in hard mode, or no site
-    can be lowered), ConfigError.
+    Arguments:
+        model: a transformed model in hard mode.
+        scope: "ffn" (nothing is compiled) or "model" (torch.compile with the backend "lte").
+    Returns: the model. What cannot be lowered stays masked-dense, exact, and stands in `ltepass.report(model).notes`.
+    Raises: NotTransformedError, LoweredError (lowered already), LoweringError (a router is not in hard mode, or no site
+        can be lowered), ShardedError, ConfigError.
+    Example:
+        >>> ltepass.set_mode(model, "hard")
+        >>> expected = model(ids).logits
+        >>> torch.allclose(ltepass.lower(model)(ids).logits, expected, atol=1e-4)
+        True
     """
     state = require_state(model, "lower")
     require_not_lowered(state, "lower")
@@ -117,7 +125,17 @@ def lower(model: nn.Module, scope: Scope = "ffn") -> nn.Module:
 
 @verb
 def unlower(model: nn.Module) -> nn.Module:
-    """Undo `lower`: forwards and weight layout as before; returns the model. Nothing to do for a model not lowered."""
+    """Undo `lower`: forwards and weight layout as before.
+
+    Arguments:
+        model: a transformed model; there is nothing to do for one that is not lowered.
+    Returns: the model.
+    Raises: NotTransformedError, ShardedError.
+    Example:
+        >>> ltepass.set_mode(model, "hard")
+        >>> ltepass.report(ltepass.unlower(ltepass.lower(model))).lowered is None
+        True
+    """
     state = require_state(model, "unlower")
     if state.lowered is not None:
         require_whole(model, "unlower")
