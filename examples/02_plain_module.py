@@ -20,7 +20,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm1(x)
         x = x + self.attention(y, y, y, need_weights=False)[0]
-        return x + self.narrow(torch.relu(self.wide(self.norm2(x))))
+        out: Tensor = x + self.narrow(torch.relu(self.wide(self.norm2(x))))
+        return out
 
 
 def main() -> None:

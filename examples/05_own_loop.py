@@ -36,7 +36,7 @@ def train(model: Any, steps: range, optimizer: torch.optim.Optimizer, controller
         loss.backward()
         optimizer.step()
         losses.append(task.item())
-    return sum(losses[-10:]) / 10
+    return float(sum(losses[-10:]) / 10)
 
 
 def main() -> None:

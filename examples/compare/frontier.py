@@ -17,6 +17,7 @@ import gc
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -73,8 +74,8 @@ class Preset:
 
 
 ONE_BUDGET = Recipe(budget="model")  # measured better on SmolLM2's 30 layers, and worse on the tiny model's four
-BETWEEN = {"cats": (0.6, 0.7), "teal": (0.4, 0.45)}
-SMOLLM2 = {"model": "smollm2", "length": 256, "group_size": 8, "learning_rate": 3e-4}
+BETWEEN: dict[str, tuple[float, ...]] = {"cats": (0.6, 0.7), "teal": (0.4, 0.45)}
+SMOLLM2 = partial(Budget, model="smollm2", length=256, group_size=8, learning_rate=3e-4)
 PRESETS = {
     "smoke": Preset(
         budget=Budget(
@@ -102,29 +103,29 @@ PRESETS = {
         seeds=3,
     ),
     "small": Preset(
-        budget=Budget(**SMOLLM2, steps=24, batch=4, test=2, test_length=512, calibration=96),
+        budget=SMOLLM2(steps=24, batch=4, test=2, test_length=512, calibration=96),
         points=(0.5, 0.7, 0.8, 0.9),
         trained_points=(0.5,),
         between=BETWEEN,
         recipe=ONE_BUDGET,
     ),
     "cpu": Preset(
-        budget=Budget(**SMOLLM2, steps=48, batch=4, test=4, test_length=512, calibration=192),
+        budget=SMOLLM2(steps=48, batch=4, test=4, test_length=512, calibration=192),
         points=(0.5, 0.7, 0.8, 0.9),
         trained_points=(0.5,),
         between={"cats": (0.6,), "teal": (0.4, 0.45, 0.6, 0.65), "teal-trained": (0.45,)},
         recipe=ONE_BUDGET,
     ),
     "long": Preset(  # what more tokens change at the point where routers alone are not ahead
-        budget=Budget(**SMOLLM2, steps=144, batch=4, test=4, test_length=512, calibration=576),
+        budget=SMOLLM2(steps=144, batch=4, test=4, test_length=512, calibration=576),
         points=(0.5,),
         trained_points=(0.5,),
         between=BETWEEN,
         recipe=ONE_BUDGET,
     ),
     "gpu": Preset(
-        budget=Budget(
-            **SMOLLM2 | {"length": 512}, steps=2000, batch=32, test=16, test_length=512, calibration=128,
+        budget=SMOLLM2(
+            length=512, steps=2000, batch=32, test=16, test_length=512, calibration=128,
             dtype="bfloat16",
         ),
         points=(0.5, 0.7, 0.8, 0.9),

@@ -70,9 +70,10 @@ def with_mlp(x: Tensor, target: Tensor) -> Score:
     """The linear fit, and a network fitted to its residual."""
     first, scale = linear(x, target), x.std(0).clamp_min(1e-6)
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(x.shape[1], HIDDEN), nn.GELU(), nn.Linear(HIDDEN, target.shape[1])).to(x.device)
-    nn.init.zeros_(net[2].weight)
-    nn.init.zeros_(net[2].bias)
+    inner, outer = nn.Linear(x.shape[1], HIDDEN), nn.Linear(HIDDEN, target.shape[1])
+    nn.init.zeros_(outer.weight)
+    nn.init.zeros_(outer.bias)
+    net = nn.Sequential(inner, nn.GELU(), outer).to(x.device)
     residual, inputs = target - first(x), x / scale
     optimizer = torch.optim.AdamW(net.parameters(), lr=RATE, weight_decay=0.1)
     steps = EPOCHS * -(-len(x) // BATCH)

@@ -21,7 +21,8 @@ class Predictor(Rule):
         super().__init__(model, site, sparsity)
         state = torch.random.get_rng_state()
         torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Linear(site.d_model, rank, bias=False), self.activation(), nn.Linear(rank, outputs))
+        self.inner = nn.Linear(site.d_model, rank, bias=False)
+        self.net = nn.Sequential(self.inner, self.activation(), nn.Linear(rank, outputs))
         torch.random.set_rng_state(state)
         self.net.requires_grad_(False)
 
@@ -46,7 +47,7 @@ class Predictor(Rule):
             loss.backward()
             optimizer.step()
         self.net.requires_grad_(False)
-        self.net[0].weight.div_(scale)
+        self.inner.weight.div_(scale)
 
 
 class MoEfication(Predictor):

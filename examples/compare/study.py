@@ -16,10 +16,12 @@ import ltepass
 from examples.compare import models
 from examples.compare.rule_hooks import Ruled
 from ltepass.calibration.warm_start import warm_start
+from ltepass.config import Budget as BudgetName
+from ltepass.config import GroupingName
 from ltepass.measure.decode_speed import router_share
 from ltepass.measure.quality import perplexity
 from ltepass.measure.text_blocks import corpora, token_blocks
-from ltepass.routed.sites import router_of, routers_of
+from ltepass.routed.sites import require_state, router_of, routers_of
 from ltepass.sparsity.thresholds import move_biases, set_sparsity, update_table
 from ltepass.training.settings import LTESettings
 from ltepass.training.trainer import LTETrainerMixin
@@ -155,8 +157,8 @@ class Recipe:
     soft_share: float = 0.0
     warm: bool = True
     settings: dict[str, Any] = field(default_factory=dict)
-    grouping: str = "output_aware"
-    budget: str = "layer"
+    grouping: GroupingName = "output_aware"
+    budget: BudgetName = "layer"
     group_size: int | None = None
     random_routers: bool = False
     rate: float = 1.0
@@ -183,7 +185,7 @@ def transform(model: Any, data: Data, budget: Budget, sparsity: float, recipe: R
 
 def retarget(model: Any, sparsity: float) -> Any:
     """A model calibrated on dense inputs, as if for another sparsity: only thresholds depend on it."""
-    model._lte.config["target_sparsity"] = sparsity
+    require_state(model, "retarget").config["target_sparsity"] = sparsity
     move_biases(model, sparsity)
     return model
 
@@ -219,8 +221,8 @@ def run_stages(
     log: list[Any] = []
     for stage, steps, part in (("soft", soft, rows[:cut]), ("hard", budget.steps - soft, rows[cut:])):
         if steps:
-            none = {"soft_steps": 0, "hard_steps": 0}
-            lte = LTESettings(**{**recipe.settings, **none, f"{stage}_steps": steps})
+            soft_steps, hard_steps = (steps, 0) if stage == "soft" else (0, steps)
+            lte = replace(LTESettings(**recipe.settings), soft_steps=soft_steps, hard_steps=hard_steps)
             args = arguments(budget, folder, seed, steps)
             trainer = RoutedTrainer(model=model, args=args, train_dataset=part, eval_dataset=held_out, lte=lte)
             trainer.fit()
@@ -239,7 +241,7 @@ def forget_routers(model: nn.Module, blocks: Tensor, seed: int) -> None:
         router.permutation.copy_(permutation)
     ltepass.set_mode(model, "hard")
     update_table(model, [blocks])
-    set_sparsity(model, model._lte.config["target_sparsity"])
+    set_sparsity(model, require_state(model, "forget_routers").config["target_sparsity"])
 
 
 class Workshop:

@@ -170,8 +170,8 @@ def measure(model: Any, task: Task, sparsity: float) -> tuple[float, float]:
     value = right / len(task.test) if task.name == "classification" else float(torch.tensor(losses / count).exp())
     if not sparsity:
         return value, 0.0
-    inputs = [{k: v[None].to(DEVICE) for k, v in row.items() if k != "labels"} for row in task.test[:16]]
-    shares = ltepass.measure_sparsity(model, inputs)
+    batches = [{k: v[None].to(DEVICE) for k, v in row.items() if k != "labels"} for row in task.test[:16]]
+    shares = ltepass.measure_sparsity(model, batches)
     return value, statistics.fmean(shares.values())
 
 

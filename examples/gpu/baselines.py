@@ -12,13 +12,15 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 -- the name everybody uses
 
+from ltepass.kernels.gpu.common import jit
+
 
 def dense(x: Tensor, up: Tensor, gate: Tensor, down: Tensor) -> Tensor:
     """x [T, D] -> [T, D]. Also what `torch.compile(mode="max-autotune")` gets."""
     return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 
 
-@triton.jit
+@jit
 def atomics_kernel(x, up, gate, down, neurons, y, n_active, d_model, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     """Some active neurons: their hidden units, then their share of y, added in no fixed order."""
     place_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -53,7 +55,7 @@ def paper_atomics(x: Tensor, router: Tensor, up: Tensor, gate: Tensor, down_by_n
     return y.to(x.dtype)[None]
 
 
-@triton.jit
+@jit
 def masked_columns_kernel(
     values, weight, y, threshold, n_in, n_out, PER_SPLIT: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr
 ):
@@ -89,7 +91,7 @@ def teal(
     return masked_columns(h, down_by_neuron, h_limit).to(x.dtype)[None]
 
 
-@triton.jit
+@jit
 def masked_rows_kernel(x, weight, gate, h, threshold, n_rows, d_model, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     """h = silu(gate) * (weight . x), and zero without reading a row where |silu(gate)| is small."""
     row_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)

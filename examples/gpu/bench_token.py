@@ -35,6 +35,18 @@ class Sizes:
 
 
 class Layer(nn.Module):
+    qkv: Tensor
+    out: Tensor
+    up: Tensor
+    gate: Tensor
+    down: Tensor
+    norms: Tensor
+    keys: Tensor
+    values: Tensor
+    router: Tensor
+    router_bias: Tensor
+    threshold: Tensor
+
     def __init__(self, s: Sizes, device: str) -> None:
         super().__init__()
         d, self.heads, self.n_experts = s.d_model, s.heads, s.d_ff // s.group_size
@@ -83,6 +95,10 @@ def rotate(t: Tensor, rotation: Tensor) -> Tensor:
 class Decoder(nn.Module):
     """The last position of a full cache: 512 keys are read, as in the target."""
 
+    embedding: Tensor
+    rotation: Tensor
+    position: Tensor
+
     def __init__(self, s: Sizes, device: str) -> None:
         super().__init__()
         self.layers = nn.ModuleList(Layer(s, device) for _ in range(s.layers))
@@ -129,8 +145,9 @@ def measure(model: Decoder, s: Sizes, rows: list[Row], about: dict[str, str], ou
         keep(row_of(rows, "FFNs removed"), times["removed"], times["dense"].microseconds)
 
     def routed(active: int) -> None:
-        for layer in model.layers:
-            layer.draw(active / 100)
+        for layer in model.modules():
+            if isinstance(layer, Layer):
+                layer.draw(active / 100)
         timing = time_of(model, "routed", token)
         if timing and times["dense"] and times["removed"]:
             dense = times["dense"].microseconds

@@ -67,7 +67,7 @@ def _elapsed(work: Callable[[], object]) -> float:
     work()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end)
+    return float(start.elapsed_time(end))
 
 
 def copy_bandwidth(gigabytes: float = 2.0) -> float | None:

@@ -76,4 +76,5 @@ def _router(x: Tensor, mask: Tensor) -> Tensor:
     """[n_experts, d_model] fp32 with x . weight = +-LOGIT exactly where wanted: X^T (X X^T)^-1 S, in float64."""
     wide = x.double()
     signs = torch.where(mask, LOGIT, -LOGIT).double()
-    return (wide.t() @ torch.linalg.solve(wide @ wide.t(), signs)).t().float().contiguous()
+    solved: Tensor = torch.linalg.solve(wide @ wide.t(), signs)
+    return (wide.t() @ solved).t().float().contiguous()

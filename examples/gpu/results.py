@@ -11,6 +11,7 @@ import csv
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 NOT_MEASURED = "not measured"
@@ -58,15 +59,28 @@ class Row:
         )
 
     def filled(
-        self, microseconds: float, share: float | None, speedup: float | None, spread: float, **more: str
+        self,
+        microseconds: float,
+        share: float | None,
+        speedup: float | None,
+        spread: float,
+        note: str = "",
+        device: str = NOT_MEASURED,
+        software: str = NOT_MEASURED,
     ) -> Row:
         value = {"share": share, "speedup": speedup}.get(self.target.partition(" ")[0])
         met = "" if value is None else "yes" if value >= float(self.target.rpartition(" ")[2]) else "no"
-        shown = {
-            "share": "" if share is None else f"{share:.3f}",
-            "speedup": "" if speedup is None else f"{speedup:.3f}",
-        }
-        return replace(self, microseconds=f"{microseconds:.2f}", spread=f"{spread:.3f}", met=met, **shown, **more)
+        return replace(
+            self,
+            microseconds=f"{microseconds:.2f}",
+            spread=f"{spread:.3f}",
+            met=met,
+            share="" if share is None else f"{share:.3f}",
+            speedup="" if speedup is None else f"{speedup:.3f}",
+            note=note,
+            device=device,
+            software=software,
+        )
 
 
 MODELS = {"LLaMA-2-7B": (4096, 11008), "Llama-3-8B": (4096, 14336)}
@@ -81,49 +95,49 @@ def expected() -> list[Row]:
 
 def _one_token() -> Iterator[Row]:
     for model in MODELS:
-        common = {"table": "FFN, one token", "model": model, "tokens": 1}
+        row = partial(Row, table="FFN, one token", model=model, tokens=1)
         for name in ("dense eager", "dense compiled"):
-            yield Row(**common, masks="-", active_percent=100, group_size=0, implementation=name)
+            yield row(masks="-", active_percent=100, group_size=0, implementation=name)
         for active, share in zip(ACTIVE, (0.88, 0.80, 0.60), strict=True):
-            routed = {**common, "masks": "random", "active_percent": active, "group_size": 32}
-            yield Row(**routed, implementation="routed", target=f"share >= {share}")
-            yield Row(**routed, implementation="routed, down by neuron")
+            routed = partial(row, masks="random", active_percent=active, group_size=32)
+            yield routed(implementation="routed", target=f"share >= {share}")
+            yield routed(implementation="routed, down by neuron")
             for name in BASELINES:
                 size = 32 if name == "paper atomics" else 1
-                yield Row(**common, masks="random", active_percent=active, group_size=size, implementation=name)
+                yield row(masks="random", active_percent=active, group_size=size, implementation=name)
 
 
 def _batch() -> Iterator[Row]:
-    common = {"table": "FFN, 8 tokens", "model": "LLaMA-2-7B", "tokens": 8}
-    yield Row(**common, masks="-", active_percent=100, group_size=0, implementation="dense compiled")
+    row = partial(Row, table="FFN, 8 tokens", model="LLaMA-2-7B", tokens=8)
+    yield row(masks="-", active_percent=100, group_size=0, implementation="dense compiled")
     for masks, targets in (("independent", (0.95, 1.05, 1.4)), ("shared", (1.8, 3.8, 6.0))):
         for active, target in zip(ACTIVE, targets, strict=True):
-            sizes = {"masks": masks, "active_percent": active, "group_size": 32}
-            yield Row(**common, **sizes, implementation="routed", target=f"speedup >= {target}")
+            routed = partial(row, masks=masks, active_percent=active, group_size=32)
+            yield routed(implementation="routed", target=f"speedup >= {target}")
 
 
 def _prefill() -> Iterator[Row]:
     for tokens in (512, 2048):
-        common = {"table": "FFN, prefill", "model": "LLaMA-2-7B", "tokens": tokens}
-        yield Row(**common, masks="-", active_percent=100, group_size=0, implementation="dense compiled")
+        row = partial(Row, table="FFN, prefill", model="LLaMA-2-7B", tokens=tokens)
+        yield row(masks="-", active_percent=100, group_size=0, implementation="dense compiled")
         for active, target in zip(ACTIVE, (0.95, 1.2, 1.4), strict=True):
-            sizes = {"masks": "independent", "active_percent": active, "group_size": 32}
-            yield Row(**common, **sizes, implementation="routed", target=f"speedup >= {target}")
+            routed = partial(row, masks="independent", active_percent=active, group_size=32)
+            yield routed(implementation="routed", target=f"speedup >= {target}")
 
 
 def _groups() -> Iterator[Row]:
     for size in (16, 32, 64, 128):
-        common = {"table": "group sizes, one token", "model": "LLaMA-2-7B", "tokens": 1, "masks": "random"}
-        yield Row(**common, active_percent=20, group_size=size, implementation="routed")
+        row = partial(Row, table="group sizes, one token", model="LLaMA-2-7B", tokens=1, masks="random")
+        yield row(active_percent=20, group_size=size, implementation="routed")
 
 
 def _whole_token() -> Iterator[Row]:
-    common = {"table": "whole token, static cache 512", "model": "LLaMA-2-7B", "tokens": 1}
+    row = partial(Row, table="whole token, static cache 512", model="LLaMA-2-7B", tokens=1)
     for name in ("dense compiled", "FFNs removed"):
-        yield Row(**common, masks="-", active_percent=100, group_size=0, implementation=name)
+        yield row(masks="-", active_percent=100, group_size=0, implementation=name)
     for active, target in zip(ACTIVE, (1.40, 1.90, 2.15), strict=True):
-        sizes = {"masks": "random", "active_percent": active, "group_size": 32}
-        yield Row(**common, **sizes, implementation="routed", target=f"speedup >= {target}")
+        routed = partial(row, masks="random", active_percent=active, group_size=32)
+        yield routed(implementation="routed", target=f"speedup >= {target}")
 
 
 def write(path: Path, rows: Iterable[Row]) -> None:

@@ -64,8 +64,15 @@ class Run:
     def start(self, name: str, command: list[str], **more: str) -> subprocess.Popen[str]:
         self.say(f"== {name}: {' '.join(command)}")
         with (self.printed / f"{name}.txt").open("w") as file:
-            how = {"stdout": file, "stderr": subprocess.STDOUT, "cwd": ROOT, "env": self.environment(**more)}
-            return subprocess.Popen(command, text=True, start_new_session=True, **how)  # type: ignore[call-overload]
+            return subprocess.Popen(
+                command,
+                text=True,
+                start_new_session=True,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                env=self.environment(**more),
+            )
 
     def finish(self, name: str, stage: subprocess.Popen[str], limit: float) -> None:
         """Waits for at most `limit` seconds, shows the last lines; a failure is noted and stops nothing else."""

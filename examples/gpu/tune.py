@@ -115,8 +115,8 @@ class Search:
 
     def keep(self, launch: Launch, us: float) -> None:
         group_size = "32" if launch.kernel == "down_one" else "*"  # the one kernel with general rows by group size
-        place = {"device": self.gpu, "bits": "16", "group_size": group_size}
-        row = replace(launch, **place, microseconds=f"{us:.2f}", where=self.where)
+        place = replace(launch, device=self.gpu, bits="16", group_size=group_size, where=self.where)
+        row = replace(place, microseconds=f"{us:.2f}")
         self.found = [r for r in self.found if r.kernel != launch.kernel] + [row]
         print(
             f"{launch.kernel}: {launch.blocks} {launch.num_warps} warps {launch.num_stages} stages {us:.2f} us",
@@ -130,9 +130,9 @@ def candidates(start: Launch, space: dict[str, list[int]]) -> Iterator[Launch]:
     single = ({name: value} for name, values in space.items() for value in values[1:])
     every = (dict(zip(space, values, strict=True)) for values in itertools.product(*space.values()))
     for change in itertools.chain(single, every):
-        how = {k: v for k, v in change.items() if k in ("num_warps", "num_stages")}
-        blocks = {**start.blocks, **{k: v for k, v in change.items() if k not in how}}
-        launch = replace(start, blocks=blocks, **how)
+        blocks = {**start.blocks, **change}
+        warps, stages = (blocks.pop(k, getattr(start, k)) for k in ("num_warps", "num_stages"))
+        launch = replace(start, blocks=blocks, num_warps=warps, num_stages=stages)
         if repr(launch) not in seen and launch != start:
             seen.add(repr(launch))
             yield launch
