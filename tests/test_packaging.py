@@ -36,7 +36,7 @@ def run(code: str, *, cwd: Path, flags: tuple[str, ...] = (), **more: str) -> st
 
 def build(kind: str, source: Path, out: Path, prebuild: str = "", **more: str) -> Path:
     code = f"import setuptools.build_meta as b; print(b.build_{kind}({str(out)!r}))"
-    return out / run(code, cwd=source, LTEPASS_PREBUILD=prebuild, **more).splitlines()[-1]
+    return out / run(code, cwd=source, flags=(), LTEPASS_PREBUILD=prebuild, **more).splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +217,7 @@ def test_the_floor_is_what_pyproject_names_at_its_lowest() -> None:
     """torch aside: its floor runs where a GPU is."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     named = [*project["dependencies"], *(line for lines in project["optional-dependencies"].values() for line in lines)]
-    floors = dict(match.groups() for line in named if (match := re.match(r"(\w+)>=([\d.]+)", line)))
+    floors = dict(pin for line in named for pin in re.findall(r"^(\w+)>=([\d.]+)", line))
     pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints-floor.txt").read_text(), re.MULTILINE))
     makefile = (ROOT / "Makefile").read_text()
     (oldest,) = re.findall(r"^FLOORS := (\S+)", makefile, re.MULTILINE)

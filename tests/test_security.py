@@ -41,5 +41,5 @@ def test_no_remote_code_is_ever_trusted() -> None:
                 assert not (isinstance(node, ast.Constant) and node.value == "trust_remote_code"), (
                     f"{file}:{node.lineno}"
                 )
-                pickled = isinstance(node, ast.keyword) and node.arg == "weights_only"
-                assert not (pickled and isinstance(node.value, ast.Constant) and node.value.value is False), file
+                if isinstance(node, ast.keyword) and node.arg == "weights_only":
+                    assert not (isinstance(node.value, ast.Constant) and node.value.value is False), file

@@ -20,19 +20,22 @@ NEW_TOKENS = 24
 def llama() -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM(LlamaConfig(intermediate_size=600, num_key_value_heads=3, **_sizes()))
+    model: nn.Module = LlamaForCausalLM(LlamaConfig(intermediate_size=600, num_key_value_heads=3, **_sizes()))
+    return model
 
 
 def qwen2() -> nn.Module:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    return Qwen2ForCausalLM(Qwen2Config(intermediate_size=600, num_key_value_heads=3, **_sizes()))
+    model: nn.Module = Qwen2ForCausalLM(Qwen2Config(intermediate_size=600, num_key_value_heads=3, **_sizes()))
+    return model
 
 
 def gpt2() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    return GPT2LMHeadModel(GPT2Config(vocab_size=301, n_embd=192, n_layer=3, n_head=3, n_inner=600))
+    model: nn.Module = GPT2LMHeadModel(GPT2Config(vocab_size=301, n_embd=192, n_layer=3, n_head=3, n_inner=600))
+    return model
 
 
 def _sizes() -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._C._autograd import DeviceType
 
 from ltepass.errors import LTEError
 from ltepass.kernels import reference
@@ -160,8 +161,9 @@ def test_overlapping_launches_wait_for_what_they_read() -> None:
     source = args[0].clone()
 
     def chain() -> Tensor:
-        once = OP(torch.nn.functional.linear(source, weight), *args[1:])
-        return OP(once / once.norm() * 64, *args[1:])
+        once: Tensor = OP(torch.nn.functional.linear(source, weight), *args[1:])
+        twice: Tensor = OP(once / once.norm() * 64, *args[1:])
+        return twice
 
     def replayed() -> list[Tensor]:
         chain()
@@ -288,5 +290,5 @@ def test_inductor_launches_three_kernels_for_a_token() -> None:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             compiled(*tensors)
             torch.cuda.synchronize()
-    kernels = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [e.name for e in profile.events() if e.device_type == DeviceType.CUDA]
     assert len(kernels) == 3, kernels

@@ -222,7 +222,7 @@ def no_room(machine: Machine) -> None:
 
 
 # name -> (what happens, a part of the one warning)
-REFUSES: dict[str, tuple[Callable[[Machine], None], str]] = {
+REFUSES: dict[str, tuple[Callable[[Machine], object], str]] = {
     "no compiler": (env(CXX="/does/not/exist"), "install g++"),
     "a quote that is not closed": (env(CXX='g++ "'), "no C++ compiler was found"),
     "a compiler that may not run": (not_executable, "no C++ compiler was found"),
@@ -250,7 +250,7 @@ if ROOT:
     }
 
 
-def observe(prepare: Callable[[Machine], None], home: Path, source: Path) -> dict[str, Any]:
+def observe(prepare: Callable[[Machine], object], home: Path, source: Path) -> dict[str, Any]:
     machine = Machine(home, source)
     prepare(machine)
     args, out = make(Recipe(T=9)), []
@@ -270,7 +270,7 @@ def observe(prepare: Callable[[Machine], None], home: Path, source: Path) -> dic
     }
 
 
-def in_child(prepare: Callable[[Machine], None], home: Path, source: Path, answer: Path) -> None:
+def in_child(prepare: Callable[[Machine], object], home: Path, source: Path, answer: Path) -> None:
     """What `observe` sees, in `answer`, which was opened before the child becomes somebody else."""
     with answer.open("w") as file:
         pid = os.fork()

@@ -121,7 +121,10 @@ def test_one_site_of_several(make: Any, inputs: Any, only: Any, kept: list[str] 
 
 def test_sizes_differ_by_site_and_are_saved(tmp_path: Path) -> None:
     model = llama()
-    sizes = {MLP.format(0): {"group_size": 12}, "model.layers.[12].mlp": {"group_size": "auto"}}
+    sizes: dict[str, dict[str, object]] = {
+        MLP.format(0): {"group_size": 12},
+        "model.layers.[12].mlp": {"group_size": "auto"},
+    }
     ltepass.transform(
         model, config=ltepass.LTEConfig(group_size=10), calibration=[IDS], per_site=sizes, skip=MLP.format(2)
     )

@@ -6,9 +6,9 @@ from collections import Counter
 import pytest
 from hypothesis import HealthCheck, settings
 
-ALWAYS = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
-settings.register_profile("quick", max_examples=100, **ALWAYS)
-settings.register_profile("deep", max_examples=2500, **ALWAYS)
+ALWAYS = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+settings.register_profile("quick", ALWAYS, max_examples=100)
+settings.register_profile("deep", ALWAYS, max_examples=2500)
 settings.load_profile("quick")
 PASSED: Counter[str] = Counter()  # examples by file
 

@@ -32,8 +32,8 @@ from tests.watching import watch
 
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
 FOLDERS = [CHECKPOINTS / v / n for v in ("v1", "v2") for n in ("aligned", "inline", "fused", "encoder_decoder", "cuts")]
-MANY = 12 * settings.default.max_examples
-SOME = settings.default.max_examples // 2
+MANY = 12 * settings().max_examples
+SOME = settings().max_examples // 2
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def results(dtype: torch.dtype, by_default: torch.dtype, settings: tuple[tuple[s
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SIZES)).to(dtype).eval()
     batches = [torch.randint(0, 61, (4, 32)) for _ in range(3)]
-    found = {}
+    found: dict[str, Tensor] = {}
     with default(by_default):
         config = ltepass.LTEConfig(group_size=4, **dict(settings))  # type: ignore[arg-type]
         ltepass.transform(model, config=config)

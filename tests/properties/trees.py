@@ -24,7 +24,7 @@ D = forms.D
 
 def examples(n: int) -> settings:
     """n examples in CI, more in proportion under the profile `deep`."""
-    return settings(max_examples=n * settings.default.max_examples // 100)
+    return settings(max_examples=n * settings().max_examples // 100)
 
 
 ACTS: tuple[Callable[[Tensor], Tensor], ...] = (F.silu, F.gelu, F.relu, torch.tanh, lambda x: F.relu(x).square())

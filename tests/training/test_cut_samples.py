@@ -25,7 +25,8 @@ class Uneven(nn.Module):
             self.up.weight.mul_(torch.exp(0.8 * torch.randn(d_ff, 1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(nn.functional.gelu(self.up(x * self.scale)))
+        out: Tensor = x + self.down(nn.functional.gelu(self.up(x * self.scale)))
+        return out
 
 
 @pytest.mark.parametrize(("tokens", "d_model"), [(512, 576), (2048, 576), (8192, 576), (2048, 512), (1024, 4096)])
@@ -57,6 +58,7 @@ def assert_share(tokens: int, d_model: int, d_ff: int, setting: str) -> None:
             if setting == "hidden_sparsity":
                 active = (router_logits(router, seen) > router.threshold).repeat_interleave(8, -1)
                 values, cut = nn.functional.gelu(model.up(seen))[active], router.cut
+            assert cut is not None
             left_out += int(is_small(values, cut).sum())
             total += values.numel()
     assert total > SAMPLE / 8

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import TrainingArguments, integrations
 
@@ -108,11 +110,11 @@ def test_each_of_many_evaluation_sets_is_seen(tmp_path: Path) -> None:
     assert len(trainer(tmp_path, model=trained(), eval_dataset=sets)._held_out()) == HELD_OUT + 3
 
 
-class Stream(IterableDataset):
+class Stream(IterableDataset[dict[str, Tensor]]):
     def __init__(self, n: int) -> None:
         self.n = n
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return iter(rows(self.n, 4))
 
 
