@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -215,3 +216,62 @@ def test_sites_that_share_their_weights_are_chosen_and_sized_together(arguments:
         ltepass.transform(model, X, config, **arguments)
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+PAIR = {"input_ids": IDS, "decoder_input_ids": IDS}
+SHAPES: dict[
+    str, tuple[Any, Any, str, str, int]
+] = {  # model, inputs, what is left out, what has groups of its own size
+    "several of an owner": (lambda: nn.Sequential(Two(), Two()).eval(), X, "1#0", "0#1", 8),
+    "graph": (graph, X, "2", "1", 8),
+    "decoder": (llama, {"input_ids": IDS}, MLP.format(2), MLP.format(0), 20),
+    "encoder-decoder": (t5, PAIR, "none", "encoder.*", 20),
+}
+
+
+def values(model: Any, inputs: Any) -> Tensor:
+    out = model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    return out if isinstance(out, Tensor) else out.logits  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(  # budget "model" needs a model that returns logits
+    ("shape", "budget"), [*((shape, "layer") for shape in SHAPES), ("decoder", "model"), ("encoder-decoder", "model")]
+)
+def test_sizes_and_what_is_left_out_hold_through_all_calls(shape: str, budget: Any, tmp_path: Path) -> None:
+    make, inputs, skipped, sized, size = SHAPES[shape]
+    torch.manual_seed(0)
+    model = make()
+    fresh = make()
+    skip = None if skipped == "none" else skipped
+    config = ltepass.LTEConfig(group_size=4, budget=budget)
+    batches = [inputs] if isinstance(inputs, dict) else [{"input": inputs}]
+    ltepass.transform(model, inputs, config, batches, skip=skip, per_site={sized: {"group_size": size}})
+    sites = ltepass.report(model).sites
+    expected = {s.name: size if fnmatchcase(s.name, sized) else 4 for s in sites}
+    assert {s.name: s.group_size for s in sites} == expected
+    assert set(expected.values()) == {4, size}
+    shares = ltepass.settle(model, batches, 0.5)
+    assert shares.keys() == expected.keys()
+    assert abs(sum(shares.values()) / len(shares) - 0.5) < 0.1
+    ltepass.save(model, tmp_path)
+    again = ltepass.load(fresh, tmp_path)
+    assert torch.equal(values(again, inputs), values(model, inputs))
+    assert {s.name: s.group_size for s in ltepass.report(again).sites} == expected
+    assert ltepass.report(again).refusals == ltepass.report(model).refusals
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "arguments", [{"skip": "*"}, {"only": "none"}, {"per_site": {"none": {"group_size": 2}}}, {"skip": lambda s: 1}]
+)
+def test_a_refused_choice_leaves_every_kind_of_model_as_it_was(shape: str, arguments: dict[str, Any]) -> None:
+    make, inputs, *_ = SHAPES[shape]
+    model = make()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    forwards, expected = [type(module) for module in model.modules()], values(model, inputs)
+    with pytest.raises(ConfigError):
+        ltepass.transform(model, inputs, ltepass.LTEConfig(group_size=4, grouping="random"), **arguments)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert [type(module) for module in model.modules()] == forwards
+    assert torch.equal(values(model, inputs), expected)
