@@ -17,7 +17,6 @@ from examples.compare import models
 from examples.compare.rule_hooks import Ruled
 from ltepass.calibration.warm_start import warm_start
 from ltepass.config import Budget as BudgetName
-from ltepass.config import GroupingName
 from ltepass.measure.decode_speed import router_share
 from ltepass.measure.quality import perplexity
 from ltepass.measure.text_blocks import corpora, token_blocks
@@ -157,7 +156,7 @@ class Recipe:
     soft_share: float = 0.0
     warm: bool = True
     settings: dict[str, Any] = field(default_factory=dict)
-    grouping: GroupingName = "output_aware"
+    grouping: str = "output_aware"
     budget: BudgetName = "layer"
     group_size: int | None = None
     random_routers: bool = False
