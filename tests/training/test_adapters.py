@@ -165,6 +165,7 @@ def tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", eos_token="1", unk_token="0")
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # TRL's own default
 def test_trl_with_a_peft_config(tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")
 
