@@ -55,7 +55,7 @@ deep: $(STAMP) properties
 
 # No timeout: a test is thousands of examples.
 properties: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --timeout 0 --hypothesis-profile=deep tests/properties
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --timeout 0 --hypothesis-profile=deep $(ARGS) tests/properties
 
 check: $(STAMP)
 	$(BIN)/ruff check $(SOURCES)

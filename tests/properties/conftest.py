@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -17,6 +18,16 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
     """Hypothesis' own count of the examples that ran and passed, of its stored ones and of new ones."""
     text = getattr(item, "hypothesis_statistics", "")
     PASSED[item.path.name] += sum(map(int, re.findall(r"(\d+) passing,", text)))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # a worker of pytest-xdist
+        session.config.workeroutput["examples"] = dict(PASSED)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    PASSED.update(getattr(node, "workeroutput", {}).get("examples", {}))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
