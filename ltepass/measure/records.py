@@ -6,13 +6,13 @@ import csv
 import platform
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from ltepass.measure.machine import machine
+from ltepass.version import __version__
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Environment:
             bandwidth_gbs=round(bandwidth / 1e9, 2),
             gflops=round(flops / 1e9, 1),
             machine=machine(),
-            ltepass=version("ltepass"),
+            ltepass=__version__,
         )
 
 
