@@ -18,6 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.fx import Graph
 
 import ltepass
 from ltepass.calibration.warm_start import warm_start
@@ -78,6 +79,11 @@ def shallow(value: Any) -> Any:
     return [id(v) for v in value] if isinstance(value, (list, set)) else id(value)
 
 
+def content(value: Any) -> Any:
+    """A copy to compare with; of a graph, which compares by identity (in `shallow`), its nodes as text."""
+    return str(value) if isinstance(value, Graph) else copy.deepcopy(value)
+
+
 def image(model: nn.Module) -> dict[str, Any]:
     """Everything of a model that a call could change; tensors as copies."""
     modules = dict(model.named_modules())
@@ -92,7 +98,7 @@ def image(model: nn.Module) -> dict[str, Any]:
         "classes": {name: type(v) for name, v in objects.items()},
         "attributes": {name: {k: shallow(a) for k, a in vars(v).items()} for name, v in objects.items()},
         "code": (getattr(model, "code", None), type(model).forward),
-        "state": copy.deepcopy(vars(model._lte)) if hasattr(model, "_lte") else None,
+        "state": {k: content(v) for k, v in vars(model._lte).items()} if hasattr(model, "_lte") else None,
         "random": torch.get_rng_state(),
     }
 
