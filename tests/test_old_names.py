@@ -63,6 +63,11 @@ def test_the_old_backend_module_is_a_forward() -> None:
     assert importlib.import_module("ltepass.backend").lte is importlib.import_module("ltepass.passes.lower.backend").lte
 
 
+def test_what_generated_forwards_called_is_found_by_its_old_name() -> None:
+    """A forward that calls an attribute of its owner (`self.act(...)`) was pickled with this function in it."""
+    assert pickle.loads(b"cltepass.regenerate\ncall\n.") is importlib.import_module(MOVED["ltepass.regenerate"]).call
+
+
 def test_an_unknown_old_name_stays_an_import_error() -> None:
     with pytest.raises(ModuleNotFoundError):
         pickle.loads(b"cltepass.nothing\nX\n.")
