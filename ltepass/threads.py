@@ -82,7 +82,8 @@ def tracing() -> Iterator[None]:
     """
     with locks.tracing:
         dynamo: Any = sys.modules.get("torch._dynamo.convert_frame")
-        with nullcontext() if dynamo is None else dynamo.compile_lock:
+        lock = nullcontext() if dynamo is None else dynamo.compile_lock
+        with lock:
             yield
 
 

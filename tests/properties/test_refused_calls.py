@@ -18,10 +18,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._dynamo.convert_frame import compile_lock
 from torch.fx import Graph
 
 import ltepass
 from ltepass.calibration.warm_start import warm_start
+from ltepass.threads import locks
 from ltepass.training.settings import LTESettings
 from ltepass.training.stage_options import stage_options
 from ltepass.training.stages import Stage, begin_stage, settle
@@ -235,6 +237,8 @@ def test_a_call_that_fails_at_any_step_changes_nothing(name: str, verb: str) -> 
             assert planted.where is None
             model = prepared(name, verb)
             before = image(model)
+        assert not locks.tracing._is_owned()
+        assert not compile_lock._is_owned(), "a thread of a later test would wait for ever"
         assert_same(before, image(model))
 
     fails_at()
