@@ -10,7 +10,7 @@ calibrated, `ids` token ids [n, T], `batches` a list of such, and `folder` a pat
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ltepass import old_names as _old_names
 from ltepass import registration as _registration
@@ -102,7 +102,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'ltepass' has no attribute {name!r}")
     value = getattr(importlib.import_module(_PUBLIC[name]), name)

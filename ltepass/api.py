@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from torch import nn
 
@@ -13,6 +12,7 @@ from ltepass.errors import AlreadyTransformedError, MetaWeightsError
 from ltepass.passes import TRANSFORM
 from ltepass.passes.graph.pipeline import TransformJob, run_passes
 from ltepass.passes.insert.remove_routers import remove_routers
+from ltepass.routed.batches import Batch
 from ltepass.routed.selection import Selection, Which
 from ltepass.routed.sites import require_state, require_whole, routers_of, state_of, unwrapped
 from ltepass.routed.undo import all_or_nothing, verb
@@ -20,13 +20,13 @@ from ltepass.routed.undo import all_or_nothing, verb
 
 def transform(
     model: nn.Module,
-    example_inputs: Any = None,
+    example_inputs: object = None,
     config: LTEConfig | None = None,
-    calibration: Iterable[Any] | None = None,
+    calibration: Iterable[Batch] | None = None,
     *,
     only: Which | None = None,
     skip: Which | None = None,
-    per_site: Mapping[str, Mapping[str, Any]] | None = None,
+    per_site: Mapping[str, Mapping[str, int | str]] | None = None,
 ) -> nn.Module:
     """Find the FFNs of `model`, group their neurons and insert routers, in place. Paper sections 4.1 and 4.2.
 
@@ -60,9 +60,9 @@ def transform(
 
 def _transform(
     model: nn.Module,
-    example_inputs: Any,
+    example_inputs: object,
     config: LTEConfig,
-    calibration: Iterable[Any] | None,
+    calibration: Iterable[Batch] | None,
     selection: Selection,
 ) -> None:
     require_whole(model, "transform")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -23,9 +23,8 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 GroupSize = Annotated[int | None, typer.Option(help="Neurons per expert; without it, chosen per site.")]
 METHODS = "; ".join(f"{name}: {grouping.doc}" for name, grouping in GROUPINGS.items())
 Seed = Annotated[int, typer.Option(help="Seed of grouping, router start and batches.")]
-PASSED_ON: Any = {  # a command whose arguments, --help too, another program reads
-    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-}
+# Of a command whose arguments, --help too, another program reads.
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
 @app.command()
@@ -65,7 +64,7 @@ def inspect(
     typer.echo(f"found in {time.perf_counter() - start:.1f} s; peak memory of the process {peak_memory() / 1e9:.2f} GB")
 
 
-@app.command(**PASSED_ON)
+@app.command(context_settings=PASSED_ON)
 def coverage(context: typer.Context) -> None:
     """Transform, gate and lower a tiny model of every architecture; in a checkout. All arguments go to it."""
     _example(context, "ltepass coverage", "coverage.census")
@@ -152,7 +151,7 @@ def evaluate(
     _print(models.evaluate(str(folder), text.read_text(), wanted, length=length, limit=limit, device=device))
 
 
-@bench_app.command("op", **PASSED_ON)
+@bench_app.command("op", context_settings=PASSED_ON)
 def bench_op(context: typer.Context) -> None:
     """Time the sparse op against dense and other ways to skip neurons; in a checkout. All arguments go to it."""
     _example(context, "ltepass bench op", "bench.op")
@@ -220,7 +219,7 @@ def _example(context: typer.Context, command: str, module: str) -> None:
     raise typer.Exit(run_example(command, module, context.args))
 
 
-def _print(what: Any) -> None:
+def _print(what: object) -> None:
     from rich.console import Console
 
     Console().print(what)

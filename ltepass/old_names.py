@@ -11,7 +11,6 @@ import importlib.machinery
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
 
 MOVED = {
     "ltepass.energy": "ltepass.calibration.energy",
@@ -100,10 +99,10 @@ HELD = {
 }
 
 
-def held_by(package: str) -> Callable[[str], Any]:
+def held_by(package: str) -> Callable[[str], object]:
     """The `__getattr__` of a folder of HELD."""
 
-    def find(name: str) -> Any:
+    def find(name: str) -> object:
         for module in HELD[package] if not name.startswith("_") else ():
             if name in (values := vars(importlib.import_module(module))):
                 return values[name]

@@ -13,13 +13,20 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Protocol, TextIO
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from ltepass.errors import ConcurrencyError
+
+
+class Shared(Protocol):
+    """A router, which all threads that call its model share. thread: whose call has it to itself; turns: such calls."""
+
+    thread: int | None
+    turns: int
 
 
 class Locks:
@@ -32,10 +39,10 @@ class Locks:
         self.tracing = threading.RLock()
         self.classes = threading.Lock()  # of the table of generated classes
         self.hooks = threading.Lock()  # while an inline site's hooks are put back
-        self.models: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # a model -> its own
+        self.models: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()  # a model -> its own
         self.table = threading.Lock()  # of the models
 
-    def of(self, model: nn.Module) -> Any:
+    def of(self, model: nn.Module) -> threading.RLock:
         with self.table:
             return self.models.setdefault(model, threading.RLock())
 
@@ -46,7 +53,7 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextmanager
-def unshared(routers: Iterable[Any]) -> Iterator[None]:
+def unshared(routers: Iterable[Shared]) -> Iterator[None]:
     """Until the end, a forward of another thread through one of these routers raises ConcurrencyError."""
     free = [router for router in routers if router.thread is None]
     for router in free:
@@ -81,7 +88,7 @@ def tracing() -> Iterator[None]:
     Dynamo traces under a lock of its own, which is taken too where Dynamo is there at all.
     """
     with locks.tracing:
-        dynamo: Any = sys.modules.get("torch._dynamo.convert_frame")
+        dynamo = sys.modules.get("torch._dynamo.convert_frame")
         lock = nullcontext() if dynamo is None else dynamo.compile_lock
         with lock:
             yield
@@ -103,11 +110,11 @@ def quiet_stderr() -> Iterator[None]:
 class _OthersOnly:
     """A stream without what the thread that made this writes."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: TextIO) -> None:
         self.stream, self.thread = stream, threading.get_ident()
 
     def write(self, text: str) -> int:
         return len(text) if threading.get_ident() == self.thread else self.stream.write(text)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self.stream, name)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from inspect import signature
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ltepass.errors import CalibrationError
 
+Batch = Tensor | Mapping[str, object] | Sequence[Tensor]  # a sequence of one tensor
 TOKEN_INPUTS = frozenset("input_ids attention_mask token_type_ids position_ids decoder_input_ids labels".split())
 EXPECTED = (
     "expected a tensor of token ids, or a mapping of the model's inputs to tensors, as a tokenizer gives with "
@@ -18,7 +18,7 @@ EXPECTED = (
 )
 
 
-def inputs_of(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def inputs_of(model: nn.Module, batch: Batch) -> tuple[tuple[Tensor, ...], dict[str, object]]:
     """Positional and named arguments for `model`, on its device, without labels.
 
     batch: token ids, alone or as the only tensor of a list; any Mapping of inputs. Labels stay for an encoder-decoder
@@ -39,7 +39,7 @@ def inputs_of(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, 
     return (), {name: v.to(device) if isinstance(v, Tensor) else v for name, v in named.items()}
 
 
-def fewest_logits(model: nn.Module, named: Mapping[str, Any]) -> dict[str, Any]:
+def fewest_logits(model: nn.Module, named: Mapping[str, object]) -> dict[str, Tensor]:
     """What makes a language model compute the last token's logits only: a fifth of a pass on SmolLM2-135M."""
     heads = getattr(model, "get_output_embeddings", lambda: None)() is not None
     if not heads or "labels" in named or "logits_to_keep" not in signature(model.forward).parameters:
@@ -47,13 +47,13 @@ def fewest_logits(model: nn.Module, named: Mapping[str, Any]) -> dict[str, Any]:
     return {"logits_to_keep": torch.tensor([-1])}  # for an int, Gemma 4 drops tokens before its last FFNs
 
 
-def is_empty(batch: Any) -> bool:
+def is_empty(batch: Batch) -> bool:
     """Whether its token ids hold no token: models fail on such a batch, and there is nothing to see in it."""
     tokens = _tokens(batch)
     return isinstance(tokens, Tensor) and tokens.numel() == 0
 
 
-def tokens_in(batch: Any) -> int:
+def tokens_in(batch: Batch) -> int:
     """Tokens that are no padding; 0 for a batch that names its tokens in a way of its own."""
     tokens, mask = _tokens(batch), batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if not isinstance(tokens, Tensor):
@@ -62,7 +62,7 @@ def tokens_in(batch: Any) -> int:
     return int((mask > 0).sum()) if isinstance(mask, Tensor) and mask.shape == ids.shape else ids.numel()
 
 
-def _tokens(batch: Any) -> Any:
+def _tokens(batch: Batch) -> object:
     if isinstance(batch, Mapping):
         return batch.get("input_ids", batch.get("inputs_embeds"))
     return batch[0] if isinstance(batch, (list, tuple)) and len(batch) == 1 else batch
@@ -72,15 +72,15 @@ def _has_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: object) -> bool:
     return isinstance(value, str) or (isinstance(value, (list, tuple)) and any(isinstance(v, str) for v in value))
 
 
-def _is_array(value: Any) -> bool:
+def _is_array(value: object) -> bool:
     return type(value).__module__ == "numpy"
 
 
-def _seen(value: Any) -> str:
+def _seen(value: object) -> str:
     if isinstance(value, str):
         return f"the text {value[:20]!r}"
     if isinstance(value, (list, tuple)) and value:

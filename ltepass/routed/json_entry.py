@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NoReturn, TypeAlias, TypeVar
 
 from ltepass.errors import CheckpointError
 from ltepass.names import is_path, shown
 
 T = TypeVar("T")
-
+Name = TypeVar("Name", bound=str)
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
 LARGEST = 2**31  # of a size or an index
 
@@ -23,13 +24,13 @@ class Entry:
         self.where, self.rest = where, dict(value)
         self.seen: dict[str, Any] = {}
 
-    def take(self, key: str, default: Any = ...) -> Any:
+    def take(self, key: str, default: object = ...) -> object:
         if key not in self.rest and default is ...:
             raise CheckpointError(f"{self.where} lacks a key (KeyError: {key!r}); {ADVICE}")
         self.seen[key] = self.rest.pop(key, default)
         return self.seen[key]
 
-    def wrong(self, key: str, expected: str) -> Any:
+    def wrong(self, key: str, expected: str) -> NoReturn:
         raise CheckpointError(f"{self.where}: {key} is {shown(self.seen[key])}; expected {expected}; {ADVICE}")
 
     def end(self, *ignored: str) -> None:
@@ -37,21 +38,22 @@ class Entry:
         if unknown:
             raise CheckpointError(f"{self.where} has an unknown key (TypeError: {shown(unknown[0])}); {ADVICE}")
 
-    def text(self, key: str, default: Any = ...) -> str:
+    def text(self, key: str, default: object = ...) -> str:
         value = self.take(key, default)
         return value if isinstance(value, str) else self.wrong(key, "a string")
 
-    def list(self, key: str, default: Any = ...) -> list[Any] | tuple[Any, ...]:
+    def list(self, key: str, default: object = ...) -> Sequence[object]:
         value = self.take(key, default)
         return value if isinstance(value, (list, tuple)) else self.wrong(key, "a list")
 
-    def integer(self, key: str, low: int, high: int = LARGEST, default: Any = ...) -> int:
+    def integer(self, key: str, low: int, high: int = LARGEST, default: object = ...) -> int:
         value = self.take(key, default)
         return value if type(value) is int and low <= value < high else self.wrong(key, f"an integer of at least {low}")
 
-    def one_of(self, key: str, names: Any) -> Any:
+    def one_of(self, key: str, names: Collection[Name]) -> Name:
         value = self.take(key)
-        return value if isinstance(value, str) and value in names else self.wrong(key, f"one of {', '.join(names)}")
+        found = next((name for name in names if name == value), None)
+        return self.wrong(key, f"one of {', '.join(names)}") if found is None else found
 
     def path(self, key: str, *, root: bool = False) -> str:
         """Dotted names; the empty path is the root."""
@@ -60,7 +62,8 @@ class Entry:
 
     def optional(self, key: str, read: Callable[[str], T]) -> T | None:
         if key in self.rest and self.rest[key] is None:
-            return self.take(key)  # type: ignore[no-any-return]
+            self.take(key)
+            return None
         return read(key)
 
 

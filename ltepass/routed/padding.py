@@ -18,10 +18,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import signature
 from threading import get_ident
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ltepass.routed.router import Router
 from ltepass.routed.sites import FFNSite, require_state, router_of
@@ -91,7 +91,7 @@ class TokenHooks:
     def __init__(self, model: nn.Module) -> None:
         self.keep, self.number, self.running = False, 0, False
         self.output = Forward()  # of the last forward, as the model's output sees it
-        self.handles: list[Any] = []
+        self.handles: list[RemovableHandle] = []
         self.sites = require_state(model, "a count of tokens").sites
         self.routers = [router_of(model, site) for site in self.sites]
         for site, router in zip(self.sites, self.routers, strict=True):
@@ -123,7 +123,7 @@ class _Enter:
                 part: Part = next((name for name, part in parts.items() if router in part.modules()), "whole")
                 self.sites.append((site, router, part, _reads_tokens(model, site)))
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         if self.hooks.running or self.of_another_thread():
             return
         self.hooks.running = self.running = True
@@ -141,7 +141,7 @@ class _Enter:
         """Whether a call has the model to itself, and this forward, which its first router refuses, is none of it."""
         return any(router.thread not in (None, get_ident()) for _, router, _, _ in self.sites[:1])
 
-    def _masks(self, given: Mapping[str, Any]) -> dict[Part, tuple[Tensor, ...]]:
+    def _masks(self, given: Mapping[str, object]) -> dict[Part, tuple[Tensor, ...]]:
         own = token_mask(given.get("attention_mask"), _length(given, TOKENS))
         if not self.both:
             return dict.fromkeys(("whole", "encoder", "decoder"), own)
@@ -157,7 +157,7 @@ class _Leave:
     def __init__(self, enter: _Enter) -> None:
         self.enter = enter
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+    def __call__(self, module: nn.Module, args: object, output: object) -> None:
         if self.enter.running and not self.enter.of_another_thread():
             self.enter.hooks.running = self.enter.running = False
 
@@ -196,6 +196,6 @@ def _reads_tokens(model: nn.Module, site: FFNSite) -> bool:
     return named[-1] in ("input_ids", named[0]) and not named[-1].startswith("pixel_values")
 
 
-def _length(given: Mapping[str, Any], names: Sequence[str]) -> int | None:
+def _length(given: Mapping[str, object], names: Sequence[str]) -> int | None:
     """T of the first of these inputs that is there."""
     return next((v.shape[1] for n in names if isinstance(v := given.get(n), Tensor) and v.dim() > 1), None)

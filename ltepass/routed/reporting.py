@@ -5,12 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ltepass.routed.sites import FFNSite, LTEState, Refusal, require_state, router_of
 from ltepass.routed.undo import verb
+
+if TYPE_CHECKING:  # rich is imported when a report is shown
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +46,7 @@ class Report:
     modes: dict[str, str] = field(default_factory=dict)
     sparsity: dict[str, float] = field(default_factory=dict)
 
-    def __rich__(self) -> Any:
+    def __rich__(self) -> Group:
         from rich.console import Group
 
         return Group(*_tables(self))
@@ -104,7 +109,7 @@ def _modes(model: nn.Module, state: LTEState) -> dict[str, str]:
     return {site.name: router_of(model, site).mode for site in state.sites}
 
 
-def _tables(report: Report) -> Iterator[Any]:
+def _tables(report: Report) -> Iterator[Table | Text]:
     from rich.table import Table
     from rich.text import Text
 
@@ -155,7 +160,7 @@ def span(shares: Sequence[float]) -> str:
 
 def alike_sites(sites: Sequence[FFNSite], modes: dict[str, str]) -> list[list[FFNSite]]:
     """Sites that differ only in a layer number go into one row; order is kept."""
-    rows: dict[tuple[Any, ...], list[FFNSite]] = {}
+    rows: dict[tuple[object, ...], list[FFNSite]] = {}
     for site in sites:
         shape = (site.kind, site.activation, site.gate is None, site.d_model, site.d_ff, site.group_size)
         rows.setdefault((re.sub(r"\d+", "#", site.name), *shape, modes.get(site.name)), []).append(site)
@@ -176,7 +181,7 @@ def pattern(names: Sequence[str]) -> str:
     return f"{re.sub(r'[0-9]+', show, names[0])} ({len(names)})"
 
 
-def refusals_table(refusals: Sequence[Refusal]) -> Any:
+def refusals_table(refusals: Sequence[Refusal]) -> Table:
     """A rich table of candidates left alone, alike ones in one row."""
     from rich.table import Table
     from rich.text import Text

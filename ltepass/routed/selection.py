@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
 
 from ltepass.errors import ConfigError
 from ltepass.routed.sites import FFNSite, Refusal
@@ -22,7 +21,7 @@ class Selection:
 
     only: Which | None = None
     skip: Which | None = None
-    per_site: Mapping[str, Mapping[str, Any]] | None = None
+    per_site: Mapping[str, Mapping[str, int | str]] | None = None
 
     def __post_init__(self) -> None:
         for argument in ("only", "skip"):

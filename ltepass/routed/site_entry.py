@@ -9,7 +9,7 @@ from typing import Any
 
 from ltepass.kernels.reference import ACTIVATIONS
 from ltepass.names import is_path
-from ltepass.routed.json_entry import Entry
+from ltepass.routed.json_entry import Entry, Json
 from ltepass.routed.sites import PATHS, ROWS, FFNSite, NeuronRows
 
 VERSION = 2  # of what write_state gives
@@ -21,7 +21,7 @@ _CUSTOM = re.compile(r"custom\([\w,.<>]*\)", re.ASCII)  # the names of its opera
 _NODE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 
 
-def write_site(site: FFNSite) -> dict[str, Any]:
+def write_site(site: FFNSite) -> dict[str, Json]:
     names = list(dict.fromkeys(rows.param for rows in site.neurons))
     neurons = [
         {"parameter": names.index(r.param), "dim": r.dim, "start": r.start, "step": r.step} for r in site.neurons
@@ -76,16 +76,18 @@ def _activation(entry: Entry) -> str:
 
 
 def _nodes(entry: Entry) -> tuple[str, ...]:
-    nodes = entry.list("nodes")
+    given = entry.list("nodes")
+    nodes = tuple(n for n in given if isinstance(n, str) and _NODE.fullmatch(n))
     wanted = 3 if entry.seen["kind"] == "graph" else 0
-    if len(nodes) != wanted or not all(isinstance(n, str) and _NODE.fullmatch(n) for n in nodes):
+    if not len(nodes) == len(given) == wanted:
         entry.wrong("nodes", f"{wanted} names")
-    return tuple(nodes)
+    return nodes
 
 
 def _read_rows(entry: Entry) -> Iterator[tuple[str, Any]]:
-    names = entry.list("parameters")
-    if not all(isinstance(n, str) and is_path(n) for n in names) or len(set(names)) != len(names):
+    given = entry.list("parameters")
+    names = [n for n in given if isinstance(n, str) and is_path(n)]
+    if len(set(names)) != len(given):
         entry.wrong("parameters", "dotted names, each once")
     rows = [Entry(f"{entry.where}, neurons", r) for r in entry.list("neurons")]
     used = [row.integer("parameter", 0, len(names)) for row in rows]

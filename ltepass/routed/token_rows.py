@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,7 @@ class TokenRows:
         return found
 
 
-def token_mask(mask: Any, length: int | None) -> tuple[Tensor, ...]:
+def token_mask(mask: object, length: int | None) -> tuple[Tensor, ...]:
     """bool [B, T], True at tokens, from any form of an attention mask that tells them; nothing where none does.
 
     mask: [B, S] or, as attention takes it, [B, 1, Q, S]; bool, numbers that are 0 at padding, or numbers to add that

@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ltepass.config import Mode
 from ltepass.errors import CalibrationError
 from ltepass.routed import padding
-from ltepass.routed.batches import fewest_logits, inputs_of, is_empty
+from ltepass.routed.batches import Batch, fewest_logits, inputs_of, is_empty
 from ltepass.routed.padding import telling_tokens, tokens_of
 from ltepass.routed.router import Router
 from ltepass.routed.samples import SomeRows
@@ -34,7 +34,7 @@ class Sample:
     h: Tensor
 
 
-def collect(model: nn.Module, batches: Iterable[Any]) -> dict[str, Sample]:
+def collect(model: nn.Module, batches: Iterable[Batch]) -> dict[str, Sample]:
     """The first inputs and hidden units of every site, in dense mode: SAMPLE_TOKENS, or what BUDGET_BYTES holds."""
     state = require_trained(model, "collect")
     per_token = sum(2 * (s.d_model + s.d_ff) for s in state.sites)
@@ -44,7 +44,7 @@ def collect(model: nn.Module, batches: Iterable[Any]) -> dict[str, Sample]:
     return {c.site.name: Sample(torch.cat(c.x), torch.cat(c.h)) for c in collectors}
 
 
-def watch(model: nn.Module, batches: Iterable[Any], observers: Sequence[Observer], *, mode: Mode = "dense") -> None:
+def watch(model: nn.Module, batches: Iterable[Batch], observers: Sequence[Observer], *, mode: Mode = "dense") -> None:
     """A pass in which every observer sees its own site. Raises CalibrationError where one saw no token."""
     with mode_of(model, mode), telling_tokens(model):  # first: no other thread's forward is seen
         try:
@@ -60,7 +60,7 @@ def watch(model: nn.Module, batches: Iterable[Any], observers: Sequence[Observer
 class Observer(ABC):
     """Sees the inputs x [n, d_model], then the hidden units h [n, d_ff], of every forward of one site: of tokens."""
 
-    handle: Any = None
+    handle: RemovableHandle | None = None
 
     def __init__(self, site: FFNSite, router: Router) -> None:
         self.site, self.router, self.tokens = site, router, 0
@@ -117,8 +117,8 @@ class _Collector(Observer):
 def on_logits(model: nn.Module, see: Callable[[FFNSite, Router, Tensor], None]) -> Iterator[None]:
     """Calls see(site, router, logits [..., n_experts]) after every router while the block runs, without gradients."""
 
-    def hook(site: FFNSite) -> Callable[[Any, Any, Tensor | None], None]:
-        def run(router: Router, args: Any, logits: Tensor | None) -> None:
+    def hook(site: FFNSite) -> Callable[[Router, object, Tensor | None], None]:
+        def run(router: Router, args: object, logits: Tensor | None) -> None:
             if logits is not None:
                 see(site, router, logits.detach())
 
@@ -151,7 +151,7 @@ def record_logits(model: nn.Module, keep: int | None = None, *, flat: bool = Tru
         yield seen
 
 
-def run_batches(model: nn.Module, batches: Iterable[Any]) -> None:
+def run_batches(model: nn.Module, batches: Iterable[Batch]) -> None:
     """Forward passes for what hooks see, without gradients, in eval mode; the training flags are as before afterwards.
 
     Nobody reads the logits of a language model, and as few as it can are made. Batches without a token are passed by.

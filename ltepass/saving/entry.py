@@ -18,7 +18,7 @@ from ltepass.config import BUDGETS, SEEDS, LTEConfig
 from ltepass.errors import CheckpointError, ConfigError
 from ltepass.grouping_methods import AUTO, GROUPINGS
 from ltepass.names import shown
-from ltepass.routed.json_entry import ADVICE, LARGEST, Entry
+from ltepass.routed.json_entry import ADVICE, LARGEST, Entry, Json
 from ltepass.routed.site_entry import VERSION, read_site, write_site
 from ltepass.routed.sites import LTEState, Refusal
 from ltepass.version import __version__
@@ -28,7 +28,7 @@ METHOD = "lte"
 _RELEASE = re.compile(r"[0-9A-Za-z.+_-]{1,40}")
 
 
-def write_state(state: LTEState) -> dict[str, Any]:
+def write_state(state: LTEState) -> dict[str, Json]:
     return {
         "quant_method": METHOD,
         "version": VERSION,
@@ -41,32 +41,32 @@ def write_state(state: LTEState) -> dict[str, Any]:
 
 
 def read_state(value: object) -> LTEState:
-    version = value.get("version") if isinstance(value, dict) else None
+    written = value if isinstance(value, dict) else {}
+    version = written.get("version")
     if type(version) is int and version > VERSION:
-        raise CheckpointError(_newer(value, version))
+        raise CheckpointError(_newer(written.get("written_by"), version))
     if type(version) is not int or version < 1:
         raise CheckpointError(
             f"the checkpoint's LTE entry has version {shown(version)}; this ltepass reads versions 1 to {VERSION}; "
             "load it with the ltepass that wrote it, or delete quantization_config to load it dense"
         )
     entry = Entry("quantization_config", value)
-    known = {
-        "config": _read_config(entry.take("config"), version),
-        "grouping": entry.one_of("grouping", GROUPINGS),
-        "sites": [read_site(site, f"site {i}", version) for i, site in enumerate(entry.list("sites"))],
-        "refusals": [_read_refusal(r, f"refusal {i}") for i, r in enumerate(entry.list("refusals"))],
-    }
-    if not known["sites"]:
+    state = LTEState(
+        config=_read_config(entry.take("config"), version),
+        grouping=entry.one_of("grouping", GROUPINGS),
+        sites=[read_site(site, f"site {i}", version) for i, site in enumerate(entry.list("sites"))],
+        refusals=[_read_refusal(r, f"refusal {i}") for i, r in enumerate(entry.list("refusals"))],
+    )
+    if not state.sites:
         entry.wrong("sites", "at least one site")
     if entry.text("quant_method", default=METHOD) != METHOD:
         entry.wrong("quant_method", METHOD)
     entry.text("written_by", default="")
     entry.end("version")
-    return LTEState(**known)
+    return state
 
 
-def _newer(value: Any, version: int) -> str:
-    release = value.get("written_by")
+def _newer(release: object, version: int) -> str:
     known = isinstance(release, str) and _RELEASE.fullmatch(release) is not None
     writer, needed = (f"ltepass {release}", f"ltepass {release} or newer") if known else ("a newer one",) * 2
     return (
@@ -107,7 +107,7 @@ def _number(value: object) -> bool:
     return type(value) in (int, float)
 
 
-_CONFIG: dict[str, Callable[[Any], bool]] = {
+_CONFIG: dict[str, Callable[[object], bool]] = {
     "group_size": lambda v: v == "auto" or (type(v) is int and v < LARGEST),
     "target_sparsity": _number,
     "grouping": lambda v: isinstance(v, str) and v in (AUTO, *GROUPINGS),

@@ -129,7 +129,8 @@ def _check_region(model: nn.Module, owner: nn.Module, site: FFNSite, graph: Grap
                 values[node] = _run(owner, node, values, site.d_model, generator)
             except Exception:  # lines that take no made-up values: nothing is known of them
                 return
-    if isinstance(values[h], Tensor) and not _agrees(site, values[h], samples[up], samples[gate]):
+    hidden = values[h]
+    if isinstance(hidden, Tensor) and not _agrees(site, hidden, samples[up], samples[gate]):
         _refuse(site, f"its forward does not compute {site.activation}")
 
 
@@ -138,7 +139,7 @@ def _sample(model: nn.Module, rows: NeuronRows, generator: torch.Generator) -> T
     return torch.empty(1, _TOKENS, width, dtype=torch.float64).uniform_(-6.0, 6.0, generator=generator)
 
 
-def _run(owner: nn.Module, node: Node, values: dict[Node, Any], d_model: int, generator: torch.Generator) -> Any:
+def _run(owner: nn.Module, node: Node, values: dict[Node, Any], d_model: int, generator: torch.Generator) -> object:
     if node.op == "placeholder":
         return torch.empty(1, _TOKENS, d_model, dtype=torch.float64).uniform_(-1.0, 1.0, generator=generator)
     args = map_arg(node.args, lambda n: values[n])
@@ -169,7 +170,7 @@ def _check_functions(owner: nn.Module, site: FFNSite) -> None:
         _refuse(site, f"its owner holds {', '.join(sorted(held))}, and not {site.activation}")
 
 
-def _functions(owner: nn.Module) -> list[Callable[[Tensor], Any]]:
+def _functions(owner: nn.Module) -> list[Callable[[Tensor], object]]:
     leaves = [m for m in owner.modules() if next(m.children(), None) is None and next(m.parameters(), None) is None]
     plain = [
         v for m in owner.modules() for v in vars(m).values() if callable(v) and not isinstance(v, (nn.Module, type))
@@ -177,7 +178,7 @@ def _functions(owner: nn.Module) -> list[Callable[[Tensor], Any]]:
     return [*leaves, *plain]
 
 
-def _named(function: Callable[[Tensor], Any]) -> str | None:
+def _named(function: Callable[[Tensor], object]) -> str | None:
     """Which activation a function is; None for any other, and for what passes its input on (dropout)."""
     sample = torch.linspace(-6.0, 6.0, 49, dtype=torch.float64)
     try:

@@ -11,7 +11,7 @@ import copy
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -28,6 +28,7 @@ from ltepass.api import remove
 from ltepass.config import LTEConfig
 from ltepass.errors import CheckpointError
 from ltepass.passes.find.owner import as_gated_now
+from ltepass.routed.json_entry import Json
 from ltepass.routed.sites import FFNSite, LTEState, router_of, set_state, state_of
 from ltepass.saving.entry import METHOD, read_state, write_state
 from ltepass.saving.forward_checks import check_forwards, try_gates
@@ -43,6 +44,9 @@ from ltepass.saving.tensor_checks import (
     read_header,
 )
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 class LTEQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is not typed
     """What config.json says of a transformed model. A live view of the model's `LTEState`, so it never goes stale."""
@@ -52,18 +56,18 @@ class LTEQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]  # t
         self.state = state
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], *_: Any, **__: Any) -> LTEQuantizationConfig:
+    def from_dict(cls, config_dict: dict[str, Json], *_: object, **__: object) -> LTEQuantizationConfig:
         """Raises CheckpointError where the entry was not written by this format."""
         return cls(read_state(config_dict))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         return write_state(self.state)
 
-    def get(self, key: str, default: Any = None) -> Any:
+    def get(self, key: str, default: Json = None) -> Json:
         """transformers reads a config given as an object like the dict it is in config.json."""
         return self.to_dict().get(key, default)
 
-    def __iter__(self) -> Iterator[tuple[str, Any]]:
+    def __iter__(self) -> Iterator[tuple[str, Json]]:
         yield from self.to_dict().items()
 
 
@@ -72,7 +76,7 @@ class LTEQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
 
     quantization_config: LTEQuantizationConfig
 
-    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+    def validate_environment(self, *args: object, **kwargs: object) -> None:
         if not self.pre_quantized:
             raise CheckpointError(
                 "an LTE config was passed for a checkpoint that holds no routers; expected a directory written by a "
@@ -80,7 +84,7 @@ class LTEQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
             )
 
     def _process_model_before_weight_loading(
-        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: object
     ) -> None:
         from ltepass.passes.insert.insert_routers import insert_routers
 
@@ -97,7 +101,7 @@ class LTEQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
         state.sites = sites
         set_state(model, state)
 
-    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: object) -> PreTrainedModel:
         # The weights are plain: with these flags transformers would refuse .half() and .float().
         model.is_quantized = False
         del model.quantization_method
@@ -114,7 +118,7 @@ class LTEQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
         _watch_parents(model)
         return model
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> nn.Module:
         return remove(model)
 
     def remove_quantization_config(self, model: nn.Module) -> None:
@@ -136,7 +140,7 @@ class LTEQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
         return True
 
 
-def checked_sites(model: Any, state: LTEState, header: Header | None) -> list[FFNSite]:
+def checked_sites(model: PreTrainedModel, state: LTEState, header: Header | None) -> list[FFNSite]:
     """The state's sites as this model has them, compared with it and with the files; none where those hold no router.
 
     header: of all weight files; None where the weights come from elsewhere. Raises CheckpointError; changes nothing.
@@ -158,7 +162,7 @@ def checked_sites(model: Any, state: LTEState, header: Header | None) -> list[FF
     return sites
 
 
-def _as_loaded(model: Any, sites: list[FFNSite], header: Header) -> tuple[Header, bool]:
+def _as_loaded(model: PreTrainedModel, sites: list[FFNSite], header: Header) -> tuple[Header, bool]:
     """The header by the names under which transformers will load it, and whether it converts some of the weights.
 
     Its classes may have other names in their files: another prefix, `ffn` for `mlp`, experts one by one.
@@ -180,7 +184,7 @@ def _as_loaded(model: Any, sites: list[FFNSite], header: Header) -> tuple[Header
     return named, len(named) < len(header)
 
 
-def attach(model: Any) -> None:
+def attach(model: PreTrainedModel) -> None:
     """From now on `model.save_pretrained` writes the sites. The model must be transformed."""
     state = state_of(model)
     assert state is not None
@@ -204,7 +208,7 @@ def _watch_parents(model: nn.Module) -> None:
         model.register_state_dict_pre_hook(_warn_of_parent)
 
 
-def _warn_of_parent(model: Any, prefix: str, keep_vars: bool) -> None:
+def _warn_of_parent(model: PreTrainedModel, prefix: str, keep_vars: bool) -> None:
     """Where a Hugging Face model holds the transformed one, its config says nothing of the routers."""
     from transformers import PreTrainedModel
 
@@ -222,7 +226,7 @@ def _warn_of_parent(model: Any, prefix: str, keep_vars: bool) -> None:
         frame = frame.f_back  # type: ignore[assignment]
 
 
-def _own_config(model: Any) -> None:
+def _own_config(model: PreTrainedModel) -> None:
     """A config object may have built several models: only this one is to say that it has routers."""
     shared, own = model.config, copy.copy(model.config)
     for module in model.modules():
@@ -230,7 +234,7 @@ def _own_config(model: Any) -> None:
             module.config = own
 
 
-def detach(model: Any) -> None:
+def detach(model: PreTrainedModel) -> None:
     """The model saves as a dense model again. Nothing happens where `attach` was not called."""
     if isinstance(getattr(model, "hf_quantizer", None), LTEQuantizer):
         del model.hf_quantizer

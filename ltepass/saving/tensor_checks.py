@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 _AGAIN = "expected a directory written by save_pretrained of a transformed model; save it again"
 
 
-def read_header(files: Iterable[Any]) -> Header:
+def read_header(files: Iterable[str | Path]) -> Header:
     """Of all files together. Raises CheckpointError for what is no safetensors file, or not whole."""
     header: Header = {}
     for file in files:
@@ -42,7 +42,7 @@ def read_header(files: Iterable[Any]) -> Header:
     return header
 
 
-def router_header(site: FFNSite, config: Mapping[str, Any]) -> Header:
+def router_header(site: FFNSite, config: Mapping[str, object]) -> Header:
     """The tensors of one router."""
     experts = site.d_ff // site.group_size
     header: Header = {
@@ -67,7 +67,7 @@ def _stored(header: Header) -> set[str]:
     return {path for path, _, last in ends if last in _ONLY_OURS and is_path(path) and is_router(path)}
 
 
-def check_routers(sites: Sequence[FFNSite], config: Mapping[str, Any], header: Header) -> None:
+def check_routers(sites: Sequence[FFNSite], config: Mapping[str, object], header: Header) -> None:
     """Every site has its router and no other is there; each has just its tensors, of their dtypes and shapes."""
     routers, stored = {site.router for site in sites}, _stored(header)
     missing = [site.router for site in sites if site.router not in stored]

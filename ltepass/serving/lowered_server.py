@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
+from torch import nn
 from transformers.cli.serving.model_manager import ModelManager
 
 from ltepass.passes.lower.lower_modules import lower
@@ -16,8 +16,8 @@ from ltepass.routed.sites import state_of
 def lowered_as_loaded() -> Iterator[None]:
     load = ModelManager._load_model
 
-    def load_lowered(self: Any, *args: Any, **kwargs: Any) -> Any:
-        model = load(self, *args, **kwargs)
+    def load_lowered(self: ModelManager, *args: object, **kwargs: object) -> nn.Module:
+        model: nn.Module = load(self, *args, **kwargs)
         return model if state_of(model) is None else lower(model)
 
     ModelManager._load_model = load_lowered

@@ -9,15 +9,19 @@ handler becomes a 4xx here, and a stream's status is held back until its first w
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
+from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ltepass.serving.request_schema import MOST_TOKENS, SCHEMAS
+
+if TYPE_CHECKING:
+    from transformers.cli.serving.model_manager import ModelManager
 
 MOST_BYTES = 32 << 20  # of a request
 STREAM = "text/event-stream"
@@ -37,8 +41,8 @@ def checked_server() -> Iterator[None]:
 
     build = server.build_server
 
-    def build_checked(manager: Any, *args: Any, **kwargs: Any) -> Any:
-        app = build(manager, *args, **kwargs)
+    def build_checked(manager: ModelManager, *args: object, **kwargs: object) -> Starlette:
+        app: Starlette = build(manager, *args, **kwargs)
         app.add_middleware(CheckedRequests, manager=manager)
         return app
 
@@ -52,7 +56,7 @@ def checked_server() -> Iterator[None]:
 class CheckedRequests:
     """ASGI middleware. manager: transformers' ModelManager, which knows the limits of loaded models."""
 
-    def __init__(self, app: ASGIApp, manager: Any) -> None:
+    def __init__(self, app: ASGIApp, manager: ModelManager) -> None:
         self.app, self.manager = app, manager
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -79,8 +83,8 @@ class CheckedRequests:
             request = SCHEMAS[scope["path"]].model_validate(content)
         except ValidationError as error:
             raise _of(error) from None
-        most = self._most_tokens(content["model"])
-        for name, asked in getattr(request, "asked_tokens", dict)().items():
+        most = self._most_tokens(request.model)
+        for name, asked in request.asked_tokens().items():
             if asked > most:
                 raise BadRequestError(400, f"{name} is {asked}; this model has room for {most} tokens", name)
         return json.dumps(request.model_dump(exclude_unset=True)).encode()
@@ -92,7 +96,7 @@ class CheckedRequests:
         return getattr(text, "max_position_embeddings", None) or MOST_TOKENS
 
 
-def _parsed(body: bytes) -> dict[str, Any]:
+def _parsed(body: bytes) -> dict[str, object]:
     try:
         content = json.loads(body, parse_constant=_no_json)
     except UnicodeDecodeError as error:
@@ -117,7 +121,7 @@ def _of(error: ValidationError) -> BadRequestError:
     return BadRequestError(400, f"{where}: {text}{seen}" if where else text, where or None)
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -137,9 +141,9 @@ async def _body(receive: Receive) -> bytes:
 
 def _again(body: bytes, receive: Receive) -> Receive:
     """What was read, to be read once more; after it, what else comes (a client that goes away)."""
-    waiting = [{"type": "http.request", "body": body, "more_body": False}]
+    waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
-    async def read() -> MutableMapping[str, Any]:
+    async def read() -> Message:
         return waiting.pop() if waiting else await receive()
 
     return read

@@ -7,7 +7,7 @@ no number and true no integer. Imported by the server alone, for pydantic comes 
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -58,7 +58,7 @@ class Part(_Fields):
 
 class Function(_Fields):
     name: NonEmpty
-    arguments: str | dict[str, Any] = "{}"
+    arguments: str | dict[str, object] = "{}"
 
     @model_validator(mode="after")
     def _arguments_are_an_object(self) -> Function:
@@ -87,7 +87,7 @@ class Message(_Fields):
 
 class Tool(_Fields):
     type: Literal["function"]
-    function: dict[str, Any]
+    function: dict[str, object]
 
     @model_validator(mode="after")
     def _has_a_name(self) -> Tool:
@@ -96,10 +96,17 @@ class Tool(_Fields):
         return self
 
 
-class _Request(_Fields):
+class LoadRequest(_Fields):
+    model: Annotated[str, Field(min_length=1, max_length=4096)]
+
+    def asked_tokens(self) -> dict[str, int]:
+        """By field: how many tokens an answer may have."""
+        return {}
+
+
+class _Request(LoadRequest):
     """What all requests for text have in common."""
 
-    model: Annotated[str, Field(min_length=1, max_length=4096)]
     stream: bool | None = None
     temperature: Temperature | None = None
     top_p: Share | None = None
@@ -108,7 +115,6 @@ class _Request(_Fields):
     generation_config: str | None = None
 
     def asked_tokens(self) -> dict[str, int]:
-        """By field: how many tokens an answer may have."""
         asked = {
             name: getattr(self, name, None) for name in ("max_tokens", "max_completion_tokens", "max_output_tokens")
         }
@@ -139,12 +145,12 @@ class ChatRequest(_Request):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: list[Tool] | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    tool_choice: str | dict[str, object] | None = None
     parallel_tool_calls: bool | None = None
-    response_format: dict[str, Any] | None = None
-    stream_options: dict[str, Any] | None = None
-    metadata: dict[str, Any] | None = None
-    chat_template_kwargs: dict[str, Any] = {}
+    response_format: dict[str, object] | None = None
+    stream_options: dict[str, object] | None = None
+    metadata: dict[str, object] | None = None
+    chat_template_kwargs: dict[str, object] = {}
 
 
 class TextRequest(_Request):
@@ -158,7 +164,7 @@ class TextRequest(_Request):
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     frequency_penalty: Annotated[Finite, Field(gt=-1, le=2)] | None = None
     presence_penalty: Penalty | None = None
-    stream_options: dict[str, Any] | None = None
+    stream_options: dict[str, object] | None = None
 
 
 class Item(_Fields):
@@ -168,7 +174,7 @@ class Item(_Fields):
 
     @model_validator(mode="before")
     @classmethod
-    def _is_one_of_them(cls, item: Any) -> Any:
+    def _is_one_of_them(cls, item: object) -> object:
         if not isinstance(item, dict):
             raise ValueError("expected an object")
         if "role" in item:
@@ -190,10 +196,10 @@ class ResponseRequest(_Request):
     input: NonEmpty | Annotated[list[Item], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: Tokens | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: list[dict[str, object]] | None = None
     parallel_tool_calls: bool | None = None
-    metadata: dict[str, Any] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    metadata: dict[str, object] | None = None
+    chat_template_kwargs: dict[str, object] | None = None
 
     @model_validator(mode="after")
     def _one_kind_of_items(self) -> ResponseRequest:
@@ -204,11 +210,7 @@ class ResponseRequest(_Request):
         return self
 
 
-class LoadRequest(_Fields):
-    model: Annotated[str, Field(min_length=1, max_length=4096)]
-
-
-SCHEMAS: dict[str, type[_Fields]] = {
+SCHEMAS: dict[str, type[LoadRequest]] = {
     "/v1/chat/completions": ChatRequest,
     "/v1/completions": TextRequest,
     "/v1/responses": ResponseRequest,
@@ -216,7 +218,7 @@ SCHEMAS: dict[str, type[_Fields]] = {
 }
 
 
-def _json_object(value: str | dict[str, Any], name: str) -> dict[str, Any]:
+def _json_object(value: str | dict[str, object], name: str) -> dict[str, object]:
     try:
         found = json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError) as error:
@@ -226,7 +228,7 @@ def _json_object(value: str | dict[str, Any], name: str) -> dict[str, Any]:
     return found
 
 
-def _require_text(item: dict[str, Any], *names: str) -> None:
+def _require_text(item: dict[str, object], *names: str) -> None:
     for name in names:
         if not isinstance(item.get(name), str):
             raise ValueError(f"an item of type {item.get('type')!r} has no {name!r}")
