@@ -5,21 +5,18 @@ a compiler, CPU calls land in `_any_device` below, which is also what any other 
 """
 
 # mypy: disable-error-code="no-untyped-call"
-# (torch leaves Library.impl, unpack_dual and Function.apply untyped)
+# (torch leaves Library.impl untyped)
 from __future__ import annotations
 
 import os
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _len_torch_dispatch_stack
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd import forward_ad
-from torch.compiler import is_compiling
 
 from ltepass.errors import LTEError
-from ltepass.kernels import reference
+from ltepass.kernels import autograd, reference
 from ltepass.kernels.backward import gradients
 from ltepass.kernels.cpu import build
 from ltepass.kernels.gpu import traceable
@@ -152,31 +149,6 @@ class _HardFFN(torch.autograd.Function):
         return (dx, None, None, None, *grads[1:], *[None] * (1 + len(cuts)))
 
 
-def _refuse_tangents(args: Args) -> None:
-    """Without this a dual tensor goes through with a zero tangent, silently."""
-    for t in args[:_N_TENSORS]:
-        if t is not None and forward_ad.unpack_dual(t).tangent is not None:
-            raise NotImplementedError(
-                "ltepass::routed_ffn met a forward-mode AD tangent and has no formula for it; use reverse mode, or "
-                "ltepass.unlower(model) and the masked form"
-            )
-
-
-def _autograd(op: torch._ops.OpOverload, with_mask: bool) -> Any:
-    def call(keyset: Any, *args: Any) -> Any:
-        if forward_ad._current_level >= 0:
-            _refuse_tangents(args)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            # The C++ apply: torch.func's own wrapper of it would dispatch a second time, from inside this kernel.
-            with enable_single_level_autograd_function():
-                outputs = super(torch.autograd.Function, _HardFFN).apply(*args)
-            return outputs if with_mask else outputs[0]
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-
-    return call
-
-
 def _vmap(with_mask: bool) -> Any:
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
         if any(d is not None for d in in_dims[1:_N_TENSORS]):
@@ -196,18 +168,20 @@ def _register() -> None:
     ops = torch.ops.ltepass
     _library.impl("_plain", lambda *args: _plain(True, args)[:2], "CompositeExplicitAutograd")
     rules = (
-        ("routed_ffn", False, _autograd, _fake, _cuda),
-        ("_routed_ffn_no_grad", False, None, _fake, _cuda),
-        ("routed_ffn_with_mask", True, _autograd, _fake_with_mask, _cuda_with_mask),
+        ("routed_ffn", False, True, _fake, _cuda),
+        ("_routed_ffn_no_grad", False, False, _fake, _cuda),
+        ("routed_ffn_with_mask", True, True, _fake_with_mask, _cuda_with_mask),
     )
-    for name, with_mask, autograd, fake, cuda in rules:
+    for name, with_mask, differentiable, fake, cuda in rules:
         op = getattr(ops, name).default
         _library.impl(name, _any_device(op, with_mask), "CompositeExplicitAutograd")
         _library.impl(name, cuda, "CUDA")
-        if autograd is None:
-            _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+        if differentiable:
+            taken = (lambda outputs: outputs) if with_mask else itemgetter(0)
+            rule = autograd.rule(op, _HardFFN, "ltepass.unlower(model) and the masked form", taken)
+            _library.impl(name, rule, "Autograd", with_keyset=True)
         else:
-            _library.impl(name, autograd(op, with_mask), "Autograd", with_keyset=True)
+            _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
         torch.library.register_fake(f"ltepass::{name}", fake, lib=_library)
         torch.library.register_vmap(f"ltepass::{name}", _vmap(with_mask), lib=_library)
     traceable.register(_library)
@@ -231,16 +205,11 @@ _routed_ffn = torch.ops.ltepass.routed_ffn.default
 _routed_ffn_no_grad = torch.ops.ltepass._routed_ffn_no_grad.default
 
 
-def asks_for_gradients() -> bool:
-    """Whether autograd, reverse or forward, may have to see what is called now."""
-    return torch.is_grad_enabled() or forward_ad._current_level >= 0
-
-
 def routed_ffn(*args: Any) -> Tensor:
     """The op as a lowered module calls it. Where nothing can ask for a gradient, the Python frame of its autograd rule
     is passed by. Compilers, tracers and dispatch modes see the public op.
     """
-    if asks_for_gradients() or is_compiling() or type(args[0]) is not Tensor or _len_torch_dispatch_stack():
+    if autograd.seen_by_others(args[0]):
         return _routed_ffn(*args)  # type: ignore[no-any-return]
     return _routed_ffn_no_grad(*args)  # type: ignore[no-any-return]
 

@@ -1,0 +1,124 @@
+"""What the linear ops mean, in plain PyTorch, and the formats of quantised weights.
+
+int8: codes [d_out, d_in] int8 in [-127, 127], scale [d_out] fp32; w = code * scale.
+4 bits: blocks of 32 along d_in, codes [d_out, d_in / 2] uint8, scale and minimum [d_out, d_in / 32] fp16. Byte j of a
+block holds weight j in its low and weight j + 16 in its high half, as GGUF's Q4_0 (w = (code - 8) * scale) and Q4_1
+(w = code * scale + minimum) do: their blocks can be taken over bit by bit.
+
+x is quantised too, to int8 in blocks of 32 along d_in, with an fp32 scale a block. Sums within a block are integers,
+exact in any order; what follows is fp32. That integer computation is the definition, not an approximation of it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 -- the name everybody uses
+
+BLOCK = 32  # inputs that share a scale
+HALF = BLOCK // 2
+_LEAST = torch.finfo(torch.float32).tiny  # a scale below it has no inverse: the block counts as 0
+_MOST = torch.finfo(torch.float32).max
+
+
+def quantise_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight: [d_out, d_in] -> codes int8 of its shape, scale fp32 [d_out]."""
+    return _to_int8(weight.float())
+
+
+def _to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """rows: [..., n] fp32 -> codes int8 [..., n], scale [...]: max / 127; NaN and Inf stay in the scale."""
+    scale = rows.abs().amax(-1) / 127
+    usable = (scale >= _LEAST) & (scale <= _MOST)
+    inverse = torch.where(usable, 1 / scale, 0)[..., None]
+    codes = torch.where(usable[..., None], (rows * inverse).round(), 0)  # a tie goes to the even code
+    return codes.to(torch.int8), scale
+
+
+def quantise_int4(weight: Tensor, *, with_minimum: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """weight: [d_out, d_in], d_in a multiple of 32 -> codes, scale and minimum, the very bits of GGUF's Q4_0, or of
+    Q4_1 with a minimum.
+    """
+    blocks = weight.float().unflatten(-1, (-1, BLOCK))
+    if with_minimum:
+        low = blocks.amin(-1, keepdim=True)
+        scale, half = (blocks.amax(-1, keepdim=True) - low) / 15, 0.5
+    else:
+        low = torch.zeros_like(blocks[..., :1])
+        scale, half = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)) / -8, 8.5
+    inverse = torch.where(scale == 0, 0, 1 / scale)
+    codes = ((blocks - low) * inverse + half).trunc().clamp(0, 15).to(torch.uint8)
+    return pack_int4(codes.flatten(-2)), scale[..., 0].half(), low[..., 0].half() if with_minimum else None
+
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """codes: [..., d_in] uint8 in [0, 15] -> [..., d_in / 2], two a byte."""
+    low, high = codes.unflatten(-1, (-1, 2, HALF)).unbind(-2)
+    return (low | high << 4).flatten(-2)
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """The reverse of `pack_int4`."""
+    return torch.stack([packed & 15, packed >> 4], -1).unflatten(-2, (-1, HALF)).transpose(-1, -2).flatten(-3)
+
+
+def dequantise_int8(codes: Tensor, scale: Tensor) -> Tensor:
+    """[d_out, d_in] fp32."""
+    return codes * scale[:, None]
+
+
+def dequantise_int4(codes: Tensor, scale: Tensor, minimum: Tensor | None) -> Tensor:
+    """[d_out, d_in] fp32."""
+    blocks = unpack_int4(codes).unflatten(-1, (-1, BLOCK)).float()
+    offset = -8 * scale.float() if minimum is None else minimum.float()
+    return (blocks * scale.float()[..., None] + offset[..., None]).flatten(-2)
+
+
+def quantise_inputs(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x: [..., d_in] -> codes int8 [..., n_blocks, 32], scale fp32 [..., n_blocks]; zeros behind the last input."""
+    padded = F.pad(x.float(), (0, -x.shape[-1] % BLOCK))
+    return _to_int8(padded.unflatten(-1, (-1, BLOCK)))
+
+
+def linear_int8(
+    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None = None, *, wide: torch.dtype = torch.float32
+) -> Tensor:
+    """x: [..., d_in] -> [..., d_out] in x.dtype; sums over blocks in `wide` (fp64: the judge of other orders)."""
+    weights = F.pad(codes, (0, -codes.shape[1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    x_codes, x_scale = quantise_inputs(x)
+    y = x_scale.new_zeros((*x.shape[:-1], len(codes)), dtype=wide)
+    for b in range(weights.shape[1]):
+        y += x_scale[..., b, None].to(wide) * _sums(x_codes[..., b, :], weights[:, b]).to(wide)
+    return _finish(y * scale.to(wide), bias, x.dtype)
+
+
+def linear_int4(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    minimum: Tensor | None,
+    bias: Tensor | None = None,
+    *,
+    wide: torch.dtype = torch.float32,
+) -> Tensor:
+    """x: [..., d_in] -> [..., d_out] in x.dtype; sums over blocks in `wide` (fp64: the judge of other orders)."""
+    weights = unpack_int4(codes).to(torch.int8).unflatten(-1, (-1, BLOCK))
+    x_codes, x_scale = quantise_inputs(x)
+    y = x_scale.new_zeros((*x.shape[:-1], len(codes)), dtype=wide)
+    for b in range(weights.shape[1]):
+        block = weights[:, b] - 8 if minimum is None else weights[:, b]
+        y_b = scale[:, b].to(wide) * _sums(x_codes[..., b, :], block).to(wide)
+        if minimum is not None:
+            y_b = y_b + minimum[:, b].to(wide) * x_codes[..., b, :].sum(-1, keepdim=True).to(wide)
+        y += x_scale[..., b, None].to(wide) * y_b
+    return _finish(y, bias, x.dtype)
+
+
+def _sums(x_codes: Tensor, weight_codes: Tensor) -> Tensor:
+    """The integer sums of one block, as fp32: 32 * 127 * 128 is below 2^24, so none of them is rounded."""
+    return F.linear(x_codes.float(), weight_codes.float())
+
+
+def _finish(y: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    wide = y if bias is None else y + bias.to(y.dtype)
+    return wide if wide.dtype == torch.float64 else wide.to(dtype)
