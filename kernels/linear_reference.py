@@ -54,12 +54,14 @@ def quantise_int4(weight: Tensor, *, with_minimum: bool) -> tuple[Tensor, Tensor
 def pack_int4(codes: Tensor) -> Tensor:
     """codes: [..., d_in] uint8 in [0, 15] -> [..., d_in / 2], two a byte."""
     low, high = codes.unflatten(-1, (-1, 2, HALF)).unbind(-2)
-    return (low | high << 4).flatten(-2)
+    packed: Tensor = low | high << 4
+    return packed.flatten(-2)
 
 
 def unpack_int4(packed: Tensor) -> Tensor:
     """The reverse of `pack_int4`."""
-    return torch.stack([packed & 15, packed >> 4], -1).unflatten(-2, (-1, HALF)).transpose(-1, -2).flatten(-3)
+    halves: Tensor = torch.stack([packed & 15, packed >> 4], -1).unflatten(-2, (-1, HALF))
+    return halves.transpose(-1, -2).flatten(-3)
 
 
 def dequantise_int8(codes: Tensor, scale: Tensor) -> Tensor:
@@ -69,9 +71,10 @@ def dequantise_int8(codes: Tensor, scale: Tensor) -> Tensor:
 
 def dequantise_int4(codes: Tensor, scale: Tensor, minimum: Tensor | None) -> Tensor:
     """[d_out, d_in] fp32."""
-    blocks = unpack_int4(codes).unflatten(-1, (-1, BLOCK)).float()
+    blocks: Tensor = unpack_int4(codes).unflatten(-1, (-1, BLOCK)).float()
     offset = -8 * scale.float() if minimum is None else minimum.float()
-    return (blocks * scale.float()[..., None] + offset[..., None]).flatten(-2)
+    weight = blocks * scale.float()[..., None] + offset[..., None]
+    return weight.flatten(-2)
 
 
 def quantise_inputs(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,20 +53,31 @@ def stored(format: str, weight: Tensor) -> tuple[Any, ...]:
     return linear_reference.quantise_int4(weight, with_minimum="minimum" in format)
 
 
+def dense(r: Recipe, stored: Sequence[Any]) -> Tensor:
+    """The weight [d_out, d_in] of what `stored` gives."""
+    if r.format == "linear":
+        return stored[0]  # type: ignore[no-any-return]
+    if r.format == "linear_int8":
+        return linear_reference.dequantise_int8(*stored)
+    return linear_reference.dequantise_int4(*stored)
+
+
 def exact(r: Recipe, args: tuple[Any, ...]) -> Tensor:
     """fp64: of the floats as they are; of quantised weights, the integer definition."""
     if r.format == "linear":
-        return F.linear(*(None if a is None else a.double() for a in args))
+        x, weight, bias = args
+        return F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     definition = getattr(linear_reference, r.format.split()[0])
     return definition(*args, wide=torch.float64)  # type: ignore[no-any-return]
 
 
 def size_of_terms(r: Recipe, args: tuple[Any, ...]) -> Tensor:
     """[T, d_out]: the sum of the sizes of all terms of an output: what rounding is relative to, whatever cancels."""
-    x, *stored, bias = (None if a is None else a if a.dtype in (torch.int8, torch.uint8) else a.abs() for a in args)
-    dense = {"linear": lambda w: w, "linear_int8": linear_reference.dequantise_int8}
-    weight = dense.get(r.format, linear_reference.dequantise_int4)(*stored)
-    return F.linear(x.double(), weight.double().abs(), None if bias is None else bias.double())
+    x, *stored, bias = args
+    if "minimum" in r.format:  # its terms are codes and minima
+        stored[1:] = [t.abs() for t in stored[1:]]
+    weight = dense(r, stored).double().abs()
+    return F.linear(x.double().abs(), weight, None if bias is None else bias.double().abs())
 
 
 def assert_values(r: Recipe, args: tuple[Any, ...], y: Tensor) -> None:
