@@ -14,7 +14,7 @@ from ltepass.errors import CaptureError
 TOKENS = 8  # length of the made-up prompt; long enough for token mixing to show
 
 
-def make_example_inputs(model: nn.Module) -> dict[str, Any]:
+def make_example_inputs(model: nn.Module) -> dict[str, object]:
     """One example on the model's device: token ids, an image or audio features.
 
     Raises CaptureError where the model is no Hugging Face model, or wants an input that cannot be made up.
@@ -31,7 +31,7 @@ def make_example_inputs(model: nn.Module) -> dict[str, Any]:
     like = parameter if parameter is not None else torch.empty(())
     known = inspect.signature(model.forward).parameters
     main = getattr(model, "main_input_name", "input_ids")
-    inputs: dict[str, Any] = {main: _main_input(model, config, main, like)}
+    inputs: dict[str, object] = {main: _main_input(model, config, main, like)}
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in known:
         inputs["decoder_input_ids"] = torch.zeros(1, TOKENS, dtype=torch.long, device=like.device)
     if "use_cache" in known or any(p.kind is p.VAR_KEYWORD for p in known.values()):

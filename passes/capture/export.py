@@ -11,7 +11,6 @@ import copy
 import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +23,10 @@ from ltepass.passes.graph.linears import Flow
 from ltepass.routed.undo import refill
 from ltepass.threads import quiet_stderr, tracing
 
+Call = tuple[tuple[object, ...], dict[str, object]]  # what a module is called with
 
-def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Captured:
+
+def capture(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> Captured:
     """One ATen graph of the model. Raises CaptureError with the tracer's own words where it cannot be traced."""
     if isinstance(model, GraphModule):
         return _capture_graph_module(model, args, kwargs)
@@ -33,7 +34,7 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
 
 
 def export_module(
-    root: nn.Module, part: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], prefix: str = ""
+    root: nn.Module, part: nn.Module, args: Sequence[object], kwargs: Mapping[str, object], prefix: str = ""
 ) -> Captured:
     """One ATen graph of `part`, which is `root.<prefix>`; leaves carry their first name in the root."""
     try:
@@ -58,7 +59,7 @@ def export_module(
     return Captured(flow=flow, prefix=prefix, aliases=_aliases(root), sharers=_sharers(root))
 
 
-def _tensor(part: nn.Module, name: str) -> Any:
+def _tensor(part: nn.Module, name: str) -> object:
     path, _, attribute = name.rpartition(".")
     return getattr(part.get_submodule(path), attribute)
 
@@ -77,7 +78,7 @@ def _sharers(root: nn.Module) -> dict[str, list[str]]:
     return {name: paths for name, paths in holders.items() if len(paths) > 1}
 
 
-def _capture_graph_module(gm: GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Captured:
+def _capture_graph_module(gm: GraphModule, args: Sequence[object], kwargs: Mapping[str, object]) -> Captured:
     """Shapes for a user's graph, on a copy whose plain leaf modules are inlined."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.passes.fake_tensor_prop import FakeTensorProp
@@ -102,9 +103,9 @@ def _capture_graph_module(gm: GraphModule, args: Sequence[Any], kwargs: Mapping[
     return Captured(flow=Flow(flat, leaves))
 
 
-def _bind(placeholders: Sequence[Node], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+def _bind(placeholders: Sequence[Node], args: Sequence[object], kwargs: Mapping[str, object]) -> list[object]:
     """Values in placeholder order: positional, then by name, then the value that the graph itself was traced with."""
-    out: list[Any] = list(args)
+    out: list[object] = list(args)
     for node in placeholders[len(out) :]:
         if str(node.target) in kwargs:
             out.append(kwargs[str(node.target)])
@@ -118,12 +119,12 @@ def _bind(placeholders: Sequence[Node], args: Sequence[Any], kwargs: Mapping[str
     return out
 
 
-def inputs_of(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def inputs_of(model: nn.Module, example_inputs: object) -> Call:
     """(args, kwargs) of a tuple (args), a dict (kwargs), one tensor, or None: a Hugging Face model makes its own."""
     return split_inputs(make_example_inputs(model) if example_inputs is None else example_inputs)
 
 
-def split_inputs(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def split_inputs(example: object) -> Call:
     """(args, kwargs) of example inputs in any accepted form."""
     if isinstance(example, Tensor):
         return (example,), {}
@@ -134,8 +135,8 @@ def split_inputs(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     raise CaptureError(f"example_inputs is a {type(example).__name__}; expected a tuple, a dict or a tensor")
 
 
-def _describe(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
-    def one(v: Any) -> str:
+def _describe(args: Sequence[object], kwargs: Mapping[str, object]) -> str:
+    def one(v: object) -> str:
         return f"{tuple(v.shape)} {v.dtype}" if isinstance(v, Tensor) else repr(v)
 
     parts = [one(a) for a in args] + [f"{k}={one(v)}" for k, v in kwargs.items()]
@@ -190,10 +191,10 @@ def _same_random_numbers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _same_attributes(model: nn.Module) -> Iterator[None]:
-    kept: list[tuple[Any, Any]] = [(m.__dict__, dict(m.__dict__)) for m in model.modules()]
-    kept += [(v, copy.copy(v)) for _, was in kept for v in was.values() if isinstance(v, (dict, list, set))]
+    attributes = [(m.__dict__, dict(m.__dict__)) for m in model.modules()]
+    held = [(v, copy.copy(v)) for _, was in attributes for v in was.values() if isinstance(v, (dict, list, set))]
     try:
         yield
     finally:
-        for now, before in kept:
+        for now, before in (*attributes, *held):
             refill(now, before)

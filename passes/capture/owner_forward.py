@@ -6,7 +6,7 @@ import inspect
 import operator
 import threading
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -16,6 +16,8 @@ from ltepass.names import is_path
 from ltepass.passes.capture.traceable_forwards import attributes, is_straight
 from ltepass.routed.router import Router
 from ltepass.threads import tracing
+
+T = TypeVar("T")
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -37,19 +39,21 @@ class _OwnerTracer(Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return not any(path.startswith(f"{module_qualified_name}.") for path in self.through)
 
-    def create_args_for_root(self, *args: Any, **kwargs: Any) -> Any:
+    def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[object, list[Any]]:
         torch.fx._symbolic_trace._is_fx_tracing_flag = _InThisThread()  # type: ignore[assignment]
         function, given = super().create_args_for_root(*args, **kwargs)
         for name in attributes(given[0]) if self.reads else ():
             given[0].__dict__[name] = _Attribute(self.create_node("get_attr", name, (), {}), self)
         return function, given
 
-    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> object:
         if threading.get_ident() != self.thread:
             return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
 
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
+    def getattr(self, attr: str, attr_val: object, parameter_proxy_cache: dict[str, Proxy]) -> object:
         if threading.get_ident() != self.thread:
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
@@ -58,11 +62,11 @@ class _OwnerTracer(Tracer):
 class _Attribute(Proxy):
     """Stands for an attribute of the owner that is no tensor and no module: a read in the forward stays a read."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Proxy:
         return self.tracer.create_proxy("call_function", call, (self, *args), kwargs)
 
 
-def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def call(function: Callable[..., T], *args: object, **kwargs: object) -> T:
     """What a generated forward calls an attribute with."""
     return function(*args, **kwargs)
 
@@ -122,7 +126,7 @@ def _at_defaults(original: type[nn.Module]) -> type[nn.Module]:
     others = list(inspect.signature(inner).parameters.values())[2:]
     needed = [p.name for p in others if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
 
-    def forward(self: nn.Module, x: Any) -> Any:
+    def forward(self: nn.Module, x: Proxy) -> object:
         return inner(self, x, *(x.tracer.create_proxy("placeholder", name, (), {}) for name in needed))
 
     return type(original.__name__, (original,), {"forward": forward})
@@ -160,5 +164,5 @@ def is_own(module: nn.Module, forward: Any) -> bool:
     return forward.__self__ is module if function in own or hasattr(function, "_lte_generated") else False
 
 
-def is_guard(forward: Any) -> bool:
+def is_guard(forward: object) -> bool:
     return hasattr(getattr(forward, "__func__", None), "_lte_guard")

@@ -8,9 +8,8 @@ A part that does not export is left to its children: an FFN module is small, and
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ltepass.errors import CaptureError
 from ltepass.passes.capture.example_inputs import TOKENS, make_example_inputs
-from ltepass.passes.capture.export import bring_back, capture, export_module, inputs_of, split_inputs, untouched
+from ltepass.passes.capture.export import Call, bring_back, capture, export_module, inputs_of, split_inputs, untouched
 from ltepass.passes.graph.captured import Captured, join
 
 # Raised where the code needs a value, which a fake tensor does not have: the inputs may be right.
@@ -32,7 +31,6 @@ _ONLY_UNDER_FAKE_TENSORS = (
     fake_tensor.UnsupportedOperatorException,
     GuardOnDataDependentSymNode,
 )
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass
@@ -43,7 +41,7 @@ class Captures:
     missed: dict[str, str] = field(default_factory=dict)
 
 
-def capture_all(model: nn.Module, example_inputs: Any = None) -> Captures:
+def capture_all(model: nn.Module, example_inputs: object = None) -> Captures:
     """Every part of the model that can be traced.
 
     Raises CaptureError where nothing can, where the model takes inputs that cannot be made up, and where it does not
@@ -178,15 +176,15 @@ def _one_tensor(module: nn.Module) -> Call | None:
 
 
 def _recorded_calls(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+    model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]
 ) -> tuple[dict[str, Call], Exception | None]:
     """What each module was called with in a run under fake tensors, which compute nothing, and how the run failed."""
     calls: dict[str, Call] = {}
     handles = []
     failure = None
 
-    def recorder(path: str) -> Any:
-        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def recorder(path: str) -> Callable[..., None]:
+        def record(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             calls.setdefault(path, (args, kwargs))
 
         return record
@@ -203,15 +201,16 @@ def _recorded_calls(
         finally:
             for handle in handles:
                 handle.remove()
-    return {path: (_plain(args), _plain(kwargs)) for path, (args, kwargs) in calls.items()}, failure
+    return {path: _plain(call) for path, call in calls.items()}, failure
 
 
-def _plain(tree: Any) -> Any:
+def _plain(call: Call) -> Call:
     """Fake tensors become zeros, and objects (caches, outputs) nothing."""
 
-    def one(leaf: Any) -> Any:
+    def one(leaf: object) -> object:
         if isinstance(leaf, Tensor):
             return torch.zeros(tuple(leaf.shape), dtype=leaf.dtype, device=leaf.device)
         return leaf if isinstance(leaf, (int, float, bool, str, type(None))) else None
 
-    return torch.utils._pytree.tree_map(one, tree)
+    plain: Call = torch.utils._pytree.tree_map(one, call)
+    return plain

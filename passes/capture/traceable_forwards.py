@@ -16,7 +16,6 @@ import math
 import textwrap
 from collections.abc import Callable, Mapping
 from types import BuiltinFunctionType, FunctionType, MethodDescriptorType, ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +30,12 @@ _OF_CHILDREN = ("children", "_modules")
 
 def is_straight(owner: nn.Module, original: type[nn.Module]) -> bool:
     """Whether a trace of `original.forward`, run on this owner, says all that it will ever do."""
-    forward: Any = original.forward
+    forward = original.forward
     if forward is nn.Sequential.forward:  # a loop over its children
         return True
-    function = _parse(forward) if isinstance(forward, FunctionType) else None
+    if not isinstance(forward, FunctionType):
+        return False
+    function = _parse(forward)
     return function is not None and _Reader(owner, forward, function).straight()
 
 
@@ -49,7 +50,7 @@ _OF_MODULES = frozenset(nn.Module().__dict__) | {"_is_hf_initialized", "_compile
 
 
 @functools.lru_cache(maxsize=256)
-def _parse(forward: Callable[..., Any]) -> ast.FunctionDef | None:
+def _parse(forward: Callable[..., object]) -> ast.FunctionDef | None:
     try:
         (function,) = ast.parse(textwrap.dedent(inspect.getsource(forward))).body
     except (OSError, TypeError, SyntaxError, ValueError):
@@ -63,10 +64,10 @@ class _Reader:
     def __init__(self, owner: nn.Module, forward: FunctionType, function: ast.FunctionDef) -> None:
         self.owner, self.function = owner, function
         me, *others = [a.arg for a in function.args.args]
-        self.names: dict[str, Any] = {me: owner, **dict.fromkeys(others, _VALUE)}
+        self.names: dict[str, object] = {me: owner, **dict.fromkeys(others, _VALUE)}
         cells = zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True)
         closed = {name: cell.cell_contents for name, cell in cells if name != "__class__"}
-        self.outside: Mapping[str, Any] = {**vars(builtins), **forward.__globals__, **closed}
+        self.outside: Mapping[str, object] = {**vars(builtins), **forward.__globals__, **closed}
 
     def straight(self) -> bool:
         return all(map(self._statement, self.function.body))
@@ -138,7 +139,7 @@ class _Reader:
         given = not all(isinstance(a, ast.Constant) for a in arguments)
         return _is_torch_function(called) and given
 
-    def _found(self, node: ast.expr) -> Any:
+    def _found(self, node: ast.expr) -> object:
         """What an expression stands for without running it: an object, _VALUE, _CHILD or _OTHER."""
         if isinstance(node, ast.Name):
             return self.names.get(node.id, self.outside.get(node.id, _OTHER))
@@ -160,7 +161,7 @@ class _Reader:
         return getattr(held, node.attr, _OTHER) if of_torch else _OTHER
 
 
-def _is_torch_function(called: Any) -> bool:
+def _is_torch_function(called: object) -> bool:
     """A function that FX puts into the graph, and none that asks what its argument is."""
     name = getattr(called, "__name__", "is_")
     if name.startswith("is_") or not isinstance(called, (FunctionType, BuiltinFunctionType, MethodDescriptorType)):

@@ -12,6 +12,7 @@ from typing import Any
 import networkx as nx
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.node import Argument
 
 from ltepass.passes.graph.node_kinds import (
     consumers,
@@ -127,7 +128,9 @@ class Flow:
             return None
         x, weight, bias, out_dim = parts
         leaf = self.leaf(weight) if isinstance(weight, Node) and is_tensor(weight) else None
-        if leaf is None or not isinstance(x, Node) or len(shape(leaf[0])) != 2 or self.leaf(x) is not None:
+        if leaf is None or not isinstance(x, Node) or not isinstance(bias, Node | None):
+            return None
+        if len(shape(leaf[0])) != 2 or self.leaf(x) is not None:
             return None
         return Linear(
             node=node, product=node, x=x, weight=leaf[0], bias=bias, out_dim=1 - out_dim if leaf[1] else out_dim
@@ -149,7 +152,7 @@ class Flow:
         return None
 
 
-def _linear_parts(node: Node) -> tuple[Any, Any, Any, int] | None:
+def _linear_parts(node: Node) -> tuple[Argument, Argument, Argument, int] | None:
     """(x, weight, bias, weight's output dim as written) of the four spellings of a linear."""
     name, kwargs = op_name(node), node.kwargs
     args = list(node.args)

@@ -53,7 +53,7 @@ def op_name(node: Node) -> str | None:
     if node.op == "call_method":
         name = str(node.target)
     elif node.op == "call_function":
-        target: Any = node.target
+        target = node.target
         if isinstance(target, torch._ops.OpOverload):
             name = target._schema.name.split("::")[-1]
         else:
@@ -76,7 +76,7 @@ def shape(node: Node) -> tuple[int, ...]:
     return tuple(concrete(s) for s in v.shape)
 
 
-def concrete(size: Any) -> int:
+def concrete(size: int | torch.SymInt) -> int:
     """A size as an integer: a symbol gives its hint, one that depends on data a made-up value."""
     if isinstance(size, int):
         return size
@@ -162,11 +162,11 @@ def consumers(node: Node) -> list[Node]:
     return [u for u in node.users if op_name(u) != "_assert_tensor_metadata"]
 
 
-def call(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def call(node: Node, args: tuple[Any, ...], kwargs: dict[str, object]) -> object:
     """Run what a node does on other values."""
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    target: Callable[..., Any] = node.target  # type: ignore[assignment]
+    target: Callable[..., object] = node.target  # type: ignore[assignment]
     return target(*args, **kwargs)
 
 

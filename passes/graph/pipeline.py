@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
@@ -74,7 +74,7 @@ class TransformJob:
 
     model: nn.Module
     config: LTEConfig
-    example_inputs: Any = None
+    example_inputs: object = None
     has_calibration: bool = False
     selection: Selection = field(default_factory=Selection)
     captured: list[Captured] = field(default_factory=list)
