@@ -30,14 +30,14 @@ def rule(
     op: torch._ops.OpOverload,
     function: type[torch.autograd.Function],
     instead: str,
-    taken: Callable[[Any], Any] = lambda outputs: outputs,
-) -> Callable[..., Any]:
+    taken: Callable[[Any], object] = lambda outputs: outputs,
+) -> Callable[..., object]:
     """The kernel of `op` at the Autograd key (with_keyset): `function` where a gradient is asked for, else the op.
 
     instead: what to do about forward-mode AD. taken: what the op returns of the function's outputs.
     """
 
-    def call(keyset: Any, *args: Any) -> Any:
+    def call(keyset: torch._C.DispatchKeySet, *args: Any) -> object:
         if forward_ad._current_level >= 0:
             refuse_tangents(op.name(), args, instead)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
@@ -55,6 +55,6 @@ def asks_for_gradients() -> bool:
     return torch.is_grad_enabled() or forward_ad._current_level >= 0
 
 
-def seen_by_others(x: Any) -> bool:
+def seen_by_others(x: object) -> bool:
     """Whether gradients, a compiler, a tracer or a dispatch mode may look on: they are to see the public op."""
     return asks_for_gradients() or is_compiling() or type(x) is not Tensor or bool(_len_torch_dispatch_stack())

@@ -9,6 +9,7 @@ a compiler, CPU calls land in `_any_device` below, which is also what any other 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from operator import itemgetter
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ltepass.errors import LTEError
 from ltepass.kernels import autograd, reference
+from ltepass.kernels.autograd import Args
 from ltepass.kernels.backward import gradients
 from ltepass.kernels.cpu import build
 from ltepass.kernels.gpu import traceable
@@ -38,7 +40,6 @@ _library.define(f"_plain{_ARGUMENTS} -> (Tensor, Tensor)")
 # The active share from which the C++ kernel leaves this many tokens to PyTorch's own GEMMs; above 1: it never does.
 _library.define("_dense_above(Tensor x, int tokens) -> float")
 
-Args = tuple[Any, ...]
 _N_TENSORS = 10  # every argument before the activation; after it, `cut` and `input_cut` where they are given
 
 
@@ -70,8 +71,8 @@ def _input_cut(args: Args) -> Tensor | None:
     return args[_N_TENSORS + 2] if len(args) > _N_TENSORS + 2 else None
 
 
-def _any_device(op: torch._ops.OpOverload, with_mask: bool) -> Any:
-    def call(*args: Any) -> Any:
+def _any_device(op: torch._ops.OpOverload, with_mask: bool) -> Callable[..., object]:
+    def call(*args: Any) -> object:
         # A successful load has registered the C++ kernel under a key that outranks this one: call again.
         if args[0].device.type == "cpu" and build.load():
             return op(*args)
@@ -122,12 +123,12 @@ class _HardFFN(torch.autograd.Function):
     generate_vmap_rule = False
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(*args: object) -> tuple[Tensor, Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.ltepass.routed_ffn_with_mask(*args)  # type: ignore[no-any-return]
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Args, output: Any) -> None:
+    def setup_context(ctx: Any, inputs: Args, output: tuple[Tensor, Tensor, Tensor]) -> None:
         x, _, _, _, up, up_bias, gate, gate_bias, down, _, activation, *cuts = inputs
         _, active, count = output
         ctx.mark_non_differentiable(active, count)
@@ -135,7 +136,7 @@ class _HardFFN(torch.autograd.Function):
         ctx.activation = activation
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *_: object) -> tuple[Tensor | None, ...]:
         x, active, up, up_bias, gate, gate_bias, down, *cuts = ctx.saved_tensors
         cut, input_cut = (*cuts, None, None)[:2]
         seen = reference.leave_out_small(x, input_cut)
@@ -149,8 +150,8 @@ class _HardFFN(torch.autograd.Function):
         return (dx, None, None, None, *grads[1:], *[None] * (1 + len(cuts)))
 
 
-def _vmap(with_mask: bool) -> Any:
-    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+def _vmap(with_mask: bool) -> Callable[..., object]:
+    def rule(info: object, in_dims: tuple[int | None, ...], *args: Any) -> object:
         if any(d is not None for d in in_dims[1:_N_TENSORS]):
             raise NotImplementedError(
                 "vmap over the weights of ltepass::routed_ffn; expected only x to be batched, every other in_dim None"
@@ -205,7 +206,7 @@ _routed_ffn = torch.ops.ltepass.routed_ffn.default
 _routed_ffn_no_grad = torch.ops.ltepass._routed_ffn_no_grad.default
 
 
-def routed_ffn(*args: Any) -> Tensor:
+def routed_ffn(*args: object) -> Tensor:
     """The op as a lowered module calls it. Where nothing can ask for a gradient, the Python frame of its autograd rule
     is passed by. Compilers, tracers and dispatch modes see the public op.
     """

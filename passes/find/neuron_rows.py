@@ -7,7 +7,7 @@ of which tensor it was made from: covers fused gate_up in halves or interleaved,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from ltepass.passes.graph.node_kinds import (
     value,
 )
 
-Codes = dict[Any, list[Tensor]]  # stream or leaf -> the distinct index tensors of it that meet in a value
+Codes = dict[Node, list[Tensor]]  # stream or leaf -> the distinct index tensors of it that meet in a value
 
 
 def indices(node: Node) -> Tensor:
@@ -71,7 +71,7 @@ def trace_rows(
 
 def keeps_tokens(path: Sequence[Node], origin: Node) -> bool:
     """Whether the movements of `path`, in order, keep the features of one token of `origin` [..., width] in one row."""
-    current: Any = indices(origin)
+    current = indices(origin)
     try:
         for node in path:
             (source,) = (n for n in tensor_inputs(node) if is_plain_tensor(n))
@@ -87,7 +87,7 @@ def _per_token(rows: Tensor) -> bool:
     return bool((rows == rows[:, :1]).all())
 
 
-def run(node: Node, values: dict[Node, Any]) -> Any:
+def run(node: Node, values: Mapping[Node, object]) -> Any:
     """Run a node with some inputs replaced; sizes become integers."""
 
     def lookup(n: Node) -> Any:

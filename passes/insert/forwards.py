@@ -40,7 +40,7 @@ class ForwardCode:
     """Source of one `forward`, and the objects that it names (a tuple of pairs, so that it hashes)."""
 
     source: str
-    names: tuple[tuple[str, Any], ...]
+    names: tuple[tuple[str, object], ...]
 
     @staticmethod
     def of(graph: Graph) -> ForwardCode:
@@ -50,7 +50,7 @@ class ForwardCode:
         refs = {k: _ModuleRef(v.__name__) if isinstance(v, ModuleType) else v for k, v in used.items()}
         return ForwardCode(code.src, tuple(sorted(refs.items())))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> ForwardCode:
+    def __deepcopy__(self, memo: dict[int, object]) -> ForwardCode:
         return self
 
 
@@ -101,7 +101,7 @@ def _regenerated_class(original: type[nn.Module], forwards: Forwards) -> type[nn
     else:
 
         @functools.wraps(original.forward)
-        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def forward(self: nn.Module, *args: object, **kwargs: object) -> object:
             return (train if self.training else evaluate)(self, *args, **kwargs)
 
     forward._lte_generated = True
@@ -109,10 +109,10 @@ def _regenerated_class(original: type[nn.Module], forwards: Forwards) -> type[nn
 
 
 # Equal code is one class for as long as an instance lives: Dynamo compiles it once, and no model leaves classes behind.
-_classes: weakref.WeakValueDictionary[Any, type[nn.Module]] = weakref.WeakValueDictionary()
+_classes: weakref.WeakValueDictionary[tuple[object, ...], type[nn.Module]] = weakref.WeakValueDictionary()
 
 
-def shared_class(key: tuple[Any, ...], make: Callable[[], type[nn.Module]]) -> type[nn.Module]:
+def shared_class(key: tuple[object, ...], make: Callable[[], type[nn.Module]]) -> type[nn.Module]:
     """The living class made for an equal key, else a new one."""
     with locks.classes:
         cls = _classes.get(key)
@@ -122,14 +122,14 @@ def shared_class(key: tuple[Any, ...], make: Callable[[], type[nn.Module]]) -> t
 
 
 def subclass(
-    original: type[nn.Module], body: dict[str, Any], rebuild: Callable[..., nn.Module], arguments: tuple[Any, ...]
+    original: type[nn.Module], body: dict[str, object], rebuild: Callable[..., nn.Module], arguments: tuple[object, ...]
 ) -> type[nn.Module]:
     """A subclass that passes for the original. Pickle cannot import it by name, so it calls rebuild(*arguments)."""
 
-    def reduce_ex(self: nn.Module, protocol: int) -> Any:
+    def reduce_ex(self: nn.Module, protocol: int) -> tuple[object, ...]:
         return rebuild, arguments, self.__getstate__()  # without what `module.compile()` bound to this instance
 
-    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def run(self: nn.Module, *args: object, **kwargs: object) -> object:
         if "forward" in self.__dict__ and not torch.compiler.is_compiling():
             guard(self)  # whichever way it came there: nobody above may look for it, where this module alone is called
         return original.__call__(self, *args, **kwargs)

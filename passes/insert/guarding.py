@@ -9,7 +9,7 @@ Nobody tells of a replaced forward, so that a `Watch` looks for them: a hook on 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MethodType
 from typing import Any
 
@@ -24,7 +24,7 @@ from ltepass.routed.router import Router, calls
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
-def guarded(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def guarded(self: nn.Module, *args: object, **kwargs: object) -> object:
     """The forward of a module whose forward was replaced: that one, and every gate below was applied in it."""
     outer = getattr(calls, "gates", 0)
     calls.gates = 0
@@ -50,7 +50,7 @@ def bypassed(module: nn.Module) -> DisplacedHookError:
     )
 
 
-def replaced_forward(module: nn.Module) -> Any:
+def replaced_forward(module: nn.Module) -> Callable[..., object]:
     """What somebody put in the forward's place: on the instance, or (None) on its class."""
     return module.__dict__["_lte_forward"] or MethodType(type(module).forward, module)
 
@@ -72,7 +72,7 @@ def guard(module: nn.Module, gates: int = 1) -> None:
         _set_guard(module, gates, module.__dict__["_lte_forward"] if is_guard(found) else found)
 
 
-def _set_guard(module: nn.Module, gates: int, found: Any) -> None:
+def _set_guard(module: nn.Module, gates: int, found: Callable[..., object] | None) -> None:
     own, function = module.__dict__, getattr(type(module), "_lte_guarded", guarded)
     now: Any = own.get("forward")
     if is_guard(now) and now.__func__ is function and (own["_lte_forward"], own["_lte_gates"]) == (found, gates):
@@ -104,14 +104,14 @@ class Watch:
     def __init__(self, module: nn.Module, owners: Mapping[str, int]) -> None:
         self.owners = dict(owners)
         self.paths = [tuple(path.split(".")) if path else () for path in owners]
-        self.forwards: dict[type, Any] = {}
+        self.forwards: dict[type, Callable[..., object]] = {}
         for path in self.paths:
             self._learn(module, path)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "forwards": {}}  # functions of classes, which not every pickle can take
 
-    def __call__(self, module: nn.Module, args: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[object, ...]) -> None:
         if not torch.compiler.is_compiling():
             self.check(module)
 

@@ -16,7 +16,7 @@ import functools
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -101,10 +101,10 @@ def _gated_class(original: type[nn.Module], sites: tuple[InlineSite, ...]) -> ty
 
 
 def _new_gated_class(original: type[nn.Module], sites: tuple[InlineSite, ...]) -> type[nn.Module]:
-    was: Any = original.forward
+    was = original.forward
 
     @functools.wraps(was)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: nn.Module, *args: object, **kwargs: object) -> object:
         run, replaced = original.forward, was is not original.forward
         if "forward" in self.__dict__ and "_lte_forward" in self.__dict__:
             if _entered(sites[0], self):  # the forward that stands in this one's place calls what it replaced
@@ -134,7 +134,7 @@ def _turns(sites: Sequence[InlineSite], owner: nn.Module) -> list[int]:
     return [owner.get_submodule(site.router).turns for site in sites]  # type: ignore[misc]
 
 
-def _replaced(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _replaced(self: nn.Module, *args: object, **kwargs: object) -> object:
     return replaced_forward(self)(*args, **kwargs)
 
 
@@ -183,7 +183,7 @@ def _carries(module: nn.Module, kind: type[Hook], key: str) -> bool:
 
 
 class _UpBefore(Hook):
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         owner = _note(self.site).owner
         kept = args[0] if self.site.lowered else owner.get_submodule(self.site.router)(args[0])
         setattr(_calls, self.site.slot, _Note(owner, (kept,)))
@@ -191,11 +191,11 @@ class _UpBefore(Hook):
 
 
 class _GateBefore(Hook):
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         return _seen(self.site, _note(self.site).owner, args)
 
 
-def _seen(site: InlineSite, owner: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+def _seen(site: InlineSite, owner: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
     """A linear's arguments without what the router's input cut leaves out."""
     if site.lowered:
         return None
@@ -203,7 +203,7 @@ def _seen(site: InlineSite, owner: nn.Module, args: tuple[Any, ...]) -> tuple[An
 
 
 class _DownBefore(Hook):
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         owner, kept, _ = _note(self.site)
         if kept is None:
             raise DisplacedHookError(

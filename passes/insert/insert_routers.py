@@ -15,7 +15,6 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
 
 import torch
 from torch import nn
@@ -93,9 +92,9 @@ def insert_routers(
 def _device(down: nn.Module) -> torch.device:
     """Where the down projection runs: of offloaded weights, what accelerate's hook says."""
     device = next(down.parameters()).device
-    hook: Any = down.__dict__.get("_hf_hook")
-    if device.type == "meta" and getattr(hook, "execution_device", None) is not None:
-        return torch.empty(0, device=hook.execution_device).device  # an integer is a GPU's number
+    planned = getattr(down.__dict__.get("_hf_hook"), "execution_device", None)
+    if device.type == "meta" and planned is not None:
+        return torch.empty(0, device=planned).device  # an integer is a GPU's number
     return device
 
 

@@ -86,7 +86,7 @@ def _note_call(called: set[str], site: FFNSite, h: Tensor) -> None:
         called.add(site.name)
 
 
-def _note_input(reached: dict[str, Tensor], name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+def _note_input(reached: dict[str, Tensor], name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
     reached[name] = args[0]
 
 
@@ -99,7 +99,7 @@ def _tokens(owner: nn.Module, site: FFNSite) -> Tensor:
     return torch.randn(1, TOKENS, site.d_model, generator=generator, dtype=torch.float32).to(like.device, like.dtype)
 
 
-def _run(module: nn.Module, x: Tensor) -> Any:
+def _run(module: nn.Module, x: Tensor) -> object:
     """The same random numbers each time, and those of the process as before."""
     devices = [x.device] if x.is_cuda else []
     with torch.random.fork_rng(devices=devices):
@@ -107,7 +107,7 @@ def _run(module: nn.Module, x: Tensor) -> Any:
         return module(x.clone())
 
 
-def _close(got: Any, expected: Any) -> bool:
+def _close(got: object, expected: object) -> bool:
     if not isinstance(expected, Tensor):
         return True
     try:
@@ -148,7 +148,7 @@ def _copy(module: nn.Module, copies: dict[int, nn.Module]) -> nn.Module:
     return new
 
 
-def _rebound(forward: Any, old: nn.Module, new: nn.Module) -> Any:
+def _rebound(forward: object, old: nn.Module, new: nn.Module) -> object:
     """A forward of an instance, of its copy."""
     if isinstance(forward, MethodType) and forward.__self__ is old:
         return MethodType(forward.__func__, new)

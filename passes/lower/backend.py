@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,22 +25,27 @@ from ltepass.passes.graph.pipeline import GraphJob, Pass, run_passes
 from ltepass.passes.lower.graph_regions import LowerRoutedFFN, holds_ffn, router_path
 from ltepass.routed.router import Router as Router  # registers ltepass::gate, whose name graphs carry
 
+if TYPE_CHECKING:
+    from torch._inductor.utils import InputType
+
 log = logging.getLogger("ltepass")
 
 
 BACKEND: tuple[Pass[GraphJob], ...] = (LowerRoutedFFN(),)
 
-_warned: Any = WeakIdKeyDictionary()  # the first weight of each graph that a warning was about, while it lives
+_warned: MutableMapping[Parameter, str] = (
+    WeakIdKeyDictionary()
+)  # the first weight of each graph that a warning was about, while it lives
 
 
 def lte(
     gm: GraphModule,
-    example_inputs: Sequence[Any],
+    example_inputs: Sequence[InputType],
     *,
     mode: str | None = None,
-    options: dict[str, Any] | None = None,
+    options: dict[str, object] | None = None,
     kept: Callable[[str, str], None] | None = None,
-) -> Callable[..., Any]:
+) -> Callable[..., object]:
     """Dynamo's backend signature. mode, options: as torch.compile has them for inductor.
 
     kept: is told the path of the router and the reason for each gate that stays masked-dense.
@@ -67,14 +72,14 @@ def lte(
     return _below_autograd(compiled) if job.lowered and on_cpu else compiled
 
 
-def _below_autograd(compiled: Callable[..., Any]) -> Callable[..., Any]:
+def _below_autograd(compiled: Callable[..., object]) -> Callable[..., object]:
     """Calls ops without the Python frame of the op's autograd rule where nothing can ask for a gradient; see
     `ltepass.kernels.routed_ffn.routed_ffn`. Legal: the graph was compiled as one that does not train, and Dynamo guards
     on that. On a GPU inductor sees the kernels themselves, and there is no such frame.
     """
 
     @functools.wraps(compiled)
-    def call(*args: Any) -> Any:
+    def call(*args: object) -> object:
         if autograd.asks_for_gradients():
             return compiled(*args)
         with torch._C._AutoDispatchBelowAutograd():
@@ -83,7 +88,7 @@ def _below_autograd(compiled: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _warn_of_gradients(gates: Iterable[Node], example_inputs: Sequence[Any]) -> None:
+def _warn_of_gradients(gates: Iterable[Node], example_inputs: Sequence[InputType]) -> None:
     hard = [router_path(n) for n in gates if n.args[3] is False]
     if hard:
         _warn_once(
@@ -95,7 +100,7 @@ def _warn_of_gradients(gates: Iterable[Node], example_inputs: Sequence[Any]) -> 
         )
 
 
-def _warn_of_no_gate(example_inputs: Sequence[Any]) -> None:
+def _warn_of_no_gate(example_inputs: Sequence[InputType]) -> None:
     _warn_once(
         example_inputs,
         "torch.compile(backend='lte') got a graph with an FFN and no gate; expected a model that ltepass.transform "
@@ -103,7 +108,7 @@ def _warn_of_no_gate(example_inputs: Sequence[Any]) -> None:
     )
 
 
-def _warn_once(example_inputs: Sequence[Any], text: str) -> None:
+def _warn_once(example_inputs: Sequence[InputType], text: str) -> None:
     """Once for each model: its graphs for other sizes have the same weights."""
     weight = next((t for t in example_inputs if isinstance(t, Parameter)), None)
     if weight is not None and _warned.get(weight) == text:
@@ -113,14 +118,14 @@ def _warn_once(example_inputs: Sequence[Any], text: str) -> None:
     warnings.warn(text, stacklevel=3)
 
 
-def _density(example_inputs: Sequence[Any]) -> float | None:
+def _density(example_inputs: Sequence[InputType]) -> float | None:
     """Mean over the graph's routers that know theirs, which their thresholds carry; None where none does."""
     carried = [getattr(t, "density", None) for t in example_inputs if isinstance(t, Tensor)]
     known = [density for density in carried if density is not None]
     return sum(known) / len(known) if known else None
 
 
-def _trains(example_inputs: Sequence[Any]) -> bool:
+def _trains(example_inputs: Sequence[InputType]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in example_inputs)
 
 
@@ -128,7 +133,7 @@ def _holds_op(gm: GraphModule) -> bool:
     return any(n.target is torch.ops.ltepass.routed_ffn.default for n in gm.graph.nodes)
 
 
-def _patches(mode: str | None, options: dict[str, Any] | None) -> dict[str, Any]:
+def _patches(mode: str | None, options: dict[str, object] | None) -> dict[str, object]:
     from torch._inductor import list_mode_options
 
     chosen = list_mode_options(mode) if mode and mode != "default" else {}

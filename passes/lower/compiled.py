@@ -46,11 +46,11 @@ def uncompile_model(model: nn.Module) -> None:
     model.__dict__.pop(CACHES, None)
 
 
-def _seen_first(model: nn.Module, compiled: Any) -> Callable[..., Any]:
+def _seen_first(model: nn.Module, compiled: Callable[..., object]) -> Callable[..., object]:
     """The compiled call, after a look at what Dynamo does not guard: replaced forwards, and hooks for all modules."""
     looks = [(module, hook) for module, _, hook in watches(model)]
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: object, **kwargs: object) -> object:
         if not is_compiling():
             for module, hook in looks:
                 hook.check(module)
@@ -61,7 +61,7 @@ def _seen_first(model: nn.Module, compiled: Any) -> Callable[..., Any]:
     return call
 
 
-def _with_our_settings(trace: Any) -> Callable[..., Any]:
+def _with_our_settings(trace: Callable[..., object]) -> Callable[..., object]:
     """Dynamo's own callback, which traces what no compiled code fits, with two settings that it has for the process.
 
     They are changed under the lock that Dynamo traces under: no other trace sees them.
@@ -74,7 +74,7 @@ def _with_our_settings(trace: Any) -> Callable[..., Any]:
 
     settings = {"specialize_float": True, "skip_nnmodule_hook_guards": False}
 
-    def callback(*args: Any, **kwargs: Any) -> Any:
+    def callback(*args: object, **kwargs: object) -> object:
         with compile_lock, config.patch(settings):
             return trace(*args, **kwargs)
 
@@ -93,7 +93,7 @@ class _StaticCaches:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
-    def __call__(self, config: Any, inputs: dict[str, Any], mode: Any, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, config: Any, inputs: dict[str, object], mode: object, *args: object, **kwargs: object) -> object:
         given = config.cache_implementation is not None or inputs.get("past_key_values") is not None
         assisted = str(getattr(mode, "value", mode)) == "assisted_generation"
         if self.model._compiled_call_impl is not None and not given and not assisted:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 from torch.nn import Parameter
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -182,7 +182,7 @@ def lowered_ffn(
 ) -> Tensor:
     """The whole FFN of a lowered site: x [..., d_model] -> [..., d_model]. skipped: modules that do not run for it."""
     _check_bypassed((up, down) if gate_linear is None else (up, gate_linear, down), skipped)
-    gate = (None, None) if gate_linear is None else parameters_of(gate_linear)
+    gate: tuple[Tensor | None, Tensor | None] = (None, None) if gate_linear is None else parameters_of(gate_linear)
     weights = (*parameters_of(up), *gate, *parameters_of(down))
     for weight in weights:
         if type(weight) is not Parameter and weight is not None and not is_ordinary(weight):
@@ -190,7 +190,7 @@ def lowered_ffn(
                 f"a weight of a lowered FFN is now a {type(weight).__module__}.{type(weight).__name__}, which the op "
                 "does not read; call ltepass.unlower(model) before changing weights, then lower again"
             )
-    return lowered_call(router, *weights, x)  # type: ignore[call-arg]
+    return lowered_call(router, *weights, x)
 
 
 def lowered_in_graph(linears: Sequence[nn.Module], skipped: Sequence[nn.Module], router: Router, *args: Any) -> Tensor:
@@ -267,7 +267,7 @@ def _cuts(router: Router) -> tuple[Tensor | None, ...]:
     return (cut, input_cut) if input_cut is not None else () if cut is None else (cut,)
 
 
-def _take(rows: NeuronRows | None, parameter: Any, d_ff: int) -> Any:
+def _take(rows: NeuronRows | None, parameter: Tensor | None, d_ff: int) -> Tensor | None:
     if rows is None or parameter is None:
         return parameter
     taken = rows.take(parameter, d_ff)
@@ -354,7 +354,7 @@ def _call_op(root: nn.Module, graph: Graph, site: FFNSite) -> None:
             rows = (site.up_rows, site.up_bias, site.gate_rows, site.gate_bias, site.down_rows)
             params = [None if r is None else graph.get_attr(r.param) for r in rows]
             bias = None if site.down_bias is None else graph.get_attr(site.down_bias)
-            linears: list[Any] = [graph.get_attr(p) for p in dict.fromkeys(paths) if p in called and p]
+            linears: list[Node | None] = [graph.get_attr(p) for p in dict.fromkeys(paths) if p in called and p]
             new = graph.call_function(lowered_in_graph, (linears, (), module, *params, bias, x))
         else:
             linears = [None if p is None else graph.get_attr(p) for p in paths]

@@ -8,7 +8,6 @@ is an error.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -209,10 +208,10 @@ def find_parameter(model: nn.Module, name: str) -> nn.Parameter | None:
     return model.get_submodule(path)._parameters.get(attribute)
 
 
-def parameters_of(linear: nn.Module) -> tuple[Any, Any]:
+def parameters_of(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     """(weight, bias), without nn.Module.__getattr__, which costs more than the rest of a small FFN's call."""
     own = linear._parameters
     weight = own.get("weight")
     if weight is None:  # a DataParallel replica keeps plain tensors as attributes
-        return linear.weight, linear.bias
+        return linear.weight, linear.bias  # type: ignore[return-value]
     return weight, own.get("bias")
