@@ -25,7 +25,6 @@ _SCHEMAS = {
 }
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _library = torch.library.Library("ltepass", "FRAGMENT")
-Args = tuple[Any, ...]
 
 
 def check(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -98,7 +97,7 @@ _DENSE: dict[str, Callable[..., Tensor]] = {
 
 
 def _any_device(name: str) -> Callable[..., Tensor]:
-    def call(*args: Any) -> Tensor:
+    def call(*args: Tensor | None) -> Tensor:
         _CHECKS[name](*args)
         return _DEFINITIONS[name](*args)
 
@@ -106,16 +105,15 @@ def _any_device(name: str) -> Callable[..., Tensor]:
 
 
 def _fake(name: str) -> Callable[..., Tensor]:
-    def call(*args: Any) -> Tensor:
-        _CHECKS[name](*args)
-        x, weight = args[:2]
-        return x.new_empty((*x.shape[:-1], weight.shape[0]))  # type: ignore[no-any-return]
+    def call(x: Tensor, weight: Tensor, *others: Tensor | None) -> Tensor:
+        _CHECKS[name](x, weight, *others)
+        return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
     return call
 
 
 def _vmap(name: str, op: torch._ops.OpOverload) -> Callable[..., tuple[Tensor, int]]:
-    def call(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *weights: Any) -> tuple[Tensor, int]:
+    def call(info: object, in_dims: tuple[int | None, ...], x: Tensor, *weights: Tensor | None) -> tuple[Tensor, int]:
         if in_dims[0] is None or any(d is not None for d in in_dims[1:]):
             raise NotImplementedError(
                 f"vmap over the weights of ltepass::{name}; expected only x to be batched, every other in_dim None"
@@ -135,12 +133,12 @@ def _function(name: str, bias_at: int) -> type[torch.autograd.Function]:
         generate_vmap_rule = False
 
         @staticmethod
-        def forward(*args: Any) -> Tensor:
+        def forward(*args: Tensor | None) -> Tensor:
             with torch._C._AutoDispatchBelowAutograd():
                 return op(*args)  # type: ignore[no-any-return]
 
         @staticmethod
-        def setup_context(ctx: Any, inputs: Args, output: Any) -> None:
+        def setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
             ctx.save_for_backward(*inputs[:bias_at])
 
         @staticmethod
@@ -184,7 +182,7 @@ def _without_a_frame(name: str) -> Callable[..., Tensor]:
     # Looked up once: reading weights pushes code out of the caches, and each step of a call then waits for memory.
     public, no_grad = getattr(torch.ops.ltepass, name).default, getattr(torch.ops.ltepass, f"_{name}_no_grad").default
 
-    def call(*args: Any) -> Tensor:
+    def call(*args: Tensor | None) -> Tensor:
         return public(*args) if autograd.seen_by_others(args[0]) else no_grad(*args)  # type: ignore[no-any-return]
 
     return call

@@ -6,7 +6,8 @@ import inspect
 import operator
 import threading
 from collections.abc import Callable, Collection
-from typing import Any, TypeVar
+from types import MethodType
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import nn
@@ -164,5 +165,5 @@ def is_own(module: nn.Module, forward: Any) -> bool:
     return forward.__self__ is module if function in own or hasattr(function, "_lte_generated") else False
 
 
-def is_guard(forward: object) -> bool:
+def is_guard(forward: object) -> TypeGuard[MethodType]:
     return hasattr(getattr(forward, "__func__", None), "_lte_guard")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.fx.node import map_arg
+from torch.fx.node import Argument, map_arg
 
 from ltepass.passes.find.neuron_rows import run
 from ltepass.passes.find.regions import MissError, Piece
@@ -135,7 +135,7 @@ class _Probe:
 
     def __call__(self, samples: Sequence[Tensor]) -> Tensor | None:
         """h [tokens, d_ff] in fp64; None where the region cannot be run on these values."""
-        env: dict[Node, object] = dict(self.fixed)
+        env: dict[Node, Argument] = dict(self.fixed)
         for piece, sample in zip(self.pieces, samples, strict=True):
             node, rows = piece.linear.node, piece.rows
             stream = env.setdefault(node, torch.zeros(shape(node), dtype=torch.float64))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.fx.node import map_arg
+from torch.fx.node import Argument, map_arg
 
 from ltepass.passes.find.regions import MissError, Piece, Rows
 from ltepass.passes.graph.linears import Flow, Linear
@@ -87,10 +87,10 @@ def _per_token(rows: Tensor) -> bool:
     return bool((rows == rows[:, :1]).all())
 
 
-def run(node: Node, values: Mapping[Node, object]) -> Any:
+def run(node: Node, values: Mapping[Node, Argument]) -> Any:
     """Run a node with some inputs replaced; sizes become integers."""
 
-    def lookup(n: Node) -> Any:
+    def lookup(n: Node) -> Argument:
         if n in values:
             return values[n]
         v = value(n)

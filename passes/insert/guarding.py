@@ -74,7 +74,7 @@ def guard(module: nn.Module, gates: int = 1) -> None:
 
 def _set_guard(module: nn.Module, gates: int, found: Callable[..., object] | None) -> None:
     own, function = module.__dict__, getattr(type(module), "_lte_guarded", guarded)
-    now: Any = own.get("forward")
+    now = own.get("forward")
     if is_guard(now) and now.__func__ is function and (own["_lte_forward"], own["_lte_gates"]) == (found, gates):
         return
     for router in (m for m in module.modules() if isinstance(m, Router)):
@@ -165,13 +165,13 @@ class Watch:
 
 def _along(module: nn.Module, path: Iterable[str]) -> Iterator[nn.Module]:
     """The modules on a path below `module`, as far as it goes; `module` itself where it is empty."""
-    here: Any = module
     yield from () if path else (module,)
     for name in path:
-        here = here._modules.get(name)
-        if here is None:
+        below = module._modules.get(name)
+        if below is None:
             return
-        yield here
+        module = below
+        yield module
 
 
 def _class_was_patched(owner: nn.Module) -> None:
