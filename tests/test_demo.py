@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ import ltepass
 from examples.results.demo_table import BEGIN, END, with_table
 from ltepass.demo import learning, speed
 from ltepass.demo.folder import DemoOptions, Folder
+from ltepass.demo.results import STAGE_NAMES, Options, Results, Stages
 from ltepass.demo.run import STAGES, run_demo
 from ltepass.demo.table import markdown, rows
 from ltepass.demo.task import load_task
@@ -48,6 +49,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
     """One whole run on the tiny model, shared by the tests below."""
     out = tmp_path_factory.mktemp("demo")
     return out, run_demo(DemoOptions(model="tiny", steps=8), out)
+
+
+def test_results_hold_what_their_types_say(tiny: tuple[Path, dict[str, Any]]) -> None:
+    _, found = tiny
+    assert set(found) == set(Results.__annotations__)
+    assert set(found["options"]) == set(Options.__annotations__)
+    assert list(found["stages"]) == list(STAGE_NAMES) == list(Stages.__annotations__)
+    for stage, types in get_type_hints(Stages).items():
+        assert set(found["stages"][stage]) == set(get_type_hints(types)), stage
 
 
 def test_every_stage_ran_and_the_table_has_every_row(tiny: tuple[Path, dict[str, Any]]) -> None:

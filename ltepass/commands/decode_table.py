@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ltepass.measure.records import ModelRecord
 
+if TYPE_CHECKING:
+    from rich.table import Table
 
-def model_table(records: Sequence[ModelRecord]) -> Any:
+
+def model_table(records: Sequence[ModelRecord]) -> Table:
     """A rich table for the terminal, one column a record."""
     from rich.table import Table
 

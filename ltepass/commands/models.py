@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -23,8 +23,12 @@ from ltepass.measure.text_blocks import token_blocks
 from ltepass.routed.reporting import Report, span
 from ltepass.routed.sites import require_state, state_of
 
+if TYPE_CHECKING:
+    from rich.table import Table
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-def call_by_name(name: str) -> tuple[nn.Module, Any]:
+
+def call_by_name(name: str) -> tuple[nn.Module, object]:
     """`module:function` -> (model, example inputs or None); the function returns a model or such a pair."""
     module, _, function = name.partition(":")
     sys.path.insert(0, os.getcwd())  # as `python -m` has it
@@ -42,7 +46,7 @@ def call_by_name(name: str) -> tuple[nn.Module, Any]:
     return model, inputs
 
 
-def load(name: str, device: str = "cpu") -> Any:
+def load(name: str, device: str = "cpu") -> PreTrainedModel:
     """A model from a directory, a hub name or `module:function`, in eval mode."""
     if ":" in name and not os.path.exists(name):
         return call_by_name(name)[0].to(device).eval()
@@ -80,7 +84,7 @@ def peak_memory() -> int:
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def _skeleton(name: str) -> Any:
+def _skeleton(name: str) -> PreTrainedModel:
     """The model of a directory or hub name, on the meta device; a saved LTE model is described as it is."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -175,7 +179,7 @@ def train(name: str, text: str, out: Path, options: TrainOptions) -> Report:
     return _saved(model, tokenizer, blocks[-held_out:], out)
 
 
-def _saved(model: Any, tokenizer: Any, held_out: torch.Tensor, out: Path) -> Report:
+def _saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: torch.Tensor, out: Path) -> Report:
     """Save in hard mode; the report on held-out blocks [n, length]."""
     ltepass.set_mode(model, "hard")
     model.save_pretrained(out)
@@ -184,7 +188,7 @@ def _saved(model: Any, tokenizer: Any, held_out: torch.Tensor, out: Path) -> Rep
     return ltepass.report(model, ltepass.measure_sparsity(model, held_out[:, None].to(model.device)))
 
 
-def _start(model: Any, blocks: torch.Tensor, options: TrainOptions) -> None:
+def _start(model: PreTrainedModel, blocks: torch.Tensor, options: TrainOptions) -> None:
     """Transform, and fit the routers and the warm start to blocks [n, length] of training text."""
     from ltepass.calibration.warm_start import warm_start
 
@@ -214,7 +218,7 @@ def evaluate(
     length: int = 512,
     limit: int | None = 16,
     device: str = "cpu",
-) -> Any:
+) -> Table:
     """A rich table: perplexity of a saved model on blocks of `text`, in hard and in dense mode, and its sparsity.
 
     sparsities: rows of `set_sparsity`, from the saved table. Raises ConfigError where the text is too short.
@@ -252,7 +256,7 @@ class BenchOptions:
     device: str = "cpu"
 
 
-def bench(folder: str, text: str, out: Path | None, options: BenchOptions) -> Any:
+def bench(folder: str, text: str, out: Path | None, options: BenchOptions) -> Table:
     """A rich table of decode speed, dense and lowered, of a saved model on the first tokens of `text`.
 
     The same figures are appended to the CSV file `out`. Raises ConfigError where the text is too short.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ltepass.config import check_sparsity
+from ltepass.demo.results import Results, StageName
 from ltepass.errors import ConfigError
 from ltepass.measure.machine import facts
 
@@ -39,7 +41,8 @@ class Folder:
     def __init__(self, path: Path, options: DemoOptions, *, fresh: bool = False) -> None:
         self.path = path
         self.file = path / "results.json"
-        self.results: dict[str, Any] = {"options": asdict(options), "machine": facts(), "stages": {}}
+        new = {"options": asdict(options), "machine": facts(), "stages": {}}
+        self.results: Results = json.loads(json.dumps(new))  # as a later call will read it
         path.mkdir(parents=True, exist_ok=True)
         if self.file.exists() and not fresh:
             saved = json.loads(self.file.read_text())
@@ -51,16 +54,12 @@ class Folder:
             self.results = saved
         self._write()
 
-    def finished(self, stage: str) -> bool:
+    def finished(self, stage: StageName) -> bool:
         return stage in self.results["stages"]
 
-    def __getitem__(self, stage: str) -> dict[str, Any]:
-        result: dict[str, Any] = self.results["stages"][stage]
-        return result
-
-    def finish(self, stage: str, result: dict[str, Any], seconds: float) -> None:
+    def finish(self, stage: StageName, result: Mapping[str, object], seconds: float) -> None:
         entry = {**result, "seconds": round(seconds, 1)}
-        self.results["stages"][stage] = json.loads(json.dumps(entry))  # as a later call will read it
+        self.results["stages"][stage] = json.loads(json.dumps(entry))
         self._write()
 
     def _write(self) -> None:

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ltepass.demo.results import Losses
 from ltepass.errors import TrainingError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LEARNING_RATE = 3e-4  # of 1e-4 and 3e-4 the better after 40 steps of 1,024 tokens on SmolLM2-135M (LTE 17.4 and 17.0)
 MAX_NORM = 1.0
@@ -53,8 +57,12 @@ def ctrl_c_between_steps(say: Callable[[str], None]) -> Iterator[Callable[[], bo
 
 
 def tune(
-    model: Any, steps: Sequence[Tensor], state_file: Path, on_step: OnStep, asked_to_stop: Callable[[], bool]
-) -> list[tuple[int, float]]:
+    model: PreTrainedModel,
+    steps: Sequence[Tensor],
+    state_file: Path,
+    on_step: OnStep,
+    asked_to_stop: Callable[[], bool],
+) -> Losses:
     """Fine-tune in place with AdamW, one batch [B, T] a step; returns (step, loss in nats per token) for each.
 
     Raises KeyboardInterrupt once state_file holds where it stopped; TrainingError where the loss is not finite.
@@ -92,13 +100,13 @@ def schedule(step: int, steps: int) -> float:
     return min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
 
 
-def save_state(file: Path, state: dict[str, Any]) -> None:
+def save_state(file: Path, state: Mapping[str, object]) -> None:
     scratch = file.with_suffix(".tmp")
     torch.save(state, scratch)
     os.replace(scratch, file)
 
 
-def _resume(model: Any, optimizer: Any, state_file: Path) -> list[tuple[int, float]]:
+def _resume(model: PreTrainedModel, optimizer: torch.optim.Optimizer, state_file: Path) -> Losses:
     if not state_file.exists():
         return []
     state = torch.load(state_file, map_location=model.device)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from html import escape
-from typing import Any
 
 from ltepass.demo import plots
+from ltepass.demo.results import Generated, Results
 from ltepass.demo.table import command, machine_line, rows
 
 STYLE = """
@@ -23,7 +23,7 @@ pre { white-space: pre-wrap; background: #f9fafb; border: 1px solid #e5e7eb; bor
 """
 
 
-def page(results: dict[str, Any]) -> str:
+def page(results: Results) -> str:
     """results: the whole of results.json, every stage finished."""
     stages, options = results["stages"], results["options"]
     table = "".join(f"<tr><td>{escape(what)}</td><td>{escape(value)}</td></tr>" for what, value in rows(results))
@@ -55,10 +55,10 @@ def _figure(svg: str) -> str:
     return f"<figure>{svg}</figure>"
 
 
-def _continuations(generated: dict[str, str]) -> list[str]:
+def _continuations(generated: Generated) -> list[str]:
     sides = "".join(
-        f"<div><p class='note'>{escape(title)}</p><pre>{escape(generated[side])}</pre></div>"
-        for side, title in (("dense", "fine-tuned dense model"), ("lowered", "LTE, lowered"))
+        f"<div><p class='note'>{escape(title)}</p><pre>{escape(text)}</pre></div>"
+        for title, text in (("fine-tuned dense model", generated["dense"]), ("LTE, lowered", generated["lowered"]))
     )
     return [
         "<h2>Greedy continuation</h2>",

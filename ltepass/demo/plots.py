@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # matplotlib comes with an extra
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 INK, GRID, BLUE, ORANGE, GREY = "#1f2937", "#e5e7eb", "#2563eb", "#ea580c", "#6b7280"
 COLOURS = (BLUE, ORANGE, GREY, "#059669")
@@ -18,7 +22,7 @@ def sparsity_per_layer(shares: Sequence[float], target: float) -> str:
     axes.axhline(100 * target, color=ORANGE, linewidth=1.5, label=f"target {target:.0%}")
     axes.axhline(100 * mean, color=INK, linewidth=1.2, linestyle=":", label=f"mean {mean:.1%}")
     axes.set_ylim(0, 100)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.set_xlim(-0.6, len(shares) - 0.4)
     _legend(axes, 2)
     return _svg(figure)
@@ -29,7 +33,7 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, yla
     figure, axes = _axes(xlabel, ylabel)
     for (name, points), colour in zip(series.items(), COLOURS, strict=False):
         axes.plot([x for x, _ in points], [y for _, y in points], color=colour, linewidth=1.6, label=name)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     _legend(axes, len(series))
     return _svg(figure)
 
@@ -50,7 +54,7 @@ def token_times(milliseconds: Mapping[str, Sequence[float]]) -> str:
     return _svg(figure)
 
 
-def _axes(xlabel: str, ylabel: str, height: float = 2.6) -> tuple[Any, Any]:
+def _axes(xlabel: str, ylabel: str, height: float = 2.6) -> tuple[Figure, Axes]:
     import matplotlib
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
@@ -70,12 +74,12 @@ def _axes(xlabel: str, ylabel: str, height: float = 2.6) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _legend(axes: Any, columns: int) -> None:
+def _legend(axes: Axes, columns: int) -> None:
     """Above the axes, where it hides no data."""
     axes.legend(frameon=False, ncols=columns, loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0.2)
 
 
-def _svg(figure: Any) -> str:
+def _svg(figure: Figure) -> str:
     out = io.StringIO()
     figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     text = out.getvalue()

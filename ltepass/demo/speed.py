@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @torch.no_grad()
-def time_decoding(sides: Mapping[str, Any], prompt: Tensor, tokens: Tensor, warmup: int = 8) -> dict[str, list[float]]:
+def time_decoding(
+    sides: Mapping[str, nn.Module], prompt: Tensor, tokens: Tensor, warmup: int = 8
+) -> dict[str, list[float]]:
     """Seconds for each token of tokens [N], by side; each side keeps its own KV cache over prompt [P].
 
     The tokens are given, not sampled, so that every side does the same work; the order of the sides rotates, so that

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -17,16 +17,30 @@ from torch import Tensor
 import ltepass
 from ltepass.demo import learning, reload, speed
 from ltepass.demo.folder import DemoOptions, Folder
+from ltepass.demo.results import (
+    Calibrated,
+    Dense,
+    Generated,
+    Losses,
+    Prepared,
+    Quality,
+    Reloaded,
+    Speed,
+    Trained,
+    TunedDense,
+)
 from ltepass.demo.task import Task, load_dense, load_task
 from ltepass.measure import decode_speed
 from ltepass.measure.quality import perplexity, sparsity_of_tail
 from ltepass.routed.sites import routers_of
 from ltepass.training.stages import settle
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 PROMPT_TOKENS = 64  # of held-out text in the KV cache before the first timed token
 TIMED_TOKENS = 160
 COMPILE_MODE = "eager on both sides (no torch.compile)"
-Result = dict[str, Any]
 
 
 @dataclass
@@ -45,11 +59,11 @@ class Demo:
     def steps(self) -> int:
         return self.options.steps or self.task.steps
 
-    def base_model(self) -> Any:
+    def base_model(self) -> PreTrainedModel:
         """The dense model as it came."""
         return load_dense(self.options.model, self.folder.path, self.options.seed).to(self.options.device)
 
-    def saved_model(self, name: str) -> Any:
+    def saved_model(self, name: str) -> PreTrainedModel:
         from transformers import AutoModelForCausalLM
 
         return AutoModelForCausalLM.from_pretrained(self.folder.path / name).to(self.options.device).eval()
@@ -62,7 +76,7 @@ class Demo:
             task = bar.add_task(what, total=steps)
             yield lambda step, loss: bar.update(task, completed=step + 1, description=f"{what}, loss {loss:.3f}")
 
-    def tune(self, model: Any, what: str, state_file: str) -> list[tuple[int, float]]:
+    def tune(self, model: PreTrainedModel, what: str, state_file: str) -> Losses:
         steps = self.batches()
         with self.progress(what, len(steps)) as on_step, self.ctrl_c() as asked:
             return learning.tune(model, steps, self.folder.path / state_file, on_step, asked)
@@ -76,7 +90,7 @@ class Demo:
         return list(learning.batches(task.train, task.batch, self.steps, self.options.seed))
 
 
-def prepare(demo: Demo) -> Result:
+def prepare(demo: Demo) -> Prepared:
     model = demo.base_model()
     task = demo.task
     return {
@@ -89,11 +103,11 @@ def prepare(demo: Demo) -> Result:
     }
 
 
-def dense(demo: Demo) -> Result:
+def dense(demo: Demo) -> Dense:
     return {"perplexity": perplexity(demo.base_model(), demo.task.test)}
 
 
-def tune_dense(demo: Demo) -> Result:
+def tune_dense(demo: Demo) -> TunedDense:
     """The baseline that LTE is compared with: it sees the same tokens, so that new text is not counted as a gain."""
     model = demo.base_model()
     losses = demo.tune(model, "dense fine-tuning", "dense-training.pt")
@@ -105,7 +119,7 @@ def tune_dense(demo: Demo) -> Result:
     }
 
 
-def calibrate(demo: Demo) -> Result:
+def calibrate(demo: Demo) -> Calibrated:
     """Passes of transform, then grouping, router start and sparsity table from training text."""
     model, task = demo.base_model(), demo.task
     config = ltepass.LTEConfig(
@@ -131,7 +145,7 @@ def calibrate(demo: Demo) -> Result:
     }
 
 
-def train(demo: Demo) -> Result:
+def train(demo: Demo) -> Trained:
     """Hard stage: routers frozen, everything else trained on the task loss (paper section 4.3)."""
     model = demo.saved_model("calibrated")
     for router in routers_of(model):
@@ -146,7 +160,7 @@ def train(demo: Demo) -> Result:
     return {"losses": {"LTE, hard stage": losses}}
 
 
-def quality(demo: Demo) -> Result:
+def quality(demo: Demo) -> Quality:
     """From the saved checkpoint, in hard mode, as the definition has it (eager, masked dense)."""
     model = demo.saved_model("lte")
     return {
@@ -155,7 +169,7 @@ def quality(demo: Demo) -> Result:
     }
 
 
-def measure_speed(demo: Demo) -> Result:
+def measure_speed(demo: Demo) -> Speed:
     """The same checkpoints as in `quality`; p is measured on the very tokens that are timed."""
     plain, routed = demo.saved_model("dense"), demo.saved_model("lte")
     sites = ltepass.report(routed).sites
@@ -174,19 +188,21 @@ def measure_speed(demo: Demo) -> Result:
     }
 
 
-def generate(demo: Demo) -> Result:
+def generate(demo: Demo) -> Generated:
     """Greedy continuations of one prompt."""
     task = demo.task
     ids = torch.tensor(task.tokenizer(task.prompt)["input_ids"])[None].to(demo.options.device)
-    routed: Any = ltepass.lower(demo.saved_model("lte"), scope="ffn")
-    texts = {"prompt": task.prompt}
-    for name, model in (("dense", demo.saved_model("dense")), ("lowered", routed)):
+    dense, routed = demo.saved_model("dense"), demo.saved_model("lte")
+    ltepass.lower(routed, scope="ffn")
+
+    def continued(model: PreTrainedModel) -> str:
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=task.new_tokens, do_sample=False)
-        texts[name] = task.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-    return texts
+        return task.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+    return {"prompt": task.prompt, "dense": continued(dense), "lowered": continued(routed)}
 
 
-def reload_elsewhere(demo: Demo) -> Result:
+def reload_elsewhere(demo: Demo) -> Reloaded:
     """A new process loads the saved model; its logits must be those of the model that was trained here, bit by bit."""
     path = demo.folder.path
     return reload.compare(

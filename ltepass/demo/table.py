@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
+from ltepass.demo.results import STAGE_NAMES, Cost, Options, Results, StageName, Stages
 from ltepass.routed.reporting import span
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Rows = list[tuple[str, str]]
 
 
-def rows(results: dict[str, Any]) -> Rows:
+def rows(results: Results) -> Rows:
     """(what, measured) for every finished stage, in the order a reader asks."""
     stages, options = results["stages"], results["options"]
     found: Rows = []
@@ -19,28 +24,28 @@ def rows(results: dict[str, Any]) -> Rows:
     return found
 
 
-def _model(stages: dict[str, Any], _: dict[str, Any]) -> Rows:
+def _model(stages: Stages, _: Options) -> Rows:
     task = stages["prepare"]
     return [("model", f"{task['name']}, {task['parameters'] / 1e6:.1f} M parameters, {task['dtype']}")]
 
 
-def _dense(stages: dict[str, Any], _: dict[str, Any]) -> Rows:
+def _dense(stages: Stages, _: Options) -> Rows:
     test = stages["prepare"]["test"]
     return [(f"dense perplexity, {test} of held-out text", f"{stages['dense']['perplexity']:.2f}")]
 
 
-def _tuned(stages: dict[str, Any], _: dict[str, Any]) -> Rows:
+def _tuned(stages: Stages, _: Options) -> Rows:
     tune = stages["tune_dense"]
     return [(f"dense perplexity after fine-tuning on {tune['tokens']:,} tokens", f"{tune['perplexity']:.2f}")]
 
 
-def _sites(stages: dict[str, Any], _: dict[str, Any]) -> Rows:
+def _sites(stages: Stages, _: Options) -> Rows:
     found = stages["calibrate"]
     size, grouping = found["group_size"], found["grouping"]
     return [("FFN sites found", f"{found['sites']}, experts of {size} neurons, grouping {grouping}")]
 
 
-def _quality(stages: dict[str, Any], options: dict[str, Any]) -> Rows:
+def _quality(stages: Stages, options: Options) -> Rows:
     quality, tuned = stages["quality"], stages["tune_dense"]["perplexity"]
     sparsity = list(quality["sparsity"].values())
     return [
@@ -52,7 +57,7 @@ def _quality(stages: dict[str, Any], options: dict[str, Any]) -> Rows:
     ]
 
 
-def _speed(stages: dict[str, Any], _: dict[str, Any]) -> Rows:
+def _speed(stages: Stages, _: Options) -> Rows:
     speed = stages["speed"]
     side = {name: "{median:.1f} ({low:.1f} .. {high:.1f})".format(**s) for name, s in speed["tokens_per_s"].items()}
     how = f"{speed['compile_mode']}, {speed['dtype']}, {speed['threads']} thread{'s' if speed['threads'] != 1 else ''}"
@@ -67,13 +72,13 @@ def _speed(stages: dict[str, Any], _: dict[str, Any]) -> Rows:
     ]
 
 
-def _reload(stages: dict[str, Any], _: dict[str, Any]) -> Rows:
+def _reload(stages: Stages, _: Options) -> Rows:
     reload = stages["reload"]
     equal = "yes" if reload["equal"] else f"NO: largest difference {reload['max_difference']:.2e}"
     return [("saved, loaded in a new process: logits equal", equal)]
 
 
-_ROWS = (
+_ROWS: tuple[tuple[StageName, Callable[[Stages, Options], Rows]], ...] = (
     ("prepare", _model),
     ("calibrate", _sites),
     ("dense", _dense),
@@ -84,11 +89,12 @@ _ROWS = (
 )
 
 
-def machine_line(results: dict[str, Any]) -> str:
+def machine_line(results: Results) -> str:
     """One sentence: where, with what, how long, how much memory."""
     at, stages = results["machine"], results["stages"]
-    minutes = sum(stage["seconds"] for stage in stages.values()) / 60
-    memory = max((stage.get("peak_gb", 0.0) for stage in stages.values()), default=0.0)
+    costs: list[Cost] = [stages[name] for name in STAGE_NAMES if name in stages]
+    minutes = sum(cost["seconds"] for cost in costs) / 60
+    memory = max((cost.get("peak_gb", 0.0) for cost in costs), default=0.0)
     device = results["options"]["device"]
     gpu = f", {at['gpu']}" if device.startswith("cuda") else ""
     return (
@@ -97,7 +103,7 @@ def machine_line(results: dict[str, Any]) -> str:
     )
 
 
-def rich_table(results: dict[str, Any]) -> Any:
+def rich_table(results: Results) -> Table:
     from rich.table import Table
 
     table = Table(
@@ -111,14 +117,14 @@ def rich_table(results: dict[str, Any]) -> Any:
     return table
 
 
-def markdown(results: dict[str, Any]) -> str:
+def markdown(results: Results) -> str:
     """The same rows for a README, with the machine and the command that made them."""
     lines = ["| what | measured |", "|---|---|"]
     lines += [f"| {what} | {measured} |" for what, measured in rows(results)]
     return "\n".join([*lines, "", f"Measured by `{command(results['options'])}` on {machine_line(results)}."])
 
 
-def command(options: dict[str, Any]) -> str:
+def command(options: Options) -> str:
     """The command line that repeats this run."""
     words = ["ltepass demo"]
     if options["model"] != "smollm2":

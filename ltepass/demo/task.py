@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ltepass.demo.learning import schedule
-from ltepass.measure.text_blocks import python_docs, token_blocks
+from ltepass.measure.text_blocks import Tokenizer, python_docs, token_blocks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TRAIN_LENGTH = 256  # tokens of one training block
 TINY_STEPS = 120  # of the tiny model's own training, before the demo starts on it
@@ -22,7 +25,7 @@ class Task:
     """train: [n, T] int64; test: [m, T'] int64; prompt: text to continue; steps: default number of optimizer steps."""
 
     name: str
-    tokenizer: Any
+    tokenizer: Tokenizer
     train: Tensor
     test: Tensor
     prompt: str
@@ -69,12 +72,12 @@ _SIZES: dict[str, tuple[str, int, dict[str, int]]] = {
 }
 
 
-def load_dense(model: str, out: Path, seed: int) -> Any:
+def load_dense(model: str, out: Path, seed: int) -> PreTrainedModel:
     """The dense model of "smollm2" or "tiny" as it came: eval mode, fp32, on the CPU."""
     return _tiny(out / "base", seed) if model == "tiny" else _smollm2()[0]
 
 
-def _smollm2() -> tuple[Any, Any]:
+def _smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from ltepass.demo.smollm import load_smollm2
 
     return load_smollm2()
@@ -83,14 +86,14 @@ def _smollm2() -> tuple[Any, Any]:
 class Bytes:
     """A tokenizer of 256 tokens for the tiny model: UTF-8 bytes."""
 
-    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+    def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
         return {"input_ids": list(text.encode())}
 
-    def decode(self, ids: Sequence[int] | Tensor, **_: Any) -> str:
+    def decode(self, ids: Sequence[int] | Tensor, **_: object) -> str:
         return bytes(int(i) for i in ids).decode(errors="replace")
 
 
-def _tiny(base: Path, seed: int) -> Any:
+def _tiny(base: Path, seed: int) -> PreTrainedModel:
     """A four-layer LLaMA on bytes, trained for seconds the first time; only for trying the demo itself."""
     from transformers import AutoModelForCausalLM
 
@@ -99,7 +102,7 @@ def _tiny(base: Path, seed: int) -> Any:
     return AutoModelForCausalLM.from_pretrained(base).eval()
 
 
-def _train_tiny(blocks: Tensor, seed: int) -> Any:
+def _train_tiny(blocks: Tensor, seed: int) -> PreTrainedModel:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)

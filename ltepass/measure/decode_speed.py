@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from torch import Tensor, nn
 
@@ -21,12 +21,15 @@ from ltepass.passes.lower.lower_modules import lower, unlower
 from ltepass.routed.sites import FFNSite, require_state, routers_of
 from ltepass.sparsity.thresholds import set_sparsity
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 How = Literal["eager", "compiled"]
 PROMPT_TOKENS = 64
 
 
 def bench_model(
-    model: Any,
+    model: PreTrainedModel,
     ids: Tensor,
     blocks: Tensor,
     *,
@@ -109,7 +112,7 @@ class _Setting:
     perplexity: float
 
 
-def _set(model: Any, sparsity: float | None, ids: Tensor, blocks: Tensor) -> _Setting:
+def _set(model: PreTrainedModel, sparsity: float | None, ids: Tensor, blocks: Tensor) -> _Setting:
     if sparsity is not None:
         set_sparsity(model, sparsity)
     thresholds = [router.threshold.clone() for router in routers_of(model)]
@@ -134,7 +137,29 @@ def router_share(model: nn.Module, sites: Sequence[FFNSite]) -> float:
     return sum(p.nbytes for p in routers) / sum(p.nbytes for p in ffn.values())
 
 
-def summary(times: Mapping[str, Sequence[float]], active: float, router: float) -> dict[str, Any]:
+class Spread(TypedDict):
+    """Quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+
+class Summary(TypedDict):
+    """By side: tokens_per_s, ms_per_token. The shares are active neurons, router bytes, and the FFNs' of dense time."""
+
+    tokens_per_s: dict[str, Spread]
+    ms_per_token: dict[str, float]
+    speedup: float
+    cap: float
+    share_of_cap: float
+    active_share: float
+    router_share: float
+    ffn_share_of_time: float
+    tokens_timed: int
+
+
+def summary(times: Mapping[str, Sequence[float]], active: float, router: float) -> Summary:
     """Medians and quartiles of tokens/s, the speed-up, and its share of the cap. times: sides dense, lowered, bare."""
     median = {name: statistics.median(values) for name, values in times.items()}
     ffn = median["dense"] - median["bare"]
@@ -153,6 +178,6 @@ def summary(times: Mapping[str, Sequence[float]], active: float, router: float) 
     }
 
 
-def _spread(seconds: Sequence[float]) -> dict[str, float]:
+def _spread(seconds: Sequence[float]) -> Spread:
     slow, middle, fast = sorted(1 / q for q in statistics.quantiles(seconds, n=4))
     return {"median": middle, "low": slow, "high": fast}

@@ -5,10 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class _Given:
@@ -28,7 +31,7 @@ class _Clock:
     def __init__(self) -> None:
         self.stamps: list[float] = []
 
-    def __call__(self, input_ids: Tensor, *_: Any, **__: Any) -> Tensor:
+    def __call__(self, input_ids: Tensor, *_: object, **__: object) -> Tensor:
         input_ids[0, -1].item()  # waits for the device
         self.stamps.append(time.perf_counter())
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
@@ -36,7 +39,7 @@ class _Clock:
 
 @torch.no_grad()
 def time_generate(
-    sides: Mapping[str, Any], prompt: Tensor, tokens: Tensor, *, rounds: int, warmup_rounds: int = 1
+    sides: Mapping[str, PreTrainedModel], prompt: Tensor, tokens: Tensor, *, rounds: int, warmup_rounds: int = 1
 ) -> dict[str, list[float]]:
     """Seconds of each decoded token, by side: `rounds` calls of `generate` each, in turns whose order rotates.
 
@@ -53,7 +56,7 @@ def time_generate(
     return times
 
 
-def _stamps(model: Any, prompt: Tensor, tokens: Tensor) -> list[float]:
+def _stamps(model: PreTrainedModel, prompt: Tensor, tokens: Tensor) -> list[float]:
     from transformers import LogitsProcessorList, StoppingCriteriaList
 
     clock = _Clock()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,7 +14,7 @@ def machine() -> str:
     return f"{cpu_name()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def facts() -> dict[str, Any]:
+def facts() -> dict[str, str | int | None]:
     """The same and more, by name."""
     return {
         "cpu": cpu_name(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,12 @@ from ltepass.routed.undo import verb
 from ltepass.routed.watching import record_logits
 from ltepass.sparsity.thresholds import set_sparsity
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 @torch.no_grad()
-def perplexity(model: Any, blocks: Tensor) -> float:
+def perplexity(model: PreTrainedModel, blocks: Tensor) -> float:
     """exp of the mean cross-entropy in nats over every next token, one block at a time, in the present mode.
 
     Arguments:
@@ -38,7 +41,7 @@ def perplexity(model: Any, blocks: Tensor) -> float:
 
 @verb
 @torch.no_grad()
-def sparsity_of_tail(model: Any, ids: Tensor, skip: int) -> float:
+def sparsity_of_tail(model: PreTrainedModel, ids: Tensor, skip: int) -> float:
     """Mean share of inactive neurons, over sites, for tokens skip.. of ids [T]; the model must be in hard mode.
 
     Raises NotTransformedError, LoweredError.
@@ -53,7 +56,9 @@ def sparsity_of_tail(model: Any, ids: Tensor, skip: int) -> float:
     return sum(shares) / len(shares)
 
 
-def sparsity_curve(model: Any, blocks: Tensor, sparsities: Iterable[float]) -> Iterator[tuple[float, float, float]]:
+def sparsity_curve(
+    model: PreTrainedModel, blocks: Tensor, sparsities: Iterable[float]
+) -> Iterator[tuple[float, float, float]]:
     """(asked for, perplexity, measured sparsity) of one checkpoint in hard mode at other points of its table.
 
     blocks: [n, T] int64. The thresholds stand where they stood afterwards. Raises CalibrationError without a table,

@@ -112,7 +112,7 @@ def append(path: Path, records: Iterable[Record]) -> None:
         writer.writerows(rows)
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from torch import Tensor, nn
 
 from ltepass.routed import padding
+from ltepass.routed.batches import Batch
 from ltepass.routed.router import Router
 from ltepass.routed.samples import Tally
 from ltepass.routed.sites import FFNSite, require_trained
@@ -16,7 +16,7 @@ from ltepass.routed.watching import mode_of, on_logits, require_seen, run_batche
 
 
 @verb
-def measure_sparsity(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
+def measure_sparsity(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
     """How sparse hard gates are, over all tokens of the batches, whatever the present mode.
 
     Arguments:
@@ -41,7 +41,7 @@ def measure_sparsity(model: nn.Module, batches: Iterable[Any]) -> dict[str, floa
 
 
 @verb
-def measure_union(model: nn.Module, batches: Iterable[Any], window: int = 2) -> dict[str, float]:
+def measure_union(model: nn.Module, batches: Iterable[Batch], window: int = 2) -> dict[str, float]:
     """Share of experts that no token of a window uses: what a batched kernel can skip.
 
     Arguments:

@@ -5,13 +5,23 @@ from __future__ import annotations
 import ast
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+
+class Tokenizer(Protocol):
+    """What is asked of transformers' tokenizers, and of others in their place."""
+
+    def __call__(
+        self, text: str, *, add_special_tokens: bool = ..., verbose: bool = ...
+    ) -> Mapping[str, list[int]]: ...
+
+    def decode(self, ids: Tensor, *, skip_special_tokens: bool = ...) -> str: ...
 
 
 def python_docs(held_out: float = 0.12, seed: int = 0) -> tuple[str, str]:
@@ -54,7 +64,7 @@ def _unseen_paragraphs(texts: list[str], seen: set[str]) -> str:
     return "\n\n".join(kept)
 
 
-def token_blocks(tokenizer: Any, text: str, length: int, limit: int | None = None) -> Tensor:
+def token_blocks(tokenizer: Tokenizer, text: str, length: int, limit: int | None = None) -> Tensor:
     """[n_blocks, length] int64: the text's tokens cut into whole blocks, at most `limit`; the rest is dropped."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     n_blocks = len(ids) // length

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ltepass.config import check_sparsity
 from ltepass.kernels.reference import mask
+from ltepass.routed.batches import Batch
 from ltepass.routed.router import Router
 from ltepass.routed.samples import Reservoir
 from ltepass.routed.sites import FFNSite, require_trained, router_of, routers_of
@@ -33,7 +34,7 @@ BUFFERS: dict[Setting, str] = {"hidden_sparsity": "cut", "input_sparsity": "inpu
 
 
 @verb
-def set_hidden_sparsity(model: nn.Module, share: float, batches: Iterable[Any]) -> None:
+def set_hidden_sparsity(model: nn.Module, share: float, batches: Iterable[Batch]) -> None:
     """Leave the smallest `share` of active experts' hidden units out of the down projection, in hard mode.
 
     Training in hard mode goes on under the cuts, `LTETrainer` places them again at the end of a stage, and they are
@@ -56,7 +57,7 @@ def set_hidden_sparsity(model: nn.Module, share: float, batches: Iterable[Any]) 
 
 
 @verb
-def set_input_sparsity(model: nn.Module, share: float, batches: Iterable[Any]) -> None:
+def set_input_sparsity(model: nn.Module, share: float, batches: Iterable[Batch]) -> None:
     """Leave the smallest `share` of each FFN's inputs out of its up and gate projections, in hard mode.
 
     For one token on a CPU an FFN of three matrices then reads (1 - 2 share / 3) of its active experts' bytes: lowering
@@ -78,7 +79,7 @@ def set_input_sparsity(model: nn.Module, share: float, batches: Iterable[Any]) -
     _set(model, "input_sparsity", share, batches)
 
 
-def _set(model: nn.Module, setting: Setting, share: float, batches: Iterable[Any]) -> None:
+def _set(model: nn.Module, setting: Setting, share: float, batches: Iterable[Batch]) -> None:
     check_sparsity(share, setting)
     state = require_trained(model, f"set_{setting}")
     state.config[setting] = share
@@ -95,7 +96,7 @@ def _set(model: nn.Module, setting: Setting, share: float, batches: Iterable[Any
         place_cuts(model, batches)
 
 
-def place_cuts(model: nn.Module, batches: Iterable[Any]) -> None:
+def place_cuts(model: nn.Module, batches: Iterable[Batch]) -> None:
     """Cuts at the configured shares' quantiles of what FFNs see and active experts give on `batches`.
 
     Two passes, the second with the cuts of the first: what an FFN leaves out changes what the next ones see. Does

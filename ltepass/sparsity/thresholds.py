@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from ltepass.config import check_sparsity
 from ltepass.errors import CalibrationError
 from ltepass.routed import padding
+from ltepass.routed.batches import Batch
 from ltepass.routed.router import N_QUANTILES, Router, logit
 from ltepass.routed.samples import Reservoir
 from ltepass.routed.sites import FFNSite, require_state, require_trained, router_of, routers_of
@@ -85,7 +85,7 @@ def interpolate(quantiles: Tensor, sparsity: float) -> Tensor:
     return torch.lerp(quantiles[low], quantiles[min(low + 1, N_QUANTILES - 1)], at - low)
 
 
-def update_table(model: nn.Module, batches: Iterable[Any]) -> None:
+def update_table(model: nn.Module, batches: Iterable[Batch]) -> None:
     """Fill every router's quantile table from its logits on these batches, seen through the model's present gates.
 
     A router that no token reached keeps its table; one that many reached gets it from TABLE_TOKENS of them.
