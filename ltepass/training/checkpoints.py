@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ STATE_FILE = "lte_state.json"
 APART_FILE = "lte_trained.safetensors"
 
 
-def mark_complete(folder: Path, state: dict[str, Any]) -> None:
+def mark_complete(folder: Path, state: Mapping[str, object]) -> None:
     """Written after everything else of a checkpoint, so that a folder without it was cut short."""
     scratch = folder / f"{STATE_FILE}.tmp"
     scratch.write_text(json.dumps(state))

@@ -49,7 +49,7 @@ class SparsityController:
         self.eta = min(self.ETA_MAX, max(self.ETA_MIN, math.exp(eta)))
         return self.eta
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, float | None]:
         return asdict(self)
 
     @staticmethod

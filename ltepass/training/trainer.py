@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import broadcast, broadcast_object_list
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, set_seed
 
 from ltepass.errors import TrainingError
-from ltepass.routed.batches import inputs_of
+from ltepass.routed.batches import Batch, inputs_of
 from ltepass.routed.padding import hooks_of, telling_tokens
 from ltepass.routed.sites import require_state, root_of, router_of, routers_of
 from ltepass.routed.soft_losses import kl_from
@@ -47,12 +47,20 @@ from ltepass.training.stages import (
     take_auxiliary,
 )
 
+if TYPE_CHECKING:
+    from transformers import Trainer as Behind  # what a mixin reads of the Trainer behind it
+    from transformers import TrainerState, TrainingArguments
+    from transformers.trainer_utils import TrainOutput
+    from transformers.utils import ModelOutput
+else:
+    Behind = object
+
 HELD_OUT = 8  # batches that a stage is settled on
 
 __all__ = ["LTESettings", "LTETrainer", "LTETrainerMixin"]
 
 
-class LTETrainerMixin:
+class LTETrainerMixin(Behind):  # type: ignore[misc]  # mypy does not read transformers
     """Adds the auxiliary loss, the controller and the stages to a Trainer. Paper section 4.3.
 
     `fit()` runs both stages. `train()` alone runs the stage of the routers' mode.
@@ -71,24 +79,12 @@ class LTETrainerMixin:
         0.5
     """
 
-    args: Any  # what the Trainer behind the mixin brings
-    accelerator: Any
-    state: Any
     model: nn.Module
-    eval_dataset: Any
-    model_accepts_loss_kwargs: bool
-    compute_loss_func: Any
-    add_callback: Any
-    save_model: Any
-    get_train_dataloader: Any
-    get_eval_dataloader: Any
-    model_init: Any
     _keeps_model = False
     _next_stage: Stage | None = None  # of `fit`; else the routers' mode says it
-    _prepare_inputs: Any
 
     def __init__(
-        self, *args: Any, lte: LTESettings | None = None, teacher: nn.Module | None = None, **kwargs: Any
+        self, *args: object, lte: LTESettings | None = None, teacher: nn.Module | None = None, **kwargs: object
     ) -> None:
         """teacher: of `LTESettings.distill`; None takes a copy of the model with every neuron active, as it is now."""
         super().__init__(*args, **kwargs)
@@ -115,12 +111,12 @@ class LTETrainerMixin:
         self.controller = SparsityController(target=self.target_sparsity, eta=self.lte.eta)
         self.teacher = _dense_teacher(self.lte_model, self._given_teacher) if self.lte.distill else None
 
-    def call_model_init(self, trial: Any = None) -> nn.Module:
+    def call_model_init(self, trial: object = None) -> nn.Module:
         """How Trainer gets a new model for every `train`; the one that is there, while it trains or `fit` runs."""
-        return self.model if self._keeps_model else super().call_model_init(trial)  # type: ignore[misc]
+        return self.model if self._keeps_model else super().call_model_init(trial)
 
     @contextmanager
-    def _one_model(self, trial: Any = None) -> Iterator[None]:
+    def _one_model(self, trial: object = None) -> Iterator[None]:
         """A new model, where `model_init` makes them, for all that trains inside."""
         outer = self._keeps_model
         if self.model_init is not None and not outer:
@@ -158,7 +154,7 @@ class LTETrainerMixin:
         finally:
             self.args.output_dir, self.args.max_steps, self._next_stage = base, steps, None
 
-    def finish_stage(self, batches: Iterable[Any] | None = None) -> dict[str, float]:
+    def finish_stage(self, batches: Iterable[Batch] | None = None) -> dict[str, float]:
         """Settle thresholds on `batches` (None: up to 8 of the evaluation set, else of the training set), and log.
 
         Of several evaluation sets in turn. Of several processes the first one's batches count, for all of them.
@@ -178,7 +174,7 @@ class LTETrainerMixin:
         self.log({f"lte_{stage}_stage_{k}": v for k, v in end.items()})
         return shares
 
-    def _held_out(self) -> list[Any]:
+    def _held_out(self) -> list[dict[str, Tensor]]:
         """What a stage is settled on: batches of the evaluation set, or of each in turn, else of the training set."""
         sets = self.eval_dataset
         names = list(sets) if isinstance(sets, dict) else [] if sets is None else [None]
@@ -186,7 +182,9 @@ class LTETrainerMixin:
         in_turn = (batch for row in zip_longest(*loaders) for batch in row if batch is not None)
         return [self._prepare_inputs(batch) for batch in islice(in_turn, max(HELD_OUT, len(loaders)))]
 
-    def train(self, resume_from_checkpoint: bool | str | None = None, trial: Any = None, **kwargs: Any) -> Any:
+    def train(
+        self, resume_from_checkpoint: bool | str | None = None, trial: object = None, **kwargs: object
+    ) -> TrainOutput | None:
         _refuse_reentrant(self.args)
         with (
             self._one_model(trial),
@@ -199,22 +197,22 @@ class LTETrainerMixin:
             if resume_from_checkpoint and is_finished(str(resume_from_checkpoint)):
                 self._load_from_checkpoint(str(resume_from_checkpoint))
                 return None
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, trial=trial, **kwargs)  # type: ignore[misc]
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, trial=trial, **kwargs)
 
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: dict[str, Tensor],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
-        **kwargs: Any,
-    ) -> Any:
+        **kwargs: object,
+    ) -> Tensor | tuple[Tensor, ModelOutput]:
         labels = inputs.get("labels")
         learns = model.training and torch.is_grad_enabled()
         if learns:
             clear_auxiliary(self.lte_model)
         wants_outputs = return_outputs or (learns and self.teacher is not None)
-        out = super().compute_loss(  # type: ignore[misc]
+        out = super().compute_loss(
             model, inputs, return_outputs=wants_outputs, num_items_in_batch=num_items_in_batch, **kwargs
         )
         loss, outputs = out if wants_outputs else (out, None)
@@ -227,7 +225,12 @@ class LTETrainerMixin:
         return (loss, outputs) if return_outputs else loss
 
     def _training_loss(
-        self, loss: Tensor, inputs: dict[str, Any], labels: Tensor | None, outputs: Any, items: Tensor | int | None
+        self,
+        loss: Tensor,
+        inputs: dict[str, Tensor],
+        labels: Tensor | None,
+        outputs: ModelOutput,
+        items: Tensor | int | None,
     ) -> Tensor:
         if labels is None or labels.dim() > 1:
             shifted = getattr(self, "_loss_shifts_labels", True) and shifts_labels(self.lte_model)
@@ -255,7 +258,9 @@ class LTETrainerMixin:
         share = self.controller.eta * aux.efficiency + self.lte.lam * aux.separability + self.lte.union * aux.union
         return self._per_item(share, aux.tokens, items)
 
-    def _distillation(self, inputs: dict[str, Any], outputs: Any, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _distillation(
+        self, inputs: dict[str, Tensor], outputs: ModelOutput, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """(sum of KL over the positions whose prediction counts, their number)."""
         assert self.teacher is not None
         self.teacher.to(self.args.device)
@@ -301,24 +306,24 @@ class LTETrainerMixin:
             hold(self.lte_model, shares, self.target_sparsity, budget=self.lte.budget)
             self._seen["hard_sparsity"] = shares.mean()
 
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+    def log(self, logs: dict[str, float], *args: object, **kwargs: object) -> None:
         """Adds eta, sparsities, losses and perplexity to every training log, so that all reporters get them."""
         if "loss" in logs:
             seen = {k: float(v) for k, v in self._seen.items()}
             if "task_loss" in seen:
                 seen["perplexity"] = math.exp(min(seen["task_loss"], 80.0))
             logs = {**logs, **{f"lte_{k}": v for k, v in seen.items()}}
-        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+        super().log(logs, *args, **kwargs)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
+        super()._save_checkpoint(model, trial)
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save and folder.is_dir():
             save_apart(self.model, self.lte_model, folder)
             mark_complete(folder, {"stage": self.stage, "controller": self.controller.state_dict()})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_apart(self.lte_model, Path(resume_from_checkpoint))
         file = Path(resume_from_checkpoint) / STATE_FILE
         if file.is_file():
@@ -357,14 +362,14 @@ class _Guard(TrainerCallback):  # type: ignore[misc]
     def __init__(self, trainer: LTETrainerMixin) -> None:
         self.trainer = trainer
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(self, *_: object, **__: object) -> None:
         grads = [p.grad for p in self.trainer.lte_model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(grads)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded gradients
         if not torch.isfinite(norm):
             self.trainer._stop("a gradient is not finite")
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, *_: object, **__: object) -> None:
         self.trainer.steer((state.global_step + 1) / max(1, state.max_steps))
 
 
@@ -381,7 +386,7 @@ def _dense_teacher(model: nn.Module, teacher: nn.Module | None) -> nn.Module:
     return teacher.eval().requires_grad_(False)
 
 
-def _refuse_reentrant(args: Any) -> None:
+def _refuse_reentrant(args: TrainingArguments) -> None:
     new, old = "activation_checkpointing", "gradient_checkpointing"  # transformers renames it, and mirrors it at first
     name = new if hasattr(args, new) else old
     kwargs = getattr(args, f"{name}_kwargs", None) or {}
