@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-GOAL = 150
-LIMIT = 211  # the count of the day
+LIMIT = 88  # the count of the day
 
 
 def library() -> Iterator[tuple[str, ast.Module]]:
@@ -27,7 +26,7 @@ def is_any(node: ast.AST | None) -> bool:
 
 def test_any_is_counted_and_does_not_grow() -> None:
     counts = Counter({name: sum(map(is_any, ast.walk(tree))) for name, tree in library()})
-    print(f"{counts.total()} times Any, to become at most {GOAL}; most in {counts.most_common(10)}")
+    print(f"{counts.total()} times Any; most in {counts.most_common(10)}")
     assert counts.total() <= LIMIT
 
 
