@@ -128,6 +128,7 @@ def bad(model: str) -> dict[str, tuple[str, Any]]:
         "model": ("", 3, None, [], "no/such-model"),
         "no_such_field": (1,),
     }
+    cases: dict[str, tuple[str, Any]]
     cases = {f"{k} {v!r}"[:60]: (CHAT, chat | {k: v}) for k, many in values.items() for v in many}
     cases |= {f"no {name}": (CHAT, without(chat, name)) for name in ("messages", "model")}
     cases |= {f"text, no {name}": (TEXT, without(text, name)) for name in ("prompt", "model")}
@@ -140,7 +141,8 @@ def bad(model: str) -> dict[str, tuple[str, Any]]:
         f"text streams, {k} {v!r}": (TEXT, text | {k: v, "stream": True})
         for k, v in (("temperature", -1), ("top_p", 7))
     }
-    cases |= {f"input {v!r}": (RESPONSES, response | {"input": v}) for v in ("", 3, [], [3], [{}], [{"role": "user"}])}
+    inputs: tuple[Any, ...] = ("", 3, [], [3], [{}], [{"role": "user"}])
+    cases |= {f"input {v!r}": (RESPONSES, response | {"input": v}) for v in inputs}
     cases |= {f"max_output_tokens {v!r}": (RESPONSES, response | {"max_output_tokens": v}) for v in (-1, "x", 10**9)}
     cases |= {
         f"streams, {k} {v!r}": (CHAT, chat | {k: v, "stream": True}) for k, v in (("temperature", -1), ("top_p", 7))

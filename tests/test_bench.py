@@ -17,9 +17,9 @@ from examples.bench.op_cases import CASES, TARGETS, Case
 from examples.bench.ways import Shape
 from examples.results.demo_table import with_table
 from ltepass.kernels import reference
-from ltepass.measure import timing
 from ltepass.measure.records import ModelRecord, OpRecord, append, read
 from ltepass.measure.timing import Timing, interleaved
+from tests.typed import prefixed
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = Shape(tokens=1, d_model=96, d_ff=256, group_size=8)
@@ -73,7 +73,7 @@ def test_every_contender_computes_what_it_claims(gated: bool) -> None:
     largest = h.abs() >= h.abs().flatten().sort(descending=True).values[round(0.4 * shape.d_ff / 2) - 1]
     same["small units cut"] = (ways.routed(shape, weights, 0.5, hidden=0.6), (h * largest) @ w.down.T)
     for name, (call, expected) in same.items():
-        torch.testing.assert_close(call(1), expected, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(call(1), expected, rtol=1e-4, atol=1e-5, msg=prefixed(name))
 
 
 @pytest.mark.slow
@@ -97,7 +97,7 @@ def test_turns_are_interleaved() -> None:
 
 def test_a_slow_contender_sits_out_and_its_first_turns_count(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     calls: list[str] = []
 
     def contender(name: str, seconds: float) -> Any:

@@ -22,6 +22,7 @@ from ltepass.errors import CheckpointError, SourceNameError
 from ltepass.passes.capture.owner_forward import trace_owner
 from ltepass.passes.insert.forwards import ForwardCode
 from ltepass.routed.sites import FFNSite, NeuronRows, Refusal, routers_of, state_of
+from tests.typed import lte_state
 from tests.watching import MARK, watch
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
@@ -100,11 +101,12 @@ def test_no_name_outside_the_rule_is_written_into_source(target: str) -> None:
 
 
 def test_names_of_every_kind_are_held_to_the_rule() -> None:
-    for op, kwargs in (("get_attr", {}), ("call_method", {}), ("call_function", {PAYLOADS[0]: 1})):
+    targets: dict[str, Any] = {"get_attr": PAYLOADS[0], "call_method": PAYLOADS[0], "call_function": torch.relu}
+    named: dict[str, Any] = {PAYLOADS[0]: 1}
+    for op, target in targets.items():
         graph = Graph()
         x = graph.placeholder("x")
-        target = {"get_attr": PAYLOADS[0], "call_method": PAYLOADS[0], "call_function": torch.relu}[op]
-        graph.output(graph.create_node(op, target, (x,), kwargs))
+        graph.output(graph.create_node(op, target, (x,), named if op == "call_function" else {}))
         with pytest.raises(SourceNameError):
             ForwardCode.of(graph)
     assert "up-proj" in ForwardCode.of(graph_with("blocks.0.up-proj")).source
@@ -126,10 +128,10 @@ class Odd(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.add_module('up"', nn.Linear(8, 16))
-        self.add_module("down", nn.Linear(16, 8))
+        self.down = nn.Linear(16, 8)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(torch.relu(getattr(self, 'up"')(x)))  # type: ignore[no-any-return]
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.down(torch.relu(getattr(self, 'up"')(x)))
 
 
 def test_an_owner_with_such_names_is_served_by_hooks() -> None:
@@ -138,7 +140,7 @@ def test_an_owner_with_such_names_is_served_by_hooks() -> None:
     x = torch.randn(2, 3, 8)
     want = model(x)
     ltepass.transform(model, (x,))
-    assert state_of(model).sites[0].kind == "inline"  # type: ignore[union-attr]
+    assert lte_state(model).sites[0].kind == "inline"
     assert torch.equal(model(x), want)
     with pytest.raises(CheckpointError, match="up is"):  # and is not saved: no checkpoint may name them
         ltepass.save(model, "never-written")
@@ -297,12 +299,12 @@ def test_the_base_model_can_do_all_that_the_whole_can(name: str, version: str, t
         assert torch.equal(hf.AutoModel.from_pretrained(tmp_path)(IDS).last_hidden_state, want)
         again = hf.AutoModelForCausalLM.from_pretrained(tmp_path)  # with the prefix again, and a new head
         assert torch.equal(again.base_model(IDS).last_hidden_state, want)
-    assert [site.down for site in state_of(again).sites] == [site.down for site in state_of(whole).sites]  # type: ignore[union-attr]
+    assert [site.down for site in lte_state(again).sites] == [site.down for site in lte_state(whole).sites]
 
 
 def test_another_head_keeps_the_gates() -> None:
     model = hf.AutoModelForSequenceClassification.from_pretrained(CHECKPOINTS / "v2/aligned", num_labels=3)
-    assert len(state_of(model).sites) == 2  # type: ignore[union-attr]
+    assert len(lte_state(model).sites) == 2
     whole = hf.AutoModelForCausalLM.from_pretrained(CHECKPOINTS / "v2/aligned")
     assert torch.equal(model.model(IDS).last_hidden_state, whole.model(IDS).last_hidden_state)
 
@@ -371,7 +373,7 @@ TENSORS = {
 def test_tensors_that_do_not_fit_the_list_are_refused(message: str, tmp_path: Path) -> None:
     copied("v2/aligned", tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    TENSORS[message](tensors)  # type: ignore[no-untyped-call]
+    TENSORS[message](tensors)
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=message):
         hf.AutoModelForCausalLM.from_pretrained(tmp_path)

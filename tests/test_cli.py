@@ -29,8 +29,8 @@ class Plain(nn.Module):
         super().__init__()
         self.up, self.down = nn.Linear(12, 36), nn.Linear(36, 12)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(torch.relu(self.up(x)))  # type: ignore[no-any-return]
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.down(torch.relu(self.up(x)))
 
 
 def plain() -> tuple[nn.Module, Any]:

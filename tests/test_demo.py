@@ -129,8 +129,8 @@ def test_bare_model_shares_weights_and_leaves_the_dense_one_alone() -> None:
     sites = ltepass.report(routed()).sites
     before = dense(torch.arange(9)[None]).logits
     bare = decode_speed.without_ffns(dense, sites)
-    assert isinstance(bare.model.layers[0].mlp, nn.Identity)
-    assert bare.lm_head.weight is dense.lm_head.weight
+    assert isinstance(bare.get_submodule("model.layers.0.mlp"), nn.Identity)
+    assert bare.get_parameter("lm_head.weight") is dense.lm_head.weight
     assert torch.equal(dense(torch.arange(9)[None]).logits, before)
     assert not torch.equal(bare(torch.arange(9)[None]).logits, before)
 

@@ -16,6 +16,7 @@ import ltepass
 from ltepass.errors import AlreadyTransformedError, CheckpointError, MetaWeightsError, NotTransformedError
 from ltepass.routed.sites import routers_of, state_of
 from ltepass.saving import plain_modules
+from tests.typed import lte_state
 from tests.watching import watch
 
 X = torch.linspace(-2.0, 2.0, 2 * 5 * 8).reshape(2, 5, 8)
@@ -26,8 +27,8 @@ class FFN(nn.Module):
         super().__init__()
         self.up, self.gate, self.down = nn.Linear(8, 20), nn.Linear(8, 20), nn.Linear(20, 8)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
 
 
 class Inline(nn.Module):
@@ -37,8 +38,8 @@ class Inline(nn.Module):
         super().__init__()
         self.fc1, self.fc2, self.norm = nn.Linear(8, 20), nn.Linear(20, 8), nn.LayerNorm(8)
 
-    def forward(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-        return self.norm(x + scale * self.fc2(torch.relu(self.fc1(x))))  # type: ignore[no-any-return]
+    def forward(self, x: torch.Tensor, scale: float = 1.0) -> Any:
+        return self.norm(x + scale * self.fc2(torch.relu(self.fc1(x))))
 
 
 class Blocks(nn.Module):
@@ -52,10 +53,10 @@ class Blocks(nn.Module):
             getattr(self.fourth, name).bias = getattr(self.third, name).bias
         self.register_buffer("shift", torch.zeros(8))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         x = self.second(x + self.first(x)) + self.shift
         x = x + self.third(x)
-        return x + self.fourth(x)  # type: ignore[no-any-return]
+        return x + self.fourth(x)
 
 
 def trained(**settings: Any) -> Blocks:
@@ -115,7 +116,7 @@ def test_a_graph_module_comes_back_too(tmp_path: Path) -> None:
     ffn = FFN().eval()
     model = ltepass.transform(symbolic_trace(ffn), (X,), config=ltepass.LTEConfig(group_size=5))
     ltepass.set_mode(model, "hard")
-    assert [s.kind for s in state_of(model).sites] == ["graph"]  # type: ignore[union-attr]
+    assert [s.kind for s in lte_state(model).sites] == ["graph"]
     ltepass.save(model, tmp_path)
     again = ltepass.load(symbolic_trace(FFN().eval()), tmp_path)
     assert torch.equal(again(X), model(X))
@@ -189,7 +190,8 @@ def test_an_interrupted_load_leaves_the_module_as_before(tmp_path: Path, monkeyp
             def to(self, *_: Any) -> None:
                 raise KeyboardInterrupt
 
-        take(model, {**tensors, "fourth.down.weight": Last(), "third.down.weight": Last()})
+        torn: dict[str, Any] = {**tensors, "fourth.down.weight": Last(), "third.down.weight": Last()}
+        take(model, torn)
 
     monkeypatch.setattr(plain_modules, "_fill", interrupted)
     with pytest.raises(KeyboardInterrupt):

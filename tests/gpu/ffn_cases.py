@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ltepass.kernels import reference
+from tests.kernels import routed_cases
 
 MARGIN = 1e-2  # logits keep this distance from the threshold, so that rounding x or the sum flips no decision
 
@@ -64,9 +65,7 @@ def make(case: Case, device: str = "cpu") -> tuple[Any, ...]:
 
 def hidden(args: tuple[Any, ...]) -> Tensor:
     """Hidden units in float64, [T, d_ff], 0 for those of inactive experts."""
-    wide = [a.double() if isinstance(a, Tensor) else a for a in args[:8]]
-    eye = torch.eye(args[4].shape[0], dtype=torch.float64, device=args[0].device)
-    return reference.routed_ffn(*wide, eye, None, args[10])
+    return routed_cases.hidden(routed_cases.doubled(args))
 
 
 def _cut(sizes: Tensor, share: float) -> Tensor:
@@ -115,8 +114,7 @@ def _logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def errors(y: Tensor, args: tuple[Any, ...]) -> tuple[float, float]:
     """-> relative distance to the float64 result, of y and of PyTorch's own dense-and-mask in the same dtype."""
-    wide = tuple(a.double() if isinstance(a, Tensor) else a for a in args)
-    true, own = reference.routed_ffn(*wide), reference.routed_ffn(*args).double()
+    true, own = reference.routed_ffn(*routed_cases.doubled(args)), reference.routed_ffn(*args).double()
     scale = true.norm().clamp_min(1e-30)
     assert y.shape == true.shape, (y.shape, true.shape)
     return float((y.double() - true).norm() / scale), float((own - true).norm() / scale)

@@ -16,6 +16,7 @@ from ltepass.kernels.gpu import tuning
 from ltepass.kernels.gpu.launch import routed_ffn, routed_ffn_with_mask
 from tests.gpu import ffn_cases
 from tests.gpu.ffn_cases import Case
+from tests.kernels.routed_cases import doubled
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -224,7 +225,7 @@ def test_a_nan_is_not_small(path: str) -> None:
 
 def test_float64_runs_the_definition_and_mixed_dtypes_are_refused() -> None:
     args = ffn_cases.make(Case(T=3))
-    wide = tuple(a.double() if isinstance(a, torch.Tensor) else a for a in args)
+    wide = doubled(args)
     assert torch.equal(routed_ffn(*wide), reference.routed_ffn(*wide))
     with pytest.raises(LTEError, match=r"x is torch\.float32 and the weights are torch\.float16; .* cast the model"):
         routed_ffn(*args[:4], *(a.half() if isinstance(a, torch.Tensor) else a for a in args[4:]))
@@ -233,16 +234,17 @@ def test_float64_runs_the_definition_and_mixed_dtypes_are_refused() -> None:
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[Case, float | None]:
     T, density = draw(st.sampled_from(list(PATHS.values())))
-    sizes = {
+    sizes: dict[str, Any] = {
         k: draw(st.integers(1, n)) for k, n in (("d_model", 70), ("group_size", 20), ("n_experts", 6), ("d_out", 70))
     }
     kinds = draw(st.sampled_from(list(itertools.product(reference.ACTIVATIONS, (True, False), (True, False)))))
-    more = {
+    more: dict[str, Any] = {
         "layout": draw(st.sampled_from(["rows", "fused", "neuron"])),
         "density": draw(st.sampled_from([0.0, 0.3, 1.0])),
         "cut": draw(st.sampled_from([None, 0.3, 0.8])),
     }
-    return Case(T=T, **sizes, **dict(zip(("activation", "gated", "bias"), kinds, strict=True)), **more), density
+    activation, gated, bias = kinds
+    return Case(T=T, activation=activation, gated=gated, bias=bias, **sizes, **more), density
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)

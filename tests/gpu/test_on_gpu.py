@@ -281,7 +281,8 @@ def test_inductor_launches_three_kernels_for_a_token() -> None:
 
     def model(*given: Tensor) -> Tensor:
         left = iter(given)
-        return OP(*[next(left) if isinstance(a, Tensor) else a for a in args])  # type: ignore[no-any-return]
+        out: Tensor = OP(*[next(left) if isinstance(a, Tensor) else a for a in args])
+        return out
 
     torch._dynamo.reset()
     with torch.no_grad():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -77,7 +77,7 @@ def compiled_graph(
 
     graphs: list[torch.fx.GraphModule] = []
 
-    def keep(gm: torch.fx.GraphModule, _: Any) -> torch.fx.GraphModule:
+    def keep(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> torch.fx.GraphModule:
         graphs.append(gm)
         return gm
 

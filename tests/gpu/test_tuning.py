@@ -13,6 +13,7 @@ import torch
 from ltepass.kernels.gpu import tuning
 from ltepass.passes.lower import backend
 from ltepass.routed.router import Router
+from tests.typed import present
 
 KERNELS = {row.kernel for row in tuning.table()}
 
@@ -94,7 +95,12 @@ def test_an_ffn_on_a_gpu_is_told_the_density_of_its_router(monkeypatch: pytest.M
     from ltepass.passes.lower import lower_modules
 
     seen: list[float | None] = []
-    monkeypatch.setattr(lower_modules, "routed_ffn", lambda x, *_: (seen.append(tuning.assumed_density()), x)[1])
+
+    def noted(x: Any, *_: Any) -> Any:
+        seen.append(tuning.assumed_density())
+        return x
+
+    monkeypatch.setattr(lower_modules, "routed_ffn", noted)
     router = Router(8, 24, 4)
     router.plan = lower_modules.Plan(
         activation="relu", d_ff=24, up=None, gate=None, up_bias=None, gate_bias=None, down_transposed=False
@@ -135,14 +141,19 @@ def test_a_model_tells_its_densities_and_the_backend_assumes_them(budget: Any, m
     ltepass.set_mode(model, "hard")
     for sparsity in (0.2, 0.7):
         ltepass.set_sparsity(model, sparsity)
-        told = [r.density for r in routers_of(model)]
+        told = [present(r.density) for r in routers_of(model)]
         measured = ltepass.measure_sparsity(model, [ids]).values()
         assert told == pytest.approx([1 - s for s in measured], abs=0.06)
         assert (abs(told[0] - told[1]) > 0.1) == (budget == "model")
 
     assumed: list[float | None] = []
     assume = tuning.assume_density
-    monkeypatch.setattr(backend.tuning, "assume_density", lambda d: (assumed.append(d), assume(d))[1])
+
+    def noted(density: float | None) -> Any:
+        assumed.append(density)
+        return assume(density)
+
+    monkeypatch.setattr(tuning, "assume_density", noted)
     torch._dynamo.reset()  # what other tests compiled of the same classes may split the model into more graphs
     with torch.no_grad():
         torch.compile(model, backend="lte")(ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +53,7 @@ def make(r: Recipe) -> tuple[Any, ...]:
         return torch.randn(*shape, generator=gen)
 
     def weight(rows: int, cols: int) -> Tensor:
-        return (random(rows, cols) / cols**0.5).to(r.dtype)
+        return (random(rows, cols) / math.sqrt(cols)).to(r.dtype)
 
     def bias(n: int) -> Tensor | None:
         return random(n).to(r.dtype) if r.bias else None
@@ -100,13 +101,18 @@ def doubled(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(a.double() if isinstance(a, Tensor) else a for a in args)
 
 
+def hidden(args: tuple[Any, ...]) -> Tensor:
+    """[..., d_ff]: every hidden unit, 0 for those of inactive experts, whatever is cut."""
+    call, down = list(args[:11]), args[8]
+    call[8:10] = torch.eye(down.shape[1], dtype=down.dtype, device=down.device), None
+    return reference.routed_ffn(*call)
+
+
 def size_of_terms(args: tuple[Any, ...]) -> Tensor:
     """[]: the largest sum |h_j down_ij| + |bias_i| of an output: what rounding is relative to, whatever cancels."""
     named = dict(zip(ARGUMENTS, args, strict=False))
     down, bias = named["down"], named["down_bias"]
-    one_to_one = torch.eye(down.shape[1], dtype=down.dtype)
-    hidden = reference.routed_ffn(*args[:8], one_to_one, None, args[10])
-    terms = hidden.abs() @ down.abs().T + (0 if bias is None else bias.abs())
+    terms: Tensor = hidden(args).abs() @ down.abs().T + (0 if bias is None else bias.abs())
     return terms.max().clamp_min(1e-30)
 
 

@@ -109,7 +109,7 @@ def test_gradients_by_name(recipe: Recipe, share: float) -> None:
     grad = torch.randn(recipe.T, recipe.d_out, generator=torch.Generator().manual_seed(recipe.seed))
     found = []
     for ffn in (op, reference.routed_ffn):
-        leaves = [a.detach().requires_grad_() if isinstance(a, Tensor) else a for a in args[:11]]
+        leaves: list[Any] = [a.detach().requires_grad_() if isinstance(a, Tensor) else a for a in args[:11]]
         (ffn(*leaves, *args[11:]) * grad).sum().backward()
         found.append(leaves)
     small = args[0].abs() <= args[12]

@@ -19,7 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import ltepass.kernels.routed_ffn
 from ltepass.errors import LTEError
 from ltepass.kernels import backward, reference
-from tests.kernels.routed_cases import ARGUMENTS, LAYOUTS, Recipe, make
+from tests.kernels.routed_cases import ARGUMENTS, LAYOUTS, Recipe, doubled, make
+from tests.typed import prefixed
 
 op = torch.ops.ltepass.routed_ffn
 FROZEN = ("router_weight", "router_bias", "threshold")
@@ -52,12 +53,16 @@ def test_opcheck_of_the_op_without_an_autograd_rule() -> None:
 
 def test_which_op_a_lowered_module_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """The one without an autograd rule where nothing can ask for a gradient or looks on; the bits are the same."""
-    args, seen = make(Recipe(T=2)), []
+    args = make(Recipe(T=2))
+    seen: list[str] = []
     for name in ("_routed_ffn", "_routed_ffn_no_grad"):
         call = getattr(ltepass.kernels.routed_ffn, name)
-        monkeypatch.setattr(
-            ltepass.kernels.routed_ffn, name, lambda *a, n=name, call=call: (seen.append(n), call(*a))[1]
-        )
+
+        def noted(*args: Any, name: str = name, call: Any = call) -> Any:
+            seen.append(name)
+            return call(*args)
+
+        monkeypatch.setattr(ltepass.kernels.routed_ffn, name, noted)
 
     def called() -> list[str]:
         seen.clear()
@@ -76,7 +81,8 @@ def test_which_op_a_lowered_module_calls(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("trace", [make_fx, torch.fx.symbolic_trace, None])
 def test_graphs_hold_the_public_op(trace: Any) -> None:
-    args, targets = make(Recipe(T=2)), []
+    args = make(Recipe(T=2))
+    targets: list[Any] = []
 
     def ours(gm: torch.fx.GraphModule, _: Any = None) -> torch.fx.GraphModule:
         targets.extend(n.target for n in gm.graph.nodes if n.op == "call_function" and "ltepass" in str(n.target))
@@ -128,9 +134,7 @@ def test_gradients_by_name(recipe: Recipe) -> None:
             continue
         assert a.grad is not None, name
         scale = b.grad.abs().max().clamp_min(1e-6) if b.grad.numel() else 1.0
-        torch.testing.assert_close(
-            a.grad / scale, b.grad / scale, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(a.grad / scale, b.grad / scale, rtol=0, atol=tolerance, msg=prefixed(name))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -144,13 +148,15 @@ def test_active_pairs_alone_give_the_same_gradients(dtype: torch.dtype, gated: b
         x, *router, up, up_bias, gate, gate_bias, down, _, activation = args
         grad = torch.randn(23, 31, generator=torch.Generator().manual_seed(recipe.seed)).to(dtype)
         active = reference.mask(x, *router)
-        rest = (x, active, up, up_bias, gate, gate_bias, down)
-        wide = tuple(t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in (grad, *rest))
+        plain: list[Any] = [grad, x, active, up, up_bias, gate, gate_bias, down, activation, needs]
+        wide: list[Any] = [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in plain]
+            t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in plain
+        )
         ours, stock, exact = (
-            form(*tensors, activation, needs)
-            for form, tensors in (
-                (backward.per_expert, (grad, *rest)),
-                (backward.masked_dense, (grad, *rest)),
+            form(*given)
+            for form, given in (
+                (backward.per_expert, plain),
+                (backward.masked_dense, plain),
                 (backward.masked_dense, wide),
             )
         )
@@ -315,7 +321,7 @@ def test_fake_and_meta_have_the_real_shapes() -> None:
 
 
 def test_float64_takes_the_plain_path() -> None:
-    args = tuple(a.double() if isinstance(a, Tensor) else a for a in make(Recipe()))
+    args = doubled(make(Recipe()))
     assert torch.equal(op(*args), reference.routed_ffn(*args))
 
 

@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 
 import ltepass
 from ltepass.routed.sites import routers_of
-from tests.models.zoo import Graphs, ids, logits, transformed
+from tests.models.zoo import Graphs, generate, ids, logits, transformed
 
 LAYERS, NEW = 12, 3
 LENGTHS, BATCHES = (3, 5, 8, 13, 21), (1, 2, 4)
@@ -25,11 +25,11 @@ MOST_GRAPHS = 6  # prompts and single tokens, one sequence or more; the cache be
 
 
 @pytest.fixture(autouse=True)
-def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter]:
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     """How often compiled graphs ran, and the ops in them."""
-    seen: Counter = Counter()
+    seen: Counter[str] = Counter()
 
-    def stand_in(gm: torch.fx.GraphModule, inputs: list, config_patches: dict) -> Callable:
+    def stand_in(gm: torch.fx.GraphModule, inputs: list[Any], config_patches: dict[str, Any]) -> Callable[..., Any]:
         ops = sum(n.target is torch.ops.ltepass.routed_ffn.default for n in gm.graph.nodes)
 
         def run(*args: Any) -> Any:
@@ -52,19 +52,15 @@ def graphs() -> Iterator[Graphs]:
         yield graphs
 
 
-def generate(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return model.generate(x, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0)
-
-
 @pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.slow), "opt"])
-def test_graph_breaks_recompiles_and_op_calls(name: str, calls: Counter, graphs: Graphs) -> None:
+def test_graph_breaks_recompiles_and_op_calls(name: str, calls: Counter[str], graphs: Graphs) -> None:
     model = transformed(name, layers=LAYERS)
     prompts = [ids(batch, length) for length in LENGTHS for batch in BATCHES]
-    expected = [generate(model, x) for x in prompts]
+    expected = [generate(model, x, NEW) for x in prompts]
     ltepass.lower(model, scope="model")
     for x, tokens in zip(prompts, expected, strict=True):
         calls.clear()
-        assert torch.equal(generate(model, x), tokens)
+        assert torch.equal(generate(model, x, NEW), tokens)
         assert calls == {"graphs": NEW, "ops": LAYERS * NEW, "below_autograd": NEW}, tuple(x.shape)
     assert dict(counters["graph_break"]) == {}
     assert set(graphs.seen) == {(LAYERS, LAYERS)}
@@ -73,14 +69,19 @@ def test_graph_breaks_recompiles_and_op_calls(name: str, calls: Counter, graphs:
     print(f"{name}: {len(prompts)} prompts, {compiled} graphs, 0 breaks, {LAYERS} op calls a step")
     assert compiled <= MOST_GRAPHS
     for x in prompts[::4]:
-        generate(model, x)
+        generate(model, x, NEW)
     assert len(graphs.seen) == compiled, "a prompt seen before compiles nothing"
 
 
 def test_a_step_makes_no_tensor_of_any_number(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[float] = []
     as_tensor = torch._as_tensor_fullprec
-    monkeypatch.setattr(torch, "_as_tensor_fullprec", lambda number: (made.append(number), as_tensor(number))[1])
+
+    def counted(number: float) -> Any:
+        made.append(number)
+        return as_tensor(number)
+
+    monkeypatch.setattr(torch, "_as_tensor_fullprec", counted)
     model, x = transformed("llama"), ids(2, 5)
     expected = logits(model, x)
     compiled = torch.compile(model, backend="lte", dynamic=True)
@@ -92,7 +93,7 @@ def test_a_step_makes_no_tensor_of_any_number(monkeypatch: pytest.MonkeyPatch) -
     assert made == []
 
 
-def test_autograd_is_passed_by_only_where_nothing_asks_for_a_gradient(calls: Counter) -> None:
+def test_autograd_is_passed_by_only_where_nothing_asks_for_a_gradient(calls: Counter[str]) -> None:
     model, x = transformed("llama").requires_grad_(False), ids(2, 5)
     ltepass.lower(model, scope="model")
     logits(model, x)
@@ -118,17 +119,18 @@ class _Scaled(nn.Module):
 
     factor = 1.0
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.relu(x) * self.factor
 
 
 def test_a_number_that_made_an_activation_known_is_guarded(graphs: Graphs) -> None:
-    model, x = nn.Sequential(nn.Linear(8, 24), _Scaled(), nn.Linear(24, 8)).eval(), torch.randn(2, 3, 8)
+    scaled, x = _Scaled(), torch.randn(2, 3, 8)
+    model = nn.Sequential(nn.Linear(8, 24), scaled, nn.Linear(24, 8)).eval()
     ltepass.transform(model, x, ltepass.LTEConfig(group_size=4))
     ltepass.set_mode(model, "hard")
     compiled = torch.compile(model, backend="lte", fullgraph=True, dynamic=True)
     for factor, count in ((1.0, 1), (1.0, 1), (3.5, 2), (1.0, 2)):
-        model[1].factor = factor
+        scaled.factor = factor
         torch.testing.assert_close(logits(compiled, x), logits(model, x))
         assert len(graphs.seen) == count
     assert graphs.seen == [(1, 1), (1, 0)]
@@ -142,7 +144,7 @@ class _Two(nn.Module):
         self.known = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 8))
         self.unknown = nn.Sequential(nn.Linear(8, 24), nn.Mish(), nn.Linear(24, 8))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> Any:
         x = x + self.known(x)
         return x + self.unknown(x)
 
@@ -169,7 +171,7 @@ class _Wide(nn.Module):
         super().__init__()
         self.two, self.up, self.down = _Two(), nn.Linear(8, 24), nn.Linear(24, 8)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> Any:
         return self.two(x) + self.down(torch.relu(self.up(x).double()).float())
 
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from torch import nn
 
 import ltepass
-from tests.models.zoo import Graphs, build, ids, logits, transformed
+from tests.models.zoo import Graphs, build, generate, ids, logits, transformed
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +71,7 @@ class _Broken(nn.Module):
         self.embed, self.ffn = nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 8))
         self.mix, self.head = nn.Linear(8, 8), nn.Linear(8, 5)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> Any:
         x = self.mix(self.embed(x))
         torch._dynamo.graph_break()
         x = x + self.ffn(x)
@@ -95,7 +96,7 @@ def test_floats_are_constants_only_while_the_lowered_model_is_traced(monkeypatch
     traced: list[bool] = []
     ran: list[bool] = []
 
-    def compile_fx(gm: torch.fx.GraphModule, inputs: list, config_patches: dict | None = None) -> Any:
+    def compile_fx(gm: torch.fx.GraphModule, inputs: list[Any], config_patches: dict[str, Any] | None = None) -> Any:
         traced.append(config.specialize_float)
 
         def run(*args: Any) -> Any:
@@ -112,17 +113,13 @@ def test_floats_are_constants_only_while_the_lowered_model_is_traced(monkeypatch
     assert ran == [False, False]
 
 
-def generate(model: nn.Module, **how: Any) -> torch.Tensor:
-    return model.generate(ids(1, 5), max_new_tokens=4, do_sample=False, pad_token_id=0, **how)
-
-
-def caches_of(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def caches_of(model: hf.PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The class of the cache of every `generate` from now on."""
     made: list[str] = []
     cls = type(model)
     prepare = cls._prepare_cache_for_generation
 
-    def recorded(self: nn.Module, config: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def recorded(self: hf.PreTrainedModel, config: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         out = prepare(self, config, inputs, *args, **kwargs)
         made.append(type(inputs.get("past_key_values")).__name__)
         return out
@@ -132,11 +129,10 @@ def caches_of(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_scope_model_leaves_the_users_generation_config_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers import DynamicCache
-
-    model, draft = transformed("llama"), build("llama", layers=1)
+    model: hf.PreTrainedModel = transformed("llama")
+    draft: hf.PreTrainedModel = build("llama", layers=1)
     model.generation_config.eos_token_id = draft.generation_config.eos_token_id = None
-    expected, before = generate(model), model.generation_config.to_dict()
+    expected, before = generate(model, ids(1, 5), 4), model.generation_config.to_dict()
     made = caches_of(model, monkeypatch)
     ltepass.lower(model, scope="model")
     assert model.generation_config.to_dict() == before
@@ -146,18 +142,18 @@ def test_scope_model_leaves_the_users_generation_config_alone(tmp_path: Path, mo
         ({}, "StaticCache"),
         ({"num_beams": 2}, "StaticCache"),
         ({"cache_implementation": "dynamic"}, "DynamicCache"),
-        ({"past_key_values": DynamicCache(config=model.config)}, "DynamicCache"),
+        ({"past_key_values": hf.DynamicCache(config=model.config)}, "DynamicCache"),
         ({"use_cache": False}, "NoneType"),
         ({"prompt_lookup_num_tokens": 2}, "DynamicCache"),
         ({"assistant_model": draft}, "DynamicCache"),
     ]
     for how, cache in ways:
         made.clear()
-        tokens = generate(model, **how)
+        tokens = generate(model, ids(1, 5), 4, **how)
         assert cache in made, how
         assert how == {"num_beams": 2} or torch.equal(tokens, expected), how
     ltepass.unlower(model)
     made.clear()
-    assert torch.equal(generate(model), expected)
+    assert torch.equal(generate(model, ids(1, 5), 4), expected)
     assert made == ["DynamicCache"]
     assert "_prepare_cache_for_generation" not in model.__dict__

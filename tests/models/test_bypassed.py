@@ -17,6 +17,7 @@ import ltepass
 from ltepass.errors import LoweredError, LoweringError, ShardedError
 from ltepass.routed.sites import router_of
 from tests.models.zoo import GRAPHS, CountOp, ids, logits, transformed
+from tests.typed import lte_state
 
 
 class Scaled(torch.Tensor):
@@ -30,7 +31,9 @@ class Scaled(torch.Tensor):
         self.halves = halves
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # as torch calls it
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         unwrap = torch.utils._pytree.tree_map_only(cls, lambda t: t.halves * 2, (args, kwargs or {}))
         if func is torch.ops.aten.detach.default:
             return cls(args[0].halves)
@@ -38,8 +41,10 @@ class Scaled(torch.Tensor):
 
 
 def linear(model: nn.Module, part: str = "up") -> nn.Linear:
-    site = model._lte.sites[0]
-    return model.get_submodule(getattr(site, part))
+    site = lte_state(model).sites[0]
+    found = model.get_submodule(getattr(site, part))
+    assert isinstance(found, nn.Linear)
+    return found
 
 
 def steering(model: nn.Module) -> None:
@@ -63,13 +68,13 @@ def backward(model: nn.Module) -> None:
 
 
 def on_the_activation(model: nn.Module) -> None:
-    owner = model.get_submodule(model._lte.sites[0].owner)
+    owner = model.get_submodule(lte_state(model).sites[0].owner)
     act = next(m for n, m in owner.named_modules() if n.split(".")[-1] in ("act_fn", "activation_fn", "act"))
     act.register_forward_hook(lambda m, args, out: out * 2)
 
 
 def on_the_router(model: nn.Module) -> None:
-    model.get_submodule(model._lte.sites[0].router).register_forward_hook(lambda m, args, out: None)
+    model.get_submodule(lte_state(model).sites[0].router).register_forward_hook(lambda m, args, out: None)
 
 
 def parametrized(model: nn.Module) -> None:
@@ -83,7 +88,7 @@ def pruned(model: nn.Module) -> None:
 
 def patched(model: nn.Module) -> None:
     module = linear(model)
-    module.forward = lambda x: nn.functional.linear(x * 2, module.weight, module.bias)
+    vars(module)["forward"] = lambda x: nn.functional.linear(x * 2, module.weight, module.bias)
 
 
 def subclassed_weight(model: nn.Module) -> None:
@@ -109,7 +114,7 @@ def test_before_lowering_it_is_a_note_and_the_site_stays_exact(name: str, change
     expected = logits(model)
     ltepass.lower(model)
     (note,) = ltepass.report(model).notes
-    assert note.startswith(f"{model._lte.sites[0].name}: kept masked-dense: ")
+    assert note.startswith(f"{lte_state(model).sites[0].name}: kept masked-dense: ")
     with CountOp() as count:
         assert torch.allclose(logits(model), expected, atol=1e-5)
     assert count.calls == 1
@@ -127,20 +132,21 @@ def test_after_lowering_the_next_forward_raises(name: str, change: str) -> None:
 @pytest.mark.parametrize("name", [n for n in GRAPHS if n != "own"])
 def test_a_hook_on_a_linear_that_a_graph_calls(name: str) -> None:
     model = transformed(name)
+    assert isinstance(model, torch.fx.GraphModule)
     called = [
-        s for s in model._lte.sites if s.up in {str(n.target) for n in model.graph.nodes if n.op == "call_module"}
+        s for s in lte_state(model).sites if s.up in {str(n.target) for n in model.graph.nodes if n.op == "call_module"}
     ]
     if not called:
         pytest.skip("this dialect's graphs hold the products themselves")
     hook = model.get_submodule(called[0].down).register_forward_hook(lambda m, args, out: out + 1.0)
     expected = logits(model)
     ltepass.lower(model)
-    assert any("carries a hook" in note for note in model._lte.notes)
+    assert any("carries a hook" in note for note in lte_state(model).notes)
     assert torch.allclose(logits(model), expected, atol=1e-5)
     ltepass.unlower(model)
     hook.remove()
     ltepass.lower(model)
-    assert model._lte.notes == []
+    assert lte_state(model).notes == []
     model.get_submodule(called[0].down).register_forward_hook(lambda m, args, out: out + 1.0)
     with pytest.raises(LoweredError, match="unlower"):
         logits(model)
@@ -160,7 +166,7 @@ def test_hooks_that_are_taken_away_again_leave_nothing() -> None:
 def test_a_share_of_the_hidden_units_is_refused_by_name(name: str) -> None:
     """As tensor parallelism hands them: a half of the rows of up and gate, of the columns of down."""
     model = transformed(name)
-    site = model._lte.sites[0]
+    site = lte_state(model).sites[0]
     for rows in {r for r in site.neurons}:
         module, _, attribute = rows.param.rpartition(".")
         whole = model.get_parameter(rows.param)
@@ -169,12 +175,12 @@ def test_a_share_of_the_hidden_units_is_refused_by_name(name: str) -> None:
     with pytest.raises(ShardedError, match="tp_plan"):
         logits(model)
     ltepass.lower(model)
-    assert any("split over devices" in note for note in model._lte.notes)
+    assert any("split over devices" in note for note in lte_state(model).notes)
 
 
 def test_nothing_at_all_to_lower_names_the_hook() -> None:
     model = transformed("llama")
-    for site in model._lte.sites:
+    for site in lte_state(model).sites:
         model.get_submodule(site.down).register_forward_hook(lambda m, args, out: out)
     with pytest.raises(LoweringError, match="carries a hook"):
         ltepass.lower(model)
@@ -188,7 +194,7 @@ def look(seen: list[float]) -> Callable[..., None]:
     return lambda m, args, out=None: seen.append(float((args[0] if out is None else out).abs().sum()))
 
 
-def bert() -> nn.Module:
+def bert() -> hf.BertModel:
     """Its linears lie in two modules, which the layer that owns the FFN calls: one hands on what the other takes."""
     sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 60}
     torch.manual_seed(0)
@@ -203,15 +209,15 @@ def bert() -> nn.Module:
 def test_what_holds_a_linear_hands_on_no_zeros_that_a_hook_would_see(path: str, kind: str) -> None:
     seen: list[float] = []
     model = bert()
-    getattr(model.encoder.layer[0].get_submodule(path), kind)(look(seen))
+    getattr(model.get_submodule(f"encoder.layer.0.{path}"), kind)(look(seen))
     logits(model)
     ltepass.lower(model)
     logits(model)
     assert seen[0] > 0
     assert seen[1] == pytest.approx(seen[0])
-    assert [f"{path} carries a hook" in note for note in model._lte.notes] == [True]
+    assert [f"{path} carries a hook" in note for note in lte_state(model).notes] == [True]
     model = ltepass.lower(bert())
-    getattr(model.encoder.layer[0].get_submodule(path), kind)(look(seen))
+    getattr(model.get_submodule(f"encoder.layer.0.{path}"), kind)(look(seen))
     with pytest.raises(LoweredError, match="carries a hook"):
         logits(model)
 
@@ -223,7 +229,7 @@ class Twice(nn.Module):
         super().__init__()
         self.inner = nn.ReLU()
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Any:
         return self.inner(x)
 
 
@@ -232,12 +238,12 @@ class Block(nn.Module):
         super().__init__()
         self.up, self.act, self.down = nn.Linear(8, 24), Twice(), nn.Linear(24, 8)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Any:
         return self.down(self.act(self.up(x)))
 
 
 class Inline(Block):
-    def forward(self, x, scale=None):
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Any:
         if scale is not None:
             x = x * scale
         return super().forward(x)
@@ -266,7 +272,7 @@ def test_a_hook_below_an_activation_that_does_not_run(kind: Callable[[], nn.Modu
                 ltepass.lower(model)
         else:
             ltepass.lower(model)
-            assert [f"{path} carries a hook" in note for note in model._lte.notes] == [True]
+            assert [f"{path} carries a hook" in note for note in lte_state(model).notes] == [True]
         assert torch.allclose(logits(model, x), expected, atol=1e-6)
 
 
@@ -285,7 +291,7 @@ def test_a_hook_for_all_modules(name: str, eager: None) -> None:
         with pytest.raises(LoweringError, match="for all modules"):
             ltepass.lower(model)
     ltepass.lower(model)
-    assert model._lte.notes == []
+    assert lte_state(model).notes == []
     with contextlib.closing(Removed(register_module_forward_hook(every_linear))), pytest.raises(LoweredError):
         logits(model)
     assert torch.allclose(logits(model), expected, atol=1e-5)
@@ -314,7 +320,7 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_hook_that_is_added_to_a_compiled_model_runs_and_is_gone_again(name: str, kind: str, eager: None) -> None:
     model = ltepass.lower(transformed(name), scope="model")
     expected = [logits(model) for _ in range(3)][-1]  # Dynamo remembers what it has found unchanged
-    site = model._lte.sites[0]
+    site = lte_state(model).sites[0]
     for path in (site.up, site.down, site.owner, site.router, "lm_head", ""):
         calls: list[int] = []
         hook = getattr(model.get_submodule(path), kind)(lambda m, args, out=None, calls=calls: calls.append(1))
@@ -348,7 +354,7 @@ def test_dynamo_sees_hooks_itself() -> None:
     ltepass.lower(model, scope="model")
     assert torch.allclose(logits(model), expected, atol=1e-5)
     assert len(seen) == 1
-    assert router_of(model, model._lte.sites[0]).mode == "hard"
+    assert router_of(model, lte_state(model).sites[0]).mode == "hard"
     ltepass.unlower(model)
     assert torch.allclose(logits(model), expected, atol=1e-5)
     assert ids().shape == (2, 9)

@@ -16,7 +16,8 @@ from torch import nn
 
 import ltepass
 from ltepass.routed.sites import routers_of
-from tests.models.zoo import ALL, build, ids, logits, transformed
+from tests.models.zoo import ALL, build, ids, layers, logits, mlp, transformed
+from tests.typed import lte_state
 
 COPIES: dict[str, Callable[[Any], Any]] = {
     "deepcopy": copy.deepcopy,
@@ -66,18 +67,18 @@ def test_a_copy_of_a_compiled_model_runs_its_own_weights(name: str, how: str, ea
     torch.testing.assert_close(logits(ltepass.lower(twin, scope="model")), changed)
     ltepass.unlower(twin)
     assert {n: p.stride() for n, p in twin.named_parameters()} == strides
-    assert model._lte.lowered == "model"
+    assert lte_state(model).lowered == "model"
 
 
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_a_copy_of_a_block_that_was_compiled_runs_its_own_weights(name: str) -> None:
     model = transformed(name)
-    owner = model.get_submodule(model._lte.sites[0].owner)
+    owner = model.get_submodule(lte_state(model).sites[0].owner)
     owner.compile(backend=lambda gm, inputs: gm.forward)
     twin = copy.deepcopy(model)
-    assert twin.get_submodule(model._lte.sites[0].owner)._compiled_call_impl is None
+    assert twin.get_submodule(lte_state(model).sites[0].owner)._compiled_call_impl is None
     with torch.no_grad():
-        twin.get_submodule(model._lte.sites[0].down).weight.zero_()
+        twin.get_parameter(f"{lte_state(model).sites[0].down}.weight").zero_()
     assert not torch.equal(logits(twin), logits(model))
 
 
@@ -86,7 +87,7 @@ def test_a_lowered_copy_is_lowered_and_its_own() -> None:
     twin = copy.deepcopy(model)
     expected = logits(model)
     with torch.no_grad():
-        twin.model.layers[0].mlp.down_proj.weight.zero_()
+        mlp(twin, 0).get_parameter("down_proj.weight").zero_()
     assert not torch.equal(logits(twin), expected)
     assert torch.equal(logits(model), expected)
     assert {p.stride() for p in ltepass.unlower(twin).parameters()} == {p.stride() for p in build("llama").parameters()}
@@ -122,11 +123,11 @@ class _Strange(nn.Module):
         super().__init__()
         self.a = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 8))
         self.b = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 8))
-        self.a[0].weight.data = self.a[0].weight.data.t().contiguous().t()
-        self.a[2].weight.data = torch.randn(16, 24)[::2]
+        up, down = self.a.get_parameter("0.weight"), self.a.get_parameter("2.weight")
+        up.data, down.data = up.data.t().contiguous().t(), torch.randn(16, 24)[::2]
         self.again = self.a
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> Any:
         x = x + self.a(x)
         return x + self.b(x)
 
@@ -139,7 +140,7 @@ def test_unlower_gives_back_the_strides_and_the_parameters_that_were() -> None:
     before = {n: (p, p.stride(), p.detach().clone()) for n, p in model.named_parameters(remove_duplicate=False)}
     assert before["a.2.weight"][1] == (48, 1)
     ltepass.lower(model)
-    assert model.a[2].weight.stride() == (1, 8)
+    assert model.get_parameter("a.2.weight").stride() == (1, 8)
     ltepass.unlower(model)
     for n, p in model.named_parameters(remove_duplicate=False):
         was, stride, value = before[n]
@@ -156,7 +157,7 @@ def test_unlower_leaves_a_weight_that_was_replaced_meanwhile_as_it_lies() -> Non
     model.load_state_dict(state, assign=True)
     ltepass.unlower(model)
     assert all(p.is_contiguous() for p in model.parameters())
-    assert model._lte.strides == {}
+    assert lte_state(model).strides == {}
 
 
 def test_an_exported_program_loads_after_import_ltepass_alone(tmp_path: Path) -> None:
@@ -214,6 +215,7 @@ def test_a_deep_copy_of_a_graph_is_transformed_and_its_own(name: str, lowered: b
 @pytest.mark.parametrize("name", TRACED)
 def test_what_torch_keeps_for_a_user_stays_when_the_state_goes(name: str) -> None:
     model = build(name)
+    assert isinstance(model, torch.fx.GraphModule)
     model.meta["_user_preserved_attributes"] = {"theirs": 7}
     before = {**model.meta}
     ltepass.transform(model, ids(), ltepass.LTEConfig(group_size=4, grouping="identity"))
@@ -247,4 +249,4 @@ def test_a_shallow_copy_of_a_graph_is_refused_by_name(name: str) -> None:
 def test_a_part_of_a_transformed_model_is_refused_by_name() -> None:
     model = transformed("llama")
     with pytest.raises(ltepass.errors.NotTransformedError, match="no part of it"):
-        ltepass.set_mode(model.model.layers, "dense")
+        ltepass.set_mode(layers(model), "dense")

@@ -3,39 +3,43 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 
 import ltepass
 from ltepass.errors import CalibrationError, ConfigError, LoweredError, NotTransformedError
+from ltepass.routed.router import Router
 from ltepass.routed.sites import router_of
-from ltepass.sparsity.cuts import BUFFERS
+from ltepass.sparsity.cuts import BUFFERS, Setting
 from tests.models.zoo import ALL, CountOp, build, ids, logits, transformed
+from tests.typed import lte_state, present
 
 SETTERS = {"hidden_sparsity": ltepass.set_hidden_sparsity, "input_sparsity": ltepass.set_input_sparsity}
 both = pytest.mark.parametrize("setting", SETTERS)
 
 
-def cuts(model: nn.Module, setting: str) -> list[torch.Tensor]:
-    return [getattr(router_of(model, s), BUFFERS[setting]) for s in model._lte.sites]
+def cuts(model: nn.Module, setting: Setting) -> list[torch.Tensor]:
+    return [getattr(router_of(model, s), BUFFERS[setting]) for s in lte_state(model).sites]
 
 
-def shares_left_out(model: nn.Module, setting: str) -> list[float]:
+def shares_left_out(model: nn.Module, setting: Setting) -> list[float]:
     """By site: of active experts' hidden units those that down does not see, of x what up and gate do not see (nothing
     is 0 by itself: the activation is smooth)."""
+    last: dict[nn.Module, torch.Tensor] = {}  # logits of each router
     shares, handles = [], []
-    for site in model._lte.sites:
+    for site in lte_state(model).sites:
         router = router_of(model, site)
-        linears = [site.down] if setting == "hidden_sparsity" else [site.up, site.gate]
+        linears = [site.down] if setting == "hidden_sparsity" else [site.up, present(site.gate)]
 
-        def look(module: nn.Module, args: tuple[torch.Tensor, ...], router: nn.Module = router) -> None:
-            there = (router.last > router.threshold).float().mean() if setting == "hidden_sparsity" else 1.0
+        def look(module: nn.Module, args: tuple[torch.Tensor, ...], router: Router = router) -> None:
+            there = (last[router] > router.threshold).float().mean() if setting == "hidden_sparsity" else 1.0
             shares.append(1 - float((args[0] != 0).float().mean() / there))
 
-        handles.append(router.register_forward_hook(lambda m, a, out: setattr(m, "last", out)))
+        handles.append(router.register_forward_hook(lambda m, a, out: last.__setitem__(m, out)))
         handles += [model.get_submodule(path).register_forward_pre_hook(look) for path in linears]
     logits(model)
     for handle in handles:
@@ -45,7 +49,7 @@ def shares_left_out(model: nn.Module, setting: str) -> list[float]:
 
 @both
 @pytest.mark.parametrize("name", ALL)
-def test_lowered_equals_hard_eager(name: str, setting: str) -> None:
+def test_lowered_equals_hard_eager(name: str, setting: Setting) -> None:
     model = transformed(name, grouping="random")
     whole = logits(model)
     SETTERS[setting](model, 0.5, [ids()])
@@ -54,7 +58,7 @@ def test_lowered_equals_hard_eager(name: str, setting: str) -> None:
     ltepass.lower(model)
     with CountOp() as count:
         lowered = logits(model)
-    assert count.calls == len(model._lte.sites)
+    assert count.calls == len(lte_state(model).sites)
     assert (lowered - expected).abs().max() <= 1e-5 * expected.abs().max()
     token = ids() if name == "export" else ids(1, 1)  # what it was exported with
     one = logits(model, token)
@@ -68,7 +72,7 @@ def test_lowered_equals_hard_eager(name: str, setting: str) -> None:
 
 
 @both
-def test_the_share_asked_for_is_left_out(setting: str) -> None:
+def test_the_share_asked_for_is_left_out(setting: Setting) -> None:
     model = transformed("llama", grouping="random")
     for share in (0.3, 0.6):
         SETTERS[setting](model, share, [ids()])
@@ -93,7 +97,7 @@ def test_one_cut_leaves_the_other_where_it_is() -> None:
 
 def test_routers_see_all_of_x() -> None:
     model = transformed("llama", grouping="random", layers=1)
-    router, seen = router_of(model, model._lte.sites[0]), []
+    router, seen = router_of(model, lte_state(model).sites[0]), []
     router.register_forward_hook(lambda m, args, out: seen.append(out))
     logits(model)
     ltepass.set_input_sparsity(model, 0.9, [ids()])
@@ -102,24 +106,24 @@ def test_routers_see_all_of_x() -> None:
 
 
 @both
-def test_compiled_equals_hard_eager(setting: str) -> None:
+def test_compiled_equals_hard_eager(setting: Setting) -> None:
     model = transformed("llama", grouping="random")
     SETTERS[setting](model, 0.5, [ids()])
     expected = logits(model)
     ltepass.lower(model, scope="model")
     assert (logits(model) - expected).abs().max() <= 1e-5 * expected.abs().max()
-    assert not model._lte.notes
+    assert not lte_state(model).notes
     with CountOp() as count:
         logits(model)
-    assert count.calls == len(model._lte.sites)
+    assert count.calls == len(lte_state(model).sites)
     for cut in cuts(model, setting):  # a moved cut is seen without a new compilation
         cut.fill_(1e9)
     assert (logits(model) - expected).abs().max() > 1e-4 * expected.abs().max()
 
 
 @both
-def test_saved_and_loaded(tmp_path: Path, setting: str) -> None:
-    model = transformed("llama", grouping="random")
+def test_saved_and_loaded(tmp_path: Path, setting: Setting) -> None:
+    model: PreTrainedModel = transformed("llama", grouping="random")
     SETTERS[setting](model, 0.5, [ids()])
     expected = logits(model)
     model.save_pretrained(tmp_path)
@@ -130,7 +134,7 @@ def test_saved_and_loaded(tmp_path: Path, setting: str) -> None:
 
 
 @both
-def test_training_places_the_cuts_again(tmp_path: Path, setting: str) -> None:
+def test_training_places_the_cuts_again(tmp_path: Path, setting: Setting) -> None:
     model = transformed("llama", grouping="random")
     data = [{"input_ids": row, "labels": row} for row in torch.randint(0, 61, (32, 16))]
     ltepass.calibrate(model, [torch.stack([d["input_ids"] for d in data[:8]])])
@@ -143,9 +147,10 @@ def test_training_places_the_cuts_again(tmp_path: Path, setting: str) -> None:
 
 
 @both
-def test_calibration_places_the_cuts_of_the_config(setting: str) -> None:
+def test_calibration_places_the_cuts_of_the_config(setting: Setting) -> None:
     model = build("llama")
-    ltepass.transform(model, config=ltepass.LTEConfig(group_size=4, **{setting: 0.4}))
+    shares: dict[str, Any] = {setting: 0.4}
+    ltepass.transform(model, config=ltepass.LTEConfig(group_size=4, **shares))
     assert all(cut < 0 for cut in cuts(model, setting))  # none before
     ltepass.calibrate(model, [ids()])
     ltepass.set_mode(model, "hard")
@@ -154,7 +159,7 @@ def test_calibration_places_the_cuts_of_the_config(setting: str) -> None:
 
 
 @both
-def test_soft_mode_has_no_cut(setting: str) -> None:
+def test_soft_mode_has_no_cut(setting: Setting) -> None:
     model = transformed("llama", grouping="random")
     ltepass.set_mode(model, "soft")
     soft = logits(model)
@@ -163,7 +168,7 @@ def test_soft_mode_has_no_cut(setting: str) -> None:
 
 
 @both
-def test_refusals(setting: str) -> None:
+def test_refusals(setting: Setting) -> None:
     model, set_share = transformed("llama", grouping="random"), SETTERS[setting]
     with pytest.raises(ConfigError, match=rf"{setting} is 1\.5"):
         set_share(model, 1.5, [ids()])

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -22,7 +23,7 @@ from ltepass.errors import AmbiguousModelError, NotTransformedError, ShardedErro
 from ltepass.measure.sparsity import measure_union
 from ltepass.routed.sites import routers_of, state_of
 from ltepass.training.stages import begin_stage, settle
-from tests.models.zoo import build, ids, logits, transformed
+from tests.models.zoo import build, ids, layers, logits, transformed
 
 
 class Parent(nn.Module):
@@ -35,14 +36,14 @@ class Parent(nn.Module):
 
 @contextmanager
 def one_process() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
         yield
     finally:
         dist.destroy_process_group()
 
 
-def peft(model: nn.Module) -> nn.Module:
+def peft(model: nn.Module) -> PeftModel:
     return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
 
 
@@ -95,7 +96,8 @@ def test_transform_reaches_through_wrappers_so_that_the_model_outlives_them(name
         assert ltepass.transform(wrapped, config=ltepass.LTEConfig(group_size=4)) is wrapped
     assert state_of(model) is not None
     if name == "peft":
-        assert ltepass.report(wrapped.merge_and_unload()).sites == ltepass.report(model).sites
+        adapted: PeftModel = wrapped
+        assert ltepass.report(adapted.merge_and_unload()).sites == ltepass.report(model).sites
 
 
 def in_one(model: nn.Module, **how: Any) -> nn.Module:
@@ -104,9 +106,10 @@ def in_one(model: nn.Module, **how: Any) -> nn.Module:
 
 def cut(model: nn.Module) -> nn.Module:
     mesh = init_device_mesh("cpu", (1,))
-    for layer in model.model.layers:
+    for layer in layers(model):
         fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
 
 
 SHARDED: dict[str, Any] = {

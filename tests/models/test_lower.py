@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from ltepass.kernels import reference
 from ltepass.passes import BACKEND
 from ltepass.passes.graph.pipeline import GraphJob, run_passes
 from ltepass.routed.sites import router_of, routers_of
-from tests.models.zoo import ALL, HF, CountOp, Graphs, ids, logits, transformed
+from tests.models.zoo import ALL, HF, CountOp, Graphs, generate, ids, logits, transformed
+from tests.typed import grad, lte_state, present
 
 
 def router_inputs(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -24,7 +26,7 @@ def router_inputs(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     seen: dict[str, torch.Tensor] = {}
     handles = [
         router_of(model, s).register_forward_pre_hook(lambda m, a, name=s.name: seen.__setitem__(name, a[0]))
-        for s in model._lte.sites
+        for s in lte_state(model).sites
     ]
     logits(model, x)
     for h in handles:
@@ -37,13 +39,13 @@ def test_lowered_equals_hard_eager_masks_first(name: str) -> None:
     model = transformed(name, grouping="random")
     expected, x_of = logits(model), router_inputs(model, ids())
     masks = {}
-    for site in model._lte.sites:
+    for site in lte_state(model).sites:
         r = router_of(model, site)
         masks[site.name] = reference.mask(x_of[site.name], r.weight, r.bias, r.threshold)
         share = masks[site.name].float().mean()
         assert 0.2 < share < 0.8, "the routers must decide something for this test to mean anything"
     ltepass.lower(model)
-    for site in model._lte.sites:  # the op's own decision, from its sibling that returns the mask
+    for site in lte_state(model).sites:  # the op's own decision, from its sibling that returns the mask
         r, x = router_of(model, site), x_of[site.name]
         zeros = x.new_zeros(site.d_ff, site.d_model)
         args = (x, r.weight, r.bias, r.threshold, zeros, None, None, None, zeros.t(), None, "relu")
@@ -52,7 +54,7 @@ def test_lowered_equals_hard_eager_masks_first(name: str) -> None:
         assert int(count) == int(mask.sum())
     with CountOp() as count_op:
         lowered = logits(model)
-    assert count_op.calls == len(model._lte.sites) == 2
+    assert count_op.calls == len(lte_state(model).sites) == 2
     assert (lowered - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
@@ -65,10 +67,6 @@ def test_unlower_is_bitwise_what_was(name: str) -> None:
     for k, v in model.state_dict().items():
         assert v.stride() == state[k][1]
         assert torch.allclose(v, state[k][0], rtol=0, atol=0, equal_nan=True)
-
-
-def generate(model: nn.Module, x: torch.Tensor, new: int, **kwargs) -> torch.Tensor:
-    return model.generate(x, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0, **kwargs)
 
 
 @pytest.mark.parametrize("name", ["llama", "opt"])
@@ -124,7 +122,7 @@ def test_the_pass_alone_lowers_every_gate_of_dynamos_graph(name: str) -> None:
     torch._dynamo.reset()
     model, results = transformed(name), []
 
-    def lower_only(gm: torch.fx.GraphModule, example_inputs: list) -> Callable:
+    def lower_only(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         job = run_passes(BACKEND, GraphJob(gm))
         results.append((job.lowered, job.notes))
         return gm.forward
@@ -177,7 +175,7 @@ def test_bf16_is_as_near_to_fp64_as_eager_is(name: str) -> None:
     model = transformed(name)
     for router in routers_of(model):
         router.weight.data.zero_()
-        router.bias.data.copy_(torch.tensor([1.0, -1.0] * 40)[: router.n_experts])
+        present(router.bias).data.copy_(torch.tensor([1.0, -1.0] * 40)[: router.n_experts])
     exact = logits(model.double())
     model.to(torch.bfloat16)
     eager = (logits(model).double() - exact).abs().max()
@@ -203,7 +201,7 @@ def test_hard_stage_gradients_on_a_lowered_model_are_those_of_eager(name: str) -
         if lowered:
             ltepass.lower(model)
         model(ids())[0].float().square().mean().backward()
-        grads.append({n: p.grad for n, p in model.named_parameters() if "router" not in n})
+        grads.append({n: grad(p) for n, p in model.named_parameters() if "router" not in n})
     for n, g in grads[0].items():
         assert torch.allclose(g, grads[1][n], atol=1e-6), n
 
@@ -215,7 +213,7 @@ def test_a_custom_activation_stays_masked_dense_and_is_reported() -> None:
             self.up, self.down = nn.Linear(8, 24), nn.Linear(24, 8)
             self.up2, self.down2 = nn.Linear(8, 24), nn.Linear(24, 8)
 
-        def forward(self, x):
+        def forward(self, x: torch.Tensor) -> Any:
             x = x + self.down(torch.sin(self.up(x)))
             return x + self.down2(torch.relu(self.up2(x)))
 

@@ -13,17 +13,19 @@ import torch
 from accelerate import cpu_offload, dispatch_model
 from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
 import ltepass
 from ltepass.errors import DisplacedHookError
 from ltepass.routed.sites import routers_of
-from tests.models.zoo import CountOp, build, ids, logits, transformed
+from tests.models.zoo import CountOp, build, ids, layers, logits, mlp, transformed
+from tests.typed import lte_state
 
 CONFIG = ltepass.LTEConfig(group_size=5, grouping="random")
 AS_IS = ltepass.LTEConfig(group_size=5, grouping="identity")
 
 
-def fused(self: nn.Module, x: Tensor) -> Tensor:
+def fused(self: LlamaMLP, x: Tensor) -> Any:
     """As Liger and TEAL write an FFN: the same function, another code."""
     return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
@@ -31,10 +33,6 @@ def fused(self: nn.Module, x: Tensor) -> Tensor:
 def wrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
     """As a profiler does: what it replaces is called."""
     return lambda *args, **kwargs: forward(*args, **kwargs)
-
-
-def layers(model: nn.Module) -> nn.ModuleList:
-    return model.model.layers
 
 
 def by_setattr(module: nn.Module, forward: Any) -> None:
@@ -56,7 +54,7 @@ def routed(model: nn.Module, config: ltepass.LTEConfig = CONFIG) -> nn.Module:
 
 
 @pytest.mark.parametrize("replace", [by_setattr, by_dict, by_class])
-def test_a_forward_that_was_replaced_before_transform_is_gated_and_lowered(replace: Callable) -> None:
+def test_a_forward_that_was_replaced_before_transform_is_gated_and_lowered(replace: Callable[..., Any]) -> None:
     expected = logits(routed(build("llama")))
     model = build("llama")
     for layer in layers(model):
@@ -78,7 +76,7 @@ def test_a_forward_that_was_replaced_before_transform_is_gated_and_lowered(repla
     assert ("forward" in layers(model)[0].mlp.__dict__) == (replace is not by_class)
 
 
-def layer_forward(self: nn.Module, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+def layer_forward(self: LlamaDecoderLayer, hidden_states: Tensor, **kwargs: Any) -> Any:
     """A decoder layer whose FFN is spelled out: its mlp is never called."""
     residual, x = hidden_states, self.input_layernorm(hidden_states)
     x = residual + self.self_attn(hidden_states=x, **kwargs)[0]
@@ -86,26 +84,28 @@ def layer_forward(self: nn.Module, hidden_states: Tensor, **kwargs: Any) -> Tens
 
 
 @pytest.mark.parametrize("replace", [by_setattr, by_dict])
-def test_a_layer_that_was_replaced_before_transform_owns_its_ffn(replace: Callable) -> None:
+def test_a_layer_that_was_replaced_before_transform_owns_its_ffn(replace: Callable[..., Any]) -> None:
     expected = logits(routed(build("llama")))
     model = build("llama")
     for layer in layers(model):
         replace(layer, layer_forward)
     routed(model)
-    assert {s.owner for s in model._lte.sites} == {"model.layers.0", "model.layers.1"}
+    assert {s.owner for s in lte_state(model).sites} == {"model.layers.0", "model.layers.1"}
     assert torch.allclose(logits(model), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("lowered", [False, True])
 @pytest.mark.parametrize("replace", [by_setattr, by_dict, by_class])
 @pytest.mark.parametrize("what", ["mlp", "layer"])
-def test_a_forward_without_the_gate_that_is_put_there_later_raises(what: str, replace: Callable, lowered: bool) -> None:
+def test_a_forward_without_the_gate_that_is_put_there_later_raises(
+    what: str, replace: Callable[..., Any], lowered: bool
+) -> None:
     model = routed(build("llama"))
     expected = logits(model)
     if lowered:
         ltepass.lower(model)
     layer = layers(model)[1]
-    module, forward = (layer.mlp, fused) if what == "mlp" else (layer, layer_forward)
+    module, forward = (mlp(model, 1), fused) if what == "mlp" else (layer, layer_forward)
     replace(module, forward)
     with pytest.raises(DisplacedHookError, match=r"ltepass\.remove"):
         logits(model)
@@ -121,12 +121,12 @@ def test_a_forward_without_the_gate_that_is_put_there_later_raises(what: str, re
 @pytest.mark.parametrize("replace", [by_setattr, by_dict])
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_an_owner_that_is_called_alone_sees_that_its_forward_was_replaced(
-    name: str, replace: Callable, lowered: bool
+    name: str, replace: Callable[..., Any], lowered: bool
 ) -> None:
     model = transformed(name)
     if lowered:
         ltepass.lower(model)
-    owner, x = model.get_submodule(model._lte.sites[0].owner), torch.randn(2, 5, 24)
+    owner, x = model.get_submodule(lte_state(model).sites[0].owner), torch.randn(2, 5, 24)
     mask = {} if name == "llama" else {"attention_mask": None}
     expected = owner(x, **mask)[0]
     replace(owner, lambda self, x, **mask: x)
@@ -145,13 +145,13 @@ def test_a_forward_that_calls_what_it_replaced_runs_as_it_says() -> None:
     for name in ("llama", "opt"):
         model = transformed(name)
         expected = logits(model)
-        blocks = model.model.layers if name == "llama" else model.model.decoder.layers
-        owner = blocks[0].mlp if name == "llama" else blocks[0]
+        blocks = layers(model)
+        owner = mlp(model, 0) if name == "llama" else blocks[0]
         for module in (owner, blocks[1]) if name == "llama" else (owner,):
             module.forward = wrapped(module.forward)
         assert torch.equal(logits(model), expected)
         ltepass.lower(model)
-        assert any("forward that was put on the instance" in note for note in model._lte.notes)
+        assert any("forward that was put on the instance" in note for note in lte_state(model).notes)
         with CountOp() as count:
             assert torch.allclose(logits(model), expected, atol=1e-5)
         assert count.calls == 1
@@ -160,8 +160,6 @@ def test_a_forward_that_calls_what_it_replaced_runs_as_it_says() -> None:
 
 
 def test_a_class_that_is_patched_after_transform_raises_or_is_gated() -> None:
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
-
     model = routed(build("llama"))
     expected = logits(model)
     before = LlamaMLP.forward
@@ -181,7 +179,7 @@ def test_a_class_that_is_patched_after_transform_raises_or_is_gated() -> None:
         LlamaDecoderLayer.forward = before
     assert torch.equal(logits(model), expected)
     opt = transformed("opt")
-    kind, expected = type(opt.model.decoder.layers[0])._lte_original, logits(opt)
+    kind, expected = vars(type(layers(opt)[0]))["_lte_original"], logits(opt)
     before = kind.forward
     try:
         kind.forward = lambda self, *args, **kwargs: before(self, *args, **kwargs)
@@ -195,7 +193,7 @@ def test_a_class_that_is_patched_after_transform_raises_or_is_gated() -> None:
 
 def test_a_module_that_is_replaced_after_transform_raises() -> None:
     model = routed(build("llama"))
-    layers(model)[1].mlp = build("llama").model.layers[1].mlp
+    layers(model)[1].mlp = mlp(build("llama"), 1)
     with pytest.raises(DisplacedHookError, match=r"layers\.1\.mlp|layers.1.mlp"):
         logits(model)
 
@@ -206,13 +204,16 @@ def disk_map(model: nn.Module) -> dict[str, str]:
 
 
 def dispatched(model: nn.Module, folder: Any) -> nn.Module:
-    return dispatch_model(model, disk_map(model), main_device="cpu", offload_dir=str(folder), force_hooks=True)
+    made: nn.Module = dispatch_model(
+        model, disk_map(model), main_device="cpu", offload_dir=str(folder), force_hooks=True
+    )
+    return made
 
 
 def test_a_dispatched_model_is_found_gated_and_kept_masked_dense(tmp_path: Any) -> None:
     expected = logits(routed(build("llama"), AS_IS))
     model = routed(dispatched(build("llama"), tmp_path), AS_IS)
-    assert len(model._lte.sites) == 2
+    assert len(lte_state(model).sites) == 2
     assert torch.equal(logits(model), expected)
     assert any("offloaded" in line for line in ltepass.report(model).untried)
     with pytest.raises(ltepass.errors.LoweringError, match="offload"):
@@ -242,12 +243,12 @@ class Own(nn.Module):
         super().__init__()
         self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 24), nn.Linear(24, 8)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Any:
         return x + self.down(torch.relu(self.up(self.norm(x))))
 
 
 @pytest.mark.parametrize("replace", [by_setattr, by_dict])
-def test_a_root_that_owns_its_ffn(replace: Callable) -> None:
+def test_a_root_that_owns_its_ffn(replace: Callable[..., Any]) -> None:
     model, x = Own().eval(), torch.randn(2, 3, 8)
     ltepass.transform(model, x, ltepass.LTEConfig(group_size=4))
     for forward in (Own.forward, lambda self, x: Own.forward(self, x)):
@@ -263,9 +264,9 @@ def test_what_torch_compile_wrapped_is_gated() -> None:
     torch._dynamo.reset()
     expected = logits(routed(build("llama")))
     for compiled in ("owner", "layer", "root"):
-        model = build("llama")
+        model: Any = build("llama")
         for layer in layers(model):
-            (layer.mlp if compiled == "owner" else layer).compile(backend="eager")
+            (layer.get_submodule("mlp") if compiled == "owner" else layer).compile(backend="eager")
         if compiled == "root":
             model = torch.compile(model, backend="eager")
         logits(model)  # compiled before it was gated
@@ -281,6 +282,6 @@ def test_what_torch_compile_wrapped_is_gated() -> None:
 def test_a_bypass_is_seen_from_a_wrapper_that_calls_forward() -> None:
     """As PEFT does: the root's hooks do not run."""
     model = routed(build("llama"))
-    by_dict(layers(model)[0].mlp, fused)
+    by_dict(mlp(model, 0), fused)
     with torch.no_grad(), pytest.raises(DisplacedHookError):
         functools.partial(model.forward)(ids())

@@ -16,6 +16,7 @@ from ltepass.passes.insert.selfcheck import check_gated
 from ltepass.routed.router import Router
 from ltepass.routed.sites import router_of, routers_of
 from tests.models.zoo import build, ids, logits, transformed
+from tests.typed import lte_state
 
 
 def state(model: nn.Module) -> tuple[Any, ...]:
@@ -74,7 +75,7 @@ class Remembering(nn.Module):
         self.norm = nn.BatchNorm1d(3)
         self.seen: list[Any] = []
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> Any:
         self.seen.append(x)
         return self.norm(self.down(self.drop(torch.relu(self.up(x)))))
 
@@ -84,7 +85,7 @@ class Block(nn.Module):
         super().__init__()
         self.mlp = owner
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> Any:
         return x + self.mlp(x)
 
 
@@ -105,7 +106,7 @@ def test_the_try_leaves_nothing_behind() -> None:
     assert random.getstate() == numbers[1]
     assert all(m.training for m in model.modules())
     assert all(p.grad is None and not p.grad_fn for p in model.parameters())
-    assert router_of(model, model._lte.sites[0]).mode == "dense"
+    assert router_of(model, lte_state(model).sites[0]).mode == "dense"
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "gpt_neox", "own"])
@@ -114,9 +115,14 @@ def test_every_owner_of_one_input_is_tried(name: str, monkeypatch: pytest.Monkey
     expected = logits(model)
     gates = []
     forward = Router.forward
-    monkeypatch.setattr(Router, "forward", lambda self, x: gates.append(x.shape) or forward(self, x))
+
+    def counted(self: Router, x: torch.Tensor) -> torch.Tensor | None:
+        gates.append(x.shape)
+        return forward(self, x)
+
+    monkeypatch.setattr(Router, "forward", counted)
     untried = check_gated(model)
-    assert len(gates) == 2 * (len(model._lte.sites) - sum("model" in line or "Own" in line for line in untried))
+    assert len(gates) == 2 * (len(lte_state(model).sites) - sum("model" in line or "Own" in line for line in untried))
     assert torch.equal(logits(model), expected)
 
 
@@ -137,11 +143,11 @@ def test_an_owner_of_several_inputs_is_named() -> None:
             super().__init__()
             self.up, self.down = nn.Linear(8, 24), nn.Linear(24, 8)
 
-        def forward(self, x, residual):
+        def forward(self, x: torch.Tensor, residual: torch.Tensor) -> Any:
             return residual + self.down(torch.relu(self.up(x)))
 
     class Outer(Block):
-        def forward(self, x):
+        def forward(self, x: torch.Tensor) -> Any:
             return self.mlp(torch.tanh(x), x)
 
     model = Outer(Two()).eval()
@@ -152,9 +158,9 @@ def test_an_owner_of_several_inputs_is_named() -> None:
 
 
 def test_a_loaded_checkpoint_is_tried(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, PreTrainedModel
 
-    model = transformed("llama")
+    model: PreTrainedModel = transformed("llama")
     model.save_pretrained(tmp_path)
     monkeypatch.setattr(inserting, "insert_gates", lambda graph, sites: None)
     with pytest.raises(CheckpointError, match="not called"):

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ltepass
 from ltepass.routed.sites import routers_of
 from tests.models.zoo import CountOp, ids, logits, transformed
+from tests.typed import lte_state
 
 
 class LargestWithin(TorchDispatchMode):
@@ -32,9 +33,9 @@ def test_no_hidden_unit_of_the_prompt_is_computed() -> None:
     model = transformed("opt")
     expected = logits(model, ids(2, 30))
     ltepass.lower(model)
-    with LargestWithin(model._lte.sites[0].d_ff) as made:
+    with LargestWithin(lte_state(model).sites[0].d_ff) as made:
         assert torch.allclose(logits(model, ids(2, 30)), expected, atol=1e-5)
-    assert made.numel <= model._lte.sites[0].d_ff
+    assert made.numel <= lte_state(model).sites[0].d_ff
 
 
 class Inline(nn.Module):
@@ -52,31 +53,31 @@ class Inline(nn.Module):
     def middle(self, h: Tensor, x: Tensor) -> Tensor:
         return torch.relu(h)
 
-    def forward(self, x, skip=None):
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Any:
         x = x + self.other(self.norm(x))
         return x + self.down(self.middle(self.up(self.norm(x)), x))
 
 
 class SizesOfTheInput(Inline):
-    def middle(self, h, x):
+    def middle(self, h: Tensor, x: Tensor) -> Tensor:
         batch, length, _ = x.shape
         return torch.relu(h.view(batch * length, 4, 6)).view(batch, length, 24)
 
 
 class OwnSizes(Inline):
-    def middle(self, h, x):
+    def middle(self, h: Tensor, x: Tensor) -> Tensor:
         return torch.relu(h.view(h.shape[0] * h.shape[1], 4, 6)).view(h.shape)
 
 
 class UsedLater(Inline):
-    def forward(self, x, skip=None):
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Any:
         h = self.up(self.norm(x))
         y = self.down(torch.relu(h)).reshape(-1, 8)
         return x + y.view(h.shape[0], h.shape[1], 8)
 
 
 class Branches(Inline):
-    def middle(self, h, x):
+    def middle(self, h: Tensor, x: Tensor) -> Tensor:
         return torch.relu(h) if h.dtype == x.dtype else h
 
 
@@ -88,13 +89,13 @@ def test_code_that_takes_sizes_from_elsewhere_gets_zeros_of_the_whole_shape(cls:
     model, x = cls().eval(), torch.randn(2, 5, 8)
     ltepass.transform(model, (x,), ltepass.LTEConfig(group_size=4, grouping="random"))
     ltepass.set_mode(model, "hard")
-    assert [s.kind for s in model._lte.sites] == ["inline"]
+    assert [s.kind for s in lte_state(model).sites] == ["inline"]
     with torch.no_grad():
         expected = model(x)
         ltepass.lower(model)
         with CountOp() as count:
             assert torch.allclose(model(x), expected, atol=1e-6)
         assert count.calls == 1
-        assert model.up.forward.one_token == one_token
+        assert vars(model.up)["forward"].one_token == one_token
         assert torch.allclose(model(x[:, :1]), ltepass.unlower(model)(x[:, :1]), atol=1e-6)
     assert len(list(routers_of(model))) == 1

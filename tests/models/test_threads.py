@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 import ltepass
 from ltepass.calibration.initialise import fit_energies
@@ -28,7 +29,8 @@ from ltepass.routed.router import Router
 from ltepass.routed.sites import routers_of
 from ltepass.threads import locks
 from tests.child import environment
-from tests.models.zoo import build, ids, logits, transformed
+from tests.models.zoo import build, generate, ids, logits, mlp, transformed
+from tests.typed import lte_state
 
 CONFIG = ltepass.LTEConfig(group_size=4, grouping="identity")
 
@@ -73,14 +75,14 @@ def test_another_model_runs_while_one_is_transformed_and_lowered(name: str) -> N
 
 def test_a_compiled_call_is_not_refused_while_an_owner_is_traced() -> None:
     """FX marks the whole process as tracing, and torch.compile refuses to run in one."""
-    owner = build("llama").model.layers[0].mlp
+    owner = mlp(build("llama"), 0)
     seen: list[bool] = []
 
     def traces() -> bool:
         return bool(torch.fx._symbolic_trace.is_fx_symbolic_tracing())
 
     class Watched(type(owner)):  # type: ignore[misc]
-        def forward(self, x):
+        def forward(self, x: torch.Tensor) -> Any:
             with ThreadPoolExecutor(1) as other:
                 seen.append(other.submit(traces).result())
             seen.append(traces())
@@ -97,7 +99,7 @@ def test_two_threads_transform_lower_and_generate_as_one_does() -> None:
         model = ltepass.transform(models[seed], config=CONFIG)
         ltepass.set_mode(model, "hard")
         ltepass.lower(model)
-        return model.generate(ids(1, 5), max_new_tokens=4, do_sample=False, pad_token_id=0)
+        return generate(model, ids(1, 5), 4)
 
     models = [build("llama"), build("opt")]
     expected = [work(0), work(1)]
@@ -115,7 +117,7 @@ def test_what_another_thread_writes_to_stderr_while_one_captures_is_seen(capsys:
             super().__init__()
             self.up, self.down = nn.Linear(8, 24), nn.Linear(24, 8)
 
-        def forward(self, x):
+        def forward(self, x: torch.Tensor) -> Any:
             if torch.compiler.is_exporting():
                 with ThreadPoolExecutor(1) as other:
                     other.submit(print, "seen", file=sys.stderr).result()
@@ -245,7 +247,7 @@ def test_threads_generate_on_one_lowered_model(name: str) -> None:
     model = ltepass.lower(transformed(name))
 
     def tokens(length: int) -> torch.Tensor:
-        return model.generate(ids(1, length), max_new_tokens=5, do_sample=False, pad_token_id=0)
+        return generate(model, ids(1, length), 5)
 
     lengths = [3, 7, 9, 12]
     expected = [tokens(n) for n in lengths]
@@ -303,6 +305,7 @@ def forked(work: Callable[[], None]) -> int:
 FORK = """
 import os, torch, ltepass
 from tests.models.zoo import ids, logits, transformed
+from tests.typed import lte_state
 model = ltepass.lower(transformed("llama"))
 torch.set_num_threads(2)
 x = ids(4, 40)
@@ -334,9 +337,11 @@ def test_classes_are_shared_by_equals_and_go_with_the_last_of_them(name: str) ->
     gc.collect()
     before = len(forwards._classes)
     first, second = transformed(name), transformed(name)
-    owners = [model.get_submodule(model._lte.sites[0].owner) for model in (first, second)]
+    owners = [model.get_submodule(lte_state(model).sites[0].owner) for model in (first, second)]
     assert type(owners[0]) is type(owners[1])
-    classes = {weakref.ref(type(model.get_submodule(s.owner))) for model in (first, second) for s in model._lte.sites}
+    classes = {
+        weakref.ref(type(model.get_submodule(s.owner))) for model in (first, second) for s in lte_state(model).sites
+    }
     ltepass.lower(first)
     del first, second, owners
     gc.collect()
@@ -346,9 +351,9 @@ def test_classes_are_shared_by_equals_and_go_with_the_last_of_them(name: str) ->
 
 def test_a_refused_forward_leaves_nothing_in_what_a_pass_sees() -> None:
     """Neither its rows nor its padding: it is refused at its first router, after the hooks before that have run."""
-    model = transformed("llama")
+    model: PreTrainedModel = transformed("llama")
     padded = {"input_ids": ids(2, 9), "attention_mask": torch.arange(9).expand(2, 9).gt(3).long()}
-    weights = {site.name: torch.ones(site.d_ff) for site in model._lte.sites}
+    weights = {site.name: torch.ones(site.d_ff) for site in lte_state(model).sites}
     expected = fit_energies(model, [padded] * 2, weights, "dense")
     forward = type(model.model).forward
     done: list[str] = []
@@ -371,7 +376,7 @@ def test_a_refused_forward_leaves_nothing_in_what_a_pass_sees() -> None:
 
 def test_a_forward_that_another_thread_has_begun_gives_a_pass_no_masks() -> None:
     """It stands between its model's hooks and its first router while the whole pass goes by."""
-    model = transformed("llama")
+    model: PreTrainedModel = transformed("llama")
     padded = {"input_ids": ids(2, 9), "attention_mask": torch.arange(9).expand(2, 9).gt(3).long()}
     expected = ltepass.measure_sparsity(model, [padded])
     inside, go_on = threading.Event(), threading.Event()

@@ -6,6 +6,8 @@ import copy
 import pickle
 import random
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from ltepass.errors import (
 from ltepass.routed.router import Router
 from ltepass.routed.sites import router_of, routers_of
 from tests.models.zoo import ALL, HF, build, ids, logits, transformed
+from tests.typed import lte_state
 
 ACTIVATIONS = {"llama": "silu", "gpt2": "gelu_tanh", "opt": "relu", "phi3": "silu", "gpt_neox": "gelu"}
 
@@ -36,7 +39,7 @@ def snapshot(model: nn.Module) -> tuple[dict[str, torch.Tensor], list[tuple[str,
     return state, classes, hooks
 
 
-def assert_untouched(model: nn.Module, before: tuple) -> None:
+def assert_untouched(model: nn.Module, before: tuple[Any, ...]) -> None:
     state, classes, hooks = snapshot(model)
     assert classes == before[1]
     assert hooks == before[2]
@@ -49,7 +52,7 @@ def assert_untouched(model: nn.Module, before: tuple) -> None:
 def test_identity_grouping_in_dense_mode_is_bitwise_the_original(name: str) -> None:
     original = logits(build(name))
     model = transformed(name, mode="dense")
-    assert len(model._lte.sites) == 2
+    assert len(lte_state(model).sites) == 2
     assert torch.equal(logits(model), original)
 
 
@@ -60,7 +63,7 @@ def test_other_groupings_permute_weights_and_keep_the_function(name: str) -> Non
     assert (ours - original).abs().max() <= 1e-5 * original.abs().max()
     dense, state = plain.state_dict(), model.state_dict()
     touched = set()
-    for site in model._lte.sites:
+    for site in lte_state(model).sites:
         permutation = router_of(model, site).permutation
         assert sorted(permutation.tolist()) == list(range(site.d_ff))
         assert permutation.tolist() != list(range(site.d_ff))
@@ -76,8 +79,8 @@ def test_other_groupings_permute_weights_and_keep_the_function(name: str) -> Non
 def test_activation_is_identified_and_names_stay(name: str) -> None:
     before = set(build(name).state_dict())
     model = transformed(name)
-    assert {s.activation for s in model._lte.sites} == {ACTIVATIONS[name]}
-    assert {s.kind for s in model._lte.sites} == {"inline" if name == "opt" else "aligned"}
+    assert {s.activation for s in lte_state(model).sites} == {ACTIVATIONS[name]}
+    assert {s.kind for s in lte_state(model).sites} == {"inline" if name == "opt" else "aligned"}
     added = set(model.state_dict()) - before
     assert before <= set(model.state_dict())
     assert all("router." in k for k in added)
@@ -94,7 +97,7 @@ def test_hard_mode_is_dense_times_a_mask(name: str) -> None:
     for router in routers_of(model):
         router.threshold.fill_(torch.inf)
     closed = build(name)
-    for site in model._lte.sites:
+    for site in lte_state(model).sites:
         nn.init.zeros_(closed.get_parameter(site.down_rows.param))
     assert torch.allclose(logits(model), logits(closed), atol=1e-6)
 
@@ -126,7 +129,7 @@ def test_two_threads_at_once(name: str) -> None:
     model = transformed(name)
     inputs = [ids(2, 9), ids(3, 7)]
     expected = [logits(model, x) for x in inputs]
-    wrong = []
+    wrong: list[int] = []
 
     def work(i: int) -> None:
         wrong.extend(k for k in range(30) if not torch.equal(logits(model, inputs[i]), expected[i]))
@@ -153,11 +156,16 @@ class Leaky(nn.Module):
 
     def __init__(self, breaks: bool) -> None:
         super().__init__()
-        self.breaks, self.last, self.seen, self.cache, self.shapes = breaks, None, [], {}, set()
+        self.breaks = breaks
+        self.last: torch.Tensor | None = None
+        self.seen: list[torch.Tensor] = []
+        self.cache: dict[str, torch.Tensor] = {}
+        self.shapes: set[tuple[int, ...]] = set()
+        self.steps: torch.Tensor
         self.register_buffer("steps", torch.zeros(()))
         self.ffn = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 8))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> Any:
         self.last, self.cache["x"], self.steps = x, x, self.steps + 1
         self.seen.append(x)
         self.shapes.add(tuple(x.shape))
@@ -180,7 +188,7 @@ def test_capture_never_runs_the_model_for_real_and_leaves_nothing_behind(breaks:
     containers = [list(model.seen), dict(model.cache), set(model.shapes)]
     steps, rng, python_rng = model.steps, torch.get_rng_state(), random.getstate()
     ltepass.transform(model, torch.randn(2, 3, 8, generator=torch.Generator()), ltepass.LTEConfig(group_size=4))
-    assert [s.name for s in model._lte.sites] == ["ffn"]
+    assert [s.name for s in lte_state(model).sites] == ["ffn"]
     assert {k: v for k, v in model.__dict__.items() if k in before} == before
     assert [model.seen, model.cache, model.shapes] == containers == [[], {}, set()]
     assert model.steps is steps
@@ -201,7 +209,7 @@ def test_meta_device_under_identity_grouping() -> None:
         model = build("llama")
     ltepass.transform(model)
     assert all(p.is_meta for p in model.parameters())
-    assert [s.n_experts for s in model._lte.sites] == [2, 2]
+    assert [s.n_experts for s in lte_state(model).sites] == [2, 2]
 
 
 class NoFFN(nn.Module):
@@ -209,11 +217,12 @@ class NoFFN(nn.Module):
         super().__init__()
         self.a, self.b = nn.Linear(6, 4), nn.Linear(4, 6)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         return self.b(self.a(x))
 
 
-BAD_INPUTS = (
+Refused = tuple[str, Callable[[], nn.Module], torch.Tensor | None, dict[str, Any], type[LTEError], str]
+BAD_INPUTS: Refused = (
     "bad inputs",
     lambda: build("own"),
     torch.randn(2, 3),
@@ -221,7 +230,7 @@ BAD_INPUTS = (
     CaptureError,
     "torch.export could not trace Own",
 )
-REFUSED = [
+REFUSED: list[Refused] = [
     ("no FFN", NoFFN, torch.randn(2, 6), {}, NoFFNFoundError, "no FFN site found in NoFFN"),
     ("explicit group", lambda: build("llama"), None, {"group_size": 7}, GroupSizeError, r"60.*\[5, 6, 10\]"),
     *([] if OLD_EXPORT else [BAD_INPUTS]),
@@ -233,7 +242,13 @@ REFUSED = [
 @pytest.mark.parametrize(
     ("make", "example", "config", "error", "text"), [r[1:] for r in REFUSED], ids=[r[0] for r in REFUSED]
 )
-def test_a_refused_transform_leaves_the_model_untouched(make, example, config, error, text) -> None:
+def test_a_refused_transform_leaves_the_model_untouched(
+    make: Callable[[], nn.Module],
+    example: torch.Tensor | None,
+    config: dict[str, Any],
+    error: type[LTEError],
+    text: str,
+) -> None:
     model = make()
     before = snapshot(model)
     with pytest.raises(error, match=text):
@@ -270,7 +285,7 @@ def test_transform_twice_is_an_error_and_changes_nothing() -> None:
     "bad",
     [{"target_sparsity": 1.0}, {"target_sparsity": -0.1}, {"group_size": 0}, {"grouping": "magic"}, {"tau": 1.0}],
 )
-def test_config_is_checked_when_made(bad: dict) -> None:
+def test_config_is_checked_when_made(bad: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="expected"):
         ltepass.LTEConfig(**bad)
 
@@ -291,5 +306,5 @@ def test_a_router_never_leaves_fp32() -> None:
     model = transformed("llama").to(torch.bfloat16)
     routers = list(routers_of(model))
     assert all(isinstance(r, Router) and r.weight.dtype == torch.float32 for r in routers)
-    assert model.get_parameter(model._lte.sites[0].up_rows.param).dtype == torch.bfloat16
+    assert model.get_parameter(lte_state(model).sites[0].up_rows.param).dtype == torch.bfloat16
     assert logits(model).dtype == torch.bfloat16

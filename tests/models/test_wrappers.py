@@ -7,18 +7,21 @@ import copy
 import pytest
 import torch
 from accelerate import cpu_offload
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers import PreTrainedModel
 
 import ltepass
 from ltepass.errors import DisplacedHookError, LoweredError, LoweringError, NoFFNFoundError
+from ltepass.routed.router import Router
 from ltepass.routed.sites import routers_of
-from tests.models.zoo import build, ids, logits, transformed
+from tests.models.zoo import build, ids, layers, logits, transformed
+from tests.typed import grad
 
 LINEARS = {"llama": ["gate_proj", "up_proj", "down_proj"], "opt": ["fc1", "fc2"]}
 
 
-def lora(model: nn.Module, name: str) -> nn.Module:
+def lora(model: nn.Module, name: str) -> PeftModel:
     torch.manual_seed(1)
     config = LoraConfig(r=3, target_modules=LINEARS[name], modules_to_save=["router"], init_lora_weights=False)
     return get_peft_model(model, config).eval()
@@ -87,16 +90,16 @@ def test_cpu_offload_is_right_and_not_lowered(name: str) -> None:
 
 def test_a_bypassed_gate_raises_instead_of_being_dense() -> None:
     model = transformed("opt")
-    layer = model.model.decoder.layers[0]
-    down = layer.fc2
-    layer.fc2.forward = lambda h: nn.functional.linear(h, down.weight, down.bias)
+    down = layers(model)[0].get_submodule("fc2")
+    assert isinstance(down, nn.Linear)
+    vars(down)["forward"] = lambda h: nn.functional.linear(h, down.weight, down.bias)
     logits(model)  # hooks still run around a replaced forward
 
     class Quiet(nn.Linear):
-        def __call__(self, h):
+        def __call__(self, h: torch.Tensor) -> torch.Tensor:
             return nn.functional.linear(h, self.weight, self.bias)
 
-    layer.fc2.__class__ = Quiet
+    down.__class__ = Quiet
     with pytest.raises(DisplacedHookError, match="gate was not applied"):
         logits(model)
 
@@ -105,14 +108,15 @@ def test_a_replica_uses_its_own_router() -> None:
     """What DataParallel does: modules copied shallowly, parameters replaced, hooks shared."""
     model = transformed("opt")
     expected = logits(model)
-    replica = copy.copy(model.model.decoder.layers[0])
+    replica = copy.copy(layers(model)[0])
     replica._modules = {k: copy.copy(m) for k, m in replica._modules.items()}
-    router = replica._modules["router"]
+    router = replica.get_submodule("router")
+    assert isinstance(router, Router)
     router._buffers = {k: b if b is None else b.clone() for k, b in router._buffers.items()}
     router.threshold.fill_(torch.inf)
     x = torch.randn(1, 5, 24)
     ours = replica(x, attention_mask=None)[0]
-    original = model.model.decoder.layers[0](x, attention_mask=None)[0]
+    original = layers(model)[0](x, attention_mask=None)[0]
     assert not torch.equal(ours, original)
     assert torch.equal(logits(model), expected)
 
@@ -121,11 +125,11 @@ def test_a_replica_uses_its_own_router() -> None:
 def test_gradient_checkpointing_gives_the_same_gradients(name: str) -> None:
     grads = []
     for checkpointing in (False, True):
-        model = transformed(name, mode="soft").train()
+        model: PreTrainedModel = transformed(name, mode="soft").train()
         if checkpointing:
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
         torch.manual_seed(5)
         model(ids())[0].float().square().mean().backward()
-        grads.append([r.weight.grad.clone() for r in routers_of(model)])
+        grads.append([grad(r.weight).clone() for r in routers_of(model)])
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*grads, strict=True))

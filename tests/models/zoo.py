@@ -1,16 +1,16 @@
 """Tiny random models of the styles that the tests name, and small helpers. Odd sizes on purpose."""
 
-from __future__ import annotations
-
+# No future annotations: torch.fx cannot pickle a graph whose annotations are strings.
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self, cast
 
 import torch
 import transformers as hf
 from torch import Tensor, nn
 
 import ltepass
+from ltepass.config import Mode
 from ltepass.routed.sites import routers_of
 
 VOCAB = 61
@@ -20,30 +20,30 @@ def _sizes(layers: int) -> dict[str, Any]:
     return {"vocab_size": VOCAB, "hidden_size": 24, "num_hidden_layers": layers, "num_attention_heads": 3}
 
 
-def llama(layers: int = 2) -> nn.Module:
+def llama(layers: int = 2) -> hf.PreTrainedModel:
     return hf.LlamaForCausalLM(hf.LlamaConfig(intermediate_size=60, num_key_value_heads=3, **_sizes(layers)))
 
 
-def gpt2(layers: int = 2) -> nn.Module:
+def gpt2(layers: int = 2) -> hf.PreTrainedModel:
     config = hf.GPT2Config(
         vocab_size=VOCAB, n_embd=24, n_layer=layers, n_head=3, n_inner=60, bos_token_id=1, eos_token_id=2
     )
     return hf.GPT2LMHeadModel(config)
 
 
-def opt(layers: int = 2) -> nn.Module:
+def opt(layers: int = 2) -> hf.PreTrainedModel:
     config = hf.OPTConfig(ffn_dim=60, word_embed_proj_dim=24, max_position_embeddings=64, **_sizes(layers))
     return hf.OPTForCausalLM(config)
 
 
-def phi3(layers: int = 2) -> nn.Module:
+def phi3(layers: int = 2) -> hf.PreTrainedModel:
     config = hf.Phi3Config(
         intermediate_size=60, num_key_value_heads=3, pad_token_id=0, bos_token_id=1, eos_token_id=2, **_sizes(layers)
     )
     return hf.Phi3ForCausalLM(config)
 
 
-def gpt_neox(layers: int = 2) -> nn.Module:
+def gpt_neox(layers: int = 2) -> hf.PreTrainedModel:
     return hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(intermediate_size=60, **_sizes(layers)))
 
 
@@ -58,7 +58,7 @@ class Own(nn.Module):
         self.drop = nn.Dropout(0.5)
         self.head = nn.Linear(24, VOCAB)
 
-    def forward(self, ids):  # no annotations: torch.fx cannot pickle a graph whose annotations are strings
+    def forward(self, ids: Tensor) -> Any:
         x = self.embed(ids)
         x = x + self.block(x)
         return self.head(x + self.drop(self.w2(nn.functional.silu(self.w1(x)) * self.w3(x))))
@@ -83,25 +83,44 @@ def build(name: str, **kwargs: Any) -> nn.Module:
     return model if name == "export" else model.eval()
 
 
-def transformed(name: str, mode: str = "hard", grouping: str = "identity", **kwargs: Any) -> nn.Module:
+def transformed(name: str, mode: Mode = "hard", grouping: str = "identity", **kwargs: Any) -> nn.Module:
     model = build(name, **kwargs)
     example = None if name in HF else ids()
-    ltepass.transform(model, example, ltepass.LTEConfig(group_size=4, grouping=grouping, seed=3))  # type: ignore[arg-type]
+    ltepass.transform(model, example, ltepass.LTEConfig(group_size=4, grouping=grouping, seed=3))
     for router in routers_of(model):
-        router.mode = mode  # type: ignore[assignment]
+        router.mode = mode
     return model
 
 
-def logits(model: nn.Module, x: Tensor | None = None) -> Tensor:
+def logits(model: Callable[..., Any], x: Tensor | None = None) -> Tensor:
     with torch.no_grad():
         out = model(ids() if x is None else x)
-    return out if isinstance(out, Tensor) else out[0]
+    first: Tensor = out if isinstance(out, Tensor) else out[0]
+    return first
+
+
+def generate(model: hf.PreTrainedModel, x: Tensor, new: int, **how: Any) -> Tensor:
+    """x and `new` tokens after it, greedily."""
+    lengths = {"max_new_tokens": new, "min_new_tokens": new}
+    tokens: Tensor = model.generate(x, **lengths, do_sample=False, pad_token_id=0, **how)
+    return tokens
+
+
+def layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder's layers, of llama or opt."""
+    (found,) = (m for m in model.modules() if isinstance(m, nn.ModuleList))
+    return found
+
+
+def mlp(model: nn.Module, layer: int) -> nn.Module:
+    """Of llama."""
+    return layers(model)[layer].get_submodule("mlp")
 
 
 class Graphs(logging.Handler):
     """What the backend said of each graph that it compiled: (gates, regions lowered), and every reason it gave."""
 
-    def __enter__(self) -> Graphs:
+    def __enter__(self) -> Self:
         self.clear()
         self.log, self.before = logging.getLogger("ltepass"), logging.getLogger("ltepass").level
         self.log.setLevel(logging.INFO)
@@ -114,7 +133,7 @@ class Graphs(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.msg.startswith("lte backend"):
-            gates, lowered, lines = record.args  # type: ignore[misc]
+            gates, lowered, lines = cast(tuple[int, int, str], record.args)
             self.seen.append((gates, lowered))
             self.reasons += [lines] if lines else []
 
@@ -131,7 +150,7 @@ class CountOp:
 
     NAMES = ("ltepass::routed_ffn", "ltepass::_routed_ffn_no_grad")
 
-    def __enter__(self) -> CountOp:
+    def __enter__(self) -> Self:
         self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
         self._profile.__enter__()
         return self

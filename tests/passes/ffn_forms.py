@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 import ltepass
+from ltepass.config import Mode
 from ltepass.routed.sites import router_of, routers_of
+from tests.typed import lte_state
 
 D, H = 10, 24  # d_model, d_ff
 
@@ -23,7 +25,7 @@ class Plain(nn.Module):
         super().__init__()
         self.act, self.up, self.down = act, nn.Linear(d, h, bias=bias), nn.Linear(h, d, bias=bias)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Any:
         return self.down(self.act(self.up(x)))
 
 
@@ -33,7 +35,7 @@ class Gated(nn.Module):
         self.act, self.w1, self.w3 = act, nn.Linear(d, h, bias=bias), nn.Linear(d, h, bias=bias)
         self.w2 = nn.Linear(h, d, bias=bias)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Any:
         return self.w2(self.act(self.w1(x)) * self.w3(x))
 
 
@@ -44,7 +46,7 @@ class FusedHalves(nn.Module):
         super().__init__()
         self.gate_first, self.gate_up, self.down = gate_first, nn.Linear(d, 2 * h, bias=bias), nn.Linear(h, d)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Any:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up if self.gate_first else gate * F.silu(up))
 
@@ -56,7 +58,7 @@ class Interleaved(nn.Module):
         super().__init__()
         self.clamp, self.gate_up, self.down = clamp, nn.Linear(d, 2 * h), nn.Linear(h, d)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Any:
         both = self.gate_up(x)
         gate, up = both[..., ::2], both[..., 1::2]
         if self.clamp is not None:
@@ -71,7 +73,7 @@ class Unbound(nn.Module):
         super().__init__()
         self.gate_up, self.down = nn.Linear(d, 2 * h), nn.Linear(h, d)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Any:
         gate, up = self.gate_up(x).unflatten(-1, (-1, 2)).unbind(-1)
         return self.down(F.gelu(gate) * up)
 
@@ -85,14 +87,14 @@ class Conv(nn.Module):
 
         self.c_fc, self.c_proj, self.drop = Conv1D(H, D), Conv1D(D, H), nn.Dropout(0.3)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Any:
         return self.drop(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
 
 
 class BiasApart(nn.Linear):
     """Falcon's linear: the bias is added apart."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return x @ self.weight.T + self.bias
 
 
@@ -101,7 +103,7 @@ class Apart(nn.Module):
         super().__init__()
         self.up, self.down = BiasApart(D, H), BiasApart(H, D)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Any:
         return self.down(F.gelu(self.up(x)))
 
 
@@ -113,7 +115,7 @@ class OwnersBias(nn.Module):
         self.up, self.down = nn.Linear(D, H, bias=False), nn.Linear(H, D, bias=False)
         self.b1, self.b2 = nn.Parameter(torch.randn(H)), nn.Parameter(torch.randn(D))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Any:
         return self.down(F.relu(self.up(x) + self.b1)) + self.b2
 
 
@@ -125,7 +127,7 @@ class Scaled(nn.Module):
         self.up, self.down, self.per_token = nn.Linear(D, H), nn.Linear(H, D), per_token
         self.scale = nn.Parameter(torch.rand(H) + 0.5)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Any:
         h = F.relu(self.up(x)) * self.scale
         return self.down(h * x.norm(dim=-1, keepdim=True) if self.per_token else h)
 
@@ -138,7 +140,7 @@ class Inline(nn.Module):
         self.norm, self.mix = nn.LayerNorm(D), nn.Linear(D, D)
         self.fc1, self.fc2, self.parallel = nn.Linear(D, H), nn.Linear(H, D), parallel
 
-    def forward(self, x, scale=None):
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Any:
         n = self.norm(x)
         mixed = self.mix(n.cumsum(1) / n.shape[1])
         if self.parallel:
@@ -152,7 +154,7 @@ class _First(nn.Module):
         super().__init__()
         self.dense, self.act = nn.Linear(D, H), nn.GELU()
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Any:
         return self.act(self.dense(x))
 
 
@@ -161,7 +163,7 @@ class _Second(nn.Module):
         super().__init__()
         self.dense, self.norm, self.drop = nn.Linear(H, D), nn.LayerNorm(D), nn.Dropout(0.1)
 
-    def forward(self, h, x):
+    def forward(self, h: Tensor, x: Tensor) -> Any:
         return self.norm(self.drop(self.dense(h)) + x)
 
 
@@ -172,7 +174,7 @@ class Split(nn.Module):
         super().__init__()
         self.intermediate, self.output = _First(), _Second()
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Any:
         return self.output(self.intermediate(x), x)
 
 
@@ -183,7 +185,7 @@ class Shared(nn.Module):
         super().__init__()
         self.norm, self.ffn = nn.LayerNorm(D), Plain(F.gelu)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         for _ in range(3):
             x = x + self.ffn(self.norm(x))
         return x
@@ -197,7 +199,7 @@ class Residual(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(D) for _ in ffns)
         self.ffns = nn.ModuleList(ffns)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         for norm, ffn in zip(self.norms, self.ffns, strict=True):
             x = x + ffn(norm(x))
         return x
@@ -209,10 +211,10 @@ def x_of(batch: int = 2, tokens: int = 5) -> Tensor:
 
 def sites_of(model: nn.Module, x: Any = None, **config: Any) -> list[ltepass.routed.sites.FFNSite]:
     ltepass.transform(model, x_of() if x is None else x, ltepass.LTEConfig(**config))
-    return list(model._lte.sites)
+    return list(lte_state(model).sites)
 
 
-def set_mode(model: nn.Module, mode: str) -> None:
+def set_mode(model: nn.Module, mode: Mode) -> None:
     for router in routers_of(model):
         router.mode = mode
 
@@ -250,7 +252,7 @@ def check_exact(model: nn.Module, x: Tensor, group_size: int = 4, lowered: bool 
 
 def _check_against_zeroed_columns(original: nn.Module, model: nn.Module, x: Tensor, mask: Tensor, hard: Tensor) -> None:
     """For models whose tokens do not see each other after the FFN: an oracle that knows nothing of gates."""
-    (site,) = model._lte.sites
+    (site,) = lte_state(model).sites
     permutation = router_of(model, site).permutation
     keep = mask.repeat_interleave(site.group_size, -1)
     for b, t in ((0, 0), (1, 3)):
@@ -269,7 +271,7 @@ def _check_lowered(model: nn.Module, x: Tensor, hard: Tensor, lowered: bool) -> 
             ltepass.lower(model)
         return
     ltepass.lower(model)
-    assert model._lte.notes == []
+    assert lte_state(model).notes == []
     with torch.no_grad():
         torch.testing.assert_close(model(x), hard, rtol=1e-5, atol=1e-5)
     ltepass.unlower(model)

@@ -5,6 +5,8 @@ All of them stand in one model, plain and gated, so that one transform and one l
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -16,6 +18,7 @@ from ltepass.errors import NoFFNFoundError
 from ltepass.kernels import reference
 from ltepass.routed.sites import router_of
 from tests.passes.ffn_forms import D, Gated, H, Plain, Residual, check_exact, set_mode, sites_of, x_of
+from tests.typed import lte_state
 
 FUSED = {
     **dict.fromkeys(("gelu", "gelu_python"), "gelu"),
@@ -34,7 +37,7 @@ class PerNeuron(Plain):
     def __init__(self, act: nn.Module) -> None:
         super().__init__(act)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> Any:
         return self.down(self.act(self.up(x).transpose(1, 2)).transpose(1, 2))
 
 
@@ -45,7 +48,7 @@ class Snake(nn.Module):
         super().__init__()
         self.a = nn.Parameter(torch.rand(H) + 0.5)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + (self.a * x).sin().square() / self.a
 
 
@@ -76,7 +79,7 @@ class _Beta(nn.Module):
         super().__init__()
         self.beta = nn.Parameter(torch.tensor([1.3]))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * torch.sigmoid(self.beta * x)
 
 
@@ -138,7 +141,7 @@ class OneNeuron(nn.Module):
         self.act, self.norm = reference.ACTIVATIONS[activation], nn.LayerNorm(3)
         self.gate, self.up, self.down = nn.Linear(3, 1) if gated else None, nn.Linear(3, 1), nn.Linear(1, 3)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> Any:
         z = self.norm(x)
         return x + self.down(self.act(self.up(z)) if self.gate is None else self.act(self.gate(z)) * self.up(z))
 
@@ -148,5 +151,5 @@ class OneNeuron(nn.Module):
 def test_one_value_at_a_time_is_enough_to_know_it(activation: str, gated: bool) -> None:
     """One token of one neuron is one sample; far out, several of the functions are the same number there."""
     model = ltepass.transform(OneNeuron(activation, gated).eval(), torch.randn(1, 1, 3))
-    (site,) = model._lte.sites
+    (site,) = lte_state(model).sites
     assert site.activation == activation

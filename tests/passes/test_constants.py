@@ -12,6 +12,7 @@ from torch.nn import functional
 
 import ltepass
 from ltepass.passes.capture.owner_forward import trace_owner
+from tests.typed import lte_state
 
 FLAGS = SimpleNamespace(factor=2.0)
 
@@ -27,31 +28,32 @@ class Owner(nn.Module):
         self.p, self.scale, self.on, self.function = 0.5, 1.0, True, torch.relu
         self.config = SimpleNamespace(scale=1.0)
         self.shift = nn.Parameter(torch.rand(8))
+        self.gain: Tensor
         self.register_buffer("gain", torch.tensor(1.5))
 
 
 class DropoutP(Owner):
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Any:
         return self.down(functional.dropout(torch.relu(self.up(x)), self.p, self.training))
 
 
 class Scale(Owner):
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Any:
         return self.down(torch.relu(self.up(x))) * self.scale
 
 
 class OfTheClass(Owner):
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Any:
         return self.down(torch.relu(self.up(x))) * self.factor
 
 
 class Config(Owner):
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Any:
         return self.down(torch.relu(self.up(x))) * self.config.scale
 
 
 class Flag(Owner):
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Any:
         y = self.down(torch.relu(self.up(x)))
         if self.on:
             y = y * 2
@@ -59,69 +61,69 @@ class Flag(Owner):
 
 
 class Function(Owner):
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Any:
         return self.down(self.function(self.up(x)))
 
 
 class OfAChild(Owner):
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Any:
         return self.down(functional.dropout(torch.relu(self.up(x)), self.drop.p, self.training))
 
 
 class ChildInALocal(Owner):
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Any:
         drop = self.drop
         return self.down(functional.dropout(torch.relu(self.up(x)), drop.p, self.training))
 
 
 class Global(Owner):
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Any:
         return self.down(torch.relu(self.up(x))) * FLAGS.factor
 
 
 class Method(Owner):
-    def middle(self, x):
+    def middle(self, x: Tensor) -> Tensor:
         return torch.relu(self.up(x)) * self.scale
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Any:
         return self.down(self.middle(x))
 
 
 class IsTensor(Owner):
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Any:
         y = self.down(torch.relu(self.up(x)))
         return y if isinstance(x, Tensor) else y * 100
 
 
 class TypeOf(Owner):
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Any:
         h = self.up(x)
         return self.down(torch.relu(h)) * float(type(h) is Tensor or type(h) is nn.Parameter)
 
 
 class WeightDtype(Owner):
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Any:
         return self.down(torch.relu(self.up(x)).to(self.down.weight.dtype))
 
 
 class GradMode(Owner):
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Any:
         return self.down(torch.relu(self.up(x))) * (2.0 if torch.is_grad_enabled() else 1.0)
 
 
 class Writes(Owner):
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Any:
         self.last = x
         return self.down(torch.relu(self.up(x)))
 
 
 class Getattr(Owner):
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Any:
         return self.down(torch.relu(self.up(x))) * getattr(self, "scale")  # noqa: B009  # the subject of the test
 
 
 class Straight(Owner):
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Any:
         h = functional.dropout(self.drop(self.act(self.up(x))), 0.5, self.training)
         first, second = h.chunk(2, dim=-1)
         h = torch.cat((first, second), -1) if False is None else h  # never: but a branch
@@ -129,7 +131,7 @@ class Straight(Owner):
 
 
 class Plain(Owner):
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """Children, parameters, buffers, functions of torch and methods of tensors."""
         h = functional.dropout(self.drop(self.act(self.up(x))), 0.5, self.training).contiguous()
         y = self.down(h)
@@ -142,14 +144,14 @@ class Block(nn.Module):
         super().__init__()
         self.norm, self.mlp = nn.LayerNorm(8), owner
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Any:
         return x + self.mlp(self.norm(x))
 
 
 def change(owner: Any) -> None:
     """Everything that these forwards may read gets another value."""
     owner.p, owner.scale, owner.on, owner.function = 0.9, 3.0, False, torch.sigmoid
-    owner.config.scale, owner.drop.p, FLAGS.factor, type(owner).__mro__[-3].factor = 3.0, 0.9, 3.0, 3.0
+    owner.config.scale, owner.drop.p, FLAGS.factor, Owner.factor = 3.0, 0.9, 3.0, 3.0
 
 
 READS = [DropoutP, Scale, Config, Function]  # of its own attributes: they stay reads
@@ -184,7 +186,7 @@ def test_a_value_that_changes_after_transform_acts(cls: type[Owner]) -> None:
     plain = Block(cls()).eval()
     assert (trace_owner(model.mlp) is None) == (cls in CROOKED)
     ltepass.transform(model, (x,), ltepass.LTEConfig(group_size=4, grouping="identity"))
-    assert [s.kind for s in model._lte.sites] == ["inline" if cls in CROOKED else "aligned"]
+    assert [s.kind for s in lte_state(model).sites] == ["inline" if cls in CROOKED else "aligned"]
     assert all(map(torch.equal, outputs(model, x), outputs(plain, x)))
     change(model.mlp)
     change(plain.mlp)
@@ -194,9 +196,9 @@ def test_a_value_that_changes_after_transform_acts(cls: type[Owner]) -> None:
 def test_a_straight_forward_is_regenerated_and_reads_its_tensors() -> None:
     model, x = Block(Plain()).eval(), torch.randn(2, 3, 8)
     ltepass.transform(model, (x,), ltepass.LTEConfig(group_size=4, grouping="identity"))
-    assert [s.kind for s in model._lte.sites] == ["aligned"]
+    assert [s.kind for s in lte_state(model).sites] == ["aligned"]
     y = model(x)
-    model.mlp.gain.fill_(3.0)
+    model.mlp.get_buffer("gain").fill_(3.0)
     assert not torch.equal(model(x), y)
     assert trace_owner(Straight()) is None
 
@@ -229,7 +231,7 @@ def test_an_old_checkpoint_that_regenerated_such_a_forward_is_gated_by_hooks(tmp
     (written,) = [p for p in tmp_path.iterdir() if p.suffix == ".json"]
     written.write_text(json.dumps(json.loads(written.read_text())).replace('"inline"', '"aligned"'))
     loaded = ltepass.load(Block(Global()).eval(), tmp_path)
-    assert [s.kind for s in loaded._lte.sites] == ["inline"]
+    assert [s.kind for s in lte_state(loaded).sites] == ["inline"]
     ltepass.set_mode(loaded, "dense")
     assert torch.equal(loaded(x), model(x))
     FLAGS.factor = 0.0

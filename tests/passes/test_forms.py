@@ -31,6 +31,7 @@ from tests.passes.ffn_forms import (
     sites_of,
     x_of,
 )
+from tests.typed import lte_state, present
 
 FORMS: dict[str, tuple[Any, str, str, bool]] = {  # name: model, activation, kind, lowered
     "plain": (lambda: Residual(Plain(F.gelu)), "gelu", "aligned", True),
@@ -73,7 +74,7 @@ class _Decoder(nn.Module):
         super().__init__()
         self.layer = nn.TransformerDecoderLayer(D, 2, H, 0.1, batch_first=True, **options)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> Any:
         return self.layer(x, x)
 
 
@@ -118,14 +119,14 @@ def test_modules_that_share_all_their_weights_have_a_router_each_and_one_order()
     assert first is not second
     assert torch.equal(first.permutation, second.permutation)
     assert not torch.equal(first.permutation, torch.arange(H))
-    assert model._lte.refusals == []
+    assert lte_state(model).refusals == []
 
 
 def test_calibration_orders_shared_weights_once() -> None:
     model, original = tied_twins(), tied_twins()
     config = ltepass.LTEConfig(group_size=4, grouping="coactivation")
     ltepass.transform(model, x_of(), config, calibration=[x_of(4, 16)])
-    first, second = (router_of(model, s) for s in model._lte.sites if s.owner != "ffns.1")
+    first, second = (router_of(model, s) for s in lte_state(model).sites if s.owner != "ffns.1")
     assert torch.equal(first.permutation, second.permutation)
     assert not torch.equal(first.quantiles, second.quantiles)
     torch.testing.assert_close(model(x_of()), original(x_of()), rtol=1e-5, atol=1e-5)
@@ -138,17 +139,19 @@ def test_two_modules_with_one_weight_are_refused() -> None:
     b.up.weight = a.up.weight
     model = Residual(a, b, c)
     assert [s.owner for s in sites_of(model)] == ["ffns.2"]
-    assert {(r.module, r.check) for r in model._lte.refusals} == {("ffns.0", "tied"), ("ffns.1", "tied")}
+    assert {(r.module, r.check) for r in lte_state(model).refusals} == {("ffns.0", "tied"), ("ffns.1", "tied")}
 
 
 def test_rows_are_the_ones_that_make_a_neuron() -> None:
     (halves,) = sites_of(FusedHalves(gate_first=True))
-    assert (halves.gate_rows.start, halves.gate_rows.step, halves.up_rows.start, halves.up_rows.step) == (0, 1, H, 1)
+    gate, up = present(halves.gate_rows), halves.up_rows
+    assert (gate.start, gate.step, up.start, up.step) == (0, 1, H, 1)
     (turned,) = sites_of(FusedHalves(gate_first=False))
-    assert (turned.gate_rows.start, turned.up_rows.start) == (H, 0)
+    assert (present(turned.gate_rows).start, turned.up_rows.start) == (H, 0)
     (woven,) = sites_of(Interleaved())
-    assert (woven.gate_rows.start, woven.gate_rows.step, woven.up_rows.start, woven.up_rows.step) == (0, 2, 1, 2)
-    assert (woven.gate_bias.start, woven.gate_bias.step) == (0, 2)
+    gate, up, bias = present(woven.gate_rows), woven.up_rows, present(woven.gate_bias)
+    assert (gate.start, gate.step, up.start, up.step) == (0, 2, 1, 2)
+    assert (bias.start, bias.step) == (0, 2)
     (conv,) = sites_of(Conv())
     assert (conv.up_rows.dim, conv.down_rows.dim) == (1, 0)
     (scaled,) = sites_of(Scaled())
@@ -159,7 +162,7 @@ def test_where_no_kernel_knows_the_function_the_gate_factor_is_still_told_apart(
     """Grouping goes by the gate's rows (paper section 4.1), whichever of the two linears is written first."""
 
     class Turned(Gated):
-        def forward(self, x):
+        def forward(self, x: torch.Tensor) -> Any:
             return self.w2(self.w3(x) * F.mish(self.w1(x)))
 
     (site,) = sites_of(Turned())

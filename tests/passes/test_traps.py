@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -34,6 +37,7 @@ from tests.passes.traps import (
     TwoBranches,
     Watched,
 )
+from tests.typed import lte_state
 
 
 def refusals(model: nn.Module) -> list[Refusal]:
@@ -47,7 +51,7 @@ def refusals(model: nn.Module) -> list[Refusal]:
     return job.refusals
 
 
-SILENT = {
+SILENT: dict[str, Callable[[], nn.Module]] = {
     "attention": Attention,
     "attention with a sigmoid gate": lambda: Attention(gated=True),
     "sdpa": SDPA,
@@ -56,7 +60,7 @@ SILENT = {
     "low-rank pair with dropout, scale and shift": lambda: LowRank(0.5),
     "two branches added": TwoBranches,
 }
-NEAR = {
+NEAR: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "running sum": (LinearAttention, "norm", "cumsum"),
     "shifted gate": (ShiftedGate, "same token", "mixes tokens"),
     "squeeze and excite": (SqueezeExcite, "same token", "one vector a sequence"),
@@ -96,7 +100,7 @@ def test_a_near_miss_is_one_line_with_the_check_that_failed(trap: str) -> None:
 def test_only_the_last_pair_of_a_deep_mlp_is_a_site() -> None:
     model = Deep()
     assert [(s.up, s.down) for s in sites_of(model)] == [("net.2", "net.4")]
-    assert [(r.module, r.check) for r in model._lte.refusals] == [("net.2", "output")]
+    assert [(r.module, r.check) for r in lte_state(model).refusals] == [("net.2", "output")]
 
 
 def test_real_ffns_among_traps_are_the_only_sites_and_refusals_do_not_flood() -> None:
@@ -108,13 +112,13 @@ def test_real_ffns_among_traps_are_the_only_sites_and_refusals_do_not_flood() ->
             self.n1, self.n2 = nn.RMSNorm(D), nn.LayerNorm(D)
             self.attention, self.adapter, self.ffn = SDPA(gated=True), LowRank(0.5), ffn
 
-        def forward(self, x):
+        def forward(self, x: torch.Tensor) -> Any:
             x = x + self.attention(self.n1(x))
             return x + self.ffn(self.n2(x)) + self.adapter(x)
 
     layers = nn.Sequential(*(Layer(ffn) for ffn in (Plain(), Gated(), FusedHalves())), nn.LayerNorm(D), nn.Linear(D, 9))
     assert [s.owner for s in sites_of(layers)] == ["0.ffn", "1.ffn", "2.ffn"]
-    assert layers._lte.refusals == []
+    assert lte_state(layers).refusals == []
 
 
 def test_a_refused_ffn_beside_a_good_one_is_left_as_it_was() -> None:
@@ -124,7 +128,7 @@ def test_a_refused_ffn_beside_a_good_one_is_left_as_it_was() -> None:
     assert [s.owner for s in sites_of(model)] == ["ffns.0", "ffns.2"]
     assert type(middle) is StatisticInside
     assert all(p is before[n] for n, p in middle.named_parameters())
-    (refusal,) = model._lte.refusals
+    (refusal,) = lte_state(model).refusals
     assert (refusal.module, refusal.check) == ("ffns.1.down", "norm")
     assert "relu" in refusal.nearest
     shown = str(ltepass.report(model))
@@ -137,9 +141,9 @@ def test_experts_are_refused_and_the_shared_expert_beside_them_is_a_site() -> No
             super().__init__()
             self.experts, self.shared, self.shared_gate = Experts(), Gated(), nn.Linear(D, 1)
 
-        def forward(self, x):
+        def forward(self, x: torch.Tensor) -> Any:
             return self.experts(x) + torch.sigmoid(self.shared_gate(x)) * self.shared(x)
 
     model = Residual(MoE(), Plain())
     assert [s.owner for s in sites_of(model)] == ["ffns.0.shared", "ffns.1"]
-    assert [(r.module, r.check) for r in model._lte.refusals] == [("ffns.0.experts", "experts")]
+    assert [(r.module, r.check) for r in lte_state(model).refusals] == [("ffns.0.experts", "experts")]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
@@ -17,14 +19,14 @@ class Attention(nn.Module):
         self.q, self.k, self.v = (nn.Linear(D, H) for _ in range(3))
         self.g, self.o = nn.Linear(D, H) if gated else None, nn.Linear(H, D)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> Any:
         scores = torch.softmax(self.q(x) @ self.k(x).transpose(-1, -2), -1)
         h = scores @ self.v(x)
         return self.o(h if self.g is None else h * torch.sigmoid(self.g(x)))
 
 
 class SDPA(Attention):
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> Any:
         h = F.scaled_dot_product_attention(self.q(x)[:, None], self.k(x)[:, None], self.v(x)[:, None])[:, 0]
         return self.o(h if self.g is None else h * F.silu(self.g(x)))
 
@@ -32,7 +34,7 @@ class SDPA(Attention):
 class LinearAttention(Attention):
     """Gated linear attention without a product of two computed matrices: a running sum over tokens."""
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> Any:
         state = torch.cumsum(torch.sigmoid(self.k(x)) * self.v(x), 1)
         return self.o(F.silu(self.q(x)) * state)
 
@@ -40,7 +42,7 @@ class LinearAttention(Attention):
 class ShiftedGate(Attention):
     """Elementwise to the eye, but a token reads its neighbour."""
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> Any:
         return self.o(F.silu(self.q(x)) * self.v(x).roll(1, 1))
 
 
@@ -50,7 +52,7 @@ class LowRank(nn.Module):
         self.a, self.b, self.scale = nn.Linear(D, H), nn.Linear(H, D), scale
         self.drop = nn.Dropout(0.1)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> Any:
         h = self.drop(self.a(x))
         return self.b(h if self.scale is None else h * self.scale + 1.0)
 
@@ -62,7 +64,7 @@ class TwoBranches(nn.Module):
         super().__init__()
         self.a, self.b, self.o = nn.Linear(D, H), nn.Linear(D, H), nn.Linear(H, D)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> Any:
         return self.o(2.0 * self.a(x) - self.b(x) / 3.0)
 
 
@@ -71,14 +73,14 @@ class SqueezeExcite(nn.Module):
         super().__init__()
         self.a, self.b, self.last = nn.Linear(D, H), nn.Linear(H, D), last or nn.Sigmoid()
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> Any:
         return x * self.last(self.b(F.relu(self.a(x.mean(1, keepdim=True)))))
 
 
 class TokenwiseExcite(SqueezeExcite):
     """An excitation of each token by itself: token in, same token out, but its output is a gate."""
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> Any:
         return x * self.last(self.b(F.relu(self.a(x))))
 
 
@@ -87,7 +89,7 @@ class Head(nn.Module):
         super().__init__()
         self.a, self.b, self.pool = nn.Linear(D, H), nn.Linear(H, classes), pool
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> Any:
         return self.b(F.gelu(self.a(x[:, 0] if self.pool else x)))
 
 
@@ -98,7 +100,7 @@ class Mixer(nn.Module):
         super().__init__()
         self.norm, self.a, self.b = nn.LayerNorm(D), nn.Linear(tokens, H), nn.Linear(H, tokens)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> Any:
         return x + self.b(F.gelu(self.a(self.norm(x).transpose(1, 2)))).transpose(1, 2)
 
 
@@ -109,7 +111,7 @@ class Deep(nn.Module):
         super().__init__()
         self.net = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, D), nn.ReLU(), nn.Linear(D, D))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> Any:
         return self.net(x)
 
 
@@ -118,20 +120,20 @@ class NormInside(Plain):
         super().__init__()
         self.norm = norm
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> Any:
         return self.down(self.norm(F.gelu(self.up(x))))
 
 
 class StatisticInside(Plain):
     """BitNet's norm, written out."""
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> Any:
         h = F.relu(self.up(x)).square()
         return self.down(h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5))
 
 
 class TopKInside(Plain):
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> Any:
         h = F.relu(self.up(x))
         return self.down(torch.where(h >= h.topk(4, -1).values[..., -1:], h, torch.zeros_like(h)))
 
@@ -143,20 +145,20 @@ class CrossGated(nn.Module):
         super().__init__()
         self.a, self.b, self.o, self.norm = nn.Linear(D, H), nn.Linear(D, H), nn.Linear(H, D), nn.LayerNorm(D)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> Any:
         return self.o(F.silu(self.a(x)) * self.b(self.norm(x)))
 
 
 class Watched(Plain):
     """Somebody else reads the hidden units: their order is not free."""
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> Any:
         h = F.relu(self.up(x))
         return self.down(h) + h[..., :D]
 
 
 class Reversed(Plain):
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> Any:
         return self.down(F.relu(self.up(x)).flip(-1))
 
 
@@ -165,7 +167,7 @@ class RawParameters(nn.Module):
         super().__init__()
         self.w1, self.w2 = nn.Parameter(torch.randn(D, H)), nn.Parameter(torch.randn(H, D))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.gelu(x @ self.w1) @ self.w2
 
 
@@ -177,7 +179,7 @@ class Experts(nn.Module):
         self.gate, self.gated = nn.Linear(D, 3), gated
         self.w1, self.w2 = nn.Parameter(torch.randn(3, D, H * (1 + gated))), nn.Parameter(torch.randn(3, H, D))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> Any:
         if self.gated:
             a, b = (x[:, None] @ self.w1).chunk(2, -1)
             h = F.silu(a) * b

@@ -24,10 +24,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from ltepass.errors import CheckpointError
-from ltepass.routed.sites import FFNSite, LTEState, state_of
+from ltepass.routed.sites import FFNSite, LTEState
 from ltepass.saving.quantizer import LTEQuantizationConfig, checked_sites
 from ltepass.saving.tensor_checks import FLOATS, Header, read_header
 from tests.properties.mutants import mutant
+from tests.typed import lte_state
 from tests.watching import watch
 
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
@@ -177,7 +178,8 @@ def quiet() -> Iterator[None]:
 def load(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     model = hf.AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
-        return model(input_ids=ids).logits  # type: ignore[no-any-return]
+        out: torch.Tensor = model(input_ids=ids).logits
+        return out
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +281,7 @@ def test_payload_bytes_never_crash(tmp_path: Path) -> None:
             return
         model(input_ids=ids)
         seen["loads"] += 1
-        for site in state_of(model).sites:  # type: ignore[union-attr]
+        for site in lte_state(model).sites:
             order = model.get_submodule(site.router).permutation
             assert sorted(order.tolist()) == list(range(site.d_ff))
 

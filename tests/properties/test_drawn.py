@@ -9,10 +9,12 @@ import functools
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import ltepass
@@ -30,14 +32,15 @@ class Decoder(nn.Module):
         super().__init__()
         self.block, self.form = Block(form), form
 
-    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Any:
         return self.block(x)
 
 
 def pickled(model: Decoder) -> nn.Module:
     if model.block.ffn.act.__name__ == "<lambda>":  # which pickle cannot name
         return copy.deepcopy(model)
-    return pickle.loads(pickle.dumps(model))
+    again: nn.Module = pickle.loads(pickle.dumps(model))
+    return again
 
 
 def reloaded(model: Decoder) -> nn.Module:
@@ -51,28 +54,26 @@ def reloaded(model: Decoder) -> nn.Module:
     return fresh
 
 
-def adapted(model: Decoder) -> nn.Module:
+def adapted(model: Decoder) -> PeftModel:
     """LoRA whose updates are zero."""
-    from peft import LoraConfig, get_peft_model
-
     return get_peft_model(model, LoraConfig(r=2, target_modules=["up", "down"])).eval()
 
 
 def compiled(model: Decoder) -> nn.Module:
     torch._dynamo.reset()
-    return torch.compile(model, backend="eager", dynamic=False)  # type: ignore[return-value]
+    return torch.compile(model, backend="eager", dynamic=False)  # type: ignore[return-value]  # it is a module
 
 
 def patched(model: Decoder) -> nn.Module:
     """The owner's forward behind another one on the instance, as kernel libraries put theirs."""
     forward = model.block.ffn.forward
-    model.block.ffn.forward = functools.wraps(forward)(lambda *args: forward(*args))  # type: ignore[method-assign]
+    model.block.ffn.forward = functools.wraps(forward)(lambda *args: forward(*args))
     return model
 
 
 def replica(model: nn.Module) -> nn.Module:
     """As nn.DataParallel makes them: parameters are plain tensors."""
-    made = model._replicate_for_data_parallel()
+    made: nn.Module = model._replicate_for_data_parallel()
     for name, parameter in model._parameters.items():
         setattr(made, name, None if parameter is None else parameter.detach())
     made._buffers = dict(model._buffers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from hypothesis import given
@@ -13,6 +14,7 @@ import ltepass
 from ltepass.kernels.reference import ACTIVATIONS
 from ltepass.routed.sites import router_of, routers_of
 from tests.properties.trees import examples
+from tests.typed import lte_state
 
 
 @dataclass(frozen=True)
@@ -62,18 +64,18 @@ class FFN(nn.Module):
 
 
 class Plain(FFN):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.down(self.act(self.up(x)))
 
 
 class Fused(FFN):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         g, u = self.up(x).chunk(2, dim=-1)
         return self.down(self.act(g) * u)
 
 
 class Gated(FFN):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.down(self.up(x) * self.act(self.gate(x)))
 
 
@@ -88,7 +90,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm, self.ffn, self.inline = nn.LayerNorm(form.d_model), ffn_of(form), form.inline
 
-    def forward(self, x: Tensor, scale: float | None = None) -> Tensor:
+    def forward(self, x: Tensor, scale: float | None = None) -> Any:
         y = type(self.ffn).forward(self.ffn, self.norm(x)) if self.inline else self.ffn(self.norm(x))
         return x + (y if scale is None else scale * y)
 
@@ -99,7 +101,7 @@ def build(form: Form, grouping: str) -> tuple[Block, nn.Module, Tensor]:
     x = torch.randn(*form.tokens, form.d_model)
     plain = Block(form).eval()
     plain.load_state_dict(model.state_dict())
-    config = ltepass.LTEConfig(group_size=form.group, grouping=grouping)  # type: ignore[arg-type]
+    config = ltepass.LTEConfig(group_size=form.group, grouping=grouping)
     ltepass.transform(model, x, config)
     for router in routers_of(model):
         router.threshold.fill_({"none": torch.inf, "some": 0.0, "all": -torch.inf}[form.active])
@@ -111,7 +113,7 @@ def build(form: Form, grouping: str) -> tuple[Block, nn.Module, Tensor]:
 @torch.no_grad()
 def test_dense_mode_is_bitwise_the_original_under_identity_grouping(form: Form) -> None:
     model, plain, x = build(form, "identity")
-    assert [s.kind for s in model._lte.sites] == ["inline" if form.inline else "aligned"]
+    assert [s.kind for s in lte_state(model).sites] == ["inline" if form.inline else "aligned"]
     assert torch.equal(model(x), plain(x))
 
 
@@ -120,7 +122,7 @@ def test_dense_mode_is_bitwise_the_original_under_identity_grouping(form: Form) 
 @torch.no_grad()
 def test_grouping_is_a_permutation_and_comes_off_again(form: Form) -> None:
     model, plain, x = build(form, "random")
-    (site,) = model._lte.sites
+    (site,) = lte_state(model).sites
     permutation = router_of(model, site).permutation
     assert torch.equal(permutation.sort().values, torch.arange(form.d_ff))
     for rows in site.neurons:
@@ -137,7 +139,7 @@ def test_grouping_is_a_permutation_and_comes_off_again(form: Form) -> None:
 @torch.no_grad()
 def test_lowered_equals_hard_eager(form: Form) -> None:
     model, plain, x = build(form, "random")
-    (site,) = model._lte.sites
+    (site,) = lte_state(model).sites
     assert site.activation == form.activation
     ltepass.set_mode(model, "hard")
     expected = model(x)

@@ -40,7 +40,8 @@ def test_statistics_are_those_of_the_tokens(family: str, lengths: list[int], lef
     alone = [whole(family, row) for row in rows]
     weights = {site.name: down_energy(model, site) for site in model._lte.sites}
     padded_fit, fit = (fit_energies(model, b, weights, "dense") for b in (batches, alone))
-    same(*({name: f.weight for name, f in fits.items()} for fits in (padded_fit, fit)), 5e-3)
+    weights_of, alone_weights = ({name: f.weight for name, f in fits.items()} for fits in (padded_fit, fit))
+    same(weights_of, alone_weights, 5e-3)
     for name in fit:
         # Their inputs are kept in bf16. One that lies between two such numbers becomes either of them, and weights of
         # 20 make up to 0.6 of that in the logits of its token: so not the greatest difference is judged.

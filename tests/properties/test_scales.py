@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,8 +13,9 @@ from torch import Tensor, nn
 
 import ltepass
 from ltepass.errors import NoFFNFoundError
+from tests.typed import lte_state
 
-MADE: dict[str, object] = {
+MADE: dict[str, Callable[[Tensor], Tensor]] = {
     "leaf": lambda k: k,
     "exp": torch.exp,
     "softplus": nn.functional.softplus,
@@ -31,7 +35,7 @@ class Scaled(nn.Module):
         self.scale = nn.Parameter(torch.rand(f) + 0.5)
         self.score = nn.Linear(d, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         z = self.norm(x)
         h, k = torch.relu(self.up(z)), self.made(self.scale)
         h = (h.transpose(-1, -2) * k.unsqueeze(-1)).transpose(-1, -2) if self.turned else h * k
@@ -44,13 +48,15 @@ class Scaled(nn.Module):
     turned=st.booleans(),
     per_token=st.booleans(),
 )
-def test_a_factor_of_the_neurons_is_permuted_with_them_at_any_number_of_tokens(sizes, made, turned, per_token) -> None:
+def test_a_factor_of_the_neurons_is_permuted_with_them_at_any_number_of_tokens(
+    sizes: tuple[int, int, int, int], made: str, turned: bool, per_token: bool
+) -> None:
     d, f, batch, length = sizes
     model = Scaled(d, 2 * f, made, turned, per_token).eval()
     x = torch.randn(batch, length, d)
     y = model(x)
     ltepass.transform(model, x, ltepass.LTEConfig(group_size=2, grouping="random"))
-    (site,) = model._lte.sites
+    (site,) = lte_state(model).sites
     assert "scale" in {rows.param for rows in site.neurons}
     assert torch.allclose(model(x), y, atol=1e-5)
 
@@ -62,7 +68,7 @@ class Excited(nn.Module):
         super().__init__()
         self.norm, self.up, self.down, self.pool = nn.LayerNorm(d), nn.Linear(d, f), nn.Linear(f, d), nn.Linear(d, f)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         z = self.norm(x)
         return x + self.down(torch.relu(self.up(z)) * torch.sigmoid(self.pool(z.mean((0, 1)))))
 
@@ -78,7 +84,7 @@ def test_a_single_neuron_is_no_factor() -> None:
     """Its hidden units have the shape of one number a token, as a factor has."""
     model = nn.Sequential(nn.LayerNorm(8), Narrow(8)).eval()
     ltepass.transform(model, torch.randn(2, 3, 8))
-    (site,) = model._lte.sites
+    (site,) = lte_state(model).sites
     assert site.d_ff == 1
 
 
@@ -87,5 +93,5 @@ class Narrow(nn.Module):
         super().__init__()
         self.up, self.down = nn.Linear(d, 1), nn.Linear(1, d)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return x + self.down(torch.relu(self.up(x)))

@@ -18,6 +18,7 @@ from ltepass.passes.graph.captured import Captured
 from ltepass.passes.graph.pipeline import TransformJob
 from ltepass.routed.sites import router_of, routers_of
 from tests.properties.trees import build, captured, examples, flat_graph_of, graph_of, reordered, trees
+from tests.typed import lte_state
 
 X = torch.randn(2, 5, 10, generator=torch.Generator().manual_seed(0))
 CONFIG = ltepass.LTEConfig(grouping="random")
@@ -88,11 +89,11 @@ def check_life(model: nn.Module, planted: set[int]) -> None:
     try:
         ltepass.lower(model)
     except LoweringError:
-        assert all(s.activation.startswith("custom(") for s in model._lte.sites)
+        assert all(s.activation.startswith("custom(") for s in lte_state(model).sites)
     else:
         torch.testing.assert_close(model(X), hard, rtol=1e-4, atol=1e-4)
         ltepass.unlower(model)
-    sites = list(model._lte.sites)
+    sites = list(lte_state(model).sites)
     permutations = {s.name: router_of(model, s).permutation.clone() for s in sites}
     ltepass.remove(model)
     for site in sites:

@@ -117,7 +117,7 @@ class Branch(nn.Module):
                 self.add_module(norm, nn.LayerNorm(D))
             self.steps.append((name, norm, residual))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         for name, norm, residual in self.steps:
             y = self.get_submodule(name)(self.get_submodule(norm)(x) if norm else x)
             x = x + y if residual else y

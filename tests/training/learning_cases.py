@@ -117,7 +117,8 @@ def _trained_weights() -> dict[str, Tensor]:
         optimizer.step()
         optimizer.zero_grad()
     torch.random.set_rng_state(state)
-    return model.state_dict()
+    weights: dict[str, Tensor] = model.state_dict()
+    return weights
 
 
 def trained(target: float = 0.5, **config: Any) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 from collections import UserDict
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 from transformers import BatchEncoding, DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
 import ltepass
@@ -35,7 +36,7 @@ from tests.training.padded import sequences, started, transformed
 def tokenizer() -> PreTrainedTokenizerFast:
     words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *"abcdefghijklmnopqrstuvwxyz"])}
     inner = Tokenizer(WordLevel(words, unk_token="[UNK]"))
-    inner.pre_tokenizer = Whitespace()  # type: ignore[assignment]
+    inner.pre_tokenizer = Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]")
 
 
@@ -55,12 +56,13 @@ def test_every_form_of_the_same_batch_calibrates_alike() -> None:
     collate = DataCollatorForLanguageModeling(tokens, mlm=False)
     rows = [tokens(text, return_token_type_ids=False) for text in TEXTS]
     expected = tables([dict(encoded)])
-    for batches in (
+    forms: tuple[Iterable[Any], ...] = (
         [encoded],
         [UserDict(encoded)],
         [{**encoded, "labels": encoded["input_ids"]}],
-        DataLoader(rows, batch_size=4, collate_fn=collate),
-    ):
+        DataLoader(cast(Dataset[Any], rows), batch_size=4, collate_fn=collate),
+    )
+    for batches in forms:
         assert torch.equal(tables(batches), expected)
     ids = torch.stack(sequences([8] * 6))
     expected = tables([{"input_ids": ids}])

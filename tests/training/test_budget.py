@@ -24,6 +24,7 @@ from ltepass.routed.sites import router_of, routers_of
 from ltepass.routed.watching import collect
 from ltepass.training.stages import settle
 from tests.training.learning_cases import calibrated, dense_model, router_inputs, tokens
+from tests.typed import grad, lte_state
 
 D, FF, VOCAB = 16, 48, 31
 
@@ -33,7 +34,7 @@ class FFN(nn.Module):
         super().__init__()
         self.up, self.down = nn.Linear(D, FF), nn.Linear(FF, D, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.down(F.silu(self.up(x)))
 
 
@@ -90,8 +91,8 @@ def test_an_ffn_that_one_batch_runs_through_is_started_from_it(place: int, budge
         ltepass.calibrate(model, batches, inputs=inputs)
     batches[place][0, 0] = 0
     ltepass.calibrate(model, batches, inputs=inputs)
-    router = router_of(model, model._lte.sites[1])
-    x = model.embed(batches[place])
+    router = router_of(model, lte_state(model).sites[1])
+    x = model.get_submodule("embed")(batches[place])
     share = (F.linear(x, router.weight, router.bias) <= router.threshold).float().mean()
     assert float(share) == pytest.approx(0.6, abs=0.1)
 
@@ -112,7 +113,7 @@ def test_sensitivity_is_what_leaving_experts_out_costs() -> None:
     """By hand, for one FFN: the gradient of the same drawn labels at its output, times each expert's own output."""
     model = ltepass.transform(dense_model(), config=ltepass.LTEConfig(group_size=12, grouping="identity"))
     ids = tokens(40)
-    site = model._lte.sites[1]  # the last FFN: nothing but the norm and the head come after
+    site = lte_state(model).sites[1]  # the last FFN: nothing but the norm and the head come after
     found = loss_sensitivity(model, [ids], seed=3)[site.name]
     seen: dict[str, Tensor] = {}
 
@@ -126,8 +127,8 @@ def test_sensitivity_is_what_leaving_experts_out_costs() -> None:
     generator = torch.Generator().manual_seed(3)
     labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).flatten()
     F.cross_entropy(logits, labels, reduction="sum").backward()
-    weight = model.get_submodule(site.down).weight.detach()  # [d_out, d_ff]
-    g, costs = seen["out"].grad, []
+    weight = model.get_parameter(f"{site.down}.weight").detach()  # [d_out, d_ff]
+    g, costs = grad(seen["out"]), []
     for e in range(site.n_experts):
         own = slice(12 * e, 12 * e + 12)
         costs.append(((seen["h"].detach()[..., own] @ weight[:, own].T) * g).sum(-1).square())

@@ -205,7 +205,7 @@ def test_the_table_says_which_cuts_were_placed_in_another_way(tmp_path: Path) ->
 
 @pytest.mark.usefixtures("quick")
 def test_ablations_and_tasks_write_their_rows(tmp_path: Path, shared: Path) -> None:
-    common = {"preset": "smoke", "texts": None, "work": shared, "seeds": 1}
+    common: dict[str, Any] = {"preset": "smoke", "texts": None, "work": shared, "seeds": 1}
     oracle = "an oracle's experts, no warm start"
     chosen = {"stages": "both, warm start", "routers": "random, frozen", "group size": "64", "start": oracle}
     for only, variant in chosen.items():

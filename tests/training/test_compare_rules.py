@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -11,11 +11,14 @@ from torch import Tensor, nn
 
 import ltepass
 from examples.compare.methods import RULES
+from examples.compare.predictors import Predictor
 from examples.compare.rule_hooks import Ruled, collect
-from examples.compare.rules import Seen, spread, top
+from examples.compare.rules import Cats, NoisyTopK, PrunePath, Rule, Seen, Teal, TopK, spread, top
 from ltepass.measure.quality import perplexity
 from tests.training.learning_cases import copied_text, trained
+from tests.typed import grad, present
 
+R = TypeVar("R", bound=Rule)
 EXACT_COUNT = ("topk", "oracle", "random", "moefication", "dejavu", "noisy-topk")
 BY_THRESHOLD = ("cats", "teal", "prunepath")
 
@@ -29,9 +32,17 @@ def ruled(name: str, sparsity: float = 0.5, model: Any = None) -> Ruled:
     return out
 
 
+def rule_of(r: Ruled, kind: type[R]) -> R:
+    """The rule at the first FFN."""
+    rule = r.rules[0]
+    assert isinstance(rule, kind)
+    return rule
+
+
 def logits(r: Ruled, x: Tensor) -> Tensor:
     with torch.no_grad(), r:
-        return r.model(x).logits  # type: ignore[no-any-return]
+        out: Tensor = r.model(x).logits
+        return out
 
 
 def test_the_dense_rule_changes_nothing_and_every_rule_leaves_the_model_as_it_was() -> None:
@@ -69,7 +80,7 @@ def test_measured_sparsity_is_what_was_asked_for(name: str, sparsity: float) -> 
     # weights left out save their bytes, the rule's own weights cost theirs
     own = sum(p.numel() for p in r.rules[0].parameters()) / (3 * 12 * 128)
     expected = (1 + 2 * (1 - measured)) / 3 if name == "cats" else 1 - measured + own
-    noise = r.rules[0].noise.numel() / (3 * 12 * 128) if name == "noisy-topk" else 0.0
+    noise = rule_of(r, NoisyTopK).noise.numel() / (3 * 12 * 128) if name == "noisy-topk" else 0.0
     assert read == pytest.approx(expected - noise, abs=1e-5)
 
 
@@ -80,7 +91,8 @@ def ffn(model: Any) -> Any:
 def by_hand(r: Ruled, x: Tensor) -> Tensor:
     """What the first FFN gives for x under the rule."""
     with torch.no_grad(), r:
-        return ffn(r.model)(x)  # type: ignore[no-any-return]
+        out: Tensor = ffn(r.model)(x)
+        return out
 
 
 def test_cats_drops_neurons_by_the_activated_gate() -> None:
@@ -88,7 +100,7 @@ def test_cats_drops_neurons_by_the_activated_gate() -> None:
     mlp, x = ffn(r.model), torch.randn(1, 5, 12)
     with torch.no_grad():
         gate = nn.functional.silu(mlp.gate_proj(x))
-        expected = mlp.down_proj(gate * mlp.up_proj(x) * (gate.abs() > r.rules[0].cut))
+        expected = mlp.down_proj(gate * mlp.up_proj(x) * (gate.abs() > rule_of(r, Cats).cut))
     torch.testing.assert_close(by_hand(r, x), expected)
 
 
@@ -96,9 +108,9 @@ def test_teal_drops_small_inputs_of_each_matrix() -> None:
     r = ruled("teal")
     mlp, x = ffn(r.model), torch.randn(1, 5, 12)
     with torch.no_grad():
-        kept = x * (x.abs() > r.rules[0].cut_x)
+        kept = x * (x.abs() > rule_of(r, Teal).cut_x)
         h = nn.functional.silu(mlp.gate_proj(kept)) * mlp.up_proj(kept)
-        expected = mlp.down_proj(h * (h.abs() > r.rules[0].cut_h))
+        expected = mlp.down_proj(h * (h.abs() > rule_of(r, Teal).cut_h))
     torch.testing.assert_close(by_hand(r, x), expected)
 
 
@@ -144,7 +156,7 @@ def test_predictors_know_more_than_chance() -> None:
     """Overlap of the chosen with the truly most important ones, half of all: chance is a half."""
     for name in ("moefication", "dejavu"):
         r = ruled(name)
-        model, rule = r.model, r.rules[0]
+        model, rule = r.model, rule_of(r, Predictor)
         ((x, gate, h), *_) = collect(model, copied_text(16, 3).split(8))
         seen = Seen(x.float(), gate.float(), h.float())
         with torch.no_grad():
@@ -156,7 +168,7 @@ def test_predictors_know_more_than_chance() -> None:
 
 def test_noisy_topk_weighs_the_kept_experts_and_is_noisy_in_training_only() -> None:
     r = ruled("noisy-topk")
-    rule, seen = r.rules[0], Seen(x := torch.randn(7, 12), x, torch.randn(7, 128))
+    rule, seen = rule_of(r, NoisyTopK), Seen(x := torch.randn(7, 12), x, torch.randn(7, 128))
     with torch.no_grad():
         rule.eval()
         first, again = rule.factors(seen), rule.factors(seen)
@@ -171,7 +183,7 @@ def test_noisy_topk_weighs_the_kept_experts_and_is_noisy_in_training_only() -> N
 
 
 def test_prunepath_keeps_experts_up_to_its_mass() -> None:
-    rule = ruled("prunepath").rules[0]
+    rule = rule_of(ruled("prunepath"), PrunePath)
     share = torch.tensor([[0.5, 0.1, 0.3, 0.1]])
     for mass, kept in ((0.4, [1, 0, 0, 0]), (0.6, [1, 0, 1, 0]), (0.85, [1, 1, 1, 0])):
         rule.mass = mass
@@ -181,7 +193,7 @@ def test_prunepath_keeps_experts_up_to_its_mass() -> None:
 
 def test_prunepath_learns_from_its_scores_and_not_through_the_input() -> None:
     """A gradient that came back through the router would grow with every layer: it once overflowed on 30 of them."""
-    rule = ruled("prunepath").rules[0].train()
+    rule = rule_of(ruled("prunepath"), PrunePath).train()
     x, h = torch.randn(50, 12, requires_grad=True), torch.randn(50, 128)
     logits = rule.logits(Seen(x.detach(), h, h)).detach()
     kept = rule._kept(logits.softmax(-1))
@@ -195,7 +207,7 @@ def test_prunepath_learns_from_its_scores_and_not_through_the_input() -> None:
 
 @pytest.mark.parametrize("name", ["noisy-topk", "prunepath"])
 def test_balance_losses_are_least_where_all_experts_get_alike(name: str) -> None:
-    rule = ruled(name).rules[0].eval()
+    rule = rule_of(ruled(name), TopK).eval()
     with torch.no_grad():
         rule.weight.zero_()
         even = Seen(x := torch.randn(50, 12), x, torch.randn(50, 128))
@@ -203,7 +215,7 @@ def test_balance_losses_are_least_where_all_experts_get_alike(name: str) -> None
         for tilt in (0.0, 1.0, 3.0):
             rule.bias.copy_(tilt * torch.linspace(-1, 1, 32))
             rule.factors(even)
-            losses.append(float(rule.extra))
+            losses.append(float(present(rule.extra)))
     assert losses[1] < losses[2]
     if name == "noisy-topk":  # a top-k of equal logits is itself uneven
         assert losses[2] > 0
@@ -218,5 +230,5 @@ def test_trained_rules_get_gradients_through_the_whole_model(name: str) -> None:
     with r:
         loss = r.model(input_ids=x, labels=x).loss + r.extra_loss()
     loss.backward()
-    assert all(float(rule.weight.grad.abs().sum()) > 0 for rule in r.rules)
+    assert all(float(grad(rule.get_parameter("weight")).abs().sum()) > 0 for rule in r.rules)
     assert float(ffn(r.model).down_proj.weight.grad.abs().sum()) > 0

@@ -31,11 +31,12 @@ from tests.training.learning_cases import (
     transformed,
     weights,
 )
+from tests.typed import lte_state
 
 METHODS = tuple(GROUPINGS)
 
 
-def arguments(d_ff: int = 60, seed: int = 0) -> dict[str, Tensor | Sample]:
+def arguments(d_ff: int = 60, seed: int = 0) -> dict[str, Any]:
     g = torch.Generator().manual_seed(seed)
     up, gate, down = (torch.randn(d_ff, 12, generator=g) for _ in range(3))
     seen = Sample(x=torch.randn(33, 12, generator=g), h=torch.randn(33, d_ff, generator=g))
@@ -58,7 +59,8 @@ def test_kmeans_groups_by_gate_and_up_and_by_up_in_a_plain_ffn() -> None:
     lengths = torch.arange(1.0, 61.0)[:, None]  # k-means on rows as they are would group by length
     noise = arguments() | {"sample": None}
     planted = directions * lengths
-    for rows in ({"gate": planted}, {"up": planted}, {"up": planted, "gate": None}):
+    both: tuple[dict[str, Any], ...] = ({"gate": planted}, {"up": planted}, {"up": planted, "gate": None})
+    for rows in both:
         assert _groups("kmeans", {**noise, **rows}) == _planted(labels)
 
 
@@ -110,7 +112,7 @@ def _saw(h: Tensor) -> Sample:
     return Sample(x=torch.ones(len(h), 12), h=h)
 
 
-def _groups(method: str, given: dict[str, Tensor | Sample]) -> set[frozenset[int]]:
+def _groups(method: str, given: dict[str, Any]) -> set[frozenset[int]]:
     permutation = grouping_permutation(method, **given, group_size=5, seed=0)
     return {frozenset(group.tolist()) for group in permutation.view(-1, 5)}
 
@@ -216,7 +218,7 @@ def test_the_report_names_the_grouping_of_a_transform_without_data() -> None:
 
 
 def _orders(model: torch.nn.Module) -> list[Tensor]:
-    return [router_of(model, site).permutation.clone() for site in model._lte.sites]
+    return [router_of(model, site).permutation.clone() for site in lte_state(model).sites]
 
 
 @given(rows=st.lists(st.integers(1, 40), min_size=1, max_size=5), d=st.integers(1, 12), offset=st.floats(-50, 50))

@@ -20,6 +20,7 @@ from ltepass.training.lora import ffn_linears
 from ltepass.training.settings import LTESettings
 from ltepass.training.stages import begin_stage, settle
 from tests.training.learning_cases import copied_text, fit, perplexity_of, trained
+from tests.typed import grad, lte_state, prefixed, present
 
 
 def changed(before: dict[str, torch.Tensor], model: Any) -> set[str]:
@@ -37,8 +38,8 @@ def parameters(model: Any) -> dict[str, torch.Tensor]:
 def test_what_learns_is_what_was_asked_for(tmp_path: Path, stage: str, trainable: Any) -> None:
     model = trained()
     before, kinds = parameters(model), {n: type(m) for n, m in model.named_modules()}
-    steps = {"soft_steps": 3, "hard_steps": 0} if stage == "soft" else {"soft_steps": 0, "hard_steps": 3}
-    fit(model, tmp_path, LTESettings(trainable=trainable, **steps))
+    soft, hard = (3, 0) if stage == "soft" else (0, 3)
+    fit(model, tmp_path, LTESettings(trainable=trainable, soft_steps=soft, hard_steps=hard))
     moved = changed(before, model)
     routers = {n for n in before if ".router." in n}
     linears = {f"{path}.weight" for path in ffn_linears(model)}
@@ -74,7 +75,7 @@ def test_straight_through_is_the_hard_value_with_the_routers_gradient() -> None:
     begin_stage(model, "hard", straight_through=True)
     assert torch.equal(model(x).logits, hard)
     model(input_ids=x, labels=x).loss.backward()
-    assert all(float(r.weight.grad.abs().sum()) > 0 for r in routers_of(model))
+    assert all(float(grad(r.weight).abs().sum()) > 0 for r in routers_of(model))
     begin_stage(model, "hard")
     assert not any(p.requires_grad for r in routers_of(model) for p in r.parameters())
 
@@ -160,7 +161,12 @@ def test_the_hard_stage_through_the_op_ends_where_the_masked_form_does(
     """The same thresholds, held by the same measured shares, and weights equal but for the order of sums."""
     calls: list[int] = []
     per_expert = backward.per_expert
-    monkeypatch.setattr(backward, "per_expert", lambda *a: (calls.append(1), per_expert(*a))[1])
+
+    def counted(*args: Any) -> Any:
+        calls.append(1)
+        return per_expert(*args)
+
+    monkeypatch.setattr(backward, "per_expert", counted)
     monkeypatch.setattr(backward, "LEAST_TOKENS", 1)
     ends = []
     for through_op in (False, True):
@@ -175,7 +181,7 @@ def test_the_hard_stage_through_the_op_ends_where_the_masked_form_does(
         ends.append((moved, [r.threshold.clone() for r in routers_of(model)], trainer.state.log_history))
     (masked, thresholds, log), (op, op_thresholds, op_log) = ends
     for name, change in masked.items():
-        torch.testing.assert_close(op[name], change, rtol=1e-2, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(op[name], change, rtol=1e-2, atol=1e-5, msg=prefixed(name))
     torch.testing.assert_close(op_thresholds, thresholds, rtol=1e-4, atol=1e-4)
     seen = [[entry["lte_hard_sparsity"] for entry in log if "loss" in entry] for log in (log, op_log)]
     assert seen[0] == pytest.approx(seen[1], abs=1e-3)
@@ -191,7 +197,7 @@ def test_a_straight_through_router_cannot_learn_through_the_op() -> None:
 def test_a_budget_is_met_by_every_layer_or_by_their_mean(budget: Any) -> None:
     model = trained()
     with torch.no_grad():
-        router_of(model, model._lte.sites[0]).bias.add_(1.0)  # one layer asks for more than the other
+        present(router_of(model, lte_state(model).sites[0]).bias).add_(1.0)  # one layer asks for more than the other
     shares = settle(model, copied_text(64, 4).split(16), 0.6, budget=budget)
     values = list(ltepass.measure_sparsity(model, [copied_text(64, 5)]).values())
     assert sum(values) / len(values) == pytest.approx(0.6, abs=0.01)

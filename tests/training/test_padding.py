@@ -49,6 +49,7 @@ from ltepass.training.stages import (
 )
 from ltepass.training.trainer import LTETrainer, LTETrainerMixin
 from tests.training.padded import FAMILIES, PAD, dense, padded, same, sequences, started, transformed, whole
+from tests.typed import lte_state, present
 
 LENGTHS = [3, 9, 5, 12, 2, 4]
 
@@ -78,7 +79,7 @@ def test_the_auxiliary_loss_of_a_padded_batch_is_its_sequences(family: str, left
             sums.append(torch.stack([getattr(aux, name).detach() for name in aux.__dataclass_fields__]))
         gradients = {n: p.grad.clone() for n, p in model.named_parameters() if "router" in n and p.grad is not None}
         found.append({"sums": torch.stack(sums).sum(0), **gradients})
-    same(*found, 1e-3)
+    same(found[0], found[1], 1e-3)
     assert found[0]["sums"][-1] == sum(LENGTHS)
 
 
@@ -114,7 +115,7 @@ def test_thresholds_cuts_and_costs_are_the_tokens_own(family: str) -> None:
         routers = {site.name: router_of(model, site) for site in model._lte.sites}
         buffers = {f"{n}.{k}": b.clone() for n, r in routers.items() for k, b in r.named_buffers()}
         ends.append({**shares, **{n: b for n, b in buffers.items() if "permutation" not in n}})
-    same(*ends, 5e-3)
+    same(ends[0], ends[1], 5e-3)
 
 
 def test_the_losss_sensitivity_is_the_tokens_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,9 +124,10 @@ def test_the_losss_sensitivity_is_the_tokens_own(monkeypatch: pytest.MonkeyPatch
     for family in FAMILIES:
         batch, alone = one_batch(family)
         model = started(family)
-        found = [loss_sensitivity(model, batches) for batches in ([batch], alone)]
-        same(*({name: s.log_cost for name, s in one.items()} for one in found), 1e-3)
-        same(*({name: s.neurons for name, s in one.items()} for one in found), 1e-2)
+        together, apart = (loss_sensitivity(model, batches) for batches in ([batch], alone))
+        for value, tolerance in (("log_cost", 1e-3), ("neurons", 1e-2)):
+            of_batch, of_rows = ({name: getattr(s, value) for name, s in one.items()} for one in (together, apart))
+            same(of_batch, of_rows, tolerance)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -138,7 +140,7 @@ def test_a_refit_is_the_tokens_own(family: str) -> None:
         errors = warm_start(model, batch)
         downs = {s.name: s.down_rows.of(model, s.d_ff).detach().clone() for s in model._lte.sites}
         ends.append({**{f"{n} error": e for n, e in errors.items()}, **downs})
-    same(*ends, 5e-3)
+    same(ends[0], ends[1], 5e-3)
 
 
 def test_whole_calibration_of_a_padded_batch_is_its_sequences() -> None:
@@ -148,7 +150,7 @@ def test_whole_calibration_of_a_padded_batch_is_its_sequences() -> None:
         model = transformed("llama", grouping="auto")
         ltepass.calibrate(model, batches, inputs="hard")
         states.append({k: v for k, v in model.state_dict().items() if "router" in k})
-    same(*states, 2e-2)
+    same(states[0], states[1], 2e-2)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +216,7 @@ class Tower(nn.Module):
         self.patches, self.words = (nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)) for _ in range(2))
         self.embed = nn.Embedding(20, 8)
 
-    def forward(self, input_ids: Tensor, patches: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, patches: Tensor, attention_mask: Tensor | None = None) -> Any:
         seen = patches + self.patches(patches)
         x = self.embed(input_ids) + seen.mean(1, keepdim=True)
         return x + self.words(x)
@@ -235,7 +237,7 @@ def test_rows_that_no_mask_fits_all_count_with_one_warning() -> None:
         ltepass.measure_sparsity(model, [{**batch, "attention_mask": torch.ones(2, 4)}])
 
 
-class OwnInputs(Trainer):
+class OwnInputs(Trainer):  # type: ignore[misc]  # transformers is untyped
     """Makes its own batch and labels inside, as DPO does: each sequence twice, padded further."""
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
@@ -294,7 +296,7 @@ def test_labels_say_nothing_of_what_an_encoder_reads() -> None:
     ids, labels = torch.randint(1, 61, (2, 6)), torch.full((2, 6), -100)
     labels[:, :2] = 5
     model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
-    kept = [router_of(model, site).kept[0].losses[0].clone() for site in model._lte.sites]
+    kept = [present(router_of(model, site).kept[0].losses)[0].clone() for site in model._lte.sites]
     aux = take_auxiliary(model, label_mask(labels, shifted=False))
     means = [
         losses.mean() if site.name.startswith("encoder") else losses[:, :2].mean()
@@ -313,7 +315,7 @@ def test_an_encoder_decoder_learns_from_its_tokens(
     take = take_auxiliary
 
     def spy(model: nn.Module, mask: Tensor | None) -> Any:
-        sites = zip(model._lte.sites, routers_of(model), strict=True)  # type: ignore[union-attr, arg-type]
+        sites = zip(lte_state(model).sites, routers_of(model), strict=True)
         counted.extend(float(router.kept[0].forward.masks[0].sum()) for _, router in sites)
         aux = take(model, mask)
         counted.append(float(aux.tokens))

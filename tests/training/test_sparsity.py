@@ -12,7 +12,7 @@ from transformers.models.gemma4 import Gemma4ForCausalLM, Gemma4TextConfig
 
 import ltepass
 from ltepass.calibration import initialise
-from ltepass.calibration.initialise import every
+from ltepass.calibration.initialise import every, fit_energies
 from ltepass.errors import CalibrationError, ConfigError, LoweredError, NotTransformedError
 from ltepass.routed.samples import SomeRows
 from ltepass.routed.sites import router_of, routers_of
@@ -20,6 +20,7 @@ from ltepass.routed.watching import mode_of, record_logits, run_batches
 from ltepass.sparsity.thresholds import update_table
 from ltepass.training.stages import settle
 from tests.training.learning_cases import dense_model, router_inputs, tokens
+from tests.typed import lte_state
 
 
 def ids(seed: int, batch: int = 16, length: int = 32) -> torch.Tensor:
@@ -95,7 +96,7 @@ def test_a_start_from_hard_inputs_places_thresholds_before_and_after_its_second_
 ) -> None:
     """By hand: where the last table was taken, the routers leave the target share out."""
     steps: list[Any] = []
-    table, fit = initialise.update_table, initialise.fit_energies
+    table, fit = update_table, fit_energies
 
     def keep_table(m: Any, batches: Any) -> None:
         steps.append((copy.deepcopy(m), batches))
@@ -174,7 +175,7 @@ def test_passes_for_hooks_show_every_token_to_every_ffn() -> None:
         m = ltepass.transform(dense.eval(), config=ltepass.LTEConfig(group_size=8, grouping="random"))
         with mode_of(m, "hard"), record_logits(m) as seen:
             run_batches(m, [ids(1)])
-        assert [sum(map(len, rows)) for rows in seen.values()] == [16 * 32] * len(m._lte.sites)
+        assert [sum(map(len, rows)) for rows in seen.values()] == [16 * 32] * len(lte_state(m).sites)
 
 
 def test_a_calibrated_start_beats_a_random_one() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -209,9 +210,11 @@ def test_reentrant_checkpointing_is_refused(tmp_path: Path) -> None:
     begin_stage(m, "soft")
     new, old = "activation_checkpointing", "gradient_checkpointing"
     name = new if hasattr(TrainingArguments, new) else old
+    switched_on: dict[str, Any] = {name: True}
+    reentrant: dict[str, Any] = {f"{name}_kwargs": {"use_reentrant": True}}
     with pytest.raises(TrainingError, match=f"{name}_kwargs has use_reentrant"):
-        trainer(m, tmp_path, **{name: True, f"{name}_kwargs": {"use_reentrant": True}}).train()
-    late = trainer(m, tmp_path, **{f"{name}_kwargs": {"use_reentrant": True}})
+        trainer(m, tmp_path, **reentrant, **switched_on).train()
+    late = trainer(m, tmp_path, **reentrant)
     setattr(late.args, name, True)  # transformers mirrors one name in the other only as the arguments are made
     with pytest.raises(TrainingError, match=f"{name}_kwargs has use_reentrant"):
         late.train()
@@ -249,7 +252,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(tmp_path: Path
             out.loss = out.loss * float("nan")
         return out
 
-    m.forward = forward.__get__(m)
+    m.forward = MethodType(forward, m)
     with pytest.raises(TrainingError, match="step 3"):
         t.fit()
     for k, v in m.state_dict().items():
@@ -272,7 +275,7 @@ def test_resuming_ends_with_bitwise_the_same_weights(tmp_path: Path) -> None:
             raise KeyboardInterrupt
         return stop(*args, **kwargs)
 
-    t.training_step = killed  # type: ignore[method-assign]
+    t.training_step = killed
     with pytest.raises(KeyboardInterrupt):
         t.train()
     again = model()
