@@ -150,8 +150,6 @@ def test_active_pairs_alone_give_the_same_gradients(dtype: torch.dtype, gated: b
         active = reference.mask(x, *router)
         plain: list[Any] = [grad, x, active, up, up_bias, gate, gate_bias, down, activation, needs]
         wide: list[Any] = [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in plain]
-            t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in plain
-        )
         ours, stock, exact = (
             form(*given)
             for form, given in (
