@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 import ltepass
+from tests.models.zoo import llama
 
 CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 JSON = "application/json"
@@ -36,8 +37,7 @@ def words() -> PreTrainedTokenizerFast:
 
 def save_model(folder: Path) -> Path:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 24, "intermediate_size": 60, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=61, eos_token_id=None, **sizes))
+    model = llama(eos_token_id=None)
     ltepass.transform(model, config=ltepass.LTEConfig(group_size=6, grouping="identity"))
     model.save_pretrained(folder)
     words().save_pretrained(folder)

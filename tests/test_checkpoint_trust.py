@@ -22,6 +22,7 @@ from ltepass.errors import CheckpointError, SourceNameError
 from ltepass.passes.capture.owner_forward import trace_owner
 from ltepass.passes.insert.forwards import ForwardCode
 from ltepass.routed.sites import FFNSite, NeuronRows, Refusal, routers_of, state_of
+from tests.models import zoo
 from tests.typed import lte_state
 from tests.watching import MARK, watch
 
@@ -214,8 +215,7 @@ def test_an_activation_is_the_one_that_the_forward_computes(tmp_path: Path) -> N
 
 def test_up_and_down_that_change_places_are_seen_where_their_shapes_agree(tmp_path: Path) -> None:
     """A forward alone tells them apart, and OPT's cannot be traced: its layers are tried when they are loaded."""
-    sizes = {"hidden_size": 24, "ffn_dim": 24, "word_embed_proj_dim": 24, "num_hidden_layers": 1, "vocab_size": 61}
-    model = hf.OPTForCausalLM(hf.OPTConfig(num_attention_heads=4, enable_bias=False, **sizes)).eval()
+    model = zoo.opt(1, ffn_dim=24, enable_bias=False).eval()
     ltepass.transform(model, config=ltepass.LTEConfig(group_size=6))
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -389,8 +389,7 @@ def test_weights_in_a_pickle_are_refused(tmp_path: Path) -> None:
 
 def test_a_part_that_was_transformed_alone_warns_where_the_whole_is_saved(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 24, "intermediate_size": 60, "num_hidden_layers": 1, "num_attention_heads": 4}
-    model = hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=61, **sizes)).eval()
+    model = zoo.llama(1).eval()
     ltepass.transform(model.model)
     with pytest.warns(UserWarning, match="model of this LlamaForCausalLM was transformed alone"):
         model.save_pretrained(tmp_path / "whole")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, Trainer
+from transformers import AutoModelForCausalLM, Trainer
 from typer.testing import CliRunner
 
 import ltepass
@@ -17,11 +17,9 @@ from ltepass.cli import app, main
 from ltepass.commands.models import call_by_name, load
 from ltepass.errors import ConfigError
 from ltepass.routed.sites import routers_of
+from tests.models.zoo import llama
 
 COMMANDS = {"demo", "inspect", "coverage", "train", "eval", "bench", "generate", "serve", "report"}
-CONFIG = LlamaConfig(
-    hidden_size=24, intermediate_size=60, num_hidden_layers=2, num_attention_heads=4, vocab_size=61, eos_token_id=None
-)
 
 
 class Plain(nn.Module):
@@ -50,7 +48,7 @@ def run(*arguments: str) -> str:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved")
-    model = AutoModelForCausalLM.from_config(CONFIG)
+    model = llama(eos_token_id=None)
     ltepass.transform(model, config=ltepass.LTEConfig(group_size=12, grouping="identity"))
     model.save_pretrained(folder)
     return folder
@@ -90,8 +88,9 @@ def test_and_says_where_it_is_found_from_a_wheel(
 
 
 def test_inspect_reads_a_directory_without_weights(tmp_path: Path) -> None:
-    CONFIG.architectures = ["LlamaForCausalLM"]
-    CONFIG.save_pretrained(tmp_path)
+    config = llama().config
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path)
     output = run("inspect", str(tmp_path), "--group-size", "12")
     assert "2 FFN sites" in output
     assert "silu" in output
@@ -158,7 +157,7 @@ def dense_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(61)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", pad_token="w0").save_pretrained(folder)
-    AutoModelForCausalLM.from_config(CONFIG).save_pretrained(folder)
+    llama(eos_token_id=None).save_pretrained(folder)
     return folder
 
 

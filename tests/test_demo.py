@@ -15,7 +15,6 @@ from typing import Any, get_type_hints
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import ltepass
 from examples.results.demo_table import BEGIN, END, with_table
@@ -29,13 +28,11 @@ from ltepass.errors import ConfigError, TrainingError
 from ltepass.measure import decode_speed
 from ltepass.measure.quality import perplexity, sparsity_of_tail
 from ltepass.routed.sites import routers_of
-
-CONFIG = LlamaConfig(hidden_size=24, intermediate_size=60, num_hidden_layers=2, num_attention_heads=4, vocab_size=61)
+from tests.models.zoo import build
 
 
 def model() -> Any:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(CONFIG).eval()
+    return build("llama")
 
 
 def routed() -> Any:

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import ltepass
+from tests.models.zoo import build
 
 CALLABLES = [name for name in ltepass.__all__ if callable(getattr(ltepass, name))]
 PARTS = ("Arguments", "Returns", "Raises", "Example")
@@ -27,9 +27,7 @@ def parts_of(doc: str) -> list[str]:
 @pytest.fixture(scope="module")
 def models() -> tuple[Any, Any, torch.Tensor]:
     """A dense model, a transformed and calibrated one, and token ids."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 24, "intermediate_size": 60, "num_attention_heads": 4, "vocab_size": 61}
-    dense = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **sizes)).eval()
+    dense = build("llama")
     ids = torch.randint(0, 61, (4, 32), generator=torch.Generator().manual_seed(1))
     config = ltepass.LTEConfig(group_size=12)
     return dense, ltepass.transform(copy.deepcopy(dense), config=config, calibration=[ids]), ids

@@ -13,26 +13,20 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, OPTConfig, Phi3Config
+from transformers import AutoModel, AutoModelForCausalLM
 
 import ltepass
 from ltepass.errors import CheckpointError
 from ltepass.routed.router import Router
 from ltepass.routed.sites import routers_of, state_of
+from tests.models.zoo import build
 
 IDS = torch.arange(3, 24)[None]
-SIZES: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 61}
-CONFIGS: dict[str, Any] = {
-    "llama": LlamaConfig(hidden_size=24, intermediate_size=60, **SIZES),
-    "phi3": Phi3Config(hidden_size=24, intermediate_size=60, pad_token_id=0, bos_token_id=1, eos_token_id=2, **SIZES),
-    "gpt_neox": GPTNeoXConfig(hidden_size=24, intermediate_size=60, **SIZES),
-    "opt": OPTConfig(hidden_size=24, ffn_dim=60, word_embed_proj_dim=24, max_position_embeddings=64, **SIZES),
-}
+FAMILIES = ("llama", "phi3", "gpt_neox", "opt")
 
 
 def transformed(family: str = "llama", mode: str = "hard") -> Any:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family]).eval()
+    model = build(family)
     ltepass.transform(model, config=ltepass.LTEConfig(group_size=5, grouping="random", seed=1))
     for i, router in enumerate(routers_of(model)):
         router.threshold.fill_(0.1 * i)
@@ -54,7 +48,7 @@ def logits(model: Any) -> torch.Tensor:
         return out
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_loads_bit_equal_with_no_key_missing_or_unexpected(family: str, tmp_path: Path) -> None:
     model = transformed(family)
     model.save_pretrained(tmp_path)
@@ -80,7 +74,7 @@ def test_hard_mode_is_what_was_compared(saved: Path) -> None:
 def test_files_are_safetensors_and_keep_the_dense_names(saved: Path) -> None:
     assert sorted(path.suffix for path in saved.iterdir()) == [".json", ".json", ".safetensors"]
     names = set(load_file(saved / "model.safetensors"))
-    dense = set(AutoModelForCausalLM.from_config(CONFIGS["llama"]).state_dict())
+    dense = set(build("llama").state_dict())
     assert names > dense
     assert all(".router." in name for name in names - dense)
     entry = json.loads((saved / "config.json").read_text())["quantization_config"]
@@ -115,7 +109,7 @@ def test_a_new_process_finds_the_quantizer_in_either_import_order(saved: Path, f
 
 
 def test_a_config_that_built_several_models_is_left_alone() -> None:
-    config = copy.deepcopy(CONFIGS["llama"])
+    config = build("llama").config
     model, other = AutoModelForCausalLM.from_config(config), AutoModelForCausalLM.from_config(config)
     ltepass.transform(model, config=ltepass.LTEConfig(grouping="identity"))
     assert not hasattr(other.config, "quantization_config")

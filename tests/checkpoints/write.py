@@ -8,46 +8,26 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers as hf
 from safetensors.torch import save_file
 
 import ltepass
 from ltepass.routed.sites import routers_of
+from tests.models import zoo
 
-SIZES: dict[str, Any] = {"vocab_size": 61, "num_hidden_layers": 2, "num_attention_heads": 4}
 IDS = torch.arange(3, 35).reshape(2, 16)
 
-
-def llama(layers: int = 2) -> Any:
-    config = hf.LlamaConfig(hidden_size=24, intermediate_size=60, **{**SIZES, "num_hidden_layers": layers})
-    return hf.LlamaForCausalLM(config)
-
-
-def opt() -> Any:
-    config = hf.OPTConfig(hidden_size=24, ffn_dim=60, word_embed_proj_dim=24, max_position_embeddings=64, **SIZES)
-    return hf.OPTForCausalLM(config)
-
-
-def phi3() -> Any:
-    sizes = {"hidden_size": 24, "intermediate_size": 60, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    return hf.Phi3ForCausalLM(hf.Phi3Config(**sizes, **SIZES))
-
-
-def t5() -> Any:
-    sizes = {"d_model": 24, "d_ff": 60, "d_kv": 6, "num_layers": 1, "num_heads": 4, "vocab_size": 61}
-    return hf.T5ForConditionalGeneration(hf.T5Config(**sizes, decoder_start_token_id=0))
-
-
+llama = partial(zoo.llama, num_attention_heads=4)
 # name -> (model, settings of the transform, arguments of save_pretrained)
 CHECKPOINTS: dict[str, tuple[Callable[[], Any], dict[str, Any], dict[str, Any]]] = {
     "aligned": (llama, {}, {}),
-    "inline": (opt, {}, {}),
-    "fused": (phi3, {}, {}),
-    "encoder_decoder": (t5, {}, {}),
+    "inline": (partial(zoo.opt, num_attention_heads=4), {}, {}),
+    "fused": (partial(zoo.phi3, num_attention_heads=4), {}, {}),
+    "encoder_decoder": (zoo.t5, {}, {}),
     "sharded": (lambda: llama(3), {}, {"max_shard_size": "20KB"}),
     "cuts": (llama, {"hidden_sparsity": 0.3, "input_sparsity": 0.2}, {}),
     "no_bias": (llama, {"router_bias": False, "tau": 0.4, "grouping": "random"}, {}),

@@ -16,35 +16,39 @@ from ltepass.routed.sites import routers_of
 VOCAB = 61
 
 
-def _sizes(layers: int) -> dict[str, Any]:
-    return {"vocab_size": VOCAB, "hidden_size": 24, "num_hidden_layers": layers, "num_attention_heads": 3}
+def _sizes(layers: int, more: dict[str, Any], width: str = "intermediate_size") -> dict[str, Any]:
+    """more: whatever of the configuration a test wants otherwise; width: the name that d_ff has there."""
+    sizes = {"vocab_size": VOCAB, "hidden_size": 24, "num_hidden_layers": layers, "num_attention_heads": 3, width: 60}
+    return {**sizes, **more}
 
 
-def llama(layers: int = 2) -> hf.PreTrainedModel:
-    return hf.LlamaForCausalLM(hf.LlamaConfig(intermediate_size=60, num_key_value_heads=3, **_sizes(layers)))
+def llama(layers: int = 2, **more: Any) -> hf.PreTrainedModel:
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**_sizes(layers, more)))
 
 
-def gpt2(layers: int = 2) -> hf.PreTrainedModel:
-    config = hf.GPT2Config(
-        vocab_size=VOCAB, n_embd=24, n_layer=layers, n_head=3, n_inner=60, bos_token_id=1, eos_token_id=2
-    )
-    return hf.GPT2LMHeadModel(config)
+def gpt2(layers: int = 2, **more: Any) -> hf.PreTrainedModel:
+    sizes = {"vocab_size": VOCAB, "n_embd": 24, "n_layer": layers, "n_head": 3, "n_inner": 60}
+    return hf.GPT2LMHeadModel(hf.GPT2Config(**{**sizes, "bos_token_id": 1, "eos_token_id": 2, **more}))
 
 
-def opt(layers: int = 2) -> hf.PreTrainedModel:
-    config = hf.OPTConfig(ffn_dim=60, word_embed_proj_dim=24, max_position_embeddings=64, **_sizes(layers))
-    return hf.OPTForCausalLM(config)
+def opt(layers: int = 2, **more: Any) -> hf.PreTrainedModel:
+    sizes = _sizes(layers, {"word_embed_proj_dim": 24, "max_position_embeddings": 64, **more}, "ffn_dim")
+    return hf.OPTForCausalLM(hf.OPTConfig(**sizes))
 
 
-def phi3(layers: int = 2) -> hf.PreTrainedModel:
-    config = hf.Phi3Config(
-        intermediate_size=60, num_key_value_heads=3, pad_token_id=0, bos_token_id=1, eos_token_id=2, **_sizes(layers)
-    )
-    return hf.Phi3ForCausalLM(config)
+def phi3(layers: int = 2, **more: Any) -> hf.PreTrainedModel:
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return hf.Phi3ForCausalLM(hf.Phi3Config(**_sizes(layers, {**special, **more})))
 
 
-def gpt_neox(layers: int = 2) -> hf.PreTrainedModel:
-    return hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(intermediate_size=60, **_sizes(layers)))
+def gpt_neox(layers: int = 2, **more: Any) -> hf.PreTrainedModel:
+    return hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**_sizes(layers, more)))
+
+
+def t5() -> hf.PreTrainedModel:
+    """An encoder-decoder, of a layer each: not among ALL, whose models take token ids alone."""
+    sizes = {"vocab_size": VOCAB, "d_model": 24, "d_ff": 60, "d_kv": 6, "num_layers": 1, "num_heads": 4}
+    return hf.T5ForConditionalGeneration(hf.T5Config(**sizes, decoder_start_token_id=0))
 
 
 class Own(nn.Module):

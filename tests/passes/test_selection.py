@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import ltepass
 from ltepass.errors import ConfigError, GroupSizeError
 from ltepass.routed.sites import FFNSite, routers_of
+from tests.models import zoo
 
 X = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
 IDS = torch.arange(24).reshape(2, 12)
@@ -34,15 +35,13 @@ class Two(nn.Module):
         return x + self.down1(torch.relu(self.up1(x)))
 
 
-def llama() -> Any:
+def llama() -> hf.PreTrainedModel:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 24, "intermediate_size": 60, "num_attention_heads": 3, "vocab_size": 61}
-    return hf.LlamaForCausalLM(hf.LlamaConfig(num_hidden_layers=3, **sizes)).eval()
+    return zoo.llama(3).eval()
 
 
-def t5() -> Any:
-    sizes = {"d_model": 24, "d_ff": 60, "d_kv": 6, "num_layers": 1, "num_heads": 4, "vocab_size": 61}
-    return hf.T5ForConditionalGeneration(hf.T5Config(**sizes, decoder_start_token_id=0)).eval()
+def t5() -> hf.PreTrainedModel:
+    return zoo.t5().eval()
 
 
 def graph() -> Any:

@@ -158,7 +158,7 @@ def output(model: nn.Module) -> Tensor:
 
 
 def is_owned(lock: Any) -> bool:
-    """By this thread; Python 3.14 alone says whether by any."""
+    """By this thread."""
     return bool(lock._is_owned())
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BioGptConfig, BioGptForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import BioGptConfig, BioGptForSequenceClassification
 from transformers.models.gemma4 import Gemma4ForCausalLM, Gemma4TextConfig
 
 import ltepass
@@ -19,6 +19,7 @@ from ltepass.routed.sites import router_of, routers_of
 from ltepass.routed.watching import mode_of, record_logits, run_batches
 from ltepass.sparsity.thresholds import update_table
 from ltepass.training.stages import settle
+from tests.models.zoo import llama
 from tests.training.learning_cases import dense_model, router_inputs, tokens
 from tests.typed import lte_state
 
@@ -29,8 +30,7 @@ def ids(seed: int, batch: int = 16, length: int = 32) -> torch.Tensor:
 
 def model(calibrated: bool = True, **config: Any) -> Any:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 24, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 3}
-    m = LlamaForCausalLM(LlamaConfig(vocab_size=61, **sizes)).eval()
+    m = llama(intermediate_size=64).eval()
     settings = ltepass.LTEConfig(group_size=8, **config)
     return ltepass.transform(m, config=settings, calibration=[ids(1), ids(2)] if calibrated else None)
 
@@ -247,8 +247,7 @@ def test_refusals_change_nothing() -> None:
 
 def test_a_failed_calibration_inside_transform_leaves_the_dense_model() -> None:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 24, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 3}
-    m = LlamaForCausalLM(LlamaConfig(vocab_size=61, **sizes)).eval()
+    m = llama(1, intermediate_size=64).eval()
     before = {k: v.clone() for k, v in m.state_dict().items()}
     with pytest.raises(CalibrationError):
         ltepass.transform(m, config=ltepass.LTEConfig(group_size=8, grouping="random"), calibration=[])
