@@ -121,7 +121,7 @@ def test_one_site_of_several(make: Any, inputs: Any, only: Any, kept: list[str] 
 
 def test_sizes_differ_by_site_and_are_saved(tmp_path: Path) -> None:
     model = llama()
-    sizes: dict[str, dict[str, object]] = {
+    sizes: dict[str, dict[str, int | str]] = {
         MLP.format(0): {"group_size": 12},
         "model.layers.[12].mlp": {"group_size": "auto"},
     }
