@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 import pytest
 import torch
@@ -42,22 +42,23 @@ def routed() -> Any:
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Results]:
     """One whole run on the tiny model, shared by the tests below."""
     out = tmp_path_factory.mktemp("demo")
     return out, run_demo(DemoOptions(model="tiny", steps=8), out)
 
 
-def test_results_hold_what_their_types_say(tiny: tuple[Path, dict[str, Any]]) -> None:
+def test_results_hold_what_their_types_say(tiny: tuple[Path, Results]) -> None:
     _, found = tiny
     assert set(found) == set(Results.__annotations__)
     assert set(found["options"]) == set(Options.__annotations__)
     assert list(found["stages"]) == list(STAGE_NAMES) == list(Stages.__annotations__)
+    fields = {name: set(stage) for name, stage in cast(dict[str, dict[str, object]], found["stages"]).items()}
     for stage, types in get_type_hints(Stages).items():
-        assert set(found["stages"][stage]) == set(get_type_hints(types)), stage
+        assert fields[stage] == set(get_type_hints(types)), stage
 
 
-def test_every_stage_ran_and_the_table_has_every_row(tiny: tuple[Path, dict[str, Any]]) -> None:
+def test_every_stage_ran_and_the_table_has_every_row(tiny: tuple[Path, Results]) -> None:
     out, results = tiny
     assert list(results["stages"]) == [name for name, _, _ in STAGES]
     assert json.loads((out / "results.json").read_text()) == results
@@ -74,7 +75,7 @@ def test_every_stage_ran_and_the_table_has_every_row(tiny: tuple[Path, dict[str,
         assert row in text, row
 
 
-def test_saved_model_is_the_one_that_was_measured(tiny: tuple[Path, dict[str, Any]]) -> None:
+def test_saved_model_is_the_one_that_was_measured(tiny: tuple[Path, Results]) -> None:
     from transformers import AutoModelForCausalLM
 
     out, results = tiny
@@ -89,7 +90,7 @@ def test_saved_model_is_the_one_that_was_measured(tiny: tuple[Path, dict[str, An
     }
 
 
-def test_page_is_one_file(tiny: tuple[Path, dict[str, Any]]) -> None:
+def test_page_is_one_file(tiny: tuple[Path, Results]) -> None:
     page = (tiny[0] / "report.html").read_text()
     assert page.count("<svg") == 3
     for outside in ('src="', 'href="http', "<link", "<script"):
@@ -97,7 +98,7 @@ def test_page_is_one_file(tiny: tuple[Path, dict[str, Any]]) -> None:
     assert "Greedy continuation" in page
 
 
-def test_a_second_call_runs_nothing_again(tiny: tuple[Path, dict[str, Any]]) -> None:
+def test_a_second_call_runs_nothing_again(tiny: tuple[Path, Results]) -> None:
     out, results = tiny
     start = time.perf_counter()
     assert run_demo(DemoOptions(model="tiny", steps=8), out) == results
