@@ -13,8 +13,9 @@ from ltepass.passes import TRANSFORM
 from ltepass.passes.graph.pipeline import TransformJob, run_passes
 from ltepass.passes.insert.remove_routers import remove_routers
 from ltepass.routed.batches import Batch
+from ltepass.routed.routed import Routed
 from ltepass.routed.selection import Selection, Which
-from ltepass.routed.sites import require_state, require_whole, routers_of, state_of, unwrapped
+from ltepass.routed.sites import require_whole, routers_of, state_of, unwrapped
 from ltepass.routed.undo import all_or_nothing, verb
 
 
@@ -96,8 +97,8 @@ def remove(model: nn.Module, undo_grouping: bool = False) -> nn.Module:
         >>> ltepass.remove(model, undo_grouping=True) is model
         True
     """
-    state = require_state(model, "remove")
+    routed = Routed.trained(model, "remove")
     require_whole(model, "remove")
-    remove_routers(model, state, undo_grouping=undo_grouping)
+    remove_routers(routed, undo_grouping=undo_grouping)
     registration.detach(model)
     return model

@@ -25,7 +25,8 @@ from examples.compare.rules import top
 from examples.compare.study import DEVICE, Recipe, Workshop, transform
 from ltepass.calibration.energy import down_energy, expert_energy
 from ltepass.calibration.ridge import RidgeSums
-from ltepass.routed.sites import FFNSite, router_of
+from ltepass.routed.routed import Routed
+from ltepass.routed.sites import FFNSite
 from ltepass.routed.watching import SAMPLE_TOKENS, Observer, watch
 
 FIELDS = "preset site chooser sparsity missed train_tokens test_tokens".split()
@@ -36,9 +37,9 @@ Score = Callable[[Tensor], Tensor]  # x [n, d_model] -> [n, n_experts]
 class Keep(Observer):
     """Every token's input x and experts' energies at one site."""
 
-    def __init__(self, model: nn.Module, site: FFNSite) -> None:
-        super().__init__(site, router_of(model, site))
-        self.weights = down_energy(model, site)
+    def __init__(self, routed: Routed, site: FFNSite) -> None:
+        super().__init__(site, routed.router(site))
+        self.weights = down_energy(routed.model, site)
         self.x: list[Tensor] = []
         self.energy: list[Tensor] = []
 
@@ -54,8 +55,9 @@ class Keep(Observer):
 
 def observe(model: Any, sites: list[FFNSite], batches: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Of each site: x [n, d_model], energies [n, n_experts]."""
-    kept = [Keep(model, site) for site in sites]
-    watch(model, batches, kept)
+    routed = Routed.trained(model, "observe")
+    kept = [Keep(routed, site) for site in sites]
+    watch(routed, batches, kept)
     return [k.rows() for k in kept]
 
 

@@ -26,6 +26,7 @@ from ltepass.calibration.energy import down_energy
 from ltepass.measure.quality import perplexity
 from ltepass.measure.text_blocks import python_docs, token_blocks
 from ltepass.passes.group.methods import site_permutation
+from ltepass.routed.routed import Routed
 from ltepass.routed.watching import SAMPLE_TOKENS, Sample, collect
 
 CALIBRATION, LENGTH = 8, 512
@@ -100,7 +101,8 @@ def main(
     print(f"{model}, {blocks} x {LENGTH} tokens from each place in {where} (as a share of it);", end=" ")
     print(f"torch {torch.__version__}.\nPerplexity, over the dense model's at the same place.\n")
     ltepass.transform(dense, config=ltepass.LTEConfig(grouping="identity"))
-    samples = collect(dense, calibration[:, : SAMPLE_TOKENS // CALIBRATION].split(1))  # some of every block
+    some = calibration[:, : SAMPLE_TOKENS // CALIBRATION].split(1)  # of every block
+    samples = collect(Routed.trained(dense, "the oracle"), some)
     wanted = [(place, float(s)) for s in sparsities.split(",") for place in tests]
     print(
         "| experts | " + " | ".join(f"{s:.0%} at {place}" for place, s in wanted) + " |\n|---|" + "---|" * len(wanted)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import ltepass
 from examples.compare.rules import Rule, Seen
-from ltepass.routed.sites import FFNSite, require_state
+from ltepass.routed.routed import Routed
+from ltepass.routed.sites import FFNSite
 from ltepass.routed.watching import run_batches
 
 Samples = list[tuple[Tensor, Tensor, Tensor]]  # x, gate product and h of each site, [n, ...] bf16
@@ -19,7 +20,7 @@ Samples = list[tuple[Tensor, Tensor, Tensor]]  # x, gate product and h of each s
 def collect(model: nn.Module, batches: Iterable[Tensor], room: int = 4096) -> Samples:
     """Up to `room` tokens of each site of a transformed model in dense mode."""
     ltepass.set_mode(model, "dense")
-    taps = [_Tap(model, site, room) for site in require_state(model, "samples").sites]
+    taps = [_Tap(model, site, room) for site in Routed.of(model, "samples").sites]
     try:
         run_batches(model, batches)
     finally:
@@ -33,7 +34,7 @@ class Ruled:
 
     def __init__(self, model: nn.Module, kind: type[Rule], sparsity: float) -> None:
         ltepass.set_mode(model, "dense")
-        self.model, self.sites = model, require_state(model, "rules").sites
+        self.model, self.sites = model, Routed.of(model, "rules").sites
         device = next(model.parameters()).device
         self.rules = [kind(model, site, sparsity).to(device) for site in self.sites]
         model.add_module("compared_rules", nn.ModuleList(self.rules))

@@ -20,7 +20,8 @@ from ltepass.config import Budget as BudgetName
 from ltepass.measure.decode_speed import router_share
 from ltepass.measure.quality import perplexity
 from ltepass.measure.text_blocks import corpora, token_blocks
-from ltepass.routed.sites import require_state, router_of, routers_of
+from ltepass.routed.routed import Routed
+from ltepass.routed.sites import router_of
 from ltepass.sparsity.thresholds import move_biases, set_sparsity, update_table
 from ltepass.training.settings import LTESettings
 from ltepass.training.trainer import LTETrainerMixin
@@ -184,8 +185,9 @@ def transform(model: Any, data: Data, budget: Budget, sparsity: float, recipe: R
 
 def retarget(model: Any, sparsity: float) -> Any:
     """A model calibrated on dense inputs, as if for another sparsity: only thresholds depend on it."""
-    require_state(model, "retarget").config["target_sparsity"] = sparsity
-    move_biases(model, sparsity)
+    routed = Routed.trained(model, "retarget")
+    routed.config["target_sparsity"] = sparsity
+    move_biases(routed, sparsity)
     return model
 
 
@@ -234,13 +236,14 @@ def run_stages(
 def forget_routers(model: nn.Module, blocks: Tensor, seed: int) -> None:
     """Random routers with thresholds at the target: what the calibrated start is compared with."""
     generator = torch.Generator().manual_seed(seed)
-    for router in routers_of(model):
+    routed = Routed.trained(model, "forget_routers")
+    for router in routed.all_routers():
         permutation = router.permutation.clone()
         router.reset(generator)
         router.permutation.copy_(permutation)
     ltepass.set_mode(model, "hard")
-    update_table(model, [blocks])
-    set_sparsity(model, require_state(model, "forget_routers").config["target_sparsity"])
+    update_table(routed, [blocks])
+    set_sparsity(model, routed.config["target_sparsity"])
 
 
 class Workshop:

@@ -24,7 +24,8 @@ from ltepass.config import LTEConfig
 from ltepass.errors import CaptureError, LoweringError, NoFFNFoundError
 from ltepass.passes import TRANSFORM
 from ltepass.passes.graph.pipeline import TransformJob, run_passes
-from ltepass.routed.sites import Refusal, require_state, routers_of
+from ltepass.routed.routed import Routed
+from ltepass.routed.sites import Refusal, routers_of
 
 TOLERANCE = 1e-5  # relative to the largest output value, fp32
 GROUP_SIZE = 8
@@ -227,6 +228,6 @@ def _compared(row: Row, example: Example, before: Tensor) -> Row:
         lowered=sum(r.plan is not None for r in routers_of(model)),
         masks_equal=same,
         lowered_error=error,
-        kept=_counted(note.partition(": ")[2] for note in require_state(model, "the census").notes),
+        kept=_counted(note.partition(": ")[2] for note in Routed.of(model, "the census").state.notes),
         status="masks" if not same else "lowered" if error > TOLERANCE else "ok",
     )

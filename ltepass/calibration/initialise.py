@@ -25,15 +25,16 @@ from torch import Tensor, nn
 
 from ltepass.calibration.energy import down_energy, expert_energy, log_energy
 from ltepass.calibration.ridge import RidgeSums
-from ltepass.calibration.sensitivity import loss_sensitivity
+from ltepass.calibration.sensitivity import sensitivities
 from ltepass.config import Mode
 from ltepass.errors import CalibrationError, ConfigError, MetaWeightsError
 from ltepass.grouping_methods import AUTO, AUTO_WITH_DATA
-from ltepass.passes.group.methods import permute_site, site_permutation
+from ltepass.passes.group.methods import permute_routed, site_permutation
 from ltepass.routed.batches import tokens_in
+from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
 from ltepass.routed.samples import Reservoir
-from ltepass.routed.sites import FFNSite, require_state, require_trained, require_whole, router_of, routers_of
+from ltepass.routed.sites import FFNSite, require_whole
 from ltepass.routed.undo import keep, verb
 from ltepass.routed.watching import SAMPLE_TOKENS, Observer, collect, mode_of, watch
 from ltepass.sparsity.cuts import place_cuts
@@ -73,68 +74,67 @@ def calibrate(
         >>> ltepass.calibrate(model, batches)
         >>> ltepass.set_sparsity(model, 0.7)
     """
-    state = require_trained(model, "calibrate")
+    routed = Routed.trained(model, "calibrate")
     require_whole(model, "calibrate")
     if inputs not in get_args(Inputs):
         raise ConfigError(f"inputs is {inputs!r}; expected one of {', '.join(get_args(Inputs))}; see calibrate's docs")
-    if state.config["budget"] == "model" and any(router.bias is None for router in routers_of(model)):
+    if routed.config["budget"] == "model" and any(router.bias is None for router in routed.all_routers()):
         raise ConfigError('budget "model" puts what an FFN matters into its router\'s bias; expected router_bias=True')
     if any(p.is_meta for p in model.parameters()):
         raise MetaWeightsError("calibration needs real weights and the model is on the meta device; load them first")
     batches = list(batches)
-    group_by(model, batches, grouping)
-    initialise_routers(model, batches, inputs)
-    place_cuts(model, batches)
+    group_by(routed, batches, grouping)
+    initialise_routers(routed, batches, inputs)
+    place_cuts(routed, batches)
 
 
-def group_by(model: nn.Module, batches: Sequence[Any], grouping: str | None) -> None:
+def group_by(routed: Routed, batches: Sequence[Any], grouping: str | None) -> None:
     """Reorder every site's neurons by the method, unless they are in its order already."""
-    state = require_state(model, "calibrate")
-    method = grouping or state.config["grouping"]
+    method = grouping or routed.config["grouping"]
     method = AUTO_WITH_DATA if method == AUTO else method
     if method == "identity":
         return
-    by_rows = method == "kmeans" and not is_calibrated(model)  # transform had no inputs to group by
-    if method != state.grouping or by_rows:
-        samples = collect(model, batches)
+    by_rows = method == "kmeans" and not is_calibrated(routed)  # transform had no inputs to group by
+    if method != routed.state.grouping or by_rows:
+        samples = collect(routed, batches)
         orders: dict[Any, Tensor] = {}  # sites that share their weights share their order
-        for site in state.sites:
+        for site in routed.sites:
             if site.neurons not in orders:
-                orders[site.neurons] = site_permutation(model, site, method, samples[site.name], state.config["seed"])
-                permute_site(model, site, orders[site.neurons])
-    state.grouping = method
+                sample, seed = samples[site.name], routed.config["seed"]
+                orders[site.neurons] = site_permutation(routed.model, site, method, sample, seed)
+                permute_routed(routed, site, orders[site.neurons])
+    routed.state.grouping = method
 
 
-def initialise_routers(model: nn.Module, batches: Sequence[Any], inputs: Inputs) -> None:
+def initialise_routers(routed: Routed, batches: Sequence[Any], inputs: Inputs) -> None:
     """Routers that predict log energy, times a scale, with their thresholds at the target; fills the table.
 
     With budget "model" sites compete: they get one scale and one threshold, and a site's mean logit stands for its log
     cost in the dense model, whichever inputs it is fitted to. A site whose inputs shrink in hard mode would give up
     ever more experts.
     """
-    state = require_state(model, "calibrate")
-    target = state.config["target_sparsity"]
+    target = routed.config["target_sparsity"]
     log_costs: dict[str, float] | None = None
-    if state.config["budget"] == "model":
-        found = _on_every(THRESHOLD_STRIDE, batches, partial(loss_sensitivity, model))
+    if routed.config["budget"] == "model":
+        found = _on_every(THRESHOLD_STRIDE, batches, partial(sensitivities, routed))
         weights = {name: s.neurons for name, s in found.items()}
         log_costs = {name: s.log_cost for name, s in found.items()}
     else:
-        weights = {s.name: down_energy(model, s) for s in state.sites}
+        weights = {s.name: down_energy(routed.model, s) for s in routed.sites}
     adapts = inputs == "hard" and target > 0
     scales: dict[str, float] = {}
     passes: list[tuple[Mode, int, int]] = [("dense", 1, 0)]
     if adapts:  # thresholds of the last fit twice: the second sees the inputs that the moved thresholds make
         passes = [("dense", FIRST_FIT_STRIDE, 1), ("hard", 1, 2)]
     for mode, nth, meetings in passes:
-        fits = _on_every(nth, batches, partial(fit_energies, model, weights=weights, mode=mode))
+        fits = _on_every(nth, batches, partial(fit_energies, routed, weights=weights, mode=mode))
         scales = scales or _scales(fits, together=log_costs is not None)  # of the dense pass
         for name, fit in fits.items():
             offset = 0.0 if log_costs is None else max(log_costs[name] - fit.mean_log, -MAX_LOG_OFFSET)
             fits[name] = fit.scaled(scales[name], scales[name] * offset)
-        _place(model, fits, target)
+        _place(routed, fits, target)
         for _ in range(meetings):
-            _recalibrate(model, every(THRESHOLD_STRIDE, batches), target)
+            _recalibrate(routed, every(THRESHOLD_STRIDE, batches), target)
 
 
 def every(nth: int, batches: Sequence[Any]) -> Sequence[Any]:
@@ -196,11 +196,10 @@ class _EnergyFit(Observer):
         return _Fit(weight, bias, logits, float(self.log_sum / self.count.clamp_min(1)))
 
 
-def fit_energies(model: nn.Module, batches: Sequence[Any], weights: dict[str, Tensor], mode: Mode) -> dict[str, _Fit]:
+def fit_energies(routed: Routed, batches: Sequence[Any], weights: dict[str, Tensor], mode: Mode) -> dict[str, _Fit]:
     """By site name: fitted on every token of the batches, as the FFNs see it in this mode."""
-    sites = require_state(model, "calibrate").sites
-    observers = [_EnergyFit(s, router_of(model, s), weights[s.name]) for s in sites]
-    watch(model, batches, observers, mode=mode)
+    observers = [_EnergyFit(site, router, weights[site.name]) for site, router in routed]
+    watch(routed, batches, observers, mode=mode)
     return {o.site.name: o.fit() for o in observers}
 
 
@@ -212,21 +211,21 @@ def _scales(fits: dict[str, _Fit], *, together: bool) -> dict[str, float]:
     return {name: LOGIT_STD / spread for name, spread in spreads.items()}
 
 
-def _place(model: nn.Module, fits: dict[str, _Fit], target: float) -> None:
+def _place(routed: Routed, fits: dict[str, _Fit], target: float) -> None:
     """Weights, tables and thresholds, which stay logit(tau) where a bias can carry the target, as in the paper."""
-    for site in require_state(model, "calibrate").sites:
-        router, fit = router_of(model, site), fits[site.name]
+    for site, router in routed:
+        fit = fits[site.name]
         keep(router.weight, router.bias)
         with torch.no_grad():
             router.weight.copy_(fit.weight)
             if router.bias is not None:
                 router.bias.copy_(fit.bias)
             router.quantiles.copy_(table_of(fit.logits if router.bias is not None else fit.logits - fit.bias))
-    move_biases(model, target)
+    move_biases(routed, target)
 
 
-def _recalibrate(model: nn.Module, batches: Sequence[Any], target: float) -> None:
+def _recalibrate(routed: Routed, batches: Sequence[Any], target: float) -> None:
     """Tables, and thresholds at the target, on the inputs that hard gates give the FFNs."""
-    with mode_of(model, "hard"):
-        update_table(model, batches)
-    move_biases(model, target)
+    with mode_of(routed, "hard"):
+        update_table(routed, batches)
+    move_biases(routed, target)

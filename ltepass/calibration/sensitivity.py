@@ -30,7 +30,9 @@ from ltepass.calibration.energy import down_energy
 from ltepass.errors import CalibrationError
 from ltepass.routed.batches import inputs_of, is_empty
 from ltepass.routed.padding import TokenHooks, telling_tokens, tokens_of
-from ltepass.routed.sites import FFNSite, require_trained, router_of
+from ltepass.routed.routed import Routed
+from ltepass.routed.router import Router
+from ltepass.routed.sites import FFNSite
 from ltepass.routed.undo import verb
 from ltepass.routed.watching import mode_of, require_seen
 
@@ -53,14 +55,19 @@ def loss_sensitivity(model: nn.Module, batches: Iterable[Any], *, seed: int = 0)
     `logits` [B, T, V]. Leaves modes, training flags and gradients as they were. Raises NotTransformedError,
     LoweredError, CalibrationError.
     """
-    sites = require_trained(model, "loss_sensitivity").sites
-    taps = [_Tap(model, site) for site in sites]
+    return sensitivities(Routed.trained(model, "loss_sensitivity"), batches, seed=seed)
+
+
+def sensitivities(routed: Routed, batches: Iterable[Any], *, seed: int = 0) -> dict[str, Sensitivity]:
+    """Of `loss_sensitivity`."""
+    model = routed.model
+    taps = [_Tap(model, site, router) for site, router in routed]
     flags = {m: m.training for m in model.modules()}
     model.eval()
     generator = torch.Generator().manual_seed(seed)
     seen = 0
     try:
-        with mode_of(model, "dense"), torch.enable_grad(), telling_tokens(model) as hooks:
+        with mode_of(routed, "dense"), torch.enable_grad(), telling_tokens(routed) as hooks:
             for batch in batches:
                 seen += 0 if is_empty(batch) else _one(model, batch, taps, hooks, generator)
                 if seen >= TOKENS and all(tap.called for tap in taps):
@@ -113,8 +120,8 @@ class _Tap:
 
     h: Tensor
 
-    def __init__(self, model: nn.Module, site: FFNSite) -> None:
-        self.model, self.site, self.router = model, site, router_of(model, site)
+    def __init__(self, model: nn.Module, site: FFNSite, router: Router) -> None:
+        self.model, self.site, self.router = model, site, router
         self.calls: list[_Call] = []  # of the present forward
         self.called, self.log_cost, self.count, self.tokens = 0, 0.0, 0, 0
         self.neurons: Tensor | float = 0.0

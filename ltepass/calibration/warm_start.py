@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from ltepass.calibration.ridge import one_thread
 from ltepass.errors import CalibrationError
 from ltepass.routed.padding import telling_tokens, tokens_of
+from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
-from ltepass.routed.sites import FFNSite, NeuronRows, require_trained, require_whole, router_of
+from ltepass.routed.sites import FFNSite, NeuronRows, require_whole
 from ltepass.routed.undo import keep, verb
 from ltepass.routed.watching import mode_of, require_seen, run_batches
 from ltepass.sparsity.thresholds import interpolate, is_calibrated, place_threshold, table_of
@@ -62,14 +63,14 @@ def warm_start(
         >>> all(0 <= error < 1 for error in errors.values())
         True
     """
-    state = require_trained(model, "warm_start")
+    routed = Routed.trained(model, "warm_start")
     require_whole(model, "warm_start")
-    if not is_calibrated(model):
+    if not is_calibrated(routed):
         raise CalibrationError("warm_start needs started routers; call ltepass.calibrate(model, batches) first")
     given = {"input_ids": input_ids} if isinstance(input_ids, Tensor) else input_ids
     batch = {"use_cache": False, **given}
-    target = None if state.config["budget"] == "model" else float(state.config["target_sparsity"])
-    calls = _calls(model, batch)
+    target = None if routed.config["budget"] == "model" else float(routed.config["target_sparsity"])
+    calls = _calls(routed, batch)
     errors: dict[str, float] = {}
 
     def fitted(sites: list[FFNSite], error: float) -> None:
@@ -77,14 +78,14 @@ def warm_start(
             errors[site.name] = error
             if on_site is not None:
                 on_site(len(errors), error)
-        if len(errors) == len(state.sites):
+        if len(errors) == len(routed.sites):
             raise _DoneError
 
-    fits = [_Fit(model, sites, calls, target, penalty, fitted) for sites in _by_weights(state.sites)]
+    fits = [_Fit(routed, sites, calls, target, penalty, fitted) for sites in _by_weights(routed.sites)]
     try:
         for fit in fits:
             fit.open()
-        with mode_of(model, "hard"), telling_tokens(model):
+        with mode_of(routed, "hard"), telling_tokens(routed):
             run_batches(model, [batch])
         for fit in fits:
             fit.finish()
@@ -104,22 +105,19 @@ def _by_weights(sites: list[FFNSite]) -> list[list[FFNSite]]:
     return list(groups.values())
 
 
-def _calls(model: nn.Module, batch: dict[str, Any]) -> Counter[str]:
+def _calls(routed: Routed, batch: dict[str, Any]) -> Counter[str]:
     """How often each site's router is called in a forward, by one of the first sequence alone."""
     calls: Counter[str] = Counter()
     n = next((len(v) for v in batch.values() if isinstance(v, Tensor)), 0)
     first = {name: v[:1] if isinstance(v, Tensor) and len(v) == n else v for name, v in batch.items()}
-    sites = require_trained(model, "warm_start").sites
-    handles = [
-        router_of(model, site).register_forward_hook(lambda *_, name=site.name: calls.update([name])) for site in sites
-    ]
+    handles = [router.register_forward_hook(lambda *_, name=site.name: calls.update([name])) for site, router in routed]
     try:
-        run_batches(model, [first])
+        run_batches(routed.model, [first])
     finally:
         for handle in handles:
             handle.remove()
     if not calls:
-        require_seen({site.name: 0 for site in sites})
+        require_seen({site.name: 0 for site in routed.sites})
     return calls
 
 
@@ -132,17 +130,17 @@ class _Fit:
 
     def __init__(
         self,
-        model: nn.Module,
+        routed: Routed,
         sites: list[FFNSite],
         calls: Counter[str],
         target: float | None,
         penalty: float,
         fitted: Callable[[list[FFNSite], float], None],
     ) -> None:
-        self.model, self.sites, self.penalty, self.fitted = model, sites, penalty, fitted
-        self.weight = sites[0].down_rows.of(model, sites[0].d_ff).detach()  # a view
+        self.model, self.sites, self.penalty, self.fitted = routed.model, sites, penalty, fitted
+        self.weight = sites[0].down_rows.of(self.model, sites[0].d_ff).detach()  # a view
         self.left = max(1, sum(calls[site.name] for site in sites))
-        self.thresholds = [_Threshold(router_of(model, site), target, max(1, calls[site.name])) for site in sites]
+        self.thresholds = [_Threshold(routed.router(s), target, max(1, calls[s.name])) for s in sites]
         self.sums: list[Tensor] = []  # over calls: G^T G, G^T M of what is missing, M = (H - G) W, |M|^2 and |H W|^2
         self.handles: list[Any] = []
 

@@ -21,7 +21,7 @@ from ltepass.grouping_methods import AUTO
 from ltepass.measure.quality import perplexity, sparsity_curve
 from ltepass.measure.text_blocks import token_blocks
 from ltepass.routed.reporting import Report, span
-from ltepass.routed.sites import require_state, state_of
+from ltepass.routed.sites import state_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -204,7 +204,7 @@ def _start(model: PreTrainedModel, blocks: torch.Tensor, options: TrainOptions) 
     batches = torch.split(blocks, options.batch)
     ltepass.transform(model, config=config, calibration=batches)
     if options.warm_start:
-        widest = max(site.d_ff for site in require_state(model, "train").sites)
+        widest = max(site.d_ff for site in ltepass.report(model).sites)
         warm_start(model, blocks[: max(1, START_BYTES // (4 * widest * options.length))])
     elif not options.trains:
         ltepass.calibrate(model, batches, inputs="hard")  # nothing else will bring the inputs back

@@ -18,7 +18,8 @@ from ltepass.measure.quality import perplexity, sparsity_of_tail
 from ltepass.measure.records import Environment, ModelRecord
 from ltepass.measure.timing import Timing, gemm_rate, stream_bandwidth
 from ltepass.passes.lower.lower_modules import lower, unlower
-from ltepass.routed.sites import FFNSite, require_state, routers_of
+from ltepass.routed.routed import Routed
+from ltepass.routed.sites import FFNSite
 from ltepass.sparsity.thresholds import set_sparsity
 
 if TYPE_CHECKING:
@@ -46,17 +47,17 @@ def bench_model(
     they were saved. Dense is a copy with the routers removed. Raises NotTransformedError; ConfigError where
     too few tokens or an inline site leave no number.
     """
-    state = require_state(model, "bench_model")
+    routed = Routed.of(model, "bench_model")
     if len(ids) < PROMPT_TOKENS + 8:
         raise ConfigError(f"{len(ids)} tokens were given; expected at least {PROMPT_TOKENS + 8}; pass a longer text")
-    inline = [site.name for site in state.sites if site.kind != "aligned"]
+    inline = [site.name for site in routed.sites if site.kind != "aligned"]
     if inline:
         raise ConfigError(
             f"site {inline[0]} is inline: no module of its own can be taken out, so there is no cap to measure; time "
             "the op itself instead: ltepass bench op"
         )
     dense = remove(copy.deepcopy(model))
-    sides = {"dense": dense, "lowered": model, "bare": without_ffns(dense, state.sites)}
+    sides = {"dense": dense, "lowered": model, "bare": without_ffns(dense, routed.sites)}
     dense_perplexity = perplexity(dense, blocks)
     if how == "compiled":
         for side in (sides["dense"], sides["bare"]):
@@ -65,14 +66,14 @@ def bench_model(
     environment = Environment.here(
         f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S}", bandwidth=stream_bandwidth(), flops=gemm_rate()
     )
-    settings = [_set(model, sparsity, ids, blocks) for sparsity in sparsities]
+    settings = [_set(model, routed, sparsity, ids, blocks) for sparsity in sparsities]
     lower(model, scope="ffn" if how == "eager" else "model")
     records = []
     for sparsity, setting in zip(sparsities, settings, strict=True):
-        for router, threshold in zip(routers_of(model), setting.thresholds, strict=True):
+        for router, threshold in zip(routed.all_routers(), setting.thresholds, strict=True):
             router.threshold.copy_(threshold)
         times = time_generate(sides, ids[:PROMPT_TOKENS], ids[PROMPT_TOKENS:], rounds=rounds)
-        out = summary(times, setting.active, router_share(model, state.sites))
+        out = summary(times, setting.active, router_share(model, routed.sites))
         timing = {side: Timing.of([1e3 * t for t in values]) for side, values in times.items()}
         records.append(
             ModelRecord(
@@ -80,10 +81,10 @@ def bench_model(
                 model=name,
                 how=how,
                 dtype=str(model.dtype).removeprefix("torch."),
-                group_size=state.sites[0].group_size or 0,
+                group_size=routed.sites[0].group_size or 0,
                 active=setting.active,
                 router=out["router_share"],
-                sparsity=float(state.config["target_sparsity"]) if sparsity is None else sparsity,
+                sparsity=float(routed.config["target_sparsity"]) if sparsity is None else sparsity,
                 perplexity=setting.perplexity,
                 perplexity_dense=dense_perplexity,
                 tokens=out["tokens_timed"],
@@ -112,10 +113,10 @@ class _Setting:
     perplexity: float
 
 
-def _set(model: PreTrainedModel, sparsity: float | None, ids: Tensor, blocks: Tensor) -> _Setting:
+def _set(model: PreTrainedModel, routed: Routed, sparsity: float | None, ids: Tensor, blocks: Tensor) -> _Setting:
     if sparsity is not None:
         set_sparsity(model, sparsity)
-    thresholds = [router.threshold.clone() for router in routers_of(model)]
+    thresholds = [router.threshold.clone() for router in routed.all_routers()]
     return _Setting(thresholds, 1 - sparsity_of_tail(model, ids, PROMPT_TOKENS), perplexity(model, blocks))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ltepass.measure.sparsity import measure_sparsity
-from ltepass.routed.sites import require_trained, router_of
+from ltepass.routed.routed import Routed
 from ltepass.routed.undo import verb
 from ltepass.routed.watching import record_logits
 from ltepass.sparsity.thresholds import set_sparsity
@@ -46,13 +46,13 @@ def sparsity_of_tail(model: PreTrainedModel, ids: Tensor, skip: int) -> float:
 
     Raises NotTransformedError, LoweredError.
     """
-    state = require_trained(model, "sparsity_of_tail")
-    with record_logits(model) as seen:
+    routed = Routed.trained(model, "sparsity_of_tail")
+    with record_logits(routed) as seen:
         model(input_ids=ids[None].to(model.device), use_cache=False)
     shares = []
-    for site in state.sites:
+    for site, router in routed:
         (logits,) = seen[site.name]
-        shares.append(1.0 - (logits[skip:] > router_of(model, site).threshold).float().mean().item())
+        shares.append(1.0 - (logits[skip:] > router.threshold).float().mean().item())
     return sum(shares) / len(shares)
 
 
@@ -64,7 +64,7 @@ def sparsity_curve(
     blocks: [n, T] int64. The thresholds stand where they stood afterwards. Raises CalibrationError without a table,
     LoweredError.
     """
-    routers = [router_of(model, s) for s in require_trained(model, "sparsity_curve").sites]
+    routers = Routed.trained(model, "sparsity_curve").routers
     before = [r.threshold.clone() for r in routers]
     try:
         for sparsity in sparsities:

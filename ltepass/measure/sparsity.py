@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from ltepass.routed import padding
 from ltepass.routed.batches import Batch
+from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
 from ltepass.routed.samples import Tally
-from ltepass.routed.sites import FFNSite, require_trained
+from ltepass.routed.sites import FFNSite
 from ltepass.routed.undo import verb
 from ltepass.routed.watching import mode_of, on_logits, require_seen, run_batches
 
@@ -29,13 +30,18 @@ def measure_sparsity(model: nn.Module, batches: Iterable[Batch]) -> dict[str, fl
         >>> ltepass.measure_sparsity(model, batches)
         {'model.layers.0.mlp': 0.0, 'model.layers.1.mlp': 0.0}
     """
-    active = {site.name: Tally() for site in require_trained(model, "measure_sparsity").sites}
+    return hard_sparsity(Routed.trained(model, "measure_sparsity"), batches)
+
+
+def hard_sparsity(routed: Routed, batches: Iterable[Batch]) -> dict[str, float]:
+    """Of `measure_sparsity`."""
+    active = {site.name: Tally() for site in routed.sites}
 
     def see(site: FFNSite, router: Router, logits: Tensor) -> None:
         active[site.name].add(padding.tokens_of(router, logits) > router.threshold)
 
-    with mode_of(model, "hard"), on_logits(model, see):
-        run_batches(model, batches)
+    with mode_of(routed, "hard"), on_logits(routed, see):
+        run_batches(routed.model, batches)
     require_seen({name: tally.count for name, tally in active.items()})
     return {name: 1.0 - tally.share() for name, tally in active.items()}
 
@@ -56,7 +62,8 @@ def measure_union(model: nn.Module, batches: Iterable[Batch], window: int = 2) -
         >>> all(four[name] <= one[name] for name in one)
         True
     """
-    unused = {site.name: Tally() for site in require_trained(model, "measure_union").sites}
+    routed = Routed.trained(model, "measure_union")
+    unused = {site.name: Tally() for site in routed.sites}
 
     def see(site: FFNSite, router: Router, logits: Tensor) -> None:
         logits, real = padding.sequences_of(router, logits)
@@ -64,7 +71,7 @@ def measure_union(model: nn.Module, batches: Iterable[Batch], window: int = 2) -
             nobody = (logits <= router.threshold).unfold(-2, window, 1).all(-1)
             unused[site.name].add(nobody[real.unfold(-1, window, 1).all(-1)])
 
-    with mode_of(model, "hard"), on_logits(model, see):
-        run_batches(model, batches)
+    with mode_of(routed, "hard"), on_logits(routed, see):
+        run_batches(routed.model, batches)
     require_seen({name: tally.count for name, tally in unused.items()})
     return {name: tally.share() for name, tally in unused.items()}

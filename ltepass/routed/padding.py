@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
-from ltepass.routed.sites import FFNSite, require_state, router_of
+from ltepass.routed.sites import FFNSite
 from ltepass.routed.token_rows import Forward, Part, TokenRows, fitted, token_mask
 
 IGNORED = -100  # what transformers puts where a position has no label
@@ -53,26 +54,26 @@ def sequences_of(router: Router, value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def telling_tokens(model: nn.Module, *, keep: bool = False) -> Iterator[TokenHooks]:
+def telling_tokens(routed: Routed, *, keep: bool = False) -> Iterator[TokenHooks]:
     """While the block runs, every router knows which of its rows are tokens.
 
     keep: what routers keep for the losses stays from one forward to the next, until it is taken; otherwise a forward
     begins anew.
     """
-    hooks, before = attach(model)
+    hooks, before = attach(routed)
     kept, hooks.keep = hooks.keep, keep
     try:
         yield hooks
     finally:
         hooks.keep = kept
         if not before:
-            detach(model)
+            detach(routed.model)
 
 
-def attach(model: nn.Module) -> tuple[TokenHooks, bool]:
+def attach(routed: Routed) -> tuple[TokenHooks, bool]:
     """The model's hooks, and whether it had them before."""
-    present = hooks_of(model)
-    return (TokenHooks(model), False) if present is None else (present, True)
+    present = hooks_of(routed.model)
+    return (TokenHooks(routed), False) if present is None else (present, True)
 
 
 def detach(model: nn.Module) -> None:
@@ -88,16 +89,15 @@ def hooks_of(model: nn.Module) -> TokenHooks | None:
 class TokenHooks:
     """On the model and on what others may call in its place (a base model, an encoder or decoder by itself)."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, routed: Routed) -> None:
         self.keep, self.number, self.running = False, 0, False
         self.output = Forward()  # of the last forward, as the model's output sees it
         self.handles: list[RemovableHandle] = []
-        self.sites = require_state(model, "a count of tokens").sites
-        self.routers = [router_of(model, site) for site in self.sites]
-        for site, router in zip(self.sites, self.routers, strict=True):
+        self.sites, self.routers = routed.sites, routed.routers
+        for site, router in routed:
             router.rows = TokenRows(site.name)
-        for module in _callable_parts(model):
-            enter = _Enter(self, model, module)
+        for module in _callable_parts(routed.model):
+            enter = _Enter(self, routed.model, module)
             self.handles.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
             self.handles.append(module.register_forward_hook(_Leave(enter), always_call=True))
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ltepass.routed.sites import FFNSite, LTEState, Refusal, require_state, router_of
+from ltepass.routed.routed import Routed
+from ltepass.routed.sites import FFNSite, Refusal
 from ltepass.routed.undo import verb
 
 if TYPE_CHECKING:  # rich is imported when a report is shown
@@ -73,7 +74,8 @@ def report(model: nn.Module, sparsity: dict[str, float] | None = None) -> Report
         >>> ltepass.report(model, ltepass.measure_sparsity(model, batches)).modes
         {'model.layers.0.mlp': 'dense', 'model.layers.1.mlp': 'dense'}
     """
-    state = require_state(model, "report")
+    routed = Routed.of(model, "report")
+    state = routed.state
     return Report(
         sites=list(state.sites),
         refusals=list(state.refusals),
@@ -82,18 +84,18 @@ def report(model: nn.Module, sparsity: dict[str, float] | None = None) -> Report
         lowered=state.lowered,
         notes=list(state.notes),
         untried=list(state.untried),
-        paths=_paths(model, state) if state.lowered else [],
-        modes=_modes(model, state),
+        paths=_paths(routed) if state.lowered else [],
+        modes={site.name: router.mode for site, router in routed},
         sparsity=dict(sparsity or {}),
     )
 
 
-def _paths(model: nn.Module, state: LTEState) -> list[str]:
+def _paths(routed: Routed) -> list[str]:
     """One line for each stretch of token counts that the op treats alike, where the model is on the CPU."""
     from ltepass.kernels.routed_ffn import which_path
 
-    site = state.sites[0]
-    parameter = next(model.get_submodule(site.up).parameters())
+    site = routed.sites[0]
+    parameter = next(routed.model.get_submodule(site.up).parameters())
     if parameter.device.type != "cpu":
         return []
     tokens: dict[str, list[int]] = {}
@@ -103,10 +105,6 @@ def _paths(model: nn.Module, state: LTEState) -> list[str]:
     return [
         f"{' '.join(map(str, counts))} token{'s' if counts[-1] > 1 else ''}: {path}" for path, counts in tokens.items()
     ]
-
-
-def _modes(model: nn.Module, state: LTEState) -> dict[str, str]:
-    return {site.name: router_of(model, site).mode for site in state.sites}
 
 
 def _tables(report: Report) -> Iterator[Table | Text]:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
-from ltepass.errors import AmbiguousModelError, LoweredError, NotTransformedError, ShardedError
+from ltepass.errors import ShardedError
 from ltepass.names import one_line
 from ltepass.routed.router import Router
 
@@ -195,34 +195,6 @@ def drop_state(model: nn.Module) -> None:
 _KEPT = "_user_preserved_attributes"  # torch.fx.graph_module._USER_PRESERVED_ATTRIBUTES_KEY
 
 
-def root_of(model: nn.Module, what: str) -> nn.Module:
-    """The transformed model: this one, or the one inside whatever wraps it (PEFT, DDP, torch.compile, an own parent).
-
-    what: the call that wants it. Raises NotTransformedError, AmbiguousModelError.
-    """
-    if state_of(model) is not None:
-        return model
-    found: dict[str, nn.Module] = {name: m for name, m in model.named_modules() if state_of(m) is not None}
-    if not found and any(routers_of(model)):
-        raise NotTransformedError(
-            f"{type(model).__name__} holds routers and no record of them; {what} expects the module that was given to "
-            "ltepass.transform, or what wraps it; pass that one and no part of it; copy a torch.fx.GraphModule by "
-            "copy.deepcopy(model), because its shallow copies keep no attributes"
-        )
-    if not found:
-        raise NotTransformedError(
-            f"{type(model).__name__} holds no routers; {what} expects a transformed model; call "
-            "ltepass.transform(model) first, and pass the same root module, or what wraps it"
-        )
-    if len(found) > 1:
-        raise AmbiguousModelError(
-            f"{type(model).__name__} holds {len(found)} transformed models ({', '.join(found)}); {what} expects one; "
-            "pass the one that is meant"
-        )
-    (root,) = found.values()
-    return root
-
-
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model that PEFT, DDP, FSDP, DataParallel or torch.compile wrapped, through all of them."""
     inner: Any = model
@@ -237,33 +209,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
             inner = inner.get_base_model()
         else:
             return inner  # type: ignore[no-any-return]
-
-
-def require_state(model: nn.Module, what: str) -> LTEState:
-    """The state of the transformed root itself, or NotTransformedError naming the call that wanted it."""
-    state = state_of(model)
-    if state is None:
-        raise NotTransformedError(
-            f"{type(model).__name__} holds no routers; {what} expects a transformed model; call "
-            "ltepass.transform(model) first, and pass the same root module"
-        )
-    return state
-
-
-def require_trained(model: nn.Module, what: str) -> LTEState:
-    """The state of a model that is not lowered, or NotTransformedError or LoweredError naming the call."""
-    state = require_state(model, what)
-    require_not_lowered(state, what)
-    return state
-
-
-def require_not_lowered(state: LTEState, what: str) -> None:
-    """Raises LoweredError, naming the call that reads or changes what lowering bypasses."""
-    if state.lowered is not None:
-        raise LoweredError(
-            f"the model is lowered (scope {state.lowered!r}), which is hard mode; {what} expects it as trained; call "
-            "ltepass.unlower(model)"
-        )
 
 
 def require_whole(model: nn.Module, what: str, *, flat_only: bool = False) -> None:

@@ -17,9 +17,10 @@ from ltepass.errors import CalibrationError
 from ltepass.routed import padding
 from ltepass.routed.batches import Batch, fewest_logits, inputs_of, is_empty
 from ltepass.routed.padding import telling_tokens, tokens_of
+from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
 from ltepass.routed.samples import SomeRows
-from ltepass.routed.sites import FFNSite, require_trained, router_of, routers_of
+from ltepass.routed.sites import FFNSite
 from ltepass.threads import require_own, unshared
 
 BUDGET_BYTES = 900_000_000  # of sampled activations, all sites together
@@ -34,23 +35,22 @@ class Sample:
     h: Tensor
 
 
-def collect(model: nn.Module, batches: Iterable[Batch]) -> dict[str, Sample]:
+def collect(routed: Routed, batches: Iterable[Batch]) -> dict[str, Sample]:
     """The first inputs and hidden units of every site, in dense mode: SAMPLE_TOKENS, or what BUDGET_BYTES holds."""
-    state = require_trained(model, "collect")
-    per_token = sum(2 * (s.d_model + s.d_ff) for s in state.sites)
+    per_token = sum(2 * (s.d_model + s.d_ff) for s in routed.sites)
     room = min(SAMPLE_TOKENS, max(256, BUDGET_BYTES // per_token))
-    collectors = [_Collector(s, router_of(model, s), room) for s in state.sites]
-    watch(model, takewhile(lambda _: not all(c.full for c in collectors), batches), collectors)
+    collectors = [_Collector(site, router, room) for site, router in routed]
+    watch(routed, takewhile(lambda _: not all(c.full for c in collectors), batches), collectors)
     return {c.site.name: Sample(torch.cat(c.x), torch.cat(c.h)) for c in collectors}
 
 
-def watch(model: nn.Module, batches: Iterable[Batch], observers: Sequence[Observer], *, mode: Mode = "dense") -> None:
+def watch(routed: Routed, batches: Iterable[Batch], observers: Sequence[Observer], *, mode: Mode = "dense") -> None:
     """A pass in which every observer sees its own site. Raises CalibrationError where one saw no token."""
-    with mode_of(model, mode), telling_tokens(model):  # first: no other thread's forward is seen
+    with mode_of(routed, mode), telling_tokens(routed):  # first: no other thread's forward is seen
         try:
             for observer in observers:
                 observer.open()
-            run_batches(model, batches)
+            run_batches(routed.model, batches)
         finally:
             for observer in observers:
                 observer.close()
@@ -114,7 +114,7 @@ class _Collector(Observer):
 
 
 @contextmanager
-def on_logits(model: nn.Module, see: Callable[[FFNSite, Router, Tensor], None]) -> Iterator[None]:
+def on_logits(routed: Routed, see: Callable[[FFNSite, Router, Tensor], None]) -> Iterator[None]:
     """Calls see(site, router, logits [..., n_experts]) after every router while the block runs, without gradients."""
 
     def hook(site: FFNSite) -> Callable[[Router, object, Tensor | None], None]:
@@ -124,10 +124,9 @@ def on_logits(model: nn.Module, see: Callable[[FFNSite, Router, Tensor], None]) 
 
         return run
 
-    sites = require_trained(model, "a look at its logits").sites
-    handles = [router_of(model, site).register_forward_hook(hook(site)) for site in sites]
+    handles = [router.register_forward_hook(hook(site)) for site, router in routed]
     try:
-        with padding.telling_tokens(model), unshared(routers_of(model)):
+        with padding.telling_tokens(routed), unshared(routed.all_routers()):
             yield
     finally:
         for handle in handles:
@@ -135,19 +134,19 @@ def on_logits(model: nn.Module, see: Callable[[FFNSite, Router, Tensor], None]) 
 
 
 @contextmanager
-def record_logits(model: nn.Module, keep: int | None = None, *, flat: bool = True) -> Iterator[dict[str, list[Tensor]]]:
+def record_logits(routed: Routed, keep: int | None = None, *, flat: bool = True) -> Iterator[dict[str, list[Tensor]]]:
     """Collect every router's logits [n_tokens, n_experts] by site name while the block runs, without those of padding.
 
     keep: at most so many tokens per forward; None keeps all. flat: False leaves the shape as it is, padding included.
     """
-    seen: dict[str, list[Tensor]] = {site.name: [] for site in require_trained(model, "record_logits").sites}
+    seen: dict[str, list[Tensor]] = {site.name: [] for site in routed.sites}
     draws = {name: SomeRows(keep) for name in seen}
 
     def see(site: FFNSite, router: Router, logits: Tensor) -> None:
         rows = draws[site.name](padding.tokens_of(router, logits)) if flat else logits.clone()
         seen[site.name].append(rows)
 
-    with on_logits(model, see):
+    with on_logits(routed, see):
         yield seen
 
 
@@ -173,9 +172,9 @@ def run_batches(model: nn.Module, batches: Iterable[Batch]) -> None:
 
 
 @contextmanager
-def mode_of(model: nn.Module, mode: Mode) -> Iterator[None]:
+def mode_of(routed: Routed, mode: Mode) -> Iterator[None]:
     """Run a block in another mode. Forwards of other threads raise ConcurrencyError meanwhile."""
-    before: list[tuple[Router, Mode]] = [(r, r.mode) for r in routers_of(model)]
+    before: list[tuple[Router, Mode]] = [(r, r.mode) for r in routed.all_routers()]
     with unshared(router for router, _ in before):
         for router, _ in before:
             router.mode = mode

@@ -7,7 +7,7 @@ list that is wrong there would be silently wrong later.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -45,10 +45,10 @@ def check_forwards(model: nn.Module, sites: Iterable[FFNSite]) -> None:
                 _check_functions(owner, site)
 
 
-def try_gates(model: nn.Module) -> list[str]:
+def try_gates(model: nn.Module, sites: Sequence[FFNSite]) -> list[str]:
     """`check_gated` for what a checkpoint made of a model: a list that no other check saw through is refused here."""
     try:
-        return check_gated(model)
+        return check_gated(model, sites)
     except LTEError as error:
         raise CheckpointError(f"the checkpoint's gates do not act on this model ({error}); {_AGAIN}") from error
 

@@ -17,7 +17,8 @@ from ltepass.config import LTEConfig
 from ltepass.errors import AlreadyTransformedError, CheckpointError, MetaWeightsError, NotTransformedError
 from ltepass.passes.find.owner import as_gated_now
 from ltepass.passes.insert.insert_routers import insert_routers
-from ltepass.routed.sites import require_whole, router_of, routers_of, set_state, state_of, unwrapped
+from ltepass.routed.routed import Routed
+from ltepass.routed.sites import require_whole, routers_of, set_state, state_of, unwrapped
 from ltepass.routed.undo import all_or_nothing
 from ltepass.saving.entry import read_state, write_state
 from ltepass.saving.forward_checks import check_forwards, try_gates
@@ -127,9 +128,9 @@ def _load(model: nn.Module, folder: Path) -> None:
     insert_routers(model, state.sites, LTEConfig(**state.config))
     set_state(model, state)
     _fill(model, tensors)
-    for site in state.sites:
-        router_of(model, site).mode = "hard"
-    state.untried = try_gates(model)
+    for router in Routed.of(model, "load").routers:
+        router.mode = "hard"
+    state.untried = try_gates(model, state.sites)
 
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:

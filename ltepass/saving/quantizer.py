@@ -29,7 +29,8 @@ from ltepass.config import LTEConfig
 from ltepass.errors import CheckpointError
 from ltepass.passes.find.owner import as_gated_now
 from ltepass.routed.json_entry import Json
-from ltepass.routed.sites import FFNSite, LTEState, router_of, set_state, state_of
+from ltepass.routed.routed import Routed
+from ltepass.routed.sites import FFNSite, LTEState, set_state, state_of
 from ltepass.saving.entry import METHOD, read_state, write_state
 from ltepass.saving.forward_checks import check_forwards, try_gates
 from ltepass.saving.site_checks import check_sites
@@ -109,12 +110,11 @@ class LTEQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
         if state is None:
             detach(model)
             return model
-        for site in state.sites:
-            router = router_of(model, site)
+        for site, router in Routed.of(model, "from_pretrained"):
             check_values(site, dict(router.named_buffers()))
             router.mode = "hard"
             router.note_density()
-        state.untried = try_gates(model)
+        state.untried = try_gates(model, state.sites)
         _watch_parents(model)
         return model
 

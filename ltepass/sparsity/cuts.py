@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from ltepass.config import check_sparsity
 from ltepass.kernels.reference import mask
 from ltepass.routed.batches import Batch
+from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
 from ltepass.routed.samples import Reservoir
-from ltepass.routed.sites import FFNSite, require_trained, router_of, routers_of
+from ltepass.routed.sites import FFNSite
 from ltepass.routed.undo import verb
 from ltepass.routed.watching import Observer, watch
 
@@ -53,7 +54,7 @@ def set_hidden_sparsity(model: nn.Module, share: float, batches: Iterable[Batch]
         >>> ltepass.report(model).config["hidden_sparsity"]
         0.3
     """
-    _set(model, "hidden_sparsity", share, batches)
+    _set(Routed.trained(model, "set_hidden_sparsity"), "hidden_sparsity", share, batches)
 
 
 @verb
@@ -76,15 +77,14 @@ def set_input_sparsity(model: nn.Module, share: float, batches: Iterable[Batch])
         >>> ltepass.report(model).config["input_sparsity"]
         0.2
     """
-    _set(model, "input_sparsity", share, batches)
+    _set(Routed.trained(model, "set_input_sparsity"), "input_sparsity", share, batches)
 
 
-def _set(model: nn.Module, setting: Setting, share: float, batches: Iterable[Batch]) -> None:
+def _set(routed: Routed, setting: Setting, share: float, batches: Iterable[Batch]) -> None:
     check_sparsity(share, setting)
-    state = require_trained(model, f"set_{setting}")
-    state.config[setting] = share
-    routers = [router for site in state.sites for router in routers_of(model.get_submodule(site.router))]
-    if share and len(routers) > len(state.sites) and any(getattr(r, BUFFERS[setting]) is None for r in routers):
+    routed.config[setting] = share
+    routers = [router for site in routed.sites for router in routed.copies(site)]
+    if share and len(routers) > len(routed.sites) and any(getattr(r, BUFFERS[setting]) is None for r in routers):
         warnings.warn(
             f"{setting} was 0 when PEFT copied the routers, and an adapter's folder loads only what the base model's "
             f"routers have; save the base model as well, or call set_{setting} before get_peft_model",
@@ -93,26 +93,25 @@ def _set(model: nn.Module, setting: Setting, share: float, batches: Iterable[Bat
     for router in routers:  # also those that another adapter keeps
         setattr(router, BUFFERS[setting], torch.full_like(router.threshold, -1.0) if share else None)
     if share:
-        place_cuts(model, batches)
+        place_cuts(routed, batches)
 
 
-def place_cuts(model: nn.Module, batches: Iterable[Batch]) -> None:
+def place_cuts(routed: Routed, batches: Iterable[Batch]) -> None:
     """Cuts at the configured shares' quantiles of what FFNs see and active experts give on `batches`.
 
     Two passes, the second with the cuts of the first: what an FFN leaves out changes what the next ones see. Does
     nothing for a model without cuts. Raises CalibrationError where no token reached a site.
     """
-    state = require_trained(model, "place_cuts")
-    shares = {setting: state.config[setting] for setting in BUFFERS if state.config[setting]}
+    shares = {setting: routed.config[setting] for setting in BUFFERS if routed.config[setting]}
     if not shares:
         return
     batches = list(batches)
-    for site in state.sites:
+    for router in routed.routers:
         for setting in shares:
-            getattr(router_of(model, site), BUFFERS[setting]).fill_(-1.0)
+            getattr(router, BUFFERS[setting]).fill_(-1.0)
     for _ in range(2):
-        sizes = [_Sizes(site, router_of(model, site), tuple(shares)) for site in state.sites]
-        watch(model, batches, sizes, mode="hard")
+        sizes = [_Sizes(site, router, tuple(shares)) for site, router in routed]
+        watch(routed, batches, sizes, mode="hard")
         for one in sizes:
             for setting, share in shares.items():
                 getattr(one.router, BUFFERS[setting]).copy_(one.quantile(setting, share))

@@ -6,7 +6,7 @@ from torch import nn
 
 from ltepass.config import Mode, check_mode
 from ltepass.routed import padding
-from ltepass.routed.sites import require_trained, routers_of
+from ltepass.routed.routed import Routed
 from ltepass.routed.undo import verb
 from ltepass.sparsity.thresholds import remember_densities
 
@@ -26,12 +26,16 @@ def set_mode(model: nn.Module, mode: Mode) -> None:
         {'hard'}
     """
     check_mode(mode)
-    require_trained(model, "set_mode")
-    for router in routers_of(model):
+    switch(Routed.trained(model, "set_mode"), mode)
+
+
+def switch(routed: Routed, mode: Mode) -> None:
+    """Every router to this mode."""
+    for router in routed.all_routers():
         router.mode = mode
         router.kept.clear()
     if mode == "soft":
-        padding.attach(model)  # what a forward leaves for the losses begins anew with the next
+        padding.attach(routed)  # what a forward leaves for the losses begins anew with the next
     else:
-        padding.detach(model)
-    remember_densities(model)
+        padding.detach(routed.model)
+    remember_densities(routed)

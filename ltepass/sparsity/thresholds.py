@@ -12,9 +12,10 @@ from ltepass.config import check_sparsity
 from ltepass.errors import CalibrationError
 from ltepass.routed import padding
 from ltepass.routed.batches import Batch
+from ltepass.routed.routed import Routed
 from ltepass.routed.router import N_QUANTILES, Router, logit
 from ltepass.routed.samples import Reservoir
-from ltepass.routed.sites import FFNSite, require_state, require_trained, router_of, routers_of
+from ltepass.routed.sites import FFNSite
 from ltepass.routed.undo import keep, verb
 from ltepass.routed.watching import mode_of, on_logits, run_batches
 
@@ -43,36 +44,38 @@ def set_sparsity(model: nn.Module, sparsity: float) -> None:
         True
     """
     check_sparsity(sparsity, "sparsity")
-    state = require_state(model, "set_sparsity")
-    if not is_calibrated(model):
+    place_thresholds(Routed.of(model, "set_sparsity"), sparsity)
+
+
+def place_thresholds(routed: Routed, sparsity: float) -> None:
+    """Where the tables have this sparsity. Raises CalibrationError where a router has none."""
+    if not is_calibrated(routed):
         raise CalibrationError(
             "the model has no calibrated sparsity table; set_sparsity expects one; call "
             "ltepass.calibrate(model, batches)"
         )
-    for site, threshold in zip(state.sites, thresholds_at(model, sparsity), strict=True):
-        router_of(model, site).threshold.copy_(threshold)
-    remember_densities(model)
+    for router, threshold in zip(routed.routers, thresholds_at(routed, sparsity), strict=True):
+        router.threshold.copy_(threshold)
+    remember_densities(routed)
 
 
-def is_calibrated(model: nn.Module) -> bool:
-    """Whether every site's router has its table. Raises NotTransformedError."""
-    sites = require_state(model, "is_calibrated").sites
-    return not any(bool(router_of(model, s).quantiles.isnan().any()) for s in sites)
+def is_calibrated(routed: Routed) -> bool:
+    """Whether every site's router has its table."""
+    return not any(bool(router.quantiles.isnan().any()) for router in routed.routers)
 
 
-def thresholds_at(model: nn.Module, sparsity: float) -> list[Tensor]:
+def thresholds_at(routed: Routed, sparsity: float) -> list[Tensor]:
     """By site: the logit that `sparsity` puts the threshold at, from the tables and the config's budget."""
-    state = require_state(model, "thresholds_at")
-    tables = [router_of(model, s).quantiles for s in state.sites]
-    if state.config["budget"] == "model":
+    tables = [router.quantiles for router in routed.routers]
+    if routed.config["budget"] == "model":
         shared = shared_threshold(tables, sparsity)
         return [shared.to(table.device) for table in tables]
     return [interpolate(table, sparsity) for table in tables]
 
 
-def remember_densities(model: nn.Module) -> None:
+def remember_densities(routed: Routed) -> None:
     """Tell the GPU kernels how many experts to expect, so that no call has to count: their path depends on it."""
-    for router in routers_of(model):
+    for router in routed.all_routers():
         router.note_density()
 
 
@@ -85,23 +88,22 @@ def interpolate(quantiles: Tensor, sparsity: float) -> Tensor:
     return torch.lerp(quantiles[low], quantiles[min(low + 1, N_QUANTILES - 1)], at - low)
 
 
-def update_table(model: nn.Module, batches: Iterable[Batch]) -> None:
+def update_table(routed: Routed, batches: Iterable[Batch]) -> None:
     """Fill every router's quantile table from its logits on these batches, seen through the model's present gates.
 
     A router that no token reached keeps its table; one that many reached gets it from TABLE_TOKENS of them.
     """
-    state = require_trained(model, "update_table")
-    samples = {site.name: Reservoir(TABLE_TOKENS) for site in state.sites}
-    present = router_of(model, state.sites[0]).mode
+    samples = {site.name: Reservoir(TABLE_TOKENS) for site in routed.sites}
+    present = routed.routers[0].mode
 
     def see(site: FFNSite, router: Router, logits: Tensor) -> None:
         samples[site.name].add(padding.tokens_of(router, logits))
 
-    with mode_of(model, "hard" if present == "dense" else present), on_logits(model, see):
-        run_batches(model, batches)
-    for site in state.sites:
+    with mode_of(routed, "hard" if present == "dense" else present), on_logits(routed, see):
+        run_batches(routed.model, batches)
+    for site, router in routed:
         if len(samples[site.name]):
-            router_of(model, site).quantiles.copy_(table_of(samples[site.name].rows()))
+            router.quantiles.copy_(table_of(samples[site.name].rows()))
 
 
 def table_of(logits: Tensor) -> Tensor:
@@ -123,19 +125,17 @@ def place_threshold(router: Router, table: Tensor, threshold: Tensor) -> None:
         router.threshold.fill_(logit(router.tau))
 
 
-def move_biases(model: nn.Module, sparsity: float) -> None:
+def move_biases(routed: Routed, sparsity: float) -> None:
     """As `set_sparsity`, but where a router has a bias that moves, and the threshold is logit(tau) again afterwards.
 
     At 0 it stands below the calibration logits: no bias moves by infinity.
     """
-    state = require_state(model, "move_biases")
-    routers = [router_of(model, site) for site in state.sites]
-    thresholds = thresholds_at(model, sparsity)
-    if sparsity == 0.0 and all(router.bias is not None for router in routers):
-        least = [router.quantiles[0] for router in routers]
-        shared = min(map(float, least)) if state.config["budget"] == "model" else math.inf
+    thresholds = thresholds_at(routed, sparsity)
+    if sparsity == 0.0 and all(router.bias is not None for router in routed.routers):
+        least = [router.quantiles[0] for router in routed.routers]
+        shared = min(map(float, least)) if routed.config["budget"] == "model" else math.inf
         thresholds = [one.clamp_max(shared) - BIAS_MARGIN for one in least]
-    for router, threshold in zip(routers, thresholds, strict=True):
+    for router, threshold in zip(routed.routers, thresholds, strict=True):
         place_threshold(router, router.quantiles, threshold)
 
 

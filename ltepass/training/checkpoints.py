@@ -10,8 +10,8 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
-from ltepass.routed.sites import require_state
 
 STATE_FILE = "lte_state.json"
 APART_FILE = "lte_trained.safetensors"
@@ -36,10 +36,10 @@ def is_finished(checkpoint: str) -> bool:
     return bool(state["global_step"] >= state["max_steps"])
 
 
-def saved_apart(model: nn.Module, root: nn.Module) -> dict[str, Tensor]:
+def saved_apart(model: nn.Module, routed: Routed) -> dict[str, Tensor]:
     """Of a model with the user's adapters: what learns, and the routers, that PEFT does not save with an adapter."""
+    root, sites = routed.model, routed.sites
     adapted = hasattr(model, "peft_config") or getattr(root, "_hf_peft_config_loaded", False)
-    sites = require_state(root, "LTETrainer").sites
     if not adapted or not any(isinstance(root.get_submodule(site.router), Router) for site in sites):
         return {}
     learns = {name for name, p in root.named_parameters() if p.requires_grad}
@@ -47,8 +47,8 @@ def saved_apart(model: nn.Module, root: nn.Module) -> dict[str, Tensor]:
     return {name: t for name, t in root.state_dict().items() if name in learns or name.startswith(routers)}
 
 
-def save_apart(model: nn.Module, root: nn.Module, folder: Path) -> None:
-    tensors = saved_apart(model, root)
+def save_apart(model: nn.Module, routed: Routed, folder: Path) -> None:
+    tensors = saved_apart(model, routed)
     if tensors:
         save_file({name: t.contiguous() for name, t in tensors.items()}, folder / APART_FILE)
 

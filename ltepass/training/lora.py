@@ -10,18 +10,17 @@ from typing import Any
 from torch import nn
 
 from ltepass.errors import ConfigError
-from ltepass.routed.sites import require_state
+from ltepass.routed.routed import Routed
 
 ADAPTER = "ltepass"  # the name that tells our layers from the user's
 
 
-def ffn_linears(model: nn.Module) -> list[str]:
+def ffn_linears(routed: Routed) -> list[str]:
     """Paths of every site's linears, each once."""
-    state = require_state(model, "LoRA on the FFN")
-    return sorted({path for s in state.sites for path in (s.up, s.gate, s.down) if path})
+    return sorted({path for s in routed.sites for path in (s.up, s.gate, s.down) if path})
 
 
-def add_lora(model: nn.Module, rank: int) -> None:
+def add_lora(routed: Routed, rank: int) -> None:
     """Wrap the FFNs' linears with trainable low-rank updates, in place; the weights below them are frozen.
 
     Raises ConfigError where peft is missing or a site has no linears to wrap.
@@ -30,7 +29,7 @@ def add_lora(model: nn.Module, rank: int) -> None:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ConfigError(f"trainable='lora' needs peft ({error}); pip install peft") from error
-    places = [_place(model, path) for path in ffn_linears(model)]
+    places = [_place(routed.model, path) for path in ffn_linears(routed)]
     if not all(isinstance(parent._modules[child], nn.Linear) for parent, child in places):
         kinds = sorted({type(parent._modules[child]).__name__ for parent, child in places})
         raise ConfigError(f"trainable='lora' expects FFNs of nn.Linear; found {', '.join(kinds)}; use trainable='all'")

@@ -10,8 +10,9 @@ from torch import nn
 
 from ltepass.config import Mode
 from ltepass.passes.lower.lower_modules import lower, unlower
+from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
-from ltepass.routed.sites import require_state, router_of, routers_of
+from ltepass.routed.sites import routers_of
 from ltepass.routed.undo import all_or_nothing, undisturbed
 from ltepass.training.lora import add_lora, merge_lora
 from ltepass.training.settings import LTESettings
@@ -44,9 +45,8 @@ def stage_options(model: nn.Module, lte: LTESettings, stage: Stage) -> Iterator[
 def _begin(model: nn.Module, lte: LTESettings, stage: Stage, through_op: bool) -> bool:
     begin_stage(model, stage, trainable=lte.trainable, straight_through=lte.straight_through)
     if lte.trainable == "lora":
-        add_lora(model, lte.lora_rank)
-    for site in require_state(model, "stage options").sites:
-        router = router_of(model, site)
+        add_lora(Routed.of(model, "stage options"), lte.lora_rank)
+    for router in Routed.of(model, "stage options").routers:
         router.count_inactive, router.share_neighbours = lte.hold, lte.union > 0
     if through_op:
         lower(model, scope="ffn")

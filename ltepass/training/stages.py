@@ -12,15 +12,16 @@ from torch import Tensor, nn
 
 from ltepass.config import Budget
 from ltepass.errors import TrainingError
-from ltepass.measure.sparsity import measure_sparsity
+from ltepass.measure.sparsity import hard_sparsity
 from ltepass.routed.padding import IGNORED
+from ltepass.routed.routed import Routed
 from ltepass.routed.router import Kept, Router
-from ltepass.routed.sites import require_state, require_trained, require_whole, router_of, routers_of
+from ltepass.routed.sites import require_whole
 from ltepass.routed.token_rows import Part
 from ltepass.routed.undo import verb
 from ltepass.sparsity.cuts import place_cuts
-from ltepass.sparsity.modes import set_mode
-from ltepass.sparsity.thresholds import set_sparsity, update_table
+from ltepass.sparsity.modes import switch
+from ltepass.sparsity.thresholds import place_thresholds, update_table
 from ltepass.training.settings import Trainable
 
 Stage = Literal["soft", "hard"]
@@ -44,14 +45,13 @@ def begin_stage(
         >>> model.model.layers[0].mlp.router.weight.requires_grad
         False
     """
-    require_trained(model, f"the {stage} stage")
+    routed = Routed.trained(model, f"the {stage} stage")
     require_whole(model, f"the {stage} stage", flat_only=True)
-    set_mode(model, stage)
+    switch(routed, stage)
     learns_hard = straight_through or trainable == "routers"
     if trainable != "all":
         model.requires_grad_(False)
-    for site in require_state(model, "begin_stage").sites:
-        router = router_of(model, site)  # alone: what PEFT keeps beside it stays frozen
+    for router in routed.routers:  # alone: what PEFT keeps beside it stays frozen
         router.straight_through = stage == "hard" and learns_hard
         router.requires_grad_(stage == "soft" or learns_hard)
 
@@ -78,27 +78,26 @@ def settle(
         True
     """
     batches = list(batches)
-    config = require_state(model, "settle").config
-    config["budget"] = budget or config["budget"]
-    set_mode(model, "hard")
+    routed = Routed.trained(model, "settle")
+    routed.config["budget"] = budget or routed.config["budget"]
+    switch(routed, "hard")
     for _ in range(2):  # the second pass sees the inputs that the moved thresholds make
-        update_table(model, batches)
-        set_sparsity(model, sparsity)
-    place_cuts(model, batches)
-    return measure_sparsity(model, batches)
+        update_table(routed, batches)
+        place_thresholds(routed, sparsity)
+    place_cuts(routed, batches)
+    return hard_sparsity(routed, batches)
 
 
-def hold(model: nn.Module, shares: Tensor, sparsity: float, *, budget: Budget | None = None, gain: float = 1.0) -> None:
+def hold(routed: Routed, shares: Tensor, sparsity: float, *, budget: Budget | None = None, gain: float = 1.0) -> None:
     """Move thresholds a little towards a sparsity. shares: [n_sites], inactive share of each in the last step.
 
     budget: as in `settle`. gain: logits per unit of error; at logits of unit spread the error shrinks by about
     gain / 3 a step.
     """
-    state = require_state(model, "hold")
-    budget = budget or state.config["budget"]
+    budget = budget or routed.config["budget"]
     error = sparsity - (shares.mean().expand_as(shares) if budget == "model" else shares)
-    for site, missing in zip(state.sites, error, strict=True):
-        router_of(model, site).threshold.add_((gain * missing).to(router_of(model, site).threshold.device))
+    for router, missing in zip(routed.routers, error, strict=True):
+        router.threshold.add_((gain * missing).to(router.threshold.device))
 
 
 def held_out_perplexity(model: Any, batches: Iterable[Any]) -> float | None:
@@ -132,8 +131,8 @@ class Auxiliary:
     tokens: Tensor
 
 
-def clear_auxiliary(model: nn.Module) -> None:
-    for router in routers_of(model):
+def clear_auxiliary(routed: Routed) -> None:
+    for router in routed.all_routers():
         router.kept.clear()
 
 
@@ -154,7 +153,7 @@ def take_auxiliary(model: nn.Module, mask: Tensor | None) -> Auxiliary:
         >>> loss = task + (0.3 * auxiliary.efficiency + 1e-4 * auxiliary.separability) / auxiliary.tokens
         >>> loss.backward()
     """
-    sites = [_taken(router, mask) for router in _active_routers(model)]
+    sites = [_taken(router, mask) for router in Routed.of(model, "take_auxiliary").routers]
     predicting = [site for site in sites if site.part != "encoder"] or sites
     tokens = predicting[-1].tokens
     total = torch.stack([site.sums * (tokens / site.counted.clamp_min(1)) for site in sites]).mean(0)
@@ -216,10 +215,10 @@ def _weights(router: Router, call: Kept, mask: Tensor | None = None) -> Tensor:
     return weights.reshape(-1)
 
 
-def inactive_shares(model: nn.Module) -> Tensor:
+def inactive_shares(routed: Routed) -> Tensor:
     """[n_sites]: mean hard sparsity of each site's tokens in the forwards with gradients since, and forget it."""
     shares = []
-    for router in _active_routers(model):
+    for router in routed.routers:
         if not router.kept:
             raise TrainingError(
                 "a router kept no sparsity: its forward ran without gradients; expected a plain forward"
@@ -229,14 +228,6 @@ def inactive_shares(model: nn.Module) -> Tensor:
         shares.append(inactive @ weights / weights.sum().clamp_min(1))
         router.kept.clear()
     return torch.stack(shares)
-
-
-def _active_routers(model: nn.Module) -> list[Router]:
-    from ltepass.routed.sites import state_of
-
-    root = next((m for m in model.modules() if state_of(m) is not None), None)
-    state = None if root is None else state_of(root)
-    return list(routers_of(model)) if state is None or root is None else [router_of(root, s) for s in state.sites]
 
 
 def shifts_labels(model: nn.Module) -> bool:

@@ -20,7 +20,8 @@ from transformers import Trainer, TrainerCallback, set_seed
 from ltepass.errors import TrainingError
 from ltepass.routed.batches import Batch, inputs_of
 from ltepass.routed.padding import hooks_of, telling_tokens
-from ltepass.routed.sites import require_state, root_of, router_of, routers_of
+from ltepass.routed.routed import Routed, root_of
+from ltepass.routed.sites import routers_of
 from ltepass.routed.soft_losses import kl_from
 from ltepass.training.checkpoints import (
     STATE_FILE,
@@ -96,7 +97,7 @@ class LTETrainerMixin(Behind):  # type: ignore[misc]  # mypy does not read trans
         self._shares: list[Tensor] = []
         self._task: list[Tensor] = []
         self.add_callback(_Guard(self))
-        if saved_apart(self.model, self.lte_model):
+        if saved_apart(self.model, self._routed):
             warnings.warn(
                 "the routers learn inside the base model, and an adapter's folder does not hold them; expected "
                 "modules_to_save=['router'] in the adapter's config; add it, or save the base model as well",
@@ -105,11 +106,16 @@ class LTETrainerMixin(Behind):  # type: ignore[misc]  # mypy does not read trans
 
     def _adopt(self, model: nn.Module) -> None:
         """Take what belongs to one model from it."""
-        self.model, self.lte_model = model, _root(model)
-        config, target = require_state(self.lte_model, "LTETrainer").config, self.lte.target_sparsity
+        self.model, self.lte_model = model, root_of(model, "LTETrainer")
+        config, target = self._routed.config, self.lte.target_sparsity
         self.target_sparsity: float = config["target_sparsity"] if target is None else target
         self.controller = SparsityController(target=self.target_sparsity, eta=self.lte.eta)
         self.teacher = _dense_teacher(self.lte_model, self._given_teacher) if self.lte.distill else None
+
+    @property
+    def _routed(self) -> Routed:
+        """Anew at each use: adapters come and go between steps."""
+        return Routed.of(self.lte_model, "LTETrainer")
 
     def call_model_init(self, trial: object = None) -> nn.Module:
         """How Trainer gets a new model for every `train`; the one that is there, while it trains or `fit` runs."""
@@ -130,8 +136,7 @@ class LTETrainerMixin(Behind):  # type: ignore[misc]  # mypy does not read trans
 
     @property
     def stage(self) -> Stage:
-        sites = require_state(self.lte_model, "LTETrainer").sites
-        return "soft" if router_of(self.lte_model, sites[0]).mode == "soft" else "hard"
+        return "soft" if self._routed.routers[0].mode == "soft" else "hard"
 
     def fit(self, resume_from_checkpoint: bool | str | None = None) -> None:
         """Soft stage, then hard stage, each an own `train()` with an own optimizer and folder (soft/, hard/).
@@ -165,7 +170,7 @@ class LTETrainerMixin(Behind):  # type: ignore[misc]  # mypy does not read trans
         batches = list(self._held_out() if batches is None else batches)
         shares: dict[str, float] = settle(self.lte_model, batches, self.target_sparsity, budget=self.lte.budget)
         perplexity = held_out_perplexity(self.lte_model, batches)
-        for buffer in (b for router in routers_of(self.lte_model) for b in router.buffers()):
+        for buffer in (b for router in self._routed.all_routers() for b in router.buffers()):
             buffer.copy_(broadcast(buffer))
         shares, perplexity = broadcast_object_list([shares, perplexity])
         end = {"eta": self.controller.eta, "held_out_sparsity": sum(shares.values()) / len(shares)}
@@ -189,7 +194,7 @@ class LTETrainerMixin(Behind):  # type: ignore[misc]  # mypy does not read trans
         with (
             self._one_model(trial),
             stage_options(self.lte_model, self.lte, self._next_stage or self.stage),
-            telling_tokens(self.lte_model, keep=True),
+            telling_tokens(self._routed, keep=True),
         ):
             if resume_from_checkpoint is True:
                 # none is whole where the kill came before the first: the stage begins anew
@@ -210,7 +215,7 @@ class LTETrainerMixin(Behind):  # type: ignore[misc]  # mypy does not read trans
         labels = inputs.get("labels")
         learns = model.training and torch.is_grad_enabled()
         if learns:
-            clear_auxiliary(self.lte_model)
+            clear_auxiliary(self._routed)
         wants_outputs = return_outputs or (learns and self.teacher is not None)
         out = super().compute_loss(
             model, inputs, return_outputs=wants_outputs, num_items_in_batch=num_items_in_batch, **kwargs
@@ -243,7 +248,7 @@ class LTETrainerMixin(Behind):  # type: ignore[misc]  # mypy does not read trans
         if self.stage == "soft":
             loss = loss + self._auxiliary_loss(mask, items)
         elif self.lte.hold:
-            self._shares.append(inactive_shares(self.lte_model))
+            self._shares.append(inactive_shares(self._routed))
         return loss
 
     def _auxiliary_loss(self, mask: Tensor | None, items: Tensor | int | None) -> Tensor:
@@ -303,7 +308,7 @@ class LTETrainerMixin(Behind):  # type: ignore[misc]  # mypy does not read trans
         if self._shares:
             shares = self.accelerator.reduce(torch.stack(self._shares).mean(0), "mean")
             self._shares.clear()
-            hold(self.lte_model, shares, self.target_sparsity, budget=self.lte.budget)
+            hold(self._routed, shares, self.target_sparsity, budget=self.lte.budget)
             self._seen["hard_sparsity"] = shares.mean()
 
     def log(self, logs: dict[str, float], *args: object, **kwargs: object) -> None:
@@ -319,7 +324,7 @@ class LTETrainerMixin(Behind):  # type: ignore[misc]  # mypy does not read trans
         super()._save_checkpoint(model, trial)
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save and folder.is_dir():
-            save_apart(self.model, self.lte_model, folder)
+            save_apart(self.model, self._routed, folder)
             mark_complete(folder, {"stage": self.stage, "controller": self.controller.state_dict()})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -334,7 +339,7 @@ class LTETrainerMixin(Behind):  # type: ignore[misc]  # mypy does not read trans
         folder = Path(self.args.output_dir) / "last-good"
         merge_lora(self.lte_model)
         self.save_model(str(folder))
-        save_apart(self.model, self.lte_model, folder)
+        save_apart(self.model, self._routed, folder)
         raise TrainingError(
             f"{seen} at step {self.state.global_step}; expected a finite number; the weights of the last good step are "
             f"in {folder}; lower the learning rate or look at the batch"
@@ -371,11 +376,6 @@ class _Guard(TrainerCallback):  # type: ignore[misc]
 
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, *_: object, **__: object) -> None:
         self.trainer.steer((state.global_step + 1) / max(1, state.max_steps))
-
-
-def _root(model: nn.Module) -> nn.Module:
-    """The transformed model inside whatever wraps it (PEFT)."""
-    return root_of(model, "LTETrainer")
 
 
 def _dense_teacher(model: nn.Module, teacher: nn.Module | None) -> nn.Module:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ltepass.errors import CalibrationError, ConfigError
 from ltepass.grouping_methods import GROUPINGS, Neurons
 from ltepass.passes.group.balanced_kmeans import balanced_kmeans
-from ltepass.routed.sites import FFNSite, routers_of, state_of
+from ltepass.routed.routed import Routed
+from ltepass.routed.sites import FFNSite
 from ltepass.routed.undo import reorder
 from ltepass.routed.watching import Sample
 
@@ -54,9 +55,7 @@ def site_permutation(model: nn.Module, site: FFNSite, method: str, sample: Sampl
 
 
 def permute_site(model: nn.Module, site: FFNSite, permutation: Tensor) -> None:
-    """Reorder a site's neurons in place: every slice in `site.neurons`, and its routers' record of the order.
-
-    Sites that share their weights have a router each: permute one of them, and all are done.
+    """Reorder a site's neurons in place: every slice in `site.neurons`.
 
     permutation: [d_ff] int64; new neuron i is old neuron permutation[i]. Names, shapes and strides stay.
     """
@@ -64,8 +63,15 @@ def permute_site(model: nn.Module, site: FFNSite, permutation: Tensor) -> None:
         raise ConfigError(f"{site.name}: expected a permutation of {site.d_ff} neurons")
     for rows in site.neurons:
         reorder(partial(rows.take, model.get_parameter(rows.param), site.d_ff), permutation)
+
+
+def permute_routed(routed: Routed, site: FFNSite, permutation: Tensor) -> None:
+    """As `permute_site`, and its routers' record of the order.
+
+    Sites that share their weights have a router each: permute one of them, and all are done.
+    """
+    permute_site(routed.model, site, permutation)
     with torch.no_grad():
-        state = state_of(model)
-        for same in [s for s in state.sites if s.neurons == site.neurons] if state else []:
-            for router in routers_of(model.get_submodule(same.router)):
+        for same in [s for s in routed.sites if s.neurons == site.neurons]:
+            for router in routed.copies(same):
                 router.permutation.copy_(router.permutation[permutation.to(router.permutation.device)])

@@ -49,7 +49,7 @@ class InsertRouters:
         grouping = job.config.grouping if job.permutations else "identity"
         state = LTEState(job.config.to_dict(), job.sites, job.refusals, grouping=grouping)
         set_state(job.model, state)
-        state.untried = check_gated(job.model)
+        state.untried = check_gated(job.model, job.sites)
         return f"{len(job.sites)} routers"
 
 

@@ -5,27 +5,27 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
 from torch.fx import Graph, GraphModule
 
 from ltepass.passes.capture.owner_forward import original_class
-from ltepass.passes.group.methods import permute_site
+from ltepass.passes.group.methods import permute_routed
 from ltepass.passes.insert.guarding import release, unwatch
 from ltepass.passes.insert.hooks import detach
 from ltepass.routed import padding
+from ltepass.routed.routed import Routed
 from ltepass.routed.router import gate, seen_inputs
-from ltepass.routed.sites import FFNSite, LTEState, drop_state, require_not_lowered, router_of
+from ltepass.routed.sites import FFNSite, drop_state
 
 
-def remove_routers(model: nn.Module, state: LTEState, *, undo_grouping: bool) -> None:
-    require_not_lowered(state, "remove")
+def remove_routers(routed: Routed, *, undo_grouping: bool) -> None:
+    model, sites = routed.model, routed.sites
     padding.detach(model)
-    for site in {s.neurons: s for s in state.sites}.values():  # sites that share their weights share their order
+    for site in {s.neurons: s for s in sites}.values():  # sites that share their weights share their order
         if undo_grouping:
-            permute_site(model, site, torch.argsort(router_of(model, site).permutation))
+            permute_routed(routed, site, torch.argsort(routed.router(site).permutation))
     unwatch(model)
     graph = copy.deepcopy(model.graph) if isinstance(model, GraphModule) else Graph()
-    for site in state.sites:
+    for site in sites:
         owner = model.get_submodule(site.owner)
         if site.kind == "aligned":
             owner.__class__ = original_class(owner)
@@ -33,7 +33,7 @@ def remove_routers(model: nn.Module, state: LTEState, *, undo_grouping: bool) ->
             detach(owner, [site.name])
         else:
             _ungate(graph, site)
-    for site in state.sites:
+    for site in sites:
         parent, _, child = site.router.rpartition(".")
         del model.get_submodule(parent)._modules[child]
     for module in model.modules():

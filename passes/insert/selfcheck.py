@@ -24,7 +24,7 @@ from ltepass.errors import GateError
 from ltepass.passes.capture.owner_forward import original_class
 from ltepass.passes.insert.hooks import Hook
 from ltepass.routed.router import Router
-from ltepass.routed.sites import FFNSite, require_state
+from ltepass.routed.sites import FFNSite
 
 TOKENS = 2
 _HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -32,12 +32,12 @@ _HELD = (dict, list, set)
 _FORWARDS = ("forward", "_lte_forward", "_old_forward")  # what an instance may hold of itself
 
 
-def check_gated(model: nn.Module) -> list[str]:
+def check_gated(model: nn.Module, sites: Sequence[FFNSite]) -> list[str]:
     """Try every owner; returns a line for those that could not be tried. Raises GateError where a gate does not act."""
-    sites = sorted((s for s in require_state(model, "check_gated").sites if s.kind != "graph"), key=lambda s: s.owner)
+    in_modules = sorted((s for s in sites if s.kind != "graph"), key=lambda s: s.owner)
     skipped: dict[str, list[str]] = {}
     with torch.no_grad():
-        for path, group in groupby(sites, key=lambda s: s.owner):
+        for path, group in groupby(in_modules, key=lambda s: s.owner):
             reason = _try(model.get_submodule(path), list(group))
             if reason is not None:
                 skipped.setdefault(reason, []).append(path or type(model).__name__)

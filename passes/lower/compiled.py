@@ -15,15 +15,17 @@ from torch.compiler import is_compiling
 from torch.nn.modules.module import _has_any_global_hook
 
 from ltepass.passes.insert.guarding import watches
-from ltepass.routed.sites import LTEState
+from ltepass.routed.routed import Routed
 
 CACHES = "_prepare_cache_for_generation"  # the method of transformers that makes a cache for one `generate`
 
 
-def compile_model(model: nn.Module, state: LTEState) -> None:
+def compile_model(routed: Routed) -> None:
     import torch._dynamo
 
     from ltepass.passes.lower.backend import lte
+
+    model, state = routed.model, routed.state
 
     def note(router: str, reason: str) -> None:
         """After a graph break Dynamo's paths begin at the part that it traced: a path that ends so is taken."""

@@ -43,17 +43,13 @@ from ltepass.passes.lower.why_not import (
     why_not_alone,
     with_inner,
 )
+from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router, applied
 from ltepass.routed.router import gate as gate_call
 from ltepass.routed.sites import (
     FFNSite,
-    LTEState,
     NeuronRows,
-    require_not_lowered,
-    require_state,
     require_whole,
-    router_of,
-    routers_of,
 )
 from ltepass.routed.undo import verb
 from ltepass.sparsity.thresholds import remember_densities
@@ -91,20 +87,20 @@ def lower(model: nn.Module, scope: Scope = "ffn") -> nn.Module:
         >>> torch.allclose(ltepass.lower(model)(ids).logits, expected, atol=1e-4)
         True
     """
-    state = require_state(model, "lower")
-    require_not_lowered(state, "lower")
+    routed = Routed.trained(model, "lower")
+    state = routed.state
     require_whole(model, "lower")
     if scope not in ("ffn", "model"):
         raise ConfigError(f'scope is {scope!r}; expected "ffn" or "model"')
-    soft = [s.name for s in state.sites if router_of(model, s).mode != "hard"]
+    soft = [site.name for site, router in routed if router.mode != "hard"]
     if soft:
-        mode = router_of(model, state.sites[0]).mode
+        mode = routed.routers[0].mode
         raise LoweringError(
             f'{len(soft)} of {len(state.sites)} routers are in {mode!r} mode; lowering expects "hard"; call '
             'ltepass.set_mode(model, "hard")'
         )
     check_forwards(model)
-    reasons = {s.name: why_not(model, s) for s in state.sites}
+    reasons = {s.name: why_not(routed, s) for s in state.sites}
     if scope == "ffn":
         reasons = {s.name: reasons[s.name] or why_not_alone(model, s) for s in state.sites}
     state.notes = [f"{name}: kept masked-dense: {reason}" for name, reason in reasons.items() if reason]
@@ -112,13 +108,13 @@ def lower(model: nn.Module, scope: Scope = "ffn") -> nn.Module:
     if not sites:
         raise LoweringError("no site can be lowered:\n" + "\n".join(state.notes))
     for site in sites:
-        state.strides = lay_out(model, site) | state.strides  # what the first of those that share a parameter found
-    remember_densities(model)
-    with unshared(routers_of(model)):
+        state.strides = lay_out(routed, site) | state.strides  # what the first of those that share a parameter found
+    remember_densities(routed)
+    with unshared(routed.all_routers()):
         if scope == "ffn":
-            _lower_sites(model, state, sites)
+            _lower_sites(routed, sites)
         else:
-            compile_model(model, state)
+            compile_model(routed)
     state.lowered = scope
     return model
 
@@ -136,45 +132,46 @@ def unlower(model: nn.Module) -> nn.Module:
         >>> ltepass.report(ltepass.unlower(ltepass.lower(model))).lowered is None
         True
     """
-    state = require_state(model, "unlower")
+    routed = Routed.of(model, "unlower")
+    state = routed.state
     if state.lowered is not None:
         require_whole(model, "unlower")
-    with unshared(routers_of(model)):
+    with unshared(routed.all_routers()):
         if state.lowered == "ffn":
-            _unlower_sites(model, state)
+            _unlower_sites(routed)
         elif state.lowered == "model":
             uncompile_model(model)
-    _give_back_strides(model, state)
+    _give_back_strides(routed)
     state.lowered, state.notes = None, []
     return model
 
 
-def lay_out(model: nn.Module, site: FFNSite) -> dict[str, tuple[int, ...]]:
+def lay_out(routed: Routed, site: FFNSite) -> dict[str, tuple[int, ...]]:
     """Store what the kernel gathers so that it is contiguous: same logical shape, no copy kept.
 
     That is a neuron; of up and gate an input, where small inputs are left out. Returns the strides that were, by name.
     """
     before = {}
-    by_input = router_of(model, site).input_cut is not None
+    by_input = routed.router(site).input_cut is not None
     wanted = {site.down_rows: site.down_rows.dim}
     wanted |= {rows: 1 - rows.dim if by_input else rows.dim for rows in (site.up_rows, site.gate_rows) if rows}
     for rows, contiguous_along in wanted.items():
-        parameter = model.get_parameter(rows.param)
+        parameter = routed.model.get_parameter(rows.param)
         if contiguous_along == 1 and parameter.device.type == "cpu" and not parameter.is_meta:
             before[rows.param] = parameter.stride()
             parameter.data = parameter.data.t().contiguous().t()
     return before
 
 
-def _give_back_strides(model: nn.Module, state: LTEState) -> None:
+def _give_back_strides(routed: Routed) -> None:
     """Of the weights that still lie as `lay_out` stored them: others were replaced meanwhile."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, stride in state.strides.items():
+    parameters = dict(routed.model.named_parameters(remove_duplicate=False))
+    for name, stride in routed.state.strides.items():
         parameter = parameters.get(name)
         if parameter is not None and parameter.dim() == 2 and parameter.t().is_contiguous():
             as_it_was = torch.empty_strided(parameter.shape, stride, dtype=parameter.dtype, device=parameter.device)
             parameter.data = as_it_was.copy_(parameter.data)
-    state.strides = {}
+    routed.state.strides = {}
 
 
 def lowered_ffn(
@@ -292,10 +289,11 @@ def _plan(model: nn.Module, site: FFNSite) -> Plan:
     )
 
 
-def _lower_sites(model: nn.Module, state: LTEState, sites: list[FFNSite]) -> None:
+def _lower_sites(routed: Routed, sites: list[FFNSite]) -> None:
+    model, state = routed.model, routed.state
     lowered = {s.name for s in sites}
     for site in sites:
-        router_of(model, site).plan = _plan(model, site)
+        routed.router(site).plan = _plan(model, site)
     aligned = sorted((s for s in state.sites if s.kind == "aligned"), key=lambda s: s.owner)
     for owner, group in groupby(aligned, key=lambda s: s.owner):
         _regenerate(model.get_submodule(owner), list(group), lowered)
@@ -311,13 +309,14 @@ def _lower_sites(model: nn.Module, state: LTEState, sites: list[FFNSite]) -> Non
         model.graph = graph
 
 
-def _unlower_sites(model: nn.Module, state: LTEState) -> None:
+def _unlower_sites(routed: Routed) -> None:
+    model, state = routed.model, routed.state
     for owner, group in groupby(
         sorted((s for s in state.sites if s.kind == "aligned"), key=lambda s: s.owner), key=lambda s: s.owner
     ):
         _regenerate(model.get_submodule(owner), list(group), set())
-    for site in state.sites:
-        router_of(model, site).plan = None
+    for site, router in routed:
+        router.plan = None
         if site.kind == "inline":
             for path in {site.up, site.gate or site.up, site.down}:
                 model.get_submodule(path).__dict__.pop("forward", None)

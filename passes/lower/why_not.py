@@ -18,8 +18,9 @@ from ltepass.passes.find.near_miss import breadth_first
 from ltepass.passes.graph.captured import join
 from ltepass.passes.insert.hooks import Hook, SparseDown
 from ltepass.passes.lower.stubs import Stub
+from ltepass.routed.routed import Routed
 from ltepass.routed.router import gate
-from ltepass.routed.sites import FFNSite, router_of
+from ltepass.routed.sites import FFNSite
 
 SMALL_INPUTS_ON_GPU = "small inputs are left out, which no GPU kernel does"
 
@@ -32,12 +33,13 @@ def also_scales(parameter: str) -> str:
     return f"{parameter} also scales its neurons"
 
 
-def why_not(model: nn.Module, site: FFNSite) -> str | None:
+def why_not(routed: Routed, site: FFNSite) -> str | None:
     """Why a site stays masked-dense, or None where the op computes just what the site computes."""
+    model, router = routed.model, routed.router(site)
     if site.activation.startswith("custom"):
         return unknown_activation(site.activation)
     rows = {site.up_rows, site.gate_rows, site.up_bias, site.gate_bias, site.down_rows}
-    if router_of(model, site).input_cut is not None and router_of(model, site).weight.is_cuda:
+    if router.input_cut is not None and router.weight.is_cuda:
         return SMALL_INPUTS_ON_GPU
     extra = [r.param for r in site.neurons if r not in rows]
     if extra:

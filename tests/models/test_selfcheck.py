@@ -98,7 +98,7 @@ def test_the_try_leaves_nothing_behind() -> None:
     numbers = torch.get_rng_state(), random.getstate()
     ltepass.transform(model, torch.zeros(2, 3, 8), ltepass.LTEConfig(group_size=4, grouping="identity"))
     seen.clear()
-    check_gated(model)
+    check_gated(model, model._lte.sites)
     assert not seen
     assert not model.mlp.seen
     assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
@@ -121,7 +121,7 @@ def test_every_owner_of_one_input_is_tried(name: str, monkeypatch: pytest.Monkey
         return forward(self, x)
 
     monkeypatch.setattr(Router, "forward", counted)
-    untried = check_gated(model)
+    untried = check_gated(model, lte_state(model).sites)
     assert len(gates) == 2 * (len(lte_state(model).sites) - sum("model" in line or "Own" in line for line in untried))
     assert torch.equal(logits(model), expected)
 

@@ -30,6 +30,7 @@ from ltepass.routed.sites import routers_of
 from ltepass.threads import locks
 from tests.child import environment
 from tests.models.zoo import build, generate, ids, logits, mlp, transformed
+from tests.routed_model import routed
 from tests.typed import lte_state
 
 CONFIG = ltepass.LTEConfig(group_size=4, grouping="identity")
@@ -354,7 +355,7 @@ def test_a_refused_forward_leaves_nothing_in_what_a_pass_sees() -> None:
     model: PreTrainedModel = transformed("llama")
     padded = {"input_ids": ids(2, 9), "attention_mask": torch.arange(9).expand(2, 9).gt(3).long()}
     weights = {site.name: torch.ones(site.d_ff) for site in lte_state(model).sites}
-    expected = fit_energies(model, [padded] * 2, weights, "dense")
+    expected = fit_energies(routed(model), [padded] * 2, weights, "dense")
     forward = type(model.model).forward
     done: list[str] = []
 
@@ -368,7 +369,7 @@ def test_a_refused_forward_leaves_nothing_in_what_a_pass_sees() -> None:
         return forward(self, *args, **kwargs)
 
     model.model.forward = beside.__get__(model.model)
-    found = fit_energies(model, [padded] * 2, weights, "dense")
+    found = fit_energies(routed(model), [padded] * 2, weights, "dense")
     assert done == ["begun", "refused"]
     for name, fit in expected.items():
         assert torch.equal(found[name].weight, fit.weight)

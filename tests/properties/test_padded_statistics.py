@@ -16,13 +16,14 @@ from ltepass.calibration.initialise import fit_energies
 from ltepass.measure.sparsity import measure_union
 from ltepass.routed.sites import router_of
 from ltepass.sparsity.thresholds import update_table
+from tests.routed_model import routed
 from tests.training.padded import FAMILIES, padded, same, sequences, started, whole
 
 models = cache(started)
 
 
 def tables(model: Any, batches: Any) -> dict[str, Tensor]:
-    update_table(model, batches)
+    update_table(routed(model), batches)
     return {site.name: router_of(model, site).quantiles.clone() for site in model._lte.sites}
 
 
@@ -39,7 +40,7 @@ def test_statistics_are_those_of_the_tokens(family: str, lengths: list[int], lef
     batches = [padded(family, rows[i : i + size], left=left, extra=extra) for i in range(0, len(rows), size)]
     alone = [whole(family, row) for row in rows]
     weights = {site.name: down_energy(model, site) for site in model._lte.sites}
-    padded_fit, fit = (fit_energies(model, b, weights, "dense") for b in (batches, alone))
+    padded_fit, fit = (fit_energies(routed(model), b, weights, "dense") for b in (batches, alone))
     weights_of, alone_weights = ({name: f.weight for name, f in fits.items()} for fits in (padded_fit, fit))
     same(weights_of, alone_weights, 5e-3)
     for name in fit:

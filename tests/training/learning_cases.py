@@ -17,6 +17,7 @@ from ltepass.routed.sites import router_of
 from ltepass.routed.watching import mode_of
 from ltepass.training.settings import LTESettings
 from ltepass.training.trainer import LTETrainer
+from tests.routed_model import routed
 
 VOCAB = 61
 
@@ -61,7 +62,7 @@ def router_inputs(model: Any, batches: Sequence[Tensor], mode: Any) -> dict[str,
         router_of(model, site).register_forward_pre_hook(
             lambda _, args, name=site.name: seen[name].append(args[0].flatten(0, -2))
         )
-    with mode_of(model, mode), torch.no_grad():
+    with mode_of(routed(model), mode), torch.no_grad():
         for batch in batches:
             model(batch)
     return {name: torch.cat(rows) for name, rows in seen.items()}
@@ -133,7 +134,7 @@ def trained(target: float = 0.5, **config: Any) -> Any:
 
 def perplexity_of(model: Any, mode: Any = "hard") -> float:
     """On text that was never trained on."""
-    with mode_of(model, mode):
+    with mode_of(routed(model), mode):
         return perplexity(model, copied_text(16, 2))
 
 

@@ -22,13 +22,11 @@ from ltepass.calibration.ridge import RidgeSums
 from ltepass.calibration.sensitivity import loss_sensitivity
 from ltepass.calibration.warm_start import warm_start
 from ltepass.errors import CalibrationError, LoweredError
-from ltepass.measure.quality import sparsity_of_tail
+from ltepass.measure.quality import sparsity_curve, sparsity_of_tail
 from ltepass.measure.sparsity import measure_union
 from ltepass.routed.batches import inputs_of
 from ltepass.routed.samples import Reservoir, Tally
 from ltepass.routed.sites import routers_of
-from ltepass.routed.watching import record_logits
-from ltepass.sparsity.thresholds import update_table
 from ltepass.training.stages import held_out_perplexity, settle
 from tests.training.padded import sequences, started, transformed
 
@@ -213,12 +211,13 @@ def test_a_lowered_model_is_refused_with_one_message() -> None:
         "measure_sparsity": lambda: ltepass.measure_sparsity(model, [ids]),
         "measure_union": lambda: measure_union(model, [ids]),
         "sparsity_of_tail": lambda: sparsity_of_tail(model, ids[0], 2),
-        "update_table": lambda: update_table(model, [ids]),
+        "settle": lambda: ltepass.settle(model, [ids], 0.5),
         "loss_sensitivity": lambda: loss_sensitivity(model, [ids]),
-        "record_logits": lambda: record_logits(model).__enter__(),
+        "sparsity_curve": lambda: next(sparsity_curve(model, ids, [0.5])),
         "calibrate": lambda: ltepass.calibrate(model, [ids]),
         "set_mode": lambda: ltepass.set_mode(model, "soft"),
         "set_hidden_sparsity": lambda: ltepass.set_hidden_sparsity(model, 0.5, [ids]),
+        "set_input_sparsity": lambda: ltepass.set_input_sparsity(model, 0.5, [ids]),
         "warm_start": lambda: warm_start(model, ids),
         "remove": lambda: ltepass.remove(model),
         "lower": lambda: ltepass.lower(model),

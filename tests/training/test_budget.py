@@ -17,12 +17,13 @@ from transformers import AutoModelForCausalLM
 
 import ltepass
 from ltepass.calibration import initialise
-from ltepass.calibration.sensitivity import loss_sensitivity
+from ltepass.calibration.sensitivity import loss_sensitivity, sensitivities
 from ltepass.calibration.warm_start import warm_start
 from ltepass.errors import CalibrationError, ConfigError
 from ltepass.routed.sites import router_of, routers_of
 from ltepass.routed.watching import collect
 from ltepass.training.stages import settle
+from tests.routed_model import routed
 from tests.training.learning_cases import calibrated, dense_model, router_inputs, tokens
 from tests.typed import grad, lte_state
 
@@ -155,7 +156,7 @@ def test_routers_start_from_what_the_loss_hears() -> None:
         again = copy.deepcopy(model)
         ltepass.transform(again, config=c, calibration=tokens(60).split(20))
         site = again._lte.sites[1]
-        x = collect(again, [tokens(60)])[site.name].x.float()
+        x = collect(routed(again), [tokens(60)])[site.name].x.float()
         router = router_of(again, site)
         active = F.linear(x, router.weight, router.bias) > router.threshold
         first, second = active.float().mean(0).chunk(2)
@@ -178,11 +179,11 @@ def test_sites_compare_by_their_log_cost_whichever_inputs_they_are_fitted_to(mon
 
     def keep_costs(model: Any, batches: Any) -> Any:
         assert len(batches) == 1
-        costs.update(loss_sensitivity(model, batches))
+        costs.update(sensitivities(model, batches))
         return costs
 
     monkeypatch.setattr(initialise, "fit_energies", keep)
-    monkeypatch.setattr(initialise, "loss_sensitivity", keep_costs)
+    monkeypatch.setattr(initialise, "sensitivities", keep_costs)
     model, batches = dense_model(layers=6), tokens(200).split(25)
     with torch.no_grad():
         for layer in model.model.layers:
@@ -191,7 +192,7 @@ def test_sites_compare_by_their_log_cost_whichever_inputs_they_are_fitted_to(mon
     ltepass.transform(model, config=config)
     ltepass.calibrate(model, batches, inputs="hard")
     before, fits = last
-    seen = router_inputs(before, batches, "hard")
+    seen = router_inputs(before.model, batches, "hard")
     rest = []
     for site in model._lte.sites:
         router = router_of(model, site)

@@ -17,11 +17,12 @@ from ltepass.calibration.energy import down_energy, expert_energy, log_energy
 from ltepass.calibration.ridge import RIDGE, RidgeSums
 from ltepass.errors import CalibrationError, ConfigError
 from ltepass.grouping_methods import AUTO, GROUPINGS, Grouping
-from ltepass.passes.group.methods import grouping_permutation, permute_site, site_permutation
+from ltepass.passes.group.methods import grouping_permutation, permute_routed, site_permutation
 from ltepass.routed import watching
 from ltepass.routed.sites import router_of
 from ltepass.routed.watching import Sample, collect
 from ltepass.saving.entry import read_state, write_state
+from tests.routed_model import routed
 from tests.training.learning_cases import (
     assert_same,
     calibrated,
@@ -134,10 +135,10 @@ def test_permuting_leaves_the_function_and_its_inverse_restores_every_bit() -> N
     before, logits = weights(model), model(x).logits
     site = model._lte.sites[1]
     permutation = torch.randperm(60, generator=torch.Generator().manual_seed(0))
-    permute_site(model, site, permutation)
+    permute_routed(routed(model), site, permutation)
     assert not torch.equal(weights(model)[f"{site.down}.weight"], before[f"{site.down}.weight"])
     torch.testing.assert_close(model(x).logits, logits, rtol=1e-5, atol=1e-6)
-    permute_site(model, site, permutation.argsort())
+    permute_routed(routed(model), site, permutation.argsort())
     assert_same(before, weights(model))
 
 
@@ -146,7 +147,7 @@ def test_the_router_records_the_composition_of_permutations() -> None:
     site = model._lte.sites[0]
     original = model.get_submodule(site.up).weight.clone()
     for seed in (0, 1):
-        permute_site(model, site, torch.randperm(60, generator=torch.Generator().manual_seed(seed)))
+        permute_routed(routed(model), site, torch.randperm(60, generator=torch.Generator().manual_seed(seed)))
     recorded = router_of(model, site).permutation
     assert torch.equal(model.get_submodule(site.up).weight, original[recorded])
 
@@ -156,7 +157,7 @@ def test_no_permutation_no_change(bad: list[int]) -> None:
     model = transformed()
     before = weights(model)
     with pytest.raises(ConfigError, match="permutation of 60 neurons"):
-        permute_site(model, model._lte.sites[0], torch.tensor(bad))
+        permute_routed(routed(model), model._lte.sites[0], torch.tensor(bad))
     assert_same(before, weights(model))
 
 
@@ -170,7 +171,7 @@ def test_each_method_loses_less_than_random_groups_under_an_oracle(method: str) 
 def _oracle_loss(method: str) -> float:
     model = transformed(group_size=5)
     ltepass.calibrate(model, [tokens(40)], grouping=method)
-    fresh = collect(model, [tokens(20, seed=9)])
+    fresh = collect(routed(model), [tokens(20, seed=9)])
     lost = []
     for site in model._lte.sites:
         down = site.down_rows.of(model, site.d_ff).detach()
@@ -192,7 +193,7 @@ def test_kmeans_groups_by_inputs_at_the_first_calibration_only() -> None:
     """Also where transform had grouped by rows."""
     model = transformed(grouping="kmeans")
     assert ltepass.report(model).grouping == "kmeans"
-    seen = collect(model, [tokens(8)])
+    seen = collect(routed(model), [tokens(8)])
     by_inputs = [
         order[site_permutation(model, site, "kmeans", seen[site.name], seed=0)]
         for order, site in zip(_orders(model), model._lte.sites, strict=True)
@@ -258,7 +259,7 @@ def test_routers_are_fitted_on_every_token_that_the_model_gives_them(
     assert [mode for _, mode in before] == ["dense", "hard"][: len(before)]
     last, mode = before[-1]
     assert mode == inputs
-    seen = router_inputs(last, batches, inputs)
+    seen = router_inputs(last.model, batches, inputs)
     for site in model._lte.sites:
         x = seen[site.name]
         gate, up = (model.get_submodule(n).weight for n in (site.gate, site.up))
@@ -271,7 +272,7 @@ def test_routers_are_fitted_on_every_token_that_the_model_gives_them(
 
 def test_the_sample_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watching, "SAMPLE_TOKENS", 64)
-    assert {len(s.h) for s in collect(transformed(), [tokens(8, seed=s) for s in range(4)]).values()} == {64}
+    assert {len(s.h) for s in collect(routed(transformed()), [tokens(8, seed=s) for s in range(4)]).values()} == {64}
 
 
 def test_a_method_is_one_row_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from ltepass.routed.watching import mode_of
 from ltepass.training.lora import ffn_linears
 from ltepass.training.settings import LTESettings
 from ltepass.training.stages import begin_stage, settle
+from tests.routed_model import routed
 from tests.training.learning_cases import copied_text, fit, perplexity_of, trained
 from tests.typed import grad, lte_state, prefixed, present
 
@@ -42,7 +43,7 @@ def test_what_learns_is_what_was_asked_for(tmp_path: Path, stage: str, trainable
     fit(model, tmp_path, LTESettings(trainable=trainable, soft_steps=soft, hard_steps=hard))
     moved = changed(before, model)
     routers = {n for n in before if ".router." in n}
-    linears = {f"{path}.weight" for path in ffn_linears(model)}
+    linears = {f"{path}.weight" for path in ffn_linears(routed(model))}
     base = {"all": before.keys() - routers, "lora": linears, "routers": set()}[trainable]
     assert moved == base | (routers if stage == "soft" or trainable == "routers" else set())
     assert {n: type(m) for n, m in model.named_modules()} == kinds  # nothing of peft is left
@@ -53,7 +54,7 @@ def test_lora_learns_a_low_rank_update_of_that_rank(tmp_path: Path) -> None:
     model = trained()
     before = parameters(model)
     fit(model, tmp_path, LTESettings(trainable="lora", lora_rank=3, soft_steps=0, hard_steps=5))
-    for path in ffn_linears(model):
+    for path in ffn_linears(routed(model)):
         change = (model.get_parameter(f"{path}.weight") - before[f"{path}.weight"]).double()
         singular = torch.linalg.svdvals(change)
         assert singular[2] > 1e-6
@@ -94,7 +95,7 @@ def test_distillation_learns_the_teacher_and_not_the_labels(tmp_path: Path) -> N
     for share in (0.0, 1.0):
         model = trained(0.8)
         x = copied_text(16, 7)
-        with torch.no_grad(), mode_of(model, "dense"):
+        with torch.no_grad(), mode_of(routed(model), "dense"):
             teacher = model(x).logits
         settings = LTESettings(distill=share, soft_steps=0, hard_steps=30)
         fit(model, tmp_path / str(share), settings, labels=torch.randint(0, 61, (512, 32)))

@@ -48,6 +48,7 @@ from ltepass.training.stages import (
     take_auxiliary,
 )
 from ltepass.training.trainer import LTETrainer, LTETrainerMixin
+from tests.routed_model import routed
 from tests.training.padded import FAMILIES, PAD, dense, padded, same, sequences, started, transformed, whole
 from tests.typed import lte_state, present
 
@@ -228,7 +229,7 @@ def test_rows_that_no_mask_fits_all_count_with_one_warning() -> None:
     batch = {**example, "attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])}
     ltepass.set_mode(model, "hard")
     text = r"saw rows of shape \[2, 9\] and the mask of the batch is \[2, 4\]"
-    with pytest.warns(UserWarning, match=text) as seen, record_logits(model) as logits:
+    with pytest.warns(UserWarning, match=text) as seen, record_logits(routed(model)) as logits:
         run_batches(model, [batch, batch])
     assert len(seen) == 1
     assert {sum(map(len, rows)) for rows in logits.values()} == {36, 10}
@@ -341,15 +342,15 @@ def test_held_thresholds_follow_the_tokens_alone() -> None:
     for router in routers_of(model):
         router.count_inactive = True
     batch, alone = one_batch("llama")
-    with telling_tokens(model, keep=True):
+    with telling_tokens(routed(model), keep=True):
         model(**batch)
-        shares = inactive_shares(model)
+        shares = inactive_shares(routed(model))
         for one in alone:
             model(**one)
-        torch.testing.assert_close(shares, inactive_shares(model))
+        torch.testing.assert_close(shares, inactive_shares(routed(model)))
     measured = list(ltepass.measure_sparsity(model, [batch]).values())
     torch.testing.assert_close(shares, torch.tensor(measured), rtol=1e-4, atol=1e-4)
-    hold(model, shares, 0.5)
+    hold(routed(model), shares, 0.5)
 
 
 def test_nothing_is_kept_of_forwards_that_nobody_takes() -> None:
@@ -373,7 +374,7 @@ def test_a_copy_of_a_model_in_training_counts_its_own_tokens() -> None:
     begin_stage(model, "soft")
     batch, _ = one_batch("llama")
     model(**batch)
-    clear_auxiliary(model)
+    clear_auxiliary(routed(model))
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         copied(**batch)
         assert int(take_auxiliary(copied, None).tokens) == sum(LENGTHS)
@@ -449,7 +450,7 @@ def test_each_site_sees_its_own_tokens(name: str) -> None:
     given = example if name in ("bert to bert", "clip") else None
     ltepass.transform(model.eval(), given, ltepass.LTEConfig(group_size=4))
     ltepass.set_mode(model, "hard")
-    with warnings.catch_warnings(), record_logits(model) as seen:
+    with warnings.catch_warnings(), record_logits(routed(model)) as seen:
         warnings.filterwarnings("error", message=".*which of them are padding")
         run_batches(model, [batch])
     assert [sum(map(len, logits)) for logits in seen.values()] == expected

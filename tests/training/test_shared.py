@@ -18,6 +18,7 @@ from ltepass.routed.padding import telling_tokens
 from ltepass.routed.sites import routers_of
 from ltepass.routed.watching import mode_of
 from ltepass.training.stages import begin_stage, clear_auxiliary, inactive_shares, take_auxiliary
+from tests.routed_model import routed
 from tests.typed import grad, present
 
 LOOPS = 3
@@ -107,7 +108,7 @@ def test_checkpointing_counts_no_call_twice(copies: bool) -> None:
     for checkpointing in (False, True):
         built = model(copies=copies, checkpointing=checkpointing)
         begin_stage(built, "soft")
-        with telling_tokens(built, keep=True):
+        with telling_tokens(routed(built), keep=True):
             values = []
             for seed in (1, 2):
                 aux = auxiliary(built, tokens(seed))
@@ -124,11 +125,11 @@ def test_held_sparsity_is_of_all_calls(checkpointing: bool) -> None:
     begin_stage(built, "hard")
     for router in routers_of(built):
         router.count_inactive = True
-    with telling_tokens(built, keep=True):
+    with telling_tokens(routed(built), keep=True):
         for seed in (1, 2):
-            clear_auxiliary(built)
+            clear_auxiliary(routed(built))
             loss = built(tokens(seed)).logits.square().mean()
-            shares = inactive_shares(built)
+            shares = inactive_shares(routed(built))
             loss.backward()
             measured = ltepass.measure_sparsity(built, [tokens(seed)])
             torch.testing.assert_close(shares, torch.tensor(list(measured.values())), rtol=1e-5, atol=1e-5)
@@ -155,7 +156,7 @@ def test_a_refit_is_done_once_on_the_tokens_of_all_calls() -> None:
     )
     router = next(routers_of(built))
     router.observer = lambda h: units["dense"].append(h.detach().flatten(0, -2).double())
-    with torch.no_grad(), mode_of(built, "hard"):
+    with torch.no_grad(), mode_of(routed(built), "hard"):
         built(ids)
     hook.remove()
     router.observer = None

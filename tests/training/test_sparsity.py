@@ -20,6 +20,7 @@ from ltepass.routed.watching import mode_of, record_logits, run_batches
 from ltepass.sparsity.thresholds import update_table
 from ltepass.training.stages import settle
 from tests.models.zoo import llama
+from tests.routed_model import routed
 from tests.training.learning_cases import dense_model, router_inputs, tokens
 from tests.typed import lte_state
 
@@ -87,7 +88,7 @@ def test_a_table_is_taken_from_random_rows_and_kept_where_there_are_none() -> No
     assert torch.equal(SomeRows(None)(positions), positions)
     m = model()
     before = [r.quantiles.clone() for r in routers_of(m)]
-    update_table(m, [])
+    update_table(routed(m), [])
     assert all(torch.equal(r.quantiles, b) for r, b in zip(routers_of(m), before, strict=True))
 
 
@@ -112,7 +113,7 @@ def test_a_start_from_hard_inputs_places_thresholds_before_and_after_its_second_
     ltepass.calibrate(m, [ids(seed) for seed in range(17)], inputs="hard")
     (first, (_, settling), second, _, (before, batches)) = steps
     assert (first, len(settling), second, len(batches)) == (("dense", 5), 3, ("hard", 17), 3)
-    seen = router_inputs(before, batches, "hard")
+    seen = router_inputs(before.model, batches, "hard")
     for site in m._lte.sites:
         router = router_of(m, site)
         logits = torch.nn.functional.linear(seen[site.name], router.weight, router.bias)
@@ -173,7 +174,7 @@ def test_passes_for_hooks_show_every_token_to_every_ffn() -> None:
     biogpt = BioGptConfig(**sizes, num_hidden_layers=2, pad_token_id=0)
     for dense in (Gemma4ForCausalLM(gemma), BioGptForSequenceClassification(biogpt)):
         m = ltepass.transform(dense.eval(), config=ltepass.LTEConfig(group_size=8, grouping="random"))
-        with mode_of(m, "hard"), record_logits(m) as seen:
+        with mode_of(routed(m), "hard"), record_logits(routed(m)) as seen:
             run_batches(m, [ids(1)])
         assert [sum(map(len, rows)) for rows in seen.values()] == [16 * 32] * len(lte_state(m).sites)
 

@@ -12,12 +12,13 @@ from ltepass.calibration.warm_start import warm_start
 from ltepass.errors import CalibrationError, LoweredError, NotTransformedError
 from ltepass.routed.sites import routers_of
 from ltepass.routed.watching import mode_of
+from tests.routed_model import routed
 from tests.training.learning_cases import assert_same, calibrated, tokens, transformed, weights
 
 
 def distance(model: Any, dense: torch.Tensor, x: torch.Tensor) -> float:
     """KL of the hard model's predictions from the dense ones, nats a token."""
-    with torch.no_grad(), mode_of(model, "hard"):
+    with torch.no_grad(), mode_of(routed(model), "hard"):
         log_q = model(x).logits.log_softmax(-1)
     log_p = dense.log_softmax(-1)
     return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
@@ -75,7 +76,7 @@ def test_the_refit_is_the_penalised_least_squares_solution() -> None:
 def hidden_units(model: Any, down: torch.nn.Module, x: torch.Tensor, mode: Any) -> torch.Tensor:
     seen: list[torch.Tensor] = []
     hook = down.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().flatten(0, -2).double()))
-    with torch.no_grad(), mode_of(model, mode):
+    with torch.no_grad(), mode_of(routed(model), mode):
         model(x)
     hook.remove()
     return seen.pop()
