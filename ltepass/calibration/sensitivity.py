@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ltepass.calibration.energy import down_energy
 from ltepass.errors import CalibrationError
-from ltepass.routed.batches import inputs_of, is_empty
+from ltepass.routed.batches import Batch, inputs_of, is_empty
 from ltepass.routed.padding import TokenHooks, telling_tokens, tokens_of
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
@@ -48,7 +48,7 @@ class Sensitivity:
 
 
 @verb
-def loss_sensitivity(model: nn.Module, batches: Iterable[Any], *, seed: int = 0) -> dict[str, Sensitivity]:
+def loss_sensitivity(model: nn.Module, batches: Iterable[Batch], *, seed: int = 0) -> dict[str, Sensitivity]:
     """By site name, over the first 2,048 tokens of the batches, or as many as it takes to reach every FFN.
 
     batches: mappings of model inputs, or token id tensors; padding is not seen. The model must return an object with
@@ -58,7 +58,7 @@ def loss_sensitivity(model: nn.Module, batches: Iterable[Any], *, seed: int = 0)
     return sensitivities(Routed.trained(model, "loss_sensitivity"), batches, seed=seed)
 
 
-def sensitivities(routed: Routed, batches: Iterable[Any], *, seed: int = 0) -> dict[str, Sensitivity]:
+def sensitivities(routed: Routed, batches: Iterable[Batch], *, seed: int = 0) -> dict[str, Sensitivity]:
     """Of `loss_sensitivity`."""
     model = routed.model
     taps = [_Tap(model, site, router) for site, router in routed]
@@ -83,7 +83,7 @@ def sensitivities(routed: Routed, batches: Iterable[Any], *, seed: int = 0) -> d
     return {tap.site.name: tap.found() for tap in taps}
 
 
-def _one(model: nn.Module, batch: Any, taps: list[_Tap], hooks: TokenHooks, generator: torch.Generator) -> int:
+def _one(model: nn.Module, batch: Batch, taps: list[_Tap], hooks: TokenHooks, generator: torch.Generator) -> int:
     """One batch into the taps; returns its tokens. Predictions at padding have no label, and so no loss."""
     args, named = inputs_of(model, batch)
     logits = getattr(model(*args, **named), "logits", None)

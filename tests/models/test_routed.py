@@ -16,8 +16,9 @@ from ltepass.calibration.sensitivity import loss_sensitivity
 from ltepass.errors import LoweredError, NotTransformedError
 from ltepass.measure.sparsity import measure_union
 from ltepass.routed import routed as module
+from ltepass.routed import sites
 from ltepass.routed.routed import Routed
-from ltepass.routed.sites import FFNSite, routers_of
+from ltepass.routed.sites import FFNSite, routers_of, state_of
 from tests.training.learning_cases import calibrated, tokens
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,7 +55,7 @@ def test_a_call_looks_each_router_up_once(name: str, monkeypatch: pytest.MonkeyP
     model = calibrated(n=8)
     ltepass.set_mode(model, "hard")
     found: list[str] = []
-    router_of = module.router_of
+    router_of = sites.router_of
 
     def counted(root: nn.Module, site: FFNSite) -> Any:
         found.append(site.name)
@@ -82,7 +83,7 @@ def test_it_is_of_the_model_inside_and_refuses_what_is_none() -> None:
     outer = nn.Sequential(model)
     routed = Routed.of(outer, "this test")
     assert routed.model is model
-    assert routed.state is model._lte
+    assert routed.state is state_of(model)
     assert [router for _, router in routed] == list(routers_of(model)) == routed.all_routers()
     assert all(routed.router(site) is router and routed.copies(site) == [router] for site, router in routed)
     with pytest.raises(NotTransformedError, match="this test expects a transformed model"):
