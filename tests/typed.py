@@ -7,14 +7,20 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from ltepass.routed.sites import LTEState, require_state
+from ltepass.routed.routed import Routed
+from ltepass.routed.sites import LTEState
 
 T = TypeVar("T")
 
 
+def routed(model: nn.Module) -> Routed:
+    """What a public call makes of its model."""
+    return Routed.of(model, "this test")
+
+
 def lte_state(model: nn.Module) -> LTEState:
     """The state that transform left on this very module."""
-    return require_state(model, "this test")
+    return routed(model).state
 
 
 def present(value: T | None) -> T:

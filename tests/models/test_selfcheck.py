@@ -98,7 +98,7 @@ def test_the_try_leaves_nothing_behind() -> None:
     numbers = torch.get_rng_state(), random.getstate()
     ltepass.transform(model, torch.zeros(2, 3, 8), ltepass.LTEConfig(group_size=4, grouping="identity"))
     seen.clear()
-    check_gated(model, model._lte.sites)
+    check_gated(model, lte_state(model).sites)
     assert not seen
     assert not model.mlp.seen
     assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())

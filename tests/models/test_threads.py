@@ -30,8 +30,7 @@ from ltepass.routed.sites import routers_of
 from ltepass.threads import locks
 from tests.child import environment
 from tests.models.zoo import build, generate, ids, logits, mlp, transformed
-from tests.routed_model import routed
-from tests.typed import lte_state
+from tests.typed import lte_state, routed
 
 CONFIG = ltepass.LTEConfig(group_size=4, grouping="identity")
 
@@ -306,7 +305,7 @@ def forked(work: Callable[[], None]) -> int:
 FORK = """
 import os, torch, ltepass
 from tests.models.zoo import ids, logits, transformed
-from tests.typed import lte_state
+from tests.typed import lte_state, routed
 model = ltepass.lower(transformed("llama"))
 torch.set_num_threads(2)
 x = ids(4, 40)

@@ -16,8 +16,8 @@ from ltepass.calibration.initialise import fit_energies
 from ltepass.measure.sparsity import measure_union
 from ltepass.routed.sites import router_of
 from ltepass.sparsity.thresholds import update_table
-from tests.routed_model import routed
 from tests.training.padded import FAMILIES, padded, same, sequences, started, whole
+from tests.typed import routed
 
 models = cache(started)
 

@@ -17,7 +17,7 @@ from ltepass.routed.sites import router_of
 from ltepass.routed.watching import mode_of
 from ltepass.training.settings import LTESettings
 from ltepass.training.trainer import LTETrainer
-from tests.routed_model import routed
+from tests.typed import routed
 
 VOCAB = 61
 

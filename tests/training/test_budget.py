@@ -23,9 +23,8 @@ from ltepass.errors import CalibrationError, ConfigError
 from ltepass.routed.sites import router_of, routers_of
 from ltepass.routed.watching import collect
 from ltepass.training.stages import settle
-from tests.routed_model import routed
 from tests.training.learning_cases import calibrated, dense_model, router_inputs, tokens
-from tests.typed import grad, lte_state
+from tests.typed import grad, lte_state, routed
 
 D, FF, VOCAB = 16, 48, 31
 

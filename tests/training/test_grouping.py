@@ -22,7 +22,6 @@ from ltepass.routed import watching
 from ltepass.routed.sites import router_of
 from ltepass.routed.watching import Sample, collect
 from ltepass.saving.entry import read_state, write_state
-from tests.routed_model import routed
 from tests.training.learning_cases import (
     assert_same,
     calibrated,
@@ -32,7 +31,7 @@ from tests.training.learning_cases import (
     transformed,
     weights,
 )
-from tests.typed import lte_state
+from tests.typed import lte_state, routed
 
 METHODS = tuple(GROUPINGS)
 

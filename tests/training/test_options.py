@@ -19,9 +19,8 @@ from ltepass.routed.watching import mode_of
 from ltepass.training.lora import ffn_linears
 from ltepass.training.settings import LTESettings
 from ltepass.training.stages import begin_stage, settle
-from tests.routed_model import routed
 from tests.training.learning_cases import copied_text, fit, perplexity_of, trained
-from tests.typed import grad, lte_state, prefixed, present
+from tests.typed import grad, lte_state, prefixed, present, routed
 
 
 def changed(before: dict[str, torch.Tensor], model: Any) -> set[str]:

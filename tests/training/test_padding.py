@@ -48,9 +48,8 @@ from ltepass.training.stages import (
     take_auxiliary,
 )
 from ltepass.training.trainer import LTETrainer, LTETrainerMixin
-from tests.routed_model import routed
 from tests.training.padded import FAMILIES, PAD, dense, padded, same, sequences, started, transformed, whole
-from tests.typed import lte_state, present
+from tests.typed import lte_state, present, routed
 
 LENGTHS = [3, 9, 5, 12, 2, 4]
 

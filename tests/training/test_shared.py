@@ -18,8 +18,7 @@ from ltepass.routed.padding import telling_tokens
 from ltepass.routed.sites import routers_of
 from ltepass.routed.watching import mode_of
 from ltepass.training.stages import begin_stage, clear_auxiliary, inactive_shares, take_auxiliary
-from tests.routed_model import routed
-from tests.typed import grad, present
+from tests.typed import grad, present, routed
 
 LOOPS = 3
 

@@ -20,9 +20,8 @@ from ltepass.routed.watching import mode_of, record_logits, run_batches
 from ltepass.sparsity.thresholds import update_table
 from ltepass.training.stages import settle
 from tests.models.zoo import llama
-from tests.routed_model import routed
 from tests.training.learning_cases import dense_model, router_inputs, tokens
-from tests.typed import lte_state
+from tests.typed import lte_state, routed
 
 
 def ids(seed: int, batch: int = 16, length: int = 32) -> torch.Tensor:

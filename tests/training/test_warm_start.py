@@ -12,8 +12,8 @@ from ltepass.calibration.warm_start import warm_start
 from ltepass.errors import CalibrationError, LoweredError, NotTransformedError
 from ltepass.routed.sites import routers_of
 from ltepass.routed.watching import mode_of
-from tests.routed_model import routed
 from tests.training.learning_cases import assert_same, calibrated, tokens, transformed, weights
+from tests.typed import routed
 
 
 def distance(model: Any, dense: torch.Tensor, x: torch.Tensor) -> float:
