@@ -19,7 +19,7 @@ from examples.results.demo_table import with_table
 from ltepass.kernels import reference
 from ltepass.measure.records import ModelRecord, OpRecord, append, read
 from ltepass.measure.timing import Timing, interleaved
-from tests.typed import prefixed
+from tests.typed import prefixed, present
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = Shape(tokens=1, d_model=96, d_ff=256, group_size=8)
@@ -65,7 +65,7 @@ def test_every_contender_computes_what_it_claims(gated: bool) -> None:
     }
     if gated:
         same["gate-first, none dropped"] = (ways.gate_first(shape, weights, 0.0), dense)
-        a = torch.nn.functional.silu(d.x @ w.gate.T)  # type: ignore[union-attr]
+        a = torch.nn.functional.silu(d.x @ present(w.gate).T)
         keep = a.abs() >= a.abs().flatten().sort(descending=True).values[shape.d_ff // 2 - 1]
         kept = (a * (d.x @ w.up.T) * keep) @ w.down.T
         same["gate-first"] = (ways.gate_first(shape, weights, 0.5), kept)
@@ -180,10 +180,12 @@ def test_a_case_that_does_not_exist_is_refused(tiny_case: Case, tmp_path: Path) 
 
 def record(contender: str, sparsity: float, ms: float, ideal: float, **more: Any) -> OpRecord:
     """A made-up measurement of the case 7b-fp32-1."""
-    values = {f.name: {"int": 1, "float": 1.0, "bool": True, "str": "x"}[str(f.type)] for f in fields(OpRecord)}
+    values: dict[str, Any] = {
+        f.name: {"int": 1, "float": 1.0, "bool": True, "str": "x"}[str(f.type)] for f in fields(OpRecord)
+    }
     values |= {"case": "7b-fp32-1", "contender": contender, "sparsity": sparsity, "run": "2026-01-01"}
     values |= {"median_ms": ms, "byte_ideal_ms": ideal, "bound_ms": ideal}
-    return OpRecord(**values | more)  # type: ignore[arg-type]
+    return OpRecord(**values | more)
 
 
 def test_verdicts_follow_the_newest_run_and_the_best_baseline() -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 import ltepass
+from ltepass.config import Mode
 from ltepass.errors import CheckpointError
 from ltepass.routed.router import Router
 from ltepass.routed.sites import routers_of, state_of
@@ -25,13 +26,13 @@ IDS = torch.arange(3, 24)[None]
 FAMILIES = ("llama", "phi3", "gpt_neox", "opt")
 
 
-def transformed(family: str = "llama", mode: str = "hard") -> Any:
+def transformed(family: str = "llama", mode: Mode = "hard") -> Any:
     model = build(family)
     ltepass.transform(model, config=ltepass.LTEConfig(group_size=5, grouping="random", seed=1))
     for i, router in enumerate(routers_of(model)):
         router.threshold.fill_(0.1 * i)
         router.quantiles.copy_(torch.linspace(-1, 1, len(router.quantiles)))
-        router.mode = mode  # type: ignore[assignment]
+        router.mode = mode
     return model
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import ltepass
+from tests.models.zoo import generate
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -56,18 +57,18 @@ def model(request: pytest.FixtureRequest) -> nn.Module:
 
 
 def tokens_of(model: nn.Module, **how: Any) -> Tensor:
-    prompt = torch.arange(1, 8, device="cuda")[None]
-    limits = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
-    return model.generate(prompt, **limits, **how)  # type: ignore[operator,no-any-return]
+    return generate(model, torch.arange(1, 8, device="cuda")[None], NEW_TOKENS, **how)
 
 
 @pytest.mark.parametrize("scope", ["ffn", "model"])
-def test_lowered_generates_what_hard_eager_does(model: nn.Module, scope: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_lowered_generates_what_hard_eager_does(
+    model: nn.Module, scope: Literal["ffn", "model"], caplog: pytest.LogCaptureFixture
+) -> None:
     expected = tokens_of(model)
     caplog.set_level(logging.INFO, "ltepass")
-    ltepass.lower(model, scope=scope)  # type: ignore[arg-type]
+    ltepass.lower(model, scope=scope)
     assert torch.equal(tokens_of(model), expected)
-    graphs = {r.args[:2] for r in caplog.records if str(r.msg).startswith("lte backend")}  # type: ignore[index]
+    graphs = {cast(tuple[int, int, str], r.args)[:2] for r in caplog.records if str(r.msg).startswith("lte backend")}
     assert graphs == ({(3, 3)} if scope == "model" else set())
     ltepass.unlower(model)
     assert torch.equal(tokens_of(model), expected)

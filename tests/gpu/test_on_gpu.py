@@ -104,14 +104,21 @@ def test_decisions_are_fp32_decisions(path: str, dtype: torch.dtype) -> None:
     check(Case(T=T, dtype=dtype, n_experts=60, group_size=1, d_out=30, margin=1e-4, seed=2), density)
 
 
-LARGE = {"d_model": 4096, "n_experts": 344, "group_size": 32, "d_out": 4096, "dtype": torch.bfloat16, "margin": 1e-3}
+LARGE: dict[str, Any] = {
+    "d_model": 4096,
+    "n_experts": 344,
+    "group_size": 32,
+    "d_out": 4096,
+    "dtype": torch.bfloat16,
+    "margin": 1e-3,
+}
 
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("layout", ["rows", "neuron"])
 def test_a_7b_ffn_is_right_and_repeats_bit_for_bit(path: str, layout: str) -> None:
     T, density = PATHS[path]
-    case = Case(T=T, layout=layout, density=0.2, **LARGE)  # type: ignore[arg-type]
+    case = Case(T=T, layout=layout, density=0.2, **LARGE)
     args = operands(case, density)
     first = OP(*args)
     ours, torchs = ffn_cases.errors(first, args)
@@ -156,7 +163,7 @@ def test_a_graph_replays_with_other_inputs_and_other_counts(path: str) -> None:
 )
 def test_overlapping_launches_wait_for_what_they_read() -> None:
     """A product, then the op twice, replayed: with programmatic launches the bits are those without."""
-    args = operands(Case(T=1, **LARGE))  # type: ignore[arg-type]
+    args = operands(Case(T=1, **LARGE))
     weight = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16) / 64
     source = args[0].clone()
 
@@ -218,7 +225,7 @@ def test_a_gpu_that_is_not_the_current_one() -> None:
 @pytest.mark.parametrize("path", PATHS)
 def test_no_second_copy_of_the_weights(path: str) -> None:
     T, density = PATHS[path]
-    args = operands(Case(T=T, density=0.2, **LARGE), density)  # type: ignore[arg-type]
+    args = operands(Case(T=T, density=0.2, **LARGE), density)
     OP(*args)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

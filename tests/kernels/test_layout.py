@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import ltepass
 
@@ -15,7 +15,7 @@ CONFIG = LlamaConfig(
 )
 
 
-def routed_model() -> torch.nn.Module:
+def routed_model() -> PreTrainedModel:
     torch.manual_seed(0)
     model = ltepass.transform(AutoModelForCausalLM.from_config(CONFIG).eval(), config=ltepass.LTEConfig(group_size=8))
     ltepass.set_mode(model, "hard")
@@ -46,9 +46,9 @@ def test_lowering_moves_weights_and_keeps_no_second_copy() -> None:
 
 def test_a_lowered_model_saves_the_same_files(tmp_path: Path) -> None:
     model = routed_model()
-    model.save_pretrained(tmp_path / "before")  # type: ignore[operator]
+    model.save_pretrained(tmp_path / "before")
     ltepass.lower(model)
-    model.save_pretrained(tmp_path / "lowered")  # type: ignore[operator]
+    model.save_pretrained(tmp_path / "lowered")
     files = [load_file(tmp_path / name / "model.safetensors") for name in ("before", "lowered")]
     assert files[0].keys() == files[1].keys()
     for name, value in files[0].items():

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -95,7 +95,9 @@ def test_a_lowered_copy_is_lowered_and_its_own() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
 @pytest.mark.parametrize("scope", ["ffn", "model"])
-def test_a_model_that_was_changed_in_inference_mode_still_trains(name: str, scope: str, eager: None) -> None:
+def test_a_model_that_was_changed_in_inference_mode_still_trains(
+    name: str, scope: Literal["ffn", "model"], eager: None
+) -> None:
     model = build(name)
     with torch.inference_mode():
         ltepass.transform(model, config=ltepass.LTEConfig(group_size=4, grouping="coactivation"), calibration=[ids()])
@@ -104,7 +106,7 @@ def test_a_model_that_was_changed_in_inference_mode_still_trains(name: str, scop
         ltepass.set_hidden_sparsity(model, 0.2, [ids()])
         ltepass.set_input_sparsity(model, 0.2, [ids()])
         ltepass.set_mode(model, "hard")
-        ltepass.lower(model, scope=scope)  # type: ignore[arg-type]
+        ltepass.lower(model, scope=scope)
         model(ids())
         ltepass.unlower(model)
         assert torch.is_inference_mode_enabled()

@@ -23,6 +23,7 @@ from transformers import (
     EncoderDecoderModel,
     ModernBertConfig,
     ModernBertForMaskedLM,
+    PreTrainedModel,
     Trainer,
     TrainingArguments,
     XLNetConfig,
@@ -385,13 +386,13 @@ class Inside(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.language_model = dense("opt")
+        self.language_model: PreTrainedModel = dense("opt")
 
-    def get_encoder(self) -> nn.Module:
-        return self.language_model  # type: ignore[no-any-return]
+    def get_encoder(self) -> PreTrainedModel:
+        return self.language_model
 
-    def get_decoder(self) -> nn.Module:
-        return self.language_model.model.decoder  # type: ignore[no-any-return]
+    def get_decoder(self) -> PreTrainedModel:
+        return self.language_model.model.decoder
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor | None = None) -> Any:
         return self.language_model(input_ids=input_ids, attention_mask=attention_mask)
