@@ -17,7 +17,7 @@ from examples.bench.op_cases import CASES, TARGETS, Case
 from examples.bench.ways import Shape
 from examples.results.demo_table import with_table
 from ltepass.kernels import reference
-from ltepass.measure.records import ModelRecord, OpRecord, append, read
+from ltepass.measure.records import OpRecord, TokenRecord, append, read
 from ltepass.measure.timing import Timing, interleaved
 from tests.typed import prefixed, present
 
@@ -213,7 +213,7 @@ def test_verdicts_follow_the_newest_run_and_the_best_baseline() -> None:
     assert "| 0.96 / 0.62 / 0.83 | 1.00 / 1.00 / 1.00 | no |" in shown
     shown = table.markdown([*run, record("routed", 0.0, 20.0, 10.0)], [])
     assert "1 thread (worst of 1 measured, 1 below the target) | >= 0.95x | 0.60 / - / -x" in shown
-    assert "Whole token: not measured." in shown
+    assert "Whole token against the byte ideal and llama.cpp: not measured." in shown
 
 
 def test_rows_below_their_targets_say_where_the_time_goes() -> None:
@@ -247,7 +247,7 @@ def test_records_survive_the_file(tmp_path: Path) -> None:
     append(path, rows[:1])
     append(path, rows[1:])
     assert read(path, OpRecord) == rows
-    assert read(tmp_path / "none.csv", ModelRecord) == []
+    assert read(tmp_path / "none.csv", TokenRecord) == []
 
 
 def test_the_backward_table_has_its_columns() -> None:

@@ -16,6 +16,7 @@ import ltepass
 from ltepass.cli import app, main
 from ltepass.commands.models import call_by_name, load
 from ltepass.errors import ConfigError
+from ltepass.measure.records import TokenRecord, read
 from ltepass.routed.sites import routers_of
 from tests.models.zoo import llama
 
@@ -173,8 +174,48 @@ def test_train_eval_and_generate_follow_each_other(dense_folder: Path, tmp_path:
     assert "3 x 20 tokens" in shown
     assert "hard mode" in shown
     assert "w3 " in run("generate", str(out), "w3 w4", "--new-tokens", "5")
-    assert "of the cap" in " ".join(run("bench", "model", str(out), str(text), "--tokens", "30").split())
+    csv, options = tmp_path / "rows.csv", ["--tokens", "12", "--rounds", "1"]
+    shown = run("bench", "model", str(out), str(text), *options, "--threads", "1", "--out", str(csv))
+    assert "transformers F32" in " ".join(shown.split())
+    assert "linear router, experts of 12" in " ".join(shown.split())
+    assert [(r.side, r.threads, r.sparsity) for r in read(csv, TokenRecord)] == [
+        ("transformers", 1, 0.0),
+        ("ltepass", 1, 0.5),
+    ]
     assert "hard mode" not in run("eval", str(dense_folder), str(text), *common)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--against", "vllm"], "--against is 'vllm'; expected llama.cpp"),
+        (["--formats", "F32,Q8_0"], "--formats has 'Q8_0'; expected some of F32, BF16, F16"),
+        (["--against", "llama.cpp", "--formats", "F32,Q3"], "--formats has 'Q3'; expected some of F32, BF16, Q8_0"),
+        (["--against", "llama.cpp", "--device", "cuda"], "compared on the CPU alone"),
+        (["--gguf", "m.gguf"], "expected --against llama.cpp with it"),
+        (["--threads", "two"], "--threads is 'two'; expected numbers, as 1,2"),
+        (["--threads", "0"], "expected 1 or more of each"),
+        (["--against", "llama.cpp"], "pip install 'ltepass[compare]'"),
+    ],
+)
+def test_a_comparison_that_cannot_be_made_is_one_line_and_status_2(
+    options: list[str],
+    reason: str,
+    dense_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)  # as where it is not installed
+    text = tmp_path / "text.txt"
+    text.write_text("w1 w2 " * 100)
+    monkeypatch.setattr(sys, "argv", ["ltepass", "bench", "model", str(dense_folder), str(text), *options])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    shown = capsys.readouterr().err
+    assert reason in shown
+    assert len(shown.splitlines()) == 1
 
 
 @pytest.mark.parametrize("start", ["--warm-start", "--no-warm-start"])

@@ -25,8 +25,8 @@ from ltepass.demo.run import STAGES, run_demo
 from ltepass.demo.table import markdown, rows
 from ltepass.demo.task import load_task
 from ltepass.errors import ConfigError, TrainingError
-from ltepass.measure import decode_speed
 from ltepass.measure.quality import perplexity, sparsity_of_tail
+from ltepass.measure.token_bytes import router_share
 from ltepass.routed.sites import routers_of
 from tests.models.zoo import build
 
@@ -112,13 +112,12 @@ def test_other_options_do_not_mix_into_a_folder(tmp_path: Path) -> None:
     Folder(tmp_path, DemoOptions(seed=2), fresh=True)
 
 
-def test_summary_is_the_formula_of_the_cap() -> None:
-    """Worked by hand: 10 ms dense, 4 ms bare, so T_ffn = 6; p = 0.4, r = 0.1: cap = 10 / (10 - 0.5 * 6)."""
+def test_the_summary_says_how_much_faster_and_what_the_ffns_take() -> None:
+    """Worked by hand: 10 ms dense, 4 ms bare, so the FFNs take 6."""
     times = {"dense": [0.010] * 4, "lowered": [0.008] * 4, "bare": [0.004] * 4}
-    out = decode_speed.summary(times, active=0.4, router=0.1)
+    out = speed.summary(times, active=0.4, router=0.1)
     assert out["speedup"] == pytest.approx(1.25)
-    assert out["cap"] == pytest.approx(10 / 7)
-    assert out["share_of_cap"] == pytest.approx(0.875)
+    assert out["ffn_share_of_time"] == pytest.approx(0.6)
     assert out["tokens_per_s"]["dense"]["median"] == pytest.approx(100)
 
 
@@ -126,7 +125,7 @@ def test_bare_model_shares_weights_and_leaves_the_dense_one_alone() -> None:
     dense = model()
     sites = ltepass.report(routed()).sites
     before = dense(torch.arange(9)[None]).logits
-    bare = decode_speed.without_ffns(dense, sites)
+    bare = speed.without_ffns(dense, sites)
     assert isinstance(bare.get_submodule("model.layers.0.mlp"), nn.Identity)
     assert bare.get_parameter("lm_head.weight") is dense.lm_head.weight
     assert torch.equal(dense(torch.arange(9)[None]).logits, before)
@@ -136,7 +135,7 @@ def test_bare_model_shares_weights_and_leaves_the_dense_one_alone() -> None:
 def test_router_share_counts_bytes() -> None:
     made = routed()
     sites = ltepass.report(made).sites
-    assert decode_speed.router_share(made, sites) == pytest.approx((12 * 24 + 12) / (3 * 24 * 60))
+    assert router_share(made, sites) == pytest.approx((12 * 24 + 12) / (3 * 24 * 60))
 
 
 def test_timing_gives_every_side_every_token_but_the_warm_up() -> None:

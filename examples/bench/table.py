@@ -6,12 +6,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from examples.bench import token_table
+from examples.bench.old_rows import ModelRecord
 from examples.bench.op_cases import BASELINES, CALL, CASES, STOCK, TARGETS, Target
+from examples.bench.token_table import NOT_MEASURED
 from ltepass.commands.decode_table import threads_of
-from ltepass.measure.records import ModelRecord, OpRecord
-
-NOT_MEASURED = "not measured"
-MODEL_TARGETS = {0.5: 0.95, 0.75: 0.93, 0.9: 0.90}  # share of the cap of a whole token, by the sparsity asked for
+from ltepass.measure.records import OpRecord, TokenRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +54,6 @@ def _value(target: Target, dense: OpRecord | None, ours: OpRecord | None, goal: 
     )
 
 
-def judge_model(record: ModelRecord) -> Value | None:
-    """Share of the cap, which is 1 where nothing is lost; None at a sparsity without a target."""
-    goal = MODEL_TARGETS.get(record.sparsity)
-    return None if goal is None else Value(value=record.share_of_cap, ceiling=1.0, target=goal)
-
-
 def op_table(records: Sequence[OpRecord]) -> Any:
     """A rich table for the terminal: every contender of the newest run of every case."""
     from rich.table import Table
@@ -93,11 +87,13 @@ def op_table(records: Sequence[OpRecord]) -> Any:
     return table
 
 
-def markdown(op_records: Sequence[OpRecord], model_records: Sequence[ModelRecord]) -> str:
-    """The section of speed.md: one table for the op, one for whole tokens, and where they were measured."""
+def markdown(
+    op_records: Sequence[OpRecord], token_records: Sequence[TokenRecord], old_records: Sequence[ModelRecord] = ()
+) -> str:
+    """The section of speed.md: one table for the op, then whole tokens, and where they were measured."""
     runs = latest(op_records)
-    parts = [_op_table(runs), "", *_notes(runs), "", *_profile_table(runs), _model_table(model_records)]
-    return "\n".join(parts)
+    tokens = [token_table.markdown(token_records), *(["", token_table.old_table(old_records)] if old_records else [])]
+    return "\n".join([_op_table(runs), "", *_notes(runs), "", *_profile_table(runs), *tokens])
 
 
 def _op_table(runs: dict[str, list[OpRecord]]) -> str:
@@ -211,30 +207,3 @@ def _notes(runs: dict[str, list[OpRecord]]) -> list[str]:
             "FFN of 64 x 128 in the same turns): reading weights empties the caches of code too."
         )
     return notes
-
-
-def _model_table(records: Sequence[ModelRecord]) -> str:
-    if not records:
-        return f"Whole token: {NOT_MEASURED}."
-    lines = [
-        "| whole token, `generate` | sparsity asked / measured | perplexity (every neuron on) | tokens/s dense "
-        "| lowered | speed-up | cap of the run | share of the cap | met |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for r in {(r.model, r.how, r.threads, r.sparsity): r for r in records}.values():
-        value = judge_model(r)
-        share = f"{r.share_of_cap:.2f}" + (f" (target {value.target:g})" if value else "")
-        met = "" if value is None else "yes" if value.met else "no"
-        cells = (
-            f"{r.model}, experts of {r.group_size}, {r.dtype}, {r.how} on both sides, {threads_of(r.threads)}",
-            f"{r.sparsity:.0%} / {1 - r.active:.1%}",
-            f"{r.perplexity:.2f} ({r.perplexity_dense:.2f})",
-            f"{1e3 / r.dense_ms:.1f}",
-            f"{1e3 / r.lowered_ms:.1f}",
-            f"{r.speedup:.2f}x",
-            f"{r.cap:.2f}x",
-            share,
-            met,
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)

@@ -17,9 +17,9 @@ from examples.compare import models
 from examples.compare.rule_hooks import Ruled
 from ltepass.calibration.warm_start import warm_start
 from ltepass.config import Budget as BudgetName
-from ltepass.measure.decode_speed import router_share
 from ltepass.measure.quality import perplexity
 from ltepass.measure.text_blocks import corpora, token_blocks
+from ltepass.measure.token_bytes import router_share
 from ltepass.routed.routed import Routed
 from ltepass.routed.sites import router_of
 from ltepass.sparsity.thresholds import move_biases, set_sparsity, update_table

@@ -26,7 +26,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 SOURCE = "routed_ffn_cpu.cpp"
-HEADERS = ("simd.h", "problem.h", "decode.h", "gemm.h", "batch.h")
+HEADERS = ("simd.h", "problem.h", "decode.h", "gemm.h", "batch.h", "read_pass.h")
 STABLE_ABI = "0x020b000000000000"  # torch 2.11, the oldest that ltepass supports
 # What each object may assume of the CPU, as /proc/cpuinfo names it; the first that fits is taken.
 _V4 = ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx2", "fma", "f16c", "bmi2")

@@ -15,6 +15,7 @@
 
 #include "batch.h"
 #include "decode.h"
+#include "read_pass.h"
 
 namespace {
 
@@ -286,6 +287,13 @@ std::tuple<Tensor, Tensor, Tensor> routed_ffn_with_mask(const Tensor& x, const T
   return {y, *mask, count};
 }
 
+int64_t read_pass_op(const std::vector<Tensor>& buffers) {
+  std::vector<Piece> pieces;
+  for (const Tensor& t : buffers)
+    pieces.push_back({static_cast<const char*>(t.data_ptr()), t.numel() * int64_t(t.element_size())});
+  return int64_t(read_pass(pieces, int(torch::stable::get_num_threads())));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(ltepass, CPU, m) {
@@ -293,4 +301,5 @@ STABLE_TORCH_LIBRARY_IMPL(ltepass, CPU, m) {
   m.impl("_routed_ffn_no_grad", TORCH_BOX(&routed_ffn));
   m.impl("routed_ffn_with_mask", TORCH_BOX(&routed_ffn_with_mask));
   m.impl("_dense_above", TORCH_BOX(&dense_above_op));
+  m.impl("_read_pass", TORCH_BOX(&read_pass_op));
 }

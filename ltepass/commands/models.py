@@ -46,14 +46,14 @@ def call_by_name(name: str) -> tuple[nn.Module, object]:
     return model, inputs
 
 
-def load(name: str, device: str = "cpu") -> PreTrainedModel:
-    """A model from a directory, a hub name or `module:function`, in eval mode."""
+def load(name: str, device: str = "cpu", dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A model from a directory, a hub name or `module:function`, in eval mode. dtype: None takes that of the file."""
     if ":" in name and not os.path.exists(name):
-        return call_by_name(name)[0].to(device).eval()
+        return call_by_name(name)[0].to(device=device, dtype=dtype).eval()
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype="auto").to(device).eval()
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto").to(device).eval()
     except OSError as error:
         raise ConfigError(
             f"{name!r} is no model directory and no model of the hub that can be reached: {error}"
@@ -240,49 +240,6 @@ def evaluate(
         ltepass.set_mode(model, "dense")
     table.add_row("perplexity, every neuron active", f"{perplexity(model, blocks):.3f}")
     return table
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchOptions:
-    """Of `ltepass bench model`. sparsities: for the knob; none keeps the saved thresholds. tokenizer: where it lies;
-    name: what the CSV calls the model."""
-
-    tokens: int = 64
-    rounds: int = 4
-    compiled: bool = False
-    sparsities: tuple[float, ...] = ()
-    tokenizer: str | None = None
-    name: str | None = None
-    device: str = "cpu"
-
-
-def bench(folder: str, text: str, out: Path | None, options: BenchOptions) -> Table:
-    """A rich table of decode speed, dense and lowered, of a saved model on the first tokens of `text`.
-
-    The same figures are appended to the CSV file `out`. Raises ConfigError where the text is too short.
-    """
-    from transformers import AutoTokenizer
-
-    from ltepass.commands.decode_table import model_table
-    from ltepass.measure import decode_speed as timed
-    from ltepass.measure.records import append
-
-    model = load(folder, options.device)
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer or folder)
-    ids = torch.tensor(tokenizer(text)["input_ids"][: timed.PROMPT_TOKENS + options.tokens])
-    length = min(512, len(tokenizer(text)["input_ids"]))
-    records = timed.bench_model(
-        model,
-        ids.to(model.device),
-        token_blocks(tokenizer, text, length, limit=8),
-        name=options.name or Path(folder).resolve().name,
-        how="compiled" if options.compiled else "eager",
-        sparsities=options.sparsities or (None,),
-        rounds=options.rounds,
-    )
-    if out is not None:
-        append(out, records)
-    return model_table(records)
 
 
 def continue_text(

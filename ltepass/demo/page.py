@@ -40,7 +40,7 @@ def page(results: Results) -> str:
         "<h2>Time of one token</h2>",
         _figure(plots.token_times(stages["speed"]["ms"])),
         f'<p class="note">{stages["speed"]["tokens_timed"]} tokens a side, taking turns token by token; '
-        "bare: the dense model with every FFN replaced by identity, which gives the cap</p>",
+        "bare: the dense model with every FFN replaced by identity, which tells what the FFNs take</p>",
         *_continuations(stages["generate"]),
     ]
     return (

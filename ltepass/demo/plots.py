@@ -54,6 +54,18 @@ def token_times(milliseconds: Mapping[str, Sequence[float]]) -> str:
     return _svg(figure)
 
 
+def bars(values: Mapping[str, tuple[float, float]], xlabel: str, least: str) -> str:
+    """One bar a name, with a mark at the second value, which the first cannot fall below. least: what the mark is."""
+    figure, axes = _axes(xlabel, "", height=0.7 + 0.28 * len(values))
+    names = list(values)[::-1]
+    axes.barh(names, [values[name][0] for name in names], color=BLUE, height=0.7)
+    axes.plot(
+        [values[name][1] for name in names], names, "|", color=ORANGE, markersize=12, markeredgewidth=2, label=least
+    )
+    _legend(axes, 1)
+    return _svg(figure)
+
+
 def _axes(xlabel: str, ylabel: str, height: float = 2.6) -> tuple[Figure, Axes]:
     import matplotlib
     from matplotlib.figure import Figure  # no pyplot: no global state, no display

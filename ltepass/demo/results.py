@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, TypedDict, get_args
 
-from ltepass.measure.decode_speed import Summary
+from ltepass.demo.speed import Summary
 
 StageName = Literal["prepare", "dense", "tune_dense", "calibrate", "train", "quality", "speed", "generate", "reload"]
 STAGE_NAMES: tuple[StageName, ...] = get_args(StageName)

@@ -1,17 +1,20 @@
 """Decode speed: dense, lowered and dense-without-FFNs take turns, token by token, in one process.
 
-The third side gives the cap of this very run: T_ffn = T_dense - T(every FFN replaced by identity), and a token that
-reads only the active share p and the routers' share r of the FFN bytes cannot take less than
-T_dense - (1 - p - r) * T_ffn.
+The third side tells how much of a dense token its FFNs take.
 """
 
 from __future__ import annotations
 
+import copy
+import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
+
+from ltepass.routed.sites import FFNSite
 
 
 @torch.no_grad()
@@ -40,3 +43,52 @@ def time_decoding(
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def without_ffns(dense: nn.Module, sites: Sequence[FFNSite]) -> nn.Module:
+    """A copy that shares every weight, each FFN replaced by identity. Sites must be aligned (`owner` is the FFN)."""
+    assert all(site.kind == "aligned" for site in sites), "an inline FFN has no module of its own to replace"
+    shared = {id(tensor): tensor for tensor in (*dense.parameters(), *dense.buffers())}
+    bare = copy.deepcopy(dense, shared)
+    for site in sites:
+        bare.set_submodule(site.owner, nn.Identity())
+    return bare
+
+
+class Spread(TypedDict):
+    """Quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+
+class Summary(TypedDict):
+    """By side: tokens_per_s, ms_per_token. The shares are active neurons, router bytes, and the FFNs' of dense time."""
+
+    tokens_per_s: dict[str, Spread]
+    ms_per_token: dict[str, float]
+    speedup: float
+    active_share: float
+    router_share: float
+    ffn_share_of_time: float
+    tokens_timed: int
+
+
+def summary(times: Mapping[str, Sequence[float]], active: float, router: float) -> Summary:
+    """Medians and quartiles of tokens/s, and the speed-up. times: sides dense, lowered, bare."""
+    median = {name: statistics.median(values) for name, values in times.items()}
+    return {
+        "tokens_per_s": {name: _spread(values) for name, values in times.items()},
+        "ms_per_token": {name: 1000 * value for name, value in median.items()},
+        "speedup": median["dense"] / median["lowered"],
+        "active_share": active,
+        "router_share": router,
+        "ffn_share_of_time": 1 - median["bare"] / median["dense"],
+        "tokens_timed": len(times["dense"]),
+    }
+
+
+def _spread(seconds: Sequence[float]) -> Spread:
+    slow, middle, fast = sorted(1 / q for q in statistics.quantiles(seconds, n=4))
+    return {"median": middle, "low": slow, "high": fast}

@@ -30,8 +30,8 @@ from ltepass.demo.results import (
     TunedDense,
 )
 from ltepass.demo.task import Task, load_dense, load_task
-from ltepass.measure import decode_speed
 from ltepass.measure.quality import perplexity, sparsity_of_tail
+from ltepass.measure.token_bytes import router_share
 from ltepass.routed.sites import routers_of
 from ltepass.training.stages import settle
 
@@ -176,10 +176,10 @@ def measure_speed(demo: Demo) -> Speed:
     text = demo.task.test.flatten()[: PROMPT_TOKENS + TIMED_TOKENS].to(demo.options.device)
     active = 1 - sparsity_of_tail(routed, text, PROMPT_TOKENS)
     ltepass.lower(routed, scope="ffn")
-    sides = {"dense": plain, "lowered": routed, "bare": decode_speed.without_ffns(plain, sites)}
+    sides = {"dense": plain, "lowered": routed, "bare": speed.without_ffns(plain, sites)}
     times = speed.time_decoding(sides, text[:PROMPT_TOKENS], text[PROMPT_TOKENS:])
     return {
-        **decode_speed.summary(times, active, decode_speed.router_share(routed, sites)),
+        **speed.summary(times, active, router_share(routed, sites)),
         "compile_mode": COMPILE_MODE,
         "dtype": str(plain.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),

@@ -1,9 +1,8 @@
-"""The time of each token inside `model.generate`, sides taking turns, all fed the same tokens."""
+"""The time of each token inside `model.generate`, which is fed given tokens."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -29,7 +28,7 @@ class _Clock:
     """A stopping criterion that never stops: `generate` asks it once a token, when the token is known."""
 
     def __init__(self) -> None:
-        self.stamps: list[float] = []
+        self.stamps = [time.perf_counter()]
 
     def __call__(self, input_ids: Tensor, *_: object, **__: object) -> Tensor:
         input_ids[0, -1].item()  # waits for the device
@@ -38,25 +37,8 @@ class _Clock:
 
 
 @torch.no_grad()
-def time_generate(
-    sides: Mapping[str, PreTrainedModel], prompt: Tensor, tokens: Tensor, *, rounds: int, warmup_rounds: int = 1
-) -> dict[str, list[float]]:
-    """Seconds of each decoded token, by side: `rounds` calls of `generate` each, in turns whose order rotates.
-
-    prompt: [P], tokens: [N] int64. The first two tokens of a call (prefill, and a cold start) are not returned, and
-    nothing of the first `warmup_rounds` rounds, in which compiled sides compile.
-    """
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    names = list(sides)
-    for turn in range(warmup_rounds + rounds):
-        for name in (*names[turn % len(names) :], *names[: turn % len(names)]):
-            stamps = _stamps(sides[name], prompt, tokens)
-            if turn >= warmup_rounds:
-                times[name] += [b - a for a, b in pairwise(stamps[1:])]
-    return times
-
-
-def _stamps(model: PreTrainedModel, prompt: Tensor, tokens: Tensor) -> list[float]:
+def time_generate(model: PreTrainedModel, prompt: Tensor, tokens: Tensor) -> list[float]:
+    """Seconds that each token took, the first of which comes out of the prompt. prompt: [P], tokens: [N] int64."""
     from transformers import LogitsProcessorList, StoppingCriteriaList
 
     clock = _Clock()
@@ -70,4 +52,4 @@ def _stamps(model: PreTrainedModel, prompt: Tensor, tokens: Tensor) -> list[floa
         stopping_criteria=StoppingCriteriaList([clock]),
     )
     assert torch.equal(out[0, len(prompt) :], tokens), "generate did not take the given tokens"
-    return clock.stamps
+    return [b - a for a, b in pairwise(clock.stamps)]

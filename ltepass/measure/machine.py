@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from pathlib import Path
 
 import torch
@@ -26,6 +27,19 @@ def facts() -> dict[str, str | int | None]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+
+
+def resident() -> tuple[int, int]:
+    """Bytes of this process in memory: now, and at most so far; both the latter where /proc does not tell."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        import resource  # not on Windows
+
+        peak = (1 if sys.platform == "darwin" else 1024) * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak, peak
+    kilobytes = {line.partition(":")[0]: line.split()[1] for line in lines if line.startswith(("VmRSS", "VmHWM"))}
+    return 1024 * int(kilobytes["VmRSS"]), 1024 * int(kilobytes["VmHWM"])
 
 
 def cpu_name() -> str:

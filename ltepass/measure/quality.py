@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,9 +32,14 @@ def perplexity(model: PreTrainedModel, blocks: Tensor) -> float:
         >>> 1 < ltepass.perplexity(dense, ids) < 100
         True
     """
+    return perplexity_of(lambda block: model(input_ids=block[None]).logits[0], blocks.to(model.device))
+
+
+def perplexity_of(logits_of: Callable[[Tensor], Tensor], blocks: Tensor) -> float:
+    """The same of any program. logits_of: a block [T] -> [T, vocabulary]; blocks: [n, T] int64."""
     total = 0.0
-    for block in blocks.to(model.device):
-        logits = model(input_ids=block[None]).logits[0, :-1].float()
+    for block in blocks:
+        logits = logits_of(block)[:-1].float()
         total += nn.functional.cross_entropy(logits, block[1:], reduction="sum").item()
     return math.exp(total / (blocks.shape[0] * (blocks.shape[1] - 1)))
 

@@ -69,36 +69,44 @@ class OpRecord(Environment):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelRecord(Environment):
-    """One token of a saved model. cap: dense time over what is left once the inactive neurons cost nothing."""
+class TokenRecord(Environment):
+    """One token of one side: a program, a format of the weights, a sparsity.
+
+    bandwidth_gbs: here, of reading the weights of a side of ours in their order of use, and nothing else.
+    byte_ideal_ms: weight_mb and kv_mb at that speed. Megabytes are 10^6 bytes.
+    """
 
     model: str
-    how: str  # eager or compiled, the same on all sides
-    dtype: str
-    group_size: int
+    side: str  # the program
+    how: str  # what runs a token: eager or compiled, and which calls; of llama.cpp, what it was compiled for
+    format: str  # of the matrices
+    head: str  # format of the head
+    sparsity: float  # asked for; 0: every neuron
     active: float  # share of neurons that the timed tokens used
-    router: float  # bytes of the routers over bytes of the FFNs
-    sparsity: float  # asked for
-    perplexity: float  # of the lowered model at this sparsity
-    perplexity_dense: float  # of the same weights with every neuron active
-    tokens: int
-    dense_ms: float
-    dense_p20_ms: float
-    dense_p80_ms: float
-    lowered_ms: float
-    lowered_p20_ms: float
-    lowered_p80_ms: float
-    without_ffns_ms: float
-    speedup: float
-    cap: float
-    share_of_cap: float
+    router: str  # empty: none
+    router_share: float  # its bytes over those of the FFNs
+    group_size: int
+    tokens: int  # timed
+    ms: float
+    p20_ms: float
+    p80_ms: float
+    p99_ms: float
+    prefill_tokens: int
+    prefill_ms: float
+    perplexity: float
+    weight_mb: float  # read by a token
+    kv_mb: float  # read by the token in the middle
+    resident_mb: float  # of the process, above what it was after its imports
+    peak_mb: float  # the same, at most, from loading on
+    gbs: float  # weight_mb and kv_mb over ms
+    byte_ideal_ms: float
+    share_of_byte_ideal: float
 
 
-Record = OpRecord | ModelRecord
-R = TypeVar("R", OpRecord, ModelRecord)
+R = TypeVar("R", bound=Environment)
 
 
-def append(path: Path, records: Iterable[Record]) -> None:
+def append(path: Path, records: Iterable[Environment]) -> None:
     """Adds rows below those of earlier runs; makes the file, with its heading, where there is none."""
     rows = [{name: _text(value) for name, value in asdict(record).items()} for record in records]
     if not rows:

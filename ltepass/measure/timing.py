@@ -21,13 +21,14 @@ class Timing:
     median: float
     p20: float
     p80: float
+    p99: float
     repeats: int
 
     @staticmethod
     def of(seconds: list[float]) -> Timing:
         s = sorted(seconds)
         at = lambda q: s[min(len(s) - 1, int(q * len(s)))]  # noqa: E731 -- three uses, one line
-        return Timing(median=at(0.5), p20=at(0.2), p80=at(0.8), repeats=len(s))
+        return Timing(median=at(0.5), p20=at(0.2), p80=at(0.8), p99=at(0.99), repeats=len(s))
 
 
 def last_level_cache() -> int:

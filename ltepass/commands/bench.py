@@ -1,0 +1,139 @@
+"""What `ltepass bench model` does: lists the sides, writes their files, lets them take turns and shows the rows."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ltepass.api import remove
+from ltepass.commands.decode_table import token_plot, token_tables
+from ltepass.commands.models import load
+from ltepass.errors import ConfigError
+from ltepass.measure import gguf_file, llama_cpp
+from ltepass.measure.records import append
+from ltepass.measure.sides import DTYPES, LlamaCpp, Side, Transformers
+from ltepass.measure.text_blocks import token_blocks
+from ltepass.measure.token_speed import PREFILL_TOKENS, PROMPT_TOKENS, Text, bench_tokens
+from ltepass.routed.sites import state_of
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from transformers import PreTrainedModel
+
+BLOCK, BLOCKS = 512, 8  # tokens and number of blocks for the perplexity
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """Of `ltepass bench model`. sparsities: for the knob; none keeps the saved thresholds. against: another program;
+    formats: of the weights, there and here; none: as they were saved. gguf: a file of its own for llama.cpp.
+    threads: none takes torch's. tokenizer: where it lies; name: what the CSV calls the model."""
+
+    tokens: int = 64
+    rounds: int = 4
+    compiled: bool = False
+    sparsities: tuple[float, ...] = ()
+    against: str | None = None
+    formats: tuple[str, ...] = ()
+    threads: tuple[int, ...] = ()
+    gguf: Path | None = None
+    tokenizer: str | None = None
+    name: str | None = None
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.against not in (None, "llama.cpp"):
+            raise ConfigError(f"--against is {self.against!r}; expected llama.cpp")
+        if self.against is None and self.gguf is not None:
+            raise ConfigError("--gguf names a file for llama.cpp; expected --against llama.cpp with it")
+        if self.against is not None and self.device != "cpu":
+            raise ConfigError(f"--device is {self.device!r}; llama.cpp is compared on the CPU alone")
+        if self.rounds < 1 or min(self.threads, default=1) < 1:
+            raise ConfigError(f"--rounds is {self.rounds}, --threads {self.threads}; expected 1 or more of each")
+        known = gguf_file.FORMATS if self.against else tuple(DTYPES)
+        if odd := [format for format in self.formats if format not in known]:
+            raise ConfigError(f"--formats has {odd[0]!r}; expected some of {', '.join(known)}")
+
+
+def bench(folder: str, text: str, out: Path | None, options: BenchOptions, plot: Path | None = None) -> Group:
+    """Rich tables of the time of one token, a row a side, on the first tokens of `text`.
+
+    The rows are appended to the CSV file `out`, and drawn into the SVG file `plot`. Raises ConfigError where the text
+    is too short, and where llama.cpp is not installed or cannot run this model in one of the formats.
+    """
+    if options.against:
+        llama_cpp.library()
+    read = _text(text, options.tokenizer or folder, options.tokens)
+    with _sides(folder, options) as sides:
+        records = bench_tokens(
+            sides,
+            read,
+            model=options.name or Path(folder).resolve().name,
+            threads=options.threads or (torch.get_num_threads(),),
+            rounds=options.rounds,
+        )
+    if out is not None:
+        append(out, records)
+    if plot is not None:
+        plot.write_text(token_plot(records))
+    return token_tables(records)
+
+
+def _text(text: str, tokenizer_folder: str, tokens: int) -> Text:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+    blocks = token_blocks(tokenizer, text, min(BLOCK, len(ids)), limit=BLOCKS)
+    return Text(ids=ids[: max(PREFILL_TOKENS, PROMPT_TOKENS + tokens)], tokens=tokens, blocks=blocks)
+
+
+@contextmanager
+def _sides(folder: str, options: BenchOptions) -> Iterator[list[Side]]:
+    """All that take turns, in the order of the table. Files that they need are there until the end."""
+    model = load(folder, options.device)
+    routed, saved = state_of(model) is not None, next(n for n, dtype in DTYPES.items() if dtype == model.dtype)
+    formats = options.formats or (saved,)
+    sides: list[Side] = []
+    for dtype in [DTYPES[format] for format in formats if format in DTYPES] or [model.dtype]:
+        plain = Transformers(
+            load=partial(load, folder, options.device, dtype),
+            routed=False,
+            how="compiled" if options.compiled else "eager",
+        )
+        sides.append(plain)
+        sides += [replace(plain, routed=True, sparsity=s) for s in options.sparsities or (None,) if routed]
+    with tempfile.TemporaryDirectory(prefix="ltepass-gguf-") as scratch:
+        if options.against:
+            sides += _under_llama_cpp(remove(model) if routed else model, formats, Path(scratch), options.gguf)
+        del model
+        yield sides
+
+
+def _under_llama_cpp(dense: PreTrainedModel, formats: tuple[str, ...], scratch: Path, extra: Path | None) -> list[Side]:
+    """Writes the dense model in each format; all is checked before."""
+    for format in formats:
+        gguf_file.check(dense.config, format)
+    if extra is not None and (seen := gguf_file.vocabulary(extra)) != dense.config.vocab_size:
+        raise ConfigError(f"{extra} knows {seen} tokens; expected the model's {dense.config.vocab_size}")
+    sides: list[Side] = [LlamaCpp(path=_written(dense, scratch, format)) for format in formats]
+    return sides if extra is None else [*sides, LlamaCpp(path=extra, name=f"llama.cpp, {extra.name}")]
+
+
+def _written(dense: PreTrainedModel, scratch: Path, format: str) -> Path:
+    path = scratch / f"{format}.gguf"
+    if format != "Q4_K_M":
+        gguf_file.write(dense, path, format)
+        return path
+    source = scratch / "source.gguf"
+    gguf_file.write(dense, source, "F32")
+    llama_cpp.requantise(source, path)
+    source.unlink()
+    return path

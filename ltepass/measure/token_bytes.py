@@ -1,0 +1,65 @@
+"""What one token has to read of a model: weights of active neurons, everything else once, keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ltepass.routed.sites import FFNSite, state_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def buffers(model: PreTrainedModel) -> list[Tensor]:
+    """The parameters that a token reads as a whole, in their order of use."""
+    tables = {id(table) for table in _tables(model)}
+    return [p.detach() for p in model.parameters() if id(p) not in tables]
+
+
+def weights_read(model: PreTrainedModel, active: float = 1.0) -> float:
+    """Bytes of weights that one token reads. active: share of neurons, over all sites alike.
+
+    Cuts count with the share that they were set for: units that `hidden_sparsity` leaves out are not read by down,
+    inputs that `input_sparsity` leaves out are not read by up and gate.
+    """
+    rows = sum(table[0].nbytes for table in _tables(model))
+    return float(rows + sum(p.nbytes for p in buffers(model)) - sum(_unread(model, active)))
+
+
+def _unread(model: PreTrainedModel, active: float) -> Iterator[float]:
+    state = state_of(model)
+    if state is None:
+        return
+    parameters = dict(model.named_parameters())
+    hidden, inputs = (float(state.config.get(name) or 0) for name in ("hidden_sparsity", "input_sparsity"))
+    for site in state.sites:
+        cuts = {rows.param: inputs for rows in (site.up_rows, site.gate_rows) if rows is not None}
+        cuts[site.down_rows.param] = hidden
+        for name in {rows.param for rows in site.neurons}:
+            yield parameters[name].nbytes * (1 - active * (1 - cuts.get(name, 0.0)))
+
+
+def _tables(model: PreTrainedModel) -> list[Tensor]:
+    """Embeddings of which a token reads one row: all but a matrix that is the head's too."""
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    return [m.weight for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is not head]
+
+
+@torch.no_grad()
+def position_bytes(model: PreTrainedModel, prompt: Tensor) -> float:
+    """Bytes of keys and values that one earlier position adds to what a token reads. prompt: [P] int64."""
+    cache = model(input_ids=prompt[None], use_cache=True).past_key_values
+    kept = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    return float(sum(tensor.nbytes for tensor in kept) / len(prompt))
+
+
+def router_share(model: nn.Module, sites: Sequence[FFNSite]) -> float:
+    """r: bytes of all routers over bytes of all FFN weights."""
+    parameters = dict(model.named_parameters())
+    ffn = {rows.param: parameters[rows.param] for site in sites for rows in site.neurons}
+    routers = [p for site in sites for p in model.get_submodule(site.router).parameters()]
+    return sum(p.nbytes for p in routers) / sum(p.nbytes for p in ffn.values())

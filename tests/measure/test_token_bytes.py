@@ -1,0 +1,85 @@
+"""What a token reads is counted by hand on tiny models; the pass over the weights reads each of their bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import ltepass
+from ltepass.kernels.cpu import build
+from ltepass.kernels.read_pass import read_pass
+from ltepass.measure import token_bytes
+from tests.measure.tiny import made
+
+FFN = 3 * 64 * 96 * 4  # bytes of one
+
+
+def routed(**more: Any) -> Any:
+    model = made("llama")
+    ids = [torch.randint(0, 61, (2, 16))]
+    ltepass.transform(model, config=ltepass.LTEConfig(group_size=8, **more), calibration=ids)
+    ltepass.set_mode(model, "hard")
+    return model
+
+
+@pytest.mark.parametrize("name", ["llama", "llama, tied, wide heads"])
+def test_a_dense_token_reads_every_weight_but_an_embedding_that_is_no_head(name: str) -> None:
+    model = made(name)
+    every = sum(p.nbytes for p in model.parameters())
+    assert token_bytes.weights_read(model) == every - (0 if "tied" in name else 60 * 64 * 4)
+    assert sum(t.nbytes for t in token_bytes.buffers(model)) == every - (0 if "tied" in name else 61 * 64 * 4)
+
+
+def test_a_sparse_token_reads_its_active_neurons_and_the_routers() -> None:
+    model = routed()
+    routers = 2 * (96 // 8) * 65 * 4
+    assert routers == sum(p.nbytes for r in model.model.layers for p in r.mlp.router.parameters())
+    dense = token_bytes.weights_read(made("llama"))
+    assert token_bytes.weights_read(model, 1.0) == dense + routers
+    assert token_bytes.weights_read(model, 0.25) == pytest.approx(dense + routers - 0.75 * 2 * FFN)
+    ltepass.lower(model)
+    assert token_bytes.weights_read(model, 0.25) == pytest.approx(dense + routers - 0.75 * 2 * FFN)
+    assert token_bytes.router_share(model, ltepass.report(model).sites) == pytest.approx(routers / (2 * FFN))
+
+
+def test_cuts_leave_parts_of_active_neurons_unread() -> None:
+    plain = token_bytes.weights_read(routed(), 0.5)
+    cut = token_bytes.weights_read(routed(hidden_sparsity=0.5, input_sparsity=0.25), 0.5)
+    assert plain - cut == pytest.approx(2 * FFN * 0.5 * (0.5 / 3 + 0.25 * 2 / 3))
+
+
+def test_a_position_adds_its_keys_and_values() -> None:
+    model = made("llama").to(torch.bfloat16)
+    assert token_bytes.position_bytes(model, torch.arange(9)) == 2 * 2 * 2 * 2 * 16  # layers, k and v, heads, bytes
+
+
+@pytest.mark.skipif(build.compiler() is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_pass_reads_every_byte_of_every_buffer(threads: int) -> None:
+    """It returns the XOR of all 64-bit words, which a changed byte changes, wherever it lies."""
+    assert build.load()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for n in (0, 1, 63, 64, 255, 256, 4096, 10_007):
+            flat = torch.zeros(n, dtype=torch.uint8)
+            assert torch.ops.ltepass._read_pass([flat, flat.new_zeros(5)]) == 0
+            for i in {0, n // 3, n // 2, n - 1} if n else ():
+                flat[i] = 1
+                assert torch.ops.ltepass._read_pass([flat]) != 0, (n, i)
+                flat[i] = 0
+        turned = torch.zeros(33, 40).T
+        turned[3, 32] = 1.0
+        assert torch.ops.ltepass._read_pass([turned]) != 0
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_without_the_kernel_a_sum_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "load", lambda: False)
+    seen: list[int] = []
+    monkeypatch.setattr(torch.Tensor, "sum", lambda tensor: seen.append(tensor.numel()))
+    read_pass([torch.ones(3), torch.ones(2, 4).to(torch.bfloat16)])
+    assert seen == [3, 8]
