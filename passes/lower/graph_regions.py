@@ -31,6 +31,7 @@ from ltepass.passes.graph.node_kinds import (
     value,
 )
 from ltepass.passes.graph.pipeline import GraphJob, Tier
+from ltepass.passes.lower.operands import fits, is_whole
 from ltepass.passes.lower.why_not import SMALL_INPUTS_ON_GPU, also_scales, unknown_activation
 
 
@@ -179,14 +180,14 @@ def _transposed(flow: Flow, weight: Node) -> Node:
 def _operand(flow: Flow, rows: Rows, d_ff: int) -> Node:
     """The leaf itself where all of it is wanted, else a view of it, neurons first."""
     node = rows.leaf if rows.dim == 0 else _transposed(flow, rows.leaf)
-    if rows.step == 1 and shape(node)[0] == d_ff:
+    if is_whole(rows.step, shape(node)[0], d_ff):
         return node
     stop = rows.start + (d_ff - 1) * rows.step + 1
     args = (node, 0, rows.start, stop, rows.step)
     new = flow.gm.graph.call_function(torch.ops.aten.slice.Tensor, args)
     new.meta["example_value"] = value(node)[rows.start : stop : rows.step]
-    if len(shape(node)) == 2 or rows.step == 1:
+    if fits(value(new)):
         return new
-    dense = flow.gm.graph.call_function(torch.ops.aten.contiguous.default, (new,))  # the kernels take no strided bias
+    dense = flow.gm.graph.call_function(torch.ops.aten.contiguous.default, (new,))
     dense.meta["example_value"] = value(new).contiguous()
     return dense

@@ -28,6 +28,7 @@ from ltepass.passes.insert.guarding import check_forwards
 from ltepass.passes.insert.hooks import SparseDown, attach
 from ltepass.passes.insert.insert_routers import inline_site, insert_gates, relative
 from ltepass.passes.lower.compiled import compile_model, uncompile_model
+from ltepass.passes.lower.operands import fits, is_whole
 from ltepass.passes.lower.stubs import Stub, one_token_will_do
 from ltepass.passes.lower.why_not import (
     GLOBAL_HOOK,
@@ -268,14 +269,14 @@ def _take(rows: NeuronRows | None, parameter: Tensor | None, d_ff: int) -> Tenso
     if rows is None or parameter is None:
         return parameter
     taken = rows.take(parameter, d_ff)
-    return taken.contiguous() if taken.dim() == 1 else taken  # the kernels take strided rows, and no strided bias
+    return taken if fits(taken) else taken.contiguous()
 
 
 def _plan(model: nn.Module, site: FFNSite) -> Plan:
     def partial(rows: NeuronRows | None) -> NeuronRows | None:
         if rows is None:
             return None
-        whole = rows.dim == 0 and rows.step == 1 and model.get_parameter(rows.param).shape[0] == site.d_ff
+        whole = rows.dim == 0 and is_whole(rows.step, model.get_parameter(rows.param).shape[0], site.d_ff)
         return None if whole else rows
 
     return Plan(
