@@ -99,8 +99,7 @@ def _text(text: str, tokenizer_folder: str, tokens: int) -> Text:
 def _sides(folder: str, options: BenchOptions) -> Iterator[list[Side]]:
     """All that take turns, in the order of the table. Files that they need are there until the end."""
     model = load(folder, options.device)
-    routed, saved = state_of(model) is not None, next(n for n, dtype in DTYPES.items() if dtype == model.dtype)
-    formats = options.formats or (saved,)
+    routed, formats = state_of(model) is not None, options.formats or (_format_of(model),)
     sides: list[Side] = []
     for dtype in [DTYPES[format] for format in formats if format in DTYPES] or [model.dtype]:
         plain = Transformers(
@@ -115,6 +114,13 @@ def _sides(folder: str, options: BenchOptions) -> Iterator[list[Side]]:
             sides += _under_llama_cpp(remove(model) if routed else model, formats, Path(scratch), options.gguf)
         del model
         yield sides
+
+
+def _format_of(model: PreTrainedModel) -> str:
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    if model.dtype not in names:
+        raise ConfigError(f"the model's weights are {model.dtype}; expected one of {', '.join(map(str, names))}")
+    return names[model.dtype]
 
 
 def _under_llama_cpp(dense: PreTrainedModel, formats: tuple[str, ...], scratch: Path, extra: Path | None) -> list[Side]:

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 import ltepass
+from examples.bench import token_table
 from ltepass.commands.decode_table import token_plot, token_tables
+from ltepass.commands.models import load
 from ltepass.errors import ConfigError
 from ltepass.measure import token_speed
 from ltepass.measure.processes import Seat, Worker
@@ -25,7 +27,7 @@ from ltepass.measure.records import TokenRecord, append, read
 from ltepass.measure.sides import Facts, Transformers
 from ltepass.measure.token_bytes import weights_read
 from ltepass.measure.token_speed import Text, bench_tokens
-from tests.measure.test_token_bytes import routed
+from tests.measure.test_token_bytes import FFN, routed
 from tests.measure.tiny import made
 
 TEXT = Text(ids=torch.arange(96) % 61, tokens=20, blocks=torch.arange(60).view(2, 30))
@@ -141,6 +143,23 @@ def test_the_table_fits_a_terminal_with_every_figure_whole(calls: list[str], wid
     assert "linear router, experts of 16" in " ".join(out.getvalue().split())
 
 
+def test_the_page_sets_our_rows_beside_llama_cpps_in_the_same_format(calls: list[str]) -> None:
+    """And beside the targets, which are of ours alone; the newest run counts."""
+    dense, ours, *_ = rows()
+    ours = replace(ours, sparsity=0.5, router="linear", group_size=8)
+    theirs = replace(dense, side="llama.cpp", ms=3.0)
+    old = replace(ours, run="2020", ms=99.0)
+    shown = token_table.markdown([old, dense, ours, theirs]).splitlines()
+    ours_row, theirs_row = (
+        next(line for line in shown if line.startswith(f"| {s} |")) for s in ("ltepass", "llama.cpp")
+    )
+    assert "| 50% (linear, experts of 8) |" in ours_row
+    assert "| 0.87 (0.7) | 3.00x (1.4) |" in ours_row
+    assert "| 0.22 | - |" in theirs_row
+    assert "99.00" not in "".join(shown)
+    assert "0.75x (1.15)" in next(line for line in shown if line.startswith("| transformers |"))
+
+
 def test_the_plot_has_a_bar_a_row(calls: list[str]) -> None:
     pytest.importorskip("matplotlib")
     drawn = token_plot(wide_rows())
@@ -171,6 +190,17 @@ def test_a_side_of_ours_is_the_lowered_model(sparsity: float | None) -> None:
     assert facts.active == pytest.approx(1 - sparsity_of_tail(expected, TEXT.ids, 64))
     assert (facts.router, facts.group_size, facts.sparsity) == ("linear", 8, 0.5 if sparsity is None else sparsity)
     assert facts.weight_bytes == pytest.approx(weights_read(expected, facts.active))
+
+
+def test_a_side_in_bf16_keeps_its_routers_in_fp32(tmp_path: Path) -> None:
+    tiny_routed().save_pretrained(tmp_path)
+    load_bf16 = partial(load, str(tmp_path), "cpu", torch.bfloat16)
+    engine: Any = Transformers(load=load_bf16, routed=True).open(64)
+    assert len(engine.times(TEXT.prompt, TEXT.timed)) == 20
+    facts = engine.facts(TEXT.ids, 64, TEXT.blocks)
+    assert (facts.format, facts.head) == ("BF16", "BF16")
+    dense, routers = weights_read(made("llama")), 2 * 12 * 65 * 4
+    assert facts.weight_bytes == pytest.approx(dense / 2 + routers - (1 - facts.active) * FFN)
 
 
 def test_a_dense_side_has_no_routers() -> None:
