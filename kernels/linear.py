@@ -1,5 +1,8 @@
 """`ltepass::linear`, `linear_int8` and `linear_int4`: schemas, fakes, autograd, dispatch. `linear_reference.py` holds
 the formats and the definitions. Importing this registers the ops and builds nothing.
+
+The C++ kernels register themselves for CPU when they are loaded, on the first CPU call; until then, without a compiler,
+and on any other device, calls land in `_any_device` below.
 """
 
 # mypy: disable-error-code="no-untyped-call"
@@ -14,7 +17,12 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 -- the name everybody uses
 
 from ltepass.errors import LTEError
-from ltepass.kernels import autograd, linear_reference
+from ltepass.kernels import (
+    autograd,
+    linear_reference,
+    routed_ffn,  # noqa: F401 -- one object holds the kernels of both: each finds its op defined
+)
+from ltepass.kernels.cpu import build
 from ltepass.kernels.linear_reference import BLOCK, HALF
 
 # Arguments, and the place of the bias among them.
@@ -31,7 +39,7 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
     """What no path of `linear` can make sense of; the C++ kernel makes the same checks itself."""
     _check_matrix("weight", weight, x.dtype)
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        raise LTEError(f"x is {list(x.shape)} and weight {list(weight.shape)}; expected [..., d_in] and [d_out, d_in]")
+        raise LTEError(f"x is {_words(x)} and weight {_words(weight)}; expected [..., d_in] and [d_out, d_in]")
     _check_bias(bias, x, weight.shape[0])
 
 
@@ -40,7 +48,7 @@ def check_int8(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None = No
     _check_input(x)
     _check_matrix("codes", codes, torch.int8)
     if x.dim() == 0 or x.shape[-1] != codes.shape[1]:
-        raise LTEError(f"x is {list(x.shape)} and codes {list(codes.shape)}; expected [..., d_in] and [d_out, d_in]")
+        raise LTEError(f"x is {_words(x)} and codes {_words(codes)}; expected [..., d_in] and [d_out, d_in]")
     if scale.dtype != torch.float32 or scale.shape != codes.shape[:1]:
         raise LTEError(f"scale is {_words(scale)}; expected float32 [{codes.shape[0]}], one for each row of codes")
     _check_bias(bias, x, codes.shape[0])
@@ -96,10 +104,13 @@ _DENSE: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _any_device(name: str) -> Callable[..., Tensor]:
-    def call(*args: Tensor | None) -> Tensor:
-        _CHECKS[name](*args)
-        return _DEFINITIONS[name](*args)
+def _any_device(name: str, op: torch._ops.OpOverload) -> Callable[..., Tensor]:
+    def call(x: Tensor, *weights: Tensor | None) -> Tensor:
+        # A successful load has registered the C++ kernel under a key that outranks this one: call again.
+        if x.device.type == "cpu" and build.load():
+            return op(x, *weights)  # type: ignore[no-any-return]
+        _CHECKS[name](x, *weights)
+        return _DEFINITIONS[name](x, *weights)
 
     return call
 
@@ -163,7 +174,7 @@ def _register() -> None:
         for full in (name, f"_{name}_no_grad"):
             _library.define(f"{full}{schema} -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
             op = getattr(torch.ops.ltepass, full).default
-            _library.impl(full, _any_device(name), "CompositeExplicitAutograd")
+            _library.impl(full, _any_device(name, op), "CompositeExplicitAutograd")
             torch.library.register_fake(f"ltepass::{full}", _fake(name), lib=_library)
             torch.library.register_vmap(f"ltepass::{full}", _vmap(name, op), lib=_library)
         public = getattr(torch.ops.ltepass, name).default

@@ -28,7 +28,7 @@ def quantise_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def _to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
     """rows: [..., n] fp32 -> codes int8 [..., n], scale [...]: max / 127; NaN and Inf stay in the scale."""
-    scale = rows.abs().amax(-1) / 127
+    scale = F.pad(rows.abs(), (0, 1)).amax(-1) / 127  # one 0 more, for rows of none
     usable = (scale >= _LEAST) & (scale <= _MOST)
     inverse = torch.where(usable, 1 / scale, 0)[..., None]
     codes = torch.where(usable[..., None], (rows * inverse).round(), 0)  # a tie goes to the even code

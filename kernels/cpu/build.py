@@ -25,19 +25,30 @@ from typing import IO
 import torch
 
 HERE = Path(__file__).resolve().parent
-SOURCE = "routed_ffn_cpu.cpp"
-HEADERS = ("simd.h", "problem.h", "decode.h", "gemm.h", "batch.h", "read_pass.h")
+SOURCES = ("routed_ffn_cpu.cpp", "linear_cpu.cpp")
+HEADERS = (
+    "simd.h",
+    "problem.h",
+    "tensors.h",
+    "decode.h",
+    "gemm.h",
+    "batch.h",
+    "linear.h",
+    "quantised.h",
+    "read_pass.h",
+)
 STABLE_ABI = "0x020b000000000000"  # torch 2.11, the oldest that ltepass supports
 # What each object may assume of the CPU, as /proc/cpuinfo names it; the first that fits is taken.
 _V4 = ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx2", "fma", "f16c", "bmi2")
 X86_LEVELS = {
     "cooperlake": (*_V4, "avx512_vnni", "avx512_bf16"),  # Sapphire Rapids and Zen 4 too: they multiply bf16
+    "cascadelake": (*_V4, "avx512_vnni"),  # Ice Lake too: sums of products of bytes
     "x86-64-v4": _V4,
     "x86-64-v3": ("avx2", "fma", "f16c", "bmi2", "movbe"),
     "x86-64": (),
 }
 DIGEST = hashlib.sha256().digest_size  # bytes behind an object, see `_seal`
-BUILD_SECONDS = 180  # 15 on an idle core
+BUILD_SECONDS = 180  # 25 on an idle core
 KNOWN_TO_WORK = "a g++ of version 11 or later is known to work"
 _lock = threading.Lock()
 _loaded: bool | None = None  # None before the first try
@@ -120,7 +131,7 @@ def prebuilt_name(march: str) -> str:
 
 def _digest(march: str, *more: str) -> str:
     digest = hashlib.sha256(" ".join([*more, *flags(march)]).encode())
-    for name in (SOURCE, *HEADERS):
+    for name in (*SOURCES, *HEADERS):
         digest.update((HERE / name).read_bytes())
     return digest.hexdigest()[:16]
 
@@ -138,7 +149,8 @@ def build(march: str, target: Path) -> None:
     command = compile_command()
     with tempfile.TemporaryDirectory(dir=target.parent, ignore_cleanup_errors=True) as tmp:
         out = Path(tmp) / target.name
-        words = [*command, *flags(march), f"-I{torch_dir / 'include'}", str(HERE / SOURCE), "-o", str(out), *link]
+        sources = [str(HERE / name) for name in SOURCES]
+        words = [*command, *flags(march), f"-I{torch_dir / 'include'}", *sources, "-o", str(out), *link]
         _compile(words, Path(tmp))
         if not out.exists():
             raise UnavailableError(f"{' '.join(command)} wrote no object; {KNOWN_TO_WORK}")

@@ -1,27 +1,19 @@
 // ltepass::routed_ffn on the CPU, through libtorch's stable ABI: built by g++ alone, one object per ISA (see README.md).
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
 
 #include <exception>
-#include <optional>
 #include <string>
 #include <tuple>
 
 #include "batch.h"
 #include "decode.h"
 #include "read_pass.h"
+#include "tensors.h"
 
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 // A weight that can be read where it lies; copied only where neither dimension is dense.
 struct Weight {
@@ -47,13 +39,6 @@ void check_weight(const Tensor& t, ScalarType dtype, int64_t rows, int64_t cols,
   STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == cols && t.scalar_type() == dtype && t.is_cpu(), name,
                   " should be a CPU tensor of shape [", rows, ", ", cols, "]",
                   name == std::string("router_weight") ? " and fp32" : " and of x's dtype");
-}
-
-Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  using torch::stable::detail::from;
-  StableIValue stack[] = {from(x), from(weight), from(bias)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack, TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 // The weights as tensors, for the dense path.
@@ -98,13 +83,13 @@ void dense(const Problem& p, const Tensor& x, const Weights& w, const Tensor& y,
     for (int64_t i = 0; i < tokens * p.d_model; i++)
       if (std::fabs(E::to_float(v[i])) <= p.input_cut) v[i] = 0;
   }
-  const Tensor h = linear(rows, w.up, w.up_bias);
-  const OptionalTensor gate = w.gate ? OptionalTensor(linear(rows, *w.gate, w.gate_bias)) : std::nullopt;
+  const Tensor h = aten_linear(rows, w.up, w.up_bias);
+  const OptionalTensor gate = w.gate ? OptionalTensor(aten_linear(rows, *w.gate, w.gate_bias)) : std::nullopt;
   activate_and_mask<E>(p, static_cast<typename E::T*>(h.data_ptr()),
                        gate ? static_cast<const typename E::T*>(gate->data_ptr()) : nullptr, mask, tokens);
   Tensor flat = torch::stable::view(y, {p.tokens, p.d_out});
   flat = torch::stable::narrow(flat, 0, first, tokens);
-  torch::stable::copy_(flat, linear(h, w.down, w.down_bias));
+  torch::stable::copy_(flat, aten_linear(h, w.down, w.down_bias));
 }
 
 #if defined(__x86_64__)
@@ -172,22 +157,6 @@ std::tuple<Tensor, OptionalTensor> plain(const Tensor& x, const Tensor& router_w
                           from(activation), from(cut),          from(input_cut)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("ltepass::_plain", "", stack, TORCH_ABI_VERSION));
   return {to<Tensor>(stack[0]), OptionalTensor(to<Tensor>(stack[1]))};
-}
-
-// Straight to the allocator: torch::stable::empty looks its operator up by name, 1.5 us a call.
-Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype) {
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-int32_t dtype_code(const Tensor& t) {
-  int32_t code = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &code));
-  return code;
 }
 
 float cut_of(const OptionalTensor& t, const char* name) {

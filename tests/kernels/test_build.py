@@ -116,11 +116,11 @@ def test_name_follows_source_isa_and_torch(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(torch, "__version__", "2.99.0")
     assert build.object_name("x86-64") != first
     monkeypatch.undo()
-    for name in (build.SOURCE, *build.HEADERS):
+    for name in (*build.SOURCES, *build.HEADERS):
         (tmp_path / name).write_bytes((build.HERE / name).read_bytes())
     monkeypatch.setattr(build, "HERE", tmp_path)
     assert build.object_name("x86-64") == first
-    for name in (build.SOURCE, *build.HEADERS):
+    for name in (*build.SOURCES, *build.HEADERS):
         before = build.object_name("x86-64")
         (tmp_path / name).write_text((tmp_path / name).read_text() + "\n// changed\n")
         assert build.object_name("x86-64") != before, name
@@ -129,7 +129,7 @@ def test_name_follows_source_isa_and_torch(monkeypatch: pytest.MonkeyPatch, tmp_
 def test_an_object_from_the_wheel_is_taken_while_it_fits_the_source(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    for name in (build.SOURCE, *build.HEADERS):
+    for name in (*build.SOURCES, *build.HEADERS):
         (tmp_path / name).write_bytes((build.HERE / name).read_bytes())
     monkeypatch.setattr(build, "HERE", tmp_path)
     monkeypatch.setattr(build, "compiler", lambda: None)
@@ -141,7 +141,7 @@ def test_an_object_from_the_wheel_is_taken_while_it_fits_the_source(
     monkeypatch.setattr(torch, "__version__", "2.99.0")
     assert build._prebuilt() == prebuilt  # the stable ABI serves every torch
     assert not build._load_prebuilt()  # it cannot be loaded (it is empty), so one is built
-    (tmp_path / build.SOURCE).write_text("// changed\n")
+    (tmp_path / build.SOURCES[0]).write_text("// changed\n")
     assert build._prebuilt() is None
     with pytest.warns(UserWarning, match="no C\\+\\+ compiler"):
         assert not build._load_built()

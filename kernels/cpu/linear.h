@@ -1,0 +1,212 @@
+// Linears over few tokens: each row of the weight is read once, where it lies, and multiplied with all of them.
+// A piece is a run of rows, small enough that a thread which comes late holds nobody up: whoever is free takes the next.
+// Every output is summed by one thread in one order, the same for any number of threads and of tokens.
+#pragma once
+
+#include <omp.h>
+
+#include <atomic>
+
+#include "problem.h"
+
+namespace {
+
+// A register tile: M tokens by linear_rows(M) rows, so that sums and operands fit in 32 (16) vector registers.
+constexpr int LINEAR_TOKENS = W == 16 ? 6 : 3;
+constexpr int linear_rows(int m) { return m == 1 || (W == 16 && m <= 3) ? 8 : 4; }
+// Left to itself GCC may call what a loop and its rest share, and then keeps the sums in memory.
+#define INLINE __attribute__((always_inline))
+constexpr int64_t PIECE = 32 << 10;          // bytes of weights that a thread takes at a time, about
+constexpr int64_t WORTH_A_THREAD = 48 << 10;  // bytes of weights, times tokens: less takes less time than to wake one
+constexpr int64_t TOKENS_AT_ONCE = 32;       // whose operands stay in L2 while a piece goes by
+
+// f(i) for all i < n, by up to `threads` threads.
+template <class F>
+inline void by_pieces(int64_t n, int threads, F&& f) {
+  if (threads <= 1 || n <= 1) {
+    for (int64_t i = 0; i < n; i++) f(i);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+#pragma omp parallel num_threads(threads)
+  for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) f(i);
+}
+
+// f<M>() for a tile that holds m tokens; M - m of its places stay empty, which costs less than code for each m.
+template <class F>
+inline void with_tokens(int64_t m, F&& f) {
+  if (m == 1) return f.template operator()<1>();
+  if (m == 2) return f.template operator()<2>();
+  if (m <= 4 && LINEAR_TOKENS > 4) return f.template operator()<std::min(4, LINEAR_TOKENS)>();
+  return f.template operator()<LINEAR_TOKENS>();
+}
+
+// Where a tile asks for rows that are read later: at elements of its own rows in [from, to), for the same of these.
+template <int N>
+struct Fetch {
+  const char* rows[N];
+  int64_t from, to;  // bytes
+  void operator()(int64_t byte) const {
+    if (byte < from || byte >= to) return;
+#pragma GCC unroll 16
+    for (int n = 0; n < N; n++) __builtin_prefetch(rows[n] + byte, 0, 2);
+  }
+};
+
+// The rows of a weight, as bytes.
+struct Rows {
+  const char* data;
+  int64_t stride, bytes, count;  // bytes from one to the next, and of each
+  // Those from `first` on; past the last one, the last one again: its sums are not used.
+  template <int N>
+  void at(int64_t first, const char** to) const {
+#pragma GCC unroll 16
+    for (int n = 0; n < N; n++) to[n] = data + std::min(first + n, count - 1) * stride;
+  }
+};
+
+// sums[m * N + n] of the accumulators of a tile
+template <int M, int N>
+inline void sum_lanes(const vf (&acc)[M][N], float* sums) {
+  std::fill(sums, sums + M * N, 0.0f);
+#pragma GCC unroll 16
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 16
+    for (int n = 0; n < N; n += 4) add_hsum4(&acc[m][n], sums + m * N + n);
+}
+
+// How rows of E are read and multiplied: VECTORS of operands at a time, from VECTORS * LANES elements.
+template <class E, bool UNITS = std::is_same_v<E, typename E::Operand> && E::Operand::PER_WORD == 2>
+struct Operands {
+  using S = typename E::Stream;
+  static constexpr int VECTORS = S::PARTS;
+  static constexpr int64_t ELEMENTS = STEP<S>;
+  static void read(const typename E::T* p, vf* out) { S::load_parts(p, out); }
+  static vf multiply_add(vf sum, vf w, vf x) { return sum + w * x; }
+  // n elements, zeros behind them up to whole vectors
+  static void lay(const typename E::T* from, float* to, int64_t n) {
+    std::fill(to, to + round_up(n, ELEMENTS), 0.0f);
+    for (int64_t i = 0; i < n; i++) to[place<S>(i)] = E::to_float(from[i]);
+  }
+};
+
+// As they are, where the CPU multiplies them.
+template <class E>
+struct Operands<E, true> {
+  static constexpr int VECTORS = 1;
+  static constexpr int64_t ELEMENTS = W * E::PER_WORD;
+  static void read(const typename E::T* p, vf* out) { out[0] = load(reinterpret_cast<const float*>(p)); }
+  static vf multiply_add(vf sum, vf w, vf x) { return E::multiply_add(sum, w, x); }
+  static void lay(const typename E::T* from, float* to, int64_t n) {
+    std::fill(to, to + round_up(n, ELEMENTS) / E::PER_WORD, 0.0f);
+    std::memcpy(to, from, size_t(n) * sizeof(from[0]));
+  }
+};
+
+template <>
+struct Operands<F32, false> {
+  static constexpr int VECTORS = 1;
+  static constexpr int64_t ELEMENTS = W;
+  static void read(const float* p, vf* out) { out[0] = load(p); }
+  static vf multiply_add(vf sum, vf w, vf x) { return sum + w * x; }
+  static void lay(const float* from, float* to, int64_t n) {
+    std::memcpy(to, from, size_t(n) * 4);
+    std::fill(to + n, to + round_up(n, W), 0.0f);
+  }
+};
+
+// Weights of E against tokens of E.
+template <class E>
+struct FloatLinear {
+  using O = Operands<E>;
+  using T = typename E::T;
+  using Input = E;
+  Rows weight;
+  int64_t d_in;
+  float* x;  // [tokens, x_stride] operands
+  int64_t x_stride() const { return round_up(d_in, O::ELEMENTS) / O::ELEMENTS * O::VECTORS * W + W; }
+  size_t bytes(int64_t tokens) const { return Scratch::bytes_for<float>(tokens * x_stride()); }
+  void reserve(int64_t tokens) { x = scratch().take<float>(tokens * x_stride()); }
+  template <class X>
+  void lay(int64_t token, const T* from) const { O::lay(from, x + token * x_stride(), d_in); }
+
+  template <int M, int N>
+  void tile(int64_t token, int64_t row, const Fetch<N>& fetch, float* sums) const {
+    const char* rows[N];
+    weight.at<N>(row, rows);
+    const float* xs[M];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) xs[m] = x + (token + m) * x_stride();
+    vf acc[M][N] = {};
+    auto add = [&](int64_t at, auto&& element) INLINE {
+#pragma GCC unroll 2
+      for (int v = 0; v < O::VECTORS; v++) {
+        vf xv[M];
+#pragma GCC unroll 16
+        for (int m = 0; m < M; m++) xv[m] = load(xs[m] + at + v * W);
+#pragma GCC unroll 16
+        for (int n = 0; n < N; n++) {
+          vf wv[O::VECTORS];
+          O::read(element(n), wv);
+          KEEP_IN_REGISTER(wv[v]);
+#pragma GCC unroll 16
+          for (int m = 0; m < M; m++) acc[m][n] = O::multiply_add(acc[m][n], wv[v], xv[m]);
+        }
+      }
+    };
+    constexpr int64_t STEP_BYTES = O::ELEMENTS * int64_t(sizeof(T));
+    int64_t k = 0, at = 0;
+    for (; k + O::ELEMENTS <= d_in; k += O::ELEMENTS, at += O::VECTORS * W) {
+      if (STEP_BYTES >= 64 || k * int64_t(sizeof(T)) % 64 == 0) fetch(k * int64_t(sizeof(T)));
+      add(at, [&](int n) { return reinterpret_cast<const T*>(rows[n]) + k; });
+    }
+    if (k < d_in) {
+      T rest[N][O::ELEMENTS] = {};
+#pragma GCC unroll 16
+      for (int n = 0; n < N; n++) std::memcpy(rest[n], reinterpret_cast<const T*>(rows[n]) + k, size_t(d_in - k) * sizeof(T));
+      add(at, [&](int n) { return rest[n]; });
+    }
+    sum_lanes(acc, sums);
+  }
+  float finish(float sum, int64_t) const { return sum; }
+};
+
+// y[tokens, rows] = the sums of all tokens and rows, and the bias.
+template <class E, class L>
+void linear(L& l, const typename E::T* x, int64_t tokens, const void* bias, typename E::T* y, int threads) {
+  Scratch& s = scratch();
+  const int64_t room = tokens + LINEAR_TOKENS;  // tiles may have empty places at the end
+  s.reserve(l.bytes(room));
+  l.reserve(room);
+  const Rows& w = l.weight;
+  const int64_t run = round_up(std::max<int64_t>(PIECE / std::max<int64_t>(w.bytes, 1), 1), ROWS);
+  threads = int(std::clamp<int64_t>(w.count * w.bytes * tokens / WORTH_A_THREAD, 1, threads));
+  by_pieces(tokens, tokens < TOKENS_AT_ONCE ? 1 : threads, [&](int64_t i) { l.template lay<E>(i, x + i * l.d_in); });
+  auto piece = [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
+    const int64_t all = last - first, tiles = (all + LINEAR_TOKENS - 1) / LINEAR_TOKENS;
+    const int64_t size = all <= 8 ? (all + tiles - 1) / tiles : LINEAR_TOKENS;  // two of 4 rather than 6 and 2
+    for (int64_t row = begin; row < end; row += ROWS)
+      for (int64_t i = 0; i < tiles; i++) {
+        const int64_t token = first + i * size, here = std::min(size, last - token);
+        with_tokens(here, [&]<int M>() {
+          constexpr int N = linear_rows(M);
+          for (int64_t r = row; r < std::min(row + ROWS, end); r += N) {
+            Fetch<N> fetch{{}, w.bytes * i / tiles, w.bytes * (i + 1) / tiles};
+            w.at<N>(r + ROWS, fetch.rows);
+            float sums[M * N];
+            l.template tile<M, N>(token, r, fetch, sums);
+            for (int64_t m = 0; m < here; m++)
+              for (int64_t n = 0; n < std::min<int64_t>(N, end - r); n++)
+                y[(token + m) * w.count + r + n] =
+                    E::from_float(l.finish(sums[m * N + n], r + n) + bias_at<E>(bias, r + n));
+          }
+        });
+      }
+  };
+  by_pieces((w.count + run - 1) / run, threads, [&](int64_t i) {
+    for (int64_t first = 0; first < tokens; first += TOKENS_AT_ONCE)
+      piece(i * run, std::min((i + 1) * run, w.count), first, std::min(first + TOKENS_AT_ONCE, tokens));
+  });
+}
+
+}  // namespace

@@ -1,0 +1,164 @@
+// ltepass::linear, linear_int8 and linear_int4 on the CPU, through libtorch's stable ABI (see README.md).
+
+#include <string>
+
+#include "quantised.h"
+#include "tensors.h"
+
+namespace {
+
+// From here the library's GEMM is worth asking for floats (see README.md, linears).
+constexpr int64_t MOST_TOKENS = 32;
+
+int threads_to_take() {
+  // Inside somebody's parallel region there are no further threads to take.
+  return omp_in_parallel() ? 1 : int(torch::stable::get_num_threads());
+}
+
+int64_t tokens_of(const Tensor& x) {
+  int64_t n = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); i++) n *= x.size(i);
+  return n;
+}
+
+Tensor output_of(const Tensor& x, int64_t d_out) {
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = d_out;
+  return empty(sizes, dtype_code(x));
+}
+
+// ---- the checks of ../linear.py, in its words ----
+
+const char* name_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Byte: return "uint8";
+    default: return "another dtype";
+  }
+}
+
+// "float32 [40, 64]"
+std::string words_of(const Tensor& t) {
+  std::string out = std::string(name_of(t.scalar_type())) + (t.is_cpu() ? " [" : " on another device [");
+  for (int64_t i = 0; i < t.dim(); i++) out += (i ? ", " : "") + std::to_string(t.size(i));
+  return out + "]";
+}
+
+bool is(const Tensor& t, ScalarType dtype, const std::vector<int64_t>& sizes) {
+  return t.scalar_type() == dtype && t.is_cpu() && std::ranges::equal(t.sizes(), sizes);
+}
+
+void check(const Tensor& x, const char* name, const Tensor& weight, ScalarType dtype, int64_t per_element) {
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.scalar_type() == dtype && weight.is_cpu(), name, " is ", words_of(weight),
+                  "; expected a matrix of ", name_of(dtype));
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(-1) == per_element * weight.size(1), "x is ", words_of(x), " and ", name, " ",
+                  words_of(weight), "; expected [..., d_in] and [d_out, d_in", per_element == 2 ? " / 2]" : "]");
+}
+
+bool is_float(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+}
+
+void check_input(const Tensor& x) {
+  STD_TORCH_CHECK(is_float(x.scalar_type()), "x is ", words_of(x), "; expected float32, bfloat16 or float16");
+}
+
+void check_bias(const OptionalTensor& bias, const Tensor& x, int64_t d_out) {
+  STD_TORCH_CHECK(!bias || is(*bias, x.scalar_type(), {d_out}), "bias is ", words_of(*bias), "; expected ",
+                  name_of(x.scalar_type()), " [", d_out, "], x's dtype and one for each output");
+}
+
+void check_blocks(const Tensor& t, const Tensor& codes, const char* name) {
+  const int64_t blocks = codes.size(1) / (BLOCK / 2);
+  STD_TORCH_CHECK(is(t, ScalarType::Half, {codes.size(0), blocks}), name, " is ", words_of(t), "; expected float16 [",
+                  codes.size(0), ", ", blocks, "], one for each block of ", BLOCK);
+}
+
+// ---- the ops ----
+
+// f<E>() for the element type of x
+template <class F>
+void with_type(const Tensor& x, F&& f) {
+  if (x.scalar_type() == ScalarType::Float) return f.template operator()<F32>();
+  if (x.scalar_type() == ScalarType::BFloat16) return f.template operator()<BF16>();
+  f.template operator()<F16>();
+}
+
+// Rows as they lie; copied only where they are not dense.
+struct Kept {
+  Tensor tensor;
+  explicit Kept(const Tensor& t) : tensor(t.stride(1) == 1 || t.size(1) <= 1 ? t : torch::stable::contiguous(t)) {}
+  Rows rows() const {
+    const int64_t bytes = tensor.element_size();
+    return {static_cast<const char*>(tensor.data_ptr()), tensor.stride(0) * bytes, tensor.size(1) * bytes, tensor.size(0)};
+  }
+};
+
+Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
+template <class L>
+Tensor run(L l, const Tensor& x_in, const OptionalTensor& bias_in) {
+  check_bias(bias_in, x_in, l.weight.count);
+  const Tensor x = dense(x_in), y = output_of(x, l.weight.count);
+  const OptionalTensor bias = bias_in ? OptionalTensor(dense(*bias_in)) : std::nullopt;
+  const int64_t tokens = tokens_of(x);
+  if (tokens == 0 || l.weight.count == 0) return y;
+  with_type(x, [&]<class E>() {
+    using T = typename E::T;
+    if constexpr (std::is_same_v<E, typename L::Input> || std::is_void_v<typename L::Input>)
+      linear<E>(l, static_cast<const T*>(x.data_ptr()), tokens, bias ? bias->data_ptr() : nullptr,
+                static_cast<T*>(y.data_ptr()), threads_to_take());
+  });
+  return y;
+}
+
+Tensor linear_op(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  check(x, "weight", weight, x.scalar_type(), 1);
+  const bool rows_lie = weight.stride(1) == 1 || weight.size(1) <= 1;
+  if (!is_float(x.scalar_type()) || !rows_lie || tokens_of(x) > MOST_TOKENS) {
+    check_bias(bias, x, weight.size(0));
+    return aten_linear(x, weight, bias);
+  }
+  const Rows rows = Kept(weight).rows();
+  if (x.scalar_type() == ScalarType::Float) return run(FloatLinear<F32>{rows, x.size(-1), nullptr}, x, bias);
+  if (x.scalar_type() == ScalarType::BFloat16) return run(FloatLinear<BF16>{rows, x.size(-1), nullptr}, x, bias);
+  return run(FloatLinear<F16>{rows, x.size(-1), nullptr}, x, bias);
+}
+
+Tensor linear_int8(const Tensor& x, const Tensor& codes, const Tensor& scale_in, const OptionalTensor& bias) {
+  check_input(x);
+  check(x, "codes", codes, ScalarType::Char, 1);
+  STD_TORCH_CHECK(is(scale_in, ScalarType::Float, {codes.size(0)}), "scale is ", words_of(scale_in),
+                  "; expected float32 [", codes.size(0), "], one for each row of codes");
+  const Kept kept(codes);
+  const Tensor scale = dense(scale_in);
+  return run(Int8Linear(kept.rows(), x.size(-1), static_cast<const float*>(scale.data_ptr())), x, bias);
+}
+
+Tensor linear_int4(const Tensor& x, const Tensor& codes, const Tensor& scale, const OptionalTensor& minimum,
+                   const OptionalTensor& bias) {
+  check_input(x);
+  STD_TORCH_CHECK(codes.dim() != 2 || codes.size(1) % (BLOCK / 2) == 0, "codes are ", words_of(codes),
+                  ", two a byte: d_in is ", 2 * codes.size(1), "; expected a multiple of ", BLOCK);
+  check(x, "codes", codes, ScalarType::Byte, 2);
+  check_blocks(scale, codes, "scale");
+  if (minimum) check_blocks(*minimum, codes, "minimum");
+  const Kept kept(codes), scales(scale), minima(minimum.value_or(scale));
+  if (minimum) return run(Int4Linear<true>(kept.rows(), scales.rows(), minima.rows()), x, bias);
+  return run(Int4Linear<false>(kept.rows(), scales.rows(), minima.rows()), x, bias);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(ltepass, CPU, m) {
+  m.impl("linear", TORCH_BOX(&linear_op));
+  m.impl("_linear_no_grad", TORCH_BOX(&linear_op));
+  m.impl("linear_int8", TORCH_BOX(&linear_int8));
+  m.impl("_linear_int8_no_grad", TORCH_BOX(&linear_int8));
+  m.impl("linear_int4", TORCH_BOX(&linear_int4));
+  m.impl("_linear_int4_no_grad", TORCH_BOX(&linear_int4));
+}
