@@ -16,6 +16,8 @@ constexpr int LINEAR_TOKENS = W == 16 ? 6 : 3;
 constexpr int linear_rows(int m) { return m == 1 || (W == 16 && m <= 3) ? 8 : 4; }
 // Left to itself GCC may call what a loop and its rest share, and then keeps the sums in memory.
 #define INLINE __attribute__((always_inline))
+// And a tile that it does not call has few registers left.
+#define ALONE __attribute__((noinline))
 constexpr int64_t PIECE = 32 << 10;          // bytes of weights that a thread takes at a time, about
 constexpr int64_t WORTH_A_THREAD = 48 << 10;  // bytes of weights, times tokens: less takes less time than to wake one
 constexpr int64_t TOKENS_AT_ONCE = 32;       // whose operands stay in L2 while a piece goes by
@@ -131,7 +133,7 @@ struct FloatLinear {
   void lay(int64_t token, const T* from) const { O::lay(from, x + token * x_stride(), d_in); }
 
   template <int M, int N>
-  void tile(int64_t token, int64_t row, const Fetch<N>& fetch, float* sums) const {
+  ALONE void tile(int64_t token, int64_t row, const Fetch<N>& fetch, float* sums) const {
     const char* rows[N];
     weight.at<N>(row, rows);
     const float* xs[M];

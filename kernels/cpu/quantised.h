@@ -189,7 +189,7 @@ struct Int8Linear {
   void lay(int64_t token, const typename E::T* from) const { inputs.template lay<E>(token, from, d_in, -ADDED<true>); }
 
   template <int M, int N>
-  void tile(int64_t token, int64_t row, const Fetch<N>& fetch, float* sums) const {
+  ALONE void tile(int64_t token, int64_t row, const Fetch<N>& fetch, float* sums) const {
     const char *rows[N], *xs[M];
     weight.at<N>(row, rows);
 #pragma GCC unroll 16
@@ -236,6 +236,15 @@ inline vf spread(uint64_t halves) {
 #endif
 }
 
+// The last n < W halves of a row, zeros behind them.
+inline vf load_last_halves(const uint16_t* p, int64_t n) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  return reinterpret_cast<vf>(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p)));
+#else
+  return load_part<F16>(p, n);
+#endif
+}
+
 // 4-bit weights in blocks of 32, with a scale each and, where MINIMUM, the value of code 0 (else of code 8: 0).
 template <bool MINIMUM>
 struct Int4Linear {
@@ -255,16 +264,20 @@ struct Int4Linear {
   void lay(int64_t token, const typename E::T* from) const { inputs.template lay<E>(token, from, d_in, MINIMUM ? 0 : -8); }
 
   template <int M, int N>
-  void tile(int64_t token, int64_t row, const Fetch<N>& fetch, float* sums) const {
+  ALONE void tile(int64_t token, int64_t row, const Fetch<N>& fetch, float* sums) const {
     const char *rows[N], *scales[N], *xs[M];
     weight.at<N>(row, rows);
     scale.at<N>(row, scales);
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++) xs[m] = inputs.row(token + m);
     vf acc[M][N] = {};
-    auto halves = [](const char* p, int64_t chunk, size_t blocks) INLINE {
+    auto halves = [](const char* p, int64_t chunk, int64_t blocks) INLINE {
       uint64_t bits = 0;
-      std::memcpy(&bits, p + 2 * chunk * BLOCKS, 2 * blocks);
+      p += 2 * chunk * BLOCKS;
+      if (blocks == BLOCKS)
+        std::memcpy(&bits, p, 2 * BLOCKS);
+      else  // no buffer: what is written in parts and then read as a whole waits for the writes
+        for (int64_t b = 0; b < blocks; b++) bits |= uint64_t(reinterpret_cast<const uint16_t*>(p)[b]) << 16 * b;
       return bits;
     };
     auto add = [&](int64_t chunk, auto&& bytes, auto&& scale_of) INLINE {
@@ -287,11 +300,11 @@ struct Int4Linear {
     for (; k + VB <= weight.bytes; k += VB, chunk++) {
       if (VB >= 64 || k % 64 == 0) fetch(k);
       add(chunk, [&](int n) { return load_bytes(rows[n] + k); },
-          [&](int n) { return halves(scales[n], chunk, size_t(BLOCKS)); });
+          [&](int n) { return halves(scales[n], chunk, BLOCKS); });
     }
     if (const int64_t left = inputs.blocks - chunk * BLOCKS; left > 0)
       add(chunk, [&](int n) { return load_last_bytes(rows[n] + k, weight.bytes - k); },
-          [&](int n) { return halves(scales[n], chunk, size_t(left)); });
+          [&](int n) { return halves(scales[n], chunk, left); });
     if (MINIMUM) add_minimum(token, row, acc);
     sum_lanes(acc, sums);
   }
@@ -304,7 +317,7 @@ struct Int4Linear {
 #pragma GCC unroll 16
       for (int n = 0; n < N; n++) {
         const auto* from = reinterpret_cast<const uint16_t*>(rows[n]) + b;
-        const vf least = b + W <= inputs.blocks ? F16::load(from) : load_part<F16>(from, inputs.blocks - b);
+        const vf least = b + W <= inputs.blocks ? F16::load(from) : load_last_halves(from, inputs.blocks - b);
 #pragma GCC unroll 16
         for (int m = 0; m < M; m++) acc[m][n] += least * load(inputs.sums + (token + m) * inputs.sums_stride() + b);
       }
