@@ -26,7 +26,8 @@ class Report:
     Arguments:
         sites: every FFN that has a router. refusals: every candidate left alone, with the reason.
         config: the settings. grouping: the method that ordered the neurons. lowered: None, or the scope.
-        notes: what lowering kept masked-dense, and why. untried: owners that the self check did not run.
+        linears: how many beside the FFNs call an op of ours (scope "model" finds them in its graphs, and counts none).
+        notes: what lowering kept as it was, and why. untried: owners that the self check did not run.
         paths: what the op does on this CPU, for a few numbers of tokens.
         modes: router mode by site name. sparsity: measured share of inactive neurons by site name, empty until
             measured.
@@ -42,6 +43,7 @@ class Report:
     grouping: str
     lowered: str | None
     notes: list[str]
+    linears: int = 0
     untried: list[str] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
     modes: dict[str, str] = field(default_factory=dict)
@@ -83,6 +85,7 @@ def report(model: nn.Module, sparsity: dict[str, float] | None = None) -> Report
         grouping=state.grouping,
         lowered=state.lowered,
         notes=list(state.notes),
+        linears=state.linears,
         untried=list(state.untried),
         paths=_paths(routed) if state.lowered else [],
         modes={site.name: router.mode for site, router in routed},
@@ -113,6 +116,7 @@ def _tables(report: Report) -> Iterator[Table | Text]:
 
     plural = "s" if len(report.sites) != 1 else ""
     lowered = f"lowered: {report.lowered}" if report.lowered else "not lowered"
+    lowered += f", {report.linears} linears beside" if report.linears else ""
     table = Table(
         title=f"{len(report.sites)} FFN site{plural}, grouping {report.grouping}, {lowered}", title_justify="left"
     )

@@ -36,7 +36,7 @@ def verb(call: F) -> F:
 
     @functools.wraps(call)
     def whole(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        root = root_of(model, call.__name__)
+        root = root_of(model, call.__name__.lstrip("_"))
 
         def work() -> Any:
             answer = call(root, *args, **kwargs)

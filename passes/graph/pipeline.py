@@ -31,7 +31,14 @@ log = logging.getLogger("ltepass")
 # What a pass may do to what the model computes. exact: not a bit of it (dense mode, for a pass that inserts gates).
 # rounding: sums are taken in another order, or by another kernel.
 Tier = Literal["exact", "rounding"]
-NAMES = ("capture", "find_ffn", "group_neurons", "insert_routers", "lower_routed_ffn")  # of all passes there are
+NAMES = (
+    "capture",
+    "find_ffn",
+    "group_neurons",
+    "insert_routers",
+    "lower_routed_ffn",
+    "lower_linears",
+)  # of all passes there are
 SKIP = "LTEPASS_SKIP"  # environment: names of passes to leave out, separated by commas; to find out which one did it
 
 
@@ -92,10 +99,14 @@ class TransformJob:
 
 @dataclass
 class GraphJob:
-    """Of the backend: one graph of Dynamo's. notes: for each gate left masked-dense, its router's path and why."""
+    """Of the backend: one graph of Dynamo's. notes: for each gate left masked-dense, its router's path and why.
+
+    lowered, linears: how many regions, and how many other linears, became ops.
+    """
 
     gm: GraphModule
     lowered: int = 0
+    linears: int = 0
     notes: dict[str, str] = field(default_factory=dict)
 
     def graphs(self) -> list[Graph]:

@@ -1,7 +1,8 @@
 """The torch.compile backend "lte": gate regions become `ltepass::routed_ffn`, inductor compiles the rest.
 
 Found through the entry point group `torch_dynamo_backends`, so user code needs no import:
-`torch.compile(model, backend="lte")`. Graphs that train, and graphs without a hard gate, go to inductor unchanged.
+`torch.compile(model, backend="lte")`. Other linears become `ltepass::linear`. Graphs that train go to inductor as they
+are.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ltepass.kernels import autograd, routed_ffn  # noqa: F401 -- routed_ffn reg
 from ltepass.kernels.gpu import tuning
 from ltepass.passes.graph.node_kinds import is_gate
 from ltepass.passes.graph.pipeline import GraphJob, Pass, run_passes
+from ltepass.passes.lower.graph_linears import LowerLinears
 from ltepass.passes.lower.graph_regions import LowerRoutedFFN, holds_ffn, router_path
 from ltepass.routed.router import Router as Router  # registers ltepass::gate, whose name graphs carry
 
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("ltepass")
 
 
-BACKEND: tuple[Pass[GraphJob], ...] = (LowerRoutedFFN(),)
+BACKEND: tuple[Pass[GraphJob], ...] = (LowerRoutedFFN(), LowerLinears())
 
 _warned: MutableMapping[Parameter, str] = (
     WeakIdKeyDictionary()
@@ -45,22 +47,24 @@ def lte(
     mode: str | None = None,
     options: dict[str, object] | None = None,
     kept: Callable[[str, str], None] | None = None,
+    ffn: bool = True,
 ) -> Callable[..., object]:
     """Dynamo's backend signature. mode, options: as torch.compile has them for inductor.
 
-    kept: is told the path of the router and the reason for each gate that stays masked-dense.
+    kept: is told the path of the router and the reason for each gate that stays masked-dense. ffn: False lowers
+    linears alone, of a dense model too.
     """
     from torch._inductor.compile_fx import compile_fx
 
     gates = [n for n in gm.graph.nodes if is_gate(n)]
-    job = GraphJob(gm)
-    if gates and not _trains(example_inputs):
-        run_passes(BACKEND, job)
-    elif gates:
+    job, trains = GraphJob(gm), _trains(example_inputs)
+    if gates and trains:
         job.notes = {router_path(n): "the graph is traced with gradients" for n in gates}
         _warn_of_gradients(gates, example_inputs)
-    elif not _holds_op(gm) and holds_ffn(gm):
+    elif ffn and not gates and not _holds_op(gm) and holds_ffn(gm):
         _warn_of_no_gate(example_inputs)
+    if not trains:
+        run_passes([p for p in BACKEND if ffn or p.name != "lower_routed_ffn"], job)
     if kept is not None:
         for path, reason in job.notes.items():
             kept(path, reason)
@@ -69,7 +73,7 @@ def lte(
     with tuning.assume_density(_density(example_inputs)):
         compiled: Any = compile_fx(gm, example_inputs, config_patches=_patches(mode, options))
     on_cpu = all(t.device.type == "cpu" for t in example_inputs if isinstance(t, Tensor))
-    return _below_autograd(compiled) if job.lowered and on_cpu else compiled
+    return _below_autograd(compiled) if (job.lowered or job.linears) and on_cpu else compiled
 
 
 def _below_autograd(compiled: Callable[..., object]) -> Callable[..., object]:
@@ -104,7 +108,7 @@ def _warn_of_no_gate(example_inputs: Sequence[InputType]) -> None:
     _warn_once(
         example_inputs,
         "torch.compile(backend='lte') got a graph with an FFN and no gate; expected a model that ltepass.transform "
-        'changed, in hard mode (ltepass.set_mode(model, "hard")); inductor compiles it as it is',
+        'changed, in hard mode (ltepass.set_mode(model, "hard")); nothing of it is sparse',
     )
 
 

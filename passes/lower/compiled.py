@@ -15,20 +15,21 @@ from torch.compiler import is_compiling
 from torch.nn.modules.module import _has_any_global_hook
 
 from ltepass.passes.insert.guarding import watches
-from ltepass.routed.routed import Routed
+from ltepass.routed.sites import LTEState
 
 CACHES = "_prepare_cache_for_generation"  # the method of transformers that makes a cache for one `generate`
 
 
-def compile_model(routed: Routed) -> None:
+def compile_model(model: nn.Module, state: LTEState | None, *, ffn: bool) -> None:
+    """state: of a transformed model, for notes. ffn: whether FFNs are lowered, and not only other linears."""
     import torch._dynamo
 
     from ltepass.passes.lower.backend import lte
 
-    model, state = routed.model, routed.state
-
     def note(router: str, reason: str) -> None:
         """After a graph break Dynamo's paths begin at the part that it traced: a path that ends so is taken."""
+        if state is None:
+            return
         names = [s.name for s in state.sites if s.router == router]
         names = names or [s.name for s in state.sites if s.router.endswith(f".{router}")]
         line = f"{names[0] if len(names) == 1 else router}: kept masked-dense: {reason}"
@@ -36,11 +37,16 @@ def compile_model(routed: Routed) -> None:
 
     # Sizes are symbols from the start: else a few prompts of other lengths and batches reach Dynamo's recompile limit,
     # and the model silently runs eager.
-    compiler: Any = torch._dynamo.optimize(backend=partial(lte, kept=note), dynamic=True)
+    compiler: Any = torch._dynamo.optimize(backend=partial(lte, kept=note, ffn=ffn), dynamic=True)
     compiler.callback = _with_our_settings(compiler.callback)
-    model._compiled_call_impl = _seen_first(model, compiler(model._call_impl))
+    model._compiled_call_impl = _SeenFirst(model, compiler(model._call_impl))
     if hasattr(model, CACHES):
         model.__dict__[CACHES] = _StaticCaches(model)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether `compile_model` did it, and nobody else."""
+    return isinstance(model._compiled_call_impl, _SeenFirst)
 
 
 def uncompile_model(model: nn.Module) -> None:
@@ -48,19 +54,20 @@ def uncompile_model(model: nn.Module) -> None:
     model.__dict__.pop(CACHES, None)
 
 
-def _seen_first(model: nn.Module, compiled: Callable[..., object]) -> Callable[..., object]:
+class _SeenFirst:
     """The compiled call, after a look at what Dynamo does not guard: replaced forwards, and hooks for all modules."""
-    looks = [(module, hook) for module, _, hook in watches(model)]
 
-    def call(*args: object, **kwargs: object) -> object:
+    def __init__(self, model: nn.Module, compiled: Callable[..., object]) -> None:
+        self.model, self.compiled = model, compiled
+        self.looks = [(module, hook) for module, _, hook in watches(model)]
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
         if not is_compiling():
-            for module, hook in looks:
+            for module, hook in self.looks:
                 hook.check(module)
             if _has_any_global_hook():
-                return model._call_impl(*args, **kwargs)  # masked-dense, which is exact, and every hook runs
-        return compiled(*args, **kwargs)
-
-    return call
+                return self.model._call_impl(*args, **kwargs)  # masked-dense, which is exact, and every hook runs
+        return self.compiled(*args, **kwargs)
 
 
 def _with_our_settings(trace: Callable[..., object]) -> Callable[..., object]:

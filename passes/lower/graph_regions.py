@@ -43,7 +43,7 @@ class LowerRoutedFFN:
 
     def __call__(self, job: GraphJob) -> str:
         gm = job.gm
-        flow = Flow(gm, _parameters(gm))
+        flow = Flow(gm, parameters(gm))
         matches = [match_down(flow, linear) for linear in map(flow.linear, list(flow.nodes())) if linear is not None]
         regions = {m.gate_op: m for m in matches if isinstance(m, Region) and m.gate_op is not None}
         misses = {m.gate_op: m for m in matches if isinstance(m, Miss) and m.gate_op is not None}
@@ -64,7 +64,7 @@ class LowerRoutedFFN:
 
 def holds_ffn(gm: GraphModule) -> bool:
     """Whether the graph has an FFN at all, gated or not."""
-    flow = Flow(gm, _parameters(gm))
+    flow = Flow(gm, parameters(gm))
     return any(isinstance(match_down(flow, x), Region) for x in map(flow.linear, list(flow.nodes())) if x is not None)
 
 
@@ -76,7 +76,7 @@ def router_path(gate: Node) -> str:
     return re.sub(r"^L\['\w+'\]\.?", "", stack[-1][0]) if stack else gate.name
 
 
-def _parameters(gm: GraphModule) -> dict[Node, str]:
+def parameters(gm: GraphModule) -> dict[Node, str]:
     """Weights are what Dynamo lifted as parameters or buffers, and a GraphModule's own attributes."""
     leaves = {}
     for node in gm.graph.nodes:
@@ -126,7 +126,7 @@ def _lower(flow: Flow, region: Region) -> str | None:
             operand(region.up.bias),
             operand(region.gate.rows) if region.gate else None,
             operand(region.gate.bias) if region.gate else None,
-            down.weight if down.out_dim == 0 else _transposed(flow, down.weight),
+            down.weight if down.out_dim == 0 else transposed(flow, down.weight),
             down.bias,
             region.activation,
             *cuts,
@@ -170,7 +170,7 @@ def _leaf(flow: Flow, node: Node | None) -> Node | None:
     return node if leaf is None else leaf[0]
 
 
-def _transposed(flow: Flow, weight: Node) -> Node:
+def transposed(flow: Flow, weight: Node) -> Node:
     new = flow.gm.graph.call_function(torch.ops.aten.t.default, (weight,))
     v = value(weight)
     new.meta["example_value"] = v.t()
@@ -179,7 +179,7 @@ def _transposed(flow: Flow, weight: Node) -> Node:
 
 def _operand(flow: Flow, rows: Rows, d_ff: int) -> Node:
     """The leaf itself where all of it is wanted, else a view of it, neurons first."""
-    node = rows.leaf if rows.dim == 0 else _transposed(flow, rows.leaf)
+    node = rows.leaf if rows.dim == 0 else transposed(flow, rows.leaf)
     if is_whole(rows.step, shape(node)[0], d_ff):
         return node
     stop = rows.start + (d_ff - 1) * rows.step + 1

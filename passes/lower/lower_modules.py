@@ -1,4 +1,4 @@
-"""Lower a trained model's FFNs in place: each site calls the sparse op `ltepass::routed_ffn` directly.
+"""Lower a model in place: FFNs call the sparse op `ltepass::routed_ffn` directly, other linears `ltepass::linear`.
 
 scope "ffn": nothing is compiled, so there are no guards, no recompiles and no limit on lengths.
 scope "model": the `lte` backend compiles the whole model and lowers the same regions in Dynamo's graph.
@@ -7,6 +7,7 @@ scope "model": the `lte` backend compiles the whole model and lowers the same re
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -27,7 +28,8 @@ from ltepass.passes.insert.forwards import forwards_of, regenerate
 from ltepass.passes.insert.guarding import check_forwards
 from ltepass.passes.insert.hooks import SparseDown, attach
 from ltepass.passes.insert.insert_routers import inline_site, insert_gates, relative
-from ltepass.passes.lower.compiled import compile_model, uncompile_model
+from ltepass.passes.lower.compiled import compile_model, is_compiled, uncompile_model
+from ltepass.passes.lower.linears import lower_linears, lowered_linears, unlower_linears
 from ltepass.passes.lower.operands import fits, is_whole
 from ltepass.passes.lower.stubs import Stub, one_token_will_do
 from ltepass.passes.lower.why_not import (
@@ -47,15 +49,12 @@ from ltepass.passes.lower.why_not import (
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router, applied
 from ltepass.routed.router import gate as gate_call
-from ltepass.routed.sites import (
-    FFNSite,
-    NeuronRows,
-    require_whole,
-)
-from ltepass.routed.undo import verb
+from ltepass.routed.sites import FFNSite, NeuronRows, require_whole, state_of, unwrapped
+from ltepass.routed.undo import all_or_nothing, verb
 from ltepass.sparsity.thresholds import remember_densities
 from ltepass.threads import interfered, require_own, unshared
 
+log = logging.getLogger("ltepass")
 Scope = Literal["ffn", "model"]
 
 
@@ -72,14 +71,18 @@ class Plan:
     down_transposed: bool
 
 
-@verb
-def lower(model: nn.Module, scope: Scope = "ffn") -> nn.Module:
-    """Make every FFN that can be lowered call the sparse op.
+def lower(model: nn.Module, scope: Scope = "ffn", *, ffn: bool = True) -> nn.Module:
+    """Make every FFN that can be lowered call the sparse op, and every other linear one that reads at memory's speed.
+
+    On a CPU. The linears are attention projections, the head and FFNs that stay dense: fp32, bf16 and fp16, and the
+    weights of torchao's `Int8WeightOnlyConfig` and of `IntxWeightOnlyConfig` with int4 in groups of 32, whose inputs
+    are then quantised too, to int8 in blocks of 32, as llama.cpp does.
 
     Arguments:
-        model: a transformed model in hard mode.
+        model: a transformed model in hard mode; with ffn=False any model.
         scope: "ffn" (nothing is compiled) or "model" (torch.compile with the backend "lte").
-    Returns: the model. What cannot be lowered stays masked-dense, exact, and stands in `ltepass.report(model).notes`.
+        ffn: False lowers linears alone, so that a dense model is as fast as it can be.
+    Returns: the model. What cannot be lowered stays as it is, exact, and stands in `ltepass.report(model).notes`.
     Raises: NotTransformedError, LoweredError (lowered already), LoweringError (a router is not in hard mode, or no site
         can be lowered), ShardedError, ConfigError.
     Example:
@@ -88,25 +91,28 @@ def lower(model: nn.Module, scope: Scope = "ffn") -> nn.Module:
         >>> torch.allclose(ltepass.lower(model)(ids).logits, expected, atol=1e-4)
         True
     """
+    if ffn or any(state_of(module) is not None for module in model.modules()):
+        return _lower(model, scope, ffn)
+    root = unwrapped(model)
+    all_or_nothing(root, lambda: _lower_dense(root, scope))
+    return model
+
+
+@verb
+def _lower(model: nn.Module, scope: Scope, ffn: bool) -> nn.Module:
     routed = Routed.trained(model, "lower")
     state = routed.state
-    require_whole(model, "lower")
-    if scope not in ("ffn", "model"):
-        raise ConfigError(f'scope is {scope!r}; expected "ffn" or "model"')
-    soft = [site.name for site, router in routed if router.mode != "hard"]
-    if soft:
-        mode = routed.routers[0].mode
-        raise LoweringError(
-            f'{len(soft)} of {len(state.sites)} routers are in {mode!r} mode; lowering expects "hard"; call '
-            'ltepass.set_mode(model, "hard")'
-        )
-    check_forwards(model)
-    reasons = {s.name: why_not(routed, s) for s in state.sites}
-    if scope == "ffn":
-        reasons = {s.name: reasons[s.name] or why_not_alone(model, s) for s in state.sites}
+    _check(model, scope)
+    reasons: dict[str, str | None] = dict.fromkeys((s.name for s in state.sites), "ffn is False")
+    if ffn:
+        _require_hard(routed)
+        check_forwards(model)
+        reasons = {s.name: why_not(routed, s) for s in state.sites}
+        if scope == "ffn":
+            reasons = {s.name: reasons[s.name] or why_not_alone(model, s) for s in state.sites}
     state.notes = [f"{name}: kept masked-dense: {reason}" for name, reason in reasons.items() if reason]
     sites = [s for s in state.sites if not reasons[s.name]]
-    if not sites:
+    if ffn and not sites:
         raise LoweringError("no site can be lowered:\n" + "\n".join(state.notes))
     for site in sites:
         state.strides = lay_out(routed, site) | state.strides  # what the first of those that share a parameter found
@@ -115,17 +121,49 @@ def lower(model: nn.Module, scope: Scope = "ffn") -> nn.Module:
         if scope == "ffn":
             _lower_sites(routed, sites)
         else:
-            compile_model(routed)
+            compile_model(model, state, ffn=ffn)
+    state.notes += lower_linears(model, _linears_of(model, sites), quantised_only=scope == "model")
+    state.linears = lowered_linears(model)
     state.lowered = scope
     return model
 
 
-@verb
+def _lower_dense(model: nn.Module, scope: Scope) -> None:
+    _check(model, scope)
+    if lowered_linears(model) or is_compiled(model):
+        raise LoweredError("the model's linears are lowered already; call ltepass.unlower(model) first")
+    if scope == "model":
+        compile_model(model, None, ffn=False)
+    for note in lower_linears(model, (), quantised_only=scope == "model"):
+        log.info("lower: %s", note)
+
+
+def _check(model: nn.Module, scope: Scope) -> None:
+    require_whole(model, "lower")
+    if scope not in ("ffn", "model"):
+        raise ConfigError(f'scope is {scope!r}; expected "ffn" or "model"')
+
+
+def _require_hard(routed: Routed) -> None:
+    soft = [site.name for site, router in routed if router.mode != "hard"]
+    if soft:
+        raise LoweringError(
+            f"{len(soft)} of {len(routed.sites)} routers are in {routed.routers[0].mode!r} mode; lowering expects "
+            '"hard"; call ltepass.set_mode(model, "hard")'
+        )
+
+
+def _linears_of(model: nn.Module, sites: Iterable[FFNSite]) -> list[nn.Module]:
+    """What the op stands for, where a module of its own holds it."""
+    paths = {path for site in sites for path in (site.up, site.gate, site.down) if path is not None}
+    return [model.get_submodule(path) for path in paths]
+
+
 def unlower(model: nn.Module) -> nn.Module:
     """Undo `lower`: forwards and weight layout as before.
 
     Arguments:
-        model: a transformed model; there is nothing to do for one that is not lowered.
+        model: a transformed model, or a dense one; there is nothing to do for one that is not lowered.
     Returns: the model.
     Raises: NotTransformedError, ShardedError.
     Example:
@@ -133,17 +171,32 @@ def unlower(model: nn.Module) -> nn.Module:
         >>> ltepass.report(ltepass.unlower(ltepass.lower(model))).lowered is None
         True
     """
+    root = unwrapped(model)
+    if state_of(root) is None and (lowered_linears(root) or is_compiled(root)):
+        all_or_nothing(root, lambda: _unlower_dense(root))
+        return model
+    return _unlower(model)
+
+
+def _unlower_dense(model: nn.Module) -> None:
+    unlower_linears(model)
+    uncompile_model(model)
+
+
+@verb
+def _unlower(model: nn.Module) -> nn.Module:
     routed = Routed.of(model, "unlower")
     state = routed.state
     if state.lowered is not None:
         require_whole(model, "unlower")
+    unlower_linears(model)
     with unshared(routed.all_routers()):
         if state.lowered == "ffn":
             _unlower_sites(routed)
         elif state.lowered == "model":
             uncompile_model(model)
     _give_back_strides(routed)
-    state.lowered, state.notes = None, []
+    state.lowered, state.notes, state.linears = None, [], 0
     return model
 
 

@@ -146,7 +146,7 @@ def not_plain(module: nn.Module) -> str | None:
     """What makes a linear's forward more than the matrix product with tensors of torch's own; None for a plain one."""
     if "_hf_hook" in module.__dict__:
         return "carries an offload hook, which the op would bypass"
-    if not _is_product(module):
+    if not is_product(module):
         return f"is a {type(module).__module__}.{type(module).__name__}, not a plain linear"
     for tensor in parameters_of(module):
         if tensor is not None and not is_ordinary(tensor):
@@ -178,13 +178,13 @@ def untouched(module: nn.Module) -> bool:
 
 def plain(module: nn.Module) -> bool:
     """Whether a module's call is a matrix product, and nothing runs with it."""
-    return (type(module) is nn.Linear or _is_product(module)) and untouched(module)
+    return (type(module) is nn.Linear or is_product(module)) and untouched(module)
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def _is_product(module: nn.Module) -> bool:
+def is_product(module: nn.Module) -> bool:
     """A linear whose forward is the matrix product and nothing else: no subclass."""
     cls = type(module)
     return cls is nn.Linear or is_conv1d(module) or f"{cls.__module__}.{cls.__name__}" in _SAME_AS_LINEAR

@@ -1,0 +1,176 @@
+"""What a call of a plain linear runs while its model is lowered: `ltepass::linear`, or an op for quantised weights.
+
+Only the forward on the instance changes: hooks run, names and parameters stay, and whatever the ops do not read goes to
+the linear's own forward. The weights are looked at anew in every call: they may be moved, cast or replaced meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from ltepass.kernels.linear import linear, linear_int4, linear_int8
+from ltepass.kernels.linear_reference import BLOCK, pack_int4
+from ltepass.passes.capture.owner_forward import is_replaced
+from ltepass.passes.lower.why_not import is_conv1d, is_ordinary, is_product, parameters_of
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class LinearCall:
+    """Stands for a linear's forward. stride: of the weight before it was stored a row an output, or None."""
+
+    def __init__(self, module: nn.Module, stride: tuple[int, ...] | None = None) -> None:
+        self.module, self.stride = module, stride
+
+    def __call__(self, x: Tensor) -> Tensor:
+        weight, bias = parameters_of(self.module)
+        if not _served(x) or type(weight) is not Parameter or weight.dtype != x.dtype or not weight.is_cpu:
+            return self.module.__class__.forward(self.module, x)  # type: ignore[no-any-return]
+        return linear(x, weight if self.stride is None else weight.t(), bias)
+
+
+class Int8(Protocol):
+    """What is read of torchao's Int8Tensor. qdata: int8 [d_out, d_in]; scale: [d_out, 1]."""
+
+    qdata: Tensor
+    scale: Tensor
+
+
+class Int8Call:
+    """Stands for the forward of a linear with int8 weights, a scale an output. Inputs become int8 in blocks of 32."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.cls = module, type(module.weight)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        weight, bias = parameters_of(self.module)
+        if not _served(x) or type(weight) is not self.cls or not weight.is_cpu:
+            return self.module.__class__.forward(self.module, x)  # type: ignore[no-any-return]
+        codes, scale = _int8_parts(weight)
+        return linear_int8(x, codes, scale, None if bias is None else bias.to(x.dtype))
+
+
+class Int4Call:
+    """The same for 4 bits in blocks of 32, packed once; `codes` are those that were packed."""
+
+    def __init__(self, module: nn.Module, weight: Tensor) -> None:
+        self.module, self.codes = module, weight.qdata  # type: ignore[attr-defined]
+        self.packed = pack_int4((self.codes + 8).to(torch.uint8))
+        self.scale = weight.scale.to(torch.float16)  # type: ignore[attr-defined]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        weight, bias = parameters_of(self.module)
+        if not _served(x) or getattr(weight, "qdata", None) is not self.codes:
+            return self.module.__class__.forward(self.module, x)  # type: ignore[no-any-return]
+        return linear_int4(x, self.packed, self.scale, None, None if bias is None else bias.to(x.dtype))
+
+
+CALLS = (LinearCall, Int8Call, Int4Call)
+
+
+def _served(x: Tensor) -> bool:
+    """Whether the ops take this input at all: autocast means another dtype."""
+    return type(x) is Tensor and x.is_cpu and x.dtype in FLOATS and not torch.is_autocast_enabled("cpu")
+
+
+def lower_linears(model: nn.Module, bypassed: Iterable[nn.Module], *, quantised_only: bool = False) -> list[str]:
+    """Every plain linear on the CPU calls its op, but for those that a lowered FFN does not call (`bypassed`).
+
+    quantised_only: for a model that is compiled, where the backend finds the others. Returns what was left, and why.
+    """
+    skipped, notes = set(bypassed), []
+    for path, module in model.named_modules():
+        if module in skipped or not is_product(module) or not parameters_of(module)[0].is_cpu:
+            continue
+        reason = why_not_linear(module)
+        if reason is not None:
+            notes.append(f"{path}: calls torch's linear: {reason}")
+        elif not (quantised_only and is_ordinary(parameters_of(module)[0])):
+            module.forward = _call(module)
+    return notes
+
+
+def _call(module: nn.Module) -> LinearCall | Int8Call | Int4Call:
+    weight, _ = parameters_of(module)
+    if not is_ordinary(weight):
+        return Int8Call(module) if _kind(weight) == "Int8Tensor" else Int4Call(module, weight)
+    if not is_conv1d(module):
+        return LinearCall(module)
+    stride = weight.stride()
+    weight.data = weight.data.t().contiguous().t()
+    return LinearCall(module, stride)
+
+
+def lowered_linears(model: nn.Module) -> int:
+    return sum(isinstance(module.__dict__.get("forward"), CALLS) for module in model.modules())
+
+
+def unlower_linears(model: nn.Module) -> None:
+    for module in model.modules():
+        call = module.__dict__.get("forward")
+        if not isinstance(call, CALLS):
+            continue
+        del module.__dict__["forward"]
+        weight, _ = parameters_of(module)
+        if isinstance(call, LinearCall) and call.stride is not None and weight.t().is_contiguous():
+            as_it_was = torch.empty_strided(weight.shape, call.stride, dtype=weight.dtype, device=weight.device)
+            weight.data = as_it_was.copy_(weight.data)
+
+
+def why_not_linear(module: nn.Module) -> str | None:
+    """Why a linear on the CPU keeps its own forward, or None."""
+    weight, bias = parameters_of(module)
+    if "_hf_hook" in module.__dict__:
+        return "it carries an offload hook"
+    if "forward" in module.__dict__ and is_replaced(module):
+        return "it runs a forward that was put on the instance"
+    if is_ordinary(weight):
+        return None if weight.dtype in FLOATS else f"no kernel for {str(weight.dtype).removeprefix('torch.')}"
+    if bias is not None and not is_ordinary(bias):
+        return f"its bias is a {type(bias).__name__}"
+    reader = {"Int8Tensor": _why_not_int8, "IntxUnpackedToInt8Tensor": _why_not_int4}.get(_kind(weight))
+    return f"its weight is a {type(weight).__module__}.{_kind(weight)}" if reader is None else reader(weight)
+
+
+def _kind(weight: Tensor) -> str:
+    return type(weight).__name__
+
+
+def _int8_parts(weight: Tensor) -> tuple[Tensor, Tensor]:
+    return weight.qdata, weight.scale.reshape(-1).float()  # type: ignore[attr-defined]
+
+
+def _why_not_int8(weight: Tensor) -> str | None:
+    """Of torchao's Int8Tensor: codes and scales as linear_int8 has them."""
+    codes, scale = _int8_parts(weight)
+    if codes.dim() != 2 or scale.shape != codes.shape[:1]:
+        return f"its {list(codes.shape)} codes have {scale.numel()} scales; expected one an output"
+    return _why_not_codes(weight, least=-127)
+
+
+def _why_not_int4(weight: Tensor) -> str | None:
+    """Of torchao's IntxUnpackedToInt8Tensor: codes and scales as linear_int4 has them."""
+    codes, scale = weight.qdata, weight.scale  # type: ignore[attr-defined]
+    if codes.dim() != 2 or scale.shape != (codes.shape[0], codes.shape[1] / BLOCK):
+        return f"its {list(codes.shape)} codes have {list(scale.shape)} scales; expected one for each {BLOCK} inputs"
+    if int(codes.max()) > 7:
+        return "its codes have more than 4 bits"
+    if not bool(scale.to(torch.float16).isfinite().all()):
+        return "its scales are no float16"
+    return _why_not_codes(weight, least=-8)
+
+
+def _why_not_codes(weight: Tensor, least: int) -> str | None:
+    if getattr(weight, "act_pre_scale", None) is not None:
+        return "its inputs are scaled first"
+    zero = getattr(weight, "zero_point", None)
+    if zero is not None and bool(zero.any()):
+        return "its codes have a zero point"
+    if int(weight.qdata.min()) < least:  # type: ignore[attr-defined]
+        return f"a code is below {least}"
+    return None
