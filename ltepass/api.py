@@ -8,7 +8,7 @@ from torch import nn
 
 from ltepass import registration
 from ltepass.config import LTEConfig
-from ltepass.errors import AlreadyTransformedError, MetaWeightsError
+from ltepass.errors import AlreadyTransformedError, LoweredError, MetaWeightsError
 from ltepass.passes import TRANSFORM
 from ltepass.passes.graph.pipeline import TransformJob, run_passes
 from ltepass.passes.insert.remove_routers import remove_routers
@@ -42,8 +42,8 @@ def transform(
             several, or a function of the FFNSite; what is left out stays dense, and the report says so.
         per_site: settings of some sites, by name or pattern: {"model.layers.0.mlp": {"group_size": 16}}.
     Returns: the model, in dense mode.
-    Raises: AlreadyTransformedError, CaptureError, NoFFNFoundError, GroupSizeError, MetaWeightsError, CalibrationError,
-        ShardedError, ConfigError (a pattern that names no site, all left out, a setting that is none of a site's); the
+    Raises: AlreadyTransformedError, LoweredError, CaptureError, NoFFNFoundError, GroupSizeError, MetaWeightsError,
+        CalibrationError, ShardedError, ConfigError (a pattern that names no site, all left out, a setting that is none of a site's); the
         model is then as it was, as it is after Ctrl-C.
     Example:
         >>> model = ltepass.transform(dense, config=ltepass.LTEConfig(group_size=12), skip="*.0.mlp")
@@ -70,6 +70,12 @@ def _transform(
     if state_of(model) is not None or any(routers_of(model)):
         raise AlreadyTransformedError(
             f"{type(model).__name__} has routers already; expected a dense model; call ltepass.remove(model) first"
+        )
+    from ltepass.passes.lower.lower_modules import is_lowered  # not above: `import ltepass` stays light
+
+    if is_lowered(model):
+        raise LoweredError(
+            "the model's linears are lowered; transform expects it as it was; call ltepass.unlower(model) first"
         )
     if calibration is not None and any(p.is_meta for p in model.parameters()):
         raise MetaWeightsError(

@@ -122,7 +122,10 @@ def _lower(model: nn.Module, scope: Scope, ffn: bool) -> nn.Module:
             _lower_sites(routed, sites)
         else:
             compile_model(model, state, ffn=ffn)
-    state.notes += lower_linears(model, _linears_of(model, sites), quantised_only=scope == "model")
+    bypassed = [model.get_submodule(path) for path in _linears_of(sites)]
+    left = lower_linears(model, bypassed, quantised_only=scope == "model")
+    told = _linears_of(state.sites)  # why an FFN stays as it is says why its linears do
+    state.notes += [f"{path}: calls torch's linear: {reason}" for path, reason in left.items() if path not in told]
     state.linears = lowered_linears(model)
     state.lowered = scope
     return model
@@ -130,12 +133,12 @@ def _lower(model: nn.Module, scope: Scope, ffn: bool) -> nn.Module:
 
 def _lower_dense(model: nn.Module, scope: Scope) -> None:
     _check(model, scope)
-    if lowered_linears(model) or is_compiled(model):
+    if is_lowered(model):
         raise LoweredError("the model's linears are lowered already; call ltepass.unlower(model) first")
     if scope == "model":
         compile_model(model, None, ffn=False)
-    for note in lower_linears(model, (), quantised_only=scope == "model"):
-        log.info("lower: %s", note)
+    for path, reason in lower_linears(model, (), quantised_only=scope == "model").items():
+        log.info("lower: %s calls torch's linear: %s", path, reason)
 
 
 def _check(model: nn.Module, scope: Scope) -> None:
@@ -153,10 +156,8 @@ def _require_hard(routed: Routed) -> None:
         )
 
 
-def _linears_of(model: nn.Module, sites: Iterable[FFNSite]) -> list[nn.Module]:
-    """What the op stands for, where a module of its own holds it."""
-    paths = {path for site in sites for path in (site.up, site.gate, site.down) if path is not None}
-    return [model.get_submodule(path) for path in paths]
+def _linears_of(sites: Iterable[FFNSite]) -> set[str]:
+    return {path for site in sites for path in (site.up, site.gate, site.down) if path is not None}
 
 
 def unlower(model: nn.Module) -> nn.Module:
@@ -172,10 +173,15 @@ def unlower(model: nn.Module) -> nn.Module:
         True
     """
     root = unwrapped(model)
-    if state_of(root) is None and (lowered_linears(root) or is_compiled(root)):
+    if state_of(root) is None and is_lowered(root):
         all_or_nothing(root, lambda: _unlower_dense(root))
         return model
     return _unlower(model)
+
+
+def is_lowered(model: nn.Module) -> bool:
+    """Whether `lower` changed this very module, dense or transformed."""
+    return bool(lowered_linears(model)) or is_compiled(model)
 
 
 def _unlower_dense(model: nn.Module) -> None:
