@@ -43,8 +43,8 @@ def transform(
         per_site: settings of some sites, by name or pattern: {"model.layers.0.mlp": {"group_size": 16}}.
     Returns: the model, in dense mode.
     Raises: AlreadyTransformedError, LoweredError, CaptureError, NoFFNFoundError, GroupSizeError, MetaWeightsError,
-        CalibrationError, ShardedError, ConfigError (a pattern that names no site, all left out, a setting that is none of a site's); the
-        model is then as it was, as it is after Ctrl-C.
+        CalibrationError, ShardedError, ConfigError (a pattern that names no site, all left out, a setting that is none
+        of a site's); the model is then as it was, as it is after Ctrl-C.
     Example:
         >>> model = ltepass.transform(dense, config=ltepass.LTEConfig(group_size=12), skip="*.0.mlp")
         >>> [site.name for site in ltepass.report(model).sites]
