@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 -- the name everybody uses
 
+import ltepass.kernels.linear  # noqa: F401 -- registers the ops
 from ltepass.kernels import linear_reference
 
 FORMATS = ("linear", "linear_int8", "linear_int4", "linear_int4 with a minimum")
