@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from ltepass.commands.models import load
 from ltepass.errors import ConfigError
 from ltepass.measure import gguf_file, llama_cpp
 from ltepass.measure.records import append
-from ltepass.measure.sides import DTYPES, LlamaCpp, Side, Transformers
+from ltepass.measure.sides import DTYPES, How, LlamaCpp, Quantised, Side, Transformers
 from ltepass.measure.text_blocks import token_blocks
 from ltepass.measure.token_speed import PREFILL_TOKENS, PROMPT_TOKENS, Text, bench_tokens
 from ltepass.routed.sites import state_of
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from rich.console import Group
     from transformers import PreTrainedModel
 
+QUANTISED: dict[str, Quantised] = {"Q8_0": "int8", "Q4_0": "int4"}  # what we have of llama.cpp's formats
 BLOCK, BLOCKS = 512, 8  # tokens and number of blocks for the perplexity
 
 
@@ -101,14 +103,15 @@ def _sides(folder: str, options: BenchOptions) -> Iterator[list[Side]]:
     model = load(folder, options.device)
     routed, formats = state_of(model) is not None, options.formats or (_format_of(model),)
     sides: list[Side] = []
+    how: How = "compiled" if options.compiled else "eager"
     for dtype in [DTYPES[format] for format in formats if format in DTYPES] or [model.dtype]:
-        plain = Transformers(
-            load=partial(load, folder, options.device, dtype),
-            routed=False,
-            how="compiled" if options.compiled else "eager",
-        )
-        sides.append(plain)
+        plain = Transformers(load=partial(load, folder, options.device, dtype), routed=False, how=how)
+        sides += [plain, replace(plain, lowered=True)]
         sides += [replace(plain, routed=True, sparsity=s) for s in options.sparsities or (None,) if routed]
+    if importlib.util.find_spec("torchao") is not None:  # of the extra "compare"
+        single = partial(load, folder, options.device, torch.float32)
+        plain = Transformers(load=single, routed=False, lowered=True, how=how)
+        sides += [replace(plain, quantised=QUANTISED[format]) for format in formats if format in QUANTISED]
     with tempfile.TemporaryDirectory(prefix="ltepass-gguf-") as scratch:
         if options.against:
             sides += _under_llama_cpp(remove(model) if routed else model, formats, Path(scratch), options.gguf)

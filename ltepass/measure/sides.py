@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TypedDict
@@ -14,11 +15,12 @@ from torch import Tensor
 
 from ltepass.api import remove
 from ltepass.errors import ConfigError
+from ltepass.kernels.linear_reference import BLOCK
 from ltepass.kernels.read_pass import read_pass
 from ltepass.measure import gguf_file, llama_cpp, token_bytes
 from ltepass.measure.decoding import time_generate
 from ltepass.measure.quality import perplexity, perplexity_of, sparsity_of_tail
-from ltepass.passes.lower.lower_modules import lower, unlower
+from ltepass.passes.lower.lower_modules import Scope, lower, unlower
 from ltepass.routed.sites import state_of
 from ltepass.sparsity.thresholds import set_sparsity
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 How = Literal["eager", "compiled"]
+Quantised = Literal["int8", "int4"]
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -86,18 +89,21 @@ class Side(Protocol):
 class Transformers:
     """A model of transformers under `generate`.
 
-    load: gives it; routed: lowered, with its routers; else without them, as transformers runs it. sparsity: for the
-    knob; None leaves the thresholds as they were saved.
+    load: gives it; routed: with its routers. lowered: by us, as a routed one always is; else as transformers runs it.
+    sparsity: for the knob; None leaves the thresholds as they were saved. quantised: the weights of linears, by
+    torchao, of a model without routers.
     """
 
     load: Callable[[], PreTrainedModel]
     routed: bool
+    lowered: bool = False
     sparsity: float | None = None
     how: How = "eager"
+    quantised: Quantised | None = None
 
     @property
     def name(self) -> str:
-        return "ltepass" if self.routed else "transformers"
+        return "ltepass" if self.routed else "ltepass, dense" if self.lowered else "transformers"
 
     def imports(self) -> None:
         import transformers  # noqa: F401
@@ -109,16 +115,18 @@ class Transformers:
 class _TransformersEngine:
     def __init__(self, side: Transformers) -> None:
         self._side, self._model = side, side.load()
-        if not side.routed:
-            if state_of(self._model) is not None:
-                remove(self._model)
-            if side.how == "compiled":
-                self._model.compile()
-                self._model.generation_config.cache_implementation = "static"
-            return
+        scope: Scope = "ffn" if side.how == "eager" else "model"
+        if not side.routed and state_of(self._model) is not None:
+            remove(self._model)
+        if side.quantised is not None:
+            quantise(self._model, side.quantised)
         if side.sparsity is not None:
             set_sparsity(self._model, side.sparsity)
-        lower(self._model, scope="ffn" if side.how == "eager" else "model")
+        if side.routed or side.lowered:
+            lower(self._model, scope=scope, ffn=side.routed)
+        elif side.how == "compiled":
+            self._model.compile()
+            self._model.generation_config.cache_implementation = "static"
 
     def times(self, prompt: Tensor, tokens: Tensor) -> list[float]:
         return time_generate(self._model, prompt.to(self._model.device), tokens.to(self._model.device))
@@ -132,7 +140,7 @@ class _TransformersEngine:
     def facts(self, ids: Tensor, prompt_tokens: int, blocks: Tensor) -> Facts:
         model, ids = self._model, ids.to(self._model.device)
         sparse = self._sparse(ids, prompt_tokens)
-        format = next(name for name, dtype in DTYPES.items() if dtype == model.dtype)
+        format = self._side.quantised or next(name for name, dtype in DTYPES.items() if dtype == model.dtype)
         return Facts(
             how=f"{self._side.how}, generate",
             format=format,
@@ -157,6 +165,17 @@ class _TransformersEngine:
             "router_share": token_bytes.router_share(self._model, state.sites),
             "group_size": state.sites[0].group_size,
         }
+
+
+def quantise(model: PreTrainedModel, weights: Quantised) -> None:
+    """By torchao, in place: int8 with a scale an output, int4 in blocks of 32; rounded to nearest."""
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
+
+    configs = {
+        "int8": partial(Int8WeightOnlyConfig, version=2),
+        "int4": partial(IntxWeightOnlyConfig, weight_dtype=torch.int4, granularity=PerGroup(BLOCK)),
+    }
+    quantize_(model, configs[weights]())
 
 
 @dataclass(frozen=True, kw_only=True)

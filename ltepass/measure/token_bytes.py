@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ltepass.passes.lower.linears import weights_read as read_by_linears
 from ltepass.routed.sites import FFNSite, state_of
 
 if TYPE_CHECKING:
@@ -15,9 +16,10 @@ if TYPE_CHECKING:
 
 
 def buffers(model: PreTrainedModel) -> list[Tensor]:
-    """The parameters that a token reads as a whole, in their order of use."""
-    tables = {id(table) for table in _tables(model)}
-    return [p.detach() for p in model.parameters() if id(p) not in tables]
+    """What a token reads as a whole, in its order of use: parameters, or what lowered linears read in their place."""
+    tables, stored = {id(table) for table in _tables(model)}, read_by_linears(model)
+    read = (tensor for p in model.parameters() if id(p) not in tables for tensor in stored.get(p, (p,)))
+    return [tensor.detach() for tensor in read]
 
 
 def weights_read(model: PreTrainedModel, active: float = 1.0) -> float:

@@ -33,6 +33,10 @@ class LinearCall:
             return self.module.__class__.forward(self.module, x)  # type: ignore[no-any-return]
         return linear(x, weight if self.stride is None else weight.t(), bias)
 
+    def weights(self) -> tuple[Tensor, ...]:
+        """What a call reads, but for the bias."""
+        return parameters_of(self.module)[:1]
+
 
 class Int8(Protocol):
     """What is read of torchao's Int8Tensor. qdata: int8 [d_out, d_in]; scale: [d_out, 1]."""
@@ -54,6 +58,10 @@ class Int8Call:
         codes, scale = _int8_parts(weight)
         return linear_int8(x, codes, scale, None if bias is None else bias.to(x.dtype))
 
+    def weights(self) -> tuple[Tensor, ...]:
+        """What a call reads, but for the bias."""
+        return _int8_parts(parameters_of(self.module)[0])
+
 
 class Int4Call:
     """The same for 4 bits in blocks of 32, packed once; `codes` are those that were packed."""
@@ -68,6 +76,10 @@ class Int4Call:
         if not _served(x) or getattr(weight, "qdata", None) is not self.codes:
             return self.module.__class__.forward(self.module, x)  # type: ignore[no-any-return]
         return linear_int4(x, self.packed, self.scale, None, None if bias is None else bias.to(x.dtype))
+
+    def weights(self) -> tuple[Tensor, ...]:
+        """What a call reads, but for the bias."""
+        return self.packed, self.scale
 
 
 CALLS = (LinearCall, Int8Call, Int4Call)
@@ -109,6 +121,12 @@ def _call(module: nn.Module) -> LinearCall | Int8Call | Int4Call:
 
 def lowered_linears(model: nn.Module) -> int:
     return sum(isinstance(module.__dict__.get("forward"), CALLS) for module in model.modules())
+
+
+def weights_read(model: nn.Module) -> dict[nn.Parameter, tuple[Tensor, ...]]:
+    """What calls of lowered linears read in the place of a parameter."""
+    calls = [m.__dict__["forward"] for m in model.modules() if isinstance(m.__dict__.get("forward"), CALLS)]
+    return {call.module.weight: call.weights() for call in calls}
 
 
 def unlower_linears(model: nn.Module) -> None:
