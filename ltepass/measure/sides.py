@@ -140,7 +140,8 @@ class _TransformersEngine:
     def facts(self, ids: Tensor, prompt_tokens: int, blocks: Tensor) -> Facts:
         model, ids = self._model, ids.to(self._model.device)
         sparse = self._sparse(ids, prompt_tokens)
-        format = self._side.quantised or next(name for name, dtype in DTYPES.items() if dtype == model.dtype)
+        plain = next(name for name, dtype in DTYPES.items() if dtype == model.dtype)
+        format: str = self._side.quantised or plain
         return Facts(
             how=f"{self._side.how}, generate",
             format=format,
@@ -173,7 +174,7 @@ def quantise(model: PreTrainedModel, weights: Quantised) -> None:
 
     configs = {
         "int8": partial(Int8WeightOnlyConfig, version=2),
-        "int4": partial(IntxWeightOnlyConfig, weight_dtype=torch.int4, granularity=PerGroup(BLOCK)),
+        "int4": partial(IntxWeightOnlyConfig, weight_dtype=torch.int4, granularity=PerGroup(BLOCK)),  # type: ignore[attr-defined]
     }
     quantize_(model, configs[weights]())
 

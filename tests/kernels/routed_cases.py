@@ -116,9 +116,17 @@ def size_of_terms(args: tuple[Any, ...]) -> Tensor:
     return terms.max().clamp_min(1e-30)
 
 
+def hidden_rounding(args: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
+    """[]: the standard deviation, at an output where it is largest, that rounding each h_j to `dtype` brings."""
+    down = dict(zip(ARGUMENTS, args, strict=False))["down"]
+    spread: Tensor = (hidden(args).square() @ down.square().T).sqrt()
+    return spread.max() * torch.finfo(dtype).eps / 12**0.5
+
+
 def assert_values(y: Tensor, args: tuple[Any, ...], factor: float = 1.5) -> None:
     """fp32: within 1e-6 of the size of the terms, in fp64. bf16, fp16: not further from fp64 than `factor` times
-    PyTorch's own low-precision result, plus one rounding of the output."""
+    PyTorch's own low-precision result, plus one rounding of the output. That result is lucky at times, where an output
+    or two are not 0: it counts as no better than exact hidden units that are rounded once."""
     exact = reference.routed_ffn(*doubled(args))
     if exact.numel() == 0:
         return
@@ -127,5 +135,5 @@ def assert_values(y: Tensor, args: tuple[Any, ...], factor: float = 1.5) -> None
         assert error < 1e-6 * size_of_terms(doubled(args))
         return
     scale = exact.abs().max().clamp_min(1e-30)
-    stock = (reference.routed_ffn(*args).double() - exact).abs().max()
+    stock = (reference.routed_ffn(*args).double() - exact).abs().max().maximum(hidden_rounding(doubled(args), y.dtype))
     assert error / scale <= factor * stock / scale + torch.finfo(y.dtype).eps / 2

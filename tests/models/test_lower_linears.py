@@ -95,12 +95,13 @@ def test_lowered_twice_or_transformed_meanwhile_is_refused() -> None:
 
 def test_a_linear_that_something_else_runs_stays_and_is_told() -> None:
     model = transformed("llama")
-    attention = model.model.layers[0].self_attn
-    attention.q_proj.forward = lambda x: torch.zeros(*x.shape[:-1], attention.q_proj.out_features)
+    path = "model.layers.0.self_attn.q_proj"
+    linear: Any = model.get_submodule(path)
+    linear.forward = lambda x: torch.zeros(*x.shape[:-1], linear.out_features)
     expected = logits(model, ids(1, 4))
     ltepass.lower(model)
     reason = "it runs a forward that was put on the instance"
-    assert ltepass.report(model).notes == [f"model.layers.0.self_attn.q_proj: calls torch's linear: {reason}"]
+    assert ltepass.report(model).notes == [f"{path}: calls torch's linear: {reason}"]
     torch.testing.assert_close(logits(model, ids(1, 4)), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -158,7 +159,7 @@ def test_a_copy_reads_its_own_weights(copied: Any, counted: Counted) -> None:
     ltepass.lower(model, ffn=False)
     other = copied(model)
     with torch.no_grad():
-        model[0].weight.zero_()
+        model.get_parameter("0.weight").zero_()
     torch.testing.assert_close(other(x), block()(x))
     assert counted.calls == ["linear", "linear"]
     assert torch.equal(ltepass.unlower(other)(x), block()(x))
@@ -202,7 +203,7 @@ def test_a_failure_half_way_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> N
 # ---- quantised weights, as torchao has them ----
 
 
-def stand_in(name: str, **tensors: Tensor | None) -> nn.Parameter:
+def stand_in(name: str, **tensors: Tensor) -> Any:
     """A weight of a class of this name, with these fields, whose own product is of what they mean."""
 
     def torch_function(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -212,9 +213,7 @@ def stand_in(name: str, **tensors: Tensor | None) -> nn.Parameter:
         return super(subclass, subclass).__torch_function__(func, types, args, kwargs or {})
 
     subclass: Any = type(name, (torch.Tensor,), {"__torch_function__": classmethod(torch_function)})
-    codes = tensors["qdata"]
-    assert codes is not None
-    weight = torch.zeros(codes.shape).as_subclass(subclass)
+    weight = torch.zeros(tensors["qdata"].shape).as_subclass(subclass)
     for key, value in tensors.items():
         setattr(weight, key, value)
     return weight
@@ -241,7 +240,8 @@ def holding(weight: Any) -> nn.Sequential:
 @pytest.mark.parametrize(("make", "op"), [(int8, "linear_int8"), (int4, "linear_int4")])
 def test_quantised_weights_run_in_their_op(make: Any, op: str, counted: Counted) -> None:
     model = holding(make(zero_point=torch.zeros(48, 1, dtype=torch.int8)))
-    x = torch.randn(5, model[0].in_features)
+    linear: Any = model[0]
+    x = torch.randn(5, linear.in_features)
     expected = model(x)
     assert lower_linears(model, ()) == {}
     error = (model(x) - expected).norm() / expected.norm()
@@ -282,7 +282,7 @@ def test_what_the_ops_do_not_read_is_left_with_its_reason(weight: Any, reason: s
 @pytest.mark.parametrize(("name", "bits"), [("Int8WeightOnlyConfig", 8), ("IntxWeightOnlyConfig", 4)])
 def test_torchao_itself(name: str, bits: int, counted: Counted) -> None:
     quantization = pytest.importorskip("torchao.quantization")
-    group = {"weight_dtype": torch.int4, "granularity": quantization.PerGroup(32)}
+    group = {"weight_dtype": torch.int4, "granularity": quantization.PerGroup(32)}  # type: ignore[attr-defined]
     model = nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 32, bias=False)).eval()
     quantization.quantize_(model[0], getattr(quantization, name)(**({"version": 2} if bits == 8 else group)))
     x = torch.randn(3, 64)
