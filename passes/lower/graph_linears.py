@@ -1,34 +1,28 @@
 """lower_linears: in Dynamo's graph, a plain linear becomes one op that reads its weight at the memory's speed.
 
-    before:  y = linear(x, W, b)
-    after:   y = ltepass::linear(x, W, b)
+    before:  q = linear(x, Wq, bq); y = addmm(b, h, W.t()); z = matmul(h, V.t()) + c
+    after:   q = ltepass::linear(x, Wq, bq); y = ltepass::linear(h, W, b); z = ltepass::linear(h, V, c)
 
-Legal because the op is defined as that product (kernels/linear.py), in the dtype that x, W and y share; only the order
-of its sums differs. W is a parameter or buffer whose rows lie whole on the CPU. Routers' linears stay: a decision is
-taken from the sums that eager mode has. Graphs with an autocast region, whose dtypes nodes do not tell, stay too.
+Legal because the op is defined as that product (kernels/linear.py), and every operand has one dtype, in and out:
+nothing is cast on the way, by autocast or by the code; only the order of sums differs. Routers' linears stay, where
+another order could flip an expert, and so does whatever has no weight of ordinary rows on the CPU.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from ltepass.passes.graph.linears import Flow, Linear
-from ltepass.passes.graph.node_kinds import (
-    erase_upstream,
-    is_gate,
-    is_plain_tensor,
-    op_name,
-    shape,
-    strip_identity,
-    tensor_inputs,
-    value,
-)
+from ltepass.passes.graph.node_kinds import erase_upstream, is_gate, shape, strip_identity, tensor_inputs, value
 from ltepass.passes.graph.pipeline import GraphJob, Tier
 from ltepass.passes.lower.graph_regions import parameters, transposed
 from ltepass.passes.lower.linears import FLOATS  # and registers the op that the pass emits
+from ltepass.passes.lower.why_not import is_ordinary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,38 +33,48 @@ class LowerLinears:
 
     def __call__(self, job: GraphJob) -> str:
         flow = Flow(job.gm, parameters(job.gm))
-        if any("autocast" in (op_name(node) or "") for node in flow.nodes()):
-            return "unchanged: autocast"
         scores = {strip_identity(n.args[1]) for n in flow.nodes() if is_gate(n) and isinstance(n.args[1], Node)}
-        found = [x for x in map(flow.linear, list(flow.nodes())) if x is not None and x.node not in scores]
-        served = [x for x in found if _served(flow, x)]
-        for x in reversed(served):  # a later one may read an earlier one's result as it is
-            _lower(flow, x)
-        job.linears = len(served)
+        found = [linear for linear in map(flow.linear, list(flow.nodes())) if linear is not None]
+        left: Counter[str] = Counter()
+        for linear in reversed(found):  # a later one may read an earlier one's result as it is
+            reason = "gives a gate its scores" if linear.node in scores else _why_not(flow, linear)
+            if reason is None:
+                _lower(flow, linear)
+                job.linears += 1
+            else:
+                left[reason] += 1
         job.gm.recompile()
-        return f"{len(served)} linears lowered" if served else "unchanged"
+        reasons = "".join(f", {n} left: {reason}" for reason, n in left.items())
+        return f"{job.linears} linears lowered{reasons}" if job.linears else f"unchanged{reasons}"
 
 
-def _served(flow: Flow, linear: Linear) -> bool:
-    weight, x, y = value(linear.weight), value(linear.x), value(linear.node)
-    if not is_plain_tensor(linear.x) or x.dim() == 0 or weight.device.type != "cpu" or weight.dtype not in FLOATS:
-        return False
-    bias = None if linear.bias is None else value(linear.bias)
-    if bias is not None and (bias.dtype != weight.dtype or shape(linear.bias) != (linear.width,)):  # type: ignore[arg-type]
-        return False
-    rows_lie_whole = weight.stride(1 - linear.out_dim) == 1
-    return rows_lie_whole and x.dtype == y.dtype == weight.dtype and _uncast(flow, linear)
+def _why_not(flow: Flow, linear: Linear) -> str | None:
+    """Why the op does not stand for this linear, or None."""
+    tensors = [value(n) for n in (linear.x, linear.weight, linear.node, linear.bias) if n is not None]
+    if not all(isinstance(t, Tensor) and is_ordinary(t) for t in tensors):
+        return "a tensor of another class"
+    if any(t.device.type != "cpu" for t in tensors):
+        return "not on the CPU"
+    if tensors[0].dtype not in FLOATS or any(t.dtype != tensors[0].dtype for t in tensors):
+        return "operands of several dtypes, or of one that the op does not read"
+    if _is_cast(flow, linear):
+        return "a weight that is cast there and back"
+    if value(linear.weight).stride(1 - linear.out_dim) != 1:
+        return "a weight stored [d_in, d_out]"
+    if linear.bias is not None and shape(linear.bias) != (linear.width,):
+        return "a bias that is not one number an output"
+    return None
 
 
-def _uncast(flow: Flow, linear: Linear) -> bool:
-    """Whether the product reads the weight as it is: a cast there and back would have rounded it."""
+def _is_cast(flow: Flow, linear: Linear) -> bool:
+    """Whether the weight is rounded between the leaf and the product, which reads it through casts."""
     dtype = value(linear.weight).dtype
     node = next(n for n in linear.product.all_input_nodes if (flow.leaf(n) or (None,))[0] is linear.weight)
     while node not in flow.leaves:
         if value(node).dtype != dtype:
-            return False
+            return True
         node = tensor_inputs(node)[0]
-    return True
+    return False
 
 
 def _lower(flow: Flow, linear: Linear) -> None:
