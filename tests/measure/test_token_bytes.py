@@ -11,7 +11,9 @@ import ltepass
 from ltepass.kernels.cpu import build
 from ltepass.kernels.read_pass import read_pass
 from ltepass.measure import token_bytes
+from ltepass.passes.lower.linears import lower_linears, unlower_linears
 from tests.measure.tiny import made
+from tests.models.test_lower_linears import int4, int8
 
 FFN = 3 * 64 * 96 * 4  # bytes of one
 
@@ -42,6 +44,17 @@ def test_a_sparse_token_reads_its_active_neurons_and_the_routers() -> None:
     ltepass.lower(model)
     assert token_bytes.weights_read(model, 0.25) == pytest.approx(dense + routers - 0.75 * 2 * FFN)
     assert token_bytes.router_share(model, ltepass.report(model).sites) == pytest.approx(routers / (2 * FFN))
+
+
+def test_quantised_weights_count_as_their_ops_read_them() -> None:
+    model = made("llama")
+    linear = model.model.layers[0].mlp.up_proj
+    dense, size = token_bytes.weights_read(model), linear.weight.nbytes
+    for make, bits in ((int8, 8 + 32 / 64), (int4, 4 + 16 / 32)):
+        linear._parameters["weight"] = make(96, 64)
+        lower_linears(model, ())
+        assert token_bytes.weights_read(model) == dense - size + 96 * 64 * bits / 8
+        unlower_linears(model)
 
 
 def test_cuts_leave_parts_of_active_neurons_unread() -> None:

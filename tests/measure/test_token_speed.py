@@ -17,6 +17,7 @@ from torch import Tensor
 
 import ltepass
 from examples.bench import token_table
+from ltepass.api import remove
 from ltepass.commands.decode_table import token_plot, token_tables
 from ltepass.commands.models import load
 from ltepass.errors import ConfigError
@@ -27,6 +28,7 @@ from ltepass.measure.records import TokenRecord, append, read
 from ltepass.measure.sides import Facts, Transformers
 from ltepass.measure.token_bytes import weights_read
 from ltepass.measure.token_speed import Text, bench_tokens
+from ltepass.passes.lower.linears import lowered_linears
 from tests.measure.test_token_bytes import FFN, routed
 from tests.measure.tiny import made
 
@@ -208,6 +210,25 @@ def test_a_dense_side_has_no_routers() -> None:
     facts = engine.facts(TEXT.ids, 64, TEXT.blocks)
     assert (facts.router, facts.active, facts.format) == ("", 1.0, "F32")
     assert facts.weight_bytes == weights_read(made("llama"))
+
+
+def test_a_dense_side_of_ours_is_lowered_without_its_routers() -> None:
+    side = Transformers(load=tiny_routed, routed=False, lowered=True)
+    engine: Any = side.open(64)
+    assert side.name == "ltepass, dense"
+    assert lowered_linears(engine._model) == 2 * 7 + 1  # of two layers, and the head
+    facts = engine.facts(TEXT.ids, 64, TEXT.blocks)
+    assert facts.weight_bytes == weights_read(made("llama"))
+    assert facts.perplexity == pytest.approx(perplexity(remove(tiny_routed()), TEXT.blocks), rel=1e-5)
+
+
+@pytest.mark.parametrize(("weights", "bits"), [("int8", 8), ("int4", 4)])
+def test_a_quantised_side_counts_what_its_ops_read(weights: Any, bits: int) -> None:
+    pytest.importorskip("torchao")
+    engine: Any = Transformers(load=tiny_routed, routed=False, lowered=True, quantised=weights).open(64)
+    facts = engine.facts(TEXT.ids, 64, TEXT.blocks)
+    assert facts.format == weights
+    assert facts.weight_bytes < weights_read(made("llama")) * (bits + 1) / 32 + 8000, "norms, scales, a row"
 
 
 @dataclass(frozen=True)
