@@ -18,8 +18,9 @@ from examples.bench.ways import Shape
 from ltepass.cli import run_command
 from ltepass.errors import ConfigError
 from ltepass.kernels import routed_ffn
+from ltepass.measure.machine import gemm_rate
 from ltepass.measure.records import Environment, OpRecord, append, read
-from ltepass.measure.timing import Contender, copies_needed, gemm_rate, interleaved, plain_reads
+from ltepass.measure.timing import Contender, copies_needed, interleaved, plain_reads
 
 ROUTED = "routed"
 READ = "plain read"

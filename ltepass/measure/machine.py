@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -49,3 +50,22 @@ def cpu_name() -> str:
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest cache of cpu0; 32 MiB where the system does not say."""
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        sizes.append(int(text.rstrip("KM")) * {"K": 1 << 10, "M": 1 << 20}.get(text[-1], 1))
+    return max(sizes, default=32 << 20)
+
+
+def gemm_rate(size: int = 2048, repeats: int = 5) -> float:
+    """Floating-point operations/s of torch.mm on square fp32 matrices with torch's current thread count."""
+    a, seconds = torch.ones(size, size), []
+    for _ in range(repeats):
+        t0 = time.perf_counter()
+        torch.mm(a, a)
+        seconds.append(time.perf_counter() - t0)
+    return 2 * size**3 / sorted(seconds)[repeats // 2]

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from ltepass.errors import LTEError
-from ltepass.measure.machine import resident
+from ltepass.measure.machine import gemm_rate, resident
 from ltepass.measure.sides import Facts, Side
-from ltepass.measure.timing import gemm_rate
 
 REST = 0.02  # seconds
 PATIENCE = 10  # seconds that a process may take to end

@@ -6,10 +6,11 @@ import math
 import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import torch
+
+from ltepass.measure.machine import last_level_cache
 
 Contender = Callable[[int], object]
 
@@ -29,15 +30,6 @@ class Timing:
         s = sorted(seconds)
         at = lambda q: s[min(len(s) - 1, int(q * len(s)))]  # noqa: E731 -- three uses, one line
         return Timing(median=at(0.5), p20=at(0.2), p80=at(0.8), p99=at(0.99), repeats=len(s))
-
-
-def last_level_cache() -> int:
-    """Bytes of the largest cache of cpu0; 32 MiB where the system does not say."""
-    sizes = []
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = path.read_text().strip()
-        sizes.append(int(text.rstrip("KM")) * {"K": 1 << 10, "M": 1 << 20}.get(text[-1], 1))
-    return max(sizes, default=32 << 20)
 
 
 class Flush:
@@ -99,20 +91,3 @@ def plain_reads() -> tuple[dict[str, Contender], int]:
     rows = 4 * last_level_cache() // 4 // 4096
     matrix, x = torch.ones(rows, 4096), torch.ones(4096)
     return {"sum": lambda _: matrix.sum(), "product": lambda _: torch.mv(matrix, x)}, matrix.nbytes
-
-
-def stream_bandwidth(repeats: int = 7) -> float:
-    """Bytes/s of a plain read with torch's current thread count, by the better way."""
-    ways, size = plain_reads()
-    taken = interleaved(ways, seconds=math.inf, max_repeats=repeats)
-    return size / min(timing.median for timing in taken.values())
-
-
-def gemm_rate(size: int = 2048, repeats: int = 5) -> float:
-    """Floating-point operations/s of torch.mm on square fp32 matrices with torch's current thread count."""
-    a, seconds = torch.ones(size, size), []
-    for _ in range(repeats):
-        t0 = time.perf_counter()
-        torch.mm(a, a)
-        seconds.append(time.perf_counter() - t0)
-    return 2 * size**3 / sorted(seconds)[repeats // 2]
