@@ -180,6 +180,7 @@ def test_train_eval_and_generate_follow_each_other(dense_folder: Path, tmp_path:
     assert "linear router, experts of 12" in " ".join(shown.split())
     assert [(r.side, r.threads, r.sparsity) for r in read(csv, TokenRecord)] == [
         ("transformers", 1, 0.0),
+        ("ltepass, dense", 1, 0.0),
         ("ltepass", 1, 0.5),
     ]
     assert "hard mode" not in run("eval", str(dense_folder), str(text), *common)

@@ -32,7 +32,7 @@ from examples.gpu import results  # noqa: E402 -- after the path
 SECONDS = 525  # for all stages
 # The test suite in parts that run side by side; together they are every folder and file of tests/.
 SUITE = (
-    ("tests/kernels", "tests/gpu"),
+    ("tests/kernels", "tests/gpu", "tests/measure"),
     ("tests/models",),
     ("tests/passes", "tests/properties"),
     ("tests/training",),

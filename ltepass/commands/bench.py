@@ -22,7 +22,7 @@ from ltepass.measure.records import append
 from ltepass.measure.sides import DTYPES, How, LlamaCpp, Quantised, Side, Transformers
 from ltepass.measure.text_blocks import token_blocks
 from ltepass.measure.token_speed import PREFILL_TOKENS, PROMPT_TOKENS, Text, bench_tokens
-from ltepass.routed.sites import state_of
+from ltepass.routed.routed import is_transformed
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -101,7 +101,7 @@ def _text(text: str, tokenizer_folder: str, tokens: int) -> Text:
 def _sides(folder: str, options: BenchOptions) -> Iterator[list[Side]]:
     """All that take turns, in the order of the table. Files that they need are there until the end."""
     model = load(folder, options.device)
-    routed, formats = state_of(model) is not None, options.formats or (_format_of(model),)
+    routed, formats = is_transformed(model), options.formats or (_format_of(model),)
     sides: list[Side] = []
     how: How = "compiled" if options.compiled else "eager"
     for dtype in [DTYPES[format] for format in formats if format in DTYPES] or [model.dtype]:

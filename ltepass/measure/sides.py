@@ -21,7 +21,7 @@ from ltepass.measure import gguf_file, llama_cpp, token_bytes
 from ltepass.measure.decoding import time_generate
 from ltepass.measure.quality import perplexity, perplexity_of, sparsity_of_tail
 from ltepass.passes.lower.lower_modules import Scope, lower, unlower
-from ltepass.routed.sites import state_of
+from ltepass.routed.routed import Routed, is_transformed
 from ltepass.sparsity.thresholds import set_sparsity
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class _TransformersEngine:
     def __init__(self, side: Transformers) -> None:
         self._side, self._model = side, side.load()
         scope: Scope = "ffn" if side.how == "eager" else "model"
-        if not side.routed and state_of(self._model) is not None:
+        if not side.routed and is_transformed(self._model):
             remove(self._model)
         if side.quantised is not None:
             quantise(self._model, side.quantised)
@@ -154,9 +154,9 @@ class _TransformersEngine:
 
     def _sparse(self, ids: Tensor, prompt_tokens: int) -> Sparse:
         """What a model with routers adds; it is as before `lower` then, which computes the same."""
-        state = state_of(self._model)
-        if state is None:
+        if not is_transformed(self._model):
             return {}
+        state = Routed.of(self._model, "bench model").state
         unlower(self._model)
         wanted = self._side.sparsity
         return {

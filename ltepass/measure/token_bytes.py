@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ltepass.passes.lower.linears import weights_read as read_by_linears
-from ltepass.routed.sites import FFNSite, state_of
+from ltepass.routed.routed import Routed, is_transformed
+from ltepass.routed.sites import FFNSite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,9 +34,9 @@ def weights_read(model: PreTrainedModel, active: float = 1.0) -> float:
 
 
 def _unread(model: PreTrainedModel, active: float) -> Iterator[float]:
-    state = state_of(model)
-    if state is None:
+    if not is_transformed(model):
         return
+    state = Routed.of(model, "bench model").state
     parameters = dict(model.named_parameters())
     hidden, inputs = (float(state.config.get(name) or 0) for name in ("hidden_sparsity", "input_sparsity"))
     for site in state.sites:

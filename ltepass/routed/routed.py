@@ -72,6 +72,11 @@ class Routed:
         return list(routers_of(self.model))
 
 
+def is_transformed(model: nn.Module) -> bool:
+    """Whether transform changed this module, or one inside it."""
+    return any(state_of(module) is not None for module in model.modules())
+
+
 def root_of(model: nn.Module, what: str) -> nn.Module:
     """The transformed model: this one, or the one inside whatever wraps it (PEFT, DDP, torch.compile, an own parent).
 

@@ -46,10 +46,10 @@ from ltepass.passes.lower.why_not import (
     why_not_alone,
     with_inner,
 )
-from ltepass.routed.routed import Routed
+from ltepass.routed.routed import Routed, is_transformed
 from ltepass.routed.router import Router, applied
 from ltepass.routed.router import gate as gate_call
-from ltepass.routed.sites import FFNSite, NeuronRows, require_whole, state_of, unwrapped
+from ltepass.routed.sites import FFNSite, NeuronRows, require_whole, unwrapped
 from ltepass.routed.undo import all_or_nothing, verb
 from ltepass.sparsity.thresholds import remember_densities
 from ltepass.threads import interfered, require_own, unshared
@@ -91,7 +91,7 @@ def lower(model: nn.Module, scope: Scope = "ffn", *, ffn: bool = True) -> nn.Mod
         >>> torch.allclose(ltepass.lower(model)(ids).logits, expected, atol=1e-4)
         True
     """
-    if ffn or any(state_of(module) is not None for module in model.modules()):
+    if ffn or is_transformed(model):
         return _lower(model, scope, ffn)
     root = unwrapped(model)
     all_or_nothing(root, lambda: _lower_dense(root, scope))
@@ -173,7 +173,7 @@ def unlower(model: nn.Module) -> nn.Module:
         True
     """
     root = unwrapped(model)
-    if state_of(root) is None and is_lowered(root):
+    if not is_transformed(root) and is_lowered(root):
         all_or_nothing(root, lambda: _unlower_dense(root))
         return model
     return _unlower(model)
