@@ -31,7 +31,7 @@ _SCHEMAS = {
     "linear_int8": ("(Tensor x, Tensor codes, Tensor scale, Tensor? bias=None)", 3),
     "linear_int4": ("(Tensor x, Tensor codes, Tensor scale, Tensor? minimum, Tensor? bias=None)", 4),
 }
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _library = torch.library.Library("ltepass", "FRAGMENT")
 
 
@@ -77,7 +77,7 @@ def _words(t: Tensor) -> str:
 
 
 def _check_input(x: Tensor) -> None:
-    if x.dtype not in _FLOATS:
+    if x.dtype not in FLOATS:
         raise LTEError(f"x is {_words(x)}; expected float32, bfloat16 or float16")
 
 

@@ -129,8 +129,7 @@ class Snapshot:
                 parameter.requires_grad_(flag)
         for parameter, stride in self.strides:
             if parameter.stride() != stride:
-                as_before = torch.empty_strided(parameter.shape, stride, dtype=parameter.dtype, device=parameter.device)
-                parameter.data = as_before.copy_(parameter.data)
+                lay_as(parameter, stride)
         for buffer, value in self.values:
             _fill(buffer, value)
         torch.set_rng_state(self.random[0])
@@ -179,6 +178,12 @@ def refill(container: Any, content: Any) -> None:
     if not same:
         container.clear()
         (container.extend if isinstance(container, list) else container.update)(content)
+
+
+def lay_as(parameter: Tensor, stride: tuple[int, ...]) -> None:
+    """The same values, stored with these strides."""
+    stored = torch.empty_strided(parameter.shape, stride, dtype=parameter.dtype, device=parameter.device)
+    parameter.data = stored.copy_(parameter.data)
 
 
 def _fill(tensor: Tensor, value: Tensor) -> None:

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ltepass.kernels.linear import FLOATS  # and registers the op that the pass emits
 from ltepass.passes.graph.linears import Flow, Linear
 from ltepass.passes.graph.node_kinds import erase_upstream, is_gate, shape, strip_identity, tensor_inputs, value
 from ltepass.passes.graph.pipeline import GraphJob, Tier
 from ltepass.passes.lower.graph_regions import parameters, transposed
-from ltepass.passes.lower.linears import FLOATS  # and registers the op that the pass emits
 from ltepass.passes.lower.why_not import is_ordinary
 
 

@@ -6,83 +6,88 @@ the linear's own forward. The weights are looked at anew in every call: they may
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from ltepass.kernels.linear import linear, linear_int4, linear_int8
+from ltepass.kernels.linear import FLOATS, linear, linear_int4, linear_int8
 from ltepass.kernels.linear_reference import BLOCK, pack_int4
 from ltepass.passes.capture.owner_forward import is_replaced
 from ltepass.passes.lower.why_not import is_conv1d, is_ordinary, is_product, parameters_of
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+from ltepass.routed.undo import lay_as
 
 
 class LinearCall:
-    """Stands for a linear's forward. stride: of the weight before it was stored a row an output, or None."""
+    """Stands for the forward of `module`. An input or a weight that the op does not read goes to the module's own."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def own(self, x: Tensor) -> Tensor:
+        return self.module.__class__.forward(self.module, x)  # type: ignore[no-any-return]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def weights(self) -> tuple[Tensor, ...]:
+        """What a call reads, but for the bias."""
+        raise NotImplementedError
+
+
+class FloatCall(LinearCall):
+    """stride: of the weight before it was stored a row an output, or None."""
 
     def __init__(self, module: nn.Module, stride: tuple[int, ...] | None = None) -> None:
-        self.module, self.stride = module, stride
+        super().__init__(module)
+        self.stride = stride
 
     def __call__(self, x: Tensor) -> Tensor:
         weight, bias = parameters_of(self.module)
         if not _served(x) or type(weight) is not Parameter or weight.dtype != x.dtype or not weight.is_cpu:
-            return self.module.__class__.forward(self.module, x)  # type: ignore[no-any-return]
+            return self.own(x)
         return linear(x, weight if self.stride is None else weight.t(), bias)
 
     def weights(self) -> tuple[Tensor, ...]:
-        """What a call reads, but for the bias."""
         return parameters_of(self.module)[:1]
 
 
-class Int8(Protocol):
-    """What is read of torchao's Int8Tensor. qdata: int8 [d_out, d_in]; scale: [d_out, 1]."""
-
-    qdata: Tensor
-    scale: Tensor
-
-
-class Int8Call:
-    """Stands for the forward of a linear with int8 weights, a scale an output. Inputs become int8 in blocks of 32."""
+class Int8Call(LinearCall):
+    """Weights of 8 bits, a scale an output. Inputs become int8 in blocks of 32."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module, self.cls = module, type(module.weight)
+        super().__init__(module)
+        self.cls = type(module.weight)
 
     def __call__(self, x: Tensor) -> Tensor:
         weight, bias = parameters_of(self.module)
         if not _served(x) or type(weight) is not self.cls or not weight.is_cpu:
-            return self.module.__class__.forward(self.module, x)  # type: ignore[no-any-return]
+            return self.own(x)
         codes, scale = _int8_parts(weight)
         return linear_int8(x, codes, scale, None if bias is None else bias.to(x.dtype))
 
     def weights(self) -> tuple[Tensor, ...]:
-        """What a call reads, but for the bias."""
         return _int8_parts(parameters_of(self.module)[0])
 
 
-class Int4Call:
+class Int4Call(LinearCall):
     """The same for 4 bits in blocks of 32, packed once; `codes` are those that were packed."""
 
     def __init__(self, module: nn.Module, weight: Tensor) -> None:
-        self.module, self.codes = module, weight.qdata  # type: ignore[attr-defined]
+        super().__init__(module)
+        self.codes: Tensor = weight.qdata  # type: ignore[attr-defined]
         self.packed = pack_int4((self.codes + 8).to(torch.uint8))
-        self.scale = weight.scale.to(torch.float16)  # type: ignore[attr-defined]
+        self.scale: Tensor = weight.scale.to(torch.float16)  # type: ignore[attr-defined]
 
     def __call__(self, x: Tensor) -> Tensor:
         weight, bias = parameters_of(self.module)
         if not _served(x) or getattr(weight, "qdata", None) is not self.codes:
-            return self.module.__class__.forward(self.module, x)  # type: ignore[no-any-return]
+            return self.own(x)
         return linear_int4(x, self.packed, self.scale, None, None if bias is None else bias.to(x.dtype))
 
     def weights(self) -> tuple[Tensor, ...]:
-        """What a call reads, but for the bias."""
         return self.packed, self.scale
-
-
-CALLS = (LinearCall, Int8Call, Int4Call)
 
 
 def _served(x: Tensor) -> bool:
@@ -90,8 +95,14 @@ def _served(x: Tensor) -> bool:
     return type(x) is Tensor and x.is_cpu and x.dtype in FLOATS and not torch.is_autocast_enabled("cpu")
 
 
+def calls(model: nn.Module) -> Iterator[LinearCall]:
+    """Of every linear that is lowered."""
+    forwards = (module.__dict__.get("forward") for module in model.modules())
+    return (forward for forward in forwards if isinstance(forward, LinearCall))
+
+
 def lower_linears(model: nn.Module, bypassed: Iterable[nn.Module], *, quantised_only: bool = False) -> dict[str, str]:
-    """Every plain linear on the CPU calls its op, but for those that a lowered FFN does not call (`bypassed`).
+    """Every plain linear on the CPU calls its op, but for those that a lowered FFN passes by (`bypassed`).
 
     quantised_only: for a model that is compiled, where the backend finds the others. Returns the paths of those that
     were left, and why.
@@ -108,37 +119,32 @@ def lower_linears(model: nn.Module, bypassed: Iterable[nn.Module], *, quantised_
     return left
 
 
-def _call(module: nn.Module) -> LinearCall | Int8Call | Int4Call:
+def _call(module: nn.Module) -> LinearCall:
     weight, _ = parameters_of(module)
     if not is_ordinary(weight):
         return Int8Call(module) if _kind(weight) == "Int8Tensor" else Int4Call(module, weight)
     if not is_conv1d(module):
-        return LinearCall(module)
+        return FloatCall(module)
     stride = weight.stride()
     weight.data = weight.data.t().contiguous().t()
-    return LinearCall(module, stride)
+    return FloatCall(module, stride)
 
 
 def lowered_linears(model: nn.Module) -> int:
-    return sum(isinstance(module.__dict__.get("forward"), CALLS) for module in model.modules())
+    return sum(1 for _ in calls(model))
 
 
 def weights_read(model: nn.Module) -> dict[nn.Parameter, tuple[Tensor, ...]]:
     """What calls of lowered linears read in the place of a parameter."""
-    calls = [m.__dict__["forward"] for m in model.modules() if isinstance(m.__dict__.get("forward"), CALLS)]
-    return {call.module.weight: call.weights() for call in calls}
+    return {call.module.weight: call.weights() for call in calls(model)}  # type: ignore[misc]
 
 
 def unlower_linears(model: nn.Module) -> None:
-    for module in model.modules():
-        call = module.__dict__.get("forward")
-        if not isinstance(call, CALLS):
-            continue
-        del module.__dict__["forward"]
-        weight, _ = parameters_of(module)
-        if isinstance(call, LinearCall) and call.stride is not None and weight.t().is_contiguous():
-            as_it_was = torch.empty_strided(weight.shape, call.stride, dtype=weight.dtype, device=weight.device)
-            weight.data = as_it_was.copy_(weight.data)
+    for call in list(calls(model)):
+        del call.module.__dict__["forward"]
+        weight, _ = parameters_of(call.module)
+        if isinstance(call, FloatCall) and call.stride is not None and weight.t().is_contiguous():
+            lay_as(weight, call.stride)
 
 
 def why_not_linear(module: nn.Module) -> str | None:

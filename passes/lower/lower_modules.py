@@ -50,7 +50,7 @@ from ltepass.routed.routed import Routed, is_transformed
 from ltepass.routed.router import Router, applied
 from ltepass.routed.router import gate as gate_call
 from ltepass.routed.sites import FFNSite, NeuronRows, require_whole, unwrapped
-from ltepass.routed.undo import all_or_nothing, verb
+from ltepass.routed.undo import all_or_nothing, lay_as, verb
 from ltepass.sparsity.thresholds import remember_densities
 from ltepass.threads import interfered, require_own, unshared
 
@@ -229,8 +229,7 @@ def _give_back_strides(routed: Routed) -> None:
     for name, stride in routed.state.strides.items():
         parameter = parameters.get(name)
         if parameter is not None and parameter.dim() == 2 and parameter.t().is_contiguous():
-            as_it_was = torch.empty_strided(parameter.shape, stride, dtype=parameter.dtype, device=parameter.device)
-            parameter.data = as_it_was.copy_(parameter.data)
+            lay_as(parameter, stride)
     routed.state.strides = {}
 
 
