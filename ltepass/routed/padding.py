@@ -35,7 +35,8 @@ DECODER_TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
 
 def tokens_of(router: Router, value: Tensor) -> Tensor:
     """value: [..., width] -> [n, width]: the rows that are tokens, without gradients."""
-    mask = None if router.rows is None else router.rows.mask(value.shape[:-1])
+    known = router.recorder.rows
+    mask = None if known is None else known.mask(value.shape[:-1])
     rows = value.detach()
     return rows.reshape(-1, rows.shape[-1]) if mask is None else rows[mask]
 
@@ -43,10 +44,11 @@ def tokens_of(router: Router, value: Tensor) -> Tensor:
 def sequences_of(router: Router, value: Tensor) -> tuple[Tensor, Tensor]:
     """value: [..., width], in any layout that a mask fits -> ([B, T, width], bool [B, T], True at tokens)."""
     shape = value.shape[:-1]
-    real = None if router.rows is None else router.rows.mask(shape)
-    if real is None or router.rows is None:
+    known = router.recorder.rows
+    real = None if known is None else known.mask(shape)
+    if real is None or known is None:
         return value, torch.ones(shape, dtype=torch.bool, device=value.device)
-    mask = next(m for m in router.rows.forward.masks if fitted(m, tuple(shape)) is not None)
+    mask = next(m for m in known.forward.masks if fitted(m, tuple(shape)) is not None)
     if mask.numel() != real.numel():  # the model took its padding out by itself
         return value, real
     turned = value.transpose(0, 1) if shape == mask.shape[::-1] != mask.shape else value
@@ -57,7 +59,7 @@ def sequences_of(router: Router, value: Tensor) -> tuple[Tensor, Tensor]:
 def telling_tokens(routed: Routed, *, keep: bool = False) -> Iterator[TokenHooks]:
     """While the block runs, every router knows which of its rows are tokens.
 
-    keep: what routers keep for the losses stays from one forward to the next, until it is taken; otherwise a forward
+    keep: what routers record for the losses stays from one forward to the next, until it is taken; otherwise a forward
     begins anew.
     """
     hooks, before = attach(routed)
@@ -95,7 +97,7 @@ class TokenHooks:
         self.handles: list[RemovableHandle] = []
         self.sites, self.routers = routed.sites, routed.routers
         for site, router in routed:
-            router.rows = TokenRows(site.name)
+            router.recorder.rows = TokenRows(site.name)
         for module in _callable_parts(routed.model):
             enter = _Enter(self, routed.model, module)
             self.handles.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
@@ -105,7 +107,7 @@ class TokenHooks:
         for handle in self.handles:
             handle.remove()
         for router in self.routers:
-            router.rows = None
+            router.recorder.rows = None
 
 
 class _Enter:
@@ -130,11 +132,12 @@ class _Enter:
         self.hooks.number += 1
         masks = self._masks(dict(zip(self.names, args, strict=False)) | kwargs)
         for site, router, part, told in self.sites:
-            if router.rows is None:
-                router.rows = TokenRows(site.name)  # of a copied model: its routers are copied without
-            router.rows.forward = Forward(masks[part] if told else (), part, self.hooks.number)
+            recorder = router.recorder
+            if recorder.rows is None:
+                recorder.rows = TokenRows(site.name)  # of a copied model: its routers are copied without
+            recorder.rows.forward = Forward(masks[part] if told else (), part, self.hooks.number)
             if not self.hooks.keep:
-                router.kept.clear()
+                recorder.calls.clear()
         self.hooks.output = Forward(masks["decoder" if self.both else "whole"], number=self.hooks.number)
 
     def of_another_thread(self) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,26 +17,15 @@ from torch import Tensor, nn
 from ltepass.config import Mode
 from ltepass.errors import ShardedError
 from ltepass.kernels.reference import leave_out_small
-from ltepass.routed.token_rows import Forward, TokenRows
+from ltepass.routed.recording import Recorder
 from ltepass.threads import require_own
 
+_RECORDED = ("kept", "rows", "count_inactive", "share_neighbours")  # a router's own attributes, once
 N_QUANTILES = 101  # the sparsity table has one logit threshold for each of 0 %, 1 %, ... 100 %
 
 
 def logit(tau: float) -> float:
     return math.log(tau / (1.0 - tau))
-
-
-class Kept(NamedTuple):
-    """What one call of an FFN with gradients leaves for the losses: a value per row each, of the shape of the rows.
-
-    losses: (efficiency, separability, union, soft sparsity) in soft mode, else None. inactive: hard sparsity.
-    forward: what is known of which rows are tokens.
-    """
-
-    losses: tuple[Tensor, Tensor, Tensor, Tensor] | None
-    inactive: Tensor
-    forward: Forward
 
 
 class Router(nn.Module):
@@ -84,13 +73,9 @@ class Router(nn.Module):
         for name, given in (("cut", cut), ("input_cut", input_cut)):
             self.register_buffer(name, torch.empty((), dtype=torch.float32, device=device) if given else None)
         self.register_buffer("permutation", torch.empty(d_ff, dtype=torch.int64, device=device))
-        # Set by a training stage, never saved. straight_through: hard mode learns through its decision as if it were
-        # the score. count_inactive: hard mode keeps `inactive` too. share_neighbours: soft mode keeps the union term.
-        self.straight_through = self.count_inactive = self.share_neighbours = False
-        # Of every call with gradients in soft mode, or with `count_inactive`, until a loss takes it.
-        self.kept: list[Kept] = []
-        # Which rows of a call are tokens, while somebody counts them; None otherwise.
-        self.rows: TokenRows | None = None
+        # Set by a training stage, never saved: hard mode learns through its decision as if it were the score.
+        self.straight_through = False
+        self.recorder = Recorder()
         # Called with the hidden units h [..., d_ff] of every forward while calibration runs; None otherwise.
         self.observer: Callable[[Tensor], None] | None = None
         # How a lowered site reads its weights (lowering.Plan); None where it is not lowered.
@@ -126,34 +111,16 @@ class Router(nn.Module):
             return None
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
-                logits = nn.functional.linear(x.float(), self.weight, self.bias)
+                logits = self.logits(x.float())
         else:
-            logits = nn.functional.linear(x.float(), self.weight, self.bias)
-        if torch.is_grad_enabled() and (self.mode == "soft" or self.count_inactive):
-            self.keep((logits.detach() <= self.threshold).float().mean(-1), logits)
+            logits = self.logits(x.float())
+        if torch.is_grad_enabled() and (mode == "soft" or self.recorder.count_inactive):
+            self.recorder.record_logits(logits, self.threshold, tau=self.tau if mode == "soft" else None)
         return logits
 
-    def keep(self, inactive: Tensor, logits: Tensor | None = None) -> None:
-        """Leave a call's hard sparsity, and in soft mode the losses of its logits, for who takes them."""
-        losses = None
-        if self.mode == "soft" and logits is not None:
-            from ltepass.routed.soft_losses import per_token_losses, union_per_token
-
-            efficiency, separability = per_token_losses(logits, self.tau)
-            union = union_per_token(logits) if self.share_neighbours else torch.zeros_like(efficiency)
-            losses = (efficiency, separability, union, 1.0 - torch.sigmoid(logits.detach()).mean(-1))
-        if self.rows is None:
-            self.kept.clear()  # nobody counts: the last call is enough
-        # Checkpointing runs a layer again inside the backward pass: all of it, but it is the same call. What a replica
-        # of DataParallel keeps is lost with it.
-        again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-        if not again and not getattr(self, "_is_replica", False):
-            self.kept.append(Kept(losses, inactive, Forward() if self.rows is None else self.rows.forward))
-
-    @property
-    def aux(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-        """(efficiency, separability, union, soft sparsity) per row of the last soft call with gradients."""
-        return self.kept[-1].losses if self.kept else None
+    def logits(self, x: Tensor) -> Tensor:
+        """x: [..., d_model] fp32 -> logits [..., n_experts] fp32, in every mode."""
+        return nn.functional.linear(x, self.weight, self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         """Moves with the model, but never changes dtype: `model.to(bfloat16)` keeps the decision in fp32."""
@@ -183,7 +150,19 @@ class Router(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: without what belongs to one forward, which no copy can take."""
         state: dict[str, Any] = super().__getstate__()
-        return {**state, "kept": [], "rows": None, "observer": None, "thread": None}
+        return {**state, "recorder": self.recorder.emptied(), "observer": None, "thread": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Also what earlier versions pickled, whose routers recorded by themselves."""
+        own = {name: value for name, value in state.items() if name not in _RECORDED}
+        flags = (state.get("count_inactive", False), state.get("share_neighbours", False))
+        super().__setstate__({"recorder": Recorder(*flags), **own})
+
+    def _replicate_for_data_parallel(self) -> Router:
+        """A thread's own: what a replica records is lost with it."""
+        replica: Router = super()._replicate_for_data_parallel()
+        replica.recorder = self.recorder.emptied()
+        return replica
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, n_experts={self.n_experts}, group_size={self.group_size}, mode={self.mode!r}"

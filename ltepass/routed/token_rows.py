@@ -49,7 +49,7 @@ def _longer(shape: Sequence[int]) -> list[int]:
 
 
 class TokenRows:
-    """Hangs on a site's router while somebody counts: what the present forward says of the rows that it sees."""
+    """With a site's recorder while somebody counts: what the present forward says of the rows that it sees."""
 
     def __init__(self, name: str) -> None:
         self.name, self.forward, self.warned = name, Forward(), False

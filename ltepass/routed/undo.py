@@ -142,6 +142,7 @@ def _objects(model: nn.Module) -> Iterable[Any]:
     """Every module, and the objects on it that a call may write to, each once."""
     modules = list(model.modules())
     held = [module.__dict__.get(name) for module in modules for name in OBJECTS]
+    held += [router.recorder for router in routers_of(model)]
     return {id(thing): thing for thing in (*modules, *held) if hasattr(thing, "__dict__")}.values()
 
 

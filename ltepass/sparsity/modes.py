@@ -33,7 +33,7 @@ def switch(routed: Routed, mode: Mode) -> None:
     """Every router to this mode."""
     for router in routed.all_routers():
         router.mode = mode
-        router.kept.clear()
+        router.recorder.calls.clear()
     if mode == "soft":
         padding.attach(routed)  # what a forward leaves for the losses begins anew with the next
     else:

@@ -47,7 +47,7 @@ def _begin(model: nn.Module, lte: LTESettings, stage: Stage, through_op: bool) -
     if lte.trainable == "lora":
         add_lora(Routed.of(model, "stage options"), lte.lora_rank)
     for router in Routed.of(model, "stage options").routers:
-        router.count_inactive, router.share_neighbours = lte.hold, lte.union > 0
+        router.recorder.count_inactive, router.recorder.share_neighbours = lte.hold, lte.union > 0
     if through_op:
         lower(model, scope="ffn")
     return True
@@ -55,7 +55,7 @@ def _begin(model: nn.Module, lte: LTESettings, stage: Stage, through_op: bool) -
 
 def _reset(model: nn.Module, flags: dict[str, bool], modes: list[tuple[Router, Mode]]) -> None:
     for router in routers_of(model):
-        router.straight_through = router.count_inactive = router.share_neighbours = False
+        router.straight_through = router.recorder.count_inactive = router.recorder.share_neighbours = False
     for name, p in model.named_parameters():
         p.requires_grad_(flags.get(name, p.requires_grad))
     for router, mode in modes:

@@ -14,8 +14,8 @@ from ltepass.config import Budget
 from ltepass.errors import TrainingError
 from ltepass.measure.sparsity import hard_sparsity
 from ltepass.routed.padding import IGNORED
+from ltepass.routed.recording import RecordedCall, Recorder
 from ltepass.routed.routed import Routed
-from ltepass.routed.router import Kept, Router
 from ltepass.routed.sites import require_whole
 from ltepass.routed.token_rows import Part
 from ltepass.routed.undo import verb
@@ -133,7 +133,7 @@ class Auxiliary:
 
 def clear_auxiliary(routed: Routed) -> None:
     for router in routed.all_routers():
-        router.kept.clear()
+        router.recorder.calls.clear()
 
 
 def take_auxiliary(model: nn.Module, mask: Tensor | None) -> Auxiliary:
@@ -153,7 +153,7 @@ def take_auxiliary(model: nn.Module, mask: Tensor | None) -> Auxiliary:
         >>> loss = task + (0.3 * auxiliary.efficiency + 1e-4 * auxiliary.separability) / auxiliary.tokens
         >>> loss.backward()
     """
-    sites = [_taken(router, mask) for router in Routed.of(model, "take_auxiliary").routers]
+    sites = [_taken(router.recorder, mask) for router in Routed.of(model, "take_auxiliary").routers]
     predicting = [site for site in sites if site.part != "encoder"] or sites
     tokens = predicting[-1].tokens
     total = torch.stack([site.sums * (tokens / site.counted.clamp_min(1)) for site in sites]).mean(0)
@@ -170,19 +170,19 @@ class _Taken(NamedTuple):
     part: Part
 
 
-def _taken(router: Router, mask: Tensor | None) -> _Taken:
-    calls = list(router.kept)
+def _taken(recorder: Recorder, mask: Tensor | None) -> _Taken:
+    calls = list(recorder.calls)
     if not calls or any(call.losses is None for call in calls):
         raise TrainingError(
             "a router's soft forward left no auxiliary loss: it ran without gradients; expected a plain forward or "
             "non-reentrant checkpointing; pass use_reentrant=False to it"
         )
-    router.kept.clear()
+    recorder.calls.clear()
     sums: list[Tensor] = []
     counts: list[Tensor] = []
     first: dict[int, Tensor] = {}  # of each forward
     for call in calls:
-        weights = _weights(router, call, mask)
+        weights = _weights(recorder, call, mask)
         sums.append(_rows(call) @ weights)
         counts.append(weights.sum())
         first.setdefault(call.forward.number, counts[-1])  # a later call in it has the same tokens
@@ -190,7 +190,7 @@ def _taken(router: Router, mask: Tensor | None) -> _Taken:
     return _Taken(torch.stack(sums).sum(0), counted, tokens, calls[-1].forward.part)
 
 
-def _rows(call: Kept) -> Tensor:
+def _rows(call: RecordedCall) -> Tensor:
     """[5, n]: efficiency, separability, union, soft and hard sparsity."""
     assert call.losses is not None
     efficiency, separability, union, soft = call.losses
@@ -199,10 +199,11 @@ def _rows(call: Kept) -> Tensor:
     return torch.stack([part.reshape(-1) for part in (efficiency, separability, union, soft, call.inactive)])
 
 
-def _weights(router: Router, call: Kept, mask: Tensor | None = None) -> Tensor:
+def _weights(recorder: Recorder, call: RecordedCall, mask: Tensor | None = None) -> Tensor:
     """[n] fp32: 1 at the rows of a call that are tokens, and whose prediction counts where a mask [B, T] says so."""
     shape = call.inactive.shape
-    real = call.forward.tokens(shape) if router.rows is None else router.rows.mask(shape, call.forward)
+    rows = recorder.rows
+    real = call.forward.tokens(shape) if rows is None else rows.mask(shape, call.forward)
     weights = torch.ones_like(call.inactive) if real is None else real.to(call.inactive)
     if mask is not None and call.forward.part != "encoder":  # labels say nothing of what an encoder reads
         if mask.numel() == weights.numel():
@@ -218,15 +219,15 @@ def _weights(router: Router, call: Kept, mask: Tensor | None = None) -> Tensor:
 def inactive_shares(routed: Routed) -> Tensor:
     """[n_sites]: mean hard sparsity of each site's tokens in the forwards with gradients since, and forget it."""
     shares = []
-    for router in routed.routers:
-        if not router.kept:
+    for recorder in (router.recorder for router in routed.routers):
+        if not recorder.calls:
             raise TrainingError(
                 "a router kept no sparsity: its forward ran without gradients; expected a plain forward"
             )
-        weights = torch.cat([_weights(router, call) for call in router.kept])
-        inactive = torch.cat([call.inactive.reshape(-1) for call in router.kept])
+        weights = torch.cat([_weights(recorder, call) for call in recorder.calls])
+        inactive = torch.cat([call.inactive.reshape(-1) for call in recorder.calls])
         shares.append(inactive @ weights / weights.sum().clamp_min(1))
-        router.kept.clear()
+        recorder.calls.clear()
     return torch.stack(shares)
 
 

@@ -307,9 +307,9 @@ def lowered_call(
         plan.activation,
         *_cuts(router),
     )
-    if router.count_inactive and torch.is_grad_enabled():
+    if router.recorder.count_inactive and torch.is_grad_enabled():
         y, active, _ = torch.ops.ltepass.routed_ffn_with_mask(*args)
-        router.keep((~active).float().mean(-1))
+        router.recorder.record((~active).float().mean(-1))
         return y  # type: ignore[no-any-return]
     if router.density is not None and x.is_cuda and not torch.compiler.is_compiling():
         with assume_density(router.density):

@@ -153,7 +153,7 @@ def test_training_that_stops_midway_leaves_modes_flags_and_modules_as_before(
     assert {n: type(m) for n, m in model.named_modules()} == kinds
     assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
     assert {r.mode for r in routers_of(model)} == {"dense"}
-    assert not any(r.count_inactive or r.plan for r in routers_of(model))
+    assert not any(r.recorder.count_inactive or r.plan for r in routers_of(model))
     assert any(not torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 

@@ -46,7 +46,9 @@ def test_what_learns_is_what_was_asked_for(tmp_path: Path, stage: str, trainable
     base = {"all": before.keys() - routers, "lora": linears, "routers": set()}[trainable]
     assert moved == base | (routers if stage == "soft" or trainable == "routers" else set())
     assert {n: type(m) for n, m in model.named_modules()} == kinds  # nothing of peft is left
-    assert not any(r.straight_through or r.count_inactive or r.share_neighbours for r in routers_of(model))
+    assert not any(
+        r.straight_through or r.recorder.count_inactive or r.recorder.share_neighbours for r in routers_of(model)
+    )
 
 
 def test_lora_learns_a_low_rank_update_of_that_rank(tmp_path: Path) -> None:

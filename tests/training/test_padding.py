@@ -67,7 +67,7 @@ def test_the_auxiliary_loss_of_a_padded_batch_is_its_sequences(family: str, left
     model = started(family)
     begin_stage(model, "soft")
     for router in routers_of(model):
-        router.share_neighbours = True
+        router.recorder.share_neighbours = True
     batch, alone = one_batch(family, left)
     found = []
     for batches in ([batch], alone):
@@ -287,7 +287,7 @@ def test_a_trainer_that_makes_its_own_inputs_counts_its_tokens(
     trainer.fit()
     assert counted == [tokens / 2] * 4  # two sequences a time
     assert hooks_of(model) is None
-    assert all(router.rows is None and not router.kept for router in routers_of(model))
+    assert all(router.recorder.rows is None and not router.recorder.calls for router in routers_of(model))
 
 
 def test_labels_say_nothing_of_what_an_encoder_reads() -> None:
@@ -297,7 +297,7 @@ def test_labels_say_nothing_of_what_an_encoder_reads() -> None:
     ids, labels = torch.randint(1, 61, (2, 6)), torch.full((2, 6), -100)
     labels[:, :2] = 5
     model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
-    kept = [present(router_of(model, site).kept[0].losses)[0].clone() for site in model._lte.sites]
+    kept = [present(router_of(model, site).recorder.calls[0].losses)[0].clone() for site in model._lte.sites]
     aux = take_auxiliary(model, label_mask(labels, shifted=False))
     means = [
         losses.mean() if site.name.startswith("encoder") else losses[:, :2].mean()
@@ -317,7 +317,7 @@ def test_an_encoder_decoder_learns_from_its_tokens(
 
     def spy(model: nn.Module, mask: Tensor | None) -> Any:
         sites = zip(lte_state(model).sites, routers_of(model), strict=True)
-        counted.extend(float(router.kept[0].forward.masks[0].sum()) for _, router in sites)
+        counted.extend(float(router.recorder.calls[0].forward.masks[0].sum()) for _, router in sites)
         aux = take(model, mask)
         counted.append(float(aux.tokens))
         return aux
@@ -340,7 +340,7 @@ def test_held_thresholds_follow_the_tokens_alone() -> None:
     model = started("llama")
     begin_stage(model, "hard")
     for router in routers_of(model):
-        router.count_inactive = True
+        router.recorder.count_inactive = True
     batch, alone = one_batch("llama")
     with telling_tokens(routed(model), keep=True):
         model(**batch)
@@ -359,14 +359,14 @@ def test_nothing_is_kept_of_forwards_that_nobody_takes() -> None:
     ltepass.set_mode(model, "soft")
     for _ in range(3):
         model(input_ids=torch.zeros(1, 4, dtype=torch.long))
-    assert {len(router.kept) for router in routers_of(model)} == {1}
+    assert {len(router.recorder.calls) for router in routers_of(model)} == {1}
     ltepass.set_mode(model, "dense")
     assert hooks_of(model) is None
     for router in routers_of(model):
         router.mode = "soft"  # behind our back: nobody counts
     for _ in range(3):
         model(input_ids=torch.zeros(1, 4, dtype=torch.long))
-    assert {len(router.kept) for router in routers_of(model)} == {1}
+    assert {len(router.recorder.calls) for router in routers_of(model)} == {1}
 
 
 def test_a_copy_of_a_model_in_training_counts_its_own_tokens() -> None:
@@ -378,7 +378,7 @@ def test_a_copy_of_a_model_in_training_counts_its_own_tokens() -> None:
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         copied(**batch)
         assert int(take_auxiliary(copied, None).tokens) == sum(LENGTHS)
-    assert not any(router.kept for router in routers_of(model))
+    assert not any(router.recorder.calls for router in routers_of(model))
 
 
 class Inside(nn.Module):

@@ -18,6 +18,7 @@ from ltepass.training.stages import begin_stage, take_auxiliary
 from tests.child import environment
 from tests.training.kill_driver import CASES
 from tests.training.learning_cases import copied_text, fit, trained
+from tests.typed import present
 
 
 def drive(driver: str, folder: Path, *args: str, timeout: float = 240) -> None:
@@ -149,7 +150,7 @@ def test_autocast_costs_the_soft_stage_no_more_than_it_costs_the_dense_model() -
     begin_stage(model, "soft")
     with torch.autocast("cpu", torch.bfloat16):
         model(copied_text(1, 3))
-    assert all(part.dtype == torch.float32 for r in routers_of(model) for part in r.aux or ())
+    assert all(part.dtype == torch.float32 for r in routers_of(model) for part in present(r.recorder.calls[-1].losses))
 
 
 def test_autocast_costs_separability_no_more_than_rounded_inputs_do() -> None:

@@ -86,7 +86,7 @@ def test_every_call_counts_in_the_auxiliary_loss() -> None:
     for built in (shared, apart):
         begin_stage(built, "soft")
         built(tokens(1))
-        found.append([present(call.losses) for router in routers_of(built) for call in router.kept])
+        found.append([present(call.losses) for router in routers_of(built) for call in router.recorder.calls])
     one = take_auxiliary(shared, None)
     for i, value in enumerate((one.efficiency, one.separability)):
         sums = torch.stack([losses[i].sum() for losses in found[1]])
@@ -113,7 +113,7 @@ def test_checkpointing_counts_no_call_twice(copies: bool) -> None:
                 aux = auxiliary(built, tokens(seed))
                 values.append(torch.stack([aux.efficiency, aux.separability, aux.sparsity, aux.tokens]).detach())
                 (aux.efficiency + aux.separability).backward()
-        assert not any(router.kept for router in routers_of(built))
+        assert not any(router.recorder.calls for router in routers_of(built))
         found.append((torch.stack(values), [p.grad for p in built.parameters() if p.grad is not None]))
     torch.testing.assert_close(*found)
 
@@ -123,7 +123,7 @@ def test_held_sparsity_is_of_all_calls(checkpointing: bool) -> None:
     built = model(checkpointing=checkpointing)
     begin_stage(built, "hard")
     for router in routers_of(built):
-        router.count_inactive = True
+        router.recorder.count_inactive = True
     with telling_tokens(routed(built), keep=True):
         for seed in (1, 2):
             clear_auxiliary(routed(built))
@@ -191,6 +191,6 @@ def test_albert_trains_calibrates_and_is_refitted() -> None:
     (router,) = routers_of(albert)
     begin_stage(albert, "soft")
     albert(tokens(2))
-    assert len(router.kept) == 3
+    assert len(router.recorder.calls) == 3
     assert int(take_auxiliary(albert, None).tokens) == 8 * 32
     assert len(warm_start(albert, {"input_ids": tokens(2)})) == 1
