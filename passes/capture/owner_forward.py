@@ -19,6 +19,7 @@ from ltepass.routed.router import Router
 from ltepass.threads import tracing
 
 T = TypeVar("T")
+OwnerGraphs = tuple[Graph, Graph]  # of one forward: in training, in evaluation
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -90,10 +91,8 @@ def traceable(original: type[nn.Module]) -> bool:
     )
 
 
-def trace_owner(
-    owner: nn.Module, *, defaults: bool = False, through: Collection[str] = ()
-) -> tuple[Graph, Graph] | None:
-    """(training graph, evaluation graph) of the owner's original forward, or None where it cannot be traced.
+def trace_owner(owner: nn.Module, *, defaults: bool = False, through: Collection[str] = ()) -> OwnerGraphs | None:
+    """The graphs of the owner's original forward, or None where it cannot be traced.
 
     The owner itself is not touched: a stand-in that shares its attributes is traced. Routers are hidden from it: a
     Sequential would call every child that it holds. defaults: also a forward with options, at their defaults: to look

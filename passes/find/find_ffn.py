@@ -17,6 +17,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from ltepass.errors import GroupSizeError, NoFFNFoundError
+from ltepass.passes.capture.owner_forward import OwnerGraphs
 from ltepass.passes.find.match import Miss, Region, match_down
 from ltepass.passes.find.moe_stacks import ExpertStack, find_experts
 from ltepass.passes.find.owner import place
@@ -37,7 +38,7 @@ class FindFFN:
     def __call__(self, job: TransformJob) -> str:
         found: list[Found] = []
         for captured in job.captured:
-            here, refusals = find_in(job.model, captured)
+            here, refusals = find_in(job.model, captured, job.owner_graphs)
             found += here
             job.refusals += refusals
         kept, tied = _without_ties(found, job.captured)
@@ -66,7 +67,9 @@ class Found:
     products: frozenset[Node]
 
 
-def find_in(root: nn.Module, captured: Captured) -> tuple[list[Found], list[Refusal]]:
+def find_in(
+    root: nn.Module, captured: Captured, traced: dict[str, OwnerGraphs | None]
+) -> tuple[list[Found], list[Refusal]]:
     """Sites and near misses of one graph."""
     found: list[Found] = []
     refusals: list[Refusal] = []
@@ -79,7 +82,7 @@ def find_in(root: nn.Module, captured: Captured) -> tuple[list[Found], list[Refu
             if match.near:
                 refusals.append(_refusal(captured, linear.node, match))
             continue
-        site = place(root, captured, match)
+        site = place(root, captured, match, traced)
         if isinstance(site, Refusal):
             refusals.append(site)
         else:

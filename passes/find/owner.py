@@ -14,7 +14,7 @@ from dataclasses import replace
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from ltepass.passes.capture.owner_forward import is_replaced, original_class, trace_owner
+from ltepass.passes.capture.owner_forward import OwnerGraphs, is_replaced, original_class, trace_owner
 from ltepass.passes.capture.traceable_forwards import is_straight
 from ltepass.passes.find.match import Region, Rows, down_rows
 from ltepass.passes.graph.captured import Captured
@@ -23,8 +23,13 @@ from ltepass.passes.graph.node_kinds import is_movement, strip_identity
 from ltepass.routed.sites import FFNSite, NeuronRows, Refusal
 
 
-def place(root: nn.Module, captured: Captured, region: Region) -> FFNSite | Refusal:
-    """The site of a region, without group size and router name; a refusal where no way of gating fits its owner."""
+def place(
+    root: nn.Module, captured: Captured, region: Region, traced: dict[str, OwnerGraphs | None]
+) -> FFNSite | Refusal:
+    """The site of a region, without group size and router name; a refusal where no way of gating fits its owner.
+
+    traced: by path, the graphs of owners that were asked about; those of this one are added.
+    """
     linears = [region.up.linear, region.down] + ([region.gate.linear] if region.gate else [])
     site = _site(captured, region, _owner(captured, region, linears))
     if isinstance(root, GraphModule) and len({_origin(n.product) for n in linears}) == len(
@@ -38,7 +43,7 @@ def place(root: nn.Module, captured: Captured, region: Region) -> FFNSite | Refu
         if not _is_module(captured, linear):
             where = holder(captured, linear) or "the root"
             return _refusal(site, region, f"a product with parameters of {where}: no linear module to gate around")
-    return _in_modules(root, site, region)
+    return _in_modules(root, site, region, traced)
 
 
 def holder(captured: Captured, linear: Linear) -> str:
@@ -149,10 +154,14 @@ def as_gated_now(root: nn.Module, sites: Sequence[FFNSite]) -> list[FFNSite]:
     return [replace(s, kind="inline") if s.owner in crooked else s for s in sites]
 
 
-def _in_modules(root: nn.Module, site: FFNSite, region: Region) -> FFNSite | Refusal:
+def _in_modules(
+    root: nn.Module, site: FFNSite, region: Region, traced: dict[str, OwnerGraphs | None]
+) -> FFNSite | Refusal:
     """Aligned where the owner's forward can be regenerated around the two linears, else inline hooks on them."""
     owner = root.get_submodule(site.owner)
-    graphs = None if is_replaced(owner) else trace_owner(owner)
+    if site.owner not in traced:
+        traced[site.owner] = None if is_replaced(owner) else trace_owner(owner)
+    graphs = traced[site.owner]
     if graphs is not None and all(_calls_once(g, site) for g in graphs):
         return replace(site, kind="aligned")
     if isinstance(owner, (nn.Sequential, nn.ModuleList)):

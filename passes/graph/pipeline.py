@@ -77,6 +77,7 @@ class TransformJob:
     """Of `ltepass.transform`. `model` is untouched until the passes that say so in their docstring.
 
     has_calibration: batches follow, so grouping methods that use data may wait for them.
+    owner_graphs: by owner, its own forward's for training and for evaluation; None where it cannot be traced.
     """
 
     model: nn.Module
@@ -87,6 +88,7 @@ class TransformJob:
     captured: list[Captured] = field(default_factory=list)
     sites: list[FFNSite] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
+    owner_graphs: dict[str, tuple[Graph, Graph] | None] = field(default_factory=dict)
     permutations: dict[str, Tensor] = field(default_factory=dict)  # by site; the routers remember them
 
     def graphs(self) -> list[Graph]:

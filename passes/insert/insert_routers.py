@@ -12,7 +12,7 @@ parameter keeps its name and value.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -22,7 +22,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from ltepass.config import LTEConfig
 from ltepass.errors import CheckpointError
-from ltepass.passes.capture.owner_forward import trace_owner
+from ltepass.passes.capture.owner_forward import OwnerGraphs, trace_owner
 from ltepass.passes.find.near_miss import breadth_first
 from ltepass.passes.graph.pipeline import Tier, TransformJob
 from ltepass.passes.insert.forwards import forwards_of, regenerate
@@ -40,7 +40,7 @@ class InsertRouters:
     skippable: bool = False
 
     def __call__(self, job: TransformJob) -> str:
-        insert_routers(job.model, job.sites, job.config)
+        insert_routers(job.model, job.sites, job.config, traced=job.owner_graphs)
         for site in job.sites:
             if site.name in job.permutations:
                 router = job.model.get_submodule(site.router)
@@ -54,13 +54,19 @@ class InsertRouters:
 
 
 def insert_routers(
-    model: nn.Module, sites: Sequence[FFNSite], config: LTEConfig, device: torch.device | str | None = None
+    model: nn.Module,
+    sites: Sequence[FFNSite],
+    config: LTEConfig,
+    device: torch.device | str | None = None,
+    traced: Mapping[str, OwnerGraphs | None] | None = None,
 ) -> None:
     """Add routers and gates from the site list alone: no capture, works on the meta device, used by from_pretrained.
 
     device: of the routers; None takes the device of the site's down weight.
+    traced: by owner, what find_ffn traced of it; None traces here.
     """
-    graphs = {owner: _owner_graphs(model, owner) for owner in {s.owner for s in sites if s.kind == "aligned"}}
+    aligned = {s.owner for s in sites if s.kind == "aligned"}
+    graphs = {owner: _own_graphs(model, owner, traced) for owner in aligned}
     generator = torch.Generator().manual_seed(config.seed)
     for site in sites:
         where = device if device is not None else _device(model.get_submodule(site.down))
@@ -108,14 +114,15 @@ def inline_site(site: FFNSite) -> InlineSite:
     return InlineSite(site.name, up, down, router, gate=relative(site, site.gate) if site.gate else "")
 
 
-def _owner_graphs(model: nn.Module, owner: str) -> tuple[Graph, Graph]:
-    graphs = trace_owner(model.get_submodule(owner))
+def _own_graphs(model: nn.Module, owner: str, traced: Mapping[str, OwnerGraphs | None] | None) -> OwnerGraphs:
+    """For gates to be put in: the caller's stay as they are."""
+    graphs = trace_owner(model.get_submodule(owner)) if traced is None else traced[owner]
     if graphs is None:
         raise CheckpointError(
             f"{owner}: {type(model.get_submodule(owner)).__name__}.forward cannot be traced; expected the class that "
             "the checkpoint was made with; load it with the same transformers version, or transform the dense model"
         )
-    return graphs
+    return graphs if traced is None else copy.deepcopy(graphs)
 
 
 def _called(graph: Graph, path: str) -> Node:

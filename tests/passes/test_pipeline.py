@@ -15,7 +15,10 @@ from torch.fx import GraphModule, Node, symbolic_trace
 import ltepass
 from ltepass.errors import ConfigError
 from ltepass.passes import BACKEND, TRANSFORM
-from ltepass.passes.graph.pipeline import NAMES, GraphJob, Pass, Tier, run_passes
+from ltepass.passes.capture.owner_forward import OwnerGraphs, trace_owner
+from ltepass.passes.find import owner
+from ltepass.passes.graph.pipeline import NAMES, GraphJob, Pass, Tier, TransformJob, run_passes
+from ltepass.passes.insert import insert_routers
 
 
 class FFN(nn.Module):
@@ -125,3 +128,35 @@ def test_a_needed_or_unknown_pass_is_not_left_out(name: str, monkeypatch: pytest
     monkeypatch.setenv("LTEPASS_SKIP", name)
     with pytest.raises(ConfigError, match=f"LTEPASS_SKIP names '{name}'"):
         ltepass.transform(model(), torch.randn(2, 6))
+
+
+class Two(nn.Module):
+    """One owner of two sites: their linears hang on it itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 24), nn.Linear(24, 6)
+        self.up2, self.down2 = nn.Linear(6, 24), nn.Linear(24, 6)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.down(torch.relu(self.up(x)))
+        return self.down2(torch.relu(self.up2(x)))
+
+
+def test_an_owner_is_traced_once_and_its_gates_go_into_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    both, traced = nn.Sequential(Two(), FFN()).eval(), []
+
+    def noted(own: nn.Module) -> OwnerGraphs | None:
+        traced.append(own)
+        return trace_owner(own)
+
+    for module in (owner, insert_routers):
+        monkeypatch.setattr(module, "trace_owner", noted)
+    x = torch.randn(2, 6)
+    config = ltepass.LTEConfig(group_size=4, grouping="identity")
+    job = run_passes(TRANSFORM, TransformJob(both, config, x))
+    assert [site.kind for site in job.sites] == ["aligned"] * 3
+    assert traced == [both[0], both[1]]
+    targets = [str(n.target) for graphs in job.owner_graphs.values() if graphs for g in graphs for n in g.nodes]
+    assert targets.count("down") == 4
+    assert not any("router" in target or "gate" in target for target in targets)
