@@ -57,7 +57,7 @@ def inspect(
     """Show the FFN sites that transform would find, and why other candidates are refused. Needs no weights."""
     import time
 
-    from ltepass.commands.models import inspect_model, peak_memory
+    from ltepass.commands.inspect import inspect_model, peak_memory
 
     start = time.perf_counter()
     _print(inspect_model(model, group_size=group_size))
@@ -74,7 +74,7 @@ def coverage(context: typer.Context) -> None:
 def report(folder: Folder) -> None:
     """Show the sites of a saved model."""
     import ltepass
-    from ltepass.commands.models import load
+    from ltepass.commands.load import load
 
     _print(ltepass.report(load(str(folder))))
 
@@ -108,9 +108,9 @@ def train(
     device: Device = "cpu",
 ) -> None:
     """Transform a dense model, calibrate its routers and train it on a text, and save it."""
-    from ltepass.commands import models
+    from ltepass.commands import train as command
 
-    options = models.TrainOptions(
+    options = command.TrainOptions(
         target_sparsity=target_sparsity,
         group_size=group_size,
         grouping=grouping,
@@ -132,7 +132,7 @@ def train(
             "union": union,
         },
     )
-    _print(models.train(model, text.read_text(), out, options))
+    _print(command.train(model, text.read_text(), out, options))
 
 
 @app.command("eval")
@@ -145,10 +145,10 @@ def evaluate(
     device: Device = "cpu",
 ) -> None:
     """Perplexity of a saved model on a text, with its gates and without, and how sparse it is there."""
-    from ltepass.commands import models
+    from ltepass.commands import evaluate as command
 
     wanted = [float(s) for s in sparsities.split(",") if s]
-    _print(models.evaluate(str(folder), text.read_text(), wanted, length=length, limit=limit, device=device))
+    _print(command.evaluate(str(folder), text.read_text(), wanted, length=length, limit=limit, device=device))
 
 
 @bench_app.command("op", context_settings=PASSED_ON)
@@ -210,9 +210,9 @@ def generate(
     device: Device = "cpu",
 ) -> None:
     """Continue a prompt with a saved model, lowered."""
-    from ltepass.commands.models import continue_text
+    from ltepass.commands import generate as command
 
-    typer.echo(continue_text(str(folder), prompt, new_tokens=new_tokens, sparsity=sparsity, device=device))
+    typer.echo(command.generate(str(folder), prompt, new_tokens=new_tokens, sparsity=sparsity, device=device))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

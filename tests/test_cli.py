@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import ltepass
 from ltepass.cli import app, main
-from ltepass.commands.models import call_by_name, load
+from ltepass.commands.load import call_by_name, load
 from ltepass.errors import ConfigError
 from ltepass.measure.records import TokenRecord, read
 from ltepass.routed.sites import routers_of

@@ -15,7 +15,7 @@ import torch
 
 from ltepass.api import remove
 from ltepass.commands.decode_table import token_plot, token_tables
-from ltepass.commands.models import load
+from ltepass.commands.load import load
 from ltepass.errors import ConfigError
 from ltepass.measure import gguf_file, llama_cpp
 from ltepass.measure.records import append

@@ -19,7 +19,7 @@ import ltepass
 from examples.bench import token_table
 from ltepass.api import remove
 from ltepass.commands.decode_table import token_plot, token_tables
-from ltepass.commands.models import load
+from ltepass.commands.load import load
 from ltepass.errors import ConfigError
 from ltepass.measure import token_speed
 from ltepass.measure.processes import Seat, Worker

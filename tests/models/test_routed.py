@@ -30,7 +30,8 @@ BOUNDARY = {  # where a model comes in that may have no routers, or is not yet k
     "ltepass/saving/plain_modules.py",
     "ltepass/saving/quantizer.py",
     "ltepass/serving/lowered_server.py",
-    "ltepass/commands/models.py",
+    "ltepass/commands/evaluate.py",
+    "ltepass/commands/inspect.py",
     "ltepass/training/trainer.py",
 }
 BATCHES = [tokens(4), tokens(4, seed=2)]

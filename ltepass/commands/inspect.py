@@ -1,0 +1,59 @@
+"""`ltepass inspect`: what transform would find in a model, without its weights."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+import torch
+
+import ltepass
+from ltepass.commands.load import call_by_name, load
+from ltepass.config import LTEConfig
+from ltepass.errors import ConfigError
+from ltepass.routed.reporting import Report
+from ltepass.routed.sites import state_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def inspect_model(name: str, group_size: int | None = None) -> Report | str:
+    """The report of a transform under identity grouping. A config is enough: weights are neither read nor made.
+
+    Raises NoFFNFoundError with the refusals where nothing is found.
+    """
+    inputs = None
+    if ":" in name and not os.path.exists(name):
+        model, inputs = call_by_name(name)
+    else:
+        model = _skeleton(name)
+    if state_of(model) is None:
+        config = LTEConfig(group_size=group_size or "auto", grouping="identity")
+        ltepass.transform(model, example_inputs=inputs, config=config)
+    return ltepass.report(model)
+
+
+def _skeleton(name: str) -> PreTrainedModel:
+    """The model of a directory or hub name, on the meta device; a saved LTE model is described as it is."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{name!r} is no model directory and no model of the hub that can be reached: {error}"
+        ) from error
+    if (getattr(config, "quantization_config", None) or {}).get("quant_method") == "lte":
+        return load(name)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
+def peak_memory() -> int:
+    """Most bytes that this process ever held in memory."""
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

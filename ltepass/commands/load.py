@@ -1,0 +1,48 @@
+"""A model by the name that a user gives on the command line."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ltepass.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def call_by_name(name: str) -> tuple[nn.Module, object]:
+    """`module:function` -> (model, example inputs or None); the function returns a model or such a pair."""
+    module, _, function = name.partition(":")
+    sys.path.insert(0, os.getcwd())  # as `python -m` has it
+    try:
+        made = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{name!r} cannot be called ({error}); expected importable_module:function_name") from error
+    finally:
+        sys.path.pop(0)
+    model, inputs = made if isinstance(made, tuple) else (made, None)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"{name!r} returned {type(model).__name__}; expected an nn.Module, or (model, example_inputs)"
+        )
+    return model, inputs
+
+
+def load(name: str, device: str = "cpu", dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A model from a directory, a hub name or `module:function`, in eval mode. dtype: None takes that of the file."""
+    if ":" in name and not os.path.exists(name):
+        return call_by_name(name)[0].to(device=device, dtype=dtype).eval()
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto").to(device).eval()
+    except OSError as error:
+        raise ConfigError(
+            f"{name!r} is no model directory and no model of the hub that can be reached: {error}"
+        ) from error
