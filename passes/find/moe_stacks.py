@@ -8,10 +8,10 @@ already chooses, and the sparse op takes one matrix, not a stack.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 
 from torch.fx import Node
 
+from ltepass.passes.graph.captured import Captured
 from ltepass.passes.graph.linears import Flow
 from ltepass.passes.graph.node_kinds import (
     is_movement,
@@ -23,32 +23,32 @@ from ltepass.passes.graph.node_kinds import (
     strip_identity,
     tensor_inputs,
 )
+from ltepass.routed.sites import Refusal
 
 _INDEXING = frozenset("index index_select gather embedding take_along_dim".split())
 _JOINING = frozenset("cat stack index_add index_put scatter scatter_add".split())  # of one expert's tokens to all's
 MAX_STEPS = 64
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExpertStack:
-    """node: the second product; up, down: names of the stacked weights."""
-
-    node: Node
-    up: str
-    down: str
-    n_experts: int
-
-
-def find_experts(flow: Flow) -> list[ExpertStack]:
-    """Every stack of expert FFNs of a graph, one per pair of weights."""
+def refuse_expert_stacks(captured: Captured) -> list[Refusal]:
+    """For every stack of expert FFNs of a graph, one per pair of weights."""
+    flow = captured.flow
     products = _stacked_products(flow)
-    found: dict[tuple[str, str], ExpertStack] = {}
+    found: dict[tuple[str, str], tuple[Node, int]] = {}
     for node, (leaf, n_experts) in products.items():
         up = _product_behind(node, products)
         if up is not None:
-            names = flow.leaves[products[up][0]], flow.leaves[leaf]
-            found.setdefault(names, ExpertStack(node=node, up=names[0], down=names[1], n_experts=n_experts))
-    return list(found.values())
+            found.setdefault((flow.leaves[products[up][0]], flow.leaves[leaf]), (node, n_experts))
+    return [
+        Refusal(
+            module=captured.stack(node)[-1],
+            node=node.name,
+            check="experts",
+            reason=f"a stack of {n_experts} experts behind the model's own router; the sparse op takes no stack",
+            nearest=f"{up}, {down}",
+        )
+        for (up, down), (node, n_experts) in found.items()
+    ]
 
 
 def _stacked_products(flow: Flow) -> dict[Node, tuple[Node, int]]:

@@ -169,6 +169,12 @@ def _in_modules(
     return site
 
 
+def one_kind_an_owner(sites: list[FFNSite]) -> list[FFNSite]:
+    """An owner is gated in one way: where one of its sites needs hooks, all of them have hooks."""
+    hooked = {s.owner for s in sites if s.kind == "inline"}
+    return [replace(s, kind="inline") if s.owner in hooked else s for s in sites]
+
+
 def _calls_once(graph: Graph, site: FFNSite) -> bool:
     cut = len(site.owner) + 1 if site.owner else 0
     targets = Counter(str(n.target) for n in graph.nodes if n.op == "call_module")

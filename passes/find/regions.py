@@ -1,4 +1,4 @@
-"""What matching hands around: rows of a weight, pieces of a region, misses."""
+"""What matching hands around: rows of a weight, pieces of a region, misses, sites that were found."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
+from ltepass.passes.graph.captured import Captured
 from ltepass.passes.graph.linears import Linear
+from ltepass.routed.sites import FFNSite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,3 +48,12 @@ class Piece:
     linear: Linear
     rows: Rows
     bias: Rows | None
+
+
+@dataclass(frozen=True)
+class Found:
+    """A site as it stands in one graph. products: the nodes that read its linears' weights."""
+
+    site: FFNSite
+    captured: Captured
+    products: frozenset[Node]

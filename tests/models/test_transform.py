@@ -297,7 +297,7 @@ def test_calls_that_need_routers_say_so() -> None:
 
 
 def test_auto_group_size_is_the_divisor_nearest_32() -> None:
-    from ltepass.passes.find.find_ffn import auto_group_size
+    from ltepass.passes.find.group_size import auto_group_size
 
     assert [auto_group_size(n) for n in (11008, 1536, 60, 100, 63, 97)] == [32, 32, 30, 25, 21, 97]
 
