@@ -19,13 +19,12 @@ from ltepass.routed import router as _router  # noqa: F401  # likewise
 from ltepass.version import __version__
 
 if TYPE_CHECKING:
-    from ltepass.api import remove, transform
+    from ltepass.api import lower, remove, transform, unlower
     from ltepass.calibration.initialise import calibrate
     from ltepass.calibration.warm_start import warm_start
     from ltepass.config import LTEConfig
     from ltepass.measure.quality import perplexity
     from ltepass.measure.sparsity import measure_sparsity, measure_union
-    from ltepass.passes.lower.lower_modules import lower, unlower
     from ltepass.routed.reporting import Report, report
     from ltepass.routed.sites import FFNSite, Refusal
     from ltepass.saving.plain_modules import load, save
@@ -39,16 +38,16 @@ if TYPE_CHECKING:
 
 # name -> module; loaded on first use, so that importing ltepass is quick and touches neither transformers nor a GPU
 _PUBLIC = {
+    "lower": "ltepass.api",
     "remove": "ltepass.api",
     "transform": "ltepass.api",
+    "unlower": "ltepass.api",
     "calibrate": "ltepass.calibration.initialise",
     "warm_start": "ltepass.calibration.warm_start",
     "LTEConfig": "ltepass.config",
     "perplexity": "ltepass.measure.quality",
     "measure_sparsity": "ltepass.measure.sparsity",
     "measure_union": "ltepass.measure.sparsity",
-    "lower": "ltepass.passes.lower.lower_modules",
-    "unlower": "ltepass.passes.lower.lower_modules",
     "Report": "ltepass.routed.reporting",
     "report": "ltepass.routed.reporting",
     "FFNSite": "ltepass.routed.sites",

@@ -1,4 +1,4 @@
-"""What a user calls: transform, set_mode, lower, unlower, remove. Checks come before the first change."""
+"""What a user calls to change a model: transform, lower, unlower, remove. Checks come before the first change."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from ltepass import registration
-from ltepass.config import LTEConfig
+from ltepass.config import LTEConfig, Scope
 from ltepass.errors import AlreadyTransformedError, LoweredError, MetaWeightsError
 from ltepass.passes import TRANSFORM
 from ltepass.passes.graph.pipeline import TransformJob, run_passes
@@ -108,3 +108,45 @@ def remove(model: nn.Module, undo_grouping: bool = False) -> nn.Module:
     remove_routers(routed, undo_grouping=undo_grouping)
     registration.detach(model)
     return model
+
+
+def lower(model: nn.Module, scope: Scope = "ffn", *, ffn: bool = True) -> nn.Module:
+    """Make every FFN that can be lowered call the sparse op, and every other linear one that reads at memory's speed.
+
+    On a CPU. The linears are attention projections, the head and FFNs that stay dense: fp32, bf16 and fp16, and the
+    weights of torchao's `Int8WeightOnlyConfig` and of `IntxWeightOnlyConfig` with int4 in groups of 32, whose inputs
+    are then quantised too, to int8 in blocks of 32, as llama.cpp does.
+
+    Arguments:
+        model: a transformed model in hard mode; with ffn=False any model.
+        scope: "ffn" (nothing is compiled) or "model" (torch.compile with the backend "lte").
+        ffn: False lowers linears alone, so that a dense model is as fast as it can be.
+    Returns: the model. What cannot be lowered stays as it is, exact, and stands in `ltepass.report(model).notes`.
+    Raises: NotTransformedError, LoweredError (lowered already), LoweringError (a router is not in hard mode, or no site
+        can be lowered), ShardedError, ConfigError.
+    Example:
+        >>> ltepass.set_mode(model, "hard")
+        >>> expected = model(ids).logits
+        >>> torch.allclose(ltepass.lower(model)(ids).logits, expected, atol=1e-4)
+        True
+    """
+    from ltepass.passes.lower.lower_modules import lower_model  # which needs the kernels: transform does not
+
+    return lower_model(model, scope, ffn=ffn)
+
+
+def unlower(model: nn.Module) -> nn.Module:
+    """Undo `lower`: forwards and weight layout as before.
+
+    Arguments:
+        model: a transformed model, or a dense one; there is nothing to do for one that is not lowered.
+    Returns: the model.
+    Raises: NotTransformedError, ShardedError.
+    Example:
+        >>> ltepass.set_mode(model, "hard")
+        >>> ltepass.report(ltepass.unlower(ltepass.lower(model))).lowered is None
+        True
+    """
+    from ltepass.passes.lower.lower_modules import unlower_model
+
+    return unlower_model(model)

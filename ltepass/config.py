@@ -10,6 +10,7 @@ from ltepass.grouping_methods import AUTO, GROUPINGS
 
 Mode = Literal["soft", "hard", "dense"]
 Budget = Literal["layer", "model"]
+Scope = Literal["ffn", "model"]  # of lowering
 
 MODES: tuple[Mode, ...] = ("soft", "hard", "dense")
 BUDGETS: tuple[Budget, ...] = ("layer", "model")

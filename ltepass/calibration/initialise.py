@@ -29,7 +29,7 @@ from ltepass.calibration.sensitivity import sensitivities
 from ltepass.config import Mode
 from ltepass.errors import CalibrationError, ConfigError, MetaWeightsError
 from ltepass.grouping_methods import AUTO, AUTO_WITH_DATA
-from ltepass.passes.group.methods import permute_routed, site_permutation
+from ltepass.passes.group.permutations import permute_routed, site_permutation
 from ltepass.routed.batches import tokens_in
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router

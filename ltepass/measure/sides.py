@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Literal, Protocol, TypedDict
 import torch
 from torch import Tensor
 
-from ltepass.api import remove
+from ltepass.api import lower, remove, unlower
+from ltepass.config import Scope
 from ltepass.errors import ConfigError
 from ltepass.kernels.linear_reference import BLOCK
 from ltepass.kernels.read_pass import read_pass
 from ltepass.measure import gguf_file, llama_cpp, token_bytes
 from ltepass.measure.decoding import time_generate
 from ltepass.measure.quality import perplexity, perplexity_of, sparsity_of_tail
-from ltepass.passes.lower.lower_modules import Scope, lower, unlower
 from ltepass.routed.routed import Routed, is_transformed
 from ltepass.sparsity.thresholds import set_sparsity
 

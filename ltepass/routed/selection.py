@@ -66,7 +66,7 @@ class Selection:
         ]
         return kept, refused
 
-    def sizes(self, sites: Sequence[FFNSite], default: int | str) -> dict[FFNSite, int | str]:
+    def group_sizes(self, sites: Sequence[FFNSite], default: int | str) -> dict[FFNSite, int | str]:
         """By site: the group size that per_site gives it. Raises ConfigError where that is two sizes, or none's."""
         given: dict[FFNSite, dict[int | str, str]] = {s: {} for s in sites}
         for pattern, settings in (self.per_site or {}).items():

@@ -17,6 +17,7 @@ from ltepass.config import LTEConfig
 from ltepass.errors import AlreadyTransformedError, CheckpointError, MetaWeightsError, NotTransformedError
 from ltepass.passes.find.owner import as_gated_now
 from ltepass.passes.insert.insert_routers import insert_routers
+from ltepass.routed.json_entry import read_json
 from ltepass.routed.routed import Routed
 from ltepass.routed.sites import require_whole, routers_of, set_state, state_of, unwrapped
 from ltepass.routed.undo import all_or_nothing
@@ -114,7 +115,7 @@ def _load(model: nn.Module, folder: Path) -> None:
             f"{type(model).__name__} has routers already; ltepass.load expects a dense module, as the class builds it"
         )
     _check_real(model, "load")
-    state = read_state(_read_json(folder / SITES))
+    state = read_state(read_json(folder / SITES))
     header = read_header([folder / WEIGHTS])
     check_routers(state.sites, state.config, header)
     check_sites(model, state.sites)
@@ -151,10 +152,3 @@ def _check_real(model: nn.Module, what: str) -> None:
     meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
     if meta is not None:
         raise MetaWeightsError(f"{meta} is on the meta device; ltepass.{what} expects real weights")
-
-
-def _read_json(path: Path) -> object:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}); expected what ltepass.save wrote") from error

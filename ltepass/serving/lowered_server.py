@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 from transformers.cli.serving.model_manager import ModelManager
 
-from ltepass.passes.lower.lower_modules import lower
+from ltepass.api import lower
 from ltepass.routed.sites import state_of
 
 

@@ -8,8 +8,8 @@ from functools import partial
 
 from torch import nn
 
+from ltepass.api import lower, unlower
 from ltepass.config import Mode
-from ltepass.passes.lower.lower_modules import lower, unlower
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
 from ltepass.routed.sites import routers_of

@@ -16,7 +16,7 @@ from torch import nn
 from ltepass.errors import CalibrationError, MetaWeightsError
 from ltepass.grouping_methods import AUTO, GROUPINGS
 from ltepass.passes.graph.pipeline import Tier, TransformJob
-from ltepass.passes.group.methods import permute_site, site_permutation
+from ltepass.passes.group.permutations import permute_site, site_permutation
 from ltepass.routed.sites import FFNSite
 
 

@@ -34,7 +34,7 @@ def guarded(self: nn.Module, *args: object, **kwargs: object) -> object:
     finally:
         calls.gates = outer
     if gates < self.__dict__["_lte_gates"]:
-        raise bypassed(self)
+        raise guard_failed(self)
     calls.gates = outer + gates
     return out
 
@@ -42,7 +42,7 @@ def guarded(self: nn.Module, *args: object, **kwargs: object) -> object:
 guarded._lte_guard = True  # type: ignore[attr-defined]
 
 
-def bypassed(module: nn.Module) -> DisplacedHookError:
+def guard_failed(module: nn.Module) -> DisplacedHookError:
     return DisplacedHookError(
         f"{type(module).__name__}.forward was replaced after ltepass.transform, and the new one runs without the gate "
         "of its FFN; expected one that calls the forward it replaces; put that one back, or call "
@@ -118,7 +118,7 @@ class Watch:
     def check(self, module: nn.Module) -> None:
         """Raises DisplacedHookError where an owner is gone, or its class's forward is another one."""
         if () in self.paths and "forward" in module.__dict__ and not is_guard(module.__dict__["forward"]):
-            raise bypassed(module)  # of the module that is called: too late for a guard
+            raise guard_failed(module)  # of the module that is called: too late for a guard
         if not self.forwards:
             for path in self.paths:
                 self._learn(module, path)
@@ -176,7 +176,7 @@ def _along(module: nn.Module, path: Iterable[str]) -> Iterator[nn.Module]:
 
 def _class_was_patched(owner: nn.Module) -> None:
     if not hasattr(type(owner), "_lte_guarded"):  # hooks gate whatever forward calls the linears
-        raise bypassed(owner)
+        raise guard_failed(owner)
 
 
 def watch(model: nn.Module, owners: Iterable[str]) -> None:
@@ -212,7 +212,7 @@ def check_forwards(model: nn.Module) -> None:
         for path in hook.paths:
             *_, owner = _along(module, path)
             if hasattr(type(owner), "_lte_original") and not hasattr(type(owner).forward, "_lte_generated"):
-                raise bypassed(owner)
+                raise guard_failed(owner)
 
 
 def _caller(model: nn.Module, owner: str) -> str:

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from ltepass.errors import DisplacedHookError
 from ltepass.passes.capture.owner_forward import original_class
-from ltepass.passes.insert.forwards import shared_class, subclass
-from ltepass.passes.insert.guarding import bypassed, guard, release, replaced_forward
+from ltepass.passes.insert.guarding import guard, guard_failed, release, replaced_forward
+from ltepass.passes.insert.regenerated_forwards import shared_class, subclass
 from ltepass.routed.router import gate, seen_inputs
 from ltepass.threads import interfered, locks
 
@@ -165,7 +165,7 @@ def _check_gated(site: InlineSite, owner: nn.Module, replaced: bool) -> None:
     """A forward of the class itself may leave its FFN out; one that was put in its place must come by the gate."""
     note = _note(site)
     if replaced and not note.gated:
-        raise bypassed(owner)
+        raise guard_failed(owner)
     if note.kept is not None:
         raise DisplacedHookError(
             f"{site.key}: the forward ended and its gate was not applied; expected a call of {site.down}; remove "

@@ -25,9 +25,9 @@ from ltepass.errors import CheckpointError
 from ltepass.passes.capture.owner_forward import OwnerGraphs, trace_owner
 from ltepass.passes.find.near_miss import breadth_first
 from ltepass.passes.graph.pipeline import Tier, TransformJob
-from ltepass.passes.insert.forwards import forwards_of, regenerate
 from ltepass.passes.insert.guarding import remember, watch
 from ltepass.passes.insert.hooks import InlineSite, attach
+from ltepass.passes.insert.regenerated_forwards import forwards_of, regenerate
 from ltepass.passes.insert.selfcheck import check_gated
 from ltepass.routed.router import Router, gate, seen_inputs
 from ltepass.routed.sites import FFNSite, LTEState, set_state

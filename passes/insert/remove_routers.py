@@ -8,7 +8,7 @@ import torch
 from torch.fx import Graph, GraphModule
 
 from ltepass.passes.capture.owner_forward import original_class
-from ltepass.passes.group.methods import permute_routed
+from ltepass.passes.group.permutations import permute_routed
 from ltepass.passes.insert.guarding import release, unwatch
 from ltepass.passes.insert.hooks import detach
 from ltepass.routed import padding

@@ -23,8 +23,8 @@ from ltepass.kernels import autograd, routed_ffn  # noqa: F401 -- routed_ffn reg
 from ltepass.kernels.gpu import tuning
 from ltepass.passes.graph.node_kinds import is_gate
 from ltepass.passes.graph.pipeline import GraphJob, Pass, run_passes
-from ltepass.passes.lower.graph_linears import LowerLinears
-from ltepass.passes.lower.graph_regions import LowerRoutedFFN, holds_ffn, router_path
+from ltepass.passes.lower.lower_linears import LowerLinears
+from ltepass.passes.lower.lower_routed_ffn import LowerRoutedFFN, holds_ffn, router_path
 from ltepass.routed.router import Router as Router  # registers ltepass::gate, whose name graphs carry
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +19,18 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn import Parameter
 from torch.nn.modules.module import _has_any_global_hook
 
+from ltepass.config import Scope
 from ltepass.errors import ConfigError, LoweredError, LoweringError
 from ltepass.kernels.gpu.tuning import assume_density
 from ltepass.kernels.routed_ffn import routed_ffn
 from ltepass.passes.capture.owner_forward import trace_owner
 from ltepass.passes.graph.node_kinds import erase_upstream
-from ltepass.passes.insert.forwards import forwards_of, regenerate
 from ltepass.passes.insert.guarding import check_forwards
 from ltepass.passes.insert.hooks import SparseDown, attach
 from ltepass.passes.insert.insert_routers import inline_site, insert_gates, relative
+from ltepass.passes.insert.regenerated_forwards import forwards_of, regenerate
 from ltepass.passes.lower.compiled import compile_model, is_compiled, uncompile_model
-from ltepass.passes.lower.linears import lower_linears, lowered_linears, unlower_linears
+from ltepass.passes.lower.linear_modules import lower_linear_modules, lowered_linears, unlower_linear_modules
 from ltepass.passes.lower.operands import fits, is_whole
 from ltepass.passes.lower.stubs import Stub, one_token_will_do
 from ltepass.passes.lower.why_not import (
@@ -55,7 +56,6 @@ from ltepass.sparsity.thresholds import remember_densities
 from ltepass.threads import interfered, require_own, unshared
 
 log = logging.getLogger("ltepass")
-Scope = Literal["ffn", "model"]
 
 
 @dataclass(frozen=True)
@@ -71,26 +71,8 @@ class Plan:
     down_transposed: bool
 
 
-def lower(model: nn.Module, scope: Scope = "ffn", *, ffn: bool = True) -> nn.Module:
-    """Make every FFN that can be lowered call the sparse op, and every other linear one that reads at memory's speed.
-
-    On a CPU. The linears are attention projections, the head and FFNs that stay dense: fp32, bf16 and fp16, and the
-    weights of torchao's `Int8WeightOnlyConfig` and of `IntxWeightOnlyConfig` with int4 in groups of 32, whose inputs
-    are then quantised too, to int8 in blocks of 32, as llama.cpp does.
-
-    Arguments:
-        model: a transformed model in hard mode; with ffn=False any model.
-        scope: "ffn" (nothing is compiled) or "model" (torch.compile with the backend "lte").
-        ffn: False lowers linears alone, so that a dense model is as fast as it can be.
-    Returns: the model. What cannot be lowered stays as it is, exact, and stands in `ltepass.report(model).notes`.
-    Raises: NotTransformedError, LoweredError (lowered already), LoweringError (a router is not in hard mode, or no site
-        can be lowered), ShardedError, ConfigError.
-    Example:
-        >>> ltepass.set_mode(model, "hard")
-        >>> expected = model(ids).logits
-        >>> torch.allclose(ltepass.lower(model)(ids).logits, expected, atol=1e-4)
-        True
-    """
+def lower_model(model: nn.Module, scope: Scope, *, ffn: bool) -> nn.Module:
+    """What `ltepass.lower` does."""
     if ffn or is_transformed(model):
         return _lower(model, scope, ffn)
     root = unwrapped(model)
@@ -123,7 +105,7 @@ def _lower(model: nn.Module, scope: Scope, ffn: bool) -> nn.Module:
         else:
             compile_model(model, state, ffn=ffn)
     bypassed = [model.get_submodule(path) for path in _linears_of(sites)]
-    left = lower_linears(model, bypassed, quantised_only=scope == "model")
+    left = lower_linear_modules(model, bypassed, quantised_only=scope == "model")
     told = _linears_of(state.sites)  # why an FFN stays as it is says why its linears do
     state.notes += [f"{path}: calls torch's linear: {reason}" for path, reason in left.items() if path not in told]
     state.linears = lowered_linears(model)
@@ -137,7 +119,7 @@ def _lower_dense(model: nn.Module, scope: Scope) -> None:
         raise LoweredError("the model's linears are lowered already; call ltepass.unlower(model) first")
     if scope == "model":
         compile_model(model, None, ffn=False)
-    for path, reason in lower_linears(model, (), quantised_only=scope == "model").items():
+    for path, reason in lower_linear_modules(model, (), quantised_only=scope == "model").items():
         log.info("lower: %s calls torch's linear: %s", path, reason)
 
 
@@ -160,18 +142,8 @@ def _linears_of(sites: Iterable[FFNSite]) -> set[str]:
     return {path for site in sites for path in (site.up, site.gate, site.down) if path is not None}
 
 
-def unlower(model: nn.Module) -> nn.Module:
-    """Undo `lower`: forwards and weight layout as before.
-
-    Arguments:
-        model: a transformed model, or a dense one; there is nothing to do for one that is not lowered.
-    Returns: the model.
-    Raises: NotTransformedError, ShardedError.
-    Example:
-        >>> ltepass.set_mode(model, "hard")
-        >>> ltepass.report(ltepass.unlower(ltepass.lower(model))).lowered is None
-        True
-    """
+def unlower_model(model: nn.Module) -> nn.Module:
+    """What `ltepass.unlower` does."""
     root = unwrapped(model)
     if not is_transformed(root) and is_lowered(root):
         all_or_nothing(root, lambda: _unlower_dense(root))
@@ -185,7 +157,7 @@ def is_lowered(model: nn.Module) -> bool:
 
 
 def _unlower_dense(model: nn.Module) -> None:
-    unlower_linears(model)
+    unlower_linear_modules(model)
     uncompile_model(model)
 
 
@@ -195,7 +167,7 @@ def _unlower(model: nn.Module) -> nn.Module:
     state = routed.state
     if state.lowered is not None:
         require_whole(model, "unlower")
-    unlower_linears(model)
+    unlower_linear_modules(model)
     with unshared(routed.all_routers()):
         if state.lowered == "ffn":
             _unlower_sites(routed)

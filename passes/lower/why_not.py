@@ -1,6 +1,6 @@
 """Which sites the op may stand for: what would not run then, and what the op does not read.
 
-What holds of a site holds of its region in Dynamo's graph too, and is said in the same words (`graph_regions.py`).
+What holds of a site holds of its region in Dynamo's graph too, and is said in the same words (`lower_routed_ffn.py`).
 Of a site it is asked twice: before lowering, where the answer is a note; and at every call of a lowered site, where it
 is an error.
 """

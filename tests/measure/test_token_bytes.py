@@ -11,7 +11,7 @@ import ltepass
 from ltepass.kernels.cpu import build
 from ltepass.kernels.read_pass import read_pass
 from ltepass.measure import token_bytes
-from ltepass.passes.lower.linears import lower_linears, unlower_linears
+from ltepass.passes.lower.linear_modules import lower_linear_modules, unlower_linear_modules
 from tests.measure.tiny import made
 from tests.models.test_lower_linears import int4, int8
 
@@ -52,9 +52,9 @@ def test_quantised_weights_count_as_their_ops_read_them() -> None:
     dense, size = token_bytes.weights_read(model), linear.weight.nbytes
     for make, bits in ((int8, 8 + 32 / 64), (int4, 4 + 16 / 32)):
         linear._parameters["weight"] = make(96, 64)
-        lower_linears(model, ())
+        lower_linear_modules(model, ())
         assert token_bytes.weights_read(model) == dense - size + 96 * 64 * bits / 8
-        unlower_linears(model)
+        unlower_linear_modules(model)
 
 
 def test_cuts_leave_parts_of_active_neurons_unread() -> None:

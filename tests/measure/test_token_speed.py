@@ -28,7 +28,7 @@ from ltepass.measure.records import TokenRecord, append, read
 from ltepass.measure.sides import Facts, Transformers
 from ltepass.measure.token_bytes import weights_read
 from ltepass.measure.token_speed import Text, bench_tokens
-from ltepass.passes.lower.linears import lowered_linears
+from ltepass.passes.lower.linear_modules import lowered_linears
 from tests.measure.test_token_bytes import FFN, routed
 from tests.measure.tiny import made
 

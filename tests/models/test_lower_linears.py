@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import ltepass
 from ltepass.errors import LoweredError
 from ltepass.kernels.linear_reference import dequantise_int4, dequantise_int8, pack_int4
-from ltepass.passes.lower.linears import lower_linears, lowered_linears, unlower_linears
+from ltepass.passes.lower.linear_modules import lower_linear_modules, lowered_linears, unlower_linear_modules
 from tests.models.zoo import gpt2, ids, llama, logits, opt, transformed
 
 
@@ -21,7 +21,7 @@ class Counted:
     """How often our ops are called in a block."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        import ltepass.passes.lower.linears as module
+        import ltepass.passes.lower.linear_modules as module
 
         self.calls: list[str] = []
         for name in ("linear", "linear_int8", "linear_int4"):
@@ -181,7 +181,7 @@ def test_adapters_added_afterwards_see_the_lowered_base(counted: Counted) -> Non
 
 
 def test_a_failure_half_way_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    import ltepass.passes.lower.linears as module
+    import ltepass.passes.lower.linear_modules as module
 
     model, made, make = gpt2().eval(), [], module._call
 
@@ -243,11 +243,11 @@ def test_quantised_weights_run_in_their_op(make: Any, op: str, counted: Counted)
     linear: Any = model[0]
     x = torch.randn(5, linear.in_features)
     expected = model(x)
-    assert lower_linears(model, ()) == {}
+    assert lower_linear_modules(model, ()) == {}
     error = (model(x) - expected).norm() / expected.norm()
     assert 0 < error < 0.01, "the inputs have 8 bits"
     assert counted.calls == [op]
-    unlower_linears(model)
+    unlower_linear_modules(model)
     assert torch.equal(model(x), expected)
 
 
@@ -274,7 +274,7 @@ def int4_of(*shape: int, scales: tuple[int, ...], code: int = 1) -> Any:
 )
 def test_what_the_ops_do_not_read_is_left_with_its_reason(weight: Any, reason: str) -> None:
     model = holding(weight)
-    (left,) = lower_linears(model, ()).values()
+    (left,) = lower_linear_modules(model, ()).values()
     assert reason in left
     assert lowered_linears(model) == 0
 

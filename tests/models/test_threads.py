@@ -24,7 +24,7 @@ import ltepass
 from ltepass.calibration.initialise import fit_energies
 from ltepass.errors import ConcurrencyError
 from ltepass.passes.capture import owner_forward
-from ltepass.passes.insert import forwards
+from ltepass.passes.insert import regenerated_forwards
 from ltepass.routed.router import Router
 from ltepass.routed.sites import routers_of
 from ltepass.threads import locks
@@ -335,7 +335,7 @@ def test_a_forked_child_computes_the_same_and_does_not_hang() -> None:
 def test_classes_are_shared_by_equals_and_go_with_the_last_of_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()  # which keeps what it compiled, and its classes, until then
     made = weakref.WeakValueDictionary[Any, Any]()  # of this test's models alone: another test's may live on
-    monkeypatch.setattr(forwards, "_classes", made)
+    monkeypatch.setattr(regenerated_forwards, "_classes", made)
     first, second = transformed(name), transformed(name)
     owners = [model.get_submodule(lte_state(model).sites[0].owner) for model in (first, second)]
     assert type(owners[0]) is type(owners[1])

@@ -17,7 +17,7 @@ from ltepass.calibration.energy import down_energy, expert_energy, log_energy
 from ltepass.calibration.ridge import RIDGE, RidgeSums
 from ltepass.errors import CalibrationError, ConfigError
 from ltepass.grouping_methods import AUTO, GROUPINGS, Grouping
-from ltepass.passes.group.methods import grouping_permutation, permute_routed, site_permutation
+from ltepass.passes.group.permutations import grouping_permutation, permute_routed, site_permutation
 from ltepass.routed import watching
 from ltepass.routed.sites import router_of
 from ltepass.routed.watching import Sample, collect

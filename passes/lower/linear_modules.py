@@ -101,7 +101,9 @@ def calls(model: nn.Module) -> Iterator[LinearCall]:
     return (forward for forward in forwards if isinstance(forward, LinearCall))
 
 
-def lower_linears(model: nn.Module, bypassed: Iterable[nn.Module], *, quantised_only: bool = False) -> dict[str, str]:
+def lower_linear_modules(
+    model: nn.Module, bypassed: Iterable[nn.Module], *, quantised_only: bool = False
+) -> dict[str, str]:
     """Every plain linear on the CPU calls its op, but for those that a lowered FFN passes by (`bypassed`).
 
     quantised_only: for a model that is compiled, where the backend finds the others. Returns the paths of those that
@@ -139,7 +141,7 @@ def weights_read(model: nn.Module) -> dict[nn.Parameter, tuple[Tensor, ...]]:
     return {call.module.weight: call.weights() for call in calls(model)}  # type: ignore[misc]
 
 
-def unlower_linears(model: nn.Module) -> None:
+def unlower_linear_modules(model: nn.Module) -> None:
     for call in list(calls(model)):
         del call.module.__dict__["forward"]
         weight, _ = parameters_of(call.module)

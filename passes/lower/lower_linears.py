@@ -21,7 +21,7 @@ from ltepass.kernels.linear import FLOATS  # and registers the op that the pass 
 from ltepass.passes.graph.linears import Flow, Linear
 from ltepass.passes.graph.node_kinds import erase_upstream, is_gate, shape, strip_identity, tensor_inputs, value
 from ltepass.passes.graph.pipeline import GraphJob, Tier
-from ltepass.passes.lower.graph_regions import parameters, transposed
+from ltepass.passes.lower.lower_routed_ffn import parameters, transposed
 from ltepass.passes.lower.why_not import is_ordinary
 
 
@@ -57,7 +57,7 @@ def _why_not(flow: Flow, linear: Linear) -> str | None:
         return "not on the CPU"
     if tensors[0].dtype not in FLOATS or any(t.dtype != tensors[0].dtype for t in tensors):
         return "operands of several dtypes, or of one that the op does not read"
-    if _is_cast(flow, linear):
+    if _reads_weight_through_cast(flow, linear):
         return "a weight that is cast there and back"
     if value(linear.weight).stride(1 - linear.out_dim) != 1:
         return "a weight stored [d_in, d_out]"
@@ -66,7 +66,7 @@ def _why_not(flow: Flow, linear: Linear) -> str | None:
     return None
 
 
-def _is_cast(flow: Flow, linear: Linear) -> bool:
+def _reads_weight_through_cast(flow: Flow, linear: Linear) -> bool:
     """Whether the weight is rounded between the leaf and the product, which reads it through casts."""
     dtype = value(linear.weight).dtype
     node = next(n for n in linear.product.all_input_nodes if (flow.leaf(n) or (None,))[0] is linear.weight)

@@ -44,7 +44,7 @@ class ForwardCode:
 
     @staticmethod
     def of(graph: Graph) -> ForwardCode:
-        _check_names(graph)
+        _check_source_names(graph)
         code = graph.python_code("self")
         used = {k: v for k, v in code.globals.items() if re.search(rf"\b{re.escape(k)}\b", code.src)}
         refs = {k: _ModuleRef(v.__name__) if isinstance(v, ModuleType) else v for k, v in used.items()}
@@ -54,7 +54,7 @@ class ForwardCode:
         return self
 
 
-def _check_names(graph: Graph) -> None:
+def _check_source_names(graph: Graph) -> None:
     """FX writes targets and names into the source as they are, and `_compile` runs it."""
     for node in graph.nodes:
         if node.op in ("call_module", "get_attr") and not is_path(node.target):
