@@ -1,5 +1,6 @@
 // Linears over few tokens: each row of the weight is read once, where it lies, and multiplied with all of them.
 // A piece is a run of rows, small enough that a thread which comes late holds nobody up: whoever is free takes the next.
+// Each thread goes through its share in a few lanes, which are long streams for the hardware.
 // Every output is summed by one thread in one order, the same for any number of threads and of tokens.
 #pragma once
 
@@ -11,27 +12,33 @@
 
 namespace {
 
-// A register tile: M tokens by linear_rows(M) rows, so that sums and operands fit in 32 (16) vector registers.
+// A register tile: M tokens by LANES rows, so that sums and operands fit in 32 (16) vector registers.
 constexpr int LINEAR_TOKENS = W == 16 ? 6 : 3;
-constexpr int linear_rows(int m) { return m == 1 || (W == 16 && m <= 3) ? 8 : 4; }
+constexpr int LANES = 4;  // more streams than these a core's prefetchers follow less well
 // Left to itself GCC may call what a loop and its rest share, and then keeps the sums in memory.
 #define INLINE __attribute__((always_inline))
 // And a tile that it does not call has few registers left.
 #define ALONE __attribute__((noinline))
-constexpr int64_t PIECE = 32 << 10;          // bytes of weights that a thread takes at a time, about
+constexpr int64_t PIECE = 128 << 10;          // bytes of weights that a thread takes at a time, about
+constexpr int64_t LINE_AHEAD = 1 << 10;       // bytes that are asked for before they are read
+constexpr int64_t DEEP = 2;                   // rows of each lane that all tokens are multiplied with in turn
 constexpr int64_t WORTH_A_THREAD = 48 << 10;  // bytes of weights, times tokens: less takes less time than to wake one
 constexpr int64_t TOKENS_AT_ONCE = 32;       // whose operands stay in L2 while a piece goes by
 
-// f(i) for all i < n, by up to `threads` threads.
+// f(i) for all i < n, by up to `threads` threads. Each goes through a run of its own, then helps with the others'.
 template <class F>
 inline void by_pieces(int64_t n, int threads, F&& f) {
   if (threads <= 1 || n <= 1) {
     for (int64_t i = 0; i < n; i++) f(i);
     return;
   }
-  std::atomic<int64_t> next{0};
+  std::vector<std::atomic<int64_t>> taken(threads);
 #pragma omp parallel num_threads(threads)
-  for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) f(i);
+  for (int k = 0, own = omp_get_thread_num(); k < threads; k++) {
+    const int run = (own + k) % threads;
+    const int64_t begin = n * run / threads, end = n * (run + 1) / threads;
+    for (int64_t i; (i = begin + taken[run].fetch_add(1, std::memory_order_relaxed)) < end;) f(i);
+  }
 }
 
 // f<M>() for a tile that holds m tokens; M - m of its places stay empty, which costs less than code for each m.
@@ -43,15 +50,14 @@ inline void with_tokens(int64_t m, F&& f) {
   return f.template operator()<LINEAR_TOKENS>();
 }
 
-// Where a tile asks for rows that are read later: at elements of its own rows in [from, to), for the same of these.
-template <int N>
+// Where a tile asks for what is read later: at bytes of its own rows in [from, to), for the same of these.
 struct Fetch {
-  const char* rows[N];
-  int64_t from, to;  // bytes
+  const char* rows[LANES];
+  int64_t from, to;
   void operator()(int64_t byte) const {
     if (byte < from || byte >= to) return;
 #pragma GCC unroll 16
-    for (int n = 0; n < N; n++) __builtin_prefetch(rows[n] + byte, 0, 2);
+    for (int n = 0; n < LANES; n++) __builtin_prefetch(rows[n] + byte, 0, 2);
   }
 };
 
@@ -59,22 +65,20 @@ struct Fetch {
 struct Rows {
   const char* data;
   int64_t stride, bytes, count;  // bytes from one to the next, and of each
-  // Those from `first` on; past the last one, the last one again: its sums are not used.
-  template <int N>
-  void at(int64_t first, const char** to) const {
+  // LANES of them, `gap` apart; past the last one, the last one again: its sums are not used.
+  void at(int64_t first, int64_t gap, const char** to) const {
 #pragma GCC unroll 16
-    for (int n = 0; n < N; n++) to[n] = data + std::min(first + n, count - 1) * stride;
+    for (int n = 0; n < LANES; n++) to[n] = data + std::min(first + n * gap, count - 1) * stride;
   }
 };
 
-// sums[m * N + n] of the accumulators of a tile
-template <int M, int N>
-inline void sum_lanes(const vf (&acc)[M][N], float* sums) {
-  std::fill(sums, sums + M * N, 0.0f);
+// sums[m * LANES + n] of the accumulators of a tile
+template <int M>
+inline void sum_lanes(const vf (&acc)[M][LANES], float* sums) {
+  static_assert(LANES == 4);
+  std::fill(sums, sums + M * LANES, 0.0f);
 #pragma GCC unroll 16
-  for (int m = 0; m < M; m++)
-#pragma GCC unroll 16
-    for (int n = 0; n < N; n += 4) add_hsum4(&acc[m][n], sums + m * N + n);
+  for (int m = 0; m < M; m++) add_hsum4(acc[m], sums + m * LANES);
 }
 
 // How rows of E are read and multiplied: VECTORS of operands at a time, from VECTORS * LANES elements.
@@ -132,14 +136,14 @@ struct FloatLinear {
   template <class X>
   void lay(int64_t token, const T* from) const { O::lay(from, x + token * x_stride(), d_in); }
 
-  template <int M, int N>
-  ALONE void tile(int64_t token, int64_t row, const Fetch<N>& fetch, float* sums) const {
-    const char* rows[N];
-    weight.at<N>(row, rows);
+  template <int M>
+  ALONE void tile(int64_t token, int64_t row, int64_t gap, const Fetch& fetch, float* sums) const {
+    const char* rows[LANES];
+    weight.at(row, gap, rows);
     const float* xs[M];
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++) xs[m] = x + (token + m) * x_stride();
-    vf acc[M][N] = {};
+    vf acc[M][LANES] = {};
     auto add = [&](int64_t at, auto&& element) INLINE {
 #pragma GCC unroll 2
       for (int v = 0; v < O::VECTORS; v++) {
@@ -147,7 +151,7 @@ struct FloatLinear {
 #pragma GCC unroll 16
         for (int m = 0; m < M; m++) xv[m] = load(xs[m] + at + v * W);
 #pragma GCC unroll 16
-        for (int n = 0; n < N; n++) {
+        for (int n = 0; n < LANES; n++) {
           vf wv[O::VECTORS];
           O::read(element(n), wv);
           KEEP_IN_REGISTER(wv[v]);
@@ -163,9 +167,9 @@ struct FloatLinear {
       add(at, [&](int n) { return reinterpret_cast<const T*>(rows[n]) + k; });
     }
     if (k < d_in) {
-      T rest[N][O::ELEMENTS] = {};
+      T rest[LANES][O::ELEMENTS] = {};
 #pragma GCC unroll 16
-      for (int n = 0; n < N; n++) std::memcpy(rest[n], reinterpret_cast<const T*>(rows[n]) + k, size_t(d_in - k) * sizeof(T));
+      for (int n = 0; n < LANES; n++) std::memcpy(rest[n], reinterpret_cast<const T*>(rows[n]) + k, size_t(d_in - k) * sizeof(T));
       add(at, [&](int n) { return rest[n]; });
     }
     sum_lanes(acc, sums);
@@ -181,33 +185,43 @@ void linear(L& l, const typename E::T* x, int64_t tokens, const void* bias, type
   s.reserve(l.bytes(room));
   l.reserve(room);
   const Rows& w = l.weight;
-  const int64_t run = round_up(std::max<int64_t>(PIECE / std::max<int64_t>(w.bytes, 1), 1), ROWS);
   threads = int(std::clamp<int64_t>(w.count * w.bytes * tokens / WORTH_A_THREAD, 1, threads));
+  const int64_t share = (w.count + threads - 1) / threads, pieces = 1 + share * w.bytes / PIECE;
   by_pieces(tokens, tokens < TOKENS_AT_ONCE ? 1 : threads, [&](int64_t i) { l.template lay<E>(i, x + i * l.d_in); });
-  auto piece = [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
+  auto tile = [&]<int M>(int64_t token, int64_t here, int64_t row, int64_t gap, int64_t end, const Fetch& fetch) {
+    float sums[M * LANES];
+    l.template tile<M>(token, row, gap, fetch, sums);
+    for (int64_t m = 0; m < here; m++)
+      for (int64_t n = 0, r = row; n < LANES && r < end; n++, r += gap)
+        y[(token + m) * w.count + r] = E::from_float(l.finish(sums[m * LANES + n], r) + bias_at<E>(bias, r));
+  };
+  // LANES streams that the hardware follows, each an equal part of rows [begin, end). Rows from `at` to `to` of each are
+  // read now, DEEP at a time, which stay in the cache until the last token: tiles of all tokens share the asking ahead.
+  auto stream = [&](int64_t begin, int64_t end, int64_t at, int64_t to, int64_t first, int64_t last) {
+    const int64_t lane = (end - begin + LANES - 1) / LANES;
     const int64_t all = last - first, tiles = (all + LINEAR_TOKENS - 1) / LINEAR_TOKENS;
     const int64_t size = all <= 8 ? (all + tiles - 1) / tiles : LINEAR_TOKENS;  // two of 4 rather than 6 and 2
-    for (int64_t row = begin; row < end; row += ROWS)
+    const int64_t ahead = tiles == 1 ? LINE_AHEAD : DEEP * w.stride;
+    for (int64_t row = at; row < to; row += DEEP)
       for (int64_t i = 0; i < tiles; i++) {
         const int64_t token = first + i * size, here = std::min(size, last - token);
         with_tokens(here, [&]<int M>() {
-          constexpr int N = linear_rows(M);
-          for (int64_t r = row; r < std::min(row + ROWS, end); r += N) {
-            Fetch<N> fetch{{}, w.bytes * i / tiles, w.bytes * (i + 1) / tiles};
-            w.at<N>(r + ROWS, fetch.rows);
-            float sums[M * N];
-            l.template tile<M, N>(token, r, fetch, sums);
-            for (int64_t m = 0; m < here; m++)
-              for (int64_t n = 0; n < std::min<int64_t>(N, end - r); n++)
-                y[(token + m) * w.count + r + n] =
-                    E::from_float(l.finish(sums[m * N + n], r + n) + bias_at<E>(bias, r + n));
+          for (int64_t r = row; r < std::min(row + DEEP, to); r++) {
+            Fetch fetch{{}, w.bytes * i / tiles, w.bytes * (i + 1) / tiles};
+            w.at(r, lane, fetch.rows);
+            for (const char*& p : fetch.rows) p += ahead;
+            tile.template operator()<M>(token, here, r, lane, end, fetch);
           }
         });
       }
   };
-  by_pieces((w.count + run - 1) / run, threads, [&](int64_t i) {
+  by_pieces(threads * pieces, threads, [&](int64_t i) {
+    const int64_t part = i % pieces, begin = i / pieces * share, end = std::min(begin + share, w.count);
+    if (begin >= end) return;
+    const int64_t lane = (end - begin + LANES - 1) / LANES;
     for (int64_t first = 0; first < tokens; first += TOKENS_AT_ONCE)
-      piece(i * run, std::min((i + 1) * run, w.count), first, std::min(first + TOKENS_AT_ONCE, tokens));
+      stream(begin, end, begin + lane * part / pieces, begin + lane * (part + 1) / pieces, first,
+             std::min(first + TOKENS_AT_ONCE, tokens));
   });
 }
 

@@ -188,17 +188,17 @@ struct Int8Linear {
   template <class E>
   void lay(int64_t token, const typename E::T* from) const { inputs.template lay<E>(token, from, d_in, -ADDED<true>); }
 
-  template <int M, int N>
-  ALONE void tile(int64_t token, int64_t row, const Fetch<N>& fetch, float* sums) const {
-    const char *rows[N], *xs[M];
-    weight.at<N>(row, rows);
+  template <int M>
+  ALONE void tile(int64_t token, int64_t row, int64_t gap, const Fetch& fetch, float* sums) const {
+    const char *rows[LANES], *xs[M];
+    weight.at(row, gap, rows);
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++) xs[m] = inputs.row(token + m);
-    vf acc[M][N] = {};
+    vf acc[M][LANES] = {};
     auto add = [&](int64_t chunk, auto&& bytes) INLINE {
-      vb w[N];
+      vb w[LANES];
 #pragma GCC unroll 16
-      for (int n = 0; n < N; n++) w[n] = raised<true>(bytes(n));
+      for (int n = 0; n < LANES; n++) w[n] = raised<true>(bytes(n));
 #pragma GCC unroll 16
       for (int m = 0; m < M; m++) {
         const char* x = xs[m] + chunk * Inputs<1>::CHUNK;
@@ -206,7 +206,7 @@ struct Int8Linear {
         const vi start = *reinterpret_cast<const vi_mem*>(x + VB);
         const vf scales = load(reinterpret_cast<const float*>(x + 2 * VB));
 #pragma GCC unroll 16
-        for (int n = 0; n < N; n++) acc[m][n] += scales * to_float(add_products<true>(start, w[n], codes));
+        for (int n = 0; n < LANES; n++) acc[m][n] += scales * to_float(add_products<true>(start, w[n], codes));
       }
     };
     int64_t k = 0;
@@ -263,14 +263,14 @@ struct Int4Linear {
   template <class E>
   void lay(int64_t token, const typename E::T* from) const { inputs.template lay<E>(token, from, d_in, MINIMUM ? 0 : -8); }
 
-  template <int M, int N>
-  ALONE void tile(int64_t token, int64_t row, const Fetch<N>& fetch, float* sums) const {
-    const char *rows[N], *scales[N], *xs[M];
-    weight.at<N>(row, rows);
-    scale.at<N>(row, scales);
+  template <int M>
+  ALONE void tile(int64_t token, int64_t row, int64_t gap, const Fetch& fetch, float* sums) const {
+    const char *rows[LANES], *scales[LANES], *xs[M];
+    weight.at(row, gap, rows);
+    scale.at(row, gap, scales);
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++) xs[m] = inputs.row(token + m);
-    vf acc[M][N] = {};
+    vf acc[M][LANES] = {};
     auto halves = [](const char* p, int64_t chunk, int64_t blocks) INLINE {
       uint64_t bits = 0;
       p += 2 * chunk * BLOCKS;
@@ -282,7 +282,7 @@ struct Int4Linear {
     };
     auto add = [&](int64_t chunk, auto&& bytes, auto&& scale_of) INLINE {
 #pragma GCC unroll 16
-      for (int n = 0; n < N; n++) {
+      for (int n = 0; n < LANES; n++) {
         const vb pairs = bytes(n), low = pairs & int8_t(15);
         const vb high = reinterpret_cast<vb>(reinterpret_cast<vs>(pairs) >> 4) & int8_t(15);
         const vf s = spread(scale_of(n));
@@ -305,17 +305,17 @@ struct Int4Linear {
     if (const int64_t left = inputs.blocks - chunk * BLOCKS; left > 0)
       add(chunk, [&](int n) { return load_last_bytes(rows[n] + k, weight.bytes - k); },
           [&](int n) { return halves(scales[n], chunk, left); });
-    if (MINIMUM) add_minimum(token, row, acc);
+    if (MINIMUM) add_minimum(token, row, gap, acc);
     sum_lanes(acc, sums);
   }
 
-  template <int M, int N>
-  void add_minimum(int64_t token, int64_t row, vf (&acc)[M][N]) const {
-    const char* rows[N];
-    minimum.at<N>(row, rows);
+  template <int M>
+  void add_minimum(int64_t token, int64_t row, int64_t gap, vf (&acc)[M][LANES]) const {
+    const char* rows[LANES];
+    minimum.at(row, gap, rows);
     for (int64_t b = 0; b < inputs.blocks; b += W)
 #pragma GCC unroll 16
-      for (int n = 0; n < N; n++) {
+      for (int n = 0; n < LANES; n++) {
         const auto* from = reinterpret_cast<const uint16_t*>(rows[n]) + b;
         const vf least = b + W <= inputs.blocks ? F16::load(from) : load_last_halves(from, inputs.blocks - b);
 #pragma GCC unroll 16
