@@ -1,13 +1,12 @@
 // Many tokens: every active expert is a small GEMM over the tokens that chose it, so that its weights are read once
-// and each token keeps its own decision. Phases, with a barrier between:
-//   x widened | router and token lists || up (and gate) per expert | down per block of output columns
+// and each token keeps its own decision. Stages of pieces:
+//   x widened | router and token lists | up (and gate) per expert | down per block of output columns
 // With few tokens down goes by parts of the experts, so that their rows are read whole, and the parts' sums are added.
 // Each number is computed by one thread in one order: bitwise repeatable for any thread count.
 #pragma once
 
-#include <omp.h>
-
 #include "gemm.h"
+#include "pool.h"
 
 namespace {
 
@@ -153,18 +152,17 @@ template <class E>
 inline int64_t route_chunk(const Problem& p, int64_t first, Chunk<typename E::Operand>& c, std::vector<Local>& locals) {
   using O = typename E::Operand;
   const auto* x = static_cast<const typename E::T*>(p.x) + first * p.x_stride;
-#pragma omp parallel num_threads(p.threads) if (p.threads > 1)
-  {
-    Local& local = locals[size_t(omp_get_thread_num())];
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < c.tokens; i++) {
+  const int64_t run = (c.tokens + 4 * p.threads - 1) / (4 * p.threads);  // tokens in a piece
+  by_pieces((c.tokens + run - 1) / run, p.threads, [&](int64_t piece, int) {
+    for (int64_t i = piece * run; i < std::min((piece + 1) * run, c.tokens); i++) {
       c.x.template fill<E>(i, x + i * p.x_stride);
       if (!std::is_same_v<O, F32>) c.operands.template fill<E>(i, x + i * p.x_stride);
     }
-#pragma omp for schedule(dynamic)
-    for (int64_t e = 0; e < p.n_experts; e += NEURON_BLOCK)
-      route_block(p, c, e, std::min(e + NEURON_BLOCK, p.n_experts), local);
-  }
+  });
+  by_pieces((p.n_experts + NEURON_BLOCK - 1) / NEURON_BLOCK, p.threads, [&](int64_t block, int slot) {
+    const int64_t e = block * NEURON_BLOCK;
+    route_block(p, c, e, std::min(e + NEURON_BLOCK, p.n_experts), locals[size_t(slot)]);
+  });
   if (p.input_cut >= 0.0f) {  // routers have seen all of x; up and gate do not
     auto* v = reinterpret_cast<typename O::T*>(c.operands.data);
     const int64_t n = c.operands.size() * O::PER_WORD;
@@ -187,31 +185,29 @@ inline void expert_gemms(const Problem& p, const Chunk<typename E::Operand>& c, 
   // Few tokens read weights as they lie, in long stretches; many look for the thread that is free.
   const int64_t together = c.tokens <= FEW_TOKENS ? std::max<int64_t>(tasks / (4 * p.threads), 1) : 1;
   auto neuron = [&](int64_t task) { return c.active[task / blocks] * p.group + task % blocks * NEURON_BLOCK; };
-#pragma omp parallel num_threads(p.threads) if (p.threads > 1)
-  {
-    Local& local = locals[size_t(omp_get_thread_num())];
-#pragma omp for schedule(dynamic, together)
-    for (int64_t task = 0; task < tasks; task++) {
+  by_pieces((tasks + together - 1) / together, p.threads, [&](int64_t piece, int slot) {
+    for (int64_t task = piece * together; task < std::min((piece + 1) * together, tasks); task++) {
       const int64_t j = task % blocks * NEURON_BLOCK, next = neuron(std::min(task + 1, tasks - 1));
-      hidden_block<E>(p, c, c.active[task / blocks], j, std::min(j + NEURON_BLOCK, p.group), next, local);
+      const int64_t end = std::min(j + NEURON_BLOCK, p.group);
+      hidden_block<E>(p, c, c.active[task / blocks], j, end, next, locals[size_t(slot)]);
     }
-#pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < c.parts * spans; task++) {
-      const int part = int(task / spans);
-      const int64_t c0 = task % spans * columns, cols = std::min(columns, p.d_out - c0);
-      if (c.sums) {
-        float* sums = c.sums + part * c.tokens * c.sums_stride + c0;
-        add_experts<E>(p, c, part, c0, cols, sums, c.sums_stride, local);
-      } else {
-        const int64_t padded = round_up(cols, W);
-        add_experts<E>(p, c, part, c0, cols, local.y, padded, local);
-        for (int64_t i = 0; i < c.tokens; i++) write_out<E>(p, local.y + i * padded, 1, 0, c0, cols, y + i * p.d_out);
-      }
+  });
+  by_pieces(c.parts * spans, p.threads, [&](int64_t task, int slot) {
+    Local& local = locals[size_t(slot)];
+    const int part = int(task / spans);
+    const int64_t c0 = task % spans * columns, cols = std::min(columns, p.d_out - c0);
+    if (c.sums) {
+      float* sums = c.sums + part * c.tokens * c.sums_stride + c0;
+      add_experts<E>(p, c, part, c0, cols, sums, c.sums_stride, local);
+    } else {
+      const int64_t padded = round_up(cols, W);
+      add_experts<E>(p, c, part, c0, cols, local.y, padded, local);
+      for (int64_t i = 0; i < c.tokens; i++) write_out<E>(p, local.y + i * padded, 1, 0, c0, cols, y + i * p.d_out);
     }
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < (c.sums ? c.tokens : 0); i++)
-      write_out<E>(p, c.sums + i * c.sums_stride, c.parts, c.tokens * c.sums_stride, 0, p.d_out, y + i * p.d_out);
-  }
+  });
+  by_pieces(c.sums ? c.tokens : 0, p.threads, [&](int64_t i, int) {
+    write_out<E>(p, c.sums + i * c.sums_stride, c.parts, c.tokens * c.sums_stride, 0, p.d_out, y + i * p.d_out);
+  });
 }
 
 // dense(first, tokens, mask) computes tokens with the library's own GEMMs; it is asked where too few pairs are skipped,

@@ -25,11 +25,12 @@ from typing import IO
 import torch
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ("routed_ffn_cpu.cpp", "linear_cpu.cpp")
+SOURCES = ("routed_ffn_cpu.cpp", "linear_cpu.cpp", "pool.cpp")
 HEADERS = (
     "simd.h",
     "problem.h",
     "tensors.h",
+    "pool.h",
     "decode.h",
     "gemm.h",
     "batch.h",

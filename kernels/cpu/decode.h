@@ -1,11 +1,10 @@
-// One token: read every active weight once, at the speed of memory. One parallel region:
+// One token: read every active weight once, at the speed of memory, in stages of pieces:
 //   router over all experts | up (and gate) over the active neurons | down over the output columns, or, where it is
 //   large, over whole rows in parts of the neurons | sums of the parts
 // Each number is computed by one thread in one order, so the result does not even depend on the thread count.
 #pragma once
 
-#include <omp.h>
-
+#include "pool.h"
 #include "problem.h"
 
 namespace {
@@ -261,6 +260,13 @@ inline void project_down(const Problem& p, const Active& active, const float* h,
 }
 
 constexpr int64_t LARGE = 1 << 22;  // weights of down from which parts pay for their sums
+constexpr int64_t STRETCH = 1 << 20;  // bytes of weights in a piece at least: less is no long stream
+constexpr int PIECES_EACH = 4;         // at most, so that a thread which comes late finds some left
+
+// How many pieces a stage that reads `bytes` of weights is cut into: one a thread, or more where it is large.
+inline int pieces_of(int64_t bytes, int threads) {
+  return threads == 1 ? 1 : int(std::clamp<int64_t>(bytes / STRETCH, threads, PIECES_EACH * threads));
+}
 
 template <class E>
 void decode(const Problem& p) {
@@ -274,7 +280,8 @@ void decode(const Problem& p) {
   s.reserve(3 * Scratch::bytes_for<float>(padded) + Scratch::bytes_for<int32_t>(p.d_model) +
             Scratch::bytes_for<float>(p.n_experts) + 2 * Scratch::bytes_for<float>(p.d_ff) +
             Scratch::bytes_for<float>(padded_out) + Scratch::bytes_for<float>(parts * stride) +
-            p.threads * (Active::bytes(p) + Scratch::bytes_for<float>(padded_ff) + Scratch::bytes_for<int32_t>(padded_ff)));
+            Active::bytes(p) +
+            p.threads * (Scratch::bytes_for<float>(padded_ff) + Scratch::bytes_for<int32_t>(padded_ff)));
   float* x = s.take<float>(padded);  // as routers see it
   Input in{x, x, s.take<int32_t>(p.d_model)};
   float* logits = s.take<float>(p.n_experts);
@@ -282,7 +289,7 @@ void decode(const Problem& p) {
   float* gated = s.take<float>(p.d_ff);
   float* y = std::is_same_v<E, F32> ? static_cast<float*>(p.y) : s.take<float>(padded_out);
   float* sums = s.take<float>(parts * stride);
-  char* lists = s.take<char>(p.threads * int64_t(Active::bytes(p)));
+  char* lists = s.take<char>(int64_t(Active::bytes(p)));
   float* wides = s.take<float>(p.threads * padded_ff);
   int32_t* steps = s.take<int32_t>(p.threads * padded_ff);
 
@@ -302,50 +309,58 @@ void decode(const Problem& p) {
     in.n_live += in.x[k] != 0.0f;
   }
 
-#pragma omp parallel num_threads(p.threads) if (p.threads > 1)
-  {
-    const int t = omp_get_thread_num(), of = omp_get_num_threads();
-    const auto [e0, e1] = share(p.n_experts, ROWS, t, of);
-    dot_list<F32>([&](int64_t e) { return p.router.at<F32>(e, 0); }, e0, e1, x, p.d_model, logits);
-#pragma omp barrier
-    // Every thread makes the same list for itself: cheaper than a second barrier.
-    Active active(p, logits, lists + t * Active::bytes(p));
-    const auto [a, b] = share(active.n_neurons, by_inputs ? p.group : ROWS, t, of);
-    float* wide = wides + t * padded_ff;
-    project<E>(p, p.up, active, a, b, in, wide, steps + t * padded_ff, h);
-    if (p.gate.data) project<E>(p, p.gate, active, a, b, in, wide, steps + t * padded_ff, gated);
+  // f(begin, end, slot) for `pieces` runs of n items, in whole `unit`s
+  auto stage = [&](int64_t n, int64_t unit, int pieces, auto&& f) {
+    by_pieces(pieces, p.threads, [&](int64_t i, int slot) {
+      const auto [begin, end] = share(n, unit, int(i), pieces);
+      if (end > begin) f(begin, end, slot);
+    });
+  };
+  stage(p.n_experts, ROWS, pieces_of(p.n_experts * p.d_model * 4, p.threads), [&](int64_t begin, int64_t end, int) {
+    dot_list<F32>([&](int64_t e) { return p.router.at<F32>(e, 0); }, begin, end, x, p.d_model, logits);
+  });
+  Active active(p, logits, lists);
+  const int rows = pieces_of(active.n_neurons * p.d_model * int64_t(sizeof(typename E::T)) * (p.gate.data ? 2 : 1), p.threads);
+  stage(active.n_neurons, by_inputs ? p.group : ROWS, rows, [&](int64_t a, int64_t b, int slot) {
+    float* wide = wides + slot * padded_ff;
+    int32_t* in_steps = steps + slot * padded_ff;
+    project<E>(p, p.up, active, a, b, in, wide, in_steps, h);
+    if (p.gate.data) project<E>(p, p.gate, active, a, b, in, wide, in_steps, gated);
     for (int64_t i = a; i < b; i++) {
       h[i] += bias_at<E>(p.up_bias, active.neurons[i]);
       if (p.gate.data) gated[i] += bias_at<E>(p.gate_bias, active.neurons[i]);
     }
-    if (b > a) {
-      activate_row(p.act, p.gate.data ? gated + a : nullptr, h + a, b - a);
-      leave_out_small(p.cut, h + a, b - a);
-    }
-#pragma omp barrier
-    active.find_live(h);
-    const auto [o0, o1] = share(p.d_out, 32, t, of);  // 32 elements: threads write whole cache lines
-    if (parts > 1) {
-      const int blocks = int(down_blocks(of));
-      const auto [first, last] = share(parts * blocks, 1, t, of);
-      for (int64_t task = first; task < last; task++) {
-        const auto [c0, c1] = share(p.d_out, 32, int(task % blocks), blocks);
-        float* sum = sums + task / blocks * stride;
-        std::fill(sum + c0, sum + round_up(c1, STEP<S>), 0.0f);
-        add_part<E>(p, active, int(task / blocks), parts, h, sum, c0, c1);
-      }
-#pragma omp barrier
-      add_parts(sums + o0, parts, stride, round_up(o1, STEP<S>) - o0);
-      for (int64_t o = o0; o < o1; o++) y[place<S>(o)] = bias_at<E>(p.down_bias, o) + sums[place<S>(o)];
-    } else {
-      project_down<E>(p, active, h, y, o0, o1);
-    }
+    activate_row(p.act, p.gate.data ? gated + a : nullptr, h + a, b - a);
+    leave_out_small(p.cut, h + a, b - a);
+  });
+  active.find_live(h);
+  auto finish = [&](int64_t o0, int64_t o1) {
     if (!std::is_same_v<E, F32>)
       for (int64_t o = o0; o < o1; o++) static_cast<typename E::T*>(p.y)[o] = E::from_float(y[place<S>(o)]);
-    if (t == 0 && p.mask) {
-      std::fill(p.mask, p.mask + p.n_experts, uint8_t(0));
-      for (int64_t i = 0; i < active.n_experts; i++) p.mask[active.experts[i]] = 1;
-    }
+  };
+  constexpr int64_t LINE = 32;  // outputs: threads write whole cache lines; no more pieces than threads, or rows are read in shorter ones
+  if (parts > 1) {
+    const int blocks = int(down_blocks(p.threads));
+    by_pieces(parts * blocks, p.threads, [&](int64_t i, int) {
+      const auto [c0, c1] = share(p.d_out, LINE, int(i % blocks), blocks);
+      float* sum = sums + i / blocks * stride;
+      std::fill(sum + c0, sum + round_up(c1, STEP<S>), 0.0f);
+      add_part<E>(p, active, int(i / blocks), parts, h, sum, c0, c1);
+    });
+    stage(p.d_out, LINE, p.threads, [&](int64_t o0, int64_t o1, int) {
+      add_parts(sums + o0, parts, stride, round_up(o1, STEP<S>) - o0);
+      for (int64_t o = o0; o < o1; o++) y[place<S>(o)] = bias_at<E>(p.down_bias, o) + sums[place<S>(o)];
+      finish(o0, o1);
+    });
+  } else {
+    stage(p.d_out, LINE, p.threads, [&](int64_t o0, int64_t o1, int) {
+      project_down<E>(p, active, h, y, o0, o1);
+      finish(o0, o1);
+    });
+  }
+  if (p.mask) {
+    std::fill(p.mask, p.mask + p.n_experts, uint8_t(0));
+    for (int64_t i = 0; i < active.n_experts; i++) p.mask[active.experts[i]] = 1;
   }
 }
 

@@ -4,10 +4,7 @@
 // Every output is summed by one thread in one order, the same for any number of threads and of tokens.
 #pragma once
 
-#include <omp.h>
-
-#include <atomic>
-
+#include "pool.h"
 #include "problem.h"
 
 namespace {
@@ -24,22 +21,6 @@ constexpr int64_t LINE_AHEAD = 1 << 10;       // bytes that are asked for before
 constexpr int64_t DEEP = 2;                   // rows of each lane that all tokens are multiplied with in turn
 constexpr int64_t WORTH_A_THREAD = 48 << 10;  // bytes of weights, times tokens: less takes less time than to wake one
 constexpr int64_t TOKENS_AT_ONCE = 32;       // whose operands stay in L2 while a piece goes by
-
-// f(i) for all i < n, by up to `threads` threads. Each goes through a run of its own, then helps with the others'.
-template <class F>
-inline void by_pieces(int64_t n, int threads, F&& f) {
-  if (threads <= 1 || n <= 1) {
-    for (int64_t i = 0; i < n; i++) f(i);
-    return;
-  }
-  std::vector<std::atomic<int64_t>> taken(threads);
-#pragma omp parallel num_threads(threads)
-  for (int k = 0, own = omp_get_thread_num(); k < threads; k++) {
-    const int run = (own + k) % threads;
-    const int64_t begin = n * run / threads, end = n * (run + 1) / threads;
-    for (int64_t i; (i = begin + taken[run].fetch_add(1, std::memory_order_relaxed)) < end;) f(i);
-  }
-}
 
 // f<M>() for a tile that holds m tokens; M - m of its places stay empty, which costs less than code for each m.
 template <class F>
@@ -187,7 +168,7 @@ void linear(L& l, const typename E::T* x, int64_t tokens, const void* bias, type
   const Rows& w = l.weight;
   threads = int(std::clamp<int64_t>(w.count * w.bytes * tokens / WORTH_A_THREAD, 1, threads));
   const int64_t share = (w.count + threads - 1) / threads, pieces = 1 + share * w.bytes / PIECE;
-  by_pieces(tokens, tokens < TOKENS_AT_ONCE ? 1 : threads, [&](int64_t i) { l.template lay<E>(i, x + i * l.d_in); });
+  by_pieces(tokens, tokens < TOKENS_AT_ONCE ? 1 : threads, [&](int64_t i, int) { l.template lay<E>(i, x + i * l.d_in); });
   auto tile = [&]<int M>(int64_t token, int64_t here, int64_t row, int64_t gap, int64_t end, const Fetch& fetch) {
     float sums[M * LANES];
     l.template tile<M>(token, row, gap, fetch, sums);
@@ -215,7 +196,7 @@ void linear(L& l, const typename E::T* x, int64_t tokens, const void* bias, type
         });
       }
   };
-  by_pieces(threads * pieces, threads, [&](int64_t i) {
+  by_runs(threads * pieces, threads, [&](int64_t i) {
     const int64_t part = i % pieces, begin = i / pieces * share, end = std::min(begin + share, w.count);
     if (begin >= end) return;
     const int64_t lane = (end - begin + LANES - 1) / LANES;

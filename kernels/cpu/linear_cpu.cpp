@@ -1,5 +1,7 @@
 // ltepass::linear, linear_int8 and linear_int4 on the CPU, through libtorch's stable ABI (see README.md).
 
+#include <omp.h>
+
 #include <string>
 
 #include "quantised.h"

@@ -1,8 +1,13 @@
 // Reads memory and computes next to nothing: the speed that a kernel over the same weights could reach.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <vector>
+
+#include "pool.h"
 
 namespace {
 
@@ -31,17 +36,17 @@ inline uint64_t fold(const char* p, int64_t bytes) {
   return all;
 }
 
-// Every thread reads its share of each piece, one piece after the other; nobody waits before the end.
+constexpr int64_t PASS = 1 << 20;  // bytes that a thread takes at a time
+
 inline uint64_t read_pass(const std::vector<Piece>& pieces, int threads) {
-  uint64_t all = 0;
-#pragma omp parallel num_threads(threads) reduction(^ : all)
-  {
-    const int64_t n = omp_get_num_threads(), i = omp_get_thread_num();
-    for (const Piece& piece : pieces) {
-      const int64_t from = piece.bytes * i / n, to = piece.bytes * (i + 1) / n;
-      all ^= fold(piece.data + from, to - from);
-    }
-  }
+  std::vector<Piece> passes;
+  for (const Piece& piece : pieces)
+    for (int64_t from = 0; from < piece.bytes; from += PASS)
+      passes.push_back({piece.data + from, std::min(PASS, piece.bytes - from)});
+  std::atomic<uint64_t> all{0};
+  by_pieces(int64_t(passes.size()), threads, [&](int64_t i, int) {
+    all.fetch_xor(fold(passes[size_t(i)].data, passes[size_t(i)].bytes), std::memory_order_relaxed);
+  });
   return all;
 }
 

@@ -4,6 +4,8 @@
 #include <cpuid.h>
 #endif
 
+#include <omp.h>
+
 #include <exception>
 #include <string>
 #include <tuple>
@@ -52,24 +54,25 @@ struct Weights {
 // h = act(gate) * up * mask, in place.
 template <class E>
 void activate_and_mask(const Problem& p, typename E::T* h, const typename E::T* gate, const uint8_t* mask, int64_t tokens) {
-#pragma omp parallel for num_threads(p.threads) if (p.threads > 1)
-  for (int64_t task = 0; task < tokens * p.n_experts; task++) {
-    typename E::T* u = h + task * p.group;
-    if (!mask[task]) {
-      std::fill(u, u + p.group, typename E::T(0));
-      continue;
+  by_pieces(tokens, p.threads, [&](int64_t token, int) {
+    for (int64_t task = token * p.n_experts; task < (token + 1) * p.n_experts; task++) {
+      typename E::T* u = h + task * p.group;
+      if (!mask[task]) {
+        std::fill(u, u + p.group, typename E::T(0));
+        continue;
+      }
+      constexpr int64_t PART = 64;
+      float wide[2][PART];
+      for (int64_t j = 0; j < p.group; j += PART) {
+        const int64_t n = std::min(PART, p.group - j);
+        widen<E>(u + j, wide[0], n);
+        if (gate) widen<E>(gate + task * p.group + j, wide[1], n);
+        activate_row(p.act, gate ? wide[1] : nullptr, wide[0], n);
+        leave_out_small(p.cut, wide[0], n);
+        for (int64_t i = 0; i < n; i++) u[j + i] = E::from_float(wide[0][i]);
+      }
     }
-    constexpr int64_t PART = 64;
-    float wide[2][PART];
-    for (int64_t j = 0; j < p.group; j += PART) {
-      const int64_t n = std::min(PART, p.group - j);
-      widen<E>(u + j, wide[0], n);
-      if (gate) widen<E>(gate + task * p.group + j, wide[1], n);
-      activate_row(p.act, gate ? wide[1] : nullptr, wide[0], n);
-      leave_out_small(p.cut, wide[0], n);
-      for (int64_t i = 0; i < n; i++) u[j + i] = E::from_float(wide[0][i]);
-    }
-  }
+  });
 }
 
 template <class E>
