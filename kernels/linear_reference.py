@@ -23,10 +23,10 @@ _MOST = torch.finfo(torch.float32).max
 
 def quantise_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """weight: [d_out, d_in] -> codes int8 of its shape, scale fp32 [d_out]."""
-    return _to_int8(weight.float())
+    return to_int8(weight.float())
 
 
-def _to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
+def to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
     """rows: [..., n] fp32 -> codes int8 [..., n], scale [...]: max / 127; NaN and Inf stay in the scale."""
     scale = F.pad(rows.abs(), (0, 1)).amax(-1) / 127  # one 0 more, for rows of none
     usable = (scale >= _LEAST) & (scale <= _MOST)
@@ -80,7 +80,7 @@ def dequantise_int4(codes: Tensor, scale: Tensor, minimum: Tensor | None) -> Ten
 def quantise_inputs(x: Tensor) -> tuple[Tensor, Tensor]:
     """x: [..., d_in] -> codes int8 [..., n_blocks, 32], scale fp32 [..., n_blocks]; zeros behind the last input."""
     padded = F.pad(x.float(), (0, -x.shape[-1] % BLOCK))
-    return _to_int8(padded.unflatten(-1, (-1, BLOCK)))
+    return to_int8(padded.unflatten(-1, (-1, BLOCK)))
 
 
 def linear_int8(

@@ -11,9 +11,13 @@ from ltepass.grouping_methods import AUTO, GROUPINGS
 Mode = Literal["soft", "hard", "dense"]
 Budget = Literal["layer", "model"]
 Scope = Literal["ffn", "model"]  # of lowering
+RouterKind = Literal["linear", "proxy"]
+ProxyScales = Literal["blocks", "rows"]
 
 MODES: tuple[Mode, ...] = ("soft", "hard", "dense")
 BUDGETS: tuple[Budget, ...] = ("layer", "model")
+ROUTERS: tuple[RouterKind, ...] = ("linear", "proxy")
+PROXY_SCALES: tuple[ProxyScales, ...] = ("blocks", "rows")
 SEEDS = range(-(2**63), 2**64)  # what torch.Generator takes
 
 
@@ -34,7 +38,8 @@ class LTEConfig:
     """Settings of `ltepass.transform`.
 
     Arguments:
-        group_size: neurons per expert; "auto" picks a divisor of each site's d_ff near 32 (the paper's value).
+        group_size: neurons per expert; "auto" picks a divisor of each site's d_ff near 32 (the paper's value), and
+            single neurons for a proxy.
         target_sparsity: share of inactive neurons that training steers to, in [0, 1).
         grouping: how neurons become experts: a method of `ltepass.grouping_methods.GROUPINGS`, or "auto", which takes
             output_aware where calibration data is given and identity where it is not.
@@ -44,6 +49,11 @@ class LTEConfig:
             read; 0 in the paper. `ltepass.set_hidden_sparsity` changes it and places the cuts.
         input_sparsity: share of an FFN's inputs, the smallest, that its up and gate projections do not read; 0 in the
             paper. `ltepass.set_input_sparsity` changes it and places the cuts.
+        router: "linear" (the paper's) knows groups of neurons; "proxy" single ones, by a 4-bit copy of gate and up that
+            it holds and reads for every token (a sixth of the FFN's bytes in bf16). It is nearly as good as an oracle
+            before any training.
+        proxy_scales: of the copy: "blocks" of 32 inputs have a multiplier each (4.25 bits a weight), or "rows" share
+            one scale (4 bits, less exact).
         router_bias: the paper's router has none; a calibrated start fits better with one.
         tau: threshold on the sigmoid score (0.5 everywhere in the paper).
         seed: for grouping and router start.
@@ -59,6 +69,8 @@ class LTEConfig:
     budget: Budget = "layer"
     hidden_sparsity: float = 0.0
     input_sparsity: float = 0.0
+    router: RouterKind = "linear"
+    proxy_scales: ProxyScales = "blocks"
     router_bias: bool = True
     tau: float = 0.5
     seed: int = 0
@@ -73,6 +85,14 @@ class LTEConfig:
             raise ConfigError(f"grouping is {self.grouping!r}; expected one of {', '.join((AUTO, *GROUPINGS))}")
         if self.budget not in BUDGETS:
             raise ConfigError(f"budget is {self.budget!r}; expected one of {', '.join(BUDGETS)}")
+        for name, allowed in (("router", ROUTERS), ("proxy_scales", PROXY_SCALES)):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
+        if self.router == "proxy" and not self.router_bias:
+            raise ConfigError(
+                "a proxy's scores are never negative: its bias stands for the threshold that training moves; "
+                "pass router_bias=True"
+            )
         if self.budget == "model" and not self.router_bias:
             raise ConfigError('budget "model" puts what an FFN matters into its router\'s bias; pass router_bias=True')
         if type(self.seed) is not int or self.seed not in SEEDS:

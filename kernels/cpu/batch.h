@@ -7,6 +7,7 @@
 
 #include "gemm.h"
 #include "pool.h"
+#include "proxy.h"
 
 namespace {
 
@@ -30,6 +31,7 @@ struct Chunk {
   uint8_t* mask;        // [tokens, n_experts] or null
   int parts;            // of the active experts, in the down phase
   float* sums;          // [parts, tokens, sums_stride] where there are several, else null
+  const ProxyInputs* proxied;
   int64_t sums_stride;  // against rows of a whole number of pages, as in Blocked
 };
 
@@ -76,8 +78,12 @@ struct Local {
 
 template <class O>
 inline void route_block(const Problem& p, const Chunk<O>& c, int64_t e0, int64_t e1, Local& local) {
-  for (int64_t i = 0; i < c.tokens; i++) local.rows[i] = c.x.row(i);
-  project_rows<F32>(p.router, e0, e1 - e0, c.x, local.rows, c.tokens, local.up, local.block);
+  if (p.proxy) {
+    proxy_scan(*p.proxy, *c.proxied, e0, e1, 0, c.tokens, local.up, NEURON_BLOCK);
+  } else {
+    for (int64_t i = 0; i < c.tokens; i++) local.rows[i] = c.x.row(i);
+    project_rows<F32>(p.router, e0, e1 - e0, c.x, local.rows, c.tokens, local.up, local.block);
+  }
   for (int64_t e = e0; e < e1; e++) {
     const float bias = p.router_bias ? p.router_bias[e] : 0.0f;
     int32_t n = 0;
@@ -156,6 +162,7 @@ inline int64_t route_chunk(const Problem& p, int64_t first, Chunk<typename E::Op
   by_pieces((c.tokens + run - 1) / run, p.threads, [&](int64_t piece, int) {
     for (int64_t i = piece * run; i < std::min((piece + 1) * run, c.tokens); i++) {
       c.x.template fill<E>(i, x + i * p.x_stride);
+      if (p.proxy) c.proxied->template lay<E>(i, x + i * p.x_stride);
       if (!std::is_same_v<O, F32>) c.operands.template fill<E>(i, x + i * p.x_stride);
     }
   });
@@ -229,7 +236,7 @@ void batch(const Problem& p, Dense&& dense) {
             Scratch::bytes_for<int32_t>(p.n_experts + 1) + Scratch::bytes_for<int64_t>(p.n_experts + 1) +
             Scratch::bytes_for<float>(hidden) + Scratch::bytes_for<float>(sums) +
             Scratch::bytes_for<uint8_t>(keep_mask ? span * p.n_experts : 0) +
-            p.threads * Local::bytes(p, most, columns));
+            p.threads * Local::bytes(p, most, columns) + proxy_bytes(p, most));
   c.x.data = s.take<float>(c.x.size());
   c.operands.data = std::is_same_v<O, F32> ? c.x.data : s.take<float>(c.operands.size());
   c.list = s.take<int32_t>(p.n_experts * most);
@@ -241,6 +248,8 @@ void batch(const Problem& p, Dense&& dense) {
   c.sums = sums ? s.take<float>(sums) : nullptr;
   c.sums_stride = sums_stride;
   uint8_t* own_mask = keep_mask ? s.take<uint8_t>(span * p.n_experts) : nullptr;
+  const ProxyInputs proxied = proxy_inputs(p, most, s);
+  c.proxied = &proxied;
   std::vector<Local> locals;
   for (int t = 0; t < p.threads; t++) locals.emplace_back(s, p, most, columns);
   for (int64_t start = 0; start < p.tokens; start += DENSE_SPAN) {

@@ -37,6 +37,8 @@ HEADERS = (
     "linear.h",
     "quantised.h",
     "read_pass.h",
+    "proxy.h",
+    "proxy_tensors.h",
 )
 STABLE_ABI = "0x020b000000000000"  # torch 2.11, the oldest that ltepass supports
 # What each object may assume of the CPU, as /proc/cpuinfo names it; the first that fits is taken.

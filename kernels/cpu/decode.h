@@ -5,7 +5,7 @@
 #pragma once
 
 #include "pool.h"
-#include "problem.h"
+#include "proxy.h"
 
 namespace {
 
@@ -280,7 +280,7 @@ void decode(const Problem& p) {
   s.reserve(3 * Scratch::bytes_for<float>(padded) + Scratch::bytes_for<int32_t>(p.d_model) +
             Scratch::bytes_for<float>(p.n_experts) + 2 * Scratch::bytes_for<float>(p.d_ff) +
             Scratch::bytes_for<float>(padded_out) + Scratch::bytes_for<float>(parts * stride) +
-            Active::bytes(p) +
+            Active::bytes(p) + proxy_bytes(p, 1) +
             p.threads * (Scratch::bytes_for<float>(padded_ff) + Scratch::bytes_for<int32_t>(padded_ff)));
   float* x = s.take<float>(padded);  // as routers see it
   Input in{x, x, s.take<int32_t>(p.d_model)};
@@ -292,6 +292,8 @@ void decode(const Problem& p) {
   char* lists = s.take<char>(int64_t(Active::bytes(p)));
   float* wides = s.take<float>(p.threads * padded_ff);
   int32_t* steps = s.take<int32_t>(p.threads * padded_ff);
+  const ProxyInputs proxied = proxy_inputs(p, 1, s);
+  if (p.proxy) proxied.lay<E>(0, static_cast<const typename E::T*>(p.x));
 
   widen<E>(static_cast<const typename E::T*>(p.x), x, p.d_model);
   std::fill(x + p.d_model, x + padded, 0.0f);
@@ -316,7 +318,9 @@ void decode(const Problem& p) {
       if (end > begin) f(begin, end, slot);
     });
   };
-  stage(p.n_experts, ROWS, pieces_of(p.n_experts * p.d_model * 4, p.threads), [&](int64_t begin, int64_t end, int) {
+  const int64_t read = p.proxy ? p.proxy->codes.bytes * p.proxy->codes.count : p.n_experts * p.d_model * 4;
+  stage(p.n_experts, ROWS, pieces_of(read, p.threads), [&](int64_t begin, int64_t end, int) {
+    if (p.proxy) return proxy_scan(*p.proxy, proxied, begin, end, 0, 1, logits + begin, p.n_experts);
     dot_list<F32>([&](int64_t e) { return p.router.at<F32>(e, 0); }, begin, end, x, p.d_model, logits);
   });
   Active active(p, logits, lists);

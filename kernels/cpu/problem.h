@@ -22,12 +22,15 @@ struct Matrix {
   }
 };
 
+struct Proxy;
+
 struct Problem {
   int64_t tokens, d_model, d_ff, d_out, n_experts, group;
   const void* x;             // [tokens, d_model], rows contiguous
   int64_t x_stride;          // elements from one token to the next
   Matrix router;             // fp32 [n_experts, d_model], col == 1
   const float* router_bias;  // or null
+  const Proxy* proxy;        // what decides in the router's place, or null
   float threshold;
   Matrix up, gate, down;  // [d_ff, d_model] twice, [d_out, d_ff]; gate.data is null in a plain FFN
   const void *up_bias, *gate_bias, *down_bias;

@@ -12,6 +12,7 @@
 
 #include "batch.h"
 #include "decode.h"
+#include "proxy_tensors.h"
 #include "read_pass.h"
 #include "tensors.h"
 
@@ -149,16 +150,29 @@ void run(const Problem& p, const Tensor& x, const Weights& w, const Tensor& y) {
   });
 }
 
-// fp64 (gradient checks) and anything else without a kernel: the few lines of PyTorch that ltepass/ops.py registers.
-std::tuple<Tensor, OptionalTensor> plain(const Tensor& x, const Tensor& router_weight, const OptionalTensor& router_bias,
-                                         const Tensor& threshold, const Weights& w, const std::string& activation,
-                                         const OptionalTensor& cut, const OptionalTensor& input_cut) {
+// What decides: a linear, or a proxy.
+struct Deciding {
+  const Tensor* weight = nullptr;
+  const OptionalTensor* bias = nullptr;
+  const ProxyArguments* proxy = nullptr;
+};
+
+// fp64 (gradient checks) and anything else without a kernel: the few lines of PyTorch that ../routed_ffn.py registers.
+std::tuple<Tensor, OptionalTensor> plain(const Tensor& x, const Deciding& router, const Tensor& threshold, const Weights& w,
+                                         const std::string& activation, const OptionalTensor& cut,
+                                         const OptionalTensor& input_cut) {
   using torch::stable::detail::from;
   using torch::stable::detail::to;
-  StableIValue stack[] = {from(x),         from(router_weight), from(router_bias), from(threshold), from(w.up),
-                          from(w.up_bias), from(w.gate),        from(w.gate_bias), from(w.down),    from(w.down_bias),
-                          from(activation), from(cut),          from(input_cut)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("ltepass::_plain", "", stack, TORCH_ABI_VERSION));
+  std::vector<StableIValue> stack{from(x)};
+  if (const ProxyArguments* p = router.proxy)
+    stack.insert(stack.end(), {from(p->codes), from(p->multipliers), from(p->scales), from(p->biases), from(p->sizes),
+                               from(p->weight), from(p->bias)});
+  else
+    stack.insert(stack.end(), {from(*router.weight), from(*router.bias)});
+  stack.insert(stack.end(), {from(threshold), from(w.up), from(w.up_bias), from(w.gate), from(w.gate_bias), from(w.down),
+                             from(w.down_bias), from(activation), from(cut), from(input_cut)});
+  const char* name = router.proxy ? "ltepass::_plain_proxy" : "ltepass::_plain";
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
   return {to<Tensor>(stack[0]), OptionalTensor(to<Tensor>(stack[1]))};
 }
 
@@ -168,26 +182,39 @@ float cut_of(const OptionalTensor& t, const char* name) {
   return *static_cast<const float*>(t->data_ptr());
 }
 
-std::tuple<Tensor, OptionalTensor> forward(const Tensor& x_in, const Tensor& router_in, const OptionalTensor& router_bias,
-                                           const Tensor& threshold, const Tensor& up, const OptionalTensor& up_bias,
+std::tuple<Tensor, OptionalTensor> forward(const Tensor& x_in, const Deciding& deciding, const Tensor& threshold,
+                                           const Tensor& up, const OptionalTensor& up_bias,
                                            const OptionalTensor& gate, const OptionalTensor& gate_bias,
                                            const Tensor& down, const OptionalTensor& down_bias,
                                            const std::string& activation, const OptionalTensor& cut,
                                            const OptionalTensor& input_cut, bool with_mask) {
   const ScalarType dtype = x_in.scalar_type();
   const Weights weights{up, up_bias, gate, gate_bias, down, down_bias};
-  if (dtype == ScalarType::Double) return plain(x_in, router_in, router_bias, threshold, weights, activation, cut, input_cut);
-  STD_TORCH_CHECK(x_in.dim() >= 1 && up.dim() == 2 && down.dim() == 2 && router_in.dim() == 2,
-                  "x should be [..., d_model] and the weights matrices");
+  if (dtype == ScalarType::Double) return plain(x_in, deciding, threshold, weights, activation, cut, input_cut);
+  STD_TORCH_CHECK(x_in.dim() >= 1 && up.dim() == 2 && down.dim() == 2, "x should be [..., d_model] and the weights matrices");
   const Tensor x = x_in.is_contiguous() ? x_in : torch::stable::contiguous(x_in);
-  const Tensor router = router_in.stride(1) == 1 ? router_in : torch::stable::contiguous(router_in);
   Problem p{};
-  p.d_model = x.size(-1), p.d_ff = up.size(0), p.d_out = down.size(0), p.n_experts = router.size(0);
+  p.d_model = x.size(-1), p.d_ff = up.size(0), p.d_out = down.size(0);
   p.tokens = p.d_model ? x.numel() / p.d_model : 0;
+  p.act = act_from_name(activation.c_str());
+  STD_TORCH_CHECK(p.act != Act::unknown, "unknown activation ", activation);
+  OptionalTensor router;
+  std::optional<KeptProxy> proxy;
+  if (deciding.proxy) {
+    proxy.emplace(*deciding.proxy, p.d_model, p.act);
+    STD_TORCH_CHECK(proxy->proxy.d_ff == p.d_ff, "codes are of ", proxy->proxy.d_ff, " neurons, and up has ", p.d_ff);
+    p.proxy = &proxy->proxy;
+    p.n_experts = proxy->n_experts();
+  } else {
+    const Tensor& given = *deciding.weight;
+    STD_TORCH_CHECK(given.dim() == 2, "x should be [..., d_model] and the weights matrices");
+    router = given.stride(1) == 1 ? given : torch::stable::contiguous(given);
+    p.n_experts = router->size(0);
+  }
   STD_TORCH_CHECK(p.n_experts > 0 && p.d_ff % p.n_experts == 0, "d_ff is ", p.d_ff, " and there are ", p.n_experts,
                   " experts; expected a whole number of neurons each");
   p.group = p.d_ff / p.n_experts;
-  check_weight(router, ScalarType::Float, p.n_experts, p.d_model, "router_weight");
+  if (router) check_weight(*router, ScalarType::Float, p.n_experts, p.d_model, "router_weight");
   check_weight(up, dtype, p.d_ff, p.d_model, "up");
   check_weight(down, dtype, p.d_out, p.d_ff, "down");
   if (gate) check_weight(*gate, dtype, p.d_ff, p.d_model, "gate");
@@ -195,16 +222,16 @@ std::tuple<Tensor, OptionalTensor> forward(const Tensor& x_in, const Tensor& rou
   const Weight up_weight(up), down_weight(down);
   const std::optional<Weight> gate_weight = gate ? std::optional<Weight>(*gate) : std::nullopt;
   p.x = x.data_ptr(), p.x_stride = p.d_model;
-  p.router = {router.data_ptr(), router.stride(0), 1};
-  p.router_bias = static_cast<const float*>(bias_data(router_bias, ScalarType::Float, p.n_experts, "router_bias"));
+  if (router) {
+    p.router = {router->data_ptr(), router->stride(0), 1};
+    p.router_bias = static_cast<const float*>(bias_data(*deciding.bias, ScalarType::Float, p.n_experts, "router_bias"));
+  }
   p.threshold = *static_cast<const float*>(threshold.data_ptr());
   p.up = up_weight.matrix, p.down = down_weight.matrix;
   if (gate_weight) p.gate = gate_weight->matrix;
   p.up_bias = bias_data(up_bias, dtype, p.d_ff, "up_bias");
   p.gate_bias = bias_data(gate_bias, dtype, p.d_ff, "gate_bias");
   p.down_bias = bias_data(down_bias, dtype, p.d_out, "down_bias");
-  p.act = act_from_name(activation.c_str());
-  STD_TORCH_CHECK(p.act != Act::unknown, "unknown activation ", activation);
   p.cut = cut_of(cut, "cut");
   p.input_cut = cut_of(input_cut, "input_cut");
   p.dense_above = dense_above(dtype, p.tokens);
@@ -234,29 +261,52 @@ std::tuple<Tensor, OptionalTensor> forward(const Tensor& x_in, const Tensor& rou
   return {y, mask};
 }
 
-Tensor routed_ffn(const Tensor& x, const Tensor& router_weight, const OptionalTensor& router_bias,
-                  const Tensor& threshold, const Tensor& up, const OptionalTensor& up_bias, const OptionalTensor& gate,
-                  const OptionalTensor& gate_bias, const Tensor& down, const OptionalTensor& down_bias,
-                  const std::string& activation, const OptionalTensor& cut, const OptionalTensor& input_cut) {
-  return std::get<0>(forward(x, router_weight, router_bias, threshold, up, up_bias, gate, gate_bias, down, down_bias,
-                             activation, cut, input_cut, false));
-}
-
-std::tuple<Tensor, Tensor, Tensor> routed_ffn_with_mask(const Tensor& x, const Tensor& router_weight,
-                                                        const OptionalTensor& router_bias, const Tensor& threshold,
-                                                        const Tensor& up, const OptionalTensor& up_bias,
-                                                        const OptionalTensor& gate, const OptionalTensor& gate_bias,
-                                                        const Tensor& down, const OptionalTensor& down_bias,
-                                                        const std::string& activation, const OptionalTensor& cut,
-                                                        const OptionalTensor& input_cut) {
-  const auto [y, mask] = forward(x, router_weight, router_bias, threshold, up, up_bias, gate, gate_bias, down, down_bias,
-                                 activation, cut, input_cut, true);
+std::tuple<Tensor, Tensor, Tensor> counted(const std::tuple<Tensor, OptionalTensor>& result) {
+  const auto& [y, mask] = result;
   const Tensor count = empty({}, aoti_torch_dtype_int64());
   const auto* on = static_cast<const uint8_t*>(mask->data_ptr());
   int64_t n = 0;
   for (int64_t i = 0; i < mask->numel(); i++) n += on[i];
   *static_cast<int64_t*>(count.data_ptr()) = n;
   return {y, *mask, count};
+}
+
+Tensor routed_ffn(const Tensor& x, const Tensor& router_weight, const OptionalTensor& router_bias,
+                  const Tensor& threshold, const Tensor& up,
+                  const OptionalTensor& up_bias, const OptionalTensor& gate, const OptionalTensor& gate_bias,
+                  const Tensor& down, const OptionalTensor& down_bias, const std::string& activation,
+                  const OptionalTensor& cut, const OptionalTensor& input_cut) {
+  const Deciding by{&router_weight, &router_bias};
+  return std::get<0>(forward(x, by, threshold, up, up_bias, gate, gate_bias, down, down_bias, activation, cut, input_cut, false));
+}
+
+std::tuple<Tensor, Tensor, Tensor> routed_ffn_with_mask(const Tensor& x, const Tensor& router_weight, const OptionalTensor& router_bias,
+                  const Tensor& threshold, const Tensor& up,
+                  const OptionalTensor& up_bias, const OptionalTensor& gate, const OptionalTensor& gate_bias,
+                  const Tensor& down, const OptionalTensor& down_bias, const std::string& activation,
+                  const OptionalTensor& cut, const OptionalTensor& input_cut) {
+  const Deciding by{&router_weight, &router_bias};
+  return counted(forward(x, by, threshold, up, up_bias, gate, gate_bias, down, down_bias, activation, cut, input_cut, true));
+}
+
+Tensor routed_proxy_ffn(const Tensor& x, const Tensor& codes, const OptionalTensor& multipliers, const Tensor& scales,
+                  const OptionalTensor& biases, const Tensor& sizes, const Tensor& router_weight,
+                  const Tensor& router_bias, const Tensor& threshold, const Tensor& up,
+                  const OptionalTensor& up_bias, const OptionalTensor& gate, const OptionalTensor& gate_bias,
+                  const Tensor& down, const OptionalTensor& down_bias, const std::string& activation,
+                  const OptionalTensor& cut, const OptionalTensor& input_cut) {
+  const ProxyArguments proxy{codes, multipliers, scales, biases, sizes, router_weight, router_bias};
+  return std::get<0>(forward(x, {nullptr, nullptr, &proxy}, threshold, up, up_bias, gate, gate_bias, down, down_bias, activation, cut, input_cut, false));
+}
+
+std::tuple<Tensor, Tensor, Tensor> routed_proxy_ffn_with_mask(const Tensor& x, const Tensor& codes, const OptionalTensor& multipliers, const Tensor& scales,
+                  const OptionalTensor& biases, const Tensor& sizes, const Tensor& router_weight,
+                  const Tensor& router_bias, const Tensor& threshold, const Tensor& up,
+                  const OptionalTensor& up_bias, const OptionalTensor& gate, const OptionalTensor& gate_bias,
+                  const Tensor& down, const OptionalTensor& down_bias, const std::string& activation,
+                  const OptionalTensor& cut, const OptionalTensor& input_cut) {
+  const ProxyArguments proxy{codes, multipliers, scales, biases, sizes, router_weight, router_bias};
+  return counted(forward(x, {nullptr, nullptr, &proxy}, threshold, up, up_bias, gate, gate_bias, down, down_bias, activation, cut, input_cut, true));
 }
 
 int64_t read_pass_op(const std::vector<Tensor>& buffers) {
@@ -272,6 +322,10 @@ STABLE_TORCH_LIBRARY_IMPL(ltepass, CPU, m) {
   m.impl("routed_ffn", TORCH_BOX(&routed_ffn));
   m.impl("_routed_ffn_no_grad", TORCH_BOX(&routed_ffn));
   m.impl("routed_ffn_with_mask", TORCH_BOX(&routed_ffn_with_mask));
+  m.impl("routed_proxy_ffn", TORCH_BOX(&routed_proxy_ffn));
+  m.impl("_routed_proxy_ffn_no_grad", TORCH_BOX(&routed_proxy_ffn));
+  m.impl("routed_proxy_ffn_with_mask", TORCH_BOX(&routed_proxy_ffn_with_mask));
+  m.impl("proxy_scores", TORCH_BOX(&proxy_scores));
   m.impl("_dense_above", TORCH_BOX(&dense_above_op));
   m.impl("_read_pass", TORCH_BOX(&read_pass_op));
 }

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from ltepass.calibration.energy import down_energy, expert_energy, log_energy
+from ltepass.calibration.proxy_start import start_proxies
 from ltepass.calibration.ridge import RidgeSums
-from ltepass.calibration.sensitivity import sensitivities
+from ltepass.calibration.sensitivity import Sensitivity, sensitivities
 from ltepass.config import Mode
 from ltepass.errors import CalibrationError, ConfigError, MetaWeightsError
 from ltepass.grouping_methods import AUTO, AUTO_WITH_DATA
@@ -92,7 +93,7 @@ def group_by(routed: Routed, batches: Sequence[Any], grouping: str | None) -> No
     """Reorder every site's neurons by the method, unless they are in its order already."""
     method = grouping or routed.config["grouping"]
     method = AUTO_WITH_DATA if method == AUTO else method
-    if method == "identity":
+    if method == "identity" or all(site.group_size == 1 for site in routed.sites):  # no order makes groups of one
         return
     by_rows = method == "kmeans" and not is_calibrated(routed)  # transform had no inputs to group by
     if method != routed.state.grouping or by_rows:
@@ -109,14 +110,24 @@ def group_by(routed: Routed, batches: Sequence[Any], grouping: str | None) -> No
 def initialise_routers(routed: Routed, batches: Sequence[Any], inputs: Inputs) -> None:
     """Routers that predict log energy, times a scale, with their thresholds at the target; fills the table.
 
+    Proxies hold what they predict, and only find their unit (`proxy_start.py`).
+
     With budget "model" sites compete: they get one scale and one threshold, and a site's mean logit stands for its log
     cost in the dense model, whichever inputs it is fitted to. A site whose inputs shrink in hard mode would give up
     ever more experts.
     """
     target = routed.config["target_sparsity"]
     log_costs: dict[str, float] | None = None
+    found: dict[str, Sensitivity] | None = None
     if routed.config["budget"] == "model":
         found = _on_every(THRESHOLD_STRIDE, batches, partial(sensitivities, routed))
+    if routed.config.get("router") == "proxy":
+        _on_every(THRESHOLD_STRIDE, batches, lambda some: start_proxies(routed, some, found))
+        move_biases(routed, target)
+        for _ in range(2 if inputs == "hard" and target > 0 else 0):  # the second sees the inputs of moved thresholds
+            _recalibrate(routed, every(THRESHOLD_STRIDE, batches), target)
+        return
+    if found is not None:
         weights = {name: s.neurons for name, s in found.items()}
         log_costs = {name: s.log_cost for name, s in found.items()}
     else:
@@ -143,7 +154,7 @@ def every(nth: int, batches: Sequence[Any]) -> Sequence[Any]:
     return next((some for some in parts if sum(map(tokens_in, some)) >= MIN_TOKENS), batches)
 
 
-def _on_every(nth: int, batches: Sequence[Any], run: Callable[[Sequence[Any]], dict[str, T]]) -> dict[str, T]:
+def _on_every(nth: int, batches: Sequence[Any], run: Callable[[Sequence[Any]], T]) -> T:
     """What a run over every nth batch gives, or over all where those pass an FFN by."""
     some = every(nth, batches)
     try:

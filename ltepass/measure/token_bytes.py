@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ltepass.passes.lower.linear_modules import weights_read as read_by_linears
 from ltepass.routed.routed import Routed, is_transformed
-from ltepass.routed.sites import FFNSite
+from ltepass.routed.router import Router
+from ltepass.routed.sites import FFNSite, routers_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,7 +21,14 @@ def buffers(model: PreTrainedModel) -> list[Tensor]:
     """What a token reads as a whole, in its order of use: parameters, or what lowered linears read in their place."""
     tables, stored = {id(table) for table in _tables(model)}, read_by_linears(model)
     read = (tensor for p in model.parameters() if id(p) not in tables for tensor in stored.get(p, (p,)))
-    return [tensor.detach() for tensor in read]
+    return [tensor.detach() for tensor in read] + [
+        codes for router in routers_of(model) for codes in _constants(router)
+    ]
+
+
+def _constants(router: Router) -> list[Tensor]:
+    """What a token reads of it that is no parameter."""
+    return [t for t in router.operands() if t is not None and not isinstance(t, nn.Parameter)]
 
 
 def weights_read(model: PreTrainedModel, active: float = 1.0) -> float:
@@ -64,5 +72,5 @@ def router_share(model: nn.Module, sites: Sequence[FFNSite]) -> float:
     """r: bytes of all routers over bytes of all FFN weights."""
     parameters = dict(model.named_parameters())
     ffn = {rows.param: parameters[rows.param] for site in sites for rows in site.neurons}
-    routers = [p for site in sites for p in model.get_submodule(site.router).parameters()]
-    return sum(p.nbytes for p in routers) / sum(p.nbytes for p in ffn.values())
+    routers = [t for router in routers_of(model) for t in router.operands() if t is not None]
+    return sum(t.nbytes for t in routers) / sum(p.nbytes for p in ffn.values())

@@ -66,8 +66,7 @@ class Router(nn.Module):
         self.d_model, self.d_ff, self.group_size, self.tau = d_model, d_ff, group_size, tau
         self.n_experts = d_ff // group_size
         self.mode: Mode = "dense"
-        self.weight = nn.Parameter(torch.empty(self.n_experts, d_model, dtype=torch.float32, device=device))
-        self.bias = nn.Parameter(torch.empty(self.n_experts, dtype=torch.float32, device=device)) if bias else None
+        self._add_tensors(bias, device)
         self.register_buffer("threshold", torch.empty((), dtype=torch.float32, device=device))
         self.register_buffer("quantiles", torch.empty(N_QUANTILES, dtype=torch.float32, device=device))
         for name, given in (("cut", cut), ("input_cut", input_cut)):
@@ -86,21 +85,40 @@ class Router(nn.Module):
         self.density: float | None = None
         self.reset()
 
+    def _add_tensors(self, bias: bool, device: torch.device | str | None) -> None:
+        """What scores: of another kind of router, something else."""
+        self.weight = nn.Parameter(torch.empty(self.n_experts, self.d_model, dtype=torch.float32, device=device))
+        self.bias = nn.Parameter(torch.empty(self.n_experts, dtype=torch.float32, device=device)) if bias else None
+
     def reset(self, generator: torch.Generator | None = None) -> None:
         """Random start that leaves the global RNG alone; no table; identity permutation."""
         generator = generator or torch.Generator().manual_seed(0)
         with torch.no_grad():
-            if not self.weight.is_meta:
-                start = torch.randn(self.weight.shape, generator=generator, dtype=torch.float32) * self.d_model**-0.5
-                self.weight.copy_(start)
-            if self.bias is not None:
-                self.bias.zero_()
+            self._start(generator)
             self.threshold.fill_(logit(self.tau))
             self.quantiles.fill_(math.nan)
             for cut in (self.cut, self.input_cut):
                 if cut is not None:
                     cut.fill_(-1.0)
             self.permutation.copy_(torch.arange(self.d_ff))
+
+    def _start(self, generator: torch.Generator) -> None:
+        if not self.weight.is_meta:
+            start = torch.randn(self.weight.shape, generator=generator, dtype=torch.float32) * self.d_model**-0.5
+            self.weight.copy_(start)
+        if self.bias is not None:
+            self.bias.zero_()
+
+    def operands(self) -> tuple[Tensor | None, ...]:
+        """What the sparse op takes of it, and a token reads."""
+        own = self._parameters
+        weight = own.get("weight")
+        # a DataParallel replica keeps plain tensors as attributes
+        return (self.weight, self.bias) if weight is None else (weight, own.get("bias"))
+
+    def reorder(self, order: Tensor) -> None:
+        """The FFN's neurons were put into another order: neuron i was neuron order[i]."""
+        self.permutation.copy_(self.permutation[order.to(self.permutation.device)])
 
     def forward(self, x: Tensor) -> Tensor | None:
         """x: [..., d_model] any float dtype -> logits [..., n_experts] fp32; None in dense mode, which needs none."""

@@ -118,7 +118,8 @@ class Snapshot:
         self.objects = [_Object(thing) for thing in _objects(model)]
         self.flags = [(p, p.requires_grad) for p in model.parameters()]
         self.strides = [(p, p.stride()) for p in model.parameters() if p.layout is torch.strided]
-        buffers = [b for router in routers_of(model) for b in router.buffers() if not b.is_meta]
+        small = (b for router in routers_of(model) for b in router.buffers() if b.dtype != torch.uint8)
+        buffers = [b for b in small if not b.is_meta]  # codes are big: who changes them says so
         self.values = [(b, b.detach().clone()) for b in buffers]
 
     def restore(self) -> None:

@@ -5,6 +5,7 @@ the model is checked later, against the model (site_checks.py). Raises Checkpoin
 
 version 1: the rows of a site repeat the name of their parameter in `neurons`, `up_rows`, ...
 version 2: each name stands once in `parameters`; `neurons` counts in that list, `up_rows`, ... count in `neurons`.
+version 3: `config` says which kind of router there is.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict, fields
 from typing import Any
 
-from ltepass.config import BUDGETS, SEEDS, LTEConfig
+from ltepass.config import BUDGETS, PROXY_SCALES, ROUTERS, SEEDS, LTEConfig
 from ltepass.errors import CheckpointError, ConfigError
 from ltepass.grouping_methods import AUTO, GROUPINGS
 from ltepass.names import shown
@@ -89,7 +90,7 @@ def _read_refusal(value: object, where: str) -> Refusal:
 def _read_config(value: object, version: int) -> dict[str, Any]:
     entry = Entry("config", value)
     for f in fields(LTEConfig):
-        later = version == 1 and f.name in _LATER
+        later = f.name in _LATER and version < _LATER[f.name]
         setting = entry.take(f.name, f.default if later else ...)
         if not _CONFIG[f.name](setting):
             entry.wrong(f.name, f"what LTEConfig takes as {f.name}")
@@ -100,7 +101,8 @@ def _read_config(value: object, version: int) -> dict[str, Any]:
         raise CheckpointError(f"config: {error}; {ADVICE}") from error
 
 
-_LATER = ("budget", "hidden_sparsity", "input_sparsity")  # settings that came while the version was 1
+# Settings that came later, and the first version that always has them.
+_LATER = {"budget": 2, "hidden_sparsity": 2, "input_sparsity": 2, "router": 3, "proxy_scales": 3}
 
 
 def _number(value: object) -> bool:
@@ -114,6 +116,8 @@ _CONFIG: dict[str, Callable[[object], bool]] = {
     "budget": lambda v: isinstance(v, str) and v in BUDGETS,
     "hidden_sparsity": _number,
     "input_sparsity": _number,
+    "router": lambda v: isinstance(v, str) and v in ROUTERS,
+    "proxy_scales": lambda v: isinstance(v, str) and v in PROXY_SCALES,
     "router_bias": lambda v: type(v) is bool,
     "tau": _number,
     "seed": lambda v: type(v) is int and v in SEEDS,

@@ -14,13 +14,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ltepass.errors import CheckpointError
+from ltepass.kernels.linear_reference import HALF
+from ltepass.kernels.proxy_reference import blocks_of, largest_multiplier
 from ltepass.names import is_path, shown
+from ltepass.routed.proxy import CONSTANTS
 from ltepass.routed.router import N_QUANTILES
 from ltepass.routed.sites import FFNSite
 from ltepass.saving.site_checks import is_router
 
 Header = dict[str, tuple[str, tuple[int, ...]]]  # tensor -> (dtype as safetensors names it, shape)
-ROUTER = ("weight", "bias", "threshold", "quantiles", "cut", "input_cut", "permutation")  # what a router may hold
+# What a router may hold.
+ROUTER = ("weight", "bias", "threshold", "quantiles", "cut", "input_cut", "permutation", *CONSTANTS)
 _ONLY_OURS = ("threshold", "quantiles", "permutation")
 FLOATS = ("F64", "F32", "F16", "BF16")
 _AGAIN = "expected a directory written by save_pretrained of a transformed model; save it again"
@@ -45,15 +49,33 @@ def read_header(files: Iterable[str | Path]) -> Header:
 def router_header(site: FFNSite, config: Mapping[str, object]) -> Header:
     """The tensors of one router."""
     experts = site.d_ff // site.group_size
+    proxy = config.get("router") == "proxy"
     header: Header = {
-        "weight": ("F32", (experts, site.d_model)),
+        "weight": ("F32", (experts,) if proxy else (experts, site.d_model)),
         "threshold": ("F32", ()),
         "quantiles": ("F32", (N_QUANTILES,)),
         "permutation": ("I64", (site.d_ff,)),
     }
-    optional: Header = {"bias": ("F32", (experts,)), "cut": ("F32", ()), "input_cut": ("F32", ())}
+    if proxy:
+        header |= _constants(site, blocks=config["proxy_scales"] == "blocks")
+    optional: Header = {"bias": ("F32", () if proxy else (experts,)), "cut": ("F32", ()), "input_cut": ("F32", ())}
     settings = ("router_bias", "hidden_sparsity", "input_sparsity")
     return header | {name: optional[name] for name, setting in zip(optional, settings, strict=True) if config[setting]}
+
+
+def _constants(site: FFNSite, *, blocks: bool) -> Header:
+    """Those of a proxy."""
+    k, n = 1 if site.gate_rows is None else 2, blocks_of(site.d_model)
+    header: Header = {
+        "codes": ("U8", (k, site.d_ff, HALF * n)),
+        "scales": ("F32", (k, site.d_ff)),
+        "sizes": ("F32", (site.d_ff,)),
+    }
+    if blocks:
+        header["multipliers"] = ("U8", (k, site.d_ff, n))
+    if site.up_bias is not None or site.gate_bias is not None:
+        header["biases"] = ("F32", (k, site.d_ff))
+    return header
 
 
 def has_routers(sites: Sequence[FFNSite], header: Header) -> bool:
@@ -159,6 +181,12 @@ def check_values(site: FFNSite, tensors: Mapping[str, Tensor | None]) -> None:
         value = tensors.get(name)
         if value is not None and bool(value.isnan()):
             raise CheckpointError(f"the {name} of site {site.name} is not a number; {_AGAIN}")
+    multipliers = tensors.get("multipliers")
+    if multipliers is not None and int(multipliers.max()) > largest_multiplier(site.d_model):
+        raise CheckpointError(
+            f"a multiplier of site {site.name} is {int(multipliers.max())}; expected at most "
+            f"{largest_multiplier(site.d_model)}, beyond which sums do not fit in 32 bits; {_AGAIN}"
+        )
     table = tensors["quantiles"]
     assert table is not None
     if bool(table.isnan().any()) and not bool(table.isnan().all()):

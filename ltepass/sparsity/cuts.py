@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from ltepass.config import check_sparsity
-from ltepass.kernels.reference import mask
 from ltepass.routed.batches import Batch
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
@@ -126,7 +125,7 @@ class _Sizes(Observer):
         self.kept = {setting: Reservoir(max(LEAST_ROWS, SAMPLE // widths[setting])) for setting in settings}
 
     def on_input(self, x: Tensor) -> None:
-        self.active = mask(x, self.router.weight, self.router.bias, self.router.threshold)
+        self.active = self.router.logits(x.float()) > self.router.threshold
         if "input_sparsity" in self.kept:
             self.kept["input_sparsity"].add(x)
 

@@ -21,6 +21,8 @@ from ltepass.routed.watching import mode_of, on_logits, run_batches
 
 BIAS_MARGIN = 2.0  # below the least calibration logit, for a bias that leaves every expert active
 TABLE_TOKENS = 8192  # of which a site's table is made: a share is then off by half a point over sqrt(n_experts)
+TABLE_LOGITS = 2**21  # at most, where experts are many: so few tokens are as good then
+LEAST_TOKENS = 256  # tokens differ too
 SHARED_POINTS = 4096  # values that stand for one site's logits where sites share a threshold
 
 
@@ -91,9 +93,9 @@ def interpolate(quantiles: Tensor, sparsity: float) -> Tensor:
 def update_table(routed: Routed, batches: Iterable[Batch]) -> None:
     """Fill every router's quantile table from its logits on these batches, seen through the model's present gates.
 
-    A router that no token reached keeps its table; one that many reached gets it from TABLE_TOKENS of them.
+    A router that no token reached keeps its table; one that many reached gets it from `table_tokens` of them.
     """
-    samples = {site.name: Reservoir(TABLE_TOKENS) for site in routed.sites}
+    samples = {site.name: Reservoir(table_tokens(site.n_experts)) for site in routed.sites}
     present = routed.routers[0].mode
 
     def see(site: FFNSite, router: Router, logits: Tensor) -> None:
@@ -104,6 +106,11 @@ def update_table(routed: Routed, batches: Iterable[Batch]) -> None:
     for site, router in routed:
         if len(samples[site.name]):
             router.quantiles.copy_(table_of(samples[site.name].rows()))
+
+
+def table_tokens(n_experts: int) -> int:
+    """How many of the tokens make a table."""
+    return min(TABLE_TOKENS, max(LEAST_TOKENS, TABLE_LOGITS // n_experts))
 
 
 def table_of(logits: Tensor) -> Tensor:

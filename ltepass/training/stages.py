@@ -14,6 +14,7 @@ from ltepass.config import Budget
 from ltepass.errors import TrainingError
 from ltepass.measure.sparsity import hard_sparsity
 from ltepass.routed.padding import IGNORED
+from ltepass.routed.proxy import ProxyRouter, encode
 from ltepass.routed.recording import RecordedCall, Recorder
 from ltepass.routed.routed import Routed
 from ltepass.routed.sites import require_whole
@@ -62,7 +63,8 @@ def settle(
 ) -> dict[str, float]:
     """End a stage: new sparsity table, thresholds at `sparsity`, hard mode.
 
-    The routers' weights stay; only their thresholds move, and the cuts of hidden units where the model has them.
+    The routers' weights stay; only their thresholds move, and the cuts of hidden units where the model has them. A
+    proxy's codes are made anew of what the weights have become.
 
     Arguments:
         model: a transformed model, not lowered.
@@ -81,6 +83,9 @@ def settle(
     routed = Routed.trained(model, "settle")
     routed.config["budget"] = budget or routed.config["budget"]
     switch(routed, "hard")
+    for site, router in routed:
+        if isinstance(router, ProxyRouter):  # where an adapter stands in the weights' place, codes stay as they are
+            encode(routed.model, site, router)
     for _ in range(2):  # the second pass sees the inputs that the moved thresholds make
         update_table(routed, batches)
         place_thresholds(routed, sparsity)

@@ -45,7 +45,8 @@ class FindFFN:
         kept, left_out = job.selection.split(number_sites(one_kind_an_owner(kept)))
         job.refusals += left_out
         sizes = job.selection.group_sizes(kept, job.config.group_size)
-        job.sites = name_routers(job.model, [with_group_size(s, size) for s, size in sizes.items()])
+        alone = job.config.router == "proxy"
+        job.sites = name_routers(job.model, [with_group_size(s, size, alone=alone) for s, size in sizes.items()])
         if not job.sites:
             lines = [f"  {r.module or '(root)'}: {r.check}: {r.reason}" for r in job.refusals]
             raise NoFFNFoundError(

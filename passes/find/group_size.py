@@ -24,8 +24,11 @@ def nearest_divisors(n: int, size: int) -> list[int]:
     return sorted(divisors(n), key=lambda d: (max(d, size) / min(d, size), -d))
 
 
-def with_group_size(site: FFNSite, group_size: int | str) -> FFNSite:
-    return replace(site, group_size=auto_group_size(site.d_ff) if isinstance(group_size, str) else group_size)
+def with_group_size(site: FFNSite, group_size: int | str, *, alone: bool) -> FFNSite:
+    """alone: what is left to us is single neurons."""
+    if isinstance(group_size, str):
+        group_size = 1 if alone else auto_group_size(site.d_ff)
+    return replace(site, group_size=group_size)
 
 
 def check_group_size(sites: list[FFNSite], group_size: int | str) -> None:

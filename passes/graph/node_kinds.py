@@ -105,6 +105,10 @@ def is_input_cut(node: Node) -> bool:
     return node.op == "call_function" and node.target is torch.ops.ltepass.cut_inputs.default
 
 
+def is_proxy(node: Node) -> bool:
+    return node.op == "call_function" and node.target is torch.ops.ltepass.proxy_scores.default
+
+
 def is_movement(node: Node) -> bool:
     return op_name(node) in _MOVEMENT
 

@@ -74,4 +74,4 @@ def permute_routed(routed: Routed, site: FFNSite, permutation: Tensor) -> None:
     with torch.no_grad():
         for same in [s for s in routed.sites if s.neurons == site.neurons]:
             for router in routed.copies(same):
-                router.permutation.copy_(router.permutation[permutation.to(router.permutation.device)])
+                router.reorder(permutation)

@@ -25,10 +25,12 @@ from ltepass.errors import CheckpointError
 from ltepass.passes.capture.owner_forward import OwnerGraphs, trace_owner
 from ltepass.passes.find.near_miss import breadth_first
 from ltepass.passes.graph.pipeline import Tier, TransformJob
+from ltepass.passes.group.group_neurons import check_real_weights
 from ltepass.passes.insert.guarding import remember, watch
 from ltepass.passes.insert.hooks import InlineSite, attach
 from ltepass.passes.insert.regenerated_forwards import forwards_of, regenerate
 from ltepass.passes.insert.selfcheck import check_gated
+from ltepass.routed.proxy import proxy_of, require_known, start_proxy
 from ltepass.routed.router import Router, gate, seen_inputs
 from ltepass.routed.sites import FFNSite, LTEState, set_state
 
@@ -40,12 +42,17 @@ class InsertRouters:
     skippable: bool = False
 
     def __call__(self, job: TransformJob) -> str:
+        if job.config.router == "proxy":
+            require_known(job.sites)
+            check_real_weights(job.model, job.sites, 'router "proxy"')
         insert_routers(job.model, job.sites, job.config, traced=job.owner_graphs)
         for site in job.sites:
             if site.name in job.permutations:
                 router = job.model.get_submodule(site.router)
                 assert isinstance(router, Router)
                 router.permutation.copy_(job.permutations[site.name])
+            if job.config.router == "proxy":
+                start_proxy(job.model, site)
         grouping = job.config.grouping if job.permutations else "identity"
         state = LTEState(job.config.to_dict(), job.sites, job.refusals, grouping=grouping)
         set_state(job.model, state)
@@ -70,9 +77,7 @@ def insert_routers(
     generator = torch.Generator().manual_seed(config.seed)
     for site in sites:
         where = device if device is not None else _device(model.get_submodule(site.down))
-        sizes = (site.d_model, site.d_ff, site.group_size)
-        cuts = {"cut": config.hidden_sparsity > 0, "input_cut": config.input_sparsity > 0}
-        router = Router(*sizes, bias=config.router_bias, tau=config.tau, device=where, **cuts)
+        router = _router(site, config, where)
         router.reset(generator)
         parent, _, child = site.router.rpartition(".")
         model.get_submodule(parent).add_module(child, router)
@@ -93,6 +98,14 @@ def insert_routers(
                 _gate_in_user_graph(graph, site)
         model.graph = graph
     watch(model, [s.owner for s in sites])
+
+
+def _router(site: FFNSite, config: LTEConfig, device: torch.device | str | None) -> Router:
+    cuts = {"cut": config.hidden_sparsity > 0, "input_cut": config.input_sparsity > 0}
+    if config.router == "proxy":
+        return proxy_of(site, blocks=config.proxy_scales == "blocks", tau=config.tau, device=device, **cuts)
+    sizes = (site.d_model, site.d_ff, site.group_size)
+    return Router(*sizes, bias=config.router_bias, tau=config.tau, device=device, **cuts)
 
 
 def _device(down: nn.Module) -> torch.device:

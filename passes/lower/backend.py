@@ -134,7 +134,8 @@ def _trains(example_inputs: Sequence[InputType]) -> bool:
 
 
 def _holds_op(gm: GraphModule) -> bool:
-    return any(n.target is torch.ops.ltepass.routed_ffn.default for n in gm.graph.nodes)
+    ops = (torch.ops.ltepass.routed_ffn.default, torch.ops.ltepass.routed_proxy_ffn.default)
+    return any(n.target in ops for n in gm.graph.nodes)
 
 
 def _patches(mode: str | None, options: dict[str, object] | None) -> dict[str, object]:

@@ -22,7 +22,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ltepass.config import Scope
 from ltepass.errors import ConfigError, LoweredError, LoweringError
 from ltepass.kernels.gpu.tuning import assume_density
-from ltepass.kernels.routed_ffn import routed_ffn
+from ltepass.kernels.routed_ffn import routed_ffn, routed_proxy_ffn
 from ltepass.passes.capture.owner_forward import trace_owner
 from ltepass.passes.graph.node_kinds import erase_upstream
 from ltepass.passes.insert.guarding import check_forwards
@@ -47,6 +47,7 @@ from ltepass.passes.lower.why_not import (
     why_not_alone,
     with_inner,
 )
+from ltepass.routed.proxy import ProxyRouter
 from ltepass.routed.routed import Routed, is_transformed
 from ltepass.routed.router import Router, applied
 from ltepass.routed.router import gate as gate_call
@@ -264,11 +265,9 @@ def lowered_call(
     if router.watched:
         applied()
     f = plan.d_ff
-    weight, bias = parameters_of(router)
     args = (
         x,
-        weight,
-        bias,
+        *router.operands(),
         router._buffers["threshold"],
         _take(plan.up, up, f),
         _take(plan.up_bias, up_bias, f),
@@ -280,9 +279,13 @@ def lowered_call(
         *_cuts(router),
     )
     if router.recorder.count_inactive and torch.is_grad_enabled():
-        y, active, _ = torch.ops.ltepass.routed_ffn_with_mask(*args)
+        ops = torch.ops.ltepass
+        with_mask = ops.routed_proxy_ffn_with_mask if isinstance(router, ProxyRouter) else ops.routed_ffn_with_mask
+        y, active, _ = with_mask(*args)
         router.recorder.record((~active).float().mean(-1))
         return y  # type: ignore[no-any-return]
+    if isinstance(router, ProxyRouter):
+        return routed_proxy_ffn(*args)
     if router.density is not None and x.is_cuda and not torch.compiler.is_compiling():
         with assume_density(router.density):
             return routed_ffn(*args)

@@ -3,6 +3,7 @@
     before:  s = linear(x.float(), Wr, br); h = silu(linear(x, Wg)) * linear(x, Wu); y = linear(gate(h, s, t), Wd)
     after:   y = ltepass::routed_ffn(x, Wr, br, t, Wu, None, Wg, None, Wd, None, "silu")
 
+A proxy's scores are one node, ltepass::proxy_scores; the region becomes ltepass::routed_proxy_ffn with its arguments.
 Where up and gate read cut_inputs(x, c), c becomes an argument of the op; so does a cut of the gate.
 
 Legal because the op is defined as just this (kernels/reference.py), the region is proved by the same matcher that found
@@ -25,6 +26,7 @@ from ltepass.passes.graph.node_kinds import (
     is_gate,
     is_input_cut,
     is_plain_tensor,
+    is_proxy,
     shape,
     strip_identity,
     strip_views,
@@ -101,7 +103,8 @@ def _lower(flow: Flow, region: Region) -> str | None:
     x = up.x
     if is_input_cut(region.x):
         cuts = [cuts[0] if cuts else None, region.x.args[1]]
-    router = flow.linear(strip_identity(scores))
+    scores = strip_identity(scores)
+    router = scores if is_proxy(scores) else flow.linear(scores)
     reason = _why_not(region, router, bool(soft))
     if reason is not None:
         return reason
@@ -117,10 +120,10 @@ def _lower(flow: Flow, region: Region) -> str | None:
         def operand(rows: Rows | None) -> Node | None:
             return None if rows is None else _operand(flow, rows, region.d_ff)
 
+        proxy = isinstance(router, Node)
         args = (
             x,
-            router.weight,
-            _leaf(flow, router.bias),
+            *(router.args[1:-1] if isinstance(router, Node) else (router.weight, _leaf(flow, router.bias))),
             threshold,
             operand(region.up.rows),
             operand(region.up.bias),
@@ -131,14 +134,15 @@ def _lower(flow: Flow, region: Region) -> str | None:
             region.activation,
             *cuts,
         )
-        new = graph.call_function(torch.ops.ltepass.routed_ffn.default, args)
+        op = torch.ops.ltepass.routed_proxy_ffn if proxy else torch.ops.ltepass.routed_ffn
+        new = graph.call_function(op.default, args)
         new.meta = dict(down.node.meta)
     down.node.replace_all_uses_with(new)
     erase_upstream(down.node)
     return None
 
 
-def _why_not(region: Region, router: Linear | None, soft: bool) -> str | None:
+def _why_not(region: Region, router: Linear | Node | None, soft: bool) -> str | None:
     standard = {region.up.rows, region.up.bias, down_rows(region.down)}
     standard |= {region.gate.rows, region.gate.bias} if region.gate else set()
     x, source = region.up.linear.x, region.x
@@ -153,8 +157,8 @@ def _why_not(region: Region, router: Linear | None, soft: bool) -> str | None:
     extra = [r.leaf.name for r in region.neurons if r not in standard]
     if extra:
         return also_scales(extra[0])
-    if router is None or router.out_dim != 0 or strip_views(router.x) is not source:
-        return "the gate's scores are no linear of the FFN's input"
+    if router is None or not _scores(router, source):
+        return "the gate's scores are no linear of the FFN's input, and no proxy's"
     if region.x is not strip_views(x) or value(region.x).dtype != value(x).dtype:
         return "the router and the up projection read different dtypes"
     inner = [value(n) for n in region.inner if is_plain_tensor(n)]
@@ -163,6 +167,13 @@ def _why_not(region: Region, router: Linear | None, soft: bool) -> str | None:
     if shape(x)[:-1] != shape(region.down.node)[:-1]:
         return "the region changes the token dims"
     return None
+
+
+def _scores(router: Linear | Node, x: Node) -> bool:
+    """Whether it reads x."""
+    if isinstance(router, Node):
+        return strip_views(router.args[0]) is x  # type: ignore[arg-type]
+    return router.out_dim == 0 and strip_views(router.x) is x
 
 
 def _leaf(flow: Flow, node: Node | None) -> Node | None:

@@ -1,0 +1,227 @@
+// Scores of a proxy router: integer sums over codes of gate and up, then a fixed order of fp32 operations, so that every
+// ISA decides as ../proxy_reference.py does, bit for bit. The format and the order are defined there.
+#pragma once
+
+#include <limits>
+
+#include "quantised.h"
+
+namespace {
+
+struct Proxy {
+  Rows codes;                // of k * d_ff rows, gate's before up's
+  const uint8_t* multipliers;  // [k, d_ff, blocks] or null: 1
+  const float *scales, *biases, *sizes;  // [k, d_ff], the same or null, [d_ff]
+  const float* weight;       // [n_experts]
+  float bias;
+  int64_t k, d_model, d_ff, group;
+  Act act;
+  int64_t blocks() const { return codes.bytes / (BLOCK / 2); }
+};
+
+// A product that no compiler may contract with the sum after it.
+inline vf product(vf a, vf b) {
+  vf p = a * b;
+#if defined(__x86_64__)
+  asm("" : "+v"(p));
+#elif defined(__aarch64__)
+  asm("" : "+w"(p));
+#else
+  asm("" : "+m"(p));
+#endif
+  return p;
+}
+
+template <size_t N>
+inline vf cdf(vf z, float limit, const float (&coefficients)[N]) {
+  const vf c = select(z < splat(-limit), splat(-limit), select(z > splat(limit), splat(limit), z));  // a NaN stays one
+  const vf w = product(c, c);
+  vf p = splat(coefficients[N - 1]);
+  for (int i = int(N) - 2; i >= 0; i--) p = product(p, w) + splat(coefficients[i]);
+  return product(p, c) + splat(0.5f);
+}
+
+inline vf proxy_act(Act act, vf z) {
+  constexpr float LOGISTIC[] = {0.24424246f, -0.016765588f, 9.9281338e-4f, -3.8960653e-5f,
+                                9.5864896e-7f, -1.4124211e-8f, 1.1345992e-10f, -3.812188e-13f};
+  constexpr float NORMAL[] = {0.39787027f, -0.064554414f, 0.0087636922f, -8.1218776e-4f,
+                              4.7763918e-5f, -1.5888288e-6f, 2.258824e-8f};
+  const vf positive = select(z < splat(0), splat(0), z);
+  switch (act) {
+    case Act::silu: return product(z, cdf(z, 8.0f, LOGISTIC));
+    case Act::quick_gelu: return product(z, cdf(product(z, splat(1.702f)), 8.0f, LOGISTIC));
+    case Act::gelu:
+    case Act::gelu_tanh: return product(z, cdf(z, 4.0f, NORMAL));
+    case Act::relu: return positive;
+    case Act::relu2: return product(positive, positive);
+    default: return z;
+  }
+}
+
+inline int32_t hsum(vi v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_epi32(reinterpret_cast<__m512i>(v));
+#else
+  for (int half = W / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) v[i] += v[i + half];
+  return v[0];
+#endif
+}
+
+// One multiplier for each block of a vector of codes, in the four lanes of its block.
+inline vi spread_bytes(uint32_t bytes) {
+#if defined(__AVX512F__)
+  const __m128i lanes = _mm_set_epi8(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+  return reinterpret_cast<vi>(_mm512_cvtepu8_epi32(_mm_shuffle_epi8(_mm_cvtsi32_si128(int32_t(bytes)), lanes)));
+#elif defined(__AVX2__)
+  const __m128i lanes = _mm_set_epi8(-1, -1, -1, -1, -1, -1, -1, -1, 1, 1, 1, 1, 0, 0, 0, 0);
+  return reinterpret_cast<vi>(_mm256_cvtepu8_epi32(_mm_shuffle_epi8(_mm_cvtsi32_si128(int32_t(bytes)), lanes)));
+#else
+  vi out;
+  for (int i = 0; i < W; i++) out[i] = int32_t(bytes >> (8 * (i / 4)) & 255);
+  return out;
+#endif
+}
+
+// Tokens as codes: of each vector of weights the inputs of its low and of its high halves, and each lane's start of the
+// sum, which takes the 8 off that codes are stored higher.
+class ProxyInputs {
+ public:
+  explicit ProxyInputs(const Proxy& p, int64_t tokens)
+      : d_model_(p.d_model), chunks_((p.codes.bytes + VB - 1) / VB), tokens_(tokens) {}
+  size_t bytes() const { return Scratch::bytes_for<char>(tokens_ * chunks_ * CHUNK) + Scratch::bytes_for<float>(tokens_); }
+  void reserve(Scratch& s) {
+    data_ = s.take<char>(tokens_ * chunks_ * CHUNK);
+    scales_ = s.take<float>(tokens_);
+  }
+  float scale(int64_t token) const { return scales_[token]; }
+  const char* row(int64_t token) const { return data_ + token * chunks_ * CHUNK; }
+
+  template <class E>
+  void lay(int64_t token, const typename E::T* x) const {
+    char* to = data_ + token * chunks_ * CHUNK;
+    std::memset(to, 0, size_t(chunks_ * CHUNK));
+    auto value = [&](int64_t i) { return i + W <= d_model_ ? E::load(x + i) : load_part<E>(x + i, d_model_ - i); };
+    vi most = {};  // sizes of floats are ordered as their bits are, NaN above all
+    for (int64_t i = 0; i < d_model_; i += W) {
+      const vi size = reinterpret_cast<vi>(value(i)) & 0x7fffffff;
+      most = size > most ? size : most;
+    }
+    const int32_t bits = most_of(most);
+    float size;
+    std::memcpy(&size, &bits, 4);
+    const float scale = scales_[token] = size / 127;
+    if (!(scale >= 0x1p-126f && scale <= 0x1.fffffep127f)) return;  // codes stay 0
+    const vf inverse = splat(1 / scale);
+    for (int64_t i = 0; i < d_model_; i += W) {
+      const narrow codes = __builtin_convertvector(nearest(product(value(i), inverse)), narrow);
+      const int64_t at = i / BLOCK * (BLOCK / 2) + i % (BLOCK / 2), half = i / (BLOCK / 2) % 2;
+      std::memcpy(to + at / VB * CHUNK + half * VB + at % VB, &codes, W);
+    }
+    for (int64_t c = 0; c < chunks_; c++, to += CHUNK) {
+      vi sum = {};
+      for (int half = 0; half < 2; half++) sum = add_products<false>(sum, vb{} + int8_t(1), load_bytes(to + half * VB));
+      sum *= -8;
+      std::memcpy(to + 2 * VB, &sum, VB);
+    }
+  }
+  static constexpr int64_t CHUNK = 3 * VB;
+
+ private:
+  int64_t d_model_, chunks_, tokens_;
+  char* data_ = nullptr;
+  float* scales_ = nullptr;
+};
+
+// Of an op's call; none where a linear decides.
+inline size_t proxy_bytes(const Problem& p, int64_t tokens) { return p.proxy ? ProxyInputs(*p.proxy, tokens).bytes() : 0; }
+inline ProxyInputs proxy_inputs(const Problem& p, int64_t tokens, Scratch& s) {
+  ProxyInputs in(p.proxy ? *p.proxy : Proxy{}, p.proxy ? tokens : 0);
+  if (p.proxy) in.reserve(s);
+  return in;
+}
+
+constexpr int64_t SCAN = 16;            // neurons whose codes are read by all tokens before the next
+constexpr int64_t SCAN_AHEAD = 4096;    // bytes of codes that are asked for ahead of their use
+
+// The sum of one row's products, exactly.
+inline int32_t proxy_sum(const Proxy& p, int64_t row, const char* x) {
+  const char* w = p.codes.data + row * p.codes.stride;
+  const uint8_t* m = p.multipliers ? p.multipliers + row * p.blocks() : nullptr;
+  constexpr int64_t BLOCKS = W / 4;  // in a vector of codes
+  vi all = {};
+  auto add = [&](vb pairs, uint32_t multipliers) INLINE {
+    const vb low = pairs & int8_t(15), high = reinterpret_cast<vb>(reinterpret_cast<vs>(pairs) >> 4) & int8_t(15);
+    vi sum = *reinterpret_cast<const vi_mem*>(x + 2 * VB);
+    sum = add_products<false>(sum, low, load_bytes(x));
+    sum = add_products<false>(sum, high, load_bytes(x + VB));
+    all += m ? sum * spread_bytes(multipliers) : sum;
+    x += ProxyInputs::CHUNK;
+  };
+  int64_t i = 0;
+  for (; i + VB <= p.codes.bytes; i += VB) {
+    uint32_t multipliers = 0;
+    if (m) std::memcpy(&multipliers, m + i / (BLOCK / 2), BLOCKS);
+    __builtin_prefetch(w + i + SCAN_AHEAD, 0, 2);
+    add(load_bytes(w + i), multipliers);
+  }
+  if (i < p.codes.bytes) {
+    uint32_t multipliers = 0;
+    for (int64_t b = i / (BLOCK / 2); m && b < p.blocks(); b++) multipliers |= uint32_t(m[b]) << 8 * (b - i / (BLOCK / 2));
+    add(load_last_bytes(w + i, p.codes.bytes - i), multipliers);
+  }
+  return hsum(all);
+}
+
+// neurons[0 .. n): the sizes of the hidden units of neurons [first, first + n) for one token, n <= SCAN
+inline void proxy_neurons(const Proxy& p, int64_t first, int64_t n, const char* x, float scale, float* neurons) {
+  float z[2][SCAN] = {}, sizes[SCAN] = {};
+  std::copy(p.sizes + first, p.sizes + first + n, sizes);
+  for (int64_t k = 0; k < p.k; k++) {
+    int32_t sums[SCAN] = {};
+    float scales[SCAN] = {}, biases[SCAN] = {};
+    const int64_t row = k * p.d_ff + first;
+    for (int64_t i = 0; i < n; i++) sums[i] = proxy_sum(p, row + i, x);
+    std::copy(p.scales + row, p.scales + row + n, scales);
+    if (p.biases) std::copy(p.biases + row, p.biases + row + n, biases);
+    for (int64_t i = 0; i < SCAN; i += W) {
+      vf v = product(to_float(*reinterpret_cast<const vi_mem*>(sums + i)), load(scales + i));
+      v = product(v, splat(scale));
+      store(z[k] + i, p.biases ? v + load(biases + i) : v);
+    }
+  }
+  for (int64_t i = 0; i < SCAN; i += W) {
+    vf t = proxy_act(p.act, load(z[0] + i));
+    if (p.k == 2) t = product(t, load(z[1] + i));
+    t = reinterpret_cast<vf>(reinterpret_cast<vi>(t) & 0x7fffffff);
+    t = product(t, load(sizes + i));
+    store_part(neurons + i, t, std::clamp<int64_t>(n - i, 0, W));
+  }
+}
+
+// logits[token * stride + e] of experts [e0, e1), for tokens [t0, t1) of the inputs
+inline void proxy_scan(const Proxy& p, const ProxyInputs& in, int64_t e0, int64_t e1, int64_t t0, int64_t t1, float* logits,
+                       int64_t stride) {
+  const int64_t end = e1 * p.group;
+  for (int64_t first = e0 * p.group; first < end; first += SCAN) {
+    const int64_t n = std::min(SCAN, end - first);
+    for (int64_t token = t0; token < t1; token++) {
+      float neurons[SCAN];
+      proxy_neurons(p, first, n, in.row(token), in.scale(token), neurons);
+      float* out = logits + token * stride;
+      for (int64_t i = 0; i < n; i++) {
+        const int64_t e = (first + i) / p.group, j = (first + i) % p.group;
+        // An expert's sum of squares grows where its logit will stand.
+        const float square = product(splat(neurons[i]), splat(neurons[i]))[0];
+        float& sum = out[e - e0];
+        sum = p.group == 1 ? neurons[i] : j == 0 ? square : sum + square;
+        if (j + 1 < p.group) continue;
+        const float size = p.group == 1 ? sum : std::sqrt(sum);
+        const float logit = product(splat(size), splat(p.weight[e]))[0] + p.bias;
+        sum = std::isnan(logit) ? std::numeric_limits<float>::infinity() : logit;
+      }
+    }
+  }
+}
+
+}  // namespace

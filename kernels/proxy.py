@@ -1,0 +1,128 @@
+"""`ltepass::proxy_scores`: schema, checks, fake, autograd, dispatch; `proxy_reference.py` is the definition.
+
+As with the other ops, the C++ kernel registers itself on the first CPU call; until then, without a compiler and on any
+other device the definition runs, and gives the same bits.
+"""
+
+# mypy: disable-error-code="no-untyped-call"
+# (torch leaves Library.impl untyped)
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ltepass.errors import LTEError
+from ltepass.kernels import autograd, proxy_reference, reference
+from ltepass.kernels.cpu import build
+from ltepass.kernels.linear_reference import HALF
+
+# What a proxy is, in every op that holds one, after x.
+ROUTER = (
+    "Tensor codes, Tensor? multipliers, Tensor scales, Tensor? biases, Tensor sizes, Tensor router_weight, "
+    "Tensor router_bias"
+)
+N_ROUTER = 7
+_library = torch.library.Library("ltepass", "FRAGMENT")
+_library.define(f"proxy_scores(Tensor x, {ROUTER}, str activation) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def check(
+    x: Tensor,
+    codes: Tensor,
+    multipliers: Tensor | None,
+    scales: Tensor,
+    biases: Tensor | None,
+    sizes: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    activation: str,
+) -> None:
+    """Raises LTEError for shapes and dtypes that no path can make sense of; the C++ kernel makes the same checks."""
+    if activation not in reference.ACTIVATIONS:
+        raise LTEError(f"activation is {activation!r}; expected one of {', '.join(reference.ACTIVATIONS)}")
+    if not x.is_floating_point() or x.dim() == 0:
+        raise LTEError(f"x is {_words(x)}; expected floats [..., d_model]")
+    blocks = proxy_reference.blocks_of(x.shape[-1])
+    if codes.dim() != 3 or codes.dtype != torch.uint8 or codes.shape[0] not in (1, 2):
+        raise LTEError(f"codes are {_words(codes)}; expected uint8 [1 or 2, d_ff, {HALF * blocks}], two a byte")
+    k, d_ff, n_experts = codes.shape[0], codes.shape[1], weight.shape[0] if weight.dim() == 1 else 0
+    expected = {
+        "codes": (codes, torch.uint8, (k, d_ff, HALF * blocks)),
+        "multipliers": (multipliers, torch.uint8, (k, d_ff, blocks)),
+        "scales": (scales, torch.float32, (k, d_ff)),
+        "biases": (biases, torch.float32, (k, d_ff)),
+        "sizes": (sizes, torch.float32, (d_ff,)),
+        "router_weight": (weight, torch.float32, (n_experts,)),
+        "router_bias": (bias, torch.float32, ()),
+    }
+    for name, (tensor, dtype, shape) in expected.items():
+        if tensor is not None and (tensor.dtype != dtype or tuple(tensor.shape) != shape):
+            raise LTEError(
+                f"{name} is {_words(tensor)} beside x {list(x.shape)} and codes {list(codes.shape)}; expected "
+                f"{str(dtype).removeprefix('torch.')} {list(shape)}"
+            )
+    if n_experts == 0 or d_ff % n_experts:
+        raise LTEError(f"d_ff is {d_ff} and there are {n_experts} experts; expected a whole number of neurons each")
+
+
+def _words(t: Tensor) -> str:
+    return f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"
+
+
+def _any_device(*args: Any) -> Tensor:
+    # A successful load has registered the C++ kernel under a key that outranks this one: call again.
+    if args[0].device.type == "cpu" and build.load():
+        return torch.ops.ltepass.proxy_scores(*args)  # type: ignore[no-any-return]
+    check(*args)
+    return proxy_reference.scores(*args)
+
+
+def _fake(x: Tensor, *args: Any) -> Tensor:
+    check(x, *args)
+    return x.new_empty((*x.shape[:-1], args[5].shape[0]), dtype=torch.float32)
+
+
+def _vmap(info: object, in_dims: tuple[int | None, ...], x: Tensor, *args: Any) -> tuple[Tensor, int]:
+    if in_dims[0] is None or any(d is not None for d in in_dims[1:]):
+        raise NotImplementedError(
+            "vmap over the router of ltepass::proxy_scores; expected only x to be batched, every other in_dim None"
+        )
+    return torch.ops.ltepass.proxy_scores(x.movedim(in_dims[0], 0), *args), 0
+
+
+class _Scores(torch.autograd.Function):
+    """Gradients of x, the weight and the bias; codes, scales and sizes are constants."""
+
+    generate_vmap_rule = False
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.ltepass.proxy_scores(*args)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, _, ctx.activation = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        need = ctx.needs_input_grad
+        wanted = (need[0], need[6], need[7])
+        dx, d_weight, d_bias = proxy_reference.gradients(grad, *ctx.saved_tensors, ctx.activation, wanted)
+        return (dx, *[None] * 5, d_weight, d_bias, None)
+
+
+def _register() -> None:
+    op = torch.ops.ltepass.proxy_scores.default
+    _library.impl("proxy_scores", _any_device, "CompositeExplicitAutograd")
+    rule = autograd.rule(op, _Scores, "ltepass.kernels.proxy_reference.scores")
+    _library.impl("proxy_scores", rule, "Autograd", with_keyset=True)
+    torch.library.register_fake("ltepass::proxy_scores", _fake, lib=_library)
+    torch.library.register_vmap("ltepass::proxy_scores", _vmap, lib=_library)
+
+
+_register()
+proxy_scores = torch.ops.ltepass.proxy_scores.default

@@ -1,0 +1,169 @@
+"""A router that knows the FFN itself, in 4 bits: it tells single neurons apart, which no linear does.
+
+It holds codes of gate and up (plain FFNs: of up) and the size that each neuron writes with, and scores an expert by
+what it would add to the output: |act(g~) u~| size, an int8 x against 4-bit weights. `kernels/proxy_reference.py`
+defines the scores bit by bit; kernels decide by the same bits, so that no token's choice depends on where it is made.
+
+Codes are constants: `transform` makes them, `calibrate` anew, and `settle` at the end of a training stage from what the
+weights have become. What learns is a scale per expert and the layer's bias, which stands for a trained threshold.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ltepass.errors import ConfigError
+from ltepass.kernels import proxy_reference
+from ltepass.kernels.linear_reference import BLOCK, HALF
+from ltepass.kernels.proxy import proxy_scores
+from ltepass.kernels.reference import ACTIVATIONS
+from ltepass.routed.router import Router
+from ltepass.routed.sites import FFNSite, NeuronRows
+from ltepass.routed.undo import keep
+
+OPERANDS = ("codes", "multipliers", "scales", "biases", "sizes", "weight", "bias")  # of the op, in its order
+CONSTANTS = OPERANDS[:5]
+
+
+class ProxyRouter(Router):
+    """Scores experts by an int4 copy of what computes them. k is 2 with a gate (gate, up), else 1 (up).
+
+    weight: [n_experts] fp32, 1 before training; bias: [] fp32.
+    codes: [k, d_ff, 16 blocks] uint8, two a byte; multipliers: [k, d_ff, blocks] uint8, or None with scales by rows.
+    scales: [k, d_ff] fp32; biases: [k, d_ff] fp32, of the linears, or None where none has one.
+    sizes: [d_ff] fp32: |down_j|, in units in which calibrated logits have the spread that a sigmoid wants.
+    Everything else is as `Router` has it.
+    """
+
+    codes: Tensor
+    multipliers: Tensor | None
+    scales: Tensor
+    biases: Tensor | None
+    sizes: Tensor
+    bias: nn.Parameter
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        group_size: int,
+        *,
+        activation: str,
+        gated: bool,
+        biased: bool,
+        blocks: bool = True,
+        **settings: Any,
+    ) -> None:
+        self.activation, self.shape = activation, (1 + gated, d_ff)
+        self.blocks, self.biased = proxy_reference.blocks_of(d_model) if blocks else 0, biased
+        super().__init__(d_model, d_ff, group_size, **settings)
+
+    def _add_tensors(self, bias: bool, device: torch.device | str | None) -> None:
+        assert bias, "LTEConfig asks for one"
+
+        def fp32(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.float32, device=device)
+
+        def codes(width: int) -> Tensor:
+            return torch.empty(*self.shape, width, dtype=torch.uint8, device=device)
+
+        self.weight = nn.Parameter(fp32(self.n_experts))
+        self.bias = nn.Parameter(fp32())
+        self.register_buffer("codes", codes(HALF * proxy_reference.blocks_of(self.d_model)))
+        self.register_buffer("multipliers", codes(self.blocks) if self.blocks else None)
+        self.register_buffer("scales", fp32(*self.shape))
+        self.register_buffer("biases", fp32(*self.shape) if self.biased else None)
+        self.register_buffer("sizes", fp32(self.d_ff))
+
+    def _start(self, generator: torch.Generator) -> None:
+        """Of a neuron that is known to be 0, until `encode` and calibration tell more."""
+        self.weight.fill_(1.0)
+        self.bias.zero_()
+        self.codes.fill_(proxy_reference.ZERO * 17)
+        self.sizes.fill_(1.0)
+        for constant in (self.multipliers, self.scales, self.biases):
+            if constant is not None:
+                constant.zero_()
+
+    def logits(self, x: Tensor) -> Tensor:
+        return proxy_scores(x, *self.operands(), self.activation)  # type: ignore[no-any-return]
+
+    def operands(self) -> tuple[Tensor | None, ...]:
+        """What `ltepass::routed_proxy_ffn` takes of it."""
+        return tuple(getattr(self, name) for name in OPERANDS)
+
+    def reorder(self, order: Tensor) -> None:
+        super().reorder(order)
+        for name in CONSTANTS:
+            constant = getattr(self, name)
+            if constant is not None:
+                keep(constant)
+                along = constant.dim() - 1 if constant.dim() < 3 else 1
+                constant.copy_(constant.index_select(along, order.to(constant.device)))
+
+    def extra_repr(self) -> str:
+        scales = f"blocks of {BLOCK}" if self.blocks else "rows"
+        return f"{super().extra_repr()}, activation={self.activation!r}, scales={scales}"
+
+
+def require_known(sites: list[FFNSite]) -> None:
+    """Raises ConfigError for a site whose hidden units no proxy computes."""
+    unknown = next((site for site in sites if site.activation not in ACTIVATIONS), None)
+    if unknown is not None:
+        raise ConfigError(
+            f'{unknown.name} computes {unknown.activation}; router "proxy" expects one of {", ".join(ACTIVATIONS)}; '
+            f'pass router="linear", or skip={unknown.name!r}'
+        )
+
+
+def proxy_of(site: FFNSite, **settings: Any) -> ProxyRouter:
+    """A router for this site. settings: of ProxyRouter's `__init__`."""
+    biased = site.up_bias is not None or site.gate_bias is not None
+    sizes = (site.d_model, site.d_ff, site.group_size)
+    gated = site.gate_rows is not None
+    return ProxyRouter(*sizes, activation=site.activation, gated=gated, biased=biased, **settings)
+
+
+@torch.no_grad()
+def encode(model: nn.Module, site: FFNSite, router: ProxyRouter) -> bool:
+    """Codes, scales and biases of the weights as they are. False, and nothing done, where they are not to be read."""
+    linears = [(rows, bias) for rows, bias in ((site.gate_rows, site.gate_bias), (site.up_rows, site.up_bias)) if rows]
+    found = [_read(model, site, rows) for rows, _ in linears]
+    if any(weight is None or weight.shape != (site.d_ff, site.d_model) for weight in found):
+        return False
+    weights = torch.stack([weight.detach().float() for weight in found if weight is not None])
+    codes, multipliers, scales = proxy_reference.quantise(weights, blocks=bool(router.blocks))
+    added = [_read(model, site, bias) for _, bias in linears]
+    none = weights.new_zeros(site.d_ff)
+    biases = torch.stack([none if bias is None else bias.detach().float() for bias in added])
+    new = {"codes": codes, "multipliers": multipliers, "scales": scales, "biases": biases}
+    for name, value in new.items():
+        constant = getattr(router, name)
+        if constant is not None:
+            assert value is not None
+            keep(constant)
+            constant.copy_(value)
+    return True
+
+
+@torch.no_grad()
+def start_proxy(model: nn.Module, site: FFNSite) -> None:
+    """Codes, and sizes as the columns of down have them."""
+    for router in (m for m in model.get_submodule(site.router).modules() if isinstance(m, ProxyRouter)):
+        encode(model, site, router)
+        router.sizes.copy_(site.down_rows.of(model, site.d_ff).float().norm(dim=1))
+
+
+def _read(model: nn.Module, site: FFNSite, rows: NeuronRows | None) -> Tensor | None:
+    """[d_ff, ...], or None where no parameter of that name holds all neurons: an adapter or a shard stands there."""
+    path, _, name = (rows.param if rows else "").rpartition(".")
+    try:
+        held = model.get_submodule(path)._parameters.get(name)
+    except AttributeError:
+        return None
+    if rows is None or held is None or held.is_meta or held.dim() <= rows.dim:
+        return None
+    return rows.take(held, site.d_ff) if rows.indices(site.d_ff)[-1] < held.shape[rows.dim] else None
