@@ -32,6 +32,12 @@ CHECKPOINTS: dict[str, tuple[Callable[[], Any], dict[str, Any], dict[str, Any]]]
     "cuts": (llama, {"hidden_sparsity": 0.3, "input_sparsity": 0.2}, {}),
     "no_bias": (llama, {"router_bias": False, "tau": 0.4, "grouping": "random"}, {}),
     "shared_budget": (llama, {"budget": "model"}, {}),
+    "proxy": (llama, {"router": "proxy", "group_size": 1}, {}),
+    "proxy_plain": (
+        partial(zoo.opt, num_attention_heads=4),
+        {"router": "proxy", "proxy_scales": "rows", "group_size": 5, "target_sparsity": 0.7},
+        {},
+    ),
 }
 
 
@@ -44,7 +50,7 @@ def write(name: str, folder: Path) -> None:
     torch.manual_seed(0)
     model = make().eval()
     batch = inputs_of(model)
-    ltepass.transform(model, config=ltepass.LTEConfig(group_size=5, **settings), calibration=[batch])
+    ltepass.transform(model, config=ltepass.LTEConfig(**{"group_size": 5, **settings}), calibration=[batch])
     ltepass.set_mode(model, "hard")
     model.save_pretrained(folder, **saving)
     with torch.no_grad():

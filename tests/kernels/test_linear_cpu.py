@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from ltepass.kernels import linear_reference
 from ltepass.kernels.cpu import build
 from tests.child import environment
+from tests.kernels.isa_levels import LEVELS
 from tests.kernels.linear_cases import DTYPES, FORMATS, Recipe, assert_values, exact, make, op
 
 formats = pytest.mark.parametrize("format", FORMATS)
@@ -188,12 +189,6 @@ for format in FORMATS:
             args = make(recipe)
             assert_values(recipe, args, op(recipe)(*args))
 """
-
-
-# Each is built: the one that test_build needs as well always, the others with the slow tests.
-LEVELS = [
-    pytest.param(v, marks=[] if v == "x86-64-v4" else pytest.mark.slow) for v in build.levels() if v != build.isa()
-]
 
 
 @pytest.mark.parametrize("level", LEVELS)
