@@ -52,18 +52,13 @@ def masks(model: nn.Module) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_lowered_and_compiled_are_hard_eager(name: str) -> None:
+def test_lowered_is_hard_eager(name: str) -> None:
     model = proxied(name)
     dense = zoo.logits(model)
     assert torch.equal(dense, zoo.logits(zoo.build(name)))
     ltepass.set_mode(model, "hard")
     hard = zoo.logits(model)
     assert not torch.equal(hard, dense)
-    with Graphs() as graphs:
-        compiled = torch.compile(model, backend="lte", fullgraph=False)
-        torch.testing.assert_close(zoo.logits(compiled), hard, rtol=1e-4, atol=1e-6)
-    sites = len(routers(model))
-    assert sum(gates for gates, _ in graphs.seen) == sum(lowered for _, lowered in graphs.seen) == sites
     ltepass.lower(model)
     assert ltepass.report(model).notes == []
     for x in (None, zoo.ids(1, 1)):
@@ -74,6 +69,16 @@ def test_lowered_and_compiled_are_hard_eager(name: str) -> None:
     assert torch.equal(zoo.logits(model), hard)
     ltepass.remove(model, undo_grouping=True)
     assert torch.equal(zoo.logits(model), dense)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_the_backend_lowers_it(name: str) -> None:
+    model = proxied(name)
+    ltepass.set_mode(model, "hard")
+    hard = zoo.logits(model)
+    with Graphs() as graphs:
+        torch.testing.assert_close(zoo.logits(torch.compile(model, backend="lte")), hard, rtol=1e-4, atol=1e-6)
+    assert [sum(counts) for counts in zip(*graphs.seen, strict=True)] == [2, 2]
 
 
 @pytest.mark.parametrize("name", ["llama", "opt"])
@@ -365,11 +370,7 @@ def test_a_soft_gate_is_not_lowered() -> None:
     ltepass.set_mode(model, "soft")
     with pytest.raises(LoweringError):
         ltepass.lower(model)
-    with Graphs() as graphs:
-        soft = zoo.logits(model)
-        torch.testing.assert_close(zoo.logits(torch.compile(model, backend="lte")), soft, rtol=1e-4, atol=1e-5)
-    assert sum(lowered for _, lowered in graphs.seen) == 0
-    assert not torch.equal(soft, zoo.logits(zoo.build("llama")))
+    assert not torch.equal(zoo.logits(model), zoo.logits(zoo.build("llama")))
 
 
 def test_old_settings_say_nothing_of_it() -> None:
