@@ -27,7 +27,7 @@ from ltepass.kernels.gpu import traceable
 
 _library = torch.library.Library("ltepass", "FRAGMENT")
 # The active share from which the C++ kernel leaves this many tokens to PyTorch's own GEMMs; above 1: it never does.
-_library.define("_dense_above(Tensor x, int tokens) -> float")
+_library.define("_dense_above(Tensor x, int tokens, int group) -> float")
 
 
 class _Call(NamedTuple):

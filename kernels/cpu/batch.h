@@ -14,6 +14,7 @@ namespace {
 constexpr int64_t TOKEN_CHUNK = 512;   // tokens handled at a time, so that their hidden units stay small
 constexpr int64_t DENSE_SPAN = 8 * TOKEN_CHUNK;  // tokens that the library's GEMMs take at a time: they like many
 constexpr int64_t MANY_TOKENS = 1024;  // from here that GEMM is at its best
+constexpr int64_t SMALL_GROUP = 4;  // neurons, below which few tokens' GEMMs are too small
 constexpr int64_t DENSE_TOKENS = 33;  // from here the library's GEMM is worth asking (see README.md, break-even)
 
 // What the phases of one chunk share.

@@ -309,7 +309,7 @@ def which_path(T: int, d_model: int, d_ff: int, n_experts: int, dtype: torch.dty
         return f"masked dense (PyTorch): no kernel for {str(dtype).removeprefix('torch.')}"
     if T == 1:
         return f"C++ {isa()}: active neurons only"
-    share = torch.ops.ltepass._dense_above(torch.empty(0, dtype=dtype), T)
+    share = torch.ops.ltepass._dense_above(torch.empty(0, dtype=dtype), T, d_ff // n_experts)
     dense = f", dense and mask above {share:.0%} active" if share < 1 else ""
     return f"C++ {isa()}: per expert, its own tokens{dense}"
 

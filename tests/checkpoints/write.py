@@ -35,7 +35,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[], Any], dict[str, Any], dict[str, Any]]]
     "proxy": (llama, {"router": "proxy", "group_size": 1}, {}),
     "proxy_plain": (
         partial(zoo.opt, num_attention_heads=4),
-        {"router": "proxy", "proxy_scales": "rows", "group_size": 5, "target_sparsity": 0.7},
+        {"router": "proxy", "proxy_scales": "rows"},
         {},
     ),
 }
