@@ -111,7 +111,9 @@ class _Scores(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         need = ctx.needs_input_grad
         wanted = (need[0], need[6], need[7])
-        dx, d_weight, d_bias = proxy_reference.gradients(grad, *ctx.saved_tensors, ctx.activation, wanted)
+        x, codes, multipliers, scales, biases, sizes, weight = ctx.saved_tensors
+        router = (codes, multipliers, scales, biases, sizes, weight)
+        dx, d_weight, d_bias = proxy_reference.gradients(grad, x, *router, ctx.activation, wanted)
         return (dx, *[None] * 5, d_weight, d_bias, None)
 
 

@@ -170,7 +170,7 @@ def scores(
 
 
 def _experts(neurons: Tensor, n_experts: int) -> Tensor:
-    parts = neurons.unflatten(-1, (n_experts, -1)).unbind(-1)
+    parts: tuple[Tensor, ...] = neurons.unflatten(-1, (n_experts, -1)).unbind(-1)
     if len(parts) == 1:
         return parts[0]
     total = parts[0] * parts[0]
@@ -207,4 +207,5 @@ def gradients(
     act_grad = ACTIVATION_GRADS[activation]
     dz = [act_grad(dt * z[1], z[0]), dt * hidden] if len(z) == 2 else [act_grad(dt, z[0])]
     rows = (integers(codes, multipliers) * scales[..., None]).float()[..., : x.shape[-1]]
-    return sum(d @ w for d, w in zip(dz, rows, strict=True)).to(x.dtype), d_weight, d_bias  # type: ignore[union-attr]
+    dx = torch.stack([d @ w for d, w in zip(dz, rows, strict=True)]).sum(0)
+    return dx.to(x.dtype), d_weight, d_bias

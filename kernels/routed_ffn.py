@@ -34,9 +34,9 @@ class _Call(NamedTuple):
     """An op's arguments by what they are for. weights: up, up_bias, gate, gate_bias, down, down_bias."""
 
     x: Tensor
-    router: tuple[Tensor | None, ...]
+    router: Any
     threshold: Tensor
-    weights: tuple[Any, ...]
+    weights: Any
     activation: str
     cut: Tensor | None
     input_cut: Tensor | None
@@ -76,7 +76,7 @@ class _Op:
             weight: Any = c.router[0]
             check(c.x, weight, up, gate, down, c.activation)
             return c
-        proxy.check(c.x, *c.router, c.activation)  # type: ignore[arg-type]
+        proxy.check(*[c.x, *c.router, c.activation])
         _check_neurons(c.x, up, gate, down, self.n_experts(c))
         codes: Any = c.router[0]
         if codes.shape[:2] != (1 if gate is None else 2, up.shape[0]):
@@ -90,8 +90,8 @@ class _Op:
     def mask(self, c: _Call) -> Tensor:
         """bool [..., n_experts]: the definition of the decision."""
         if self is LINEAR:
-            return reference.mask(c.x, *c.router, c.threshold)  # type: ignore[arg-type]
-        return proxy_reference.scores(c.x, *c.router, c.activation) > c.threshold  # type: ignore[arg-type]
+            return reference.mask(*[c.x, *c.router, c.threshold])
+        return proxy_reference.scores(*[c.x, *c.router, c.activation]) > c.threshold
 
 
 LINEAR = _Op("routed_ffn", "Tensor router_weight, Tensor? router_bias", 2, "_plain")
@@ -137,7 +137,7 @@ def _plain(op: _Op, with_mask: bool, args: Args) -> Any:
     c = op.checked(args)
     active = op.mask(c)
     seen = reference.leave_out_small(c.x, c.input_cut)
-    y = reference.masked_ffn(seen, active, *c.weights, c.activation, c.cut)
+    y = reference.masked_ffn(*[seen, active, *c.weights, c.activation, c.cut])
     return (y, active, active.sum()) if with_mask else y
 
 
@@ -209,8 +209,8 @@ def _hard_ffn(op: _Op) -> type[torch.autograd.Function]:
             seen = reference.leave_out_small(x, input_cut)
             need, first = ctx.needs_input_grad, op.n_router + 2
             wanted = (need[0], *need[first : first + 6])
-            flat = (t.reshape(-1, t.shape[-1]) for t in (grad, seen, active))
-            grads = gradients(*flat, up, up_bias, gate, gate_bias, down, ctx.activation, wanted, cut)
+            rows = grad.reshape(-1, grad.shape[-1]), seen.reshape(-1, x.shape[-1]), active.reshape(-1, active.shape[-1])
+            grads = gradients(*rows, up, up_bias, gate, gate_bias, down, ctx.activation, wanted, cut)
             dx = None if grads[0] is None else grads[0].reshape(x.shape)
             if dx is not None and input_cut is not None:
                 dx = dx.masked_fill(reference.is_small(x, input_cut), 0.0)

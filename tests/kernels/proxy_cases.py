@@ -70,14 +70,15 @@ def make(r: Recipe) -> tuple[Any, ...]:
 
 def with_ffn(r: Recipe) -> tuple[Any, ...]:
     """The arguments of the whole FFN, of the weights that the codes stand for, with a threshold in the middle."""
-    x, codes, multipliers, scales, biases, *rest, activation = make(r)
+    args: Any = make(r)
+    _, codes, multipliers, scales, biases, *_rest, activation = args
     gen = torch.Generator().manual_seed(r.seed + 1)
     rows = (proxy_reference.integers(codes, multipliers) * scales[..., None])[..., : r.d_model].to(r.dtype)
-    added = [None if biases is None else b.to(r.dtype) for b in (biases if biases is not None else [None] * len(rows))]
+    added: Any = [None] * len(rows) if biases is None else biases.to(r.dtype)
     gate = (rows[0], added[0]) if r.gated else (None, None)
     down = (torch.randn(r.d_model, r.d_ff, generator=gen) / r.d_ff**0.5).to(r.dtype)
-    scores = proxy_reference.scores(x, codes, multipliers, scales, biases, *rest, activation)
+    scores = proxy_reference.scores(*args)
     seen = scores[scores.isfinite()]
     threshold = seen.median() if seen.numel() else torch.tensor(0.0)
-    router = (x, codes, multipliers, scales, biases, *rest, threshold)
+    router = (*args[:-1], threshold)
     return (*router, rows[-1], added[-1], *gate, down, None, activation)

@@ -27,18 +27,24 @@ ffn_with_mask = torch.ops.ltepass.routed_proxy_ffn_with_mask
 X_AND_LEARNED = (0, 6, 7)
 
 
+def decided(args: Any) -> Tensor:
+    """By the definition, from the arguments of the whole FFN."""
+    scores = proxy_reference.scores(*[*args[:8], args[-1]])
+    return scores > args[8]  # type: ignore[no-any-return]
+
+
 def same_bits(recipe: Recipe) -> None:
     args = make(recipe)
     assert torch.equal(proxy_scores(*args), proxy_reference.scores(*args))
     whole = with_ffn(recipe)
     y, mask, count = ffn_with_mask(*whole)
-    wanted = proxy_reference.scores(*whole[:8], whole[-1]) > whole[8]
+    wanted = decided(whole)
     assert torch.equal(mask, wanted)
     assert count == wanted.sum()
     assert torch.equal(ffn(*whole), y) or y.isnan().any()
     expected = reference.masked_ffn(whole[0], wanted, *whole[9:])
-    exact = reference.masked_ffn(*(t.double() if isinstance(t, Tensor) and t.is_floating_point() else t
-                                   for t in (whole[0], wanted, *whole[9:])))  # fmt: skip
+    wide: Any = [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in (whole[0], *whole[9:])]
+    exact = reference.masked_ffn(wide[0], wanted, *wide[1:])
     assert torch.equal(y.isfinite().all(-1), expected.isfinite().all(-1))
     finite = expected.isfinite().all(-1)
     if finite.any():
@@ -157,7 +163,7 @@ def test_fp64_is_decided_as_fp32() -> None:
 def test_threads_change_no_bit(threads: int) -> None:
     args = with_ffn(Recipe(T=1, d_model=200, n_experts=300))
     before = torch.get_num_threads()
-    wanted = proxy_reference.scores(*args[:8], args[-1]) > args[8]
+    wanted = decided(args)
     try:
         torch.set_num_threads(threads)
         assert torch.equal(ffn_with_mask(*args)[1], wanted)
@@ -207,7 +213,7 @@ def test_the_ffn_differentiates_with_a_fixed_decision() -> None:
     grads = []
     for hard in (True, False):
         leaves = [a.detach().requires_grad_() if i in (0, 9, 11, 13) else a for i, a in enumerate(args)]
-        active = proxy_reference.scores(*args[:8], args[-1]) > args[8]
+        active = decided(args)
         y = ffn(*leaves) if hard else reference.masked_ffn(leaves[0], active, *leaves[9:])
         y.square().sum().backward()
         grads.append([leaves[i].grad for i in (0, 9, 11, 13)])
@@ -234,7 +240,7 @@ def test_compile_export_and_vmap_see_one_op() -> None:
         return gm
 
     def scores(x: Tensor) -> Tensor:
-        return proxy_scores(x, *args[1:])
+        return proxy_scores(x, *args[1:])  # type: ignore[no-any-return]
 
     assert torch.equal(torch.compile(scores, backend=note, fullgraph=True)(args[0]), scores(args[0]))
     assert targets == [torch.ops.ltepass.proxy_scores.default]

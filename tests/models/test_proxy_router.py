@@ -16,7 +16,7 @@ import ltepass
 from ltepass.errors import CheckpointError, ConfigError, LoweringError, MetaWeightsError, ShardedError
 from ltepass.kernels import proxy_reference
 from ltepass.measure.token_bytes import router_share, weights_read
-from ltepass.passes.group.methods import permute_routed
+from ltepass.passes.group.permutations import permute_routed
 from ltepass.routed.proxy import CONSTANTS, ProxyRouter
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
@@ -144,13 +144,13 @@ def test_scores_are_what_experts_add(name: str, group_size: int) -> None:
         x = torch.randn(200, site.d_model, generator=torch.Generator().manual_seed(0))
         up, gate = (None if r is None else r.of(model, site.d_ff) for r in (site.up_rows, site.gate_rows))
         assert up is not None
-        h = nn.functional.relu(x @ up.T + site.up_bias.of(model, site.d_ff)) if site.up_bias else None  # type: ignore[union-attr]
+        h = nn.functional.relu(x @ up.T + site.up_bias.of(model, site.d_ff)) if site.up_bias else None
         h = nn.functional.silu(x @ gate.T) * (x @ up.T) if gate is not None else h
         assert h is not None
         sizes = (h.abs() * site.down_rows.of(model, site.d_ff).norm(dim=1)).unflatten(-1, (-1, group_size)).norm(dim=-1)
         scores = router.logits(x)
         with torch.no_grad():
-            same = torch.corrcoef(torch.stack([scores.flatten() - router.bias, sizes.flatten()]))[0, 1]
+            same = torch.corrcoef(torch.stack([scores.flatten(), sizes.flatten()]))[0, 1]
         assert same > 0.98
 
 
@@ -202,7 +202,9 @@ def test_both_stages_learn() -> None:
         auxiliary = ltepass.take_auxiliary(model, ltepass.label_mask(ids))
         loss = task + (2.0 * auxiliary.efficiency + 1e-4 * auxiliary.separability) / auxiliary.tokens
         loss.backward()
-        assert all(r.weight.grad.abs().max() > 0 and r.bias.grad != 0 for r in routers(model))
+        assert all(
+            grad is not None and grad.abs().max() > 0 for r in routers(model) for grad in (r.weight.grad, r.bias.grad)
+        )
         optimizer.step()
         losses.append(float(loss.detach()))
         sparsities.append(float(auxiliary.sparsity / auxiliary.tokens))
@@ -246,7 +248,8 @@ def test_straight_through_and_through_op() -> None:
     model: Any = proxied()
     ltepass.begin_stage(model, "hard", straight_through=True)
     model(input_ids=ids, labels=ids).loss.backward()
-    assert all(router.bias.grad is not None and router.weight.grad.abs().max() > 0 for router in routers(model))
+    learned = [p.grad for router in routers(model) for p in router.parameters()]
+    assert all(grad is not None and grad.abs().max() > 0 for grad in learned)
     plain, through = proxied(), proxied()
     ltepass.begin_stage(plain, "hard")
     ltepass.begin_stage(through, "hard")
@@ -329,7 +332,7 @@ def test_what_a_proxy_cannot_be_is_refused() -> None:
         ({"router": "proxy", "router_bias": False}, "never negative"),
     ):
         with pytest.raises(ConfigError, match=says):
-            ltepass.LTEConfig(**settings)  # type: ignore[arg-type]
+            ltepass.LTEConfig(**settings)
     with torch.device("meta"):
         meta = zoo.llama()
     with pytest.raises(MetaWeightsError, match="proxy"):
