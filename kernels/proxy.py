@@ -8,13 +8,15 @@ other device the definition runs, and gives the same bits.
 # (torch leaves Library.impl untyped)
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
 
 from ltepass.errors import LTEError
 from ltepass.kernels import autograd, proxy_reference, reference
+from ltepass.kernels.autograd import Args
 from ltepass.kernels.cpu import build
 from ltepass.kernels.linear_reference import HALF
 
@@ -24,6 +26,7 @@ ROUTER = (
     "Tensor router_bias"
 )
 N_ROUTER = 7
+P = ParamSpec("P")
 _library = torch.library.Library("ltepass", "FRAGMENT")
 _library.define(f"proxy_scores(Tensor x, {ROUTER}, str activation) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -71,25 +74,40 @@ def _words(t: Tensor) -> str:
     return f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"
 
 
-def _any_device(*args: Any) -> Tensor:
-    # A successful load has registered the C++ kernel under a key that outranks this one: call again.
-    if args[0].device.type == "cpu" and build.load():
-        return torch.ops.ltepass.proxy_scores(*args)  # type: ignore[no-any-return]
-    check(*args)
-    return proxy_reference.scores(*args)
+def _or_kernel(definition: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """The definition, checked, unless a kernel can be loaded."""
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        # A successful load has registered the C++ kernel under a key that outranks this one: call again.
+        if args[0].device.type == "cpu" and build.load():  # type: ignore[attr-defined]
+            return torch.ops.ltepass.proxy_scores(*args)  # type: ignore[no-any-return]
+        check(*args, **kwargs)  # type: ignore[arg-type]
+        return definition(*args, **kwargs)
+
+    return call
 
 
-def _fake(x: Tensor, *args: Any) -> Tensor:
-    check(x, *args)
-    return x.new_empty((*x.shape[:-1], args[5].shape[0]), dtype=torch.float32)
+def _fake(
+    x: Tensor,
+    codes: Tensor,
+    multipliers: Tensor | None,
+    scales: Tensor,
+    biases: Tensor | None,
+    sizes: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    activation: str,
+) -> Tensor:
+    check(x, codes, multipliers, scales, biases, sizes, weight, bias, activation)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=torch.float32)
 
 
-def _vmap(info: object, in_dims: tuple[int | None, ...], x: Tensor, *args: Any) -> tuple[Tensor, int]:
+def _vmap(info: object, in_dims: tuple[int | None, ...], x: Tensor, *router: object) -> tuple[Tensor, int]:
     if in_dims[0] is None or any(d is not None for d in in_dims[1:]):
         raise NotImplementedError(
             "vmap over the router of ltepass::proxy_scores; expected only x to be batched, every other in_dim None"
         )
-    return torch.ops.ltepass.proxy_scores(x.movedim(in_dims[0], 0), *args), 0
+    return torch.ops.ltepass.proxy_scores(x.movedim(in_dims[0], 0), *router), 0
 
 
 class _Scores(torch.autograd.Function):
@@ -98,12 +116,12 @@ class _Scores(torch.autograd.Function):
     generate_vmap_rule = False
 
     @staticmethod
-    def forward(*args: Any) -> Tensor:
+    def forward(*args: object) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.ltepass.proxy_scores(*args)  # type: ignore[no-any-return]
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: Args, output: Tensor) -> None:
         *tensors, _, ctx.activation = inputs
         ctx.save_for_backward(*tensors)
 
@@ -119,7 +137,7 @@ class _Scores(torch.autograd.Function):
 
 def _register() -> None:
     op = torch.ops.ltepass.proxy_scores.default
-    _library.impl("proxy_scores", _any_device, "CompositeExplicitAutograd")
+    _library.impl("proxy_scores", _or_kernel(proxy_reference.scores), "CompositeExplicitAutograd")
     rule = autograd.rule(op, _Scores, "ltepass.kernels.proxy_reference.scores")
     _library.impl("proxy_scores", rule, "Autograd", with_keyset=True)
     torch.library.register_fake("ltepass::proxy_scores", _fake, lib=_library)

@@ -34,9 +34,9 @@ class _Call(NamedTuple):
     """An op's arguments by what they are for. weights: up, up_bias, gate, gate_bias, down, down_bias."""
 
     x: Tensor
-    router: Any
+    router: Args
     threshold: Tensor
-    weights: Any
+    weights: Args
     activation: str
     cut: Tensor | None
     input_cut: Tensor | None
@@ -73,18 +73,17 @@ class _Op:
         c = self.call(args)
         up, _, gate, _, down, _ = c.weights
         if self is LINEAR:
-            weight: Any = c.router[0]
-            check(c.x, weight, up, gate, down, c.activation)
+            check(c.x, c.router[0], up, gate, down, c.activation)
             return c
         proxy.check(*[c.x, *c.router, c.activation])
         _check_neurons(c.x, up, gate, down, self.n_experts(c))
-        codes: Any = c.router[0]
+        codes = c.router[0]
         if codes.shape[:2] != (1 if gate is None else 2, up.shape[0]):
             raise LTEError(f"codes are {list(codes.shape)} and up is {list(up.shape)}; expected codes of this FFN")
         return c
 
     def n_experts(self, c: _Call) -> int:
-        weight: Any = c.router[0] if self is LINEAR else c.router[-2]
+        weight = c.router[0] if self is LINEAR else c.router[-2]
         return weight.shape[0]  # type: ignore[no-any-return]
 
     def mask(self, c: _Call) -> Tensor:
@@ -170,8 +169,8 @@ def _cuda_with_mask(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return y, active, active.sum()
 
 
-def _fake(op: _Op, with_mask: bool) -> Callable[..., Any]:
-    def call(*args: Any) -> Any:
+def _fake(op: _Op, with_mask: bool) -> Callable[..., object]:
+    def call(*args: object) -> object:
         c = op.checked(args)
         down = c.weights[4]
         y = c.x.new_empty((*c.x.shape[:-1], down.shape[0]))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from torch import Tensor
 from ltepass.calibration.energy import down_energy
 from ltepass.calibration.sensitivity import Sensitivity
 from ltepass.errors import ShardedError
+from ltepass.routed.batches import Batch
 from ltepass.routed.proxy import ProxyRouter, encode
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
@@ -45,7 +45,7 @@ class _Scores(Observer):
         pass
 
 
-def start_proxies(routed: Routed, batches: Sequence[Any], found: dict[str, Sensitivity] | None) -> None:
+def start_proxies(routed: Routed, batches: Sequence[Batch], found: dict[str, Sensitivity] | None) -> None:
     """Codes, sizes and tables; thresholds stay for the caller. found: of budget "model"."""
     for site, router in routed:
         assert isinstance(router, ProxyRouter)

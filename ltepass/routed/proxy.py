@@ -10,11 +10,10 @@ weights have become. What learns is a scale per expert and the layer's bias, whi
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
+from ltepass.config import LTEConfig
 from ltepass.errors import ConfigError
 from ltepass.kernels import proxy_reference
 from ltepass.kernels.linear_reference import BLOCK, HALF
@@ -55,11 +54,14 @@ class ProxyRouter(Router):
         gated: bool,
         biased: bool,
         blocks: bool = True,
-        **settings: Any,
+        tau: float = 0.5,
+        cut: bool = False,
+        input_cut: bool = False,
+        device: torch.device | str | None = None,
     ) -> None:
         self.activation, self.shape = activation, (1 + gated, d_ff)
         self.blocks, self.biased = proxy_reference.blocks_of(d_model) if blocks else 0, biased
-        super().__init__(d_model, d_ff, group_size, **settings)
+        super().__init__(d_model, d_ff, group_size, tau=tau, cut=cut, input_cut=input_cut, device=device)
 
     def _add_tensors(self, bias: bool, device: torch.device | str | None) -> None:
         assert bias, "LTEConfig asks for one"
@@ -119,12 +121,21 @@ def require_known(sites: list[FFNSite]) -> None:
         )
 
 
-def proxy_of(site: FFNSite, **settings: Any) -> ProxyRouter:
-    """A router for this site. settings: of ProxyRouter's `__init__`."""
-    biased = site.up_bias is not None or site.gate_bias is not None
-    sizes = (site.d_model, site.d_ff, site.group_size)
-    gated = site.gate_rows is not None
-    return ProxyRouter(*sizes, activation=site.activation, gated=gated, biased=biased, **settings)
+def proxy_of(site: FFNSite, config: LTEConfig, device: torch.device | str | None) -> ProxyRouter:
+    """A router for this site."""
+    return ProxyRouter(
+        site.d_model,
+        site.d_ff,
+        site.group_size,
+        activation=site.activation,
+        gated=site.gate_rows is not None,
+        biased=site.up_bias is not None or site.gate_bias is not None,
+        blocks=config.proxy_scales == "blocks",
+        tau=config.tau,
+        cut=config.hidden_sparsity > 0,
+        input_cut=config.input_sparsity > 0,
+        device=device,
+    )
 
 
 @torch.no_grad()

@@ -101,9 +101,9 @@ def insert_routers(
 
 
 def _router(site: FFNSite, config: LTEConfig, device: torch.device | str | None) -> Router:
-    cuts = {"cut": config.hidden_sparsity > 0, "input_cut": config.input_sparsity > 0}
     if config.router == "proxy":
-        return proxy_of(site, blocks=config.proxy_scales == "blocks", tau=config.tau, device=device, **cuts)
+        return proxy_of(site, config, device)
+    cuts = {"cut": config.hidden_sparsity > 0, "input_cut": config.input_sparsity > 0}
     sizes = (site.d_model, site.d_ff, site.group_size)
     return Router(*sizes, bias=config.router_bias, tau=config.tau, device=device, **cuts)
 
