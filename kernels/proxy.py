@@ -18,6 +18,7 @@ from ltepass.errors import LTEError
 from ltepass.kernels import autograd, proxy_reference, reference
 from ltepass.kernels.autograd import Args
 from ltepass.kernels.cpu import build
+from ltepass.kernels.linear import words
 from ltepass.kernels.linear_reference import HALF
 
 # What a proxy is, in every op that holds one, after x.
@@ -46,10 +47,10 @@ def check(
     if activation not in reference.ACTIVATIONS:
         raise LTEError(f"activation is {activation!r}; expected one of {', '.join(reference.ACTIVATIONS)}")
     if not x.is_floating_point() or x.dim() == 0:
-        raise LTEError(f"x is {_words(x)}; expected floats [..., d_model]")
+        raise LTEError(f"x is {words(x)}; expected floats [..., d_model]")
     blocks = proxy_reference.blocks_of(x.shape[-1])
     if codes.dim() != 3 or codes.dtype != torch.uint8 or codes.shape[0] not in (1, 2):
-        raise LTEError(f"codes are {_words(codes)}; expected uint8 [1 or 2, d_ff, {HALF * blocks}], two a byte")
+        raise LTEError(f"codes are {words(codes)}; expected uint8 [1 or 2, d_ff, {HALF * blocks}], two a byte")
     k, d_ff, n_experts = codes.shape[0], codes.shape[1], weight.shape[0] if weight.dim() == 1 else 0
     expected = {
         "codes": (codes, torch.uint8, (k, d_ff, HALF * blocks)),
@@ -63,15 +64,11 @@ def check(
     for name, (tensor, dtype, shape) in expected.items():
         if tensor is not None and (tensor.dtype != dtype or tuple(tensor.shape) != shape):
             raise LTEError(
-                f"{name} is {_words(tensor)} beside x {list(x.shape)} and codes {list(codes.shape)}; expected "
+                f"{name} is {words(tensor)} beside x {list(x.shape)} and codes {list(codes.shape)}; expected "
                 f"{str(dtype).removeprefix('torch.')} {list(shape)}"
             )
     if n_experts == 0 or d_ff % n_experts:
         raise LTEError(f"d_ff is {d_ff} and there are {n_experts} experts; expected a whole number of neurons each")
-
-
-def _words(t: Tensor) -> str:
-    return f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"
 
 
 def _or_kernel(definition: Callable[P, Tensor]) -> Callable[P, Tensor]:

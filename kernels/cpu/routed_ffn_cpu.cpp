@@ -275,42 +275,34 @@ std::tuple<Tensor, Tensor, Tensor> counted(const std::tuple<Tensor, OptionalTens
   return {y, *mask, count};
 }
 
-Tensor routed_ffn(const Tensor& x, const Tensor& router_weight, const OptionalTensor& router_bias,
-                  const Tensor& threshold, const Tensor& up,
-                  const OptionalTensor& up_bias, const OptionalTensor& gate, const OptionalTensor& gate_bias,
-                  const Tensor& down, const OptionalTensor& down_bias, const std::string& activation,
-                  const OptionalTensor& cut, const OptionalTensor& input_cut) {
-  const Deciding by{&router_weight, &router_bias};
-  return std::get<0>(forward(x, by, threshold, up, up_bias, gate, gate_bias, down, down_bias, activation, cut, input_cut, false));
+// y, or with the decision and its count beside it.
+template <bool WITH_MASK>
+auto result(const std::tuple<Tensor, OptionalTensor>& found) {
+  if constexpr (WITH_MASK)
+    return counted(found);
+  else
+    return std::get<0>(found);
 }
 
-std::tuple<Tensor, Tensor, Tensor> routed_ffn_with_mask(const Tensor& x, const Tensor& router_weight, const OptionalTensor& router_bias,
-                  const Tensor& threshold, const Tensor& up,
-                  const OptionalTensor& up_bias, const OptionalTensor& gate, const OptionalTensor& gate_bias,
-                  const Tensor& down, const OptionalTensor& down_bias, const std::string& activation,
-                  const OptionalTensor& cut, const OptionalTensor& input_cut) {
-  const Deciding by{&router_weight, &router_bias};
-  return counted(forward(x, by, threshold, up, up_bias, gate, gate_bias, down, down_bias, activation, cut, input_cut, true));
+template <bool WITH_MASK>
+auto routed_ffn(const Tensor& x, const Tensor& router_weight, const OptionalTensor& router_bias, const Tensor& threshold,
+                const Tensor& up, const OptionalTensor& up_bias, const OptionalTensor& gate,
+                const OptionalTensor& gate_bias, const Tensor& down, const OptionalTensor& down_bias,
+                const std::string& activation, const OptionalTensor& cut, const OptionalTensor& input_cut) {
+  return result<WITH_MASK>(forward(x, {&router_weight, &router_bias}, threshold, up, up_bias, gate, gate_bias, down,
+                                   down_bias, activation, cut, input_cut, WITH_MASK));
 }
 
-Tensor routed_proxy_ffn(const Tensor& x, const Tensor& codes, const OptionalTensor& multipliers, const Tensor& scales,
-                  const OptionalTensor& biases, const Tensor& sizes, const Tensor& router_weight,
-                  const Tensor& router_bias, const Tensor& threshold, const Tensor& up,
-                  const OptionalTensor& up_bias, const OptionalTensor& gate, const OptionalTensor& gate_bias,
-                  const Tensor& down, const OptionalTensor& down_bias, const std::string& activation,
-                  const OptionalTensor& cut, const OptionalTensor& input_cut) {
+template <bool WITH_MASK>
+auto routed_proxy_ffn(const Tensor& x, const Tensor& codes, const OptionalTensor& multipliers, const Tensor& scales,
+                      const OptionalTensor& biases, const Tensor& sizes, const Tensor& router_weight,
+                      const Tensor& router_bias, const Tensor& threshold, const Tensor& up,
+                      const OptionalTensor& up_bias, const OptionalTensor& gate, const OptionalTensor& gate_bias,
+                      const Tensor& down, const OptionalTensor& down_bias, const std::string& activation,
+                      const OptionalTensor& cut, const OptionalTensor& input_cut) {
   const ProxyArguments proxy{codes, multipliers, scales, biases, sizes, router_weight, router_bias};
-  return std::get<0>(forward(x, {nullptr, nullptr, &proxy}, threshold, up, up_bias, gate, gate_bias, down, down_bias, activation, cut, input_cut, false));
-}
-
-std::tuple<Tensor, Tensor, Tensor> routed_proxy_ffn_with_mask(const Tensor& x, const Tensor& codes, const OptionalTensor& multipliers, const Tensor& scales,
-                  const OptionalTensor& biases, const Tensor& sizes, const Tensor& router_weight,
-                  const Tensor& router_bias, const Tensor& threshold, const Tensor& up,
-                  const OptionalTensor& up_bias, const OptionalTensor& gate, const OptionalTensor& gate_bias,
-                  const Tensor& down, const OptionalTensor& down_bias, const std::string& activation,
-                  const OptionalTensor& cut, const OptionalTensor& input_cut) {
-  const ProxyArguments proxy{codes, multipliers, scales, biases, sizes, router_weight, router_bias};
-  return counted(forward(x, {nullptr, nullptr, &proxy}, threshold, up, up_bias, gate, gate_bias, down, down_bias, activation, cut, input_cut, true));
+  return result<WITH_MASK>(forward(x, {nullptr, nullptr, &proxy}, threshold, up, up_bias, gate, gate_bias, down,
+                                   down_bias, activation, cut, input_cut, WITH_MASK));
 }
 
 int64_t read_pass_op(const std::vector<Tensor>& buffers) {
@@ -323,12 +315,12 @@ int64_t read_pass_op(const std::vector<Tensor>& buffers) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(ltepass, CPU, m) {
-  m.impl("routed_ffn", TORCH_BOX(&routed_ffn));
-  m.impl("_routed_ffn_no_grad", TORCH_BOX(&routed_ffn));
-  m.impl("routed_ffn_with_mask", TORCH_BOX(&routed_ffn_with_mask));
-  m.impl("routed_proxy_ffn", TORCH_BOX(&routed_proxy_ffn));
-  m.impl("_routed_proxy_ffn_no_grad", TORCH_BOX(&routed_proxy_ffn));
-  m.impl("routed_proxy_ffn_with_mask", TORCH_BOX(&routed_proxy_ffn_with_mask));
+  m.impl("routed_ffn", TORCH_BOX(&routed_ffn<false>));
+  m.impl("_routed_ffn_no_grad", TORCH_BOX(&routed_ffn<false>));
+  m.impl("routed_ffn_with_mask", TORCH_BOX(&routed_ffn<true>));
+  m.impl("routed_proxy_ffn", TORCH_BOX(&routed_proxy_ffn<false>));
+  m.impl("_routed_proxy_ffn_no_grad", TORCH_BOX(&routed_proxy_ffn<false>));
+  m.impl("routed_proxy_ffn_with_mask", TORCH_BOX(&routed_proxy_ffn<true>));
   m.impl("proxy_scores", TORCH_BOX(&proxy_scores));
   m.impl("_dense_above", TORCH_BOX(&dense_above_op));
   m.impl("_read_pass", TORCH_BOX(&read_pass_op));

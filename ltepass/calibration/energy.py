@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from ltepass.routed.sites import FFNSite
 
+MAX_LOG_OFFSET = 70.0  # between a log cost and the mean of log energies: an FFN that the output does not hear has none
+
 
 def expert_energy(site: FFNSite, h: Tensor, weights: Tensor) -> Tensor:
     """[..., n_experts]: sum over an expert's neurons of h_j^2 weights_j; h [..., d_ff], weights [d_ff]."""

@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
-from ltepass.calibration.energy import down_energy, expert_energy, log_energy
+from ltepass.calibration.energy import MAX_LOG_OFFSET, down_energy, expert_energy, log_energy
 from ltepass.calibration.proxy_start import start_proxies
 from ltepass.calibration.ridge import RidgeSums
 from ltepass.calibration.sensitivity import Sensitivity, sensitivities
@@ -43,7 +43,6 @@ from ltepass.sparsity.thresholds import is_calibrated, move_biases, table_of, up
 
 Inputs = Literal["dense", "hard"]
 T = TypeVar("T")
-MAX_LOG_OFFSET = 70.0  # of an offset: an FFN that the output does not hear has none
 FIRST_FIT_STRIDE = 4  # every fourth batch, for a fit that only leads to the next
 THRESHOLD_STRIDE = 8  # every eighth, for thresholds and costs
 MIN_TOKENS = 512  # of either, where the batches hold as many

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ltepass.calibration.energy import down_energy
+from ltepass.calibration.energy import MAX_LOG_OFFSET, down_energy
 from ltepass.calibration.sensitivity import Sensitivity
 from ltepass.errors import ShardedError
 from ltepass.routed.batches import Batch
@@ -28,7 +28,6 @@ from ltepass.routed.watching import Observer, watch
 from ltepass.sparsity.thresholds import quantiles, table_of, table_tokens
 
 LOGIT_IQR = 2.7  # between the quartiles of the starting logits: what a normal distribution of deviation 2 has
-MAX_LOG_OFFSET = 70.0  # of an offset: an FFN that the output does not hear has none
 
 
 class _Scores(Observer):
