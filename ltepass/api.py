@@ -71,7 +71,7 @@ def _transform(
         raise AlreadyTransformedError(
             f"{type(model).__name__} has routers already; expected a dense model; call ltepass.remove(model) first"
         )
-    from ltepass.passes.lower.lower_modules import is_lowered  # not above: `import ltepass` stays light
+    from ltepass.passes.lower.lower_model import is_lowered  # not above: `import ltepass` stays light
 
     if is_lowered(model):
         raise LoweredError(
@@ -130,7 +130,7 @@ def lower(model: nn.Module, scope: Scope = "ffn", *, ffn: bool = True) -> nn.Mod
         >>> torch.allclose(ltepass.lower(model)(ids).logits, expected, atol=1e-4)
         True
     """
-    from ltepass.passes.lower.lower_modules import lower_model  # which needs the kernels: transform does not
+    from ltepass.passes.lower.lower_model import lower_model  # which needs the kernels: transform does not
 
     return lower_model(model, scope, ffn=ffn)
 
@@ -147,6 +147,6 @@ def unlower(model: nn.Module) -> nn.Module:
         >>> ltepass.report(ltepass.unlower(ltepass.lower(model))).lowered is None
         True
     """
-    from ltepass.passes.lower.lower_modules import unlower_model
+    from ltepass.passes.lower.lower_model import unlower_model
 
     return unlower_model(model)

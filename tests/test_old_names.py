@@ -13,11 +13,12 @@ import torch
 
 import ltepass
 from ltepass.old_names import HELD, MOVED
+from ltepass.passes.lower import lowered_forward
 
 PICKLES = Path(__file__).parent / "checkpoints" / "pickles"
 
 
-@pytest.mark.parametrize("name", ["aligned", "inline", "aligned_lowered", "inline_lowered"])
+@pytest.mark.parametrize("name", ["aligned", "inline", "aligned_lowered", "inline_lowered", "graph", "graph_lowered"])
 def test_an_old_pickle_loads_and_computes_the_same(name: str) -> None:
     held = torch.load(PICKLES / f"{name}.pt", weights_only=False)
     model = held["model"]
@@ -66,6 +67,12 @@ def test_the_old_backend_module_is_a_forward() -> None:
 def test_what_generated_forwards_called_is_found_by_its_old_name() -> None:
     """A forward that calls an attribute of its owner (`self.act(...)`) was pickled with this function in it."""
     assert pickle.loads(b"cltepass.regenerate\ncall\n.") is importlib.import_module(MOVED["ltepass.regenerate"]).call
+
+
+@pytest.mark.parametrize("name", ["lowered_ffn", "lowered_in_graph", "lowered_call", "Plan"])
+@pytest.mark.parametrize("old", ["ltepass.lowering", "ltepass.passes.lower.lower_modules"])
+def test_what_a_lowered_model_calls_is_found_by_its_old_names(old: str, name: str) -> None:
+    assert pickle.loads(f"c{old}\n{name}\n.".encode()) is getattr(lowered_forward, name)
 
 
 def test_an_unknown_old_name_stays_an_import_error() -> None:

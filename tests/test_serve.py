@@ -18,10 +18,10 @@ from tests.serving import CHAT, ask, save_model, serving
 # The command, with the op's calls counted: what it answers must come from the lowered model.
 COUNTING = """
 import atexit, pathlib, sys
-from ltepass.passes.lower import lower_modules
+from ltepass.passes.lower import lowered_forward
 from ltepass.cli import main
-file, op, calls = pathlib.Path(sys.argv.pop(1)), lower_modules.routed_ffn, []
-lower_modules.routed_ffn = lambda *a: (calls.append(1), op(*a))[1]
+file, op, calls = pathlib.Path(sys.argv.pop(1)), lowered_forward.routed_ffn, []
+lowered_forward.routed_ffn = lambda *a: (calls.append(1), op(*a))[1]
 atexit.register(lambda: file.write_text(str(len(calls))))
 main()
 """

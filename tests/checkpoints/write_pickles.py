@@ -21,6 +21,10 @@ def aligned() -> nn.Module:
     return nn.Sequential(blocks[0], nn.LayerNorm(D), blocks[1])
 
 
+def graph() -> nn.Module:
+    return torch.fx.symbolic_trace(aligned())
+
+
 def inline() -> nn.Module:
     layer = nn.TransformerDecoderLayer(D, 2, F, dropout=0.0, batch_first=True)
     return nn.TransformerDecoder(layer, 1)
@@ -28,7 +32,7 @@ def inline() -> nn.Module:
 
 def main(folder: Path) -> None:
     x = torch.randn(2, 8, D, generator=torch.Generator().manual_seed(0))
-    for make, inputs in ((inline, {"tgt": x, "memory": x.flip(0)}), (aligned, {"input": x})):
+    for make, inputs in ((inline, {"tgt": x, "memory": x.flip(0)}), (graph, {"input": x}), (aligned, {"input": x})):
         torch.manual_seed(0)
         model = make().eval()
         ltepass.transform(model, inputs, ltepass.LTEConfig(group_size=5), calibration=[inputs])

@@ -92,7 +92,7 @@ def test_a_router_knows_its_density_wherever_it_comes_from(tmp_path: Path) -> No
 
 
 def test_an_ffn_on_a_gpu_is_told_the_density_of_its_router(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ltepass.passes.lower import lower_modules
+    from ltepass.passes.lower import lowered_forward
 
     seen: list[float | None] = []
 
@@ -100,9 +100,9 @@ def test_an_ffn_on_a_gpu_is_told_the_density_of_its_router(monkeypatch: pytest.M
         seen.append(tuning.assumed_density())
         return x
 
-    monkeypatch.setattr(lower_modules, "routed_ffn", noted)
+    monkeypatch.setattr(lowered_forward, "routed_ffn", noted)
     router = Router(8, 24, 4)
-    router.plan = lower_modules.Plan(
+    router.plan = lowered_forward.Plan(
         activation="relu", d_ff=24, up=None, gate=None, up_bias=None, gate_bias=None, down_transposed=False
     )
     router.density = 0.3
@@ -111,7 +111,7 @@ def test_an_ffn_on_a_gpu_is_told_the_density_of_its_router(monkeypatch: pytest.M
         is_cuda = True
 
     for x in (OnGPU(), torch.zeros(1, 8)):
-        lower_modules.lowered_call(router, router.weight, None, None, None, router.weight, None, x)  # type: ignore[arg-type]
+        lowered_forward.lowered_call(router, router.weight, None, None, None, router.weight, None, x)  # type: ignore[arg-type]
     assert seen == [0.3, None]
 
 

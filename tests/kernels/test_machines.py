@@ -111,6 +111,6 @@ def test_both_caches_follow_one_variable(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_the_package_can_be_imported_without_fcntl() -> None:
-    names = "ltepass.kernels.routed_ffn, ltepass.passes.lower.lower_modules, ltepass.cli"
+    names = "ltepass.kernels.routed_ffn, ltepass.passes.lower.lower_model, ltepass.cli"
     code = f"import sys; sys.modules['fcntl'] = None; import {names}"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

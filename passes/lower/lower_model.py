@@ -1,0 +1,136 @@
+"""Lower and unlower a model in place: FFNs call the op `ltepass::routed_ffn`, other linears `ltepass::linear`.
+
+scope "ffn": nothing is compiled, so there are no guards, no recompiles and no limit on lengths.
+scope "model": the `lte` backend compiles the whole model and lowers the same regions in Dynamo's graph.
+`state_dict`, checkpoints and names never change; `unlower` gives back what was.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+from torch import nn
+
+from ltepass.config import Scope
+from ltepass.errors import ConfigError, LoweredError, LoweringError
+from ltepass.passes.insert.guarding import check_forwards
+from ltepass.passes.lower.compiled import compile_model, is_compiled, uncompile_model
+from ltepass.passes.lower.linear_modules import lower_linear_modules, lowered_linears, unlower_linear_modules
+from ltepass.passes.lower.lower_sites import lower_sites, unlower_sites
+from ltepass.passes.lower.weight_layout import give_back_strides, lay_out
+from ltepass.passes.lower.why_not import why_not, why_not_alone
+from ltepass.routed.routed import Routed, is_transformed
+from ltepass.routed.sites import FFNSite, require_whole, unwrapped
+from ltepass.routed.undo import all_or_nothing, verb
+from ltepass.sparsity.thresholds import remember_densities
+from ltepass.threads import unshared
+
+log = logging.getLogger("ltepass")
+
+
+def lower_model(model: nn.Module, scope: Scope, *, ffn: bool) -> nn.Module:
+    """What `ltepass.lower` does."""
+    if ffn or is_transformed(model):
+        return _lower(model, scope, ffn)
+    root = unwrapped(model)
+    all_or_nothing(root, lambda: _lower_dense(root, scope))
+    return model
+
+
+@verb
+def _lower(model: nn.Module, scope: Scope, ffn: bool) -> nn.Module:
+    routed = Routed.trained(model, "lower")
+    state = routed.state
+    _check(model, scope)
+    reasons: dict[str, str | None] = dict.fromkeys((s.name for s in state.sites), "ffn is False")
+    if ffn:
+        _require_hard(routed)
+        check_forwards(model)
+        reasons = {s.name: why_not(routed, s) for s in state.sites}
+        if scope == "ffn":
+            reasons = {s.name: reasons[s.name] or why_not_alone(model, s) for s in state.sites}
+    state.notes = [f"{name}: kept masked-dense: {reason}" for name, reason in reasons.items() if reason]
+    sites = [s for s in state.sites if not reasons[s.name]]
+    if ffn and not sites:
+        raise LoweringError("no site can be lowered:\n" + "\n".join(state.notes))
+    for site in sites:
+        state.strides = lay_out(routed, site) | state.strides  # what the first of those that share a parameter found
+    remember_densities(routed)
+    with unshared(routed.all_routers()):
+        if scope == "ffn":
+            lower_sites(routed, sites)
+        else:
+            compile_model(model, state, ffn=ffn)
+    bypassed = [model.get_submodule(path) for path in _linears_of(sites)]
+    left = lower_linear_modules(model, bypassed, quantised_only=scope == "model")
+    told = _linears_of(state.sites)  # why an FFN stays as it is says why its linears do
+    state.notes += [f"{path}: calls torch's linear: {reason}" for path, reason in left.items() if path not in told]
+    state.linears = lowered_linears(model)
+    state.lowered = scope
+    return model
+
+
+def _lower_dense(model: nn.Module, scope: Scope) -> None:
+    _check(model, scope)
+    if is_lowered(model):
+        raise LoweredError("the model's linears are lowered already; call ltepass.unlower(model) first")
+    if scope == "model":
+        compile_model(model, None, ffn=False)
+    for path, reason in lower_linear_modules(model, (), quantised_only=scope == "model").items():
+        log.info("lower: %s calls torch's linear: %s", path, reason)
+
+
+def _check(model: nn.Module, scope: Scope) -> None:
+    require_whole(model, "lower")
+    if scope not in ("ffn", "model"):
+        raise ConfigError(f'scope is {scope!r}; expected "ffn" or "model"')
+
+
+def _require_hard(routed: Routed) -> None:
+    soft = [site.name for site, router in routed if router.mode != "hard"]
+    if soft:
+        raise LoweringError(
+            f"{len(soft)} of {len(routed.sites)} routers are in {routed.routers[0].mode!r} mode; lowering expects "
+            '"hard"; call ltepass.set_mode(model, "hard")'
+        )
+
+
+def _linears_of(sites: Iterable[FFNSite]) -> set[str]:
+    return {path for site in sites for path in (site.up, site.gate, site.down) if path is not None}
+
+
+def unlower_model(model: nn.Module) -> nn.Module:
+    """What `ltepass.unlower` does."""
+    root = unwrapped(model)
+    if not is_transformed(root) and is_lowered(root):
+        all_or_nothing(root, lambda: _unlower_dense(root))
+        return model
+    return _unlower(model)
+
+
+def is_lowered(model: nn.Module) -> bool:
+    """Whether `lower` changed this very module, dense or transformed."""
+    return bool(lowered_linears(model)) or is_compiled(model)
+
+
+def _unlower_dense(model: nn.Module) -> None:
+    unlower_linear_modules(model)
+    uncompile_model(model)
+
+
+@verb
+def _unlower(model: nn.Module) -> nn.Module:
+    routed = Routed.of(model, "unlower")
+    state = routed.state
+    if state.lowered is not None:
+        require_whole(model, "unlower")
+    unlower_linear_modules(model)
+    with unshared(routed.all_routers()):
+        if state.lowered == "ffn":
+            unlower_sites(routed)
+        elif state.lowered == "model":
+            uncompile_model(model)
+    give_back_strides(routed)
+    state.lowered, state.notes, state.linears = None, [], 0
+    return model

@@ -1,0 +1,130 @@
+"""Scope "ffn": each site's own forward, hooks or graph call the op. Nothing is compiled.
+
+aligned: y = down(gate(act(up(x)), router(x)))  ->  y = lowered_ffn(router, up, None, down, x), in the owner's forward
+inline:  up hands zeros on, the hook of down notes x and runs lowered_ffn
+graph:   as aligned, on the model's own graph, with the parameters that its nodes name
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import groupby
+
+from torch import nn
+from torch.fx import Graph, GraphModule, Node
+
+from ltepass.passes.capture.owner_forward import trace_owner
+from ltepass.passes.graph.node_kinds import erase_upstream
+from ltepass.passes.insert.hooks import SparseDown, attach
+from ltepass.passes.insert.insert_routers import inline_site, insert_gates, relative
+from ltepass.passes.insert.regenerated_forwards import forwards_of, regenerate
+from ltepass.passes.lower.lowered_forward import lowered_ffn, lowered_in_graph, plan_of
+from ltepass.passes.lower.stubs import Stub, one_token_will_do
+from ltepass.passes.lower.why_not import idle, is_conv1d, with_inner
+from ltepass.routed.routed import Routed
+from ltepass.routed.router import gate as gate_call
+from ltepass.routed.sites import FFNSite, LTEState
+
+
+def lower_sites(routed: Routed, sites: list[FFNSite]) -> None:
+    model, state = routed.model, routed.state
+    lowered = {s.name for s in sites}
+    for site in sites:
+        routed.router(site).plan = plan_of(model, site)
+    for owner, group in _aligned(state):
+        _regenerate(model.get_submodule(owner), group, lowered)
+    for owner in {s.owner for s in sites if s.kind == "inline"}:
+        _lower_inline(model, owner, [s for s in state.sites if s.owner == owner], lowered)
+    if isinstance(model, GraphModule):
+        state.graph = model.graph
+        graph = Graph()
+        graph.output(graph.graph_copy(model.graph, {}))
+        for site in sites:
+            if site.kind == "graph":
+                _call_op(model, graph, site)
+        model.graph = graph
+
+
+def unlower_sites(routed: Routed) -> None:
+    model, state = routed.model, routed.state
+    for owner, group in _aligned(state):
+        _regenerate(model.get_submodule(owner), group, set())
+    for site, router in routed:
+        router.plan = None
+        if site.kind == "inline":
+            for path in {site.up, site.gate or site.up, site.down}:
+                model.get_submodule(path).__dict__.pop("forward", None)
+            attach(model.get_submodule(site.owner), [inline_site(s) for s in state.sites if s.owner == site.owner])
+    if isinstance(model, GraphModule):
+        assert state.graph is not None, "lowering kept it"
+        model.graph, state.graph = state.graph, None
+
+
+def _aligned(state: LTEState) -> Iterator[tuple[str, list[FFNSite]]]:
+    """The aligned sites by their owner."""
+    aligned = sorted((s for s in state.sites if s.kind == "aligned"), key=lambda s: s.owner)
+    return ((owner, list(group)) for owner, group in groupby(aligned, key=lambda s: s.owner))
+
+
+def _regenerate(owner: nn.Module, sites: list[FFNSite], lowered: set[str]) -> None:
+    """The owner's own forward with gates, and with the op where `lowered` names the site; swapped in one step."""
+    graphs = trace_owner(owner)
+    assert graphs is not None, "an aligned owner was traced before"
+    for graph in graphs:
+        insert_gates(graph, sites)
+        for site in sites:
+            if site.name in lowered:
+                _call_op(owner, graph, site)
+    regenerate(owner, forwards_of(graphs))
+
+
+def _call_op(root: nn.Module, graph: Graph, site: FFNSite) -> None:
+    """Replace the down call behind a site's gate by the op; what only fed it goes. root: what the graph belongs to."""
+    router = relative(site, site.router)
+    gated = next(
+        n for n in graph.nodes if n.op == "call_function" and n.target is gate_call and n.args[0].target == router
+    )
+    (down,) = gated.users
+    x, called = gated.args[2].args[0], _called(graph)
+    paths = [None if p is None else relative(site, p) for p in (site.up, site.gate, site.down)]
+    with graph.inserting_before(down):
+        module = graph.get_attr(router)
+        if site.kind == "graph":
+            rows = (site.up_rows, site.up_bias, site.gate_rows, site.gate_bias, site.down_rows)
+            params = [None if r is None else graph.get_attr(r.param) for r in rows]
+            bias = None if site.down_bias is None else graph.get_attr(site.down_bias)
+            linears: list[Node | None] = [graph.get_attr(p) for p in dict.fromkeys(paths) if p in called and p]
+            new = graph.call_function(lowered_in_graph, (linears, (), module, *params, bias, x))
+        else:
+            linears = [None if p is None else graph.get_attr(p) for p in paths]
+            new = graph.call_function(lowered_ffn, (module, *linears, x))
+    down.replace_all_uses_with(new)
+    erase_upstream(down)
+    between = with_inner(root, sorted(called - _called(graph) - set(paths)))
+    with graph.inserting_before(new):
+        skipped = [graph.get_attr(path) for path in between]
+    new.args = (linears, skipped, *new.args[2:]) if site.kind == "graph" else (*new.args, *skipped)
+
+
+def _called(graph: Graph) -> set[str]:
+    return {str(n.target) for n in graph.nodes if n.op == "call_module"}
+
+
+def _lower_inline(model: nn.Module, owner: str, sites: list[FFNSite], lowered: set[str]) -> None:
+    """The up linears hand zeros on, and the down linear runs the whole FFN from the x that was noted."""
+    module, inline = model.get_submodule(owner), []
+    for site in sites:
+        plain_site = inline_site(site)
+        if site.name not in lowered:
+            inline.append(plain_site)
+            continue
+        inline.append(replace(plain_site, lowered=True))
+        ups = dict.fromkeys((site.up, site.gate or site.up))
+        one_token = one_token_will_do(module, [relative(site, path) for path in ups], relative(site, site.down))
+        for linear in map(model.get_submodule, ups):
+            width = linear.get_parameter("weight").shape[1 if is_conv1d(linear) else 0]
+            linear.forward = Stub(width, one_token=one_token)
+        sparse = SparseDown(inline[-1], lowered_ffn, [relative(site, path) for path in idle(model, site)])
+        model.get_submodule(site.down).forward = sparse
+    attach(module, inline)

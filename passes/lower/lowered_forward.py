@@ -1,0 +1,167 @@
+"""What a lowered FFN runs: the op in the place of its linears, and the checks that nothing was added to them since.
+
+Regenerated forwards, hooks and graphs call these functions, and pickles name them: one that moves leaves its module's
+old name in `ltepass/old_names.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.nn.modules.module import _has_any_global_hook
+
+from ltepass.errors import LoweredError
+from ltepass.kernels.gpu.tuning import assume_density
+from ltepass.kernels.routed_ffn import routed_ffn, routed_proxy_ffn
+from ltepass.passes.lower.operands import fits, is_whole
+from ltepass.passes.lower.why_not import (
+    GLOBAL_HOOK,
+    bypassed_code,
+    is_ordinary,
+    not_plain,
+    parameters_of,
+    plain,
+    untouched,
+)
+from ltepass.routed.proxy import ProxyRouter
+from ltepass.routed.router import Router, applied
+from ltepass.routed.sites import FFNSite, NeuronRows
+from ltepass.threads import interfered, require_own
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one site's weights are read by the op. Rows are None where the whole parameter is the operand."""
+
+    activation: str
+    d_ff: int
+    up: NeuronRows | None
+    gate: NeuronRows | None
+    up_bias: NeuronRows | None
+    gate_bias: NeuronRows | None
+    down_transposed: bool
+
+
+def plan_of(model: nn.Module, site: FFNSite) -> Plan:
+    def partial(rows: NeuronRows | None) -> NeuronRows | None:
+        if rows is None:
+            return None
+        whole = rows.dim == 0 and is_whole(rows.step, model.get_parameter(rows.param).shape[0], site.d_ff)
+        return None if whole else rows
+
+    return Plan(
+        activation=site.activation,
+        d_ff=site.d_ff,
+        up=partial(site.up_rows),
+        gate=partial(site.gate_rows),
+        up_bias=partial(site.up_bias),
+        gate_bias=partial(site.gate_bias),
+        down_transposed=site.down_rows.dim == 0,
+    )
+
+
+def lowered_ffn(
+    router: Router, up: nn.Module, gate_linear: nn.Module | None, down: nn.Module, x: Tensor, *skipped: nn.Module
+) -> Tensor:
+    """The whole FFN of a lowered site: x [..., d_model] -> [..., d_model]. skipped: modules that do not run for it."""
+    _check_bypassed((up, down) if gate_linear is None else (up, gate_linear, down), skipped)
+    gate: tuple[Tensor | None, Tensor | None] = (None, None) if gate_linear is None else parameters_of(gate_linear)
+    weights = (*parameters_of(up), *gate, *parameters_of(down))
+    for weight in weights:
+        if type(weight) is not Parameter and weight is not None and not is_ordinary(weight):
+            raise LoweredError(
+                f"a weight of a lowered FFN is now a {type(weight).__module__}.{type(weight).__name__}, which the op "
+                "does not read; call ltepass.unlower(model) before changing weights, then lower again"
+            )
+    return lowered_call(router, *weights, x)
+
+
+def lowered_in_graph(linears: Sequence[nn.Module], skipped: Sequence[nn.Module], router: Router, *args: Any) -> Tensor:
+    """As `lowered_call`, where a user's graph called these modules."""
+    x: Tensor = args[-1]
+    if isinstance(x, torch.fx.Proxy):  # as for `gate`: one node stays one node when a pickle loads
+        return x.tracer.create_proxy("call_function", lowered_in_graph, (linears, skipped, router, *args), {})
+    _check_bypassed(linears, skipped)
+    return lowered_call(router, *args)
+
+
+def _check_bypassed(linears: Iterable[nn.Module], skipped: Iterable[nn.Module]) -> None:
+    """Raises LoweredError where something would have run with a call of these, had the op not stood in their place."""
+    for module in linears:
+        if not plain(module):
+            raise _added_later(f"{type(module).__name__} {bypassed_code(module) or not_plain(module) or 'was changed'}")
+    for module in skipped:
+        if not untouched(module):
+            raise _added_later(f"{type(module).__name__} {bypassed_code(module) or 'was changed'}")
+    if _has_any_global_hook():
+        raise _added_later(GLOBAL_HOOK)
+
+
+def _added_later(what: str) -> LoweredError:
+    return LoweredError(
+        f"{what}: it was added after ltepass.lower; call ltepass.unlower(model) before, then lower again"
+    )
+
+
+def lowered_call(
+    router: Router,
+    up: Tensor,
+    up_bias: Tensor | None,
+    gate: Tensor | None,
+    gate_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    x: Tensor,
+) -> Tensor:
+    """The op on whole parameters, each read as the router's plan says."""
+    plan = router.plan
+    if router.thread is not None and not torch.compiler.is_compiling():
+        require_own(router.thread)
+    if not isinstance(plan, Plan):  # unlowered by another thread since this forward began
+        raise interfered()
+    if router.watched:
+        applied()
+    f = plan.d_ff
+    args = (
+        x,
+        *router.operands(),
+        router._buffers["threshold"],
+        _take(plan.up, up, f),
+        _take(plan.up_bias, up_bias, f),
+        _take(plan.gate, gate, f),
+        _take(plan.gate_bias, gate_bias, f),
+        down.t() if plan.down_transposed else down,
+        down_bias,
+        plan.activation,
+        *_cuts(router),
+    )
+    if router.recorder.count_inactive and torch.is_grad_enabled():
+        ops = torch.ops.ltepass
+        with_mask = ops.routed_proxy_ffn_with_mask if isinstance(router, ProxyRouter) else ops.routed_ffn_with_mask
+        y, active, _ = with_mask(*args)
+        router.recorder.record((~active).float().mean(-1))
+        return y  # type: ignore[no-any-return]
+    if isinstance(router, ProxyRouter):
+        return routed_proxy_ffn(*args)
+    if router.density is not None and x.is_cuda and not torch.compiler.is_compiling():
+        with assume_density(router.density):
+            return routed_ffn(*args)
+    return routed_ffn(*args)
+
+
+def _cuts(router: Router) -> tuple[Tensor | None, ...]:
+    """The op's last arguments, those left away that nobody asked for."""
+    cut, input_cut = router._buffers["cut"], router._buffers["input_cut"]
+    return (cut, input_cut) if input_cut is not None else () if cut is None else (cut,)
+
+
+def _take(rows: NeuronRows | None, parameter: Tensor | None, d_ff: int) -> Tensor | None:
+    if rows is None or parameter is None:
+        return parameter
+    taken = rows.take(parameter, d_ff)
+    return taken if fits(taken) else taken.contiguous()
