@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ltepass import old_names as _old_names
 from ltepass import registration as _registration
 from ltepass.kernels import routed_ffn as _ops  # noqa: F401  # registers what a saved program calls (torch.export.load)
-from ltepass.routed import router as _router  # noqa: F401  # likewise
+from ltepass.routed import gate as _gate  # noqa: F401  # likewise
 from ltepass.version import __version__
 
 if TYPE_CHECKING:
@@ -31,9 +31,11 @@ if TYPE_CHECKING:
     from ltepass.sparsity.cuts import set_hidden_sparsity, set_input_sparsity
     from ltepass.sparsity.modes import set_mode
     from ltepass.sparsity.thresholds import set_sparsity
+    from ltepass.training.auxiliary_loss import take_auxiliary
     from ltepass.training.controller import SparsityController
+    from ltepass.training.labels import label_mask
     from ltepass.training.settings import LTESettings
-    from ltepass.training.stages import begin_stage, label_mask, settle, take_auxiliary
+    from ltepass.training.stages import begin_stage, settle
     from ltepass.training.trainer import LTETrainer, LTETrainerMixin
 
 # name -> module; loaded on first use, so that importing ltepass is quick and touches neither transformers nor a GPU
@@ -61,9 +63,9 @@ _PUBLIC = {
     "SparsityController": "ltepass.training.controller",
     "LTESettings": "ltepass.training.settings",
     "begin_stage": "ltepass.training.stages",
-    "label_mask": "ltepass.training.stages",
+    "label_mask": "ltepass.training.labels",
     "settle": "ltepass.training.stages",
-    "take_auxiliary": "ltepass.training.stages",
+    "take_auxiliary": "ltepass.training.auxiliary_loss",
     "LTETrainer": "ltepass.training.trainer",
     "LTETrainerMixin": "ltepass.training.trainer",
 }

@@ -14,6 +14,7 @@ import torch
 import ltepass
 from ltepass.old_names import HELD, MOVED
 from ltepass.passes.lower import lowered_forward
+from ltepass.routed import gate
 
 PICKLES = Path(__file__).parent / "checkpoints" / "pickles"
 
@@ -73,6 +74,12 @@ def test_what_generated_forwards_called_is_found_by_its_old_name() -> None:
 @pytest.mark.parametrize("old", ["ltepass.lowering", "ltepass.passes.lower.lower_modules"])
 def test_what_a_lowered_model_calls_is_found_by_its_old_names(old: str, name: str) -> None:
     assert pickle.loads(f"c{old}\n{name}\n.".encode()) is getattr(lowered_forward, name)
+
+
+@pytest.mark.parametrize("old", ["ltepass.router", "ltepass.routed.router"])
+def test_what_a_gated_model_calls_is_found_by_its_old_names(old: str) -> None:
+    for name in ("gate", "seen_inputs"):
+        assert pickle.loads(f"c{old}\n{name}\n.".encode()) is getattr(gate, name)
 
 
 def test_an_unknown_old_name_stays_an_import_error() -> None:

@@ -26,7 +26,8 @@ import ltepass
 from examples.compare import models
 from examples.compare.frontier import machine
 from examples.compare.frontier_rows import spread_of
-from ltepass.training.stages import begin_stage, take_auxiliary
+from ltepass.training.auxiliary_loss import take_auxiliary
+from ltepass.training.stages import begin_stage
 
 FIELDS = (
     "model tokens micro_batches group_size sparsity side median_s low_s high_s ratio_to_dense repeats machine torch"

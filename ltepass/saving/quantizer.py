@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,23 +27,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ltepass.api import remove
 from ltepass.config import LTEConfig
 from ltepass.errors import CheckpointError
-from ltepass.passes.find.owner import as_gated_now
 from ltepass.routed.json_entry import Json
 from ltepass.routed.routed import Routed
-from ltepass.routed.sites import FFNSite, LTEState, set_state, state_of
+from ltepass.routed.sites import LTEState, set_state, state_of
+from ltepass.saving.checked_sites import checked_sites
 from ltepass.saving.entry import METHOD, read_state, write_state
-from ltepass.saving.forward_checks import check_forwards, try_gates
-from ltepass.saving.site_checks import check_sites
-from ltepass.saving.tensor_checks import (
-    ROUTER,
-    Header,
-    check_present,
-    check_routers,
-    check_values,
-    check_weights,
-    has_routers,
-    read_header,
-)
+from ltepass.saving.forward_checks import try_gates
+from ltepass.saving.tensor_checks import check_values, read_header
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -140,50 +130,6 @@ class LTEQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
         return True
 
 
-def checked_sites(model: PreTrainedModel, state: LTEState, header: Header | None) -> list[FFNSite]:
-    """The state's sites as this model has them, compared with it and with the files; none where those hold no router.
-
-    header: of all weight files; None where the weights come from elsewhere. Raises CheckpointError; changes nothing.
-    """
-    sites = _fit_prefix(model, state.sites)
-    if header is None:
-        check_sites(model, sites)
-    elif not has_routers(state.sites, header):
-        return []
-    else:
-        named, converted = _as_loaded(model, sites, header)
-        check_routers(sites, state.config, named)
-        check_sites(model, sites)
-        check_weights(model, named)
-        if not converted:
-            check_present(model, sites, named)
-    sites = as_gated_now(model, sites)
-    check_forwards(model, sites)
-    return sites
-
-
-def _as_loaded(model: PreTrainedModel, sites: list[FFNSite], header: Header) -> tuple[Header, bool]:
-    """The header by the names under which transformers will load it, and whether it converts some of the weights.
-
-    Its classes may have other names in their files: another prefix, `ffn` for `mlp`, experts one by one.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, dot_natural_key, rename_source_key
-
-    mapping = get_model_conversion_mapping(model)
-    renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in mapping if not isinstance(rule, WeightRenaming)]
-    known = {**model.state_dict(), **{f"{site.router}.{name}": True for site in sites for name in ROUTER}}
-    named: Header = {}
-    for key in sorted(header, key=dot_natural_key):
-        name, rule = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
-        if name not in known and key in known:
-            name, rule = key, None
-        if rule is None:
-            named[name] = header[key]
-    return named, len(named) < len(header)
-
-
 def attach(model: PreTrainedModel) -> None:
     """From now on `model.save_pretrained` writes the sites. The model must be transformed."""
     state = state_of(model)
@@ -243,24 +189,6 @@ def detach(model: PreTrainedModel) -> None:
             del model._state_dict_pre_hooks[key]
         if isinstance(getattr(model.config, "quantization_config", None), LTEQuantizationConfig):
             del model.config.quantization_config
-
-
-def _fit_prefix(model: nn.Module, sites: list[FFNSite]) -> list[FFNSite]:
-    """Paths as this class has them: `AutoModel` drops the head, and with it the prefix that the causal LM puts before.
-
-    The list comes back as it was where no prefix fits; `check_sites` then says what is missing.
-    """
-    prefix = getattr(model, "base_model_prefix", "")
-    names = {name for name, _ in model.named_modules(remove_duplicate=False)}
-    renames: tuple[Callable[[str], str], ...] = (
-        str,
-        lambda path: "" if path == prefix else path.removeprefix(prefix + "."),
-        lambda path: f"{prefix}.{path}" if path else prefix,
-    )
-    for rename in renames if prefix else (str,):
-        if all(rename(site.down) in names for site in sites):
-            return [site.renamed(rename) for site in sites]
-    return sites
 
 
 if METHOD not in AUTO_QUANTIZER_MAPPING:

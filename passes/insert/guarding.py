@@ -19,7 +19,8 @@ from torch.fx import GraphModule
 
 from ltepass.errors import DisplacedHookError
 from ltepass.passes.capture.owner_forward import is_guard, is_own
-from ltepass.routed.router import Router, calls
+from ltepass.routed.gate import calls
+from ltepass.routed.router import Router
 
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 

@@ -25,7 +25,7 @@ from ltepass.errors import DisplacedHookError
 from ltepass.passes.capture.owner_forward import original_class
 from ltepass.passes.insert.guarding import guard, guard_failed, release, replaced_forward
 from ltepass.passes.insert.regenerated_forwards import shared_class, subclass
-from ltepass.routed.router import gate, seen_inputs
+from ltepass.routed.gate import gate, seen_inputs
 from ltepass.threads import interfered, locks
 
 _calls = threading.local()

@@ -30,8 +30,9 @@ from ltepass.passes.insert.guarding import remember, watch
 from ltepass.passes.insert.hooks import InlineSite, attach
 from ltepass.passes.insert.regenerated_forwards import forwards_of, regenerate
 from ltepass.passes.insert.selfcheck import check_gated
+from ltepass.routed.gate import gate, seen_inputs
 from ltepass.routed.proxy import proxy_of, require_known, start_proxy
-from ltepass.routed.router import Router, gate, seen_inputs
+from ltepass.routed.router import Router
 from ltepass.routed.sites import FFNSite, LTEState, set_state
 
 

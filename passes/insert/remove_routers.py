@@ -12,8 +12,8 @@ from ltepass.passes.group.permutations import permute_routed
 from ltepass.passes.insert.guarding import release, unwatch
 from ltepass.passes.insert.hooks import detach
 from ltepass.routed import padding
+from ltepass.routed.gate import gate, seen_inputs
 from ltepass.routed.routed import Routed
-from ltepass.routed.router import gate, seen_inputs
 from ltepass.routed.sites import FFNSite, drop_state
 
 

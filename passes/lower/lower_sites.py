@@ -22,8 +22,8 @@ from ltepass.passes.insert.regenerated_forwards import forwards_of, regenerate
 from ltepass.passes.lower.lowered_forward import lowered_ffn, lowered_in_graph, plan_of
 from ltepass.passes.lower.stubs import Stub, one_token_will_do
 from ltepass.passes.lower.why_not import idle, is_conv1d, with_inner
+from ltepass.routed.gate import gate as gate_call
 from ltepass.routed.routed import Routed
-from ltepass.routed.router import gate as gate_call
 from ltepass.routed.sites import FFNSite, LTEState
 
 

@@ -28,8 +28,9 @@ from ltepass.passes.lower.why_not import (
     plain,
     untouched,
 )
+from ltepass.routed.gate import applied
 from ltepass.routed.proxy import ProxyRouter
-from ltepass.routed.router import Router, applied
+from ltepass.routed.router import Router
 from ltepass.routed.sites import FFNSite, NeuronRows
 from ltepass.threads import interfered, require_own
 

@@ -18,8 +18,8 @@ from ltepass.passes.find.near_miss import breadth_first
 from ltepass.passes.graph.captured import join
 from ltepass.passes.insert.hooks import Hook, SparseDown
 from ltepass.passes.lower.stubs import Stub
+from ltepass.routed.gate import gate
 from ltepass.routed.routed import Routed
-from ltepass.routed.router import gate
 from ltepass.routed.sites import FFNSite
 
 SMALL_INPUTS_ON_GPU = "small inputs are left out, which no GPU kernel does"

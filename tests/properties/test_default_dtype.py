@@ -17,7 +17,8 @@ from ltepass.calibration.warm_start import warm_start
 from ltepass.measure.sparsity import measure_union
 from ltepass.passes.group.balanced_kmeans import WHOLE_GRAM, balanced_kmeans
 from ltepass.routed.sites import router_of, routers_of
-from ltepass.training.stages import begin_stage, settle, take_auxiliary
+from ltepass.training.auxiliary_loss import take_auxiliary
+from ltepass.training.stages import begin_stage, settle
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 SIZES = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -19,8 +19,10 @@ from transformers import TrainingArguments
 
 import ltepass
 from ltepass.routed.sites import routers_of
+from ltepass.training.auxiliary_loss import take_auxiliary
+from ltepass.training.labels import label_mask
 from ltepass.training.settings import LTESettings
-from ltepass.training.stages import begin_stage, label_mask, take_auxiliary
+from ltepass.training.stages import begin_stage
 from ltepass.training.trainer import LTETrainer
 from tests.training.learning_cases import copied_text, small_llama
 

@@ -38,16 +38,10 @@ from ltepass.routed.padding import hooks_of, telling_tokens
 from ltepass.routed.sites import router_of, routers_of
 from ltepass.routed.token_rows import Forward, token_mask
 from ltepass.routed.watching import record_logits, run_batches
+from ltepass.training.auxiliary_loss import clear_auxiliary, inactive_shares, take_auxiliary
+from ltepass.training.labels import label_mask
 from ltepass.training.settings import LTESettings
-from ltepass.training.stages import (
-    begin_stage,
-    clear_auxiliary,
-    hold,
-    inactive_shares,
-    label_mask,
-    settle,
-    take_auxiliary,
-)
+from ltepass.training.stages import begin_stage, hold, settle
 from ltepass.training.trainer import LTETrainer, LTETrainerMixin
 from tests.training.padded import FAMILIES, PAD, dense, padded, same, sequences, started, transformed, whole
 from tests.typed import lte_state, present, routed
@@ -271,7 +265,7 @@ def test_a_trainer_that_makes_its_own_inputs_counts_its_tokens(
         counted.append(float(aux.tokens))
         return aux
 
-    monkeypatch.setattr("ltepass.training.trainer.take_auxiliary", spy)
+    monkeypatch.setattr("ltepass.training.training_step.take_auxiliary", spy)
     trainer_class = type("LTE", (LTETrainerMixin, base), {})
     ids, real = torch.randint(1, 61, (8, 20)), torch.arange(20) < 8
     rows = [{"input_ids": row.where(real, PAD), "attention_mask": real.long()} for row in ids]
@@ -322,7 +316,7 @@ def test_an_encoder_decoder_learns_from_its_tokens(
         counted.append(float(aux.tokens))
         return aux
 
-    monkeypatch.setattr("ltepass.training.trainer.take_auxiliary", spy)
+    monkeypatch.setattr("ltepass.training.training_step.take_auxiliary", spy)
     rows = sequences([5, 9, 2, 8])
     batch = padded("t5", rows, extra=6)
     batch["attention_mask"][:, 0] = 0  # as if sequences began later: the encoder's are four fewer

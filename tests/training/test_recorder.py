@@ -11,7 +11,7 @@ import ltepass
 from ltepass.routed.router import Router
 from ltepass.routed.sites import routers_of
 from ltepass.routed.undo import all_or_nothing
-from ltepass.training.stages import take_auxiliary
+from ltepass.training.auxiliary_loss import take_auxiliary
 from tests.training.padded import started
 
 IDS = torch.zeros(1, 4, dtype=torch.long)

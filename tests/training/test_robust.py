@@ -12,9 +12,10 @@ import torch
 
 from ltepass.errors import TrainingError
 from ltepass.routed.sites import routers_of
+from ltepass.training.auxiliary_loss import take_auxiliary
 from ltepass.training.checkpoints import last_complete, mark_complete
 from ltepass.training.settings import LTESettings
-from ltepass.training.stages import begin_stage, take_auxiliary
+from ltepass.training.stages import begin_stage
 from tests.child import environment
 from tests.training.kill_driver import CASES
 from tests.training.learning_cases import copied_text, fit, trained

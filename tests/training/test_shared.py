@@ -17,7 +17,8 @@ from ltepass.calibration.warm_start import warm_start
 from ltepass.routed.padding import telling_tokens
 from ltepass.routed.sites import routers_of
 from ltepass.routed.watching import mode_of
-from ltepass.training.stages import begin_stage, clear_auxiliary, inactive_shares, take_auxiliary
+from ltepass.training.auxiliary_loss import clear_auxiliary, inactive_shares, take_auxiliary
+from ltepass.training.stages import begin_stage
 from tests.typed import grad, present, routed
 
 LOOPS = 3

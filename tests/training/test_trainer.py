@@ -17,7 +17,8 @@ from ltepass.errors import LoweredError, TrainingError
 from ltepass.routed.sites import routers_of
 from ltepass.routed.soft_losses import SEPARABILITY_CLAMP, per_token_losses
 from ltepass.training.controller import SparsityController
-from ltepass.training.stages import begin_stage, label_mask
+from ltepass.training.labels import label_mask
+from ltepass.training.stages import begin_stage
 from ltepass.training.trainer import LTESettings, LTETrainer
 from tests.training.learning_cases import copied_text, fit, perplexity_of, trained
 
