@@ -8,8 +8,7 @@ other device the definition runs, and gives the same bits.
 # (torch leaves Library.impl untyped)
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ParamSpec
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,30 +19,38 @@ from ltepass.kernels.autograd import Args
 from ltepass.kernels.cpu import build
 from ltepass.kernels.linear import words
 from ltepass.kernels.linear_reference import HALF
+from ltepass.kernels.proxy_reference import Proxy
 
 # What a proxy is, in every op that holds one, after x.
 ROUTER = (
     "Tensor codes, Tensor? multipliers, Tensor scales, Tensor? biases, Tensor sizes, Tensor router_weight, "
     "Tensor router_bias"
 )
-N_ROUTER = 7
-P = ParamSpec("P")
+N_ROUTER: int = len(Proxy._fields) + 2
 _library = torch.library.Library("ltepass", "FRAGMENT")
 _library.define(f"proxy_scores(Tensor x, {ROUTER}, str activation) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def check(
-    x: Tensor,
-    codes: Tensor,
-    multipliers: Tensor | None,
-    scales: Tensor,
-    biases: Tensor | None,
-    sizes: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    activation: str,
-) -> None:
+class Call(NamedTuple):
+    """The op's arguments by what they are for."""
+
+    x: Tensor
+    proxy: Proxy
+    weight: Tensor
+    bias: Tensor
+    activation: str
+
+
+def call(args: Args) -> Call:
+    x, *constants, weight, bias, activation = args
+    return Call(x, Proxy(*constants), weight, bias, activation)
+
+
+def checked(args: Args) -> Call:
     """Raises LTEError for shapes and dtypes that no path can make sense of; the C++ kernel makes the same checks."""
+    c = call(args)
+    x, weight, activation = c.x, c.weight, c.activation
+    codes, multipliers, scales, biases, sizes = c.proxy
     if activation not in reference.ACTIVATIONS:
         raise LTEError(f"activation is {activation!r}; expected one of {', '.join(reference.ACTIVATIONS)}")
     if not x.is_floating_point() or x.dim() == 0:
@@ -59,7 +66,7 @@ def check(
         "biases": (biases, torch.float32, (k, d_ff)),
         "sizes": (sizes, torch.float32, (d_ff,)),
         "router_weight": (weight, torch.float32, (n_experts,)),
-        "router_bias": (bias, torch.float32, ()),
+        "router_bias": (c.bias, torch.float32, ()),
     }
     for name, (tensor, dtype, shape) in expected.items():
         if tensor is not None and (tensor.dtype != dtype or tuple(tensor.shape) != shape):
@@ -69,34 +76,19 @@ def check(
             )
     if n_experts == 0 or d_ff % n_experts:
         raise LTEError(f"d_ff is {d_ff} and there are {n_experts} experts; expected a whole number of neurons each")
+    return c
 
 
-def _or_kernel(definition: Callable[P, Tensor]) -> Callable[P, Tensor]:
-    """The definition, checked, unless a kernel can be loaded."""
-
-    def call(*args: P.args, **kwargs: P.kwargs) -> Tensor:
-        # A successful load has registered the C++ kernel under a key that outranks this one: call again.
-        if args[0].device.type == "cpu" and build.load():  # type: ignore[attr-defined]
-            return torch.ops.ltepass.proxy_scores(*args)  # type: ignore[no-any-return]
-        check(*args, **kwargs)  # type: ignore[arg-type]
-        return definition(*args, **kwargs)
-
-    return call
+def _any_device(x: Tensor, *router: object) -> Tensor:
+    # A successful load has registered the C++ kernel under a key that outranks this one: call again.
+    if x.device.type == "cpu" and build.load():
+        return torch.ops.ltepass.proxy_scores(x, *router)  # type: ignore[no-any-return]
+    return proxy_reference.scores(*checked((x, *router)))
 
 
-def _fake(
-    x: Tensor,
-    codes: Tensor,
-    multipliers: Tensor | None,
-    scales: Tensor,
-    biases: Tensor | None,
-    sizes: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    activation: str,
-) -> Tensor:
-    check(x, codes, multipliers, scales, biases, sizes, weight, bias, activation)
-    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=torch.float32)
+def _fake(*args: object) -> Tensor:
+    c = checked(args)
+    return c.x.new_empty((*c.x.shape[:-1], c.weight.shape[0]), dtype=torch.float32)
 
 
 def _vmap(info: object, in_dims: tuple[int | None, ...], x: Tensor, *router: object) -> tuple[Tensor, int]:
@@ -126,15 +118,15 @@ class _Scores(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         need = ctx.needs_input_grad
         wanted = (need[0], need[6], need[7])
-        x, codes, multipliers, scales, biases, sizes, weight = ctx.saved_tensors
-        router = (codes, multipliers, scales, biases, sizes, weight)
-        dx, d_weight, d_bias = proxy_reference.gradients(grad, x, *router, ctx.activation, wanted)
+        x, *constants, weight = ctx.saved_tensors
+        proxy = Proxy(*constants)
+        dx, d_weight, d_bias = proxy_reference.gradients(grad, x, proxy, weight, ctx.activation, wanted)
         return (dx, *[None] * 5, d_weight, d_bias, None)
 
 
 def _register() -> None:
     op = torch.ops.ltepass.proxy_scores.default
-    _library.impl("proxy_scores", _or_kernel(proxy_reference.scores), "CompositeExplicitAutograd")
+    _library.impl("proxy_scores", _any_device, "CompositeExplicitAutograd")
     rule = autograd.rule(op, _Scores, "ltepass.kernels.proxy_reference.scores")
     _library.impl("proxy_scores", rule, "Autograd", with_keyset=True)
     torch.library.register_fake("ltepass::proxy_scores", _fake, lib=_library)

@@ -69,6 +69,19 @@ class Codes(NamedTuple):
     scales: Tensor
 
 
+class Proxy(NamedTuple):
+    """What a router knows of an FFN of f neurons, all constant; the first three as in `Codes`.
+
+    biases: fp32 [k, f], of the linears, or None where none has one; sizes: fp32 [f], what each neuron writes with.
+    """
+
+    codes: Tensor
+    multipliers: Tensor | None
+    scales: Tensor
+    biases: Tensor | None
+    sizes: Tensor
+
+
 def blocks_of(d_model: int) -> int:
     return -(-d_model // BLOCK)
 
@@ -119,13 +132,13 @@ def quantise_token(x: Tensor) -> tuple[Tensor, Tensor]:
     return to_int8(x.float())
 
 
-def units(x: Tensor, codes: Codes, biases: Tensor | None) -> Tensor:
+def units(x: Tensor, proxy: Proxy) -> Tensor:
     """z: fp32 [k, ..., f]."""
     x_codes, x_scale = quantise_token(x)
-    padded = F.pad(x_codes.double(), (0, codes.codes.shape[-1] * 2 - x.shape[-1]))
-    sums = [F.linear(padded, rows).float() for rows in integers(codes.codes, codes.multipliers)]
-    z = torch.stack([s * scale for s, scale in zip(sums, codes.scales, strict=True)]) * x_scale[..., None]
-    return z if biases is None else z + biases.view(len(sums), *(1,) * (x.dim() - 1), -1)
+    padded = F.pad(x_codes.double(), (0, proxy.codes.shape[-1] * 2 - x.shape[-1]))
+    sums = [F.linear(padded, rows).float() for rows in integers(proxy.codes, proxy.multipliers)]
+    z = torch.stack([s * scale for s, scale in zip(sums, proxy.scales, strict=True)]) * x_scale[..., None]
+    return z if proxy.biases is None else z + proxy.biases.view(len(sums), *(1,) * (x.dim() - 1), -1)
 
 
 def cdf(z: Tensor, polynomial: Polynomial) -> Tensor:
@@ -146,24 +159,14 @@ def act(z: Tensor, activation: str) -> Tensor:
     return ACTIVATIONS[activation](z)
 
 
-def scores(
-    x: Tensor,
-    codes: Tensor,
-    multipliers: Tensor | None,
-    scales: Tensor,
-    biases: Tensor | None,
-    sizes: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    activation: str,
-) -> Tensor:
+def scores(x: Tensor, proxy: Proxy, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
     """x: [..., d_model] any float dtype -> logits [..., n_experts] fp32. The definition of `ltepass::proxy_scores`.
 
-    biases: fp32 [k, f] or None; sizes: fp32 [f]; weight: fp32 [n_experts]; bias: fp32 [].
+    weight: fp32 [n_experts]; bias: fp32 [].
     """
-    first, *up = units(x, Codes(codes, multipliers, scales), biases)
+    first, *up = units(x, proxy)
     hidden = act(first, activation)
-    neurons = (hidden * up[0] if up else hidden).abs() * sizes
+    neurons = (hidden * up[0] if up else hidden).abs() * proxy.sizes
     logits = _experts(neurons, len(weight)) * weight
     logits = logits + bias
     return logits.masked_fill(logits.isnan(), torch.inf)
@@ -183,29 +186,25 @@ def _experts(neurons: Tensor, n_experts: int) -> Tensor:
 def gradients(
     grad: Tensor,
     x: Tensor,
-    codes: Tensor,
-    multipliers: Tensor | None,
-    scales: Tensor,
-    biases: Tensor | None,
-    sizes: Tensor,
+    proxy: Proxy,
     weight: Tensor,
     activation: str,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Of (x, weight, bias), where wanted; grad: [..., n_experts]. The rounding of x and of the score is passed by."""
-    z = units(x, Codes(codes, multipliers, scales), biases)
+    z = units(x, proxy)
     hidden = ACTIVATIONS[activation](z[0])
     t = hidden * z[1] if len(z) == 2 else hidden
-    parts = (t.abs() * sizes).unflatten(-1, (len(weight), -1))
+    parts = (t.abs() * proxy.sizes).unflatten(-1, (len(weight), -1))
     experts = parts[..., 0] if parts.shape[-1] == 1 else parts.square().sum(-1).sqrt()
     d_weight = (grad * experts).flatten(0, -2).sum(0) if needs[1] else None
     d_bias = grad.sum() if needs[2] else None
     if not needs[0]:
         return None, d_weight, d_bias
     share = parts / experts.clamp_min(torch.finfo(torch.float32).tiny)[..., None]  # of each neuron; 1 where alone
-    dt = ((grad * weight)[..., None] * share).flatten(-2) * sizes * t.sign()
+    dt = ((grad * weight)[..., None] * share).flatten(-2) * proxy.sizes * t.sign()
     act_grad = ACTIVATION_GRADS[activation]
     dz = [act_grad(dt * z[1], z[0]), dt * hidden] if len(z) == 2 else [act_grad(dt, z[0])]
-    rows = (integers(codes, multipliers) * scales[..., None]).float()[..., : x.shape[-1]]
+    rows = (integers(proxy.codes, proxy.multipliers) * proxy.scales[..., None]).float()[..., : x.shape[-1]]
     dx = torch.stack([d @ w for d, w in zip(dz, rows, strict=True)]).sum(0)
     return dx.to(x.dtype), d_weight, d_bias

@@ -75,7 +75,7 @@ class _Op:
         if self is LINEAR:
             check(c.x, c.router[0], up, gate, down, c.activation)
             return c
-        proxy.check(*[c.x, *c.router, c.activation])
+        proxy.checked((c.x, *c.router, c.activation))
         _check_neurons(c.x, up, gate, down, self.n_experts(c))
         codes = c.router[0]
         if codes.shape[:2] != (1 if gate is None else 2, up.shape[0]):
@@ -90,7 +90,7 @@ class _Op:
         """bool [..., n_experts]: the definition of the decision."""
         if self is LINEAR:
             return reference.mask(*[c.x, *c.router, c.threshold])
-        return proxy_reference.scores(*[c.x, *c.router, c.activation]) > c.threshold
+        return proxy_reference.scores(*proxy.call((c.x, *c.router, c.activation))) > c.threshold
 
 
 LINEAR = _Op("routed_ffn", "Tensor router_weight, Tensor? router_bias", 2, "_plain")

@@ -40,9 +40,6 @@ class _Scores(Observer):
     def on_input(self, x: Tensor) -> None:
         self.kept.add(self.router.logits(x.float()))
 
-    def on_hidden(self, h: Tensor) -> None:
-        pass
-
 
 def start_proxies(routed: Routed, batches: Sequence[Batch], found: dict[str, Sensitivity] | None) -> None:
     """Codes, sizes and tables; thresholds stay for the caller. found: of budget "model"."""

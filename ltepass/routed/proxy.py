@@ -23,8 +23,7 @@ from ltepass.routed.router import Router
 from ltepass.routed.sites import FFNSite, NeuronRows
 from ltepass.routed.undo import keep
 
-OPERANDS = ("codes", "multipliers", "scales", "biases", "sizes", "weight", "bias")  # of the op, in its order
-CONSTANTS = OPERANDS[:5]
+CONSTANTS = proxy_reference.Proxy._fields
 
 
 class ProxyRouter(Router):
@@ -95,7 +94,7 @@ class ProxyRouter(Router):
 
     def operands(self) -> tuple[Tensor | None, ...]:
         """What `ltepass::routed_proxy_ffn` takes of it."""
-        return tuple(getattr(self, name) for name in OPERANDS)
+        return (*(getattr(self, name) for name in CONSTANTS), self.weight, self.bias)
 
     def reorder(self, order: Tensor) -> None:
         super().reorder(order)

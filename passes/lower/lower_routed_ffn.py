@@ -18,9 +18,10 @@ from dataclasses import dataclass
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.node import Argument
 
 from ltepass.passes.find.match import Miss, Region, Rows, down_rows, match_down
-from ltepass.passes.graph.linears import Flow, Linear
+from ltepass.passes.graph.linears import Flow
 from ltepass.passes.graph.node_kinds import (
     erase_upstream,
     is_gate,
@@ -94,17 +95,37 @@ def _lifted(node: Node, v: torch.Tensor) -> bool:
     return isinstance(v, torch.nn.Parameter) or "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
 
 
+@dataclass(frozen=True)
+class _Router:
+    """What decides, the input that it reads, and the op that takes its operands."""
+
+    x: Node
+    operands: tuple[Argument, ...]
+    op: torch._ops.OpOverload
+
+
+def _router(flow: Flow, scores: Argument) -> _Router | None:
+    assert isinstance(scores, Node)
+    scores = strip_identity(scores)
+    if is_proxy(scores):
+        x, *operands, _ = scores.args
+        assert isinstance(x, Node)
+        return _Router(x, tuple(operands), torch.ops.ltepass.routed_proxy_ffn.default)
+    linear = flow.linear(scores)
+    if linear is None or linear.out_dim != 0:
+        return None
+    return _Router(linear.x, (linear.weight, _leaf(flow, linear.bias)), torch.ops.ltepass.routed_ffn.default)
+
+
 def _lower(flow: Flow, region: Region) -> str | None:
     """Rewrite one region, or say why not."""
     gate, up, down = region.gate_op, region.up.linear, region.down
     assert gate is not None
     _, scores, threshold, soft, *cuts = gate.args
-    assert isinstance(scores, Node)
     x = up.x
     if is_input_cut(region.x):
         cuts = [cuts[0] if cuts else None, region.x.args[1]]
-    scores = strip_identity(scores)
-    router = scores if is_proxy(scores) else flow.linear(scores)
+    router = _router(flow, scores)
     reason = _why_not(region, router, bool(soft))
     if reason is not None:
         return reason
@@ -120,10 +141,9 @@ def _lower(flow: Flow, region: Region) -> str | None:
         def operand(rows: Rows | None) -> Node | None:
             return None if rows is None else _operand(flow, rows, region.d_ff)
 
-        proxy = isinstance(router, Node)
         args = (
             x,
-            *(router.args[1:-1] if isinstance(router, Node) else (router.weight, _leaf(flow, router.bias))),
+            *router.operands,
             threshold,
             operand(region.up.rows),
             operand(region.up.bias),
@@ -134,15 +154,14 @@ def _lower(flow: Flow, region: Region) -> str | None:
             region.activation,
             *cuts,
         )
-        op = torch.ops.ltepass.routed_proxy_ffn if proxy else torch.ops.ltepass.routed_ffn
-        new = graph.call_function(op.default, args)
+        new = graph.call_function(router.op, args)
         new.meta = dict(down.node.meta)
     down.node.replace_all_uses_with(new)
     erase_upstream(down.node)
     return None
 
 
-def _why_not(region: Region, router: Linear | Node | None, soft: bool) -> str | None:
+def _why_not(region: Region, router: _Router | None, soft: bool) -> str | None:
     standard = {region.up.rows, region.up.bias, down_rows(region.down)}
     standard |= {region.gate.rows, region.gate.bias} if region.gate else set()
     x, source = region.up.linear.x, region.x
@@ -157,7 +176,7 @@ def _why_not(region: Region, router: Linear | Node | None, soft: bool) -> str | 
     extra = [r.leaf.name for r in region.neurons if r not in standard]
     if extra:
         return also_scales(extra[0])
-    if router is None or not _scores(router, source):
+    if router is None or strip_views(router.x) is not source:
         return "the gate's scores are no linear of the FFN's input, and no proxy's"
     if region.x is not strip_views(x) or value(region.x).dtype != value(x).dtype:
         return "the router and the up projection read different dtypes"
@@ -167,13 +186,6 @@ def _why_not(region: Region, router: Linear | Node | None, soft: bool) -> str | 
     if shape(x)[:-1] != shape(region.down.node)[:-1]:
         return "the region changes the token dims"
     return None
-
-
-def _scores(router: Linear | Node, x: Node) -> bool:
-    """Whether it reads x."""
-    if isinstance(router, Node):
-        return strip_views(router.args[0]) is x  # type: ignore[arg-type]
-    return router.out_dim == 0 and strip_views(router.x) is x
 
 
 def _leaf(flow: Flow, node: Node | None) -> Node | None:

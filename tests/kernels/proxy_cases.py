@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ltepass.kernels import proxy_reference, reference
+from ltepass.kernels import proxy, proxy_reference, reference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +68,11 @@ def make(r: Recipe) -> tuple[Any, ...]:
     return (x.to(r.dtype), *constants, random(r.d_ff).abs(), *learned, r.activation)
 
 
+def defined(args: tuple[Any, ...]) -> Tensor:
+    """The scores by their definition, of the op's arguments."""
+    return proxy_reference.scores(*proxy.call(args))
+
+
 def with_ffn(r: Recipe) -> tuple[Any, ...]:
     """The arguments of the whole FFN, of the weights that the codes stand for, with a threshold in the middle."""
     args: Any = make(r)
@@ -77,7 +82,7 @@ def with_ffn(r: Recipe) -> tuple[Any, ...]:
     added: Any = [None] * len(rows) if biases is None else biases.to(r.dtype)
     gate = (rows[0], added[0]) if r.gated else (None, None)
     down = (torch.randn(r.d_model, r.d_ff, generator=gen) / r.d_ff**0.5).to(r.dtype)
-    scores = proxy_reference.scores(*args)
+    scores = defined(args)
     seen = scores[scores.isfinite()]
     threshold = seen.median() if seen.numel() else torch.tensor(0.0)
     router = (*args[:-1], threshold)

@@ -19,7 +19,7 @@ from ltepass.kernels.linear_reference import pack_int4
 from ltepass.kernels.proxy import proxy_scores
 from tests.child import environment
 from tests.kernels.isa_levels import LEVELS
-from tests.kernels.proxy_cases import Recipe, make, recipes, with_ffn
+from tests.kernels.proxy_cases import Recipe, defined, make, recipes, with_ffn
 from tests.properties.trees import examples
 
 ffn = torch.ops.ltepass.routed_proxy_ffn
@@ -29,13 +29,13 @@ X_AND_LEARNED = (0, 6, 7)
 
 def decided(args: Any) -> Tensor:
     """By the definition, from the arguments of the whole FFN."""
-    scores = proxy_reference.scores(*[*args[:8], args[-1]])
+    scores = defined((*args[:8], args[-1]))
     return scores > args[8]  # type: ignore[no-any-return]
 
 
 def same_bits(recipe: Recipe) -> None:
     args = make(recipe)
-    assert torch.equal(proxy_scores(*args), proxy_reference.scores(*args))
+    assert torch.equal(proxy_scores(*args), defined(args))
     whole = with_ffn(recipe)
     y, mask, count = ffn_with_mask(*whole)
     wanted = decided(whole)
@@ -128,7 +128,7 @@ def test_the_largest_sums_are_exact() -> None:
     scale = torch.tensor(3.0) / 127
     wanted = (torch.tensor(total) * scale) * (torch.tensor(total) * scale)
     assert torch.equal(proxy_scores(*args), wanted.expand(1, 2))
-    assert torch.equal(proxy_reference.scores(*args), wanted.expand(1, 2))
+    assert torch.equal(defined(args), wanted.expand(1, 2))
 
 
 @pytest.mark.parametrize("fault", [torch.nan, torch.inf, -torch.inf])
@@ -293,5 +293,4 @@ def test_without_a_compiler_the_definition_runs(monkeypatch: pytest.MonkeyPatch)
     y, mask, _ = ops._plain(ops.PROXY, True, args)
     assert torch.equal(mask, ffn_with_mask(*args)[1])
     torch.testing.assert_close(y, ffn(*args), rtol=1e-4, atol=1e-5)
-    definition = ltepass.kernels.proxy._or_kernel(proxy_reference.scores)
-    assert torch.equal(definition(*make(Recipe())), proxy_scores(*make(Recipe())))
+    assert torch.equal(ltepass.kernels.proxy._any_device(*make(Recipe())), proxy_scores(*make(Recipe())))
