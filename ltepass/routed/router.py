@@ -75,7 +75,7 @@ class Router(nn.Module):
         self.recorder = Recorder()
         # Called with the hidden units h [..., d_ff] of every forward while calibration runs; None otherwise.
         self.observer: Callable[[Tensor], None] | None = None
-        # How a lowered site reads its weights (lowering.Plan); None where it is not lowered.
+        # How a lowered site reads its weights (lowered_forward.Plan); None where it is not lowered.
         self.plan: object | None = None
         self.thread: int | None = None  # the one that has this router to itself for a time (threads.unshared)
         self.turns = 0  # how often one had

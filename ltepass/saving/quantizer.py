@@ -27,13 +27,23 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ltepass.api import remove
 from ltepass.config import LTEConfig
 from ltepass.errors import CheckpointError
+from ltepass.passes.find.owner import as_gated_now
 from ltepass.routed.json_entry import Json
 from ltepass.routed.routed import Routed
-from ltepass.routed.sites import LTEState, set_state, state_of
-from ltepass.saving.checked_sites import checked_sites
+from ltepass.routed.sites import FFNSite, LTEState, set_state, state_of
 from ltepass.saving.entry import METHOD, read_state, write_state
-from ltepass.saving.forward_checks import try_gates
-from ltepass.saving.tensor_checks import check_values, read_header
+from ltepass.saving.forward_checks import check_forwards, try_gates
+from ltepass.saving.renaming import as_loaded, fit_prefix
+from ltepass.saving.site_checks import check_sites
+from ltepass.saving.tensor_checks import (
+    Header,
+    check_present,
+    check_routers,
+    check_values,
+    check_weights,
+    has_routers,
+    read_header,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -128,6 +138,28 @@ class LTEQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def checked_sites(model: PreTrainedModel, state: LTEState, header: Header | None) -> list[FFNSite]:
+    """The state's sites as this model has them, compared with it and with the files; none where those hold no router.
+
+    header: of all weight files; None where the weights come from elsewhere. Raises CheckpointError; changes nothing.
+    """
+    sites = fit_prefix(model, state.sites)
+    if header is None:
+        check_sites(model, sites)
+    elif not has_routers(state.sites, header):
+        return []
+    else:
+        named, converted = as_loaded(model, sites, header)
+        check_routers(sites, state.config, named)
+        check_sites(model, sites)
+        check_weights(model, named)
+        if not converted:
+            check_present(model, sites, named)
+    sites = as_gated_now(model, sites)
+    check_forwards(model, sites)
+    return sites
 
 
 def attach(model: PreTrainedModel) -> None:

@@ -25,8 +25,7 @@ from safetensors.torch import load_file
 
 from ltepass.errors import CheckpointError
 from ltepass.routed.sites import FFNSite, LTEState
-from ltepass.saving.checked_sites import checked_sites
-from ltepass.saving.quantizer import LTEQuantizationConfig
+from ltepass.saving.quantizer import LTEQuantizationConfig, checked_sites
 from ltepass.saving.tensor_checks import FLOATS, Header, read_header
 from tests.properties.mutants import mutant
 from tests.typed import lte_state
