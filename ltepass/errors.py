@@ -55,6 +55,10 @@ class ConcurrencyError(LTEError):
     """A forward met a call of another thread that has the model to itself for a time."""
 
 
+class ExportError(LTEError):
+    """A model cannot become a package that decodes, or a folder holds none that this machine can run."""
+
+
 class GateError(LTEError):
     """A gate that was just inserted does not act, or changes what the dense model computes."""
 

@@ -25,7 +25,7 @@ from typing import IO
 import torch
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ("routed_ffn_cpu.cpp", "linear_cpu.cpp", "pool.cpp")
+SOURCES = ("routed_ffn_cpu.cpp", "linear_cpu.cpp", "attention_cpu.cpp", "pool.cpp")
 HEADERS = (
     "simd.h",
     "problem.h",
@@ -35,6 +35,7 @@ HEADERS = (
     "gemm.h",
     "batch.h",
     "linear.h",
+    "attention.h",
     "quantised.h",
     "read_pass.h",
     "proxy.h",
@@ -137,6 +138,11 @@ def _digest(march: str, *more: str) -> str:
     for name in (*SOURCES, *HEADERS):
         digest.update((HERE / name).read_bytes())
     return digest.hexdigest()[:16]
+
+
+def object_path() -> Path:
+    """The object that `load` has loaded, or would."""
+    return _prebuilt() or cache_dir() / object_name(isa())
 
 
 def build(march: str, target: Path) -> None:

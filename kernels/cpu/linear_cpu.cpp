@@ -1,9 +1,5 @@
 // ltepass::linear, linear_int8 and linear_int4 on the CPU, through libtorch's stable ABI (see README.md).
 
-#include <omp.h>
-
-#include <string>
-
 #include "quantised.h"
 #include "tensors.h"
 
@@ -11,11 +7,6 @@ namespace {
 
 // From here the library's GEMM is worth asking for floats (see README.md, linears).
 constexpr int64_t MOST_TOKENS = 32;
-
-int threads_to_take() {
-  // Inside somebody's parallel region there are no further threads to take.
-  return omp_in_parallel() ? 1 : int(torch::stable::get_num_threads());
-}
 
 int64_t tokens_of(const Tensor& x) {
   int64_t n = 1;
@@ -31,25 +22,6 @@ Tensor output_of(const Tensor& x, int64_t d_out) {
 
 // ---- the checks of ../linear.py, in its words ----
 
-const char* name_of(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Half: return "float16";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Char: return "int8";
-    case ScalarType::Byte: return "uint8";
-    default: return "another dtype";
-  }
-}
-
-// "float32 [40, 64]"
-std::string words_of(const Tensor& t) {
-  std::string out = std::string(name_of(t.scalar_type())) + (t.is_cpu() ? " [" : " on another device [");
-  for (int64_t i = 0; i < t.dim(); i++) out += (i ? ", " : "") + std::to_string(t.size(i));
-  return out + "]";
-}
-
 bool is(const Tensor& t, ScalarType dtype, const std::vector<int64_t>& sizes) {
   return t.scalar_type() == dtype && t.is_cpu() && std::ranges::equal(t.sizes(), sizes);
 }
@@ -59,10 +31,6 @@ void check(const Tensor& x, const char* name, const Tensor& weight, ScalarType d
                   "; expected a matrix of ", name_of(dtype));
   STD_TORCH_CHECK(x.dim() >= 1 && x.size(-1) == per_element * weight.size(1), "x is ", words_of(x), " and ", name, " ",
                   words_of(weight), "; expected [..., d_in] and [d_out, d_in", per_element == 2 ? " / 2]" : "]");
-}
-
-bool is_float(ScalarType dtype) {
-  return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
 }
 
 void check_input(const Tensor& x) {
@@ -82,14 +50,6 @@ void check_blocks(const Tensor& t, const Tensor& codes, const char* name) {
 
 // ---- the ops ----
 
-// f<E>() for the element type of x
-template <class F>
-void with_type(const Tensor& x, F&& f) {
-  if (x.scalar_type() == ScalarType::Float) return f.template operator()<F32>();
-  if (x.scalar_type() == ScalarType::BFloat16) return f.template operator()<BF16>();
-  f.template operator()<F16>();
-}
-
 // Rows as they lie; copied only where they are not dense.
 struct Kept {
   Tensor tensor;
@@ -99,8 +59,6 @@ struct Kept {
     return {static_cast<const char*>(tensor.data_ptr()), tensor.stride(0) * bytes, tensor.size(1) * bytes, tensor.size(0)};
   }
 };
-
-Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
 template <class L>
 Tensor run(L l, const Tensor& x_in, const OptionalTensor& bias_in) {
@@ -113,7 +71,7 @@ Tensor run(L l, const Tensor& x_in, const OptionalTensor& bias_in) {
     using T = typename E::T;
     if constexpr (std::is_same_v<E, typename L::Input> || std::is_void_v<typename L::Input>)
       linear<E>(l, static_cast<const T*>(x.data_ptr()), tokens, bias ? bias->data_ptr() : nullptr,
-                static_cast<T*>(y.data_ptr()), threads_to_take());
+                static_cast<T*>(y.data_ptr()), threads_here());
   });
   return y;
 }

@@ -1,10 +1,6 @@
 // A proxy router as an op's arguments: checked, kept while a call runs, and its scores as an op of their own.
 #pragma once
 
-#include <omp.h>
-
-#include <string>
-
 #include "pool.h"
 #include "proxy.h"
 #include "tensors.h"
@@ -55,8 +51,6 @@ class KeptProxy {
   }
   std::vector<Tensor> kept_;
 };
-
-int threads_here() { return omp_in_parallel() ? 1 : int(torch::stable::get_num_threads()); }
 
 constexpr int64_t SCORED = 32;      // experts that a thread takes at a time
 constexpr int64_t SCORED_TOKENS = 64;  // and tokens

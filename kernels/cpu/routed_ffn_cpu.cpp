@@ -4,8 +4,6 @@
 #include <cpuid.h>
 #endif
 
-#include <omp.h>
-
 #include <exception>
 #include <string>
 #include <tuple>
@@ -239,8 +237,7 @@ std::tuple<Tensor, OptionalTensor> forward(const Tensor& x_in, const Deciding& d
   p.cut = cut_of(cut, "cut");
   p.input_cut = cut_of(input_cut, "input_cut");
   p.dense_above = dense_above(dtype, p.tokens, p.group);
-  // Inside somebody's parallel region there are no further threads to take.
-  p.threads = omp_in_parallel() ? 1 : int(torch::stable::get_num_threads());
+  p.threads = threads_here();
 
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = p.d_out;

@@ -1,13 +1,17 @@
 // What the ops need of libtorch, through its stable ABI.
 #pragma once
 
+#include <omp.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <optional>
+#include <string>
 #include <vector>
+
+#include "simd.h"
 
 namespace {
 
@@ -36,6 +40,44 @@ int32_t dtype_code(const Tensor& t) {
   int32_t code = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &code));
   return code;
+}
+
+// Inside somebody's parallel region there are no further threads to take.
+int threads_here() { return omp_in_parallel() ? 1 : int(torch::stable::get_num_threads()); }
+
+Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
+// f<E>() for the element type of x, one that is_float
+template <class F>
+void with_type(const Tensor& x, F&& f) {
+  if (x.scalar_type() == ScalarType::Float) return f.template operator()<F32>();
+  if (x.scalar_type() == ScalarType::BFloat16) return f.template operator()<BF16>();
+  f.template operator()<F16>();
+}
+
+bool is_float(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+}
+
+// ---- words for messages ----
+
+const char* name_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Byte: return "uint8";
+    default: return "another dtype";
+  }
+}
+
+// "float32 [40, 64]"
+std::string words_of(const Tensor& t) {
+  std::string out = std::string(name_of(t.scalar_type())) + (t.is_cpu() ? " [" : " on another device [");
+  for (int64_t i = 0; i < t.dim(); i++) out += (i ? ", " : "") + std::to_string(t.size(i));
+  return out + "]";
 }
 
 }  // namespace

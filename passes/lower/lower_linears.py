@@ -33,11 +33,8 @@ class LowerLinears:
 
     def __call__(self, job: GraphJob) -> str:
         flow = Flow(job.gm, parameters(job.gm))
-        scores = {strip_identity(n.args[1]) for n in flow.nodes() if is_gate(n) and isinstance(n.args[1], Node)}
-        found = [linear for linear in map(flow.linear, list(flow.nodes())) if linear is not None]
         left: Counter[str] = Counter()
-        for linear in reversed(found):  # a later one may read an earlier one's result as it is
-            reason = "gives a gate its scores" if linear.node in scores else _why_not(flow, linear)
+        for linear, reason in reversed(read(flow)):  # a later one may read an earlier one's result as it is
             if reason is None:
                 _lower(flow, linear)
                 job.linears += 1
@@ -48,8 +45,14 @@ class LowerLinears:
         return f"{job.linears} linears lowered{reasons}" if job.linears else f"unchanged{reasons}"
 
 
+def read(flow: Flow) -> list[tuple[Linear, str | None]]:
+    """The graph's linears in order, each with the reason why the op does not stand for it, or None."""
+    scores = {strip_identity(n.args[1]) for n in flow.nodes() if is_gate(n) and isinstance(n.args[1], Node)}
+    found = [linear for linear in map(flow.linear, list(flow.nodes())) if linear is not None]
+    return [(x, "gives a gate its scores" if x.node in scores else _why_not(flow, x)) for x in found]
+
+
 def _why_not(flow: Flow, linear: Linear) -> str | None:
-    """Why the op does not stand for this linear, or None."""
     tensors = [value(n) for n in (linear.x, linear.weight, linear.node, linear.bias) if n is not None]
     if not all(isinstance(t, Tensor) and is_ordinary(t) for t in tensors):
         return "a tensor of another class"

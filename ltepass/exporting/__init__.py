@@ -1,0 +1,1 @@
+"""A model as a folder that decodes by itself: two compiled graphs, their weights, the kernels and the tokenizer."""

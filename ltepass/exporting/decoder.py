@@ -1,0 +1,88 @@
+"""Run what `ltepass.export` wrote: load the folder, decode tokens. The model's own code is not needed, nor transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ltepass.errors import ExportError
+from ltepass.exporting.package import ABOUT, DECODE, FORMAT, PREFILL, About, weights
+from ltepass.kernels import attention as _attention  # noqa: F401 -- registers what the graphs call
+from ltepass.kernels import linear as _linear  # noqa: F401
+from ltepass.kernels.cpu import build
+
+Pick = Callable[[Tensor], int]  # logits [vocab] -> a token
+
+
+def greedy(logits: Tensor) -> int:
+    return int(logits.argmax())
+
+
+class ExportedDecoder:
+    """A folder of `ltepass.export`, loaded. Its code runs: load only what you trust (SECURITY.md).
+
+    One sequence at a time; `cache` and `position` are its state. Raises ExportError where this machine cannot run it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from torch._inductor import aoti_load_package
+
+        self.about = _about(folder)
+        if not build.load():
+            raise ExportError("the CPU kernels could not be built (the warning says why), and a package needs them")
+        self._weights = weights(folder)  # the graphs read them where they lie
+        self._decode, self._prefill = (aoti_load_package(str(folder / name)) for name in (DECODE, PREFILL))
+        for graph in (self._decode, self._prefill):
+            mine = {name: self._weights[name] for name in graph.get_constant_fqns()}
+            graph.load_constants(mine, check_full_update=True, user_managed=True)
+        self.cache = torch.zeros(self.about.cache, dtype=getattr(torch, self.about.cache_dtype))
+        self.position = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens that the cache holds."""
+        return self.about.cache[4]
+
+    def reset(self) -> None:
+        """Begin another sequence: what lies in the cache behind `position` is never read."""
+        self.position = 0
+
+    def __call__(self, ids: Sequence[int]) -> Tensor:
+        """ids: the next tokens of the sequence. Returns the logits [vocab] of the one after them."""
+        if not ids or self.position + len(ids) > self.length:
+            seen = f"{len(ids)} tokens behind {self.position}"
+            raise ExportError(f"{seen} of a cache of {self.length}; expected at least 1, and all within it")
+        graph = self._decode if len(ids) == 1 else self._prefill
+        (logits,) = graph.loader.boxed_run([torch.tensor([list(ids)]), torch.tensor(self.position), self.cache])
+        self.position += len(ids)
+        return logits[0, -1]  # type: ignore[no-any-return]
+
+    def generate(self, prompt: Sequence[int], new_tokens: int, pick: Pick = greedy) -> Iterator[int]:
+        """Tokens that follow a prompt, one by one, up to an end token (which is the last) or a full cache."""
+        self.reset()
+        ids: Iterable[int] = prompt
+        for _ in range(new_tokens):
+            token = pick(self(list(ids)))
+            yield token
+            if token in self.about.eos or self.position == self.length:
+                return
+            ids = [token]
+
+
+def _about(folder: Path) -> About:
+    try:
+        entries = json.loads((folder / ABOUT).read_text())
+        about = About(**entries)
+    except (OSError, TypeError, ValueError) as error:
+        raise ExportError(f"{folder} is no folder that `ltepass export` wrote: {error}") from error
+    if about.format != FORMAT:
+        raise ExportError(f"{folder} has format {about.format}; this version reads {FORMAT}: export the model again")
+    if about.torch != torch.__version__:
+        raise ExportError(f"{folder} was compiled for torch {about.torch}; here is {torch.__version__}: export it again")
+    if about.isa not in build.levels():
+        raise ExportError(f"{folder} was compiled for {about.isa}; this machine runs {', '.join(build.levels())}")
+    return about

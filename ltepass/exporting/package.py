@@ -1,0 +1,126 @@
+"""Write the folder of `ltepass.export`: a decode step and a prefill, compiled ahead of time, with one set of weights.
+
+    decode.pt2    (ids [1, 1], position [], cache) -> logits [1, 1, vocab]; AOTInductor's package
+    prefill.pt2   the same for 2 tokens and more
+    weights.pt    what both read, by name: `torch.save`'s dict of tensors
+    kernels.so    our ops' kernels, and ops.so their schemas, for a process without Python; load ops.so
+    decoder.json  what a loop has to know: `Decoder`
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ltepass.errors import ExportError
+from ltepass.exporting.ops_library import write_ops
+from ltepass.kernels.cpu import build
+from ltepass.passes.capture.decoder_step import DecoderStep, capture_step
+from ltepass.passes.graph.pipeline import GraphJob, Pass, run_passes
+from ltepass.passes.lower.lay_out_neurons import LayOutNeurons
+from ltepass.passes.lower.lower_linears import LowerLinears
+from ltepass.passes.lower.lower_routed_ffn import LowerRoutedFFN
+from ltepass.passes.lower.merge_linears import MergeLinears
+from ltepass.passes.lower.quantise_linears import Format, QuantiseLinears
+from ltepass.version import __version__
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FORMAT = 1  # of the folder; a later one that means something else counts on
+DECODE, PREFILL, WEIGHTS, ABOUT = "decode.pt2", "prefill.pt2", "weights.pt", "decoder.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """decoder.json. cache: its shape, [layers, 2, 1, kv_heads, length, size]. isa: what the kernels assume of a CPU."""
+
+    format: int
+    ltepass: str
+    torch: str
+    isa: str
+    cache: list[int]
+    cache_dtype: str
+    eos: list[int]
+
+
+def passes(linears: Format | None) -> tuple[Pass[GraphJob], ...]:
+    """What is done to the captured step, in order."""
+    last: tuple[Pass[GraphJob], ...] = (LowerLinears(),)
+    quantise: tuple[Pass[GraphJob], ...] = () if linears is None else (QuantiseLinears(format=linears),)
+    return (LowerRoutedFFN(), LayOutNeurons(), MergeLinears(), *quantise, *last)
+
+
+def write_package(
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    length: int,
+    linears: Format | None = None,
+    cache_dtype: torch.dtype | None = None,
+) -> GraphJob:
+    """What `ltepass.export` does, on a model that it has checked. Returns the job, whose notes say what stayed dense."""
+    if not build.load():
+        raise ExportError("the CPU kernels could not be built (the warning says why), and a package needs them")
+    step = capture_step(model, length, cache_dtype)
+    job = run_passes(passes(linears), GraphJob(step.graph))
+    folder.mkdir(parents=True, exist_ok=True)
+    programs = {DECODE: _decode(step), PREFILL: _prefill(step, length)}
+    names: set[str] = set()
+    for name, program in programs.items():
+        names |= _compile(program, folder / name)
+    state = {**programs[DECODE].constants, **programs[DECODE].state_dict}
+    torch.save({name: state[name].detach() for name in sorted(names)}, folder / WEIGHTS)
+    write_ops(folder)
+    about = About(
+        format=FORMAT,
+        ltepass=__version__,
+        torch=torch.__version__,
+        isa=build.isa(),
+        cache=list(step.cache.shape),
+        cache_dtype=str(step.cache.dtype).removeprefix("torch."),
+        eos=_eos(model),
+    )
+    (folder / ABOUT).write_text(json.dumps(asdict(about), indent=1) + "\n")
+    return job
+
+
+def _decode(step: DecoderStep) -> torch.export.ExportedProgram:
+    ids, position, cache = step.inputs
+    with torch.no_grad():
+        return torch.export.export(step.graph, (ids[:, :1], position, cache), strict=False)
+
+
+def _prefill(step: DecoderStep, length: int) -> torch.export.ExportedProgram:
+    shapes = ({1: torch.export.Dim("tokens", min=2, max=length)}, None, None)
+    with torch.no_grad():
+        return torch.export.export(step.graph, step.inputs, dynamic_shapes=shapes, strict=False)
+
+
+def _compile(program: torch.export.ExportedProgram, target: Path) -> set[str]:
+    """Writes the package, without weights, and returns the names of those that it reads."""
+    from torch._inductor import aoti_compile_and_package, aoti_load_package
+
+    # Kept by name: else a threshold becomes a constant without one, whose value nothing would hold.
+    options = {"aot_inductor.package_constants_in_so": False, "always_keep_tensor_constants": True}
+    with tempfile.TemporaryDirectory(dir=target.parent) as made:  # a name that nobody sees half written
+        path = aoti_compile_and_package(program, package_path=str(Path(made) / target.name), inductor_configs=options)
+        names = set(aoti_load_package(path).get_constant_fqns())
+        Path(path).replace(target)
+    return names
+
+
+def _eos(model: PreTrainedModel) -> list[int]:
+    eos = getattr(model.generation_config, "eos_token_id", None)
+    return [] if eos is None else list(eos) if isinstance(eos, (list, tuple)) else [int(eos)]
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = torch.load(folder / WEIGHTS, weights_only=True)
+    return state

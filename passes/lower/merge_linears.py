@@ -1,0 +1,86 @@
+"""merge_linears: linears that read the same input become one, whose weight holds the rows of all.
+
+    before:  q = linear(x, Wq); k = linear(x, Wk); v = linear(x, Wv)
+    after:   y = linear(x, [Wq; Wk; Wv]); q = y[..., :a]; k = y[..., a:b]; v = y[..., b:]
+
+Legal because each output is the product of its own row with the same x, whichever rows stand around it. The merged weight
+is a new one, so this is for a graph that has its weights to itself: one that is being exported. One call reads what three
+did; at a token a call costs as much as reading 100 KB. Linears with and without bias stay apart, and so do routers'.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from ltepass.passes.graph.linears import Flow, Linear
+from ltepass.passes.graph.node_kinds import erase_upstream, value
+from ltepass.passes.graph.pipeline import GraphJob, Tier
+from ltepass.passes.lower.lower_linears import read
+from ltepass.passes.lower.lower_routed_ffn import parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeLinears:
+    name: str = "merge_linears"
+    tier: Tier = "rounding"
+    skippable: bool = True
+
+    def __call__(self, job: GraphJob) -> str:
+        flow = Flow(job.gm, parameters(job.gm))
+        groups: dict[tuple[Node, bool], list[Linear]] = {}
+        for linear, reason in read(flow):
+            own = linear.weight.op == "get_attr" and (linear.bias is None or linear.bias.op == "get_attr")
+            if reason is None and own:
+                groups.setdefault((linear.x, linear.bias is None), []).append(linear)
+        merged = [group for group in groups.values() if len(group) > 1]
+        for number, group in enumerate(merged):
+            _merge(job.gm, group, f"merged_{number}")
+        job.gm.recompile()
+        return f"{sum(map(len, merged))} linears became {len(merged)}" if merged else "unchanged"
+
+
+def _merge(gm: GraphModule, group: list[Linear], name: str) -> None:
+    first = group[0]
+    with gm.graph.inserting_before(first.node):
+        weight = add_leaf(gm, f"{name}_weight", torch.cat([_rows(gm, linear) for linear in group]))
+        biases = [linear.bias for linear in group if linear.bias is not None]
+        bias = add_leaf(gm, f"{name}_bias", torch.cat([held(gm, b) for b in biases])) if biases else None
+        whole = gm.graph.call_function(torch.ops.aten.linear.default, (first.x, weight, bias))
+        whole.meta["val"] = _widened(value(first.node), sum(linear.width for linear in group))
+        ends = list(accumulate(linear.width for linear in group))
+        for linear, end in zip(group, ends, strict=True):
+            part = gm.graph.call_function(torch.ops.aten.slice.Tensor, (whole, -1, end - linear.width, end))
+            part.meta = dict(linear.node.meta)
+            linear.node.replace_all_uses_with(part)
+    for linear in group:
+        erase_upstream(linear.node)
+
+
+def _rows(gm: GraphModule, linear: Linear) -> Tensor:
+    weight = held(gm, linear.weight)
+    return weight if linear.out_dim == 0 else weight.t()
+
+
+def _widened(y: Tensor, width: int) -> Tensor:
+    return y.new_empty((*y.shape[:-1], width))
+
+
+def held(gm: GraphModule, node: Node) -> Tensor:
+    """What a graph's own leaf holds."""
+    path, _, attribute = str(node.target).rpartition(".")
+    tensor = getattr(gm.get_submodule(path), attribute)
+    assert isinstance(tensor, Tensor), f"{node} is a leaf"
+    return tensor.detach()
+
+
+def add_leaf(gm: GraphModule, name: str, tensor: Tensor) -> Node:
+    """A new buffer of the graph's module, and the node that reads it, where nodes are being inserted."""
+    gm.register_buffer(name, tensor)
+    node = gm.graph.get_attr(name)
+    node.meta["val"] = tensor
+    return node
