@@ -19,7 +19,7 @@ from ltepass.routed import gate as _gate  # noqa: F401  # likewise
 from ltepass.version import __version__
 
 if TYPE_CHECKING:
-    from ltepass.api import lower, remove, transform, unlower
+    from ltepass.api import export, lower, remove, transform, unlower
     from ltepass.calibration.initialise import calibrate
     from ltepass.calibration.warm_start import warm_start
     from ltepass.config import LTEConfig
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 # name -> module; loaded on first use, so that importing ltepass is quick and touches neither transformers nor a GPU
 _PUBLIC = {
+    "export": "ltepass.api",
     "lower": "ltepass.api",
     "remove": "ltepass.api",
     "transform": "ltepass.api",
@@ -82,6 +83,7 @@ __all__ = [
     "__version__",
     "begin_stage",
     "calibrate",
+    "export",
     "label_mask",
     "load",
     "lower",

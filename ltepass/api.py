@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from ltepass import registration
@@ -17,6 +20,9 @@ from ltepass.routed.routed import Routed
 from ltepass.routed.selection import Selection, Which
 from ltepass.routed.sites import require_whole, routers_of, state_of, unwrapped
 from ltepass.routed.undo import all_or_nothing, verb
+
+if TYPE_CHECKING:
+    from ltepass.passes.lower.quantise_linears import Format
 
 
 def transform(
@@ -150,3 +156,37 @@ def unlower(model: nn.Module) -> nn.Module:
     from ltepass.passes.lower.lower_model import unlower_model
 
     return unlower_model(model)
+
+
+def export(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    length: int | None = None,
+    linears: Format | None = None,
+    cache_dtype: torch.dtype | None = None,
+) -> Path:
+    """Write a folder that decodes by itself on CPUs like this one: compiled graphs, weights and kernels; no Python needed.
+
+    A decode step and a prefill of one sequence over a static cache, compiled by AOTInductor with `ltepass`'s ops in them.
+    `examples/exported` has the loops, in Python and in C++; `ltepass.exporting.decoder.ExportedDecoder` is one of ours.
+
+    Arguments:
+        model: a language model of transformers on the CPU, transformed (in hard mode) or dense, not lowered. Its
+            attention goes through transformers' AttentionInterface, causal, with a sliding window or none.
+        folder: where to write; made where it is not there. `ltepass export` puts the tokenizer beside.
+        length: tokens that the cache holds; None takes the model's own limit, 2048 at most.
+        linears: None leaves them in the model's dtype; "int8" (a scale an output), "int4" or "int4_minimum" (blocks of
+            32, as GGUF's Q4_0 and Q4_1) quantises every linear but routers and lowered FFNs; inputs become int8 too.
+        cache_dtype: of keys and values; None takes the model's. torch.bfloat16 halves what a long context reads.
+    Returns: the folder.
+    Raises: ExportError (what cannot be traced or compiled, and why), NotTransformedError, LoweredError (call unlower
+        first), LoweringError (a router is not in hard mode), ShardedError, ConfigError. The model is never changed.
+    Example:
+        >>> ltepass.set_mode(model, "hard")
+        >>> sorted(file.name for file in ltepass.export(model, folder, length=32).iterdir())
+        ['decode.pt2', 'decoder.json', 'kernels.so', 'ops.so', 'prefill.pt2', 'weights.pt']
+    """
+    from ltepass.exporting.package import export_model
+
+    return export_model(model, Path(folder), length=length, linears=linears, cache_dtype=cache_dtype)

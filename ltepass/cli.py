@@ -215,6 +215,29 @@ def generate(
     typer.echo(command.generate(str(folder), prompt, new_tokens=new_tokens, sparsity=sparsity, device=device))
 
 
+@app.command()
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    length: Annotated[int | None, typer.Option(help="Tokens that the cache holds; at most 2048 if none.")] = None,
+    linears: Annotated[str | None, typer.Option(help="int8, int4 or int4_minimum; as they are if none.")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Another sparsity, from the calibrated table.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as saved if none.")] = None,
+    cache_dtype: Annotated[str | None, typer.Option(help="The same, of keys and values.")] = None,
+) -> None:
+    """Write a folder that decodes by itself, sparse or dense: compiled graphs, weights, kernels and the tokenizer."""
+    from ltepass.commands import export as command
+
+    options = command.ExportOptions(
+        length=length,
+        linears=linears,  # type: ignore[arg-type]  # checked by ltepass.export
+        sparsity=sparsity,
+        dtype=dtype,
+        cache_dtype=cache_dtype,
+    )
+    typer.echo(command.export(model, out, options))
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def serve(context: typer.Context) -> None:
     """`transformers serve` for saved models, lowered as they load; all arguments go to it."""

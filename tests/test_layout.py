@@ -19,6 +19,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("passes.insert", "calibration"),
     ("passes.lower",),
     ("passes",),
+    ("exporting",),
     ("api",),
     ("measure",),
     ("training", "saving", "serving"),

@@ -46,3 +46,11 @@ def load(name: str, device: str = "cpu", dtype: torch.dtype | None = None) -> Pr
         raise ConfigError(
             f"{name!r} is no model directory and no model of the hub that can be reached: {error}"
         ) from error
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """Of "bfloat16", torch.bfloat16. Raises ConfigError."""
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name is not None and name not in known:
+        raise ConfigError(f"dtype is {name!r}; expected one of {', '.join(known)}")
+    return None if name is None else known[name]

@@ -10,17 +10,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ltepass.errors import ExportError
+from ltepass.errors import ConfigError, ExportError, LoweredError
 from ltepass.exporting.ops_library import write_ops
 from ltepass.kernels.cpu import build
+from ltepass.kernels.linear import FLOATS
 from ltepass.passes.capture.decoder_step import DecoderStep, capture_step
 from ltepass.passes.graph.pipeline import GraphJob, Pass, run_passes
 from ltepass.passes.lower.lay_out_neurons import LayOutNeurons
@@ -28,11 +30,18 @@ from ltepass.passes.lower.lower_linears import LowerLinears
 from ltepass.passes.lower.lower_routed_ffn import LowerRoutedFFN
 from ltepass.passes.lower.merge_linears import MergeLinears
 from ltepass.passes.lower.quantise_linears import Format, QuantiseLinears
+from ltepass.passes.lower.lower_model import is_lowered, require_hard
+from ltepass.passes.lower.why_not import is_ordinary
+from ltepass.routed.routed import Routed, is_transformed
+from ltepass.routed.sites import require_whole, unwrapped
 from ltepass.version import __version__
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+log = logging.getLogger("ltepass")
+
+MOST = 2048  # tokens of a cache that nobody asked a length for
 FORMAT = 1  # of the folder; a later one that means something else counts on
 DECODE, PREFILL, WEIGHTS, ABOUT = "decode.pt2", "prefill.pt2", "weights.pt", "decoder.json"
 
@@ -57,24 +66,56 @@ def passes(linears: Format | None) -> tuple[Pass[GraphJob], ...]:
     return (LowerRoutedFFN(), LayOutNeurons(), MergeLinears(), *quantise, *last)
 
 
-def write_package(
-    model: PreTrainedModel,
+def export_model(
+    model: nn.Module,
     folder: Path,
     *,
-    length: int,
+    length: int | None = None,
     linears: Format | None = None,
     cache_dtype: torch.dtype | None = None,
-) -> GraphJob:
-    """What `ltepass.export` does, on a model that it has checked. Returns the job, whose notes say what stayed dense."""
+) -> Path:
+    """What `ltepass.export` does."""
+    language_model = _checked(unwrapped(model), linears, cache_dtype)
+    if length is None:
+        length = min(getattr(language_model.config.get_text_config(), "max_position_embeddings", MOST), MOST)
+    if length < 2:
+        raise ConfigError(f"length is {length}; expected at least 2 tokens")
     if not build.load():
         raise ExportError("the CPU kernels could not be built (the warning says why), and a package needs them")
-    step = capture_step(model, length, cache_dtype)
+    step = capture_step(language_model, length, cache_dtype)
     job = run_passes(passes(linears), GraphJob(step.graph))
+    for router, reason in job.notes.items():
+        log.warning("export: %s: kept masked-dense: %s", router, reason)
     folder.mkdir(parents=True, exist_ok=True)
+    _write(step, length, folder, _eos(language_model))
+    return folder
+
+
+def _checked(model: nn.Module, linears: Format | None, cache_dtype: torch.dtype | None) -> PreTrainedModel:
+    """The model, which can be exported. Raises what `ltepass.export` says."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise ExportError(f"{type(model).__name__} is no model of transformers; export expects a language model of it")
+    require_whole(model, "export")
+    if is_lowered(model):
+        raise LoweredError("the model is lowered; export does that itself; call ltepass.unlower(model) first")
+    if is_transformed(model):
+        require_hard(Routed.of(model, "export"))
+    for name, tensor in model.named_parameters():
+        if not is_ordinary(tensor) or tensor.device.type != "cpu":
+            seen = f"{name} is a {type(tensor).__name__} on {tensor.device}"
+            raise ExportError(f"{seen}; export expects plain weights on the CPU, and quantises them itself (linears=)")
+    if linears not in (None, *get_args(Format)):
+        raise ConfigError(f"linears is {linears!r}; expected None or one of {', '.join(get_args(Format))}")
+    if cache_dtype not in (None, *FLOATS):
+        raise ConfigError(f"cache_dtype is {cache_dtype}; expected None, torch.float32, torch.bfloat16 or torch.float16")
+    return model
+
+
+def _write(step: DecoderStep, length: int, folder: Path, eos: list[int]) -> None:
     programs = {DECODE: _decode(step), PREFILL: _prefill(step, length)}
-    names: set[str] = set()
-    for name, program in programs.items():
-        names |= _compile(program, folder / name)
+    names = {name for target, program in programs.items() for name in _compile(program, folder / target)}
     state = {**programs[DECODE].constants, **programs[DECODE].state_dict}
     torch.save({name: state[name].detach() for name in sorted(names)}, folder / WEIGHTS)
     write_ops(folder)
@@ -85,10 +126,9 @@ def write_package(
         isa=build.isa(),
         cache=list(step.cache.shape),
         cache_dtype=str(step.cache.dtype).removeprefix("torch."),
-        eos=_eos(model),
+        eos=eos,
     )
     (folder / ABOUT).write_text(json.dumps(asdict(about), indent=1) + "\n")
-    return job
 
 
 def _decode(step: DecoderStep) -> torch.export.ExportedProgram:

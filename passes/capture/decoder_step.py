@@ -51,6 +51,7 @@ def capture_step(model: PreTrainedModel, length: int, cache_dtype: torch.dtype |
     step = _Step(model)
     try:
         with untouched(model), _attention_of(model, step), torch.no_grad():
+            step.eval()
             program = torch.export.export(step, inputs, dynamic_shapes=shapes, strict=False)
     except ExportError:
         raise

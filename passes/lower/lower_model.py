@@ -45,7 +45,7 @@ def _lower(model: nn.Module, scope: Scope, ffn: bool) -> nn.Module:
     _check(model, scope)
     reasons: dict[str, str | None] = dict.fromkeys((s.name for s in state.sites), "ffn is False")
     if ffn:
-        _require_hard(routed)
+        require_hard(routed)
         check_forwards(model)
         reasons = {s.name: why_not(routed, s) for s in state.sites}
         if scope == "ffn":
@@ -87,7 +87,8 @@ def _check(model: nn.Module, scope: Scope) -> None:
         raise ConfigError(f'scope is {scope!r}; expected "ffn" or "model"')
 
 
-def _require_hard(routed: Routed) -> None:
+def require_hard(routed: Routed) -> None:
+    """Raises LoweringError."""
     soft = [site.name for site, router in routed if router.mode != "hard"]
     if soft:
         raise LoweringError(
