@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("ltepass")
 
 MOST = 2048  # tokens of a cache that nobody asked a length for
+SCALAR_TYPES = {torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}  # c10::ScalarType's numbers
 FORMAT = 1  # of the folder; a later one that means something else counts on
 DECODE, PREFILL, WEIGHTS, ABOUT = "decode.pt2", "prefill.pt2", "weights.pt", "decoder.json"
 
@@ -115,7 +116,12 @@ def _checked(model: nn.Module, linears: Format | None, cache_dtype: torch.dtype 
 
 def _write(step: DecoderStep, length: int, folder: Path, eos: list[int]) -> None:
     programs = {DECODE: _decode(step), PREFILL: _prefill(step, length)}
-    names = {name for target, program in programs.items() for name in _compile(program, folder / target)}
+    metadata = {  # the same in words that a program in C++ reads without a parser
+        "cache": " ".join(map(str, step.cache.shape)),
+        "cache_dtype": str(SCALAR_TYPES[step.cache.dtype]),
+        "eos": " ".join(map(str, eos)),
+    }
+    names = {name for target, program in programs.items() for name in _compile(program, folder / target, metadata)}
     state = {**programs[DECODE].constants, **programs[DECODE].state_dict}
     torch.save({name: state[name].detach() for name in sorted(names)}, folder / WEIGHTS)
     write_ops(folder)
@@ -143,12 +149,13 @@ def _prefill(step: DecoderStep, length: int) -> torch.export.ExportedProgram:
         return torch.export.export(step.graph, step.inputs, dynamic_shapes=shapes, strict=False)
 
 
-def _compile(program: torch.export.ExportedProgram, target: Path) -> set[str]:
+def _compile(program: torch.export.ExportedProgram, target: Path, metadata: dict[str, str]) -> set[str]:
     """Writes the package, without weights, and returns the names of those that it reads."""
     from torch._inductor import aoti_compile_and_package, aoti_load_package
 
     # Kept by name: else a threshold becomes a constant without one, whose value nothing would hold.
     options = {"aot_inductor.package_constants_in_so": False, "always_keep_tensor_constants": True}
+    options |= {"aot_inductor.metadata": metadata}
     with tempfile.TemporaryDirectory(dir=target.parent) as made:  # a name that nobody sees half written
         path = aoti_compile_and_package(program, package_path=str(Path(made) / target.name), inductor_configs=options)
         names = set(aoti_load_package(path).get_constant_fqns())
