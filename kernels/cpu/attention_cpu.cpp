@@ -59,7 +59,7 @@ void write(const Tensor& from, const Half& to, int64_t position) {
 
 Tensor rows_dense(const Tensor& t) { return t.stride(3) == 1 || t.size(3) <= 1 ? t : torch::stable::contiguous(t); }
 
-// torch's attention of many tokens: over what they bring alone where nothing lies before them.
+// torch's attention of many tokens; without a mask each sees those before it.
 Tensor long_attention(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask, double scale) {
   using torch::stable::detail::from;
   std::vector<StableIValue> stack{from(q), from(k), from(v), from(mask), from(0.0), from(!mask),
@@ -104,13 +104,14 @@ Tensor cached_attention(const Tensor& q_in, const Tensor& k_in, const Tensor& v_
     });
   });
   if (tokens <= MOST_TOKENS) return y;
-  if (position == 0 && window >= tokens) return long_attention(q, k, v, std::nullopt, scale);
   auto seen = [&](int64_t which) {
     Tensor all = torch::stable::select(torch::stable::select(cache, 0, layer), 0, which);  // narrow takes no constant
     const Tensor part = torch::stable::narrow(all, 2, 0, position + tokens);
     return part.scalar_type() == q.scalar_type() ? part : torch::stable::to(part, q.scalar_type());
   };
-  return long_attention(q, seen(0), seen(1), mask_of(tokens, position, window), scale);
+  const bool all_before = position == 0 && window >= tokens;
+  const OptionalTensor mask = all_before ? std::nullopt : OptionalTensor(mask_of(tokens, position, window));
+  return long_attention(q, seen(0), seen(1), mask, scale);
 }
 
 }  // namespace

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -169,5 +170,9 @@ def _eos(model: PreTrainedModel) -> list[int]:
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = torch.load(folder / WEIGHTS, weights_only=True)
+    """Raises ExportError where the file is none, or cut short."""
+    try:
+        state: dict[str, Tensor] = torch.load(folder / WEIGHTS, weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ExportError(f"{folder / WEIGHTS} cannot be read ({error}); export the model again") from error
     return state

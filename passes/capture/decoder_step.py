@@ -66,6 +66,8 @@ def capture_step(model: PreTrainedModel, length: int, cache_dtype: torch.dtype |
 
 def _empty_cache(model: PreTrainedModel, length: int, dtype: torch.dtype | None) -> Tensor:
     config = model.config.get_text_config()
+    if not getattr(config, "num_attention_heads", None):
+        raise ExportError(f"{type(config).__name__} names no attention heads; expected a decoder that attends to a cache")
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return torch.zeros(config.num_hidden_layers, 2, 1, heads, length, size, dtype=dtype or model.dtype)

@@ -1,0 +1,149 @@
+"""An exported folder decodes what transformers' `generate` does: in our loop, in the examples', in C++ without Python."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
+
+import ltepass
+from ltepass.errors import ConfigError, ExportError
+from ltepass.exporting.decoder import ExportedDecoder
+from ltepass.kernels.cpu import build
+from tests.child import ROOT, environment
+from tests.models.zoo import VOCAB, transformed
+
+PROMPT, NEW = [5, 17, 9, 33, 21], 12
+EXAMPLES = ROOT / "examples" / "exported"
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: Any) -> tuple[Path, Path, list[int]]:
+    """A saved sparse model with a tokenizer of words, its exported folder, and what `generate` says. Compiled once."""
+    base = tmp_path_factory.mktemp("exported")
+    model: Any = transformed("llama", num_key_value_heads=1)
+    ltepass.calibrate(model, [torch.randint(0, VOCAB, (4, 32))])
+    ltepass.set_sparsity(model, 0.5)
+    asked = model.generate(torch.tensor([PROMPT]), max_new_tokens=NEW, do_sample=False, pad_token_id=0)
+    expected = asked[0, len(PROMPT) :].tolist()
+    assert len(expected) < NEW, "these weights come to an end token"
+    assert expected[-1] == 2
+    model.save_pretrained(base / "saved")
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
+    words.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(base / "saved")
+    command = ["export", base / "saved", base / "out", "--length", "32"]
+    run(["-m", "ltepass", *command])
+    return base / "saved", base / "out", expected
+
+
+def run(words: list[Any], **env: str) -> str:
+    command = [sys.executable, *map(str, words)]
+    done = subprocess.run(command, env=environment(**env), capture_output=True, text=True, timeout=280, cwd="/")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def text(ids: list[int]) -> str:
+    return " ".join(f"w{i}" for i in ids)
+
+
+def test_our_loop_says_what_generate_says_and_again_after_a_reset(exported: Any) -> None:
+    _, folder, expected = exported
+    decoder = ExportedDecoder(folder)
+    assert decoder.length == 32
+    for _ in range(2):
+        assert list(decoder.generate(PROMPT, NEW)) == expected
+    one_by_one = [int(decoder([token]).argmax()) for token in (decoder.reset() or PROMPT)]
+    assert one_by_one[-1] == expected[0], "a prompt through the decode step"
+
+
+def test_a_full_cache_ends_it_and_more_is_refused(exported: Any) -> None:
+    decoder = ExportedDecoder(exported[1])
+    decoder.about = replace(decoder.about, eos=[])
+    assert len(list(decoder.generate(PROMPT, 1000))) == 32 - len(PROMPT) + 1
+    with pytest.raises(ExportError, match="1 tokens behind 32 of a cache of 32"):
+        decoder([1])
+    decoder.reset()
+    with pytest.raises(ExportError, match="33 tokens behind 0"):
+        decoder([1] * 33)
+    with pytest.raises(ExportError, match="at least 1"):
+        decoder([])
+
+
+def test_the_command_generates_from_the_folder(exported: Any) -> None:
+    _, folder, expected = exported
+    said = run(["-m", "ltepass", "generate", folder, text(PROMPT), "--new-tokens", NEW])
+    assert said.strip() == text(PROMPT + expected)
+
+
+def test_the_loop_without_ltepass_says_the_same(exported: Any) -> None:
+    _, folder, expected = exported
+    blocked = "import sys; sys.modules['ltepass'] = None; sys.modules['transformers'] = None; "
+    program = f"{blocked} sys.argv = {['x', str(folder), text(PROMPT), str(NEW)]!r}; import runpy; "
+    said = run(["-c", f"{program} runpy.run_path({str(EXAMPLES / 'generate.py')!r})"])
+    assert said.strip() == text(PROMPT + expected)
+
+
+def test_the_program_in_cpp_says_the_same(exported: Any, tmp_path: Path) -> None:
+    _, folder, expected = exported
+    root = Path(torch.__file__).parent
+    include = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
+    link = [f"-L{root / 'lib'}", f"-Wl,-rpath,{root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    command = [*build.compile_command(), "-std=c++20", "-O0", str(EXAMPLES / "generate.cpp")]
+    command += ["-o", str(tmp_path / "generate"), *include, *link]
+    subprocess.run(command, check=True, timeout=280)
+    words = [str(tmp_path / "generate"), str(folder), str(NEW), *map(str, PROMPT)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
+    assert [int(word) for word in done.stdout.split()] == expected
+
+
+def test_examples_are_as_short_as_they_say() -> None:
+    assert len((EXAMPLES / "generate.py").read_text().splitlines()) <= 30
+    assert len((EXAMPLES / "generate.cpp").read_text().splitlines()) <= 65
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "words"),
+    [
+        ("format", 2, "has format 2; this version reads 1"),
+        ("torch", "2.0.0", "compiled for torch 2.0.0"),
+        ("isa", "sapphire", "compiled for sapphire"),
+        ("extra", 1, "no folder that"),
+    ],
+)
+def test_a_folder_of_another_machine_or_version_is_refused(
+    exported: Any, tmp_path: Path, entry: str, value: object, words: str
+) -> None:
+    about = json.loads((exported[1] / "decoder.json").read_text())
+    (tmp_path / "decoder.json").write_text(json.dumps({**about, entry: value}))
+    with pytest.raises(ExportError, match=words):
+        ExportedDecoder(tmp_path)
+
+
+def test_what_is_no_folder_of_ours_is_refused(exported: Any, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="no folder that"):
+        ExportedDecoder(tmp_path)
+    shutil.copytree(exported[1], tmp_path / "cut")
+    whole = (tmp_path / "cut" / "weights.pt").read_bytes()
+    (tmp_path / "cut" / "weights.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ExportError, match=r"weights\.pt cannot be read"):
+        ExportedDecoder(tmp_path / "cut")
+
+
+def test_another_sparsity_of_an_exported_folder_is_refused(exported: Any) -> None:
+    from ltepass.commands.generate import generate as command
+
+    with pytest.raises(ConfigError, match="exported with"):
+        command(str(exported[1]), "w1", sparsity=0.5)

@@ -1,0 +1,143 @@
+"""The passes of an exported step: linears merged, quantised, and weights stored as the sparse op gathers them."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from ltepass.exporting.package import passes
+from ltepass.kernels import linear_reference
+from ltepass.passes.graph.pipeline import GraphJob, run_passes
+from ltepass.passes.lower.lay_out_neurons import LayOutNeurons
+from ltepass.passes.lower.lower_linears import LowerLinears
+from ltepass.passes.lower.merge_linears import MergeLinears
+from ltepass.passes.lower.quantise_linears import Format, QuantiseLinears
+from tests.models.zoo import ids, transformed
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Fan(nn.Module):
+    """Several linears of one input, one of another input, and one whose weight is read twice."""
+
+    def __init__(self, d_in: int, widths: list[int], biases: list[bool], dtype: torch.dtype) -> None:
+        super().__init__()
+        pairs = zip(widths, biases, strict=True)
+        self.fan = nn.ModuleList(nn.Linear(d_in, width, bias, dtype=dtype) for width, bias in pairs)
+        self.last = nn.Linear(sum(widths), d_in, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.cat([torch.tanh(linear(x)) for linear in self.fan], -1)
+        z = self.last(y)
+        return z + self.fan[0](z).sum(-1, keepdim=True)
+
+
+def captured(model: nn.Module, *inputs: Tensor) -> GraphModule:
+    with torch.no_grad():
+        graph = torch.export.export(model, inputs, strict=False).module(check_guards=False)
+    assert isinstance(graph, GraphModule)
+    return graph
+
+
+def count(graph: GraphModule, name: str) -> int:
+    return sum(getattr(n.target, "_opname", "") == name for n in graph.graph.nodes)
+
+
+fans = st.builds(
+    Fan,
+    d_in=st.sampled_from((1, 32, 40, 96)),
+    widths=st.lists(st.sampled_from((1, 3, 8, 33)), min_size=3, max_size=3),
+    biases=st.lists(st.booleans(), min_size=3, max_size=3),
+    dtype=st.sampled_from(DTYPES),
+)
+
+
+# Each example is a trace: shrinking one that fails would take minutes.
+@settings(max_examples=20, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(model=fans, tokens=st.sampled_from((1, 5, 40)), lowered=st.booleans())
+def test_merged_linears_compute_the_same(model: Fan, tokens: int, lowered: bool) -> None:
+    x = torch.randn(tokens, model.fan[0].in_features, dtype=model.last.weight.dtype)
+    graph = captured(model, x)
+    run_passes([MergeLinears(), *([LowerLinears()] if lowered else [])], GraphJob(graph))
+    with_bias = sum(linear.bias is not None for linear in model.fan)
+    groups = sum(n > 0 for n in (with_bias, 3 - with_bias))
+    assert count(graph, "linear") == groups + 2, "alike ones of the fan become one; the other two stay"
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(x.double())
+        own, ours = (model(x).double() - exact).abs().max(), (graph(x).double() - exact).abs().max()
+    assert ours <= 4 * own + 1e-6
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(model=fans, tokens=st.sampled_from((1, 5)), format=st.sampled_from(("int8", "int4", "int4_minimum")))
+def test_quantised_linears_are_the_op_on_quantised_weights(model: Fan, tokens: int, format: Format) -> None:
+    x = torch.randn(tokens, model.fan[0].in_features, dtype=model.last.weight.dtype)
+    graph = captured(model, x)
+    job = run_passes([QuantiseLinears(format=format), LowerLinears()], GraphJob(graph))
+    op = "linear_int8" if format == "int8" else "linear_int4"
+    fit = [linear for linear in (*model.fan, model.last) if format == "int8" or linear.in_features % 32 == 0]
+    assert count(graph, op) == len(fit) + (model.fan[0] in fit), "the first one's weight is read twice"
+    assert count(graph, op) + count(graph, "linear") == job.linears == 5
+
+    def weigh(linear: nn.Module, args: tuple[Tensor]) -> Tensor:
+        """What a quantised linear means."""
+        if format == "int8":
+            return linear_reference.linear_int8(*args, *linear_reference.quantise_int8(linear.weight), linear.bias)
+        parts = linear_reference.quantise_int4(linear.weight, with_minimum=format == "int4_minimum")
+        return linear_reference.linear_int4(*args, *parts, linear.bias)
+
+    for linear in fit:
+        linear.register_forward_hook(lambda linear, args, _: weigh(linear, args))
+    with torch.no_grad():
+        assert torch.allclose(graph(x).float(), model(x).float(), atol=3e-2, rtol=3e-2)
+
+
+def test_gathered_weights_lie_by_neuron_and_the_graph_computes_the_same() -> None:
+    model = transformed("llama")
+    graph = captured(_Logits(model), ids())
+    with torch.no_grad():
+        expected = graph(ids())
+    job = run_passes(passes(None), GraphJob(graph))
+    assert job.lowered == 2
+    assert not job.notes
+    down = [n.args[8] for n in graph.graph.nodes if getattr(n.target, "_opname", "") == "routed_ffn"]
+    assert [graph.get_buffer(str(n.target)).stride(0) for n in down] == [1, 1]
+    with torch.no_grad():
+        assert torch.allclose(graph(ids()), expected, atol=1e-5)
+    assert all(p.is_contiguous() for p in model.parameters()), "the model's own weights lie as they did"
+
+
+def test_router_scores_are_neither_merged_nor_quantised() -> None:
+    """Where FFNs stay masked-dense, up, gate and the router read one input, and the decision must not move."""
+    model = transformed("llama")
+    graph = captured(_Logits(model), ids())
+    with torch.no_grad():
+        run_passes([MergeLinears(), QuantiseLinears(format="int8"), LayOutNeurons()], GraphJob(graph))
+    left = [n for n in graph.graph.nodes if getattr(n.target, "_opname", "") == "linear"]
+    assert len(left) == 2
+    assert all("router" in str(n.args[1].target) for n in left)
+
+
+class _Logits(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.model(ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize("skipped", ["merge_linears", "quantise_linears", "lay_out_neurons"])
+def test_each_can_be_left_out_by_name(skipped: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LTEPASS_SKIP", skipped)
+    graph = captured(_Logits(transformed("llama")), ids())
+    run_passes(passes("int8"), GraphJob(graph))
+    with torch.no_grad():
+        assert graph(ids()).isfinite().all()
+    assert (count(graph, "linear_int8") == 0) == (skipped == "quantise_linears")
