@@ -1,5 +1,6 @@
-"""`ltepass::cached_attention`: causal attention over a static cache that the op itself writes to. Schema, fake, dispatch,
-and the definition. Importing this registers the op and builds nothing.
+"""`ltepass::cached_attention`: causal attention over a static cache that the op itself writes to.
+
+Schema, fake, dispatch, and the definition. Importing this registers the op and builds nothing.
 
 One cache holds all layers, so that a decoder has one tensor of state: [layers, 2, batch, kv_heads, length, size], keys
 first. Only the keys that the tokens see are read, however long the cache is. For inference: there is no gradient.
@@ -80,8 +81,8 @@ def definition(
     token, key = torch.arange(first, end, device=q.device)[:, None], torch.arange(end, device=q.device)
     seen = (key <= token) & (key > token - (end if window is None else window))
     groups = q.shape[1] // k.shape[1]
-    every = [half[:, :, :end].to(q.dtype).repeat_interleave(groups, 1) for half in (keys, values)]
-    return F.scaled_dot_product_attention(q, *every, attn_mask=seen, scale=scale).transpose(1, 2).contiguous()
+    k, v = (half[:, :, :end].to(q.dtype).repeat_interleave(groups, 1) for half in (keys, values))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale).transpose(1, 2).contiguous()
 
 
 def _any_device(

@@ -166,9 +166,9 @@ def export(
     linears: Format | None = None,
     cache_dtype: torch.dtype | None = None,
 ) -> Path:
-    """Write a folder that decodes by itself on CPUs like this one: compiled graphs, weights and kernels; no Python needed.
+    """Write a folder that decodes by itself on CPUs like this one, without Python: compiled graphs, weights, kernels.
 
-    A decode step and a prefill of one sequence over a static cache, compiled by AOTInductor with `ltepass`'s ops in them.
+    A decode step and a prefill of one sequence over a static cache, compiled by AOTInductor with our ops in them.
     `examples/exported` has the loops, in Python and in C++; `ltepass.exporting.decoder.ExportedDecoder` is one of ours.
 
     Arguments:

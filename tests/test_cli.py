@@ -20,7 +20,7 @@ from ltepass.measure.records import TokenRecord, read
 from ltepass.routed.sites import routers_of
 from tests.models.zoo import llama
 
-COMMANDS = {"demo", "inspect", "coverage", "train", "eval", "bench", "generate", "serve", "report"}
+COMMANDS = {"demo", "inspect", "coverage", "train", "eval", "bench", "export", "generate", "serve", "report"}
 
 
 class Plain(nn.Module):

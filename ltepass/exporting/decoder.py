@@ -1,4 +1,4 @@
-"""Run what `ltepass.export` wrote: load the folder, decode tokens. The model's own code is not needed, nor transformers."""
+"""Run what `ltepass.export` wrote, without the model's own code and without transformers."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class ExportedDecoder:
         graph = self._decode if len(ids) == 1 else self._prefill
         (logits,) = graph.loader.boxed_run([torch.tensor([list(ids)]), torch.tensor(self.position), self.cache])
         self.position += len(ids)
-        return logits[0, -1]  # type: ignore[no-any-return]
+        return logits[0, -1]
 
     def generate(self, prompt: Sequence[int], new_tokens: int, pick: Pick = greedy) -> Iterator[int]:
         """Tokens that follow a prompt, one by one, up to an end token (which is the last) or a full cache."""
@@ -80,9 +80,9 @@ def _about(folder: Path) -> About:
     except (OSError, TypeError, ValueError) as error:
         raise ExportError(f"{folder} is no folder that `ltepass export` wrote: {error}") from error
     if about.format != FORMAT:
-        raise ExportError(f"{folder} has format {about.format}; this version reads {FORMAT}: export the model again")
+        raise ExportError(f"{folder} has format {about.format}; this version reads {FORMAT}: export again")
     if about.torch != torch.__version__:
-        raise ExportError(f"{folder} was compiled for torch {about.torch}; here is {torch.__version__}: export it again")
+        raise ExportError(f"{folder} was compiled for torch {about.torch}; here is {torch.__version__}: export again")
     if about.isa not in build.levels():
         raise ExportError(f"{folder} was compiled for {about.isa}; this machine runs {', '.join(build.levels())}")
     return about

@@ -1,10 +1,10 @@
 """Write the folder of `ltepass.export`: a decode step and a prefill, compiled ahead of time, with one set of weights.
 
-    decode.pt2    (ids [1, 1], position [], cache) -> logits [1, 1, vocab]; AOTInductor's package
-    prefill.pt2   the same for 2 tokens and more
-    weights.pt    what both read, by name: `torch.save`'s dict of tensors
-    kernels.so    our ops' kernels, and ops.so their schemas, for a process without Python; load ops.so
-    decoder.json  what a loop has to know: `Decoder`
+decode.pt2    (ids [1, 1], position [], cache) -> logits [1, 1, vocab]; AOTInductor's package
+prefill.pt2   the same for 2 tokens and more
+weights.pt    what both read, by name: `torch.save`'s dict of tensors
+kernels.so    our ops' kernels, and ops.so their schemas, for a process without Python; load ops.so
+decoder.json  what a loop has to know: `Decoder`
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from ltepass.passes.capture.decoder_step import DecoderStep, capture_step
 from ltepass.passes.graph.pipeline import GraphJob, Pass, run_passes
 from ltepass.passes.lower.lay_out_neurons import LayOutNeurons
 from ltepass.passes.lower.lower_linears import LowerLinears
+from ltepass.passes.lower.lower_model import is_lowered, require_hard
 from ltepass.passes.lower.lower_routed_ffn import LowerRoutedFFN
 from ltepass.passes.lower.merge_linears import MergeLinears
 from ltepass.passes.lower.quantise_linears import Format, QuantiseLinears
-from ltepass.passes.lower.lower_model import is_lowered, require_hard
 from ltepass.passes.lower.why_not import is_ordinary
 from ltepass.routed.routed import Routed, is_transformed
 from ltepass.routed.sites import require_whole, unwrapped
@@ -111,7 +111,9 @@ def _checked(model: nn.Module, linears: Format | None, cache_dtype: torch.dtype 
     if linears not in (None, *get_args(Format)):
         raise ConfigError(f"linears is {linears!r}; expected None or one of {', '.join(get_args(Format))}")
     if cache_dtype not in (None, *FLOATS):
-        raise ConfigError(f"cache_dtype is {cache_dtype}; expected None, torch.float32, torch.bfloat16 or torch.float16")
+        raise ConfigError(
+            f"cache_dtype is {cache_dtype}; expected None, torch.float32, torch.bfloat16 or torch.float16"
+        )
     return model
 
 
@@ -155,8 +157,8 @@ def _compile(program: torch.export.ExportedProgram, target: Path, metadata: dict
     from torch._inductor import aoti_compile_and_package, aoti_load_package
 
     # Kept by name: else a threshold becomes a constant without one, whose value nothing would hold.
-    options = {"aot_inductor.package_constants_in_so": False, "always_keep_tensor_constants": True}
-    options |= {"aot_inductor.metadata": metadata}
+    options: dict[str, object] = {"always_keep_tensor_constants": True}
+    options |= {"aot_inductor.package_constants_in_so": False, "aot_inductor.metadata": metadata}
     with tempfile.TemporaryDirectory(dir=target.parent) as made:  # a name that nobody sees half written
         path = aoti_compile_and_package(program, package_path=str(Path(made) / target.name), inductor_configs=options)
         names = set(aoti_load_package(path).get_constant_fqns())

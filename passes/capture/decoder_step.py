@@ -2,8 +2,8 @@
 
     step(ids [1, T] int64, position [] int64, cache [layers, 2, 1, kv_heads, length, size]) -> logits [1, 1, vocab]
 
-The tokens stand at `position` and behind it; T is a symbol. Attention is `ltepass::cached_attention`, which writes to the
-cache: transformers lets a model take another attention function, and ours gets keys and values before they are stored.
+The tokens stand at `position` and behind it; T is a symbol. Attention is `ltepass::cached_attention`, which writes to
+the cache: transformers lets a model take another attention function, and ours gets keys before they are stored.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ def capture_step(model: PreTrainedModel, length: int, cache_dtype: torch.dtype |
 def _empty_cache(model: PreTrainedModel, length: int, dtype: torch.dtype | None) -> Tensor:
     config = model.config.get_text_config()
     if not getattr(config, "num_attention_heads", None):
-        raise ExportError(f"{type(config).__name__} names no attention heads; expected a decoder that attends to a cache")
+        raise ExportError(
+            f"{type(config).__name__} names no attention heads; expected a decoder that attends to a cache"
+        )
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return torch.zeros(config.num_hidden_layers, 2, 1, heads, length, size, dtype=dtype or model.dtype)
@@ -120,7 +122,8 @@ class _Step(nn.Module):
             raise ExportError(f"{name} has {', '.join(told)}; expected causal attention with a window at most")
         if call.layer is None:
             raise ExportError(f"{name} attends to keys that are in no cache; expected self-attention, a cache a layer")
-        assert call.cache is not None and call.position is not None, "forward set them"
+        assert call.cache is not None, "forward set it"
+        assert call.position is not None, "forward set it"
         layer, call.layer = call.layer, None
         call.seen.append(layer)
         scale = q.shape[-1] ** -0.5 if scaling is None else scaling
@@ -138,7 +141,7 @@ def _memory(call: _Call) -> Cache:
     """A cache that stores nothing: our attention op does. It remembers whose keys come next."""
     from transformers.cache_utils import Cache
 
-    class Memory(Cache):
+    class Memory(Cache):  # type: ignore[misc]  # transformers leaves it untyped
         def update(
             self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object
         ) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,8 @@ log = logging.getLogger("ltepass")
 
 # What a pass may do to what the model computes. exact: not a bit of it (dense mode, for a pass that inserts gates).
 # rounding: sums are taken in another order, or by another kernel.
-Tier = Literal["exact", "rounding"]
+# quantised: weights of fewer bits, where that was asked for.
+Tier = Literal["exact", "rounding", "quantised"]
 NAMES = (
     "capture",
     "find_ffn",

@@ -3,9 +3,9 @@
     before:  q = linear(x, Wq); k = linear(x, Wk); v = linear(x, Wv)
     after:   y = linear(x, [Wq; Wk; Wv]); q = y[..., :a]; k = y[..., a:b]; v = y[..., b:]
 
-Legal because each output is the product of its own row with the same x, whichever rows stand around it. The merged weight
-is a new one, so this is for a graph that has its weights to itself: one that is being exported. One call reads what three
-did; at a token a call costs as much as reading 100 KB. Linears with and without bias stay apart, and so do routers'.
+Legal because each output is the product of its own row with the same x, whichever rows stand around it. The merged
+weight is a new one, so this is for a graph that has its weights to itself: one that is being exported. One call reads
+what three did. Linears with and without bias stay apart, and routers' stay as they are.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
     after:   y = ltepass::linear_int8(x, codes, scale, b)          bits = 8
              y = ltepass::linear_int4(x, codes, scale, minimum, b)  bits = 4; minimum is None where it is not asked for
 
-Not the same numbers: that is what was asked for. kernels/linear_reference.py says what each op means. The codes are new
-leaves, so this is for a graph that has its weights to itself: one that is being exported. Routers stay as they are, where
-rounding could flip an expert; so do FFNs that are lowered, whose op reads floats, and rows that no block of 32 divides.
+Not the same numbers: that is what was asked for. kernels/linear_reference.py says what each op means. The codes are
+new leaves, so this is for a graph that has its weights to itself: one that is being exported. Routers stay as they are,
+where rounding could flip an expert; so do lowered FFNs, whose op reads floats, and rows that no block of 32 divides.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.fx import GraphModule
 
 from ltepass.kernels.linear_reference import BLOCK, quantise_int4, quantise_int8
 from ltepass.passes.graph.linears import Flow, Linear
-from ltepass.passes.graph.node_kinds import erase_upstream, shape, value
+from ltepass.passes.graph.node_kinds import erase_upstream, shape
 from ltepass.passes.graph.pipeline import GraphJob, Tier
 from ltepass.passes.lower.lower_linears import read
 from ltepass.passes.lower.lower_routed_ffn import parameters

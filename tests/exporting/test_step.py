@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from torch import Tensor, nn
+from torch import Tensor
 
 import ltepass
 from ltepass.errors import ConfigError, ExportError, LoweredError, LoweringError, LTEError
@@ -99,26 +99,26 @@ def test_dropout_of_a_model_in_training_mode_is_left_out_and_the_mode_stays() ->
         assert torch.allclose(got[0, -1], model.eval()(tokens(5)).logits[0, -1], atol=1e-4)
 
 
-def gemma2() -> nn.Module:
+def gemma2() -> Any:
     return hf.Gemma2ForCausalLM(hf.Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8)).eval()
 
 
-def mamba() -> nn.Module:
+def mamba() -> Any:
     sizes = {"vocab_size": VOCAB, "hidden_size": 24, "num_hidden_layers": 1, "state_size": 4}
     return hf.MambaForCausalLM(hf.MambaConfig(**sizes)).eval()
 
 
-def bloom() -> nn.Module:
+def bloom() -> Any:
     """A bias by distance, and attention of its own."""
     return hf.BloomForCausalLM(hf.BloomConfig(vocab_size=VOCAB, hidden_size=24, n_layer=1, n_head=4)).eval()
 
 
-def on_meta() -> nn.Module:
+def on_meta() -> Any:
     with torch.device("meta"):
         return llama()
 
 
-def soft() -> nn.Module:
+def soft() -> Any:
     return transformed("llama", mode="soft")
 
 

@@ -1,4 +1,4 @@
-"""ltepass::cached_attention against fp64: any shape, what it writes and what it never reads, the same bits for any threads."""
+"""ltepass::cached_attention against fp64: any shape, what it writes and never reads, the same bits for any threads."""
 
 from __future__ import annotations
 
@@ -40,8 +40,9 @@ class Recipe:
 
 
 def make(r: Recipe) -> list[Any]:
-    """Arguments in schema order. q, k and v lie as models have them: a token's heads together. Two layers, the second is
-    asked; NaN wherever nothing has been written yet.
+    """Arguments in schema order. q, k and v lie as models have them: a token's heads together.
+
+    Two layers, the second is asked; NaN wherever nothing has been written yet.
     """
     gen = torch.Generator().manual_seed(r.seed)
 
@@ -183,7 +184,7 @@ def test_what_makes_no_sense_is_refused_in_the_same_words(path: Any, words: str,
 
 @pytest.mark.parametrize("tokens", [1, 6])
 def test_opcheck(tokens: int) -> None:
-    torch.library.opcheck(OP.default, make(replace(Recipe(tokens=tokens), position=4)), rtol=1e-5, atol=1e-5)
+    torch.library.opcheck(OP.default, tuple(make(replace(Recipe(tokens=tokens), position=4))), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("isa", LEVELS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -29,13 +30,14 @@ class Fan(nn.Module):
     def __init__(self, d_in: int, widths: list[int], biases: list[bool], dtype: torch.dtype) -> None:
         super().__init__()
         pairs = zip(widths, biases, strict=True)
-        self.fan = nn.ModuleList(nn.Linear(d_in, width, bias, dtype=dtype) for width, bias in pairs)
+        self.fan: Any = nn.ModuleList(nn.Linear(d_in, width, bias, dtype=dtype) for width, bias in pairs)
         self.last = nn.Linear(sum(widths), d_in, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.cat([torch.tanh(linear(x)) for linear in self.fan], -1)
-        z = self.last(y)
-        return z + self.fan[0](z).sum(-1, keepdim=True)
+        z: Tensor = self.last(y)
+        again: Tensor = self.fan[0](z)
+        return z + again.sum(-1, keepdim=True)
 
 
 def captured(model: nn.Module, *inputs: Tensor) -> GraphModule:
@@ -85,12 +87,12 @@ def test_quantised_linears_are_the_op_on_quantised_weights(model: Fan, tokens: i
     assert count(graph, op) == len(fit) + (model.fan[0] in fit), "the first one's weight is read twice"
     assert count(graph, op) + count(graph, "linear") == job.linears == 5
 
-    def weigh(linear: nn.Module, args: tuple[Tensor]) -> Tensor:
+    def weigh(linear: Any, args: tuple[Tensor]) -> Tensor:
         """What a quantised linear means."""
         if format == "int8":
             return linear_reference.linear_int8(*args, *linear_reference.quantise_int8(linear.weight), linear.bias)
-        parts = linear_reference.quantise_int4(linear.weight, with_minimum=format == "int4_minimum")
-        return linear_reference.linear_int4(*args, *parts, linear.bias)
+        codes, scale, minimum = linear_reference.quantise_int4(linear.weight, with_minimum=format == "int4_minimum")
+        return linear_reference.linear_int4(*args, codes, scale, minimum, linear.bias)
 
     for linear in fit:
         linear.register_forward_hook(lambda linear, args, _: weigh(linear, args))
@@ -130,7 +132,8 @@ class _Logits(nn.Module):
         self.model = model
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.model(ids, use_cache=False).logits
+        out: Tensor = self.model(ids, use_cache=False).logits
+        return out
 
 
 @pytest.mark.parametrize("skipped", ["merge_linears", "quantise_linears", "lay_out_neurons"])
