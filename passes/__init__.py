@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from ltepass.passes.capture.capture_graphs import CaptureGraphs
 from ltepass.passes.find.find_ffn import FindFFN
-from ltepass.passes.graph.pipeline import Pass, TransformJob
+from ltepass.passes.graph.pipeline import GraphJob, Pass, TransformJob
 from ltepass.passes.group.group_neurons import GroupNeurons
 from ltepass.passes.insert.insert_routers import InsertRouters
 from ltepass.passes.lower.backend import BACKEND as BACKEND
+from ltepass.passes.lower.lay_out_neurons import LayOutNeurons
+from ltepass.passes.lower.lower_linears import LowerLinears
+from ltepass.passes.lower.lower_routed_ffn import LowerRoutedFFN
+from ltepass.passes.lower.merge_linears import MergeLinears
+from ltepass.passes.lower.quantise_linears import QuantiseLinears
 
 # What `ltepass.transform` runs. The last two change the model; all checks come before.
 TRANSFORM: tuple[Pass[TransformJob], ...] = (
@@ -15,4 +20,13 @@ TRANSFORM: tuple[Pass[TransformJob], ...] = (
     FindFFN(),
     GroupNeurons(),
     InsertRouters(),
+)
+
+# What `ltepass.export` does to a captured step, whose weights are its own.
+EXPORT: tuple[Pass[GraphJob], ...] = (
+    LowerRoutedFFN(),
+    LayOutNeurons(),
+    MergeLinears(),
+    QuantiseLinears(),
+    LowerLinears(),
 )

@@ -185,6 +185,7 @@ PUBLIC = [
     "__version__",
     "begin_stage",
     "calibrate",
+    "export",
     "label_mask",
     "load",
     "lower",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import ltepass
 from ltepass.commands.load import load
 from ltepass.errors import ConfigError
 from ltepass.exporting.package import ABOUT
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def generate(
@@ -32,7 +35,7 @@ def generate(
     return text
 
 
-def _exported(folder: Path, tokenizer: Any, prompt: str, new_tokens: int) -> str:
+def _exported(folder: Path, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int) -> str:
     from ltepass.exporting.decoder import ExportedDecoder
 
     ids = tokenizer(prompt)["input_ids"]

@@ -13,7 +13,7 @@ import json
 import logging
 import pickle
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -24,13 +24,10 @@ from ltepass.errors import ConfigError, ExportError, LoweredError
 from ltepass.exporting.ops_library import write_ops
 from ltepass.kernels.cpu import build
 from ltepass.kernels.linear import FLOATS
+from ltepass.passes import EXPORT
 from ltepass.passes.capture.decoder_step import DecoderStep, capture_step
 from ltepass.passes.graph.pipeline import GraphJob, Pass, run_passes
-from ltepass.passes.lower.lay_out_neurons import LayOutNeurons
-from ltepass.passes.lower.lower_linears import LowerLinears
 from ltepass.passes.lower.lower_model import is_lowered, require_hard
-from ltepass.passes.lower.lower_routed_ffn import LowerRoutedFFN
-from ltepass.passes.lower.merge_linears import MergeLinears
 from ltepass.passes.lower.quantise_linears import Format, QuantiseLinears
 from ltepass.passes.lower.why_not import is_ordinary
 from ltepass.routed.routed import Routed, is_transformed
@@ -63,9 +60,7 @@ class About:
 
 def passes(linears: Format | None) -> tuple[Pass[GraphJob], ...]:
     """What is done to the captured step, in order."""
-    last: tuple[Pass[GraphJob], ...] = (LowerLinears(),)
-    quantise: tuple[Pass[GraphJob], ...] = () if linears is None else (QuantiseLinears(format=linears),)
-    return (LowerRoutedFFN(), LayOutNeurons(), MergeLinears(), *quantise, *last)
+    return tuple(replace(p, format=linears) if isinstance(p, QuantiseLinears) else p for p in EXPORT)
 
 
 def export_model(

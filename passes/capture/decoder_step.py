@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from ltepass.kernels import attention as _attention  # noqa: F401 -- registers t
 from ltepass.passes.capture.export import untouched
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
     from transformers.cache_utils import Cache
 
 # What models hand on to attention beside what the op has an argument for, and that changes nothing in inference.
@@ -166,7 +166,8 @@ def _attention_of(model: PreTrainedModel, step: _Step) -> Iterator[None]:
     from transformers import AttentionInterface
 
     name = f"ltepass_step_{id(step)}"
-    configs: Mapping[int, Any] = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    found = (getattr(module, "config", None) for module in model.modules())
+    configs: Mapping[int, PreTrainedConfig] = {id(config): config for config in found if config is not None}
     before = [(config, config._attn_implementation) for config in configs.values()]
     AttentionInterface.register(name, step.attend)
     try:

@@ -38,10 +38,10 @@ NAMES = (
     "group_neurons",
     "insert_routers",
     "lower_routed_ffn",
+    "lower_linears",
     "lay_out_neurons",
     "merge_linears",
     "quantise_linears",
-    "lower_linears",
 )  # of all passes there are
 SKIP = "LTEPASS_SKIP"  # environment: names of passes to leave out, separated by commas; to find out which one did it
 

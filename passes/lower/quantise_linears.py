@@ -32,12 +32,14 @@ Format = Literal["int8", "int4", "int4_minimum"]
 
 @dataclass(frozen=True, kw_only=True)
 class QuantiseLinears:
-    format: Format
+    format: Format | None = None  # None quantises nothing
     name: str = "quantise_linears"
     tier: Tier = "quantised"
     skippable: bool = True
 
     def __call__(self, job: GraphJob) -> str:
+        if self.format is None:
+            return "unchanged"
         flow, left, codes = Flow(job.gm, parameters(job.gm)), Counter[str](), dict[str, tuple[Tensor | None, ...]]()
         for linear, unread in reversed(read(flow)):  # a later one may read an earlier one's result as it is
             reason = unread or self._why_not(linear)
