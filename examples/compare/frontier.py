@@ -26,7 +26,7 @@ import typer
 
 import ltepass
 from examples.compare import models
-from examples.compare.cuts import CUTS, expert_sparsity, measure_cut, n_matrices
+from examples.compare.cuts import CUTS, Cuts, expert_sparsity, measure_cut, n_matrices
 from examples.compare.frontier_rows import Rows, write_plot, write_table
 from examples.compare.methods import RULES
 from examples.compare.rule_hooks import Ruled, Samples, collect
@@ -38,6 +38,7 @@ from examples.compare.study import (
     Recipe,
     Workshop,
     calibration_blocks,
+    group_size,
     measure_lte,
     measure_rule,
     perplexities,
@@ -47,14 +48,18 @@ from examples.compare.study import (
     tune_lte,
 )
 from ltepass.calibration.warm_start import warm_start
+from ltepass.config import RouterKind
 from ltepass.measure.machine import machine as cpu_line
 from ltepass.training.stages import settle
 
 SAMPLE_TOKENS = 16_384  # of training text, kept for the rules
 CALIBRATED = "lte-calibrated"
-STARTS = (CALIBRATED, "lte-warm")
-POST_HOC = ("cats", "teal", "moefication", "dejavu", *STARTS, "oracle")
-OURS = tuple(CUTS)
+PROXY, PROXY_TRAINED = "lte-proxy", "lte-proxy-trained"
+PROXIES = (PROXY, "lte-proxy-warm", PROXY_TRAINED)  # of single neurons; the other rows' routers are linear
+CALIBRATED_ONLY = (CALIBRATED, PROXY)
+STARTS = (CALIBRATED, "lte-warm", PROXY, "lte-proxy-warm")
+POST_HOC = ("cats", "teal", "moefication", "dejavu", "oracle", *STARTS)
+OURS = (*CUTS, PROXY_TRAINED)
 FROM_ONE = "lte+cuts"  # of which the first point's checkpoint is measured at the others too
 ONE_CHECKPOINT = f"{FROM_ONE}-one-checkpoint"
 TRAINED = ("topk", "prunepath", "noisy-topk", "random", "teal-trained")
@@ -169,21 +174,27 @@ class Frontier(Workshop):
     def __init__(self, preset: str, texts: Path | None, work: Path, rows: Rows) -> None:
         super().__init__(preset, PRESETS[preset].budget, texts, work)
         self.preset, self.rows = PRESETS[preset], rows
-        self._prepared: tuple[tuple[str, int], Any] | None = None
+        self._prepared: tuple[tuple[str, int, RouterKind], Any] | None = None
         self._samples: Samples | None = None
 
-    def prepared(self, start: str, seed: int) -> Any:
+    def recipe(self, method: str) -> Recipe:
+        return replace(self.preset.recipe, router="proxy") if method in PROXIES else self.preset.recipe
+
+    def prepared(self, start: str, seed: int, method: str = "lte") -> Any:
         """A calibrated model, from the dense one as it came ("base") or tuned.
 
         Kept on the disk, and the last one loaded: everything that does not depend on the sparsity is done once.
         """
-        if self._prepared is None or self._prepared[0] != (start, seed):
+        recipe = self.recipe(method)
+        key = start, seed, recipe.router
+        if self._prepared is None or self._prepared[0] != key:
             self._prepared = self._samples = None
-            folder = self.work / f"calibrated-{start}-{self.name}-{seed}"
+            kind = "" if recipe.router == "linear" else f"-{recipe.router}"
+            folder = self.work / f"calibrated-{start}-{self.name}-{seed}{kind}"
             if not (folder / "config.json").exists():
                 model = self.base() if start == "base" else self.tuned(seed)
-                transform(model, self.data(seed), self.budget, 0.5, self.preset.recipe, seed).save_pretrained(folder)
-            self._prepared = (start, seed), models.load(str(folder), self.work).to(DEVICE)
+                transform(model, self.data(seed), self.budget, 0.5, recipe, seed).save_pretrained(folder)
+            self._prepared = key, models.load(str(folder), self.work).to(DEVICE)
         return self._prepared[1]
 
     def samples(self, start: str, seed: int) -> Samples:
@@ -211,15 +222,16 @@ class Frontier(Workshop):
         else:
             measured = self._trained(cell, data)
         seconds = time.perf_counter() - start
-        self.rows.add(cell, self.name, self.budget, measured, trained=trained, seconds=seconds, where=machine())
+        budget = replace(self.budget, group_size=group_size(self.budget, self.recipe(cell.method)))
+        self.rows.add(cell, self.name, budget, measured, trained=trained, seconds=seconds, where=machine())
         gc.collect()
 
     def _lte(self, cell: Cell, data: Data) -> Measured:
         """With cuts, part of what may not be read is left out entry by entry, and routers leave out less."""
-        folder, cuts = self._folder(cell), CUTS[cell.method]
-        model = copy.deepcopy(self.prepared("base", cell.seed))
+        folder, cuts = self._folder(cell), CUTS.get(cell.method, Cuts())
+        model = copy.deepcopy(self.prepared("base", cell.seed, cell.method))
         model = retarget(model, expert_sparsity(n_matrices(model._lte.sites[0]), cell.sparsity, cuts))
-        options: dict[str, Any] = {"recipe": self.preset.recipe, "cuts": cuts}
+        options: dict[str, Any] = {"recipe": self.recipe(cell.method), "cuts": cuts}
         model, _ = tune_lte(model, data, self.budget, folder / "log", cell.seed, **options)
         model.save_pretrained(folder)
         return measure_cut(model, data.test)
@@ -248,10 +260,10 @@ class Frontier(Workshop):
 
     def _start(self, cell: Cell, data: Data) -> Measured:
         """LTE at step 0: routers for the model as it is, or the warm start. Nothing but calibration blocks is used."""
-        model = retarget(copy.deepcopy(self.prepared("tuned", cell.seed)), cell.sparsity)
+        model = retarget(copy.deepcopy(self.prepared("tuned", cell.seed, cell.method)), cell.sparsity)
         blocks = calibration_blocks(data, self.budget).to(model.device)
         batches = torch.split(blocks, self.budget.batch)
-        if cell.method == CALIBRATED:
+        if cell.method in CALIBRATED_ONLY:
             ltepass.calibrate(model, batches, inputs="hard")
         else:
             warm_start(model, blocks)

@@ -28,6 +28,7 @@ WAYS = {
     "lte": "routed", "lte-calibrated": "routed", "lte-warm": "routed", "lte-one-checkpoint": "routed",
     "topk": "routed", "prunepath": "routed", "noisy-topk": "routed", "random": "routed",
     "moefication": "predicted experts",
+    "lte-proxy": "proxy", "lte-proxy-warm": "proxy", "lte-proxy-trained": "proxy",
     "dejavu": "predicted neurons", "cats": "gate-first", "teal": "single neurons", "teal-trained": "single neurons",
     "lte+teal": "routed, small units cut", "lte+cuts": "routed, small inputs and units cut",
     "lte+cuts-one-checkpoint": "routed, small inputs and units cut",

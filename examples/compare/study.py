@@ -17,6 +17,7 @@ from examples.compare import models
 from examples.compare.rule_hooks import Ruled
 from ltepass.calibration.warm_start import warm_start
 from ltepass.config import Budget as BudgetName
+from ltepass.config import RouterKind
 from ltepass.measure.quality import perplexity
 from ltepass.measure.text_blocks import corpora, token_blocks
 from ltepass.measure.token_bytes import router_share
@@ -160,6 +161,7 @@ class Recipe:
     grouping: str = "output_aware"
     budget: BudgetName = "layer"
     group_size: int | None = None
+    router: RouterKind = "linear"
     random_routers: bool = False
     rate: float = 1.0
     start: float = 1.0
@@ -171,9 +173,15 @@ def calibration_blocks(data: Data, budget: Budget, share: float = 1.0) -> Tensor
     return data.train[: round(share * budget.calibration)]
 
 
+def group_size(budget: Budget, recipe: Recipe) -> int:
+    """Neurons an expert: the budget's for linear routers, single ones for proxies, unless the recipe says."""
+    return recipe.group_size or (budget.group_size if recipe.router == "linear" else 1)
+
+
 def transform(model: Any, data: Data, budget: Budget, sparsity: float, recipe: Recipe, seed: int) -> Any:
     config = ltepass.LTEConfig(
-        group_size=recipe.group_size or budget.group_size,
+        group_size=group_size(budget, recipe),
+        router=recipe.router,
         target_sparsity=sparsity,
         grouping=recipe.grouping,
         budget=recipe.budget,
