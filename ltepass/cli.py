@@ -21,6 +21,7 @@ Out = Annotated[Path, typer.Option(help="Where results go.")]
 Sparsity = Annotated[float, typer.Option(help="Share of inactive neurons, in [0, 1).")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 GroupSize = Annotated[int | None, typer.Option(help="Neurons per expert; without it, chosen per site.")]
+Router = Annotated[str, typer.Option(help="linear (the paper's, of groups) or proxy (of single neurons).")]
 METHODS = "; ".join(f"{name}: {grouping.doc}" for name, grouping in GROUPINGS.items())
 Seed = Annotated[int, typer.Option(help="Seed of grouping, router start and batches.")]
 # Of a command whose arguments, --help too, another program reads.
@@ -32,6 +33,7 @@ def demo(
     model: Annotated[str, typer.Option(help="smollm2, or tiny to try the demo itself in a minute.")] = "smollm2",
     target_sparsity: Sparsity = 0.5,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps of each training.")] = None,
+    router: Router = "proxy",
     seed: Seed = 0,
     device: Device = "cpu",
     out: Out = Path("lte-demo"),
@@ -41,7 +43,14 @@ def demo(
     from ltepass.demo.folder import DemoOptions
     from ltepass.demo.run import run_demo
 
-    options = DemoOptions(model=model, target_sparsity=target_sparsity, steps=steps, seed=seed, device=device)  # type: ignore[arg-type]
+    options = DemoOptions(
+        model=model,  # type: ignore[arg-type]  # both are checked by DemoOptions
+        target_sparsity=target_sparsity,
+        steps=steps,
+        router=router,  # type: ignore[arg-type]
+        seed=seed,
+        device=device,
+    )
     try:
         run_demo(options, out, fresh=fresh)
     except KeyboardInterrupt:
@@ -85,6 +94,7 @@ def train(
     text: Annotated[Path, typer.Argument(help="A text file; its last tenth is held out.")],
     out: Out = Path("lte-model"),
     target_sparsity: Sparsity = 0.5,
+    router: Router = "linear",
     group_size: GroupSize = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps of the hard stage; 0: none.")] = 100,
     batch: Annotated[int, typer.Option(help="Blocks of one step.")] = 4,
@@ -112,6 +122,7 @@ def train(
 
     options = command.TrainOptions(
         target_sparsity=target_sparsity,
+        router=router,  # type: ignore[arg-type]  # checked by LTEConfig
         group_size=group_size,
         grouping=grouping,
         steps=steps,

@@ -15,8 +15,10 @@ from typer.testing import CliRunner
 import ltepass
 from ltepass.cli import app, main
 from ltepass.commands.load import call_by_name, load
+from ltepass.config import ROUTERS
 from ltepass.errors import ConfigError
 from ltepass.measure.records import TokenRecord, read
+from ltepass.routed.proxy import ProxyRouter
 from ltepass.routed.sites import routers_of
 from tests.models.zoo import llama
 
@@ -115,6 +117,7 @@ def test_inspect_calls_a_function_by_name() -> None:
         (["demo", "--target-sparsity", "1.0"], "--target-sparsity is 1.0"),
         (["demo", "--steps", "0"], "--steps is 0"),
         (["demo", "--model", "gpt9"], "--model is 'gpt9'"),
+        (["demo", "--router", "both"], "--router is 'both'"),
     ],
 )
 def test_what_a_user_can_put_right_is_said_without_a_traceback(
@@ -162,11 +165,13 @@ def dense_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_train_eval_and_generate_follow_each_other(dense_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("router", ROUTERS)
+def test_train_eval_and_generate_follow_each_other(dense_folder: Path, tmp_path: Path, router: str) -> None:
     text, out = tmp_path / "text.txt", tmp_path / "out"
     text.write_text(" ".join(f"w{(i * 7 + i // 9) % 61}" for i in range(800)))
     common = ["--length", "20"]
-    shown = run("train", str(dense_folder), str(text), "--out", str(out), "--steps", "4", "--group-size", "12", *common)
+    options = ["--steps", "4", "--group-size", "12", "--router", router]
+    shown = run("train", str(dense_folder), str(text), "--out", str(out), *options, *common)
     assert "left out of the down projection" not in shown
     assert "2 FFN sites" in shown
     assert "not measured" not in shown
@@ -177,7 +182,7 @@ def test_train_eval_and_generate_follow_each_other(dense_folder: Path, tmp_path:
     csv, options = tmp_path / "rows.csv", ["--tokens", "12", "--rounds", "1"]
     shown = run("bench", "model", str(out), str(text), *options, "--threads", "1", "--out", str(csv))
     assert "transformers F32" in " ".join(shown.split())
-    assert "linear router, experts of 12" in " ".join(shown.split())
+    assert f"{router} router, experts of 12" in " ".join(shown.split())
     assert [(r.side, r.threads, r.sparsity) for r in read(csv, TokenRecord)] == [
         ("transformers", 1, 0.0),
         ("ltepass, dense", 1, 0.0),
@@ -217,6 +222,21 @@ def test_a_comparison_that_cannot_be_made_is_one_line_and_status_2(
     shown = capsys.readouterr().err
     assert reason in shown
     assert len(shown.splitlines()) == 1
+
+
+def test_the_size_of_experts_follows_the_router(dense_folder: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{(i * 7 + i // 9) % 61}" for i in range(800)))
+    sizes = {}
+    for router in ([], ["--router", "linear"], ["--router", "proxy"]):
+        out, options = tmp_path / "".join(router), ["--length", "20", "--steps", "0", "--no-warm-start", *router]
+        run("train", str(dense_folder), str(text), "--out", str(out), *options)
+        model: Any = load(str(out))
+        sizes[model._lte.config["router"], len(router)] = {site.group_size for site in ltepass.report(model).sites}
+        assert all(isinstance(r, ProxyRouter) == ("proxy" in router) for r in routers_of(model))
+    assert sizes == {("linear", 0): {30}, ("linear", 2): {30}, ("proxy", 2): {1}}
+    with pytest.raises(ConfigError, match="router is 'both'; expected one of linear, proxy"):
+        run("train", str(dense_folder), str(text), "--out", str(out), "--length", "20", "--router", "both")
 
 
 @pytest.mark.parametrize("start", ["--warm-start", "--no-warm-start"])

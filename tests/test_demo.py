@@ -18,11 +18,13 @@ from torch import Tensor, nn
 
 import ltepass
 from examples.results.demo_table import BEGIN, END, with_table
+from ltepass.commands.generate import generate
+from ltepass.config import ROUTERS
 from ltepass.demo import learning, speed
 from ltepass.demo.folder import DemoOptions, Folder
 from ltepass.demo.results import STAGE_NAMES, Options, Results, Stages
 from ltepass.demo.run import STAGES, run_demo
-from ltepass.demo.table import markdown, rows
+from ltepass.demo.table import command, markdown, rows
 from ltepass.demo.task import load_task
 from ltepass.errors import ConfigError, TrainingError
 from ltepass.measure.quality import perplexity, sparsity_of_tail
@@ -41,11 +43,11 @@ def routed() -> Any:
     return made
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Results]:
-    """One whole run on the tiny model, shared by the tests below."""
+@pytest.fixture(scope="module", params=ROUTERS)
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Results]:
+    """One whole run on the tiny model with each router, shared by the tests below."""
     out = tmp_path_factory.mktemp("demo")
-    return out, run_demo(DemoOptions(model="tiny", steps=8), out)
+    return out, run_demo(DemoOptions(model="tiny", steps=8, router=request.param), out)
 
 
 def test_results_hold_what_their_types_say(tiny: tuple[Path, Results]) -> None:
@@ -90,6 +92,33 @@ def test_saved_model_is_the_one_that_was_measured(tiny: tuple[Path, Results]) ->
     }
 
 
+def test_the_folder_goes_on_as_the_demo_says(tiny: tuple[Path, Results]) -> None:
+    out, results = tiny
+    task, generated = load_task("tiny"), results["stages"]["generate"]
+    assert generate(str(out / "lte"), "caf\u00e9 \n with", new_tokens=1).startswith("caf\u00e9 \n with")
+    text = generate(str(out / "lte"), generated["prompt"], new_tokens=task.new_tokens)
+    assert text == generated["prompt"] + generated["lowered"]
+
+
+def test_a_proxy_needs_no_training_of_its_own(tiny: tuple[Path, Results]) -> None:
+    stages, options = tiny[1]["stages"], tiny[1]["options"]
+    linear = options["router"] == "linear"
+    assert set(stages["train"]["losses"]) == ({"LTE, hard stage"} if linear else set())
+    assert stages["calibrate"]["group_size"] == (8 if linear else 1)
+    if not linear:
+        assert stages["quality"]["perplexity"] < 1.05 * stages["tune_dense"]["perplexity"]
+    assert ("--router linear" in command(options)) == linear
+
+
+def test_plain_formats_of_the_same_model_stand_beside_it(tiny: tuple[Path, Results]) -> None:
+    quality, tuned = tiny[1]["stages"]["quality"], tiny[1]["stages"]["tune_dense"]["perplexity"]
+    shares = {name: plain["bytes_share"] for name, plain in quality["plain"].items()}
+    assert shares == {"int8": pytest.approx(0.25, abs=0.01), "Q4_1": pytest.approx(5 / 32)}
+    assert all(plain["perplexity"] != tuned for plain in quality["plain"].values())
+    assert quality["plain"]["int8"]["perplexity"] == pytest.approx(tuned, rel=1e-2)
+    assert "int8: " in markdown(tiny[1])
+
+
 def test_page_is_one_file(tiny: tuple[Path, Results]) -> None:
     page = (tiny[0] / "report.html").read_text()
     assert page.count("<svg") == 3
@@ -101,7 +130,7 @@ def test_page_is_one_file(tiny: tuple[Path, Results]) -> None:
 def test_a_second_call_runs_nothing_again(tiny: tuple[Path, Results]) -> None:
     out, results = tiny
     start = time.perf_counter()
-    assert run_demo(DemoOptions(model="tiny", steps=8), out) == results
+    assert run_demo(DemoOptions(model="tiny", steps=8, router=results["options"]["router"]), out) == results  # type: ignore[arg-type]
     assert time.perf_counter() - start < 20
 
 

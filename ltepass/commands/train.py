@@ -11,7 +11,7 @@ import torch
 
 import ltepass
 from ltepass.commands.load import load
-from ltepass.config import Budget, LTEConfig
+from ltepass.config import Budget, LTEConfig, RouterKind
 from ltepass.errors import ConfigError
 from ltepass.grouping_methods import AUTO
 from ltepass.measure.text_blocks import token_blocks
@@ -29,12 +29,13 @@ class TrainOptions:
     """Of `ltepass train`; the defaults are what measured best at up to 61,440 tokens (examples/results/ablations.md).
 
     steps: optimizer steps of the hard stage; soft_steps: of the soft stage before it; warm_start: refit each FFN before
-    the first step. With no steps of either stage nothing is trained: routers and warm start are all. budget,
+    the first step. With no steps of either stage nothing is trained: routers and warm start are all. router, budget,
     hidden_sparsity, input_sparsity: as in `LTEConfig`; length: tokens of a block; stages: what `LTESettings` takes
     beside these.
     """
 
     target_sparsity: float = 0.5
+    router: RouterKind = "linear"
     group_size: int | None = None
     grouping: str = AUTO
     steps: int = 100
@@ -114,6 +115,7 @@ def _start(model: PreTrainedModel, blocks: torch.Tensor, options: TrainOptions) 
 
     config = LTEConfig(
         target_sparsity=options.target_sparsity,
+        router=options.router,
         group_size=options.group_size or "auto",
         grouping=options.grouping,
         budget=options.budget,

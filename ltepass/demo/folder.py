@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from ltepass.config import check_sparsity
+from ltepass.config import ROUTERS, RouterKind, check_sparsity
 from ltepass.demo.results import Results, StageName
 from ltepass.errors import ConfigError
 from ltepass.measure.machine import facts
@@ -24,6 +24,7 @@ class DemoOptions:
     model: Literal["smollm2", "tiny"] = "smollm2"
     target_sparsity: float = 0.5
     steps: int | None = None
+    router: RouterKind = "proxy"
     seed: int = 0
     device: str = "cpu"
 
@@ -31,6 +32,8 @@ class DemoOptions:
         check_sparsity(self.target_sparsity, "--target-sparsity")
         if self.model not in MODELS:
             raise ConfigError(f"--model is {self.model!r}; expected one of {', '.join(MODELS)}")
+        if self.router not in ROUTERS:
+            raise ConfigError(f"--router is {self.router!r}; expected one of {', '.join(ROUTERS)}")
         if self.steps is not None and self.steps < 1:
             raise ConfigError(f"--steps is {self.steps}; expected at least 1")
 

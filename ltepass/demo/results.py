@@ -49,11 +49,19 @@ class Trained(Cost):
     losses: dict[str, Losses]
 
 
+class Plain(TypedDict):
+    """The fine-tuned dense model in a plain format; bytes_share: of its linears, over what they were."""
+
+    perplexity: float
+    bytes_share: float
+
+
 class Quality(Cost):
-    """sparsity: by site name."""
+    """sparsity: by site name; plain: by format."""
 
     perplexity: float
     sparsity: dict[str, float]
+    plain: dict[str, Plain]
 
 
 class Speed(Summary):
@@ -99,6 +107,7 @@ class Options(TypedDict):
     model: str
     target_sparsity: float
     steps: int | None
+    router: str
     seed: int
     device: str
 

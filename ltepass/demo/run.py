@@ -24,8 +24,12 @@ STAGES: tuple[Stage, ...] = (
     ("prepare", "load the model and the texts", stages.prepare),
     ("dense", "perplexity of the dense model", stages.dense),
     ("tune_dense", "fine-tune the dense model, for a fair comparison", stages.tune_dense),
-    ("calibrate", "transform: find the FFNs, group their neurons, start the routers", stages.calibrate),
-    ("train", "train the transformed model", stages.train),
+    (
+        "calibrate",
+        "transform: find the FFNs, group their neurons, start the routers",
+        stages.calibrate,
+    ),
+    ("train", "train what its routers leave to train, and place thresholds", stages.train),
     ("quality", "perplexity and sparsity of the saved model", stages.quality),
     ("speed", "time decoding: dense and lowered take turns", stages.measure_speed),
     ("generate", "continue a prompt with both", stages.generate),
@@ -69,4 +73,5 @@ def _show(demo: Demo) -> None:
     console.print(f"prompt:  {generated['prompt']}", markup=False, highlight=False)
     console.print(f"dense:   {generated['dense']!r}", markup=False, highlight=False)
     console.print(f"lowered: {generated['lowered']!r}", markup=False, highlight=False)
+    console.print(f"go on:   ltepass generate {out}/lte {generated['prompt']!r}", markup=False, highlight=False)
     console.print(f"model: {out}/lte   numbers: {out}/results.json   page: {out}/report.html", highlight=False)

@@ -17,6 +17,7 @@ from torch import Tensor
 import ltepass
 from ltepass.demo import learning, reload, speed
 from ltepass.demo.folder import DemoOptions, Folder
+from ltepass.demo.plain import plain_formats
 from ltepass.demo.results import (
     Calibrated,
     Dense,
@@ -120,10 +121,18 @@ def tune_dense(demo: Demo) -> TunedDense:
 
 
 def calibrate(demo: Demo) -> Calibrated:
-    """Passes of transform, then grouping, router start and sparsity table from training text."""
-    model, task = demo.base_model(), demo.task
+    """Passes of transform, then grouping, router start and sparsity table from training text.
+
+    Linear routers are fitted to the model as it came, and trained; a proxy needs no training, and takes the tuned one.
+    """
+    options, task = demo.options, demo.task
+    linear = options.router == "linear"
+    model = demo.base_model() if linear else demo.saved_model("dense")
     config = ltepass.LTEConfig(
-        group_size=task.group_size, target_sparsity=demo.options.target_sparsity, seed=demo.options.seed
+        router=options.router,
+        group_size=task.group_size if linear else "auto",
+        target_sparsity=options.target_sparsity,
+        seed=options.seed,
     )
     blocks = task.train[: task.calibration_blocks].to(model.device)
     ltepass.transform(model, config=config, calibration=torch.split(blocks, task.batch))
@@ -146,18 +155,24 @@ def calibrate(demo: Demo) -> Calibrated:
 
 
 def train(demo: Demo) -> Trained:
-    """Hard stage: routers frozen, everything else trained on the task loss (paper section 4.3)."""
+    """Hard stage (paper section 4.3): routers frozen, everything else trained on the task loss; then thresholds settle.
+
+    Under a proxy nothing is left to train: its model has seen the same tokens before.
+    """
     model = demo.saved_model("calibrated")
-    for router in routers_of(model):
-        router.requires_grad_(False)
-    losses = demo.tune(model, "LTE training", "lte-training.pt")
+    losses: dict[str, Losses] = {}
+    if demo.options.router == "linear":
+        for router in routers_of(model):
+            router.requires_grad_(False)
+        losses["LTE, hard stage"] = demo.tune(model, "LTE training", "lte-training.pt")
     blocks = demo.task.train[: demo.task.calibration_blocks // 2].to(model.device)
     settle(model, torch.split(blocks, demo.task.batch), demo.options.target_sparsity)
     ids = demo.task.test[:1, :128]
     reference = {"ids": ids, "logits": reload.logits_of(model, ids)}
     save_file(reference, demo.folder.path / "reference.safetensors")
     model.save_pretrained(demo.folder.path / "lte")
-    return {"losses": {"LTE, hard stage": losses}}
+    demo.task.tokenizer.save_pretrained(demo.folder.path / "lte")
+    return {"losses": losses}
 
 
 def quality(demo: Demo) -> Quality:
@@ -166,6 +181,7 @@ def quality(demo: Demo) -> Quality:
     return {
         "perplexity": perplexity(model, demo.task.test),
         "sparsity": ltepass.measure_sparsity(model, demo.task.test[:, None].to(model.device)),
+        "plain": plain_formats(demo.saved_model("dense"), demo.task.test),
     }
 
 

@@ -72,6 +72,18 @@ def _speed(stages: Stages, _: Options) -> Rows:
     ]
 
 
+def _instead(stages: Stages) -> Rows:
+    """What a user gains and loses against plain formats of the same model; nothing of runs that did not measure it."""
+    quality, speed = stages["quality"], stages["speed"]
+    read = speed["active_share"] + speed["router_share"]
+    against = [
+        f"{name}: {quality['perplexity'] / plain['perplexity']:.3f}x, {read / plain['bytes_share']:.2f}x"
+        for name, plain in quality.get("plain", {}).items()
+    ]
+    what = "in place of plain formats: perplexity and FFN bytes read over theirs (below 1 is a gain, above a loss)"
+    return [(what, "; ".join(against))] if against else []
+
+
 def _reload(stages: Stages, _: Options) -> Rows:
     reload = stages["reload"]
     equal = "yes" if reload["equal"] else f"NO: largest difference {reload['max_difference']:.2e}"
@@ -85,6 +97,7 @@ _ROWS: tuple[tuple[StageName, Callable[[Stages, Options], Rows]], ...] = (
     ("tune_dense", _tuned),
     ("quality", _quality),
     ("speed", _speed),
+    ("speed", lambda stages, _: _instead(stages)),
     ("reload", _reload),
 )
 
@@ -131,4 +144,6 @@ def command(options: Options) -> str:
         words.append(f"--model {options['model']}")
     if options["steps"] is not None:
         words.append(f"--steps {options['steps']}")
+    if options.get("router") == "linear":
+        words.append("--router linear")
     return " ".join([*words, f"--target-sparsity {options['target_sparsity']} --seed {options['seed']}"])

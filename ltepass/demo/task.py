@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ class Task:
     """train: [n, T] int64; test: [m, T'] int64; prompt: text to continue; steps: default number of optimizer steps."""
 
     name: str
-    tokenizer: Tokenizer
+    tokenizer: SavedTokenizer
     train: Tensor
     test: Tensor
     prompt: str
@@ -83,6 +83,12 @@ def _smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return load_smollm2()
 
 
+class SavedTokenizer(Tokenizer, Protocol):
+    """A tokenizer that a model's folder can hold."""
+
+    def save_pretrained(self, save_directory: Path, /) -> object: ...
+
+
 class Bytes:
     """A tokenizer of 256 tokens for the tiny model: UTF-8 bytes."""
 
@@ -91,6 +97,24 @@ class Bytes:
 
     def decode(self, ids: Sequence[int] | Tensor, **_: object) -> str:
         return bytes(int(i) for i in ids).decode(errors="replace")
+
+    def save_pretrained(self, folder: Path, /) -> None:
+        """As transformers' AutoTokenizer loads it: every byte a token, and no merges."""
+        from tokenizers import Tokenizer as Built
+        from tokenizers import decoders, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        built = Built(models.BPE({character: byte for byte, character in _characters().items()}, []))
+        built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        built.decoder = decoders.ByteLevel()
+        PreTrainedTokenizerFast(tokenizer_object=built).save_pretrained(folder)
+
+
+def _characters() -> dict[int, str]:
+    """The printable character that stands for each byte in byte-level tokenizers since GPT-2."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("\u00a1"), ord("\u00ac") + 1), *range(ord("\u00ae"), 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
 def _tiny(base: Path, seed: int) -> PreTrainedModel:

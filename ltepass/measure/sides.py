@@ -162,7 +162,7 @@ class _TransformersEngine:
         return {
             "sparsity": float(state.config["target_sparsity"]) if wanted is None else wanted,
             "active": 1 - sparsity_of_tail(self._model, ids, prompt_tokens),
-            "router": "linear",
+            "router": str(state.config.get("router", "linear")),  # older entries have no such key
             "router_share": token_bytes.router_share(self._model, state.sites),
             "group_size": state.sites[0].group_size,
         }

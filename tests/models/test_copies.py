@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import ltepass
+from ltepass.config import ROUTERS, RouterKind
 from ltepass.routed.sites import routers_of
 from tests.models.zoo import ALL, build, ids, layers, logits, mlp, transformed
 from tests.typed import lte_state
@@ -32,10 +33,11 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda gm, inputs, config_patches: gm.forward)
 
 
+@pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("how", COPIES)
 @pytest.mark.parametrize("name", ["llama", "opt", "own"])
-def test_a_copy_after_a_soft_forward_with_gradients(name: str, how: str) -> None:
-    model = transformed(name, mode="soft")
+def test_a_copy_after_a_soft_forward_with_gradients(name: str, how: str, router: RouterKind) -> None:
+    model = transformed(name, mode="soft", router=router)
     for router in routers_of(model):
         router.recorder.count_inactive = True
     model(ids())
@@ -46,10 +48,11 @@ def test_a_copy_after_a_soft_forward_with_gradients(name: str, how: str) -> None
     assert all(router.recorder.calls for router in routers_of(model)), "the original keeps its own"
 
 
+@pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("how", COPIES)
 @pytest.mark.parametrize("name", ["llama", "own"])  # an owner below the root, and the root itself
-def test_a_copy_of_a_compiled_model_runs_its_own_weights(name: str, how: str, eager: None) -> None:
-    model = transformed(name)
+def test_a_copy_of_a_compiled_model_runs_its_own_weights(name: str, how: str, router: RouterKind, eager: None) -> None:
+    model = transformed(name, router=router)
     expected, strides = logits(model), {n: p.stride() for n, p in model.named_parameters()}
     ltepass.lower(model, scope="model")
     logits(model)

@@ -10,7 +10,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 import ltepass
-from ltepass.config import Mode
+from ltepass.config import Mode, RouterKind
 from ltepass.routed.sites import routers_of
 
 VOCAB = 61
@@ -87,10 +87,12 @@ def build(name: str, **kwargs: Any) -> nn.Module:
     return model if name == "export" else model.eval()
 
 
-def transformed(name: str, mode: Mode = "hard", grouping: str = "identity", **kwargs: Any) -> nn.Module:
+def transformed(
+    name: str, mode: Mode = "hard", grouping: str = "identity", router: RouterKind = "linear", **kwargs: Any
+) -> nn.Module:
     model = build(name, **kwargs)
     example = None if name in HF else ids()
-    ltepass.transform(model, example, ltepass.LTEConfig(group_size=4, grouping=grouping, seed=3))
+    ltepass.transform(model, example, ltepass.LTEConfig(group_size=4, grouping=grouping, router=router, seed=3))
     for router in routers_of(model):
         router.mode = mode
     return model
