@@ -144,6 +144,6 @@ def command(options: Options) -> str:
         words.append(f"--model {options['model']}")
     if options["steps"] is not None:
         words.append(f"--steps {options['steps']}")
-    if options.get("router") == "linear":
+    if options.get("router", "linear") == "linear":  # older results have no such key
         words.append("--router linear")
     return " ".join([*words, f"--target-sparsity {options['target_sparsity']} --seed {options['seed']}"])

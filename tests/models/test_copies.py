@@ -38,8 +38,8 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["llama", "opt", "own"])
 def test_a_copy_after_a_soft_forward_with_gradients(name: str, how: str, router: RouterKind) -> None:
     model = transformed(name, mode="soft", router=router)
-    for router in routers_of(model):
-        router.recorder.count_inactive = True
+    for made in routers_of(model):
+        made.recorder.count_inactive = True
     model(ids())
     assert all(router.recorder.calls[-1].losses for router in routers_of(model))
     twin = COPIES[how](model)

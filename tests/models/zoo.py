@@ -93,8 +93,8 @@ def transformed(
     model = build(name, **kwargs)
     example = None if name in HF else ids()
     ltepass.transform(model, example, ltepass.LTEConfig(group_size=4, grouping=grouping, router=router, seed=3))
-    for router in routers_of(model):
-        router.mode = mode
+    for made in routers_of(model):
+        made.mode = mode
     return model
 
 
