@@ -151,6 +151,13 @@ def spread_of(values: Sequence[float]) -> str:
     return shown if len(values) < 2 else f"{shown} ({min(values):.3f} .. {max(values):.3f})"
 
 
+def _groups(rows: Sequence[Row]) -> str:
+    """Neurons an expert: what most rows have, then the methods that differ."""
+    usual, _ = Counter(r["group_size"] for r in rows).most_common(1)[0]
+    others = sorted({(r["method"], r["group_size"]) for r in rows if r["group_size"] != usual})
+    return ", ".join([f"Groups of {usual}", *(f"of {size} in {method}" for method, size in others)])
+
+
 def write_table(rows: Sequence[Row], path: Path, times: Sequence[Row] = ()) -> None:
     """times: rows of ffn_time.py, for the model whose FFN they measure; a third view is made where there are any."""
     lines = [
@@ -174,7 +181,7 @@ def write_table(rows: Sequence[Row], path: Path, times: Sequence[Row] = ()) -> N
             f"## {facts['model']}, {text}, preset {preset}",
             "",
             f"Dense: {spread_of(untuned) if untuned else '-'} before, {spread_of(dense)} after "
-            f"{max(int(r['trained_tokens']) for r in here):,} tokens. Groups of {facts['group_size']}; "
+            f"{max(int(r['trained_tokens']) for r in here):,} tokens. {_groups(here)}; "
             f"{seeds}; torch {facts['torch']}; {facts['machine']}.",
             "",
             *_equal_sparsity(by, preset, text, older),

@@ -191,6 +191,14 @@ def test_the_table_shows_spread_over_seeds_and_what_was_not_measured(tmp_path: P
     assert "| cats | not measured | x2.000 [80.0%] |" in table
 
 
+def test_the_table_names_methods_of_another_group_size(tmp_path: Path) -> None:
+    rows = [made("dense", 0, 10, 1), made("lte", 0.5, 11, 0.5)]
+    rows.append({**made("lte-proxy", 0.5, 10.2, 0.6), "group_size": "1"})
+    write_table(rows, tmp_path / "t.md")
+    usual = rows[0]["group_size"]
+    assert f"tokens. Groups of {usual}, of 1 in lte-proxy; " in (tmp_path / "t.md").read_text()
+
+
 def test_the_table_says_which_cuts_were_placed_in_another_way(tmp_path: Path) -> None:
     rows = [made("dense", 0, 10, 1), made("lte", 0.5, 11, 0.5), made("lte+cuts", 0.5, 12, 0.5)]
     rows.append({**made("lte+cuts", 0.8, 13, 0.2), "cut_sample": "rows"})
