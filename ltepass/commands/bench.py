@@ -17,9 +17,10 @@ from ltepass.api import remove
 from ltepass.commands.decode_table import token_plot, token_tables
 from ltepass.commands.load import load
 from ltepass.errors import ConfigError
+from ltepass.exporting.decoder import is_gated
 from ltepass.measure import gguf_file, llama_cpp
 from ltepass.measure.records import append
-from ltepass.measure.sides import DTYPES, How, LlamaCpp, Quantised, Side, Transformers
+from ltepass.measure.sides import DTYPES, Exported, How, LlamaCpp, Quantised, Side, Transformers
 from ltepass.measure.text_blocks import token_blocks
 from ltepass.measure.token_speed import PREFILL_TOKENS, PROMPT_TOKENS, Text, bench_tokens
 from ltepass.routed.routed import is_transformed
@@ -35,7 +36,8 @@ BLOCK, BLOCKS = 512, 8  # tokens and number of blocks for the perplexity
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions:
     """Of `ltepass bench model`. sparsities: for the knob; none keeps the saved thresholds. against: another program;
-    formats: of the weights, there and here; none: as they were saved. gguf: a file of its own for llama.cpp.
+    formats: of the weights, there and here; none: as they were saved. gguf: a file of its own for llama.cpp. exported:
+    folders that `ltepass export` made of this model.
     threads: none takes torch's. tokenizer: where it lies; name: what the CSV calls the model."""
 
     tokens: int = 64
@@ -46,6 +48,7 @@ class BenchOptions:
     formats: tuple[str, ...] = ()
     threads: tuple[int, ...] = ()
     gguf: Path | None = None
+    exported: tuple[Path, ...] = ()
     tokenizer: str | None = None
     name: str | None = None
     device: str = "cpu"
@@ -112,6 +115,8 @@ def _sides(folder: str, options: BenchOptions) -> Iterator[list[Side]]:
         single = partial(load, folder, options.device, torch.float32)
         plain = Transformers(load=single, routed=False, lowered=True, how=how)
         sides += [replace(plain, quantised=QUANTISED[format]) for format in formats if format in QUANTISED]
+    saved = Transformers(load=partial(load, folder, options.device), routed=True)
+    sides += [Exported(folder=path, source=saved if is_gated(path) else None) for path in options.exported]
     with tempfile.TemporaryDirectory(prefix="ltepass-gguf-") as scratch:
         if options.against:
             sides += _under_llama_cpp(remove(model) if routed else model, formats, Path(scratch), options.gguf)

@@ -43,6 +43,11 @@ class ExportedDecoder:
         self.position = 0
 
     @property
+    def weights(self) -> list[Tensor]:
+        """What both graphs read."""
+        return list(self._weights.values())
+
+    @property
     def length(self) -> int:
         """Tokens that the cache holds."""
         return self.about.cache[4]
@@ -71,6 +76,11 @@ class ExportedDecoder:
             if token in self.about.eos or self.position == self.length:
                 return
             ids = [token]
+
+
+def is_gated(folder: Path) -> bool:
+    """Whether the folder's model has routers. Raises ExportError."""
+    return _about(folder).gated_bytes > 0
 
 
 def _about(folder: Path) -> About:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule, Node
 
 from ltepass.errors import ConfigError, ExportError, LoweredError
 from ltepass.exporting.ops_library import write_ops
@@ -26,8 +27,10 @@ from ltepass.kernels.cpu import build
 from ltepass.kernels.linear import FLOATS
 from ltepass.passes import EXPORT
 from ltepass.passes.capture.decoder_step import DecoderStep, capture_step
+from ltepass.passes.graph.node_kinds import op_name
 from ltepass.passes.graph.pipeline import GraphJob, Pass, run_passes
 from ltepass.passes.lower.lower_model import is_lowered, require_hard
+from ltepass.passes.lower.merge_linears import held
 from ltepass.passes.lower.quantise_linears import Format, QuantiseLinears
 from ltepass.passes.lower.why_not import is_ordinary
 from ltepass.routed.routed import Routed, is_transformed
@@ -47,7 +50,10 @@ DECODE, PREFILL, WEIGHTS, ABOUT = "decode.pt2", "prefill.pt2", "weights.pt", "de
 
 @dataclass(frozen=True, kw_only=True)
 class About:
-    """decoder.json. cache: its shape, [layers, 2, 1, kv_heads, length, size]. isa: what the kernels assume of a CPU."""
+    """decoder.json. cache: its shape, [layers, 2, 1, kv_heads, length, size]. isa: what the kernels assume of a CPU.
+
+    token_bytes: of weights that every token reads; gated_bytes: of those whose neurons are read where they are active.
+    """
 
     format: int
     ltepass: str
@@ -56,6 +62,10 @@ class About:
     cache: list[int]
     cache_dtype: str
     eos: list[int]
+    dtype: str
+    linears: str | None
+    token_bytes: int
+    gated_bytes: int
 
 
 def passes(linears: Format | None) -> tuple[Pass[GraphJob], ...]:
@@ -84,7 +94,7 @@ def export_model(
     for router, reason in job.notes.items():
         log.warning("export: %s: kept masked-dense: %s", router, reason)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(step, length, folder, _eos(language_model))
+    _write(step, folder, language_model, linears)
     return folder
 
 
@@ -112,8 +122,10 @@ def _checked(model: nn.Module, linears: Format | None, cache_dtype: torch.dtype 
     return model
 
 
-def _write(step: DecoderStep, length: int, folder: Path, eos: list[int]) -> None:
-    programs = {DECODE: _decode(step), PREFILL: _prefill(step, length)}
+def _write(step: DecoderStep, folder: Path, model: PreTrainedModel, linears: Format | None) -> None:
+    eos = _eos(model)
+    token_bytes, gated_bytes = _bytes_read(step.graph)
+    programs = {DECODE: _decode(step), PREFILL: _prefill(step)}
     metadata = {  # the same in words that a program in C++ reads without a parser
         "cache": " ".join(map(str, step.cache.shape)),
         "cache_dtype": str(SCALAR_TYPES[step.cache.dtype]),
@@ -131,8 +143,34 @@ def _write(step: DecoderStep, length: int, folder: Path, eos: list[int]) -> None
         cache=list(step.cache.shape),
         cache_dtype=str(step.cache.dtype).removeprefix("torch."),
         eos=eos,
+        dtype=str(model.dtype).removeprefix("torch."),
+        linears=linears,
+        token_bytes=token_bytes,
+        gated_bytes=gated_bytes,
     )
     (folder / ABOUT).write_text(json.dumps(asdict(about), indent=1) + "\n")
+
+
+def _bytes_read(graph: GraphModule) -> tuple[int, int]:
+    """Of weights: of all that a token reads whole, and of those that it reads an active neuron at a time."""
+    whole, gated = 0, 0
+    for leaf in graph.graph.find_nodes(op="get_attr"):
+        tensor = held(graph, leaf)
+        if any(_gathers(user, leaf) for user in leaf.users):
+            gated += tensor.nbytes
+        elif leaf.users:
+            row = any(op_name(user) == "embedding" for user in leaf.users)
+            whole += tensor[0].nbytes if row else tensor.nbytes
+    return whole, gated
+
+
+def _gathers(node: Node, leaf: Node) -> bool:
+    """Whether a sparse op reads those rows or columns of the leaf whose neurons are active."""
+    if op_name(node) not in ("routed_ffn", "routed_proxy_ffn"):
+        return False
+    assert isinstance(node.target, torch._ops.OpOverload), "one of our ops"
+    names = [argument.name for argument in node.target._schema.arguments]
+    return any(node.args[names.index(name)] is leaf for name in ("up", "gate", "down"))
 
 
 def _decode(step: DecoderStep) -> torch.export.ExportedProgram:
@@ -141,8 +179,8 @@ def _decode(step: DecoderStep) -> torch.export.ExportedProgram:
         return torch.export.export(step.graph, (ids[:, :1], position, cache), strict=False)
 
 
-def _prefill(step: DecoderStep, length: int) -> torch.export.ExportedProgram:
-    shapes = ({1: torch.export.Dim("tokens", min=2, max=length)}, None, None)
+def _prefill(step: DecoderStep) -> torch.export.ExportedProgram:
+    shapes = ({1: torch.export.Dim("tokens", min=2, max=step.cache.shape[4])}, None, None)
     with torch.no_grad():
         return torch.export.export(step.graph, step.inputs, dynamic_shapes=shapes, strict=False)
 

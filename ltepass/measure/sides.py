@@ -16,6 +16,7 @@ from torch import Tensor
 from ltepass.api import lower, remove, unlower
 from ltepass.config import Scope
 from ltepass.errors import ConfigError
+from ltepass.exporting.decoder import ExportedDecoder, greedy
 from ltepass.kernels.linear_reference import BLOCK
 from ltepass.kernels.read_pass import read_pass
 from ltepass.measure import gguf_file, llama_cpp, token_bytes
@@ -139,7 +140,7 @@ class _TransformersEngine:
 
     def facts(self, ids: Tensor, prompt_tokens: int, blocks: Tensor) -> Facts:
         model, ids = self._model, ids.to(self._model.device)
-        sparse = self._sparse(ids, prompt_tokens)
+        sparse = self.sparse(ids, prompt_tokens)
         plain = next(name for name, dtype in DTYPES.items() if dtype == model.dtype)
         format: str = self._side.quantised or plain
         return Facts(
@@ -152,7 +153,7 @@ class _TransformersEngine:
             **sparse,
         )
 
-    def _sparse(self, ids: Tensor, prompt_tokens: int) -> Sparse:
+    def sparse(self, ids: Tensor, prompt_tokens: int) -> Sparse:
         """What a model with routers adds; it is as before `lower` then, which computes the same."""
         if not is_transformed(self._model):
             return {}
@@ -177,6 +178,59 @@ def quantise(model: PreTrainedModel, weights: Quantised) -> None:
         "int4": partial(IntxWeightOnlyConfig, weight_dtype=torch.int4, granularity=PerGroup(BLOCK)),  # type: ignore[attr-defined]
     }
     quantize_(model, configs[weights]())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """A folder of `ltepass export`. source: the model that it was made of, where that has routers: how sparse it is."""
+
+    folder: Path
+    source: Transformers | None = None
+    name: str = "ltepass, exported"
+
+    def imports(self) -> None:
+        pass
+
+    def open(self, length: int) -> Engine:
+        return _ExportedEngine(self)
+
+
+class _ExportedEngine:
+    def __init__(self, side: Exported) -> None:
+        self._side, self._decoder = side, ExportedDecoder(side.folder)
+
+    def times(self, prompt: Tensor, tokens: Tensor) -> list[float]:
+        self._decoder.reset()
+        stamps = [time.perf_counter()]
+        for step in (prompt.tolist(), *([token] for token in tokens.tolist()[:-1])):
+            greedy(self._decoder(step))
+            stamps.append(time.perf_counter())
+        return [b - a for a, b in pairwise(stamps)]
+
+    def read_pass(self) -> tuple[int, float]:
+        start = time.perf_counter()
+        read_pass(self._decoder.weights)
+        return sum(tensor.nbytes for tensor in self._decoder.weights), time.perf_counter() - start
+
+    def facts(self, ids: Tensor, prompt_tokens: int, blocks: Tensor) -> Facts:
+        about, source = self._decoder.about, self._side.source
+        sparse: Sparse = {} if source is None else _TransformersEngine(source).sparse(ids, prompt_tokens)
+        plain = next(name for name, dtype in DTYPES.items() if str(dtype) == f"torch.{about.dtype}")
+        layers, _, _, heads, _, size = about.cache
+        return Facts(
+            how="exported, greedy",
+            format=plain if about.linears is None else f"{plain}, linears {about.linears}" if source else about.linears,
+            head=about.linears or plain,
+            weight_bytes=about.token_bytes + sparse.get("active", 1.0) * about.gated_bytes,
+            position_bytes=2 * layers * heads * size * self._decoder.cache.element_size(),
+            perplexity=perplexity_of(self._logits, blocks),
+            **sparse,
+        )
+
+    def _logits(self, ids: Tensor) -> Tensor:
+        """[T, vocab] of ids [T]: through the decode step, which a package has for one token at a time."""
+        self._decoder.reset()
+        return torch.stack([self._decoder([token]) for token in ids.tolist()])
 
 
 @dataclass(frozen=True, kw_only=True)

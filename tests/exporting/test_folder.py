@@ -21,6 +21,7 @@ import ltepass
 from ltepass.errors import ConfigError, ExportError
 from ltepass.exporting.decoder import ExportedDecoder
 from ltepass.kernels.cpu import build
+from ltepass.measure.records import TokenRecord, read
 from tests.child import ROOT, environment
 from tests.models.zoo import VOCAB, transformed
 
@@ -43,7 +44,7 @@ def exported(tmp_path_factory: Any) -> tuple[Path, Path, list[int]]:
     words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
     words.pre_tokenizer = WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(base / "saved")
-    command = ["export", base / "saved", base / "out", "--length", "32"]
+    command = ["export", base / "saved", base / "out", "--length", "128"]
     run(["-m", "ltepass", *command])
     return base / "saved", base / "out", expected
 
@@ -62,7 +63,7 @@ def text(ids: list[int]) -> str:
 def test_our_loop_says_what_generate_says_and_again_after_a_reset(exported: Any) -> None:
     _, folder, expected = exported
     decoder = ExportedDecoder(folder)
-    assert decoder.length == 32
+    assert decoder.length == 128
     for _ in range(2):
         assert list(decoder.generate(PROMPT, NEW)) == expected
     decoder.reset()
@@ -73,12 +74,12 @@ def test_our_loop_says_what_generate_says_and_again_after_a_reset(exported: Any)
 def test_a_full_cache_ends_it_and_more_is_refused(exported: Any) -> None:
     decoder = ExportedDecoder(exported[1])
     decoder.about = replace(decoder.about, eos=[])
-    assert len(list(decoder.generate(PROMPT, 1000))) == 32 - len(PROMPT) + 1
-    with pytest.raises(ExportError, match="1 tokens behind 32 of a cache of 32"):
+    assert len(list(decoder.generate(PROMPT, 1000))) == 128 - len(PROMPT) + 1
+    with pytest.raises(ExportError, match="1 tokens behind 128 of a cache of 128"):
         decoder([1])
     decoder.reset()
-    with pytest.raises(ExportError, match="33 tokens behind 0"):
-        decoder([1] * 33)
+    with pytest.raises(ExportError, match="129 tokens behind 0"):
+        decoder([1] * 129)
     with pytest.raises(ExportError, match="at least 1"):
         decoder([])
 
@@ -141,6 +142,20 @@ def test_what_is_no_folder_of_ours_is_refused(exported: Any, tmp_path: Path) -> 
     (tmp_path / "cut" / "weights.pt").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ExportError, match=r"weights\.pt cannot be read"):
         ExportedDecoder(tmp_path / "cut")
+
+
+def test_the_benchmark_times_it_beside_the_model_that_it_was_made_of(exported: Any, tmp_path: Path) -> None:
+    saved, folder, _ = exported
+    (tmp_path / "text").write_text(text([3 + (i * 7 + i // 9) % (VOCAB - 3) for i in range(100)]))
+    options = ["--tokens", "12", "--rounds", "1", "--threads", "1", "--out", tmp_path / "rows.csv"]
+    run(["-m", "ltepass", "bench", "model", saved, tmp_path / "text", "--exported", folder, *options])
+    rows = {row.side: row for row in read(tmp_path / "rows.csv", TokenRecord)}
+    ours, eager = rows["ltepass, exported"], rows["ltepass"]
+    assert (ours.format, ours.head, ours.sparsity, ours.group_size) == ("F32", "F32", 0.5, eager.group_size)
+    assert ours.perplexity == pytest.approx(eager.perplexity, rel=1e-3)
+    assert ours.weight_mb == pytest.approx(eager.weight_mb, rel=0.01), "counted in the graph, and in the modules"
+    assert ours.kv_mb == pytest.approx(eager.kv_mb)
+    assert 0 < ours.ms < eager.ms
 
 
 def test_another_sparsity_of_an_exported_folder_is_refused(exported: Any) -> None:
