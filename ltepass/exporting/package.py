@@ -124,7 +124,7 @@ def _checked(model: nn.Module, linears: Format | None, cache_dtype: torch.dtype 
 
 def _write(step: DecoderStep, folder: Path, model: PreTrainedModel, linears: Format | None) -> None:
     eos = _eos(model)
-    token_bytes, gated_bytes = _bytes_read(step.graph)
+    token_bytes, gated_bytes = bytes_read(step.graph)
     programs = {DECODE: _decode(step), PREFILL: _prefill(step)}
     metadata = {  # the same in words that a program in C++ reads without a parser
         "cache": " ".join(map(str, step.cache.shape)),
@@ -151,7 +151,7 @@ def _write(step: DecoderStep, folder: Path, model: PreTrainedModel, linears: For
     (folder / ABOUT).write_text(json.dumps(asdict(about), indent=1) + "\n")
 
 
-def _bytes_read(graph: GraphModule) -> tuple[int, int]:
+def bytes_read(graph: GraphModule) -> tuple[int, int]:
     """Of weights: of all that a token reads whole, and of those that it reads an active neuron at a time."""
     whole, gated = 0, 0
     for leaf in graph.graph.find_nodes(op="get_attr"):
@@ -159,7 +159,7 @@ def _bytes_read(graph: GraphModule) -> tuple[int, int]:
         if any(_gathers(user, leaf) for user in leaf.users):
             gated += tensor.nbytes
         elif leaf.users:
-            row = any(op_name(user) == "embedding" for user in leaf.users)
+            row = all(op_name(user) == "embedding" for user in leaf.users)  # else it is the head's too
             whole += tensor[0].nbytes if row else tensor.nbytes
     return whole, gated
 

@@ -11,7 +11,10 @@ from torch import Tensor
 
 import ltepass
 from ltepass.errors import ConfigError, ExportError, LoweredError, LoweringError, LTEError
+from ltepass.exporting.package import bytes_read, passes
+from ltepass.measure import token_bytes
 from ltepass.passes.capture.decoder_step import capture_step
+from ltepass.passes.graph.pipeline import GraphJob, run_passes
 from tests.models.zoo import VOCAB, build, llama, transformed
 
 SMALL = {"vocab_size": VOCAB, "hidden_size": 24, "num_hidden_layers": 2, "intermediate_size": 60}
@@ -74,6 +77,19 @@ def test_the_step_computes_the_models_logits(name: str) -> None:
     ends = torch.tensor([6, 7, 8, 12, 13, 14, 15])
     tolerance = 3e-2 if model.dtype == torch.bfloat16 else 1e-4
     assert torch.allclose(torch.stack(got), expected[ends], atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+def test_bytes_counted_in_the_graph_are_those_counted_in_the_modules(tied: bool, gated: bool) -> None:
+    model: Any = transformed("llama", tie_word_embeddings=tied) if gated else llama(tie_word_embeddings=tied).eval()
+    step = capture_step(model, length=16)
+    run_passes(passes(None), GraphJob(step.graph))
+    whole, by_neuron = bytes_read(step.graph)
+    rotary = model.get_submodule("model.rotary_emb").get_buffer("inv_freq").nbytes
+    thresholds = 2 * 4 if gated else 0  # no parameters either
+    assert whole + by_neuron - rotary - thresholds == token_bytes.weights_read(model)
+    assert by_neuron == (2 * 3 * 60 * 24 * 4 if gated else 0)
 
 
 def test_a_cache_of_fewer_bits_is_near() -> None:
