@@ -9,11 +9,15 @@ from ltepass.commands.decode_table import threads_of
 from ltepass.measure.records import TokenRecord
 
 NOT_MEASURED = "not measured"
-OURS = ("ltepass", "transformers")
+OURS = ("ltepass, dense", "ltepass", "ltepass, exported")
+THEIRS = {"int8": "Q8_0", "int4": "Q4_0", "int4_minimum": "Q4_1"}  # llama.cpp's format of as many bits
 # Of ours, by format and sparsity: share of the byte ideal, and llama.cpp's dense token in the same format over it.
 TARGETS = {
     ("F32", 0.0): (0.75, 1.15),
     ("BF16", 0.0): (0.70, 1.15),
+    ("int8", 0.0): (0.50, 1.15),
+    ("int4", 0.0): (0.40, 1.15),
+    ("int4_minimum", 0.0): (0.40, 1.15),
     ("F32", 0.5): (0.70, 1.4),
     ("BF16", 0.5): (0.60, 1.4),
     ("F32", 0.8): (0.60, 1.7),
@@ -59,7 +63,8 @@ def _table(run: Sequence[TokenRecord]) -> str:
 
 def _cells(row: TokenRecord, run: Sequence[TokenRecord]) -> tuple[str, ...]:
     share, over = TARGETS.get((row.format, row.sparsity), (None, None)) if row.side in OURS else (None, None)
-    theirs = next((r.ms for r in run if r.side == "llama.cpp" and r.format == row.format), None)
+    format = THEIRS.get(row.format, row.format)
+    theirs = next((r.ms for r in run if r.side == "llama.cpp" and r.format == format), None)
     sparse = f"{row.sparsity:.0%} ({row.router}, experts of {row.group_size})" if row.router else "-"
     return (
         row.side,

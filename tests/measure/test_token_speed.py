@@ -151,7 +151,10 @@ def test_the_page_sets_our_rows_beside_llama_cpps_in_the_same_format(calls: list
     ours = replace(ours, sparsity=0.5, router="linear", group_size=8)
     theirs = replace(dense, side="llama.cpp", ms=3.0)
     old = replace(ours, run="2020", ms=99.0)
-    shown = token_table.markdown([old, dense, ours, theirs]).splitlines()
+    lowered = replace(dense, side="ltepass, dense")
+    bytes_ours = replace(dense, side="ltepass, exported", format="int8", ms=2.0)
+    bytes_theirs = replace(theirs, format="Q8_0", ms=2.5)
+    shown = token_table.markdown([old, dense, lowered, ours, bytes_ours, theirs, bytes_theirs]).splitlines()
     ours_row, theirs_row = (
         next(line for line in shown if line.startswith(f"| {s} |")) for s in ("ltepass", "llama.cpp")
     )
@@ -159,7 +162,9 @@ def test_the_page_sets_our_rows_beside_llama_cpps_in_the_same_format(calls: list
     assert "| 0.87 (0.7) | 3.00x (1.4) |" in ours_row
     assert "| 0.22 | - |" in theirs_row
     assert "99.00" not in "".join(shown)
-    assert "0.75x (1.15)" in next(line for line in shown if line.startswith("| transformers |"))
+    assert "0.75x (1.15)" in next(line for line in shown if line.startswith("| ltepass, dense |"))
+    assert "1.25x (1.15)" in next(line for line in shown if line.startswith("| ltepass, exported |"))
+    assert "(1.15)" not in next(line for line in shown if line.startswith("| transformers |")), "it is not ours"
 
 
 def test_the_plot_has_a_bar_a_row(calls: list[str]) -> None:
