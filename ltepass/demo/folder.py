@@ -24,7 +24,7 @@ class DemoOptions:
     model: Literal["smollm2", "tiny"] = "smollm2"
     target_sparsity: float = 0.5
     steps: int | None = None
-    router: RouterKind = "proxy"
+    router: RouterKind = "linear"
     seed: int = 0
     device: str = "cpu"
 
