@@ -34,7 +34,7 @@ SECONDS = 525  # for all stages
 SUITE = (
     ("tests/kernels", "tests/gpu", "tests/measure"),
     ("tests/models",),
-    ("tests/passes", "tests/properties"),
+    ("tests/passes", "tests/properties", "tests/exporting"),
     ("tests/training",),
     tuple(sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_*.py"))),
 )
