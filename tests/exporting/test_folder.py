@@ -144,6 +144,7 @@ def test_what_is_no_folder_of_ours_is_refused(exported: Any, tmp_path: Path) -> 
         ExportedDecoder(tmp_path / "cut")
 
 
+@pytest.mark.slow  # a process for each side, a minute in all; test_step.py counts the same bytes
 def test_the_benchmark_times_it_beside_the_model_that_it_was_made_of(exported: Any, tmp_path: Path) -> None:
     saved, folder, _ = exported
     (tmp_path / "text").write_text(text([3 + (i * 7 + i // 9) % (VOCAB - 3) for i in range(100)]))
