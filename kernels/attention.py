@@ -10,12 +10,14 @@ first. Only the keys that the tokens see are read, however long the cache is. Fo
 # (torch leaves Library.impl untyped)
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 -- the name everybody uses
 
 from ltepass.errors import LTEError
-from ltepass.kernels.cpu import build
+from ltepass.kernels.dispatch import any_device
 from ltepass.kernels.linear import FLOATS, words
 
 _library = torch.library.Library("ltepass", "FRAGMENT")
@@ -28,7 +30,14 @@ _op = torch.ops.ltepass.cached_attention.default
 
 
 def check(
-    q: Tensor, k: Tensor, v: Tensor, cache: Tensor, layer: int, position: Tensor, window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: Tensor,
+    layer: int,
+    position: Tensor,
+    scale: float,
+    window: int | None = None,
 ) -> None:
     """What no path can make sense of; the C++ kernel makes the same checks itself."""
     if q.dim() != 4 or q.dtype not in FLOATS:
@@ -70,7 +79,7 @@ def definition(
     """What the op means. q [batch, heads, tokens, size], k and v the same with kv_heads, all of the tokens at
     `position` and behind it; returns [batch, tokens, heads, size].
     """
-    check(q, k, v, cache, layer, position, window)
+    check(q, k, v, cache, layer, position, scale, window)
     first, tokens = int(position), q.shape[2]
     end = first + tokens
     if first < 0 or end > cache.shape[4]:
@@ -85,36 +94,11 @@ def definition(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale).transpose(1, 2).contiguous()
 
 
-def _any_device(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cache: Tensor,
-    layer: int,
-    position: Tensor,
-    scale: float,
-    window: int | None = None,
-) -> Tensor:
-    # A successful load has registered the C++ kernel under a key that outranks this one: call again.
-    if q.device.type == "cpu" and build.load():
-        return _op(q, k, v, cache, layer, position, scale, window)  # type: ignore[no-any-return]
-    return definition(q, k, v, cache, layer, position, scale, window)
-
-
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cache: Tensor,
-    layer: int,
-    position: Tensor,
-    scale: float,
-    window: int | None = None,
-) -> Tensor:
-    check(q, k, v, cache, layer, position, window)
+def _fake(q: Tensor, *others: Any) -> Tensor:
+    check(q, *others)
     batch, heads, tokens, size = q.shape
     return q.new_empty((batch, tokens, heads, size))
 
 
-_library.impl("cached_attention", _any_device, "CompositeExplicitAutograd")
+_library.impl("cached_attention", any_device(_op, definition), "CompositeExplicitAutograd")
 torch.library.register_fake("ltepass::cached_attention", _fake, lib=_library)

@@ -58,3 +58,16 @@ def asks_for_gradients() -> bool:
 def seen_by_others(x: object) -> bool:
     """Whether gradients, a compiler, a tracer or a dispatch mode may look on: they are to see the public op."""
     return asks_for_gradients() or is_compiling() or type(x) is not Tensor or bool(_len_torch_dispatch_stack())
+
+
+def without_a_frame(name: str) -> Callable[..., Tensor]:
+    """An op of ours as a lowered module calls it: where nothing can ask for a gradient, the Python frame of its
+    autograd rule is passed by. Compilers, tracers and dispatch modes see the public op.
+    """
+    # Looked up once: reading weights pushes code out of the caches, and each step of a call then waits for memory.
+    public, no_grad = getattr(torch.ops.ltepass, name).default, getattr(torch.ops.ltepass, f"_{name}_no_grad").default
+
+    def call(*args: Tensor | None) -> Tensor:
+        return public(*args) if seen_by_others(args[0]) else no_grad(*args)  # type: ignore[no-any-return]
+
+    return call

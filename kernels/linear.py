@@ -2,7 +2,7 @@
 the formats and the definitions. Importing this registers the ops and builds nothing.
 
 The C++ kernels register themselves for CPU when they are loaded, on the first CPU call; until then, without a compiler,
-and on any other device, calls land in `_any_device` below.
+and on any other device, calls land in `_definition` below.
 """
 
 # mypy: disable-error-code="no-untyped-call"
@@ -22,7 +22,7 @@ from ltepass.kernels import (
     linear_reference,
     routed_ffn,  # noqa: F401 -- one object holds the kernels of both: each finds its op defined
 )
-from ltepass.kernels.cpu import build
+from ltepass.kernels.dispatch import any_device, vmap_over_x
 from ltepass.kernels.linear_reference import BLOCK, HALF
 
 # Arguments, and the place of the bias among them.
@@ -105,11 +105,8 @@ _DENSE: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _any_device(name: str, op: torch._ops.OpOverload) -> Callable[..., Tensor]:
+def _definition(name: str) -> Callable[..., Tensor]:
     def call(x: Tensor, *weights: Tensor | None) -> Tensor:
-        # A successful load has registered the C++ kernel under a key that outranks this one: call again.
-        if x.device.type == "cpu" and build.load():
-            return op(x, *weights)  # type: ignore[no-any-return]
         _CHECKS[name](x, *weights)
         return _DEFINITIONS[name](x, *weights)
 
@@ -120,17 +117,6 @@ def _fake(name: str) -> Callable[..., Tensor]:
     def call(x: Tensor, weight: Tensor, *others: Tensor | None) -> Tensor:
         _CHECKS[name](x, weight, *others)
         return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-    return call
-
-
-def _vmap(name: str, op: torch._ops.OpOverload) -> Callable[..., tuple[Tensor, int]]:
-    def call(info: object, in_dims: tuple[int | None, ...], x: Tensor, *weights: Tensor | None) -> tuple[Tensor, int]:
-        if in_dims[0] is None or any(d is not None for d in in_dims[1:]):
-            raise NotImplementedError(
-                f"vmap over the weights of ltepass::{name}; expected only x to be batched, every other in_dim None"
-            )
-        return op(x.movedim(in_dims[0], 0), *weights), 0
 
     return call
 
@@ -175,9 +161,9 @@ def _register() -> None:
         for full in (name, f"_{name}_no_grad"):
             _library.define(f"{full}{schema} -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
             op = getattr(torch.ops.ltepass, full).default
-            _library.impl(full, _any_device(name, op), "CompositeExplicitAutograd")
+            _library.impl(full, any_device(op, _definition(name)), "CompositeExplicitAutograd")
             torch.library.register_fake(f"ltepass::{full}", _fake(name), lib=_library)
-            torch.library.register_vmap(f"ltepass::{full}", _vmap(name, op), lib=_library)
+            torch.library.register_vmap(f"ltepass::{full}", vmap_over_x(op), lib=_library)
         public = getattr(torch.ops.ltepass, name).default
         rule = autograd.rule(public, _function(name, bias_at), "torch.nn.functional.linear")
         _library.impl(name, rule, "Autograd", with_keyset=True)
@@ -187,19 +173,6 @@ def _register() -> None:
 _register()
 
 
-def _without_a_frame(name: str) -> Callable[..., Tensor]:
-    """The op as a lowered module calls it: where nothing can ask for a gradient, the Python frame of its autograd rule
-    is passed by. Compilers, tracers and dispatch modes see the public op.
-    """
-    # Looked up once: reading weights pushes code out of the caches, and each step of a call then waits for memory.
-    public, no_grad = getattr(torch.ops.ltepass, name).default, getattr(torch.ops.ltepass, f"_{name}_no_grad").default
-
-    def call(*args: Tensor | None) -> Tensor:
-        return public(*args) if autograd.seen_by_others(args[0]) else no_grad(*args)  # type: ignore[no-any-return]
-
-    return call
-
-
-linear = _without_a_frame("linear")
-linear_int8 = _without_a_frame("linear_int8")
-linear_int4 = _without_a_frame("linear_int4")
+linear = autograd.without_a_frame("linear")
+linear_int8 = autograd.without_a_frame("linear_int8")
+linear_int4 = autograd.without_a_frame("linear_int4")

@@ -16,7 +16,7 @@ from torch import Tensor
 from ltepass.errors import LTEError
 from ltepass.kernels import autograd, proxy_reference, reference
 from ltepass.kernels.autograd import Args
-from ltepass.kernels.cpu import build
+from ltepass.kernels.dispatch import any_device, vmap_over_x
 from ltepass.kernels.linear import words
 from ltepass.kernels.linear_reference import HALF
 from ltepass.kernels.proxy_reference import Proxy
@@ -79,24 +79,13 @@ def checked(args: Args) -> Call:
     return c
 
 
-def _any_device(x: Tensor, *router: object) -> Tensor:
-    # A successful load has registered the C++ kernel under a key that outranks this one: call again.
-    if x.device.type == "cpu" and build.load():
-        return torch.ops.ltepass.proxy_scores(x, *router)  # type: ignore[no-any-return]
-    return proxy_reference.scores(*checked((x, *router)))
+def _definition(*args: object) -> Tensor:
+    return proxy_reference.scores(*checked(args))
 
 
 def _fake(*args: object) -> Tensor:
     c = checked(args)
     return c.x.new_empty((*c.x.shape[:-1], c.weight.shape[0]), dtype=torch.float32)
-
-
-def _vmap(info: object, in_dims: tuple[int | None, ...], x: Tensor, *router: object) -> tuple[Tensor, int]:
-    if in_dims[0] is None or any(d is not None for d in in_dims[1:]):
-        raise NotImplementedError(
-            "vmap over the router of ltepass::proxy_scores; expected only x to be batched, every other in_dim None"
-        )
-    return torch.ops.ltepass.proxy_scores(x.movedim(in_dims[0], 0), *router), 0
 
 
 class _Scores(torch.autograd.Function):
@@ -126,11 +115,11 @@ class _Scores(torch.autograd.Function):
 
 def _register() -> None:
     op = torch.ops.ltepass.proxy_scores.default
-    _library.impl("proxy_scores", _any_device, "CompositeExplicitAutograd")
+    _library.impl("proxy_scores", any_device(op, _definition), "CompositeExplicitAutograd")
     rule = autograd.rule(op, _Scores, "ltepass.kernels.proxy_reference.scores")
     _library.impl("proxy_scores", rule, "Autograd", with_keyset=True)
     torch.library.register_fake("ltepass::proxy_scores", _fake, lib=_library)
-    torch.library.register_vmap("ltepass::proxy_scores", _vmap, lib=_library)
+    torch.library.register_vmap("ltepass::proxy_scores", vmap_over_x(op), lib=_library)
 
 
 _register()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ltepass.kernels.cpu import build
+from ltepass.kernels.cpu import loading
 
 _library = torch.library.Library("ltepass", "FRAGMENT")
 _library.define("_read_pass(Tensor[] buffers) -> int")
@@ -18,7 +18,7 @@ def read_pass(buffers: Sequence[Tensor]) -> None:
 
     Where there is no compiled kernel, and on another device, torch's sum does it, at a few microseconds a tensor.
     """
-    if all(tensor.is_cpu for tensor in buffers) and build.load():
+    if all(tensor.is_cpu for tensor in buffers) and loading.load():
         torch.ops.ltepass._read_pass(list(buffers))
         return
     for tensor in buffers:

@@ -87,8 +87,8 @@ def test_a_wheel_built_beside_torch_brings_the_kernel_along(source: Path, tmp_pa
     shutil.unpack_archive(wheel, target, "zip")
     code = (
         f"import site, sys; site.addsitedir({str(target)!r}); sys.path.append({SITE!r})\n"
-        "from ltepass.kernels.cpu import build as k; import ltepass.kernels.routed_ffn\n"
-        "print(k.load(), k._prebuilt() is not None, k.__file__)"
+        "from ltepass.kernels.cpu import loading; import ltepass.kernels.routed_ffn\n"
+        "print(loading.load(), loading._prebuilt() is not None, loading.__file__)"
     )
     out = run(code, cwd=tmp_path, flags=("-S",), CXX="/does/not/exist", LTEPASS_CACHE_DIR=str(tmp_path / "cache"))
     assert out.split()[:2] == ["True", "True"]
@@ -106,8 +106,8 @@ def test_the_wheel_holds_nothing_of_the_workshop_and_all_that_runs(source: Path,
         assert not [name for name in names if word in name], word
     code = (
         f"import site, sys; site.addsitedir({str(target)!r}); sys.path.append({SITE!r})\n"
-        "from ltepass.kernels.cpu import build; from ltepass.kernels.gpu import tuning\n"
-        "print(build._prebuilt() is None and build.load(), tuning.TABLE.exists(), build.__file__)"
+        "from ltepass.kernels.cpu import loading; from ltepass.kernels.gpu import tuning\n"
+        "print(loading._prebuilt() is None and loading.load(), tuning.TABLE.exists(), loading.__file__)"
     )
     out = run(code, cwd=tmp_path, flags=("-S",), LTEPASS_CACHE_DIR=str(tmp_path / "cache"))
     assert out.split()[:2] == ["True", "True"]

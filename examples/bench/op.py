@@ -15,9 +15,9 @@ from examples.bench import ways
 from examples.bench.op_cases import CALL, CASES, SPARSITIES, Case
 from examples.bench.table import describe, op_table
 from examples.bench.ways import Shape
-from ltepass.cli import run_command
+from ltepass.cli.running import run_command
 from ltepass.errors import ConfigError
-from ltepass.kernels import routed_ffn
+from ltepass.kernels.cpu.which_path import which_path
 from ltepass.measure.machine import gemm_rate
 from ltepass.measure.records import Environment, OpRecord, append, read
 from ltepass.measure.timing import Contender, copies_needed, interleaved, plain_reads
@@ -89,7 +89,7 @@ def _measure(case: Case, seconds: float, min_repeats: int, sparsities: Sequence[
     bandwidth = size / min(taken[READ, way].median for way in reads)
     environment = Environment.here(run, bandwidth=bandwidth, flops=max(before, gemm_rate()))
     timings = {key: taken[key] for key in contenders}
-    path = routed_ffn.which_path(shape.tokens, shape.d_model, shape.d_ff, shape.n_experts, shape.dtype)
+    path = which_path(shape.tokens, shape.d_model, shape.d_ff, shape.n_experts, shape.dtype)
     records = []
     for (name, sparsity), timing in timings.items():
         routed = name == ROUTED

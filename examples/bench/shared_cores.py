@@ -26,7 +26,9 @@ import torch
 from ltepass.measure import gguf_file
 from ltepass.measure.processes import Seat, Worker, workers
 from ltepass.measure.records import Environment, append
-from ltepass.measure.sides import LlamaCpp, Side, Transformers
+from ltepass.measure.sides.llama_cpp_side import LlamaCpp
+from ltepass.measure.sides.side import Side
+from ltepass.measure.sides.transformers_side import Transformers
 from ltepass.measure.timing import Timing
 from ltepass.measure.token_speed import COLD
 

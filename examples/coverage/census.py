@@ -22,7 +22,7 @@ import typer
 
 from examples.coverage.examine import Example, Row, examine
 from examples.coverage.known_reasons import CHECKS, NO_DENSE_FFN, NOT_BUILT, PARTS, UNFOUND
-from ltepass.cli import run_command
+from ltepass.cli.running import run_command
 from ltepass.errors import ConfigError
 
 TIMEOUT_S = 180.0

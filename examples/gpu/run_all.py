@@ -130,7 +130,7 @@ def check(run: Run) -> dict[str, subprocess.Popen[str]]:
     Returns the suite, which goes on behind the rest, on the CPU at low priority: what is timed later are CUDA graphs.
     """
     run.stage("entry_points", [sys.executable, "setup.py", "-q", "egg_info"], 60)  # where torch.compile finds "lte"
-    build = "from ltepass.kernels.cpu import build as k; ok = k.load(); print('C++ op:', ok); assert ok"
+    build = "from ltepass.kernels.cpu import loading as k; ok = k.load(); print('C++ op:', ok); assert ok"
     run.stage("build", [sys.executable, "-c", build], 100)
     no_gpu = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"}
     suite = {}

@@ -1,13 +1,13 @@
-"""Builds and loads the C++ kernel: with g++ alone, on the first CPU call, once per source, ISA and torch version.
+"""Builds the C++ kernel: with g++ alone, one object per source, ISA and torch version. `loading.py` asks for it.
 
 A wheel may carry objects built ahead (`python -m ltepass.kernels.cpu.build DIR`, DIR = kernels/prebuilt); they go
-through the stable ABI of torch 2.11, so one object serves every later torch.
+through the stable ABI of torch 2.11, so one object serves every later torch. setup.py runs this file before there is a
+package: it imports nothing of ours.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import hashlib
 import os
 import platform
@@ -16,11 +16,8 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import threading
-import warnings
 from functools import cache
 from pathlib import Path
-from typing import IO
 
 import torch
 
@@ -28,14 +25,21 @@ HERE = Path(__file__).resolve().parent
 SOURCES = ("routed_ffn_cpu.cpp", "linear_cpu.cpp", "attention_cpu.cpp", "pool.cpp")
 HEADERS = (
     "simd.h",
+    "element_types.h",
+    "activations.h",
     "problem.h",
     "tensors.h",
     "pool.h",
+    "rows.h",
     "decode.h",
+    "operands.h",
     "gemm.h",
+    "chunk.h",
     "batch.h",
+    "dense.h",
     "linear.h",
     "attention.h",
+    "quantised_inputs.h",
     "quantised.h",
     "read_pass.h",
     "proxy.h",
@@ -54,8 +58,6 @@ X86_LEVELS = {
 DIGEST = hashlib.sha256().digest_size  # bytes behind an object, see `_seal`
 BUILD_SECONDS = 180  # 25 on an idle core
 KNOWN_TO_WORK = "a g++ of version 11 or later is known to work"
-_lock = threading.Lock()
-_loaded: bool | None = None  # None before the first try
 
 
 class UnavailableError(Exception):
@@ -117,12 +119,6 @@ def flags(march: str) -> list[str]:
     ]
 
 
-def cache_dir() -> Path:
-    from ltepass import cache  # not above: setup.py runs this file before there is a package
-
-    return cache.root()
-
-
 def object_name(march: str) -> str:
     """Changes with the source, the flags, the ISA and the torch version, so that a stale object is never loaded."""
     return f"routed_ffn_{march}_{_digest(march, torch.__version__)}.so"
@@ -138,11 +134,6 @@ def _digest(march: str, *more: str) -> str:
     for name in (*SOURCES, *HEADERS):
         digest.update((HERE / name).read_bytes())
     return digest.hexdigest()[:16]
-
-
-def object_path() -> Path:
-    """The object that `load` has loaded, or would."""
-    return _prebuilt() or cache_dir() / object_name(isa())
 
 
 def build(march: str, target: Path) -> None:
@@ -204,120 +195,6 @@ def _seal(path: Path) -> None:
     with path.open("ab") as file:
         file.write(hashlib.sha256(content).digest())
     path.chmod(0o755)  # whatever the umask: others may read it, and not write
-
-
-def loaded() -> bool:
-    """Whether this process has the kernel, and may have run it."""
-    return bool(_loaded)
-
-
-def load() -> bool:
-    """Loads the kernel, building it where needed; True once it is registered. Tries once per process."""
-    global _loaded
-    if _loaded is None:
-        with _lock:
-            if _loaded is None:
-                try:
-                    _loaded = _load_prebuilt() or _load_built()
-                except Warning:  # where warnings are errors, one is enough
-                    _loaded = False
-                    raise
-    return _loaded
-
-
-def _prebuilt() -> Path | None:
-    """The object that a wheel brought along, where it fits source and machine."""
-    path = HERE / "prebuilt" / prebuilt_name(isa())
-    return path if path.exists() else None
-
-
-def _load_prebuilt() -> bool:
-    try:
-        path = _prebuilt()
-        if path is not None:
-            with path.open("rb") as file:
-                _load(file)
-    except (OSError, UnavailableError):  # linked with the OpenMP of another build of torch: this machine builds its own
-        return False
-    return path is not None
-
-
-def _load_built() -> bool:
-    """Loads the object of this machine's cache, built where it is not there yet or is no good; else a warning."""
-    from ltepass.errors import CacheError
-
-    try:
-        _load_or_build()
-    except (CacheError, UnavailableError) as error:
-        return _warn(str(error))
-    except OSError as error:
-        return _warn(f"the cache cannot be used ({error}); set LTEPASS_CACHE_DIR to a folder that can be")
-    return True
-
-
-def _load_or_build() -> None:
-    from ltepass import cache
-
-    folder = cache_dir()
-    cache.private(folder)
-    target = folder / object_name(isa())
-    if _why_not(target) is None:
-        return
-    with cache.one_at_a_time(folder, BUILD_SECONDS):
-        if _why_not(target) is None:  # another process has built it meanwhile
-            return
-        build(isa(), target)
-        if reason := _why_not(target):
-            raise UnavailableError(
-                f"the object that was just built cannot be loaded ({reason}); set LTEPASS_CACHE_DIR to a folder where "
-                f"programs may run, or CXX to another compiler; {KNOWN_TO_WORK}"
-            )
-
-
-def _why_not(path: Path) -> Exception | None:
-    """Loads an object of the cache; what is wrong with it, or None."""
-    from ltepass import cache
-    from ltepass.errors import CacheError
-
-    try:
-        with cache.opened(path) as file:
-            _load(file)
-    except (CacheError, OSError) as error:
-        return error
-    return None
-
-
-def _load(file: IO[bytes]) -> None:
-    """Loads a whole object and sees that it is our kernel; OSError."""
-    whole = file.read()
-    if hashlib.sha256(whole[:-DIGEST]).digest() != whole[-DIGEST:]:
-        raise OSError(f"{file.name} was cut short or changed")
-    through = Path(f"/proc/self/fd/{file.fileno()}")  # the file that was read, whatever has its name by now
-    ctypes.CDLL(str(through) if through.exists() else file.name)
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("ltepass::routed_ffn", "CPU"):
-        raise OSError(f"{file.name} holds no kernel")
-
-
-def _warn(reason: str) -> bool:
-    warnings.warn(
-        f"ltepass computes sparse FFNs on the CPU in plain PyTorch (exact, not faster than dense): {reason}",
-        UserWarning,
-        stacklevel=2,
-    )
-    return False
-
-
-def which_path(T: int, d_model: int, d_ff: int, n_experts: int, dtype: torch.dtype) -> str:
-    """In words, what a call of T tokens does; the active share, known during the call, decides the rest."""
-    if not load():
-        return "masked dense (PyTorch)"
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"masked dense (PyTorch): no kernel for {str(dtype).removeprefix('torch.')}"
-    if T == 1:
-        return f"C++ {isa()}: active neurons only"
-    share = torch.ops.ltepass._dense_above(torch.empty(0, dtype=dtype), T, d_ff // n_experts)
-    dense = f", dense and mask above {share:.0%} active" if share < 1 else ""
-    return f"C++ {isa()}: per expert, its own tokens{dense}"
 
 
 def main() -> None:

@@ -8,7 +8,8 @@
 #include <numeric>
 #include <vector>
 
-#include "simd.h"
+#include "activations.h"
+#include "element_types.h"
 
 namespace {
 

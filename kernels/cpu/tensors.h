@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "simd.h"
+#include "element_types.h"
 
 namespace {
 

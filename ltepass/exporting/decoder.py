@@ -13,7 +13,7 @@ from ltepass.errors import ExportError
 from ltepass.exporting.package import ABOUT, DECODE, FORMAT, PREFILL, About, weights
 from ltepass.kernels import attention as _attention  # noqa: F401 -- registers what the graphs call
 from ltepass.kernels import linear as _linear  # noqa: F401
-from ltepass.kernels.cpu import build
+from ltepass.kernels.cpu import build, loading
 
 Pick = Callable[[Tensor], int]  # logits [vocab] -> a token
 
@@ -32,7 +32,7 @@ class ExportedDecoder:
         from torch._inductor import aoti_load_package
 
         self.about = _about(folder)
-        if not build.load():
+        if not loading.load():
             raise ExportError("the CPU kernels could not be built (the warning says why), and a package needs them")
         self._weights = weights(folder)  # the graphs read them where they lie
         self._decode, self._prefill = (aoti_load_package(str(folder / name)) for name in (DECODE, PREFILL))

@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 
 from ltepass.errors import ExportError
-from ltepass.kernels.cpu import build
+from ltepass.kernels.cpu import build, loading
 
 OPS, KERNELS = "ops.so", "kernels.so"
 
 
 def write_ops(folder: Path) -> None:
     """Raises ExportError where the compiler fails."""
-    (folder / KERNELS).write_bytes(build.object_path().read_bytes())
+    (folder / KERNELS).write_bytes(loading.object_path().read_bytes())
     with tempfile.TemporaryDirectory() as made:
         source = Path(made) / "ops.cpp"
         source.write_text(_source())

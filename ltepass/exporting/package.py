@@ -23,14 +23,14 @@ from torch.fx import GraphModule, Node
 
 from ltepass.errors import ConfigError, ExportError, LoweredError
 from ltepass.exporting.ops_library import write_ops
-from ltepass.kernels.cpu import build
+from ltepass.kernels.cpu import build, loading
 from ltepass.kernels.linear import FLOATS
 from ltepass.passes import EXPORT
 from ltepass.passes.capture.decoder_step import DecoderStep, capture_step
+from ltepass.passes.graph.leaves import held
 from ltepass.passes.graph.node_kinds import op_name
 from ltepass.passes.graph.pipeline import GraphJob, Pass, run_passes
 from ltepass.passes.lower.lower_model import is_lowered, require_hard
-from ltepass.passes.lower.merge_linears import held
 from ltepass.passes.lower.quantise_linears import Format, QuantiseLinears
 from ltepass.passes.lower.why_not import is_ordinary
 from ltepass.routed.routed import Routed, is_transformed
@@ -87,7 +87,7 @@ def export_model(
         length = min(getattr(language_model.config.get_text_config(), "max_position_embeddings", MOST), MOST)
     if length < 2:
         raise ConfigError(f"length is {length}; expected at least 2 tokens")
-    if not build.load():
+    if not loading.load():
         raise ExportError("the CPU kernels could not be built (the warning says why), and a package needs them")
     step = capture_step(language_model, length, cache_dtype)
     job = run_passes(passes(linears), GraphJob(step.graph))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ltepass.errors import LTEError
 from ltepass.measure.machine import gemm_rate, resident
-from ltepass.measure.sides import Facts, Side
+from ltepass.measure.sides.side import Facts, Side
 
 REST = 0.02  # seconds
 PATIENCE = 10  # seconds that a process may take to end

@@ -13,7 +13,8 @@ from torch import Tensor
 from ltepass.errors import ConfigError
 from ltepass.measure.processes import Seat, Worker, workers
 from ltepass.measure.records import Environment, TokenRecord
-from ltepass.measure.sides import Facts, LlamaCpp, Side
+from ltepass.measure.sides.llama_cpp_side import LlamaCpp
+from ltepass.measure.sides.side import Facts, Side
 from ltepass.measure.timing import Timing
 
 PROMPT_TOKENS = 64

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
+from ltepass.passes.graph.leaves import add_leaf, held
 from ltepass.passes.graph.node_kinds import op_name
 from ltepass.passes.graph.pipeline import GraphJob, Tier
-from ltepass.passes.lower.merge_linears import add_leaf, held
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from ltepass.kernels.linear import FLOATS  # and registers the op that the pass emits
+from ltepass.passes.graph.leaves import parameters, transposed
 from ltepass.passes.graph.linears import Flow, Linear
 from ltepass.passes.graph.node_kinds import erase_upstream, is_gate, shape, strip_identity, tensor_inputs, value
 from ltepass.passes.graph.pipeline import GraphJob, Tier
-from ltepass.passes.lower.lower_routed_ffn import parameters, transposed
 from ltepass.passes.lower.why_not import is_ordinary
 
 
@@ -41,8 +41,13 @@ class LowerLinears:
             else:
                 left[reason] += 1
         job.gm.recompile()
-        reasons = "".join(f", {n} left: {reason}" for reason, n in left.items())
-        return f"{job.linears} linears lowered{reasons}" if job.linears else f"unchanged{reasons}"
+        return told(job.linears, "lowered", left)
+
+
+def told(done: int, how: str, left: Counter[str]) -> str:
+    """What a pass over the linears says: how many it changed, and how many it left for which reason."""
+    reasons = "".join(f", {n} left: {reason}" for reason, n in left.items())
+    return f"{done} linears {how}{reasons}" if done else f"unchanged{reasons}"
 
 
 def read(flow: Flow) -> list[tuple[Linear, str | None]]:
@@ -82,8 +87,14 @@ def _reads_weight_through_cast(flow: Flow, linear: Linear) -> bool:
 
 def _lower(flow: Flow, linear: Linear) -> None:
     with flow.gm.graph.inserting_before(linear.node):
-        weight = linear.weight if linear.out_dim == 0 else transposed(flow, linear.weight)
-        new = flow.gm.graph.call_function(torch.ops.ltepass.linear.default, (linear.x, weight, linear.bias))
+        weight = linear.weight if linear.out_dim == 0 else transposed(flow.gm, linear.weight)
+    put_op(flow.gm, linear, torch.ops.ltepass.linear.default, weight)
+
+
+def put_op(gm: GraphModule, linear: Linear, op: torch._ops.OpOverload, *weights: Node | None) -> None:
+    """An op of (x, its weights, the bias) in the place of a linear."""
+    with gm.graph.inserting_before(linear.node):
+        new = gm.graph.call_function(op, (linear.x, *weights, linear.bias))
         new.meta = dict(linear.node.meta)
     linear.node.replace_all_uses_with(new)
     erase_upstream(linear.node)

@@ -21,6 +21,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import Argument
 
 from ltepass.passes.find.match import Miss, Region, Rows, down_rows, match_down
+from ltepass.passes.graph.leaves import parameters, transposed
 from ltepass.passes.graph.linears import Flow
 from ltepass.passes.graph.node_kinds import (
     erase_upstream,
@@ -79,22 +80,6 @@ def router_path(gate: Node) -> str:
     return re.sub(r"^L\['\w+'\]\.?", "", stack[-1][0]) if stack else gate.name
 
 
-def parameters(gm: GraphModule) -> dict[Node, str]:
-    """Weights are what Dynamo lifted as parameters or buffers, and a GraphModule's own attributes."""
-    leaves = {}
-    for node in gm.graph.nodes:
-        v = value(node)
-        if node.op == "get_attr" and isinstance(v, torch.Tensor):
-            leaves[node] = str(node.target)
-        elif node.op == "placeholder" and isinstance(v, torch.Tensor) and _lifted(node, v):
-            leaves[node] = node.name
-    return leaves
-
-
-def _lifted(node: Node, v: torch.Tensor) -> bool:
-    return isinstance(v, torch.nn.Parameter) or "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
-
-
 @dataclass(frozen=True)
 class _Router:
     """What decides, the input that it reads, and the op that takes its operands."""
@@ -149,7 +134,7 @@ def _lower(flow: Flow, region: Region) -> str | None:
             operand(region.up.bias),
             operand(region.gate.rows) if region.gate else None,
             operand(region.gate.bias) if region.gate else None,
-            down.weight if down.out_dim == 0 else transposed(flow, down.weight),
+            down.weight if down.out_dim == 0 else transposed(flow.gm, down.weight),
             down.bias,
             region.activation,
             *cuts,
@@ -193,16 +178,9 @@ def _leaf(flow: Flow, node: Node | None) -> Node | None:
     return node if leaf is None else leaf[0]
 
 
-def transposed(flow: Flow, weight: Node) -> Node:
-    new = flow.gm.graph.call_function(torch.ops.aten.t.default, (weight,))
-    v = value(weight)
-    new.meta["example_value"] = v.t()
-    return new
-
-
 def _operand(flow: Flow, rows: Rows, d_ff: int) -> Node:
     """The leaf itself where all of it is wanted, else a view of it, neurons first."""
-    node = rows.leaf if rows.dim == 0 else transposed(flow, rows.leaf)
+    node = rows.leaf if rows.dim == 0 else transposed(flow.gm, rows.leaf)
     if is_whole(rows.step, shape(node)[0], d_ff):
         return node
     stop = rows.start + (d_ff - 1) * rows.step + 1

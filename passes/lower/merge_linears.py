@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from ltepass.passes.graph.leaves import add_leaf, held, parameters
 from ltepass.passes.graph.linears import Flow, Linear
 from ltepass.passes.graph.node_kinds import erase_upstream, value
 from ltepass.passes.graph.pipeline import GraphJob, Tier
 from ltepass.passes.lower.lower_linears import read
-from ltepass.passes.lower.lower_routed_ffn import parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,19 +68,3 @@ def _rows(gm: GraphModule, linear: Linear) -> Tensor:
 
 def _widened(y: Tensor, width: int) -> Tensor:
     return y.new_empty((*y.shape[:-1], width))
-
-
-def held(gm: GraphModule, node: Node) -> Tensor:
-    """What a graph's own leaf holds."""
-    path, _, attribute = str(node.target).rpartition(".")
-    tensor = getattr(gm.get_submodule(path), attribute)
-    assert isinstance(tensor, Tensor), f"{node} is a leaf"
-    return tensor.detach()
-
-
-def add_leaf(gm: GraphModule, name: str, tensor: Tensor) -> Node:
-    """A new buffer of the graph's module, and the node that reads it, where nodes are being inserted."""
-    gm.register_buffer(name, tensor)
-    node = gm.graph.get_attr(name)
-    node.meta["val"] = tensor
-    return node

@@ -20,12 +20,11 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ltepass.kernels.linear_reference import BLOCK, quantise_int4, quantise_int8
+from ltepass.passes.graph.leaves import add_leaf, held, parameters
 from ltepass.passes.graph.linears import Flow, Linear
-from ltepass.passes.graph.node_kinds import erase_upstream, shape
+from ltepass.passes.graph.node_kinds import shape
 from ltepass.passes.graph.pipeline import GraphJob, Tier
-from ltepass.passes.lower.lower_linears import read
-from ltepass.passes.lower.lower_routed_ffn import parameters
-from ltepass.passes.lower.merge_linears import add_leaf, held
+from ltepass.passes.lower.lower_linears import put_op, read, told
 
 Format = Literal["int8", "int4", "int4_minimum"]
 
@@ -49,8 +48,7 @@ class QuantiseLinears:
             self._quantise(job.gm, linear, codes)
             job.linears += 1
         job.gm.recompile()
-        reasons = "".join(f", {n} left: {reason}" for reason, n in left.items())
-        return f"{job.linears} linears quantised{reasons}" if job.linears else f"unchanged{reasons}"
+        return told(job.linears, "quantised", left)
 
     def _why_not(self, linear: Linear) -> str | None:
         if linear.weight.op != "get_attr":
@@ -70,12 +68,8 @@ class QuantiseLinears:
                 None if tensor is None else add_leaf(gm, f"{name.replace('.', '_')}_{part}", tensor)
                 for part, tensor in zip(("codes", "scale", "minimum"), done[name], strict=False)
             ]
-            ops = torch.ops.ltepass
-            op = ops.linear_int8.default if self.format == "int8" else ops.linear_int4.default
-            new = gm.graph.call_function(op, (linear.x, *parts, linear.bias))
-            new.meta = dict(linear.node.meta)
-        linear.node.replace_all_uses_with(new)
-        erase_upstream(linear.node)
+        ops = torch.ops.ltepass
+        put_op(gm, linear, ops.linear_int8.default if self.format == "int8" else ops.linear_int4.default, *parts)
 
     def _codes(self, weight: Tensor) -> tuple[Tensor | None, ...]:
         if self.format == "int8":

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ltepass.kernels import reference, routed_ffn
-from ltepass.kernels.cpu import build
+from ltepass.kernels.cpu import build, loading
 from tests.kernels.routed_cases import Recipe, make
 
 STRANGER = 54321  # a user id without a name or a home
@@ -127,7 +127,7 @@ def held_lock(machine: Machine) -> None:
 
 def cut_short_in_the_wheel(machine: Machine) -> None:
     (machine.home / "prebuilt.so").write_bytes(machine.whole[:9999])
-    build._prebuilt = lambda: machine.home / "prebuilt.so"
+    loading._prebuilt = lambda: machine.home / "prebuilt.so"
 
 
 LOADS: dict[str, Callable[[Machine], None]] = {
@@ -261,7 +261,7 @@ def observe(prepare: Callable[[Machine], object], home: Path, source: Path) -> d
     expected = reference.routed_ffn(*args)
     calls, cache = home / "calls", machine.cache
     return {
-        "loaded": build._loaded,
+        "loaded": loading._loaded,
         "warnings": [str(w.message) for w in seen],
         "close": all(torch.allclose(y, expected, rtol=1e-4, atol=1e-5) for y in out),
         "builds": calls.read_text().count("call") if calls.exists() else 0,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ltepass.errors import LTEError
 from ltepass.kernels import attention
-from ltepass.kernels.cpu import build
+from ltepass.kernels.cpu import build, loading
 from tests.child import environment
 from tests.kernels.isa_levels import LEVELS
 
@@ -198,4 +198,4 @@ def test_every_level_of_the_machine(isa: str) -> None:
 
 
 def assert_level() -> None:
-    assert build.loaded(), build.isa()
+    assert loading.loaded(), build.isa()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ltepass.kernels.cpu import build
+from ltepass.kernels.cpu import build, loading
 from tests.child import environment
 
 x86 = pytest.mark.skipif(build.isa() not in build.X86_LEVELS, reason="x86-64 only")
@@ -18,17 +18,18 @@ import warnings, torch
 from tests.kernels.routed_cases import Recipe, make
 import ltepass.kernels.routed_ffn
 from ltepass.kernels import reference
-from ltepass.kernels.cpu import build
+from ltepass.kernels.cpu import loading
+from ltepass.kernels.cpu.which_path import which_path
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
     for T in (1, 9):
         args = make(Recipe(T=T))
         y = torch.ops.ltepass.routed_ffn(*args)
         torch.testing.assert_close(y, reference.routed_ffn(*args), rtol=1e-4, atol=1e-5)
-print("loaded", build._loaded)
+print("loaded", loading._loaded)
 for w in seen:
     if "ltepass" in str(w.message): print("warning", w.message)
-print(ltepass.kernels.routed_ffn.which_path(1, 64, 64, 8, torch.float32))
+print(which_path(1, 64, 64, 8, torch.float32))
 """
 
 
@@ -137,14 +138,14 @@ def test_an_object_from_the_wheel_is_taken_while_it_fits_the_source(
     prebuilt = tmp_path / "prebuilt" / build.prebuilt_name(build.isa())
     prebuilt.parent.mkdir()
     prebuilt.touch()
-    assert build._prebuilt() == prebuilt
+    assert loading._prebuilt() == prebuilt
     monkeypatch.setattr(torch, "__version__", "2.99.0")
-    assert build._prebuilt() == prebuilt  # the stable ABI serves every torch
-    assert not build._load_prebuilt()  # it cannot be loaded (it is empty), so one is built
+    assert loading._prebuilt() == prebuilt  # the stable ABI serves every torch
+    assert not loading._load_prebuilt()  # it cannot be loaded (it is empty), so one is built
     (tmp_path / build.SOURCES[0]).write_text("// changed\n")
-    assert build._prebuilt() is None
+    assert loading._prebuilt() is None
     with pytest.warns(UserWarning, match="no C\\+\\+ compiler"):
-        assert not build._load_built()
+        assert not loading._load_built()
 
 
 def test_headers_are_all_listed() -> None:

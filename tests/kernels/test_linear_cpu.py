@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ltepass.kernels import linear_reference
-from ltepass.kernels.cpu import build
+from ltepass.kernels.cpu import loading
 from tests.child import environment
 from tests.kernels.isa_levels import LEVELS
 from tests.kernels.linear_cases import DTYPES, FORMATS, Recipe, assert_values, exact, make, op
@@ -35,7 +35,7 @@ def check(recipe: Recipe) -> None:
 
 
 def test_the_cpp_kernel_is_what_runs() -> None:
-    assert build.load()
+    assert loading.load()
     for name in ("linear", "linear_int8", "linear_int4", "_linear_no_grad"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ltepass::{name}", "CPU")
 
@@ -178,10 +178,10 @@ def test_many_python_threads_at_once() -> None:
 
 CHECK = """
 import torch
-from ltepass.kernels.cpu import build
+from ltepass.kernels.cpu import loading
 from tests.kernels.linear_cases import DTYPES, FORMATS, Recipe, assert_values, make, op
 import ltepass.kernels.linear
-assert build.load()
+assert loading.load()
 for format in FORMATS:
     for dtype in DTYPES:
         for T, d_in, d_out in ((1, 64, 9), (2, 31, 40), (3, 576, 17), (4, 100, 8), (6, 160, 70), (33, 96, 5)):

@@ -16,7 +16,7 @@ import pytest
 from ltepass import cache
 from ltepass.demo import smollm
 from ltepass.errors import CacheError
-from ltepass.kernels.cpu import build
+from ltepass.kernels.cpu import build, loading
 from tests.child import environment
 from tests.kernels.machine_driver import LOADS, REFUSES
 
@@ -34,8 +34,8 @@ def out() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def results(out: Path) -> dict[str, Any]:
-    assert build.load()
-    kernel = build.cache_dir() / build.object_name(build.isa())
+    assert loading.load()
+    kernel = cache.root() / build.object_name(build.isa())
     command = [sys.executable, "-m", "tests.kernels.machine_driver", str(out), str(kernel)]
     env = environment(OMP_NUM_THREADS="1")
     env.pop("LTEPASS_CACHE", None)
@@ -104,7 +104,7 @@ def test_a_folder_that_the_demo_did_not_make_stays(tmp_path: Path, monkeypatch: 
 def test_both_caches_follow_one_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LTEPASS_CACHE", str(tmp_path / "old"))
     monkeypatch.setenv("LTEPASS_CACHE_DIR", str(tmp_path))
-    assert {smollm.default_cache().parent, build.cache_dir()} == {tmp_path}
+    assert {smollm.default_cache().parent, cache.root()} == {tmp_path}
     monkeypatch.delenv("LTEPASS_CACHE_DIR")
     with pytest.warns(FutureWarning, match="set LTEPASS_CACHE_DIR"):
         assert smollm.default_cache().parent == tmp_path / "old"

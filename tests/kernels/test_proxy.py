@@ -14,9 +14,11 @@ from torch import Tensor
 import ltepass.kernels.routed_ffn
 from ltepass.errors import LTEError
 from ltepass.kernels import proxy_reference, reference
-from ltepass.kernels.cpu import build
+from ltepass.kernels.cpu import build, loading
+from ltepass.kernels.dispatch import any_device
 from ltepass.kernels.linear_reference import pack_int4
 from ltepass.kernels.proxy import proxy_scores
+from ltepass.kernels.routed_schema import PROXY
 from tests.child import environment
 from tests.kernels.isa_levels import LEVELS
 from tests.kernels.proxy_cases import Recipe, defined, make, recipes, with_ffn
@@ -64,7 +66,8 @@ def test_every_isa_decides_alike(level: str) -> None:
     """In a process of its own: one process holds one kernel."""
     code = (
         "import warnings; warnings.simplefilter('error'); from tests.kernels.test_proxy import all_forms; "
-        f"from ltepass.kernels.cpu import build; assert build.load() and build.isa() == {level!r}; all_forms()"
+        "from ltepass.kernels.cpu import build, loading; "
+        f"assert loading.load() and build.isa() == {level!r}; all_forms()"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment(LTEPASS_ISA=level, OMP_NUM_THREADS="2"), capture_output=True,
@@ -288,9 +291,10 @@ def test_what_does_not_fit_is_refused(at: int, value: Any, device: str) -> None:
 
 def test_without_a_compiler_the_definition_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     args = with_ffn(Recipe())
-    monkeypatch.setattr(build, "load", lambda: False)
+    monkeypatch.setattr(loading, "load", lambda: False)
     ops = ltepass.kernels.routed_ffn
-    y, mask, _ = ops._plain(ops.PROXY, True, args)
+    y, mask, _ = ops._plain(PROXY, True, *args)
     assert torch.equal(mask, ffn_with_mask(*args)[1])
     torch.testing.assert_close(y, ffn(*args), rtol=1e-4, atol=1e-5)
-    assert torch.equal(ltepass.kernels.proxy._any_device(*make(Recipe())), proxy_scores(*make(Recipe())))
+    definition = any_device(proxy_scores, ltepass.kernels.proxy._definition)
+    assert torch.equal(definition(*make(Recipe())), proxy_scores(*make(Recipe())))

@@ -15,7 +15,7 @@ from ltepass.errors import ConfigError
 from ltepass.measure import gguf_file, llama_cpp
 from ltepass.measure.processes import Seat, workers
 from ltepass.measure.quality import perplexity
-from ltepass.measure.sides import LlamaCpp
+from ltepass.measure.sides.llama_cpp_side import LlamaCpp
 from ltepass.measure.token_speed import Text
 from tests.measure.tiny import CONFIGS, SIZES, made
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import ltepass
-from ltepass.kernels.cpu import build
+from ltepass.kernels.cpu import build, loading
 from ltepass.kernels.read_pass import read_pass
 from ltepass.measure import token_bytes
 from ltepass.passes.lower.linear_modules import lower_linear_modules, unlower_linear_modules
@@ -72,7 +72,7 @@ def test_a_position_adds_its_keys_and_values() -> None:
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_pass_reads_every_byte_of_every_buffer(threads: int) -> None:
     """It returns the XOR of all 64-bit words, which a changed byte changes, wherever it lies."""
-    assert build.load()
+    assert loading.load()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -91,7 +91,7 @@ def test_the_pass_reads_every_byte_of_every_buffer(threads: int) -> None:
 
 
 def test_without_the_kernel_a_sum_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "load", lambda: False)
+    monkeypatch.setattr(loading, "load", lambda: False)
     seen: list[int] = []
     monkeypatch.setattr(torch.Tensor, "sum", lambda tensor: seen.append(tensor.numel()))
     read_pass([torch.ones(3), torch.ones(2, 4).to(torch.bfloat16)])

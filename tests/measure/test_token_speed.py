@@ -25,7 +25,8 @@ from ltepass.measure import token_speed
 from ltepass.measure.processes import Seat, Worker
 from ltepass.measure.quality import perplexity, sparsity_of_tail
 from ltepass.measure.records import TokenRecord, append, read
-from ltepass.measure.sides import Facts, Transformers
+from ltepass.measure.sides.side import Facts
+from ltepass.measure.sides.transformers_side import Transformers
 from ltepass.measure.token_bytes import weights_read
 from ltepass.measure.token_speed import Text, bench_tokens
 from ltepass.passes.lower.linear_modules import lowered_linears

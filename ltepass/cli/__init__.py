@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ltepass.errors import ConfigError, LTEError
+from ltepass.cli import bench
+from ltepass.cli.options import PASSED_ON, Device, Folder, GroupSize, Model, Out, Router, Seed, Sparsity
+from ltepass.cli.running import pass_on, run, show
+from ltepass.errors import ConfigError
 from ltepass.grouping_methods import AUTO, GROUPINGS
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Make a transformer decoder learn to be efficient.")
-bench_app = typer.Typer(no_args_is_help=True, help="Timings of a saved model.")
-app.add_typer(bench_app, name="bench")
-
-Model = Annotated[str, typer.Argument(help="A model directory, a hub name, or module:function that returns a model.")]
-Folder = Annotated[Path, typer.Argument(help="A directory that save_pretrained of a transformed model wrote.")]
-Out = Annotated[Path, typer.Option(help="Where results go.")]
-Sparsity = Annotated[float, typer.Option(help="Share of inactive neurons, in [0, 1).")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
-GroupSize = Annotated[int | None, typer.Option(help="Neurons per expert; without it, chosen per site.")]
-Router = Annotated[str, typer.Option(help="linear (the paper's, of groups) or proxy (of single neurons).")]
+app.add_typer(bench.app, name="bench")
 METHODS = "; ".join(f"{name}: {grouping.doc}" for name, grouping in GROUPINGS.items())
-Seed = Annotated[int, typer.Option(help="Seed of grouping, router start and batches.")]
-# Of a command whose arguments, --help too, another program reads.
-PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
 @app.command()
@@ -69,14 +59,14 @@ def inspect(
     from ltepass.commands.inspect import inspect_model, peak_memory
 
     start = time.perf_counter()
-    _print(inspect_model(model, group_size=group_size))
+    show(inspect_model(model, group_size=group_size))
     typer.echo(f"found in {time.perf_counter() - start:.1f} s; peak memory of the process {peak_memory() / 1e9:.2f} GB")
 
 
 @app.command(context_settings=PASSED_ON)
 def coverage(context: typer.Context) -> None:
     """Transform, gate and lower a tiny model of every architecture; in a checkout. All arguments go to it."""
-    _example(context, "ltepass coverage", "coverage.census")
+    pass_on(context, "ltepass coverage", "coverage.census")
 
 
 @app.command()
@@ -85,7 +75,7 @@ def report(folder: Folder) -> None:
     import ltepass
     from ltepass.commands.load import load
 
-    _print(ltepass.report(load(str(folder))))
+    show(ltepass.report(load(str(folder))))
 
 
 @app.command()
@@ -143,7 +133,7 @@ def train(
             "union": union,
         },
     )
-    _print(command.train(model, text.read_text(), out, options))
+    show(command.train(model, text.read_text(), out, options))
 
 
 @app.command("eval")
@@ -159,59 +149,7 @@ def evaluate(
     from ltepass.commands import evaluate as command
 
     wanted = [float(s) for s in sparsities.split(",") if s]
-    _print(command.evaluate(str(folder), text.read_text(), wanted, length=length, limit=limit, device=device))
-
-
-@bench_app.command("op", context_settings=PASSED_ON)
-def bench_op(context: typer.Context) -> None:
-    """Time the sparse op against dense and other ways to skip neurons; in a checkout. All arguments go to it."""
-    _example(context, "ltepass bench op", "bench.op")
-
-
-@bench_app.command("model")
-def bench_model(
-    folder: Model,
-    text: Annotated[Path, typer.Argument(help="A text file; its first tokens are decoded.")],
-    against: Annotated[str | None, typer.Option(help="llama.cpp: the same weights, dense, in each format.")] = None,
-    formats: Annotated[str, typer.Option(help="Of the weights, comma-separated: F32,BF16,Q8_0,Q4_0,Q4_1.")] = "",
-    threads: Annotated[str, typer.Option(help="Numbers of threads, comma-separated.")] = "",
-    gguf: Annotated[Path | None, typer.Option(help="A GGUF file that is a row of its own under llama.cpp.")] = None,
-    exported: Annotated[list[Path] | None, typer.Option(help="A folder that `ltepass export` made of MODEL.")] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens decoded in a round.")] = 64,
-    rounds: Annotated[int, typer.Option(help="Rounds of every side.")] = 4,
-    sparsity: Annotated[list[float] | None, typer.Option(help="Sparsity for the knob; as saved if none.")] = None,
-    compiled: Annotated[bool, typer.Option("--compiled", help="torch.compile on every side of ours.")] = False,
-    tokenizer: Annotated[str | None, typer.Option(help="Where the tokenizer is, if not in FOLDER.")] = None,
-    name: Annotated[str | None, typer.Option(help="What the CSV calls it; the folder's name if none.")] = None,
-    out: Annotated[Path | None, typer.Option(help="A CSV to append to.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="An SVG of the times.")] = None,
-    device: Device = "cpu",
-) -> None:
-    """Decode speed: dense, lowered and llama.cpp take turns, beside the time that reading their bytes would take."""
-    from ltepass.commands import bench
-
-    options = bench.BenchOptions(
-        tokens=tokens,
-        rounds=rounds,
-        compiled=compiled,
-        sparsities=tuple(sparsity or ()),
-        against=against,
-        formats=tuple(filter(None, formats.split(","))),
-        threads=_numbers(threads),
-        gguf=gguf,
-        exported=tuple(exported or ()),
-        tokenizer=tokenizer,
-        name=name,
-        device=device,
-    )
-    _print(bench.bench(str(folder), text.read_text(), out, options, plot))
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(word) for word in text.split(",") if word)
-    except ValueError as error:
-        raise ConfigError(f"--threads is {text!r}; expected numbers, as 1,2") from error
+    show(command.evaluate(str(folder), text.read_text(), wanted, length=length, limit=limit, device=device))
 
 
 @app.command()
@@ -265,33 +203,5 @@ def serve(context: typer.Context) -> None:
         transformers_app(["serve", *context.args])
 
 
-def _example(context: typer.Context, command: str, module: str) -> None:
-    from ltepass.commands.workshop import run_example
-
-    raise typer.Exit(run_example(command, module, context.args))
-
-
-def _print(what: object) -> None:
-    from rich.console import Console
-
-    Console().print(what)
-
-
-def run_command(function: Callable[..., None]) -> None:
-    """One function as a program of its own, with its options and errors shown as those of `ltepass`."""
-    program = typer.Typer(add_completion=False)
-    program.command()(function)
-    _run(program)
-
-
 def main() -> None:
-    _run(app)
-
-
-def _run(program: typer.Typer) -> None:
-    """Errors that a user can put right are shown as text, without a traceback."""
-    try:
-        program()
-    except LTEError as error:
-        typer.echo(f"{type(error).__name__}: {error}", err=True)
-        raise SystemExit(2) from None
+    run(app)

@@ -1,0 +1,173 @@
+// x as int8 in blocks of 32, and products of bytes: integer sums within a block, exact on every machine.
+#pragma once
+
+#include "problem.h"
+
+namespace {
+
+constexpr int64_t BLOCK = 32;  // inputs that share a scale
+constexpr int64_t VB = W * 4;  // bytes of a vector
+typedef int8_t vb __attribute__((vector_size(VB)));
+typedef int8_t vb_mem __attribute__((vector_size(VB), aligned(1), may_alias));
+typedef int8_t narrow __attribute__((vector_size(W)));  // a byte for each lane
+typedef int16_t vs __attribute__((vector_size(VB)));
+typedef int32_t vi_mem __attribute__((vector_size(VB), aligned(4), may_alias));
+
+inline vb load_bytes(const void* p) { return *reinterpret_cast<const vb_mem*>(p); }
+
+// The last n < VB bytes of a row, zeros behind them.
+inline vb load_last_bytes(const void* p, int64_t n) {
+#if defined(__AVX512BW__)
+  return reinterpret_cast<vb>(_mm512_maskz_loadu_epi8((uint64_t(1) << n) - 1, p));
+#else
+  char bytes[VB] = {};
+  std::memcpy(bytes, p, size_t(n));
+  return load_bytes(bytes);
+#endif
+}
+
+// sum + four products of bytes in each lane, exactly. Signed weights: any byte; others: 0 to 15. x is in [-127, 127].
+// Where bytes are multiplied as unsigned ones, a signed weight is stored as `raised` has it, ADDED more than it is.
+#if defined(__AVX512VNNI__)
+template <bool SIGNED>
+constexpr int ADDED = SIGNED ? 128 : 0;
+template <bool SIGNED>
+inline vb raised(vb w) {
+  return SIGNED ? w ^ int8_t(-128) : w;
+}
+template <bool SIGNED>
+inline vi add_products(vi sum, vb w, vb x) {
+  return reinterpret_cast<vi>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(w),
+                                                  reinterpret_cast<__m512i>(x)));
+}
+#else
+template <bool SIGNED>
+constexpr int ADDED = 0;
+template <bool SIGNED>
+inline vb raised(vb w) {
+  return w;
+}
+template <bool SIGNED>
+inline vi add_products(vi sum, vb w, vb x) {
+#if defined(__AVX512BW__)
+  auto a = reinterpret_cast<__m512i>(w), b = reinterpret_cast<__m512i>(x);
+  if (SIGNED) b = _mm512_mask_sub_epi8(b, _mm512_movepi8_mask(a), _mm512_setzero_si512(), b), a = _mm512_abs_epi8(a);
+  return sum + reinterpret_cast<vi>(_mm512_madd_epi16(_mm512_maddubs_epi16(a, b), _mm512_set1_epi16(1)));
+#elif defined(__AVX2__)
+  auto a = reinterpret_cast<__m256i>(w), b = reinterpret_cast<__m256i>(x);
+  if (SIGNED) b = _mm256_sign_epi8(b, a), a = _mm256_abs_epi8(a);
+  return sum + reinterpret_cast<vi>(_mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1)));
+#else
+  // Two products fit in 16 bits: 2 * 128 * 127 < 2^15.
+  const vs a = reinterpret_cast<vs>(w), b = reinterpret_cast<vs>(x);
+  const vi pairs = reinterpret_cast<vi>((a << 8 >> 8) * (b << 8 >> 8) + (a >> 8) * (b >> 8));
+  return sum + (pairs << 16 >> 16) + (pairs >> 16);
+#endif
+}
+#endif
+
+// To the nearest integer, a tie to the even one.
+inline vi nearest(vf v) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<vi>(_mm512_cvtps_epi32(reinterpret_cast<__m512>(v)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<vi>(_mm256_cvtps_epi32(reinterpret_cast<__m256>(v)));
+#elif defined(__SSE2__)
+  return reinterpret_cast<vi>(_mm_cvtps_epi32(reinterpret_cast<__m128>(v)));
+#else
+  vi out;
+  for (int i = 0; i < W; i++) out[i] = int32_t(std::rint(v[i]));
+  return out;
+#endif
+}
+
+inline int32_t most_of(vi v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_epi32(reinterpret_cast<__m512i>(v));
+#else
+  int32_t lanes[W];
+  std::memcpy(lanes, &v, sizeof v);
+  return *std::max_element(lanes, lanes + W);
+#endif
+}
+
+// n values of a block, zeros behind them, as int8 in [-127, 127]; put(i, codes) takes W from the i-th on. NaN and Inf
+// stay in the scale that is returned: the codes of such a block are 0.
+template <class E, class Put>
+inline float quantise_block(const typename E::T* x, int64_t n, Put&& put) {
+  vf values[BLOCK / W];
+  vi most = {};  // sizes of floats are ordered as their bits are, NaN above all
+  for (int64_t i = 0; i < BLOCK; i += W) {
+    values[i / W] = i + W <= n ? E::load(x + i) : i < n ? load_part<E>(x + i, n - i) : vf{};
+    const vi size = reinterpret_cast<vi>(values[i / W]) & 0x7fffffff;
+    most = size > most ? size : most;
+  }
+  const int32_t bits = most_of(most);
+  float size;
+  std::memcpy(&size, &bits, 4);
+  const float scale = size / 127;
+  const bool usable = scale >= 0x1p-126f && scale <= 0x1.fffffep127f;
+  const vf inverse = splat(usable ? 1 / scale : 0.0f);
+  for (int64_t i = 0; i < BLOCK; i += W) {
+    const vi rounded = usable ? nearest(values[i / W] * inverse) : vi{};
+    put(i, __builtin_convertvector(rounded, narrow));
+  }
+  return scale;
+}
+
+// Tokens as vectors of codes, PARTS at a time, each lane's start of the sum, and the scale of each lane's block.
+template <int PARTS>
+struct Inputs {
+  static constexpr int64_t CHUNK = (PARTS + 2) * VB;  // bytes
+  char* data;
+  int64_t chunks, blocks;
+  float* sums;  // [tokens, sums_stride()]: of each block, scaled, where there are two parts
+  int64_t sums_stride() const { return round_up(blocks, W); }
+  size_t bytes(int64_t tokens) const {
+    return Scratch::bytes_for<char>(tokens * chunks * CHUNK) + Scratch::bytes_for<float>(tokens * sums_stride());
+  }
+  void reserve(int64_t tokens) {
+    data = scratch().take<char>(tokens * chunks * CHUNK);
+    sums = scratch().take<float>(tokens * sums_stride());
+  }
+  const char* row(int64_t token) const { return data + token * chunks * CHUNK; }
+
+  // n values; `start` times the sum of a lane's codes is what its sum begins with.
+  template <class E>
+  void lay(int64_t token, const typename E::T* from, int64_t n, int start) const {
+    if (chunks == 0) return;
+    char* to = data + token * chunks * CHUNK;
+    std::memset(to + (chunks - 1) * CHUNK, 0, size_t(CHUNK));
+    std::fill(sums + token * sums_stride(), sums + (token + 1) * sums_stride(), 0.0f);
+    // Blocks lie one after the other; with two parts, the first halves of all of a chunk before the second ones.
+    constexpr int64_t LANES = std::min(8 / PARTS, W);  // of a block in one vector
+    for (int64_t b = 0; b < blocks; b++) {
+      const int64_t lane = b * (8 / PARTS);
+      const float scale = quantise_block<E>(from + b * BLOCK, n - b * BLOCK, [&](int64_t i, narrow codes) {
+        const int64_t at = 4 * lane + i % (BLOCK / PARTS);
+        std::memcpy(to + at / VB * CHUNK + i / (BLOCK / PARTS) * VB + at % VB, &codes, W);
+      });
+      float scales[LANES];
+      std::fill(scales, scales + LANES, scale);
+      for (int64_t i = lane; i < lane + 8 / PARTS; i += LANES)
+        std::memcpy(to + i / W * CHUNK + (PARTS + 1) * VB + i % W * 4, scales, sizeof scales);
+    }
+    for (int64_t c = 0; c < chunks; c++, to += CHUNK) {
+      vi sum = {};
+      for (int part = 0; part < PARTS; part++) sum = add_products<false>(sum, vb{} + int8_t(1), load_bytes(to + part * VB));
+      const vi begin = sum * start;
+      std::memcpy(to + PARTS * VB, &begin, VB);
+      if (PARTS == 2) keep_sums(sum, load(reinterpret_cast<const float*>(to + 3 * VB)), sums + token * sums_stride(), c);
+    }
+  }
+
+  // Of the blocks of chunk c, which have four lanes each.
+  static void keep_sums(vi sum, vf scale, float* to, int64_t c) {
+    for (int64_t b = 0; b < W / 4; b++) {
+      const int32_t total = sum[4 * b] + sum[4 * b + 1] + sum[4 * b + 2] + sum[4 * b + 3];
+      to[c * (W / 4) + b] = scale[4 * b] * float(total);
+    }
+  }
+};
+
+}  // namespace

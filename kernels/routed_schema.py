@@ -1,0 +1,103 @@
+"""What `ltepass::routed_ffn` and `routed_proxy_ffn` take: schema and checks; and the decision, in which they differ."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ltepass.errors import LTEError
+from ltepass.kernels import proxy, proxy_reference, reference
+from ltepass.kernels.autograd import Args
+
+
+class Call(NamedTuple):
+    """An op's arguments by what they are for. weights: up, up_bias, gate, gate_bias, down, down_bias."""
+
+    x: Tensor
+    router: Args
+    threshold: Tensor
+    weights: Args
+    activation: str
+    cut: Tensor | None
+    input_cut: Tensor | None
+
+
+@dataclass(frozen=True)
+class RoutedOp:
+    """One of the two. router: what decides, as a schema; plain: the name of what C++ calls for other dtypes."""
+
+    name: str
+    router: str
+    n_router: int
+    plain: str
+
+    @property
+    def arguments(self) -> str:
+        return (
+            f"(Tensor x, {self.router}, Tensor threshold, Tensor up, Tensor? up_bias, Tensor? gate, Tensor? gate_bias, "
+            "Tensor down, Tensor? down_bias, str activation, Tensor? cut=None, Tensor? input_cut=None)"
+        )
+
+    @property
+    def n_tensors(self) -> int:
+        """Every argument before the activation; after it, `cut` and `input_cut` where they are given."""
+        return self.n_router + 8
+
+    def call(self, args: Args) -> Call:
+        n = 1 + self.n_router
+        cut, input_cut = (*args[self.n_tensors + 1 :], None, None)[:2]
+        return Call(args[0], args[1:n], args[n], args[n + 1 : n + 7], args[self.n_tensors], cut, input_cut)
+
+    def checked(self, args: Args) -> Call:
+        """Raises LTEError for shapes and dtypes that no path can make sense of."""
+        c = self.call(args)
+        up, _, gate, _, down, _ = c.weights
+        if self is LINEAR:
+            check(c.x, c.router[0], up, gate, down, c.activation)
+            return c
+        proxy.checked((c.x, *c.router, c.activation))
+        _check_neurons(c.x, up, gate, down, self.n_experts(c))
+        codes = c.router[0]
+        if codes.shape[:2] != (1 if gate is None else 2, up.shape[0]):
+            raise LTEError(f"codes are {list(codes.shape)} and up is {list(up.shape)}; expected codes of this FFN")
+        return c
+
+    def n_experts(self, c: Call) -> int:
+        weight = c.router[0] if self is LINEAR else c.router[-2]
+        return weight.shape[0]  # type: ignore[no-any-return]
+
+    def mask(self, c: Call) -> Tensor:
+        """bool [..., n_experts]: the definition of the decision."""
+        if self is LINEAR:
+            return reference.mask(*[c.x, *c.router, c.threshold])
+        return proxy_reference.scores(*proxy.call((c.x, *c.router, c.activation))) > c.threshold
+
+
+LINEAR = RoutedOp("routed_ffn", "Tensor router_weight, Tensor? router_bias", 2, "_plain")
+PROXY = RoutedOp("routed_proxy_ffn", proxy.ROUTER, proxy.N_ROUTER, "_plain_proxy")
+
+
+def check(x: Tensor, router_weight: Tensor, up: Tensor, gate: Tensor | None, down: Tensor, activation: str) -> None:
+    """Shapes and dtypes that no path can make sense of; the C++ kernel makes the same checks itself."""
+    if activation not in reference.ACTIVATIONS:
+        raise LTEError(f"activation is {activation!r}; expected one of {', '.join(reference.ACTIVATIONS)}")
+    if router_weight.shape[1] != x.shape[-1]:
+        raise LTEError(
+            f"x is [..., {x.shape[-1]}] and router_weight {list(router_weight.shape)}; expected [n_experts, d_model]"
+        )
+    _check_neurons(x, up, gate, down, router_weight.shape[0])
+
+
+def _check_neurons(x: Tensor, up: Tensor, gate: Tensor | None, down: Tensor, n_experts: int) -> None:
+    d_model, d_ff = x.shape[-1], up.shape[0]
+    if up.shape[1] != d_model or down.shape[1] != d_ff:
+        raise LTEError(
+            f"x is [..., {d_model}], up {list(up.shape)}, down {list(down.shape)}; expected [d_ff, d_model] and "
+            "[d_out, d_ff]"
+        )
+    if gate is not None and gate.shape != up.shape:
+        raise LTEError(f"gate is {list(gate.shape)} and up is {list(up.shape)}; expected equal shapes")
+    if n_experts == 0 or d_ff % n_experts != 0:
+        raise LTEError(f"d_ff is {d_ff} and there are {n_experts} experts; expected a whole number of neurons each")

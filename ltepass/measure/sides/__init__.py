@@ -1,0 +1,1 @@
+"""What takes turns in a benchmark of one token: descriptions to send to a process, and what they open there."""

@@ -1,0 +1,70 @@
+"""A folder of `ltepass export`, which decodes by itself."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ltepass.exporting.decoder import ExportedDecoder, greedy
+from ltepass.kernels.read_pass import read_pass
+from ltepass.measure.quality import perplexity_of
+from ltepass.measure.sides.side import DTYPES, Engine, Facts, Sparse
+from ltepass.measure.sides.transformers_side import Transformers, TransformersEngine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """A folder of `ltepass export`. source: the model that it was made of, where that has routers: how sparse it is."""
+
+    folder: Path
+    source: Transformers | None = None
+    name: str = "ltepass, exported"
+
+    def imports(self) -> None:
+        pass
+
+    def open(self, length: int) -> Engine:
+        return _ExportedEngine(self)
+
+
+class _ExportedEngine:
+    def __init__(self, side: Exported) -> None:
+        self._side, self._decoder = side, ExportedDecoder(side.folder)
+
+    def times(self, prompt: Tensor, tokens: Tensor) -> list[float]:
+        self._decoder.reset()
+        stamps = [time.perf_counter()]
+        for step in (prompt.tolist(), *([token] for token in tokens.tolist()[:-1])):
+            greedy(self._decoder(step))
+            stamps.append(time.perf_counter())
+        return [b - a for a, b in pairwise(stamps)]
+
+    def read_pass(self) -> tuple[int, float]:
+        start = time.perf_counter()
+        read_pass(self._decoder.weights)
+        return sum(tensor.nbytes for tensor in self._decoder.weights), time.perf_counter() - start
+
+    def facts(self, ids: Tensor, prompt_tokens: int, blocks: Tensor) -> Facts:
+        about, source = self._decoder.about, self._side.source
+        sparse: Sparse = {} if source is None else TransformersEngine(source).sparse(ids, prompt_tokens)
+        plain = next(name for name, dtype in DTYPES.items() if str(dtype) == f"torch.{about.dtype}")
+        layers, _, _, heads, _, size = about.cache
+        return Facts(
+            how="exported, greedy",
+            format=plain if about.linears is None else f"{plain}, linears {about.linears}" if source else about.linears,
+            head=about.linears or plain,
+            weight_bytes=about.token_bytes + sparse.get("active", 1.0) * about.gated_bytes,
+            position_bytes=2 * layers * heads * size * self._decoder.cache.element_size(),
+            perplexity=perplexity_of(self._logits, blocks),
+            **sparse,
+        )
+
+    def _logits(self, ids: Tensor) -> Tensor:
+        """[T, vocab] of ids [T]: through the decode step, which a package has for one token at a time."""
+        self._decoder.reset()
+        return torch.stack([self._decoder([token]) for token in ids.tolist()])

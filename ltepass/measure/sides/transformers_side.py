@@ -1,0 +1,123 @@
+"""A model of transformers under `generate`: as it is, lowered, or with its linears quantised by torchao."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from ltepass.api import lower, remove, unlower
+from ltepass.config import Scope
+from ltepass.kernels.linear_reference import BLOCK
+from ltepass.kernels.read_pass import read_pass
+from ltepass.measure import token_bytes
+from ltepass.measure.decoding import time_generate
+from ltepass.measure.quality import perplexity, sparsity_of_tail
+from ltepass.measure.sides.side import DTYPES, Engine, Facts, Sparse
+from ltepass.routed.routed import Routed, is_transformed
+from ltepass.sparsity.thresholds import set_sparsity
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+How = Literal["eager", "compiled"]
+Quantised = Literal["int8", "int4"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transformers:
+    """A model of transformers under `generate`.
+
+    load: gives it; routed: with its routers. lowered: by us, as a routed one always is; else as transformers runs it.
+    sparsity: for the knob; None leaves the thresholds as they were saved. quantised: the weights of linears, by
+    torchao, of a model without routers.
+    """
+
+    load: Callable[[], PreTrainedModel]
+    routed: bool
+    lowered: bool = False
+    sparsity: float | None = None
+    how: How = "eager"
+    quantised: Quantised | None = None
+
+    @property
+    def name(self) -> str:
+        return "ltepass" if self.routed else "ltepass, dense" if self.lowered else "transformers"
+
+    def imports(self) -> None:
+        import transformers  # noqa: F401
+
+    def open(self, length: int) -> Engine:
+        return TransformersEngine(self)
+
+
+class TransformersEngine:
+    def __init__(self, side: Transformers) -> None:
+        self._side, self._model = side, side.load()
+        scope: Scope = "ffn" if side.how == "eager" else "model"
+        if not side.routed and is_transformed(self._model):
+            remove(self._model)
+        if side.quantised is not None:
+            quantise(self._model, side.quantised)
+        if side.sparsity is not None:
+            set_sparsity(self._model, side.sparsity)
+        if side.routed or side.lowered:
+            lower(self._model, scope=scope, ffn=side.routed)
+        elif side.how == "compiled":
+            self._model.compile()
+            self._model.generation_config.cache_implementation = "static"
+
+    def times(self, prompt: Tensor, tokens: Tensor) -> list[float]:
+        return time_generate(self._model, prompt.to(self._model.device), tokens.to(self._model.device))
+
+    def read_pass(self) -> tuple[int, float]:
+        weights = token_bytes.buffers(self._model)
+        start = time.perf_counter()
+        read_pass(weights)
+        return sum(tensor.nbytes for tensor in weights), time.perf_counter() - start
+
+    def facts(self, ids: Tensor, prompt_tokens: int, blocks: Tensor) -> Facts:
+        model, ids = self._model, ids.to(self._model.device)
+        sparse = self.sparse(ids, prompt_tokens)
+        plain = next(name for name, dtype in DTYPES.items() if dtype == model.dtype)
+        format: str = self._side.quantised or plain
+        return Facts(
+            how=f"{self._side.how}, generate",
+            format=format,
+            head=format,
+            weight_bytes=token_bytes.weights_read(model, sparse.get("active", 1.0)),
+            position_bytes=token_bytes.position_bytes(model, ids[:prompt_tokens]),
+            perplexity=perplexity(model, blocks),
+            **sparse,
+        )
+
+    def sparse(self, ids: Tensor, prompt_tokens: int) -> Sparse:
+        """What a model with routers adds; it is as before `lower` then, which computes the same."""
+        if not is_transformed(self._model):
+            return {}
+        state = Routed.of(self._model, "bench model").state
+        unlower(self._model)
+        wanted = self._side.sparsity
+        return {
+            "sparsity": float(state.config["target_sparsity"]) if wanted is None else wanted,
+            "active": 1 - sparsity_of_tail(self._model, ids, prompt_tokens),
+            "router": str(state.config.get("router", "linear")),  # older entries have no such key
+            "router_share": token_bytes.router_share(self._model, state.sites),
+            "group_size": state.sites[0].group_size,
+        }
+
+
+def quantise(model: PreTrainedModel, weights: Quantised) -> None:
+    """By torchao, in place: int8 with a scale an output, int4 in blocks of 32; rounded to nearest."""
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
+
+    configs = {
+        "int8": partial(Int8WeightOnlyConfig, version=2),
+        "int4": partial(IntxWeightOnlyConfig, weight_dtype=torch.int4, granularity=PerGroup(BLOCK)),  # type: ignore[attr-defined]
+    }
+    quantize_(model, configs[weights]())
