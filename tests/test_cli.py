@@ -138,17 +138,17 @@ def test_a_function_that_returns_no_model_is_refused() -> None:
 
 
 def test_coverage_writes_a_table_and_adds_to_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    from examples.coverage import census
+    from examples.coverage.page import page, read_table
 
     run("coverage", "opt", "--out", str(tmp_path))
     output = capfd.readouterr().out
     assert "opt" in output
     assert "1 causal LMs; 1 instantiate and run; of these 1 have a dense FFN, and 1 (100.0%) get every one" in output
     run("coverage", "gpt2", "nanoGPT style", "--out", str(tmp_path))
-    assert [r.name for r in census.read_table(tmp_path)] == ["gpt2", "opt", "nanoGPT style"]
-    page = (tmp_path / "coverage.md").read_text()
-    assert "2 causal LMs; 2 instantiate and run" in page
-    assert page == census.page(census.read_table(tmp_path))
+    assert [r.name for r in read_table(tmp_path)] == ["gpt2", "opt", "nanoGPT style"]
+    written = (tmp_path / "coverage.md").read_text()
+    assert "2 causal LMs; 2 instantiate and run" in written
+    assert written == page(read_table(tmp_path))
 
 
 @pytest.fixture(scope="module")

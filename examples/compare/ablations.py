@@ -21,23 +21,14 @@ import torch
 import typer
 
 import ltepass
-from examples.compare.frontier import PRESETS
 from examples.compare.frontier_rows import spread_of
+from examples.compare.measured import Measured, geometric_mean, measure_lte, measure_rule, perplexities
 from examples.compare.methods import RULES
+from examples.compare.presets import PRESETS
 from examples.compare.rule_hooks import Ruled, collect
-from examples.compare.study import (
-    Data,
-    Measured,
-    Recipe,
-    Workshop,
-    geometric_mean,
-    measure_lte,
-    measure_rule,
-    perplexities,
-    transform,
-    tune_dense,
-    tune_lte,
-)
+from examples.compare.study import Data, Recipe, transform
+from examples.compare.tuning import tune_dense, tune_lte
+from examples.compare.workshop import Workshop
 
 HALF = 0.5  # of the steps in the soft stage, where a variant needs one
 BASE = Recipe(soft_share=HALF, warm=False)  # the paper's two stages, from a calibrated start

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import ltepass
-from examples.compare.study import Measured, measure_lte
+from examples.compare.measured import Measured, measure_lte
 from ltepass.routed.sites import FFNSite
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from examples.bench import ways
 from examples.bench.ways import Shape, Weights
 from examples.compare.cuts import CUTS, expert_sparsity
-from examples.compare.frontier_rows import WAYS
+from examples.compare.frontier_page import WAYS
 from ltepass.measure.machine import machine
 from ltepass.measure.timing import Contender, copies_needed, interleaved
 

@@ -20,9 +20,11 @@ import typer
 
 import ltepass
 from examples.compare import models
-from examples.compare.frontier import POST_HOC, Cell, Frontier, Preset, finish, machine
+from examples.compare.frontier import Frontier, finish, machine
 from examples.compare.frontier_rows import Rows
-from examples.compare.study import DEVICE, Budget, Data, Measured, measure_lte, perplexities
+from examples.compare.measured import Measured, measure_lte, perplexities
+from examples.compare.presets import POST_HOC, Cell, Preset
+from examples.compare.study import DEVICE, Budget, Data
 from ltepass.demo.learning import batches
 from ltepass.demo.task import load_task
 

@@ -20,9 +20,10 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from examples.compare.frontier import PRESETS
+from examples.compare.presets import PRESETS
 from examples.compare.rules import top
-from examples.compare.study import DEVICE, Recipe, Workshop, transform
+from examples.compare.study import DEVICE, Recipe, transform
+from examples.compare.workshop import Workshop
 from ltepass.calibration.energy import down_energy, expert_energy
 from ltepass.calibration.ridge import RidgeSums
 from ltepass.routed.routed import Routed

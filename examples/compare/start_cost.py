@@ -27,9 +27,10 @@ from torch import Tensor
 import ltepass
 from examples.compare.frontier import Frontier, machine
 from examples.compare.frontier_rows import Point, Row, Rows, shown_at, write_rows
+from examples.compare.measured import Measured, measure_lte, measure_rule, perplexities
 from examples.compare.predictors import MoEfication
 from examples.compare.rule_hooks import Ruled, collect
-from examples.compare.study import DEVICE, Measured, measure_lte, measure_rule, perplexities, retarget
+from examples.compare.study import DEVICE, retarget
 
 FIELDS = "preset start tokens sparsity seconds text bytes_share ratio_to_dense machine torch".split()
 BASELINE = "moefication"

@@ -26,18 +26,10 @@ from transformers import AutoModelForSequenceClassification
 
 import ltepass
 from examples.compare import models
-from examples.compare.frontier import PRESETS
 from examples.compare.frontier_rows import spread_of
-from examples.compare.study import (
-    DEVICE,
-    Budget,
-    DenseTrainer,
-    Recipe,
-    arguments,
-    freeze_embeddings,
-    load_data,
-    run_stages,
-)
+from examples.compare.presets import PRESETS
+from examples.compare.study import DEVICE, Budget, Recipe, load_data
+from examples.compare.tuning import DenseTrainer, arguments, freeze_embeddings, run_stages
 from ltepass.calibration.warm_start import warm_start
 
 FIELDS = "preset task method target seed tokens metric value ffn_sparsity seconds".split()

@@ -5,14 +5,9 @@ Processes are forked from a server that has torch and transformers loaded, so a 
 
 from __future__ import annotations
 
-import ast
-import csv
-import importlib
-import platform
 import resource
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Iterator, Sequence
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -20,25 +15,16 @@ from typing import Annotated, Any
 
 import typer
 
-from examples.coverage.examine import Example, Row, examine
-from examples.coverage.known_reasons import CHECKS, NO_DENSE_FFN, NOT_BUILT, PARTS, UNFOUND
+from examples.coverage.architectures import entries
+from examples.coverage.examine import Row, examine
+from examples.coverage.lacking import summary_lines, unexplained
+from examples.coverage.page import write_table
 from ltepass.cli.running import run_command
 from ltepass.errors import ConfigError
 
 TIMEOUT_S = 180.0
 MEMORY_BYTES = 8 << 30  # address space of one check; torch alone maps about 2 GB
 PRELOAD = ("examples.coverage.preload",)
-WANTED_SHARE = 0.98
-
-
-def entries() -> dict[str, Callable[[], Example]]:
-    """Every architecture by name: transformers' causal LMs, then the other families."""
-    from functools import partial
-
-    from examples.coverage.zoo import causal_lm, causal_lms
-    from examples.coverage.zoo_families import FAMILIES
-
-    return {**{name: partial(causal_lm, name) for name in causal_lms()}, **FAMILIES}
 
 
 def take_census(
@@ -100,161 +86,6 @@ def _examine_alone(name: str, pipe: Connection, memory: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (memory, resource.getrlimit(resource.RLIMIT_AS)[1]))
     pipe.send(examine(name, entries()[name]))
     pipe.close()
-
-
-def is_causal_lm(row: Row) -> bool:
-    from examples.coverage.zoo import causal_lms
-
-    return row.name in causal_lms()
-
-
-def remark(row: Row) -> str:
-    """The sentence that justifies what a row lacks, from the committed list; "" where it lacks nothing."""
-    if row.status in ("build", "stopped"):
-        return NOT_BUILT.get(row.name, "")
-    if row.status == "no dense FFN":
-        return NO_DENSE_FFN
-    return " ".join(dict.fromkeys(sentence for path in row.unfound.split() if (sentence := why_unfound(row, path))))
-
-
-def why_unfound(row: Row, path: str) -> str:
-    """Why a linear with an FFN's name is no site, from the committed list."""
-    return next((why for part, why in UNFOUND.get(row.name, {}).items() if part in path), "")
-
-
-def unexplained(row: Row) -> list[str]:
-    """What a row lacks and the committed list has no sentence for: paths of linears, or the status."""
-    if row.status not in ("ok", "no dense FFN"):
-        return [] if remark(row) else [row.status]
-    return [path for path in row.unfound.split() if not why_unfound(row, path)]
-
-
-def dense_ffns_missed(row: Row) -> list[str]:
-    """Paths of dense FFNs that are no sites: without those that are none in spite of their names."""
-    return [path for path in row.unfound.split() if not why_unfound(row, path).startswith(PARTS)]
-
-
-def summary(rows: Iterable[Row]) -> dict[str, list[str]]:
-    """The causal LMs by what became of them; the counts that the aim is about."""
-    causal = [r for r in rows if is_causal_lm(r)]
-    built = [r for r in causal if r.status not in ("build", "stopped")]
-    dense = [r for r in built if r.sites or dense_ffns_missed(r)]
-    complete = [r for r in dense if r.status == "ok" and not dense_ffns_missed(r)]
-    return {
-        "causal LMs": [r.name for r in causal],
-        "instantiate and run": [r.name for r in built],
-        "have a dense FFN": [r.name for r in dense],
-        "get every one": [r.name for r in complete],
-        "do not": [r.name for r in dense if r not in complete],
-        "have none": [r.name for r in built if r not in dense],
-        "do not instantiate": [r.name for r in causal if r not in built],
-    }
-
-
-def summary_lines(rows: Sequence[Row]) -> list[str]:
-    groups = summary(rows)
-    counts = {name: len(names) for name, names in groups.items()}
-    dense, complete = counts["have a dense FFN"], counts["get every one"]
-    lines = [
-        f"{counts['causal LMs']} causal LMs; {counts['instantiate and run']} instantiate and run; of these {dense} "
-        f"have a dense FFN, and {complete} ({complete / max(dense, 1):.1%}) get every one of them."
-    ]
-    for name in ("do not", "have none", "do not instantiate"):
-        if groups[name]:
-            lines.append(f"{name[0].upper()}{name[1:]}: {', '.join(groups[name])}.")
-    return lines
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
-    for package in ("torch", "transformers"):
-        found[package] = importlib.import_module(package).__version__.partition("+")[0]
-    return found
-
-
-def _made_with() -> str:
-    return ", ".join(f"{name} {version}" for name, version in versions().items())
-
-
-def read_table(folder: Path) -> list[Row]:
-    """The rows of a written coverage.csv."""
-    texts = {f.name for f in fields(Row) if f.type == "str"}
-
-    def value(name: str, text: str) -> Any:
-        if name in texts:
-            return text
-        return ast.literal_eval(text) if text else None
-
-    with (folder / "coverage.csv").open(newline="") as file:
-        return [Row(**{k: value(k, v) for k, v in row.items()}) for row in csv.DictReader(file)]
-
-
-def write_table(rows: Iterable[Row], folder: Path) -> None:
-    """coverage.csv with every field, coverage.md to read. Rows in the order of the architectures.
-
-    Rows of a table that is there already stay where it was made with the same versions and has others.
-    """
-    page_file = folder / "coverage.md"
-    same_versions = page_file.exists() and _made_with() in page_file.read_text()
-    by_name = {r.name: r for r in [*(read_table(folder) if same_versions else ()), *rows]}
-    rows = [by_name[name] for name in entries() if name in by_name]
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "coverage.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(r) for r in rows)
-    page_file.write_text(page(rows))
-
-
-def page(rows: Sequence[Row]) -> str:
-    """coverage.md."""
-    return "\n".join(_markdown(rows)) + "\n"
-
-
-def _markdown(rows: Sequence[Row]) -> Iterator[str]:
-    yield f"# Coverage\n\nWritten by `ltepass coverage --out examples/results` ({_made_with()}). Not to be edited.\n"
-    yield (
-        "Each row is a tiny random model in its own process. *dense*: largest difference of the transformed model in "
-        "dense mode (neurons permuted) from the original, relative to the largest output. *lowered*: the same for the "
-        "lowered model against hard mode in eager, after all decisions were compared and found equal. *named*: linears "
-        "with a usual name of an FFN's second one, found and all.\n"
-    )
-    yield from (f"{line}\n" for line in summary_lines(rows))
-    yield from _columns("causal LM", [r for r in rows if is_causal_lm(r)])
-    yield from _columns("other family", [r for r in rows if not is_causal_lm(r)])
-    yield "## What is left alone, and why\n\n| architecture | what | why |\n|---|---|---|"
-    for row in rows:
-        if row.status in ("build", "stopped"):
-            yield f"| {row.name} | not built | {_cell(remark(row) or row.detail)} |"
-        elif row.status not in ("ok", "no dense FFN"):
-            yield f"| {row.name} | {row.status} | {_cell(row.detail)} |"
-        by_reason: dict[str, list[str]] = {}
-        for path in row.unfound.split():
-            by_reason.setdefault(why_unfound(row, path), []).append(path)
-        for why, paths in by_reason.items():
-            yield f"| {row.name} | {_cell(', '.join(f'`{p}`' for p in paths))} | {_cell(why)} |"
-    yield "\n## The checks that refuse a candidate\n\n| check | why it refuses |\n|---|---|"
-    for check, why in CHECKS.items():
-        yield f"| {check} | {_cell(why)} |"
-
-
-def _columns(title: str, rows: Sequence[Row]) -> Iterator[str]:
-    if not rows:
-        return
-    headings = (title, "graphs", "nodes", "sites", "kind", "activation", "named", "refused", "dense", "lowered", "s")
-    yield "| " + " | ".join(headings) + " |\n|" + "---|" * len(headings)
-    for r in rows:
-        found = f"{r.found}/{r.named}" if r.named else ""
-        lowered = "" if r.lowered_error is None else f"{r.lowered}: {r.lowered_error:.0e}"
-        cells = (r.name, r.graphs, r.nodes, r.sites if r.status == "ok" else r.status, r.kinds, r.activations, found)
-        dense = "" if r.dense_error is None else f"{r.dense_error:.0e}"
-        last = (_cell(r.refusals), dense, lowered or _cell(r.kept), f"{r.seconds:.0f}")
-        yield "| " + " | ".join(map(str, (*cells, *last))) + " |"
-    yield ""
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def line_of(row: Row) -> str:

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import transformers
 
-from examples.coverage import census, known_reasons
+from examples.coverage import census, known_reasons, lacking, page
+from examples.coverage.architectures import entries
 from examples.coverage.examine import TOLERANCE, Example, Row, examine
 from ltepass.errors import ConfigError
 
@@ -22,17 +23,17 @@ QUICK = (
     *("llama", "gpt2", "opt", "falcon", "phi3", "gpt_oss", "qwen2_moe", "bitnet", "jetmoe", "gemma3n"),
     *("T5", "Whisper", "BERT", "SegFormer", "PatchTSMixer", "torch.nn.TransformerDecoderLayer", "gpt-fast style"),
 )
-TABLE = census.read_table(RESULTS) if (RESULTS / "coverage.csv").exists() else []
+TABLE = page.read_table(RESULTS) if (RESULTS / "coverage.csv").exists() else []
 PAGE = (RESULTS / "coverage.md").read_text() if TABLE else ""
 OF_THIS_VERSION = f"transformers {transformers.__version__}" in PAGE
 needs_table = pytest.mark.skipif(not TABLE, reason="no table: `ltepass coverage --out examples/results` writes it")
 MEASURED = ("dense_error", "lowered_error", "seconds", "nodes")  # differ from machine to machine
-REST = [name for name in census.entries() if name not in QUICK]
+REST = [name for name in entries() if name not in QUICK]
 
 
 def check_row(row: Row) -> None:
     """Whatever was found computes the same, and whatever was not stands in the committed list."""
-    assert census.unexplained(row) == [], row
+    assert lacking.unexplained(row) == [], row
     if row.status != "ok":
         return
     assert row.gates_act or row.name in known_reasons.INVISIBLE, row
@@ -70,10 +71,10 @@ def test_each_committed_row_is_right_or_explained(row: Row) -> None:
 def test_the_table_has_every_architecture_and_the_aim_is_reached() -> None:
     rows = TABLE
     if OF_THIS_VERSION:
-        assert [r.name for r in rows] == list(census.entries())
-    groups = census.summary(rows)
+        assert [r.name for r in rows] == list(entries())
+    groups = lacking.summary(rows)
     assert len(groups["instantiate and run"]) >= 164
-    assert len(groups["get every one"]) >= census.WANTED_SHARE * len(groups["have a dense FFN"])
+    assert len(groups["get every one"]) >= lacking.WANTED_SHARE * len(groups["have a dense FFN"])
 
 
 @needs_table
@@ -82,7 +83,7 @@ def test_the_table_has_every_architecture_and_the_aim_is_reached() -> None:
     reason=f"the page tells causal LMs by another transformers than {transformers.__version__}",
 )
 def test_the_page_is_what_the_rows_give() -> None:
-    assert PAGE.splitlines()[3:] == census.page(TABLE).splitlines()[3:]  # above it: versions
+    assert PAGE.splitlines()[3:] == page.page(TABLE).splitlines()[3:]  # above it: versions
 
 
 @needs_table
@@ -94,11 +95,11 @@ def test_no_sentence_is_left_over() -> None:
 
 
 def test_what_is_not_explained_is_named() -> None:
-    assert census.unexplained(Row(name="llama", status="dense")) == ["dense"]
-    assert census.unexplained(Row(name="llama", unfound="a.down_proj b.down_proj")) == ["a.down_proj", "b.down_proj"]
+    assert lacking.unexplained(Row(name="llama", status="dense")) == ["dense"]
+    assert lacking.unexplained(Row(name="llama", unfound="a.down_proj b.down_proj")) == ["a.down_proj", "b.down_proj"]
     row = Row(name="bitnet", unfound="model.layers.0.mlp.down_proj other.fc2")
-    assert census.unexplained(row) == ["other.fc2"]
-    assert census.dense_ffns_missed(row) == ["model.layers.0.mlp.down_proj", "other.fc2"]
+    assert lacking.unexplained(row) == ["other.fc2"]
+    assert lacking.dense_ffns_missed(row) == ["model.layers.0.mlp.down_proj", "other.fc2"]
 
 
 def test_an_unknown_name_is_refused() -> None:

@@ -17,13 +17,17 @@ from examples.compare import (
     frontier,
     missed_energy,
     models,
+    presets,
     start_cost,
     step_time,
-    study,
     tasks,
+    workshop,
 )
 from examples.compare.cuts import Cuts, expert_sparsity, measure_cut, n_matrices
-from examples.compare.frontier_rows import Rows, at_bytes, ratios, shown_at, write_table
+from examples.compare.frontier_rows import Rows
+from examples.compare.measured import measure_lte
+from examples.compare.study import load_data
+from examples.compare.tuning import tune_dense
 from ltepass.measure.quality import perplexity, sparsity_curve
 from ltepass.measure.text_blocks import corpora
 from ltepass.routed.sites import routers_of
@@ -39,10 +43,10 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "TINY_STEPS", 8)
     budget = dataclasses.replace(
-        frontier.PRESETS["smoke"].budget, steps=4, batch=4, length=64, test=1, test_length=64, calibration=8
+        presets.PRESETS["smoke"].budget, steps=4, batch=4, length=64, test=1, test_length=64, calibration=8
     )
-    preset = dataclasses.replace(frontier.PRESETS["smoke"], budget=budget, points=(0.5,), trained_points=(0.5,))
-    monkeypatch.setitem(frontier.PRESETS, "smoke", preset)
+    preset = dataclasses.replace(presets.PRESETS["smoke"], budget=budget, points=(0.5,), trained_points=(0.5,))
+    monkeypatch.setitem(presets.PRESETS, "smoke", preset)
 
 
 def run_frontier(folder: Path, work: Path, **kwargs: Any) -> list[dict[str, str]]:
@@ -59,7 +63,7 @@ def test_the_frontier_has_a_row_for_every_method_and_text_and_goes_on_where_it_s
     some = run_frontier(tmp_path, shared, only="dense,lte")
     rows = run_frontier(tmp_path, shared)
     assert rows[: len(some)] == some  # nothing was measured twice
-    methods = {"dense-untuned", "dense", *frontier.OURS, *frontier.TRAINED, *frontier.POST_HOC}
+    methods = {"dense-untuned", "dense", *presets.OURS, *presets.TRAINED, *presets.POST_HOC}
     assert {(r["method"], r["text"]) for r in rows} == {
         (m, t) for m in methods for t in ("reference", "docstrings", "source")
     }
@@ -112,103 +116,17 @@ def test_starts_are_timed_on_the_same_tokens_and_only_their_own_rows_are_replace
     assert again[:-12] == [r for r in rows if (r["sparsity"], r["tokens"]) != ("0.5", "512")]
 
 
-def test_a_start_is_compared_at_the_bytes_of_the_baseline_and_by_the_rounds_ratio() -> None:
-    rows = [
-        {"preset": "p", "start": name, "tokens": "64", "sparsity": s, "seconds": seconds, "text": "t",
-         "bytes_share": share, "ratio_to_dense": ratio, "machine": "x", "torch": "2"}
-        for name, s, seconds, share, ratio in (
-            ("moefication", "0.5", "10", "0.5", "1.5"), ("moefication", "0.9", "20", "0.1", "9"),
-            ("moefication, 150 steps", "0.5", "5", "0.5", "2"), ("moefication, 150 steps", "0.9", "9", "0.1", "20"),
-            ("lte, dense inputs", "0.5", "1", "0.48", "1.2"), ("lte, dense inputs", "0.9", "4", "0.12", "6"),
-            ("lte, hard inputs", "0.5", "3", "0.52", "1.1"), ("lte, hard inputs", "0.9", "6", "0.1", "5"),
-        )
-    ]  # fmt: skip
-    lines = [line for line in start_cost.table(rows) if line.startswith("| ")]
-    assert lines == [
-        "| start | tokens | seconds | of moefication's | 50.0% | 10.0% |",
-        "| moefication | 64 | 15.0 (10.0 .. 20.0) | 1.00 | x1.500 | x9.000 |",
-        "| moefication, 150 steps | 64 | 7.0 (5.0 .. 9.0) | 0.47 | x2.000 | x20 |",
-        "| lte, dense inputs | 64 | 2.5 (1.0 .. 4.0) | 0.15 | ~x1.192 | - |",
-        "| lte, hard inputs | 64 | 4.5 (3.0 .. 6.0) | 0.30 | ~x1.182 | x5.000 |",
-    ]
-
-
 @pytest.mark.usefixtures("quick")
 def test_one_checkpoint_is_measured_at_the_other_points(
     tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    preset = dataclasses.replace(frontier.PRESETS["smoke"], points=(0.5, 0.8))
-    monkeypatch.setitem(frontier.PRESETS, "smoke", preset)
+    preset = dataclasses.replace(presets.PRESETS["smoke"], points=(0.5, 0.8))
+    monkeypatch.setitem(presets.PRESETS, "smoke", preset)
     run_frontier(tmp_path, shared, only="dense,lte+cuts", points="0.5")
     monkeypatch.setattr(frontier, "tune_lte", None)  # no more training
-    rows = run_frontier(tmp_path, shared, only=frontier.ONE_CHECKPOINT)
-    at = {r["target_sparsity"]: float(r["ffn_sparsity"]) for r in rows if r["method"] == frontier.ONE_CHECKPOINT}
+    rows = run_frontier(tmp_path, shared, only=presets.ONE_CHECKPOINT)
+    at = {r["target_sparsity"]: float(r["ffn_sparsity"]) for r in rows if r["method"] == presets.ONE_CHECKPOINT}
     assert at == {"0.8": pytest.approx(0.8, abs=0.12)}
-
-
-def made(method: str, target: float, ppl: float, share: float, seed: int = 0) -> dict[str, str]:
-    values = {
-        "preset": "p",
-        "model": "m",
-        "method": method,
-        "deployable": "True",
-        "trained_tokens": 10,
-        "group_size": 8,
-    }
-    values |= {"target_sparsity": f"{target:g}", "seed": seed, "text": "t", "ffn_sparsity": target}
-    values |= {"bytes_share": share, "perplexity": ppl, "seconds": 1, "machine": "x", "torch": "2"}
-    return {k: str(v) for k, v in values.items()}
-
-
-def test_ratios_are_to_the_same_seeds_dense_model() -> None:
-    rows = [
-        made("dense", 0, 10, 1),
-        made("dense", 0, 20, 1, 1),
-        made("lte", 0.5, 11, 0.5),
-        made("lte", 0.5, 30, 0.5, 1),
-    ]
-    assert ratios(rows)["p", "t", "lte"]["0.5"] == [(1.1, 0.5, 0.5), (1.5, 0.5, 0.5)]
-
-
-def test_equal_bytes_interpolates_between_points_and_never_beyond_them() -> None:
-    curve = [(0.2, 4.0), (0.6, 1.0)]
-    assert at_bytes(curve, 0.4) == pytest.approx(2.0)
-    assert at_bytes(curve, 0.2) == pytest.approx(4.0)
-    assert at_bytes(curve, 0.1) is None
-    assert at_bytes(curve, 0.7) is None
-    assert [shown_at(curve, b) for b in (0.4, 0.7)] == ["~x2.000", "-"]
-    assert shown_at(curve, 0.2) == "x4.000"  # a point of its own
-    assert shown_at([*curve, (0.5, 1.1)], 0.55) == "x1.049"
-
-
-def test_the_table_shows_spread_over_seeds_and_what_was_not_measured(tmp_path: Path) -> None:
-    rows = [made("dense", 0, 10, 1, s) for s in (0, 1)]
-    rows += [made("lte", 0.5, 11 + s, 0.5, s) for s in (0, 1)] + [made("cats", 0.8, 20, 0.4)]
-    write_table(rows, tmp_path / "t.md")
-    table = (tmp_path / "t.md").read_text()
-    assert "x1.150 (1.100 .. 1.200) [50.0%]" in table
-    assert "; 1 to 2 seeds (ranges in the first table);" in table
-    assert "| cats | not measured | x2.000 [80.0%] |" in table
-
-
-def test_the_table_names_methods_of_another_group_size(tmp_path: Path) -> None:
-    rows = [made("dense", 0, 10, 1), made("lte", 0.5, 11, 0.5)]
-    rows.append({**made("lte-proxy", 0.5, 10.2, 0.6), "group_size": "1"})
-    write_table(rows, tmp_path / "t.md")
-    usual = rows[0]["group_size"]
-    assert f"tokens. Groups of {usual}, of 1 in lte-proxy; " in (tmp_path / "t.md").read_text()
-
-
-def test_the_table_says_which_cuts_were_placed_in_another_way(tmp_path: Path) -> None:
-    rows = [made("dense", 0, 10, 1), made("lte", 0.5, 11, 0.5), made("lte+cuts", 0.5, 12, 0.5)]
-    rows.append({**made("lte+cuts", 0.8, 13, 0.2), "cut_sample": "rows"})
-    write_table(rows, tmp_path / "t.md")
-    table = (tmp_path / "t.md").read_text()
-    assert "| lte+cuts | x1.200 [50.0%]† | x1.300 [80.0%] |" in table
-    assert "Measured again by random rows: lte+cuts at 80% (p)." in table
-    assert table.count("†") == 2
-    write_table([*rows[:2], rows[3]], tmp_path / "t.md")
-    assert "†" not in (tmp_path / "t.md").read_text()
 
 
 @pytest.mark.usefixtures("quick")
@@ -236,8 +154,8 @@ def test_ablations_and_tasks_write_their_rows(tmp_path: Path, shared: Path) -> N
 def test_cuts_are_chosen_without_a_look_at_test_text(
     shared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with_test = study.load_data
-    monkeypatch.setattr(study, "load_data", lambda *args: dataclasses.replace(with_test(*args), test={}))
+    with_test = load_data
+    monkeypatch.setattr(workshop, "load_data", lambda *args: dataclasses.replace(with_test(*args), test={}))
     monkeypatch.setattr(choose_cuts, "HIDDEN", (0.0, 0.5))
     monkeypatch.setattr(choose_cuts, "INPUTS", (0.0, 0.3, 0.8))
     choose_cuts.main(preset="smoke", texts=None, work=shared, sparsity=0.5)
@@ -279,7 +197,7 @@ def test_cuts_leave_out_small_inputs_and_the_small_hidden_units_of_active_expert
     cuts.apply(model, (text,))
     ppl, sparsity, read = measure_cut(model, {"t": text})
     assert not torch.equal(model(text).logits, plain)
-    without = study.measure_lte(model, {"t": text})
+    without = measure_lte(model, {"t": text})
     matrices = n_matrices(model._lte.sites[0])
     active, own = 1 - without[1]["t"], without[2]["t"] - (1 - without[1]["t"])
     assert 1 - sparsity["t"] == pytest.approx(active * cuts.kept(matrices), rel=0.03)
@@ -294,7 +212,7 @@ def test_cuts_leave_out_small_inputs_and_the_small_hidden_units_of_active_expert
 
 @pytest.mark.usefixtures("quick")
 def test_instructions_are_learned_from_answers_only() -> None:
-    budget = frontier.PRESETS["smoke"].budget
+    budget = presets.PRESETS["smoke"].budget
     task = tasks.instruction_task(models.tokenizer("tiny"), budget, 0)
     row = task.train[0]
     counted = row["labels"] != tasks.IGNORED
@@ -308,7 +226,7 @@ def test_instructions_are_learned_from_answers_only() -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_a_training_whose_gradients_overflow_gives_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    work = study.Workshop("smoke", frontier.PRESETS["smoke"].budget, None, tmp_path)
+    work = workshop.Workshop("smoke", presets.PRESETS["smoke"].budget, None, tmp_path)
     model = work.base()
     forward = model.forward
 
@@ -320,7 +238,7 @@ def test_a_training_whose_gradients_overflow_gives_no_row(tmp_path: Path, monkey
 
     monkeypatch.setattr(model, "forward", scaled)
     with pytest.raises(ValueError, match=r"gradient norms were .*inf"):
-        study.tune_dense(model, work.data(0), work.budget, tmp_path / "log", 0)
+        tune_dense(model, work.data(0), work.budget, tmp_path / "log", 0)
 
 
 def test_step_time_takes_turns_and_trains(tmp_path: Path) -> None:
