@@ -6,28 +6,21 @@ import copy
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers as hf
-from safetensors.torch import load_file, save_file
-from torch import nn
-from torch.fx import Graph
 
 import ltepass
-from ltepass.errors import CheckpointError, SourceNameError
-from ltepass.passes.capture.owner_forward import trace_owner
-from ltepass.passes.insert.regenerated_forwards import ForwardCode
-from ltepass.routed.sites import FFNSite, NeuronRows, Refusal, routers_of, state_of
+from ltepass.errors import CheckpointError
+from ltepass.routed.sites import Refusal
+from tests.crafted_checkpoints import CHECKPOINTS, IDS, copied, craft, write
 from tests.models import zoo
 from tests.typed import lte_state
 from tests.watching import MARK, watch
 
-CHECKPOINTS = Path(__file__).parent / "checkpoints"
-IDS = torch.arange(3, 35).reshape(2, 16)
 PAYLOADS = [
     f'x") or __import__("os").system("{MARK}") or ("',
     f"x\n        __import__('os').system('{MARK}')\n        self.y",
@@ -42,31 +35,6 @@ FIELDS = ["router", "owner", "up", "gate", "down", "name", "activation", "kind",
 def _imported() -> None:
     """A first load imports the rest of transformers, and torch then makes its cache folder."""
     hf.AutoModelForCausalLM.from_pretrained(CHECKPOINTS / "v2/aligned")
-
-
-def copied(name: str, folder: Path) -> dict[str, Any]:
-    """A fixture's copy, and its config."""
-    for file in (CHECKPOINTS / name).iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    return json.loads((folder / "config.json").read_text())  # type: ignore[no-any-return]
-
-
-def write(folder: Path, config: dict[str, Any]) -> None:
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def craft(site: dict[str, Any], field: str, payload: str) -> None:
-    """One field of a site becomes a payload, as a path that begins like the true one."""
-    if field != "param":
-        before = site[field] or "model"
-        beside = before.rpartition(".")[0] if field == "router" and "." not in payload else before
-        site[field] = f"{beside}.{payload}"
-    elif "parameters" in site:
-        site["parameters"][0] += f".{payload}"
-    else:
-        before = site["neurons"][0]["param"]
-        for rows in (*site["neurons"], site["up_rows"], site["gate_rows"], site["down_rows"]):
-            rows["param"] = rows["param"].replace(before, f"{before}.{payload}")
 
 
 @pytest.mark.parametrize("payload", range(len(PAYLOADS)))
@@ -87,65 +55,6 @@ def test_the_watch_sees_what_it_is_there_for(tmp_path: Path) -> None:
         (tmp_path / "written").write_text("x")
         subprocess.run([sys.executable, "-c", ""], check=True)
     assert {what.split()[0] for what in done} >= {"compile", "open", "subprocess.Popen"}
-
-
-def graph_with(target: str) -> Graph:
-    graph = Graph()
-    graph.output(graph.create_node("call_module", target, (graph.placeholder("x"),)))
-    return graph
-
-
-@pytest.mark.parametrize("target", [*PAYLOADS, "a.class", "a..b", "", "a.__init__", 'a"', "a\\"])
-def test_no_name_outside_the_rule_is_written_into_source(target: str) -> None:
-    with pytest.raises(SourceNameError, match="rename the module"):
-        ForwardCode.of(graph_with(target))
-
-
-def test_names_of_every_kind_are_held_to_the_rule() -> None:
-    targets: dict[str, Any] = {"get_attr": PAYLOADS[0], "call_method": PAYLOADS[0], "call_function": torch.relu}
-    named: dict[str, Any] = {PAYLOADS[0]: 1}
-    for op, target in targets.items():
-        graph = Graph()
-        x = graph.placeholder("x")
-        graph.output(graph.create_node(op, target, (x,), named if op == "call_function" else {}))
-        with pytest.raises(SourceNameError):
-            ForwardCode.of(graph)
-    assert "up-proj" in ForwardCode.of(graph_with("blocks.0.up-proj")).source
-
-
-def test_the_rule_stands_under_python_o() -> None:
-    code = (
-        "from torch.fx import Graph\nfrom ltepass.passes.insert.regenerated_forwards import ForwardCode\ng = Graph()\n"
-        "g.output(g.create_node('call_module', 'x\") or 1 or (\"', (g.placeholder('x'),)))\n"
-        "try: ForwardCode.of(g)\nexcept ValueError as e: print(type(e).__name__)"
-    )
-    done = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.stdout.strip() == "SourceNameError", done.stderr
-
-
-class Odd(nn.Module):
-    """An FFN whose linears have names that no source may hold."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_module('up"', nn.Linear(8, 16))
-        self.down = nn.Linear(16, 8)
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.down(torch.relu(getattr(self, 'up"')(x)))
-
-
-def test_an_owner_with_such_names_is_served_by_hooks() -> None:
-    model = Odd().eval()
-    assert trace_owner(model) is None
-    x = torch.randn(2, 3, 8)
-    want = model(x)
-    ltepass.transform(model, (x,))
-    assert lte_state(model).sites[0].kind == "inline"
-    assert torch.equal(model(x), want)
-    with pytest.raises(CheckpointError, match="up is"):  # and is not saved: no checkpoint may name them
-        ltepass.save(model, "never-written")
-    assert not Path("never-written").exists()
 
 
 WRONG: dict[str, tuple[Any, ...]] = {
@@ -240,46 +149,6 @@ def test_a_newer_format_says_which_ltepass_is_needed(tmp_path: Path) -> None:
     assert "\x1b" not in str(error.value)
 
 
-def strings(value: Any) -> list[str]:
-    if isinstance(value, str):
-        return [value]
-    children = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return [text for child in children for text in strings(child)]
-
-
-@pytest.mark.parametrize("name", ["aligned", "inline", "fused", "encoder_decoder"])
-def test_each_name_of_a_parameter_is_written_once(name: str) -> None:
-    entry = json.loads((CHECKPOINTS / "v2" / name / "config.json").read_text())["quantization_config"]
-    for site in entry["sites"]:
-        names = [text for text in strings(site) if text.endswith((".weight", ".bias"))]
-        assert len(names) == len(set(names)) > 1
-        assert FFNSite.from_dict(site).to_dict() == site
-
-
-def test_the_first_version_reads_as_the_same_sites() -> None:
-    for folder in sorted((CHECKPOINTS / "v1").iterdir()):
-        first, second = (
-            json.loads((CHECKPOINTS / v / folder.name / "config.json").read_text())["quantization_config"]["sites"]
-            for v in ("v1", "v2")
-        )
-        assert [FFNSite.from_dict(site) for site in first] == [FFNSite.from_dict(site) for site in second]
-
-
-def test_renaming_reaches_every_field() -> None:
-    rows = {n: NeuronRows(param=f"a.{n}.weight", dim=0, start=0, step=1) for n in ("u", "ub", "g", "gb", "d")}
-    site = FFNSite(
-        name="a", owner="a", kind="aligned", router="a.router", up="a.u", gate="a.g", down="a.d", activation="silu",
-        d_model=2, d_ff=4, up_rows=rows["u"], up_bias=rows["ub"], gate_rows=rows["g"], gate_bias=rows["gb"],
-        down_rows=rows["d"], down_bias="a.d.bias", neurons=tuple(rows.values()), group_size=2,
-    )  # fmt: skip
-    moved = site.renamed(lambda path: f"b.{path}").to_dict()
-    names = [text for text in strings(moved) if text not in ("aligned", "silu")]
-    assert len(names) == 7 + 5
-    assert all(text.startswith("b.a") for text in names)
-    assert site.renamed(lambda path: f"b.{path}").renamed(lambda path: path.removeprefix("b.")) == site
-    assert replace(site, name="a#1").renamed(lambda path: f"b.{path}").name == "b.a#1"
-
-
 @pytest.mark.parametrize("version", ["v1", "v2"])
 @pytest.mark.parametrize("name", ["aligned", "inline", "fused"])
 def test_the_base_model_can_do_all_that_the_whole_can(name: str, version: str, tmp_path: Path) -> None:
@@ -307,101 +176,6 @@ def test_another_head_keeps_the_gates() -> None:
     assert len(lte_state(model).sites) == 2
     whole = hf.AutoModelForCausalLM.from_pretrained(CHECKPOINTS / "v2/aligned")
     assert torch.equal(model.model(IDS).last_hidden_state, whole.model(IDS).last_hidden_state)
-
-
-def test_a_folder_that_lost_its_prefix_by_halves_is_read() -> None:
-    """The first version, saved again from AutoModel: `neurons` had lost the prefix, the other rows had not."""
-    entry = json.loads((CHECKPOINTS / "v1/inline/config.json").read_text())["quantization_config"]
-    want = [FFNSite.from_dict(site).renamed(lambda p: p.removeprefix("model.")) for site in entry["sites"]]
-    for site in entry["sites"]:
-        for key in ("name", "owner", "router", "up", "down"):
-            site[key] = site[key].removeprefix("model.")
-        for rows in site["neurons"]:
-            rows["param"] = rows["param"].removeprefix("model.")
-        assert site["up_rows"]["param"].startswith("model.")
-        assert site["down_bias"].startswith("model.")
-    assert [FFNSite.from_dict(site) for site in entry["sites"]] == want
-
-
-def without_routers(folder: Path, which: str) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    save_file({n: t for n, t in tensors.items() if which not in n}, folder / "model.safetensors", {"format": "pt"})
-
-
-def test_a_copy_saved_again_without_ltepass_is_dense_with_one_warning(tmp_path: Path) -> None:
-    copied("v2/aligned", tmp_path)
-    without_routers(tmp_path, ".router.")
-    with pytest.warns(UserWarning, match="loaded dense") as caught:
-        model = hf.AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert len([w for w in caught if "ltepass" in str(w.message)]) == 1
-    assert state_of(model) is None
-    assert not any(routers_of(model))
-    whole = hf.AutoModelForCausalLM.from_pretrained(CHECKPOINTS / "v2/aligned")
-    ltepass.set_mode(whole, "dense")
-    assert torch.equal(model(IDS).logits, whole(IDS).logits)
-    assert model.half().dtype == torch.float16
-    model.save_pretrained(tmp_path / "again")
-    assert "quantization_config" not in json.loads((tmp_path / "again/config.json").read_text())
-
-
-TENSORS = {
-    "lack 1 of them": lambda t: [t.pop(n) for n in list(t) if "layers.1.mlp.router" in n],
-    "quantiles in the weight files is missing": lambda t: t.pop("model.layers.0.mlp.router.quantiles"),
-    "threshold in the weight files is missing": lambda t: [t.pop(n) for n in list(t) if n.endswith("threshold")],
-    "lack 2 of them": lambda t: [t.pop(n) for n in list(t) if "router" in n and "router.weight" not in n],
-    "other.quantiles in the weight files is F32": lambda t: t.update(
-        {"model.layers.0.mlp.router.other.quantiles": torch.zeros(101)}
-    ),
-    "bias in the weight files is missing": lambda t: t.pop("model.layers.0.mlp.router.bias"),
-    "F16": lambda t: t.update({n: v.half() for n, v in t.items() if n.endswith("router.weight")}),
-    "cut in the weight files is F32": lambda t: t.update({"model.layers.0.mlp.router.cut": torch.zeros(())}),
-    "I32": lambda t: t.update({n: v.int() for n, v in t.items() if "q_proj" in n}),
-    "down_proj.weight is missing": lambda t: t.pop("model.layers.1.mlp.down_proj.weight"),
-    "q_proj.weight is missing": lambda t: t.update(x=t.pop("model.layers.0.self_attn.q_proj.weight")),
-    r"\[60, 25\]": lambda t: t.update({"model.layers.1.mlp.up_proj.weight": torch.zeros(60, 25)}),
-    "permutation of site": lambda t: t["model.layers.0.mlp.router.permutation"].fill_(3),
-    "threshold of site": lambda t: t["model.layers.1.mlp.router.threshold"].fill_(float("nan")),
-    "table of site": lambda t: t["model.layers.1.mlp.router.quantiles"][5:9].fill_(float("nan")),
-    "lack 1 of them .first: model.layers.1": lambda t: t.update(
-        {n.replace("model.layers.1", "\x1b[31m.layers.1"): t.pop(n) for n in list(t) if "layers.1.mlp.router" in n}
-    ),
-    "does not list": lambda t: t.update({"model.layers.2.mlp.router.quantiles": torch.zeros(101)}),
-}
-
-
-@pytest.mark.parametrize("message", TENSORS)
-def test_tensors_that_do_not_fit_the_list_are_refused(message: str, tmp_path: Path) -> None:
-    copied("v2/aligned", tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    TENSORS[message](tensors)
-    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match=message):
-        hf.AutoModelForCausalLM.from_pretrained(tmp_path)
-
-
-def test_weights_in_a_pickle_are_refused(tmp_path: Path) -> None:
-    copied("v2/aligned", tmp_path)
-    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
-    (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="no safetensors file"):
-        hf.AutoModelForCausalLM.from_pretrained(tmp_path)
-
-
-def test_a_part_that_was_transformed_alone_warns_where_the_whole_is_saved(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = zoo.llama(1).eval()
-    ltepass.transform(model.model)
-    with pytest.warns(UserWarning, match="model of this LlamaForCausalLM was transformed alone"):
-        model.save_pretrained(tmp_path / "whole")
-    ltepass.set_mode(model.model, "hard")
-    want = model.model(IDS).last_hidden_state
-    model.model.save_pretrained(tmp_path / "part")  # no warning here, which would be an error in these tests
-    assert torch.equal(hf.AutoModel.from_pretrained(tmp_path / "part")(IDS).last_hidden_state, want)
-    again = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "part")
-    assert torch.equal(again.model(IDS).last_hidden_state, want)
-    ltepass.remove(model.model)
-    assert not model.model._state_dict_pre_hooks
-    model.save_pretrained(tmp_path / "dense")
 
 
 def test_text_of_a_checkpoint_reaches_the_terminal_as_text(tmp_path: Path) -> None:

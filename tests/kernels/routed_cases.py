@@ -101,6 +101,16 @@ def doubled(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(a.double() if isinstance(a, Tensor) else a for a in args)
 
 
+def with_grad(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Every tensor a leaf that wants a gradient, strides kept."""
+    out = []
+    for a in args:
+        if isinstance(a, Tensor):
+            a = a.detach().requires_grad_(True)
+        out.append(a)
+    return tuple(out)
+
+
 def hidden(args: tuple[Any, ...]) -> Tensor:
     """[..., d_ff]: every hidden unit, 0 for those of inactive experts, whatever is cut."""
     call, down = list(args[:11]), args[8]
