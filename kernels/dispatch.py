@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from ltepass.kernels.cpu import loading
 
 
-def any_device(op: torch._ops.OpOverload, definition: Callable[..., Any]) -> Callable[..., Any]:
+def any_device(op: torch._ops.OpOverload, definition: Callable[..., object]) -> Callable[..., object]:
     """The kernel of `op` for any device: its definition. The first call on a CPU loads the C++ kernel."""
 
-    def call(*args: Any) -> Any:
+    def call(x: torch.Tensor, *others: object) -> object:
         # A successful load has registered the C++ kernel under a key that outranks this one: call again.
-        if args[0].device.type == "cpu" and loading.load():
-            return op(*args)
-        return definition(*args)
+        if x.device.type == "cpu" and loading.load():
+            return op(x, *others)
+        return definition(x, *others)
 
     return call
 
 
-def vmap_over_x(
-    op: torch._ops.OpOverload, batched: Callable[[Any], object] = lambda y: (y, 0)
-) -> Callable[..., object]:
+def vmap_over_x(op: torch._ops.OpOverload, batched: Callable[..., object] = lambda y: (y, 0)) -> Callable[..., object]:
     """The vmap rule of an op that maps x [..., d] alone: batches stand first. batched: its results and their places."""
 
     def rule(info: object, in_dims: tuple[int | None, ...], x: torch.Tensor, *others: object) -> object:

@@ -43,7 +43,7 @@ for _op in (LINEAR, PROXY):
     _library.define(f"{_op.plain}{_op.arguments} -> (Tensor, Tensor)")  # for a dtype that C++ has no code for
 
 
-def _plain(op: RoutedOp, with_mask: bool, *args: Any) -> Any:
+def _plain(op: RoutedOp, with_mask: bool, *args: object) -> Any:
     c = op.checked(args)
     active = op.mask(c)
     seen = reference.leave_out_small(c.x, c.input_cut)
