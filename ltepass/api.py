@@ -184,7 +184,7 @@ def export(
         first), LoweringError (a router is not in hard mode), ShardedError, ConfigError. The model is never changed.
     Example:
         >>> ltepass.set_mode(model, "hard")
-        >>> sorted(file.name for file in ltepass.export(model, folder, length=32).iterdir())
+        >>> sorted(file.name for file in ltepass.export(model, folder, length=32, linears="int8").iterdir())
         ['decode.pt2', 'decoder.json', 'kernels.so', 'ops.so', 'prefill.pt2', 'weights.pt']
     """
     from ltepass.exporting.package import export_model

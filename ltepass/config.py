@@ -61,6 +61,8 @@ class LTEConfig:
     Example:
         >>> ltepass.LTEConfig(target_sparsity=0.7).tau
         0.5
+        >>> ltepass.LTEConfig(router="proxy", proxy_scales="rows").group_size  # single neurons
+        'auto'
     """
 
     group_size: int | Literal["auto"] = "auto"

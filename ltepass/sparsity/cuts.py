@@ -38,8 +38,7 @@ def set_hidden_sparsity(model: nn.Module, share: float, batches: Iterable[Batch]
     """Leave the smallest `share` of active experts' hidden units out of the down projection, in hard mode.
 
     Training in hard mode goes on under the cuts, `LTETrainer` places them again at the end of a stage, and they are
-        saved
-    with the model. Call it again after `set_sparsity`: other experts give other hidden units.
+    saved with the model. Call it again after `set_sparsity`: other experts give other hidden units.
 
     Arguments:
         model: a transformed model, not lowered.
@@ -62,8 +61,7 @@ def set_input_sparsity(model: nn.Module, share: float, batches: Iterable[Batch])
 
     For one token on a CPU an FFN of three matrices then reads (1 - 2 share / 3) of its active experts' bytes: lowering
     stores up and gate with a row for each input there. Several tokens get the same numbers and save nothing by it; on a
-        GPU
-    such an FFN stays masked-dense (`ltepass.report` says so).
+    GPU such an FFN stays masked-dense (`ltepass.report` says so).
 
     Arguments:
         model: a transformed model, not lowered.

@@ -31,8 +31,7 @@ def set_sparsity(model: nn.Module, sparsity: float) -> None:
     """Move every router's threshold to the value that left this share of its calibration experts inactive.
 
     With the budget "model" all get the one value that leaves this share of all sites' experts inactive. Changes tensors
-        in
-    place: works on a lowered model and causes no recompile.
+    in place: works on a lowered model and causes no recompile.
 
     Arguments:
         model: a calibrated model.
