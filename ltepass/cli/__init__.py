@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -158,12 +158,16 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     new_tokens: Annotated[int, typer.Option(help="How many tokens to add.")] = 64,
     sparsity: Annotated[float | None, typer.Option(help="Another sparsity, from the calibrated table.")] = None,
+    exported: Annotated[
+        bool, typer.Option("--exported", help="FOLDER is one of `ltepass export`: run the code in it.")
+    ] = False,
     device: Device = "cpu",
 ) -> None:
     """Continue a prompt with a saved model, lowered."""
     from ltepass.commands import generate as command
 
-    typer.echo(command.generate(str(folder), prompt, new_tokens=new_tokens, sparsity=sparsity, device=device))
+    options: dict[str, Any] = {"new_tokens": new_tokens, "sparsity": sparsity, "device": device, "exported": exported}
+    typer.echo(command.generate(str(folder), prompt, **options))
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""`ltepass generate`: a saved model, lowered, continues a text."""
+"""`ltepass generate`: a saved model, lowered, continues a text; or an exported folder does, where that is asked for."""
 
 from __future__ import annotations
 
@@ -15,15 +15,23 @@ if TYPE_CHECKING:
 
 
 def generate(
-    folder: str, prompt: str, *, new_tokens: int = 64, sparsity: float | None = None, device: str = "cpu"
+    folder: str,
+    prompt: str,
+    *,
+    new_tokens: int = 64,
+    sparsity: float | None = None,
+    device: str = "cpu",
+    exported: bool = False,
 ) -> str:
-    """The prompt and its greedy continuation by a saved model, lowered. Raises LTEError where it holds no routers."""
+    """The prompt and its greedy continuation by a saved model, lowered. Raises LTEError where it holds no routers.
+
+    exported: the folder is one of `ltepass export`, whose machine code then runs.
+    """
     from transformers import AutoTokenizer
 
+    _check(Path(folder), sparsity, device, exported=exported)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    if (Path(folder) / ABOUT).exists():
-        if sparsity is not None:
-            raise ConfigError("--sparsity was given, and an exported folder has the one it was exported with")
+    if exported:
         return _exported(Path(folder), tokenizer, prompt, new_tokens)
     model = load(folder, device)
     if sparsity is not None:
@@ -33,6 +41,16 @@ def generate(
     out = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
     text: str = tokenizer.decode(out[0], skip_special_tokens=True)
     return text
+
+
+def _check(folder: Path, sparsity: float | None, device: str, *, exported: bool) -> None:
+    """A folder runs as a program only where the user says that it is one."""
+    if not exported and (folder / ABOUT).exists() and not (folder / "config.json").exists():
+        raise ConfigError(f"{folder} was exported: it holds machine code; where you trust it, add --exported to run it")
+    if exported and sparsity is not None:
+        raise ConfigError("--sparsity was given, and an exported folder has the one it was exported with")
+    if exported and device != "cpu":
+        raise ConfigError(f"--device is {device!r}, and an exported folder runs on the CPU; expected cpu")
 
 
 def _exported(folder: Path, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int) -> str:

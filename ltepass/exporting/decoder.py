@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ltepass.errors import ExportError
-from ltepass.exporting.package import ABOUT, DECODE, FORMAT, PREFILL, About, weights
+from ltepass.exporting.package import ABOUT, DECODE, FORMAT, PREFILL, WEIGHTS, About, layout, weights
 from ltepass.kernels import attention as _attention  # noqa: F401 -- registers what the graphs call
 from ltepass.kernels import linear as _linear  # noqa: F401
 from ltepass.kernels.cpu import build, loading
+
+if TYPE_CHECKING:
+    from torch.export.pt2_archive._package import AOTICompiledModel
 
 Pick = Callable[[Tensor], int]  # logits [vocab] -> a token
 
@@ -29,18 +33,33 @@ class ExportedDecoder:
     """
 
     def __init__(self, folder: Path) -> None:
-        from torch._inductor import aoti_load_package
-
         self.about = _about(folder)
         if not loading.load():
             raise ExportError("the CPU kernels could not be built (the warning says why), and a package needs them")
         self._weights = weights(folder)  # the graphs read them where they lie
-        self._decode, self._prefill = (aoti_load_package(str(folder / name)) for name in (DECODE, PREFILL))
-        for graph in (self._decode, self._prefill):
-            mine = {name: self._weights[name] for name in graph.get_constant_fqns()}
-            graph.load_constants(mine, check_full_update=True, user_managed=True)
+        self._decode, self._prefill = (self._graph(folder / name) for name in (DECODE, PREFILL))
         self.cache = torch.zeros(self.about.cache, dtype=getattr(torch, self.about.cache_dtype))
         self.position = 0
+
+    def _graph(self, file: Path) -> AOTICompiledModel:
+        """A package with its weights, which it reads unasked: a shape that it does not expect would be other memory."""
+        from torch._inductor import aoti_load_package
+
+        try:
+            graph = aoti_load_package(str(file))
+        except RuntimeError as error:
+            raise ExportError(f"{file} cannot be read ({error}); export the model again") from error
+        told = graph.loader.get_metadata()
+        if not self.about.call().items() <= told.items():
+            raise ExportError(f"{file.parent / ABOUT} is of another export than {file.name}; export the model again")
+        expected = json.loads(told.get("weights", "{}"))
+        mine = {name: self._weights.get(name) for name in graph.get_constant_fqns()}
+        for name, tensor in mine.items():
+            found = "missing" if tensor is None else layout(tensor)
+            if found != expected.get(name, found) or tensor is None:
+                raise ExportError(f"{WEIGHTS}: {name} is {found}; {file.name} expects {expected.get(name, 'it')}")
+        graph.load_constants(mine, check_full_update=True, user_managed=True)
+        return graph
 
     @property
     def weights(self) -> list[Tensor]:
@@ -86,11 +105,12 @@ def is_gated(folder: Path) -> bool:
 def _about(folder: Path) -> About:
     try:
         entries = json.loads((folder / ABOUT).read_text())
-        about = About(**entries)
-    except (OSError, TypeError, ValueError) as error:
+        known = {**entries}.get("format") == FORMAT
+        about = About(**entries) if known else None
+    except (OSError, TypeError, ValueError, RecursionError) as error:
         raise ExportError(f"{folder} is no folder that `ltepass export` wrote: {error}") from error
-    if about.format != FORMAT:
-        raise ExportError(f"{folder} has format {about.format}; this version reads {FORMAT}: export again")
+    if about is None:
+        raise ExportError(f"{folder} has format {entries.get('format')}; this version reads {FORMAT}: export again")
     if about.torch != torch.__version__:
         raise ExportError(f"{folder} was compiled for torch {about.torch}; here is {torch.__version__}: export again")
     if about.isa not in build.levels():

@@ -23,8 +23,8 @@ def write_ops(folder: Path) -> None:
     with tempfile.TemporaryDirectory() as made:
         source = Path(made) / "ops.cpp"
         source.write_text(_source())
-        # Loaded first, and found beside it.
-        link = ["-Wl,--no-as-needed", str(folder / KERNELS), "-Wl,-rpath,$ORIGIN"]
+        # Loaded first, and found beside it by its name alone: the folder may move.
+        link = ["-Wl,--no-as-needed", f"-L{folder}", f"-l:{KERNELS}", "-Wl,-rpath,$ORIGIN"]
         command = [*build.compile_command(), "-O1", "-std=c++20", "-fPIC", "-shared", f"-I{_torch() / 'include'}"]
         command += [f"-DTORCH_TARGET_VERSION={build.STABLE_ABI}", str(source), "-o", str(folder / OPS)]
         command += [f"-L{_torch() / 'lib'}", "-ltorch_cpu", *link]

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("ltepass")
 
 MOST = 2048  # tokens of a cache that nobody asked a length for
-SCALAR_TYPES = {torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}  # c10::ScalarType's numbers
+SCALAR_TYPES = {"float16": 5, "float32": 6, "bfloat16": 15}  # c10::ScalarType's numbers
 FORMAT = 1  # of the folder; a later one that means something else counts on
 DECODE, PREFILL, WEIGHTS, ABOUT = "decode.pt2", "prefill.pt2", "weights.pt", "decoder.json"
 
@@ -66,6 +66,20 @@ class About:
     linears: str | None
     token_bytes: int
     gated_bytes: int
+
+    def __post_init__(self) -> None:
+        """Raises TypeError where a file said something else."""
+        numbers = all(isinstance(v, list) and {*map(type, v)} <= {int} for v in (self.cache, self.eos))
+        if not numbers or self.cache_dtype not in list(SCALAR_TYPES):
+            raise TypeError(f"expected numbers in cache and eos, and cache_dtype as one of {', '.join(SCALAR_TYPES)}")
+
+    def call(self) -> dict[str, str]:
+        """How the graphs are called, in words that a program in C++ reads without a parser."""
+        return {
+            "cache": " ".join(map(str, self.cache)),
+            "cache_dtype": str(SCALAR_TYPES[self.cache_dtype]),
+            "eos": " ".join(map(str, self.eos)),
+        }
 
 
 def passes(linears: Format | None) -> tuple[Pass[GraphJob], ...]:
@@ -94,8 +108,17 @@ def export_model(
     for router, reason in job.notes.items():
         log.warning("export: %s: kept masked-dense: %s", router, reason)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(step, folder, language_model, linears)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as made:
+        _write(step, Path(made), language_model, linears)
+        _put(Path(made), folder)
     return folder
+
+
+def _put(made: Path, folder: Path) -> None:
+    """What says that the folder is one of ours goes first and comes last: an export that ends half way mixes no two."""
+    (folder / ABOUT).unlink(missing_ok=True)
+    for file in sorted(made.iterdir(), key=lambda file: file.name == ABOUT):
+        file.replace(folder / file.name)
 
 
 def _checked(model: nn.Module, linears: Format | None, cache_dtype: torch.dtype | None) -> PreTrainedModel:
@@ -123,18 +146,9 @@ def _checked(model: nn.Module, linears: Format | None, cache_dtype: torch.dtype 
 
 
 def _write(step: DecoderStep, folder: Path, model: PreTrainedModel, linears: Format | None) -> None:
-    eos = _eos(model)
     token_bytes, gated_bytes = bytes_read(step.graph)
     programs = {DECODE: _decode(step), PREFILL: _prefill(step)}
-    metadata = {  # the same in words that a program in C++ reads without a parser
-        "cache": " ".join(map(str, step.cache.shape)),
-        "cache_dtype": str(SCALAR_TYPES[step.cache.dtype]),
-        "eos": " ".join(map(str, eos)),
-    }
-    names = {name for target, program in programs.items() for name in _compile(program, folder / target, metadata)}
     state = {**programs[DECODE].constants, **programs[DECODE].state_dict}
-    torch.save({name: state[name].detach() for name in sorted(names)}, folder / WEIGHTS)
-    write_ops(folder)
     about = About(
         format=FORMAT,
         ltepass=__version__,
@@ -142,12 +156,17 @@ def _write(step: DecoderStep, folder: Path, model: PreTrainedModel, linears: For
         isa=build.isa(),
         cache=list(step.cache.shape),
         cache_dtype=str(step.cache.dtype).removeprefix("torch."),
-        eos=eos,
+        eos=_eos(model),
         dtype=str(model.dtype).removeprefix("torch."),
         linears=linears,
         token_bytes=token_bytes,
         gated_bytes=gated_bytes,
     )
+    layouts = {name: layout(tensor) for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    metadata = {**about.call(), "weights": json.dumps(layouts)}
+    names = {name for target, program in programs.items() for name in _compile(program, folder / target, metadata)}
+    torch.save({name: state[name].detach() for name in sorted(names)}, folder / WEIGHTS)
+    write_ops(folder)
     (folder / ABOUT).write_text(json.dumps(asdict(about), indent=1) + "\n")
 
 
@@ -192,11 +211,13 @@ def _compile(program: torch.export.ExportedProgram, target: Path, metadata: dict
     # Kept by name: else a threshold becomes a constant without one, whose value nothing would hold.
     options: dict[str, object] = {"always_keep_tensor_constants": True}
     options |= {"aot_inductor.package_constants_in_so": False, "aot_inductor.metadata": metadata}
-    with tempfile.TemporaryDirectory(dir=target.parent) as made:  # a name that nobody sees half written
-        path = aoti_compile_and_package(program, package_path=str(Path(made) / target.name), inductor_configs=options)
-        names = set(aoti_load_package(path).get_constant_fqns())
-        Path(path).replace(target)
-    return names
+    path = aoti_compile_and_package(program, package_path=str(target), inductor_configs=options)
+    return set(aoti_load_package(path).get_constant_fqns())
+
+
+def layout(tensor: Tensor) -> str:
+    """What a compiled graph takes for granted of a weight."""
+    return f"{tensor.dtype} {list(tensor.shape)} strides {list(tensor.stride())}"
 
 
 def _eos(model: PreTrainedModel) -> list[int]:
@@ -207,7 +228,9 @@ def _eos(model: PreTrainedModel) -> list[int]:
 def weights(folder: Path) -> dict[str, Tensor]:
     """Raises ExportError where the file is none, or cut short."""
     try:
-        state: dict[str, Tensor] = torch.load(folder / WEIGHTS, weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        state = torch.load(folder / WEIGHTS, weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         raise ExportError(f"{folder / WEIGHTS} cannot be read ({error}); export the model again") from error
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ExportError(f"{folder / WEIGHTS} holds no tensors by name; export the model again")
     return state

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 import ltepass
+from ltepass.commands.generate import generate as command
 from ltepass.errors import ConfigError, ExportError
 from ltepass.exporting.decoder import ExportedDecoder
 from ltepass.kernels.cpu import build
@@ -44,8 +46,7 @@ def exported(tmp_path_factory: Any) -> tuple[Path, Path, list[int]]:
     words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
     words.pre_tokenizer = WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(base / "saved")
-    command = ["export", base / "saved", base / "out", "--length", "128"]
-    run(["-m", "ltepass", *command])
+    run(["-m", "ltepass", "export", base / "saved", base / "out", "--length", "128"])
     return base / "saved", base / "out", expected
 
 
@@ -86,8 +87,23 @@ def test_a_full_cache_ends_it_and_more_is_refused(exported: Any) -> None:
 
 def test_the_command_generates_from_the_folder(exported: Any) -> None:
     _, folder, expected = exported
-    said = run(["-m", "ltepass", "generate", folder, text(PROMPT), "--new-tokens", NEW])
+    said = run(["-m", "ltepass", "generate", folder, text(PROMPT), "--new-tokens", NEW, "--exported"])
     assert said.strip() == text(PROMPT + expected)
+
+
+def test_no_exported_code_runs_where_a_checkpoint_was_meant(
+    exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: Any) -> None:
+        raise AssertionError("machine code was loaded")
+
+    monkeypatch.setattr("torch._inductor.aoti_load_package", load)
+    saved, folder, expected = exported
+    with pytest.raises(ConfigError, match="holds machine code; where you trust it, add --exported"):
+        command(str(folder), "w1")
+    shutil.copytree(folder, tmp_path / "both")
+    shutil.copytree(saved, tmp_path / "both", dirs_exist_ok=True)
+    assert command(str(tmp_path / "both"), text(PROMPT), new_tokens=NEW) == text(PROMPT + expected)
 
 
 def test_the_loop_without_ltepass_says_the_same(exported: Any) -> None:
@@ -159,8 +175,86 @@ def test_the_benchmark_times_it_beside_the_model_that_it_was_made_of(exported: A
     assert 0 < ours.ms < eager.ms
 
 
-def test_another_sparsity_of_an_exported_folder_is_refused(exported: Any) -> None:
-    from ltepass.commands.generate import generate as command
-
+def test_what_an_exported_folder_cannot_do_is_refused(exported: Any) -> None:
     with pytest.raises(ConfigError, match="exported with"):
-        command(str(exported[1]), "w1", sparsity=0.5)
+        command(str(exported[1]), "w1", sparsity=0.5, exported=True)
+    with pytest.raises(ConfigError, match="runs on the CPU"):
+        command(str(exported[1]), "w1", device="cuda", exported=True)
+
+
+def change_json(folder: Path, **entries: Any) -> None:
+    about = json.loads((folder / "decoder.json").read_text())
+    (folder / "decoder.json").write_text(json.dumps({**about, **entries}))
+
+
+def change_weights(folder: Path, change: Callable[[Any], Any]) -> None:
+    torch.save(change(torch.load(folder / "weights.pt", weights_only=True)), folder / "weights.pt")
+
+
+def one_changed(change: Callable[[torch.Tensor], object]) -> Callable[[dict[str, torch.Tensor]], Any]:
+    """The first matrix."""
+
+    def changed(state: dict[str, torch.Tensor]) -> dict[str, object]:
+        name = next(name for name, tensor in state.items() if tensor.dim() == 2)
+        return {**state, name: change(state[name])}
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda d: change_weights(d, lambda w: dict(list(w.items())[1:])), "is missing"),
+        (lambda d: change_weights(d, one_changed(lambda t: t[:1].clone())), "weights.pt: "),
+        (lambda d: change_weights(d, one_changed(lambda t: t.half())), "is torch.float16"),
+        (lambda d: change_weights(d, one_changed(lambda t: t.t().contiguous().t())), "strides"),
+        (lambda d: change_weights(d, one_changed(lambda t: "text")), "no tensors by name"),
+        (lambda d: change_weights(d, lambda w: [*w.values()]), "no tensors by name"),
+        (lambda d: (d / "weights.pt").write_bytes(b""), "cannot be read"),
+        (lambda d: (d / "decode.pt2").write_bytes((d / "decode.pt2").read_bytes()[:5000]), "cannot be read"),
+        (lambda d: (d / "prefill.pt2").unlink(), "cannot be read"),
+        (lambda d: change_json(d, cache=[2, 2, 1, 1, 4096, 6]), "another export"),
+        (lambda d: change_json(d, cache_dtype="bfloat16"), "another export"),
+        (lambda d: change_json(d, eos=[3]), "another export"),
+        (lambda d: change_json(d, cache_dtype="ones"), "no folder that"),
+        (lambda d: change_json(d, eos="2"), "no folder that"),
+        (lambda d: (d / "decoder.json").write_text("[" * 100_000), "no folder that"),
+        (lambda d: (d / "decoder.json").write_text("[1]"), "no folder that"),
+    ],
+)
+def test_files_that_do_not_belong_together_are_refused(
+    exported: Any, tmp_path: Path, change: Callable[[Path], object], says: str
+) -> None:
+    shutil.copytree(exported[1], tmp_path / "changed")
+    change(tmp_path / "changed")
+    with pytest.raises(ExportError, match=says):
+        ExportedDecoder(tmp_path / "changed")
+
+
+def test_the_folder_may_move(exported: Any) -> None:
+    assert b"/kernels.so" not in (exported[1] / "ops.so").read_bytes(), "found beside it, wherever that is"
+
+
+def test_an_export_that_ends_half_way_leaves_the_folder_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compiled(_: object, target: Path, __: object) -> set[str]:
+        target.write_bytes(b"new")
+        return set()
+
+    def stopped(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ltepass.exporting.package._compile", compiled)
+    monkeypatch.setattr("ltepass.exporting.package.write_ops", stopped)
+    for name in ("decode.pt2", "decoder.json"):
+        (tmp_path / name).write_text("old")
+    with pytest.raises(KeyboardInterrupt):
+        ltepass.export(transformed("llama"), tmp_path, length=16)
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == dict.fromkeys(
+        ("decode.pt2", "decoder.json"), "old"
+    )
+    monkeypatch.setattr("ltepass.exporting.package.write_ops", lambda _: None)
+    ltepass.export(transformed("llama"), tmp_path, length=16)
+    assert (tmp_path / "decode.pt2").read_bytes() == b"new"
+    assert json.loads((tmp_path / "decoder.json").read_text())["cache"][4] == 16
