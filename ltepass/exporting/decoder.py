@@ -53,11 +53,13 @@ class ExportedDecoder:
         if not self.about.call().items() <= told.items():
             raise ExportError(f"{file.parent / ABOUT} is of another export than {file.name}; export the model again")
         expected = json.loads(told.get("weights", "{}"))
-        mine = {name: self._weights.get(name) for name in graph.get_constant_fqns()}
-        for name, tensor in mine.items():
+        mine: dict[str, Tensor] = {}
+        for name in graph.get_constant_fqns():
+            tensor = self._weights.get(name)
             found = "missing" if tensor is None else layout(tensor)
-            if found != expected.get(name, found) or tensor is None:
+            if tensor is None or found != expected.get(name, found):
                 raise ExportError(f"{WEIGHTS}: {name} is {found}; {file.name} expects {expected.get(name, 'it')}")
+            mine[name] = tensor
         graph.load_constants(mine, check_full_update=True, user_managed=True)
         return graph
 

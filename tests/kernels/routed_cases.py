@@ -145,7 +145,8 @@ def carried_rounding(args: tuple[Any, ...]) -> Tensor:
     square = off.square() if gate is None else (off * (u.abs() + u_off)).square() + (act(a) * u_off).square()
     active = reference.mask(*args[:4]).to(x.dtype)
     square = square * active.repeat_interleave(square.shape[-1] // active.shape[-1], -1)
-    return (square @ down.square().T).sqrt().max()
+    spread: Tensor = (square @ down.square().T).sqrt()
+    return spread.max()
 
 
 def sum_rounding(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -153,7 +154,8 @@ def sum_rounding(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     each rounded by up to u = 2^-24 of themselves, u / 3^0.5 in the mean; n partial sums of terms of random signs have
     the squares (n + 1) / 2 |t|^2 in all. Sums by lanes, as kernels make them, are off by less."""
     size = F.linear(x.square(), weight.square(), None if bias is None else bias.square()).sqrt()
-    return size * torch.finfo(torch.float32).eps / 2 * ((x.shape[-1] + 3) / 6) ** 0.5
+    rounding: Tensor = size * torch.finfo(torch.float32).eps / 2 * ((x.shape[-1] + 3) / 6) ** 0.5
+    return rounding
 
 
 def assert_values(y: Tensor, args: tuple[Any, ...], factor: float = 1.5) -> None:
