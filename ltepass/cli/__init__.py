@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -166,8 +166,10 @@ def generate(
     """Continue a prompt with a saved model, lowered."""
     from ltepass.commands import generate as command
 
-    options: dict[str, Any] = {"new_tokens": new_tokens, "sparsity": sparsity, "device": device, "exported": exported}
-    typer.echo(command.generate(str(folder), prompt, **options))
+    continued = command.generate(
+        str(folder), prompt, new_tokens=new_tokens, sparsity=sparsity, device=device, exported=exported
+    )
+    typer.echo(continued)
 
 
 @app.command()
