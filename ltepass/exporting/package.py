@@ -164,7 +164,11 @@ def _write(step: DecoderStep, folder: Path, model: PreTrainedModel, linears: For
     )
     layouts = {name: layout(tensor) for name, tensor in state.items() if isinstance(tensor, Tensor)}
     metadata = {**about.call(), "weights": json.dumps(layouts)}
-    names = {name for target, program in programs.items() for name in _compile(program, folder / target, metadata)}
+    # One token's own loops are short: a team of threads for them costs more than it gains, and takes our pool's cores.
+    threads = {DECODE: 1, PREFILL: -1}
+    names: set[str] = set()
+    for target, program in programs.items():
+        names |= _compile(program, folder / target, {"aot_inductor.metadata": metadata, "cpp.threads": threads[target]})
     torch.save({name: state[name].detach() for name in sorted(names)}, folder / WEIGHTS)
     write_ops(folder)
     (folder / ABOUT).write_text(json.dumps(asdict(about), indent=1) + "\n")
@@ -204,13 +208,13 @@ def _prefill(step: DecoderStep) -> torch.export.ExportedProgram:
         return torch.export.export(step.graph, step.inputs, dynamic_shapes=shapes, strict=False)
 
 
-def _compile(program: torch.export.ExportedProgram, target: Path, metadata: dict[str, str]) -> set[str]:
+def _compile(program: torch.export.ExportedProgram, target: Path, more: dict[str, object]) -> set[str]:
     """Writes the package, without weights, and returns the names of those that it reads."""
     from torch._inductor import aoti_compile_and_package, aoti_load_package
 
     # Kept by name: else a threshold becomes a constant without one, whose value nothing would hold.
     options: dict[str, object] = {"always_keep_tensor_constants": True}
-    options |= {"aot_inductor.package_constants_in_so": False, "aot_inductor.metadata": metadata}
+    options |= {"aot_inductor.package_constants_in_so": False, **more}
     path = aoti_compile_and_package(program, package_path=str(target), inductor_configs=options)
     return set(aoti_load_package(path).get_constant_fqns())
 

@@ -72,6 +72,18 @@ def test_our_loop_says_what_generate_says_and_again_after_a_reset(exported: Any)
     assert one_by_one[-1] == expected[0], "a prompt through the decode step"
 
 
+def test_a_token_asks_no_op_for_its_rule_of_autograd(exported: Any) -> None:
+    decoder, called = ExportedDecoder(exported[1]), []
+    decoder(PROMPT)
+    sys.setprofile(lambda frame, event, _: called.append(frame.f_code.co_filename) if event == "call" else None)
+    try:
+        decoder([1])
+    finally:
+        sys.setprofile(None)
+    assert len(called) > 1, "the decoder's own frames are seen"
+    assert not [name for name in called if "kernels" in Path(name).parts], "10 us a call, a hundred times a token"
+
+
 def test_a_full_cache_ends_it_and_more_is_refused(exported: Any) -> None:
     decoder = ExportedDecoder(exported[1])
     decoder.about = replace(decoder.about, eos=[])
