@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from examples.bench.old_rows import ModelRecord
@@ -34,6 +35,8 @@ COLUMNS = (
     "llama.cpp over it (target)",
     "prefill, ms",
     "resident, MB",
+    "over the weights",
+    "load, s",
 )
 
 
@@ -77,7 +80,13 @@ def _cells(row: TokenRecord, run: Sequence[TokenRecord]) -> tuple[str, ...]:
         "-" if theirs is None or row.side not in OURS else f"{theirs / row.ms:.2f}x{_target(over)}",
         f"{row.prefill_ms:.0f}",
         f"{row.resident_mb:.0f}",
+        _known(row.memory_over_weights, "x"),
+        _known(row.load_s),
     )
+
+
+def _known(value: float, unit: str = "") -> str:
+    return "-" if math.isnan(value) else f"{value:.2f}{unit}"
 
 
 def _target(goal: float | None) -> str:

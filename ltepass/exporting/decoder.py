@@ -15,6 +15,7 @@ from ltepass.exporting.package import ABOUT, DECODE, FORMAT, PREFILL, WEIGHTS, A
 from ltepass.kernels import attention as _attention  # noqa: F401 -- registers what the graphs call
 from ltepass.kernels import linear as _linear  # noqa: F401
 from ltepass.kernels.cpu import build, loading
+from ltepass.passes.capture.decoder_step import WITHIN
 
 if TYPE_CHECKING:
     from torch.export.pt2_archive._package import AOTICompiledModel
@@ -67,6 +68,12 @@ class ExportedDecoder:
     def weights(self) -> list[Tensor]:
         """What both graphs read."""
         return list(self._weights.values())
+
+    @property
+    def thresholds(self) -> dict[str, Tensor]:
+        """By the path of the router in the model that was exported; empty without routers."""
+        ends = {name: name.removeprefix(f"{WITHIN}.").removesuffix(".threshold") for name in self._weights}
+        return {path: self._weights[name] for name, path in ends.items() if name.endswith(".threshold")}
 
     @property
     def length(self) -> int:

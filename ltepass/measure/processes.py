@@ -98,7 +98,9 @@ class Seat:
     def __init__(self, side: Side, length: int) -> None:
         side.imports()
         self._before, _ = resident()
+        start = time.perf_counter()
         self._engine = side.open(length)
+        self._load_seconds = time.perf_counter() - start
 
     def times(self, prompt: Tensor, tokens: Tensor) -> list[float]:
         return self._engine.times(prompt, tokens)
@@ -111,6 +113,9 @@ class Seat:
 
     def gemm_rate(self) -> float:
         return gemm_rate()
+
+    def load_seconds(self) -> float:
+        return self._load_seconds
 
     def memory(self) -> tuple[int, int]:
         """Bytes above what the process held after its imports: now, and at most so far."""

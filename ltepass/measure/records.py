@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import platform
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
@@ -101,6 +102,8 @@ class TokenRecord(Environment):
     gbs: float  # weight_mb and kv_mb over ms
     byte_ideal_ms: float
     share_of_byte_ideal: float
+    load_s: float = math.nan  # from a folder, after the imports; older rows have none
+    memory_over_weights: float = math.nan  # peak_mb without keys and values, over the weights held
 
 
 R = TypeVar("R", bound=Environment)

@@ -26,6 +26,11 @@ def buffers(model: PreTrainedModel) -> list[Tensor]:
     ]
 
 
+def held(model: PreTrainedModel) -> int:
+    """Bytes of all weights in memory."""
+    return sum(tensor.nbytes for tensor in [*_tables(model), *buffers(model)])
+
+
 def _constants(router: Router) -> list[Tensor]:
     """What a token reads of it that is no parameter."""
     return [t for t in router.operands() if t is not None and not isinstance(t, nn.Parameter)]

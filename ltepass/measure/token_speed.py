@@ -76,6 +76,7 @@ def _on(threads: int, sides: Sequence[Side], text: Text, *, model: str, rounds: 
     with workers(sides, threads=threads, length=text.length) as opened:
         ours, passes = _whose_weights(opened), list[float]()
         token = _turns(opened, text.prompt, text.timed, rounds, lambda: passes.extend(_read_speeds(ours)))
+        load = [worker.ask(Seat.load_seconds) for worker in opened]
         memory = [worker.ask(Seat.memory) for worker in opened]
         prefill = _turns(opened, text.prefill, text.prefill[:1], rounds)
         here = Environment.here(run, bandwidth=statistics.median(passes), flops=ours.ask(Seat.gemm_rate))
@@ -86,7 +87,8 @@ def _on(threads: int, sides: Sequence[Side], text: Text, *, model: str, rounds: 
         ]
     here = replace(here, threads=threads)
     return [
-        _record(here, model, side.name, facts[i], token[i], prefill[i], memory[i], text) for i, side in enumerate(sides)
+        replace(_record(here, model, side.name, facts[i], token[i], prefill[i], memory[i], text), load_s=load[i])
+        for i, side in enumerate(sides)
     ]
 
 
@@ -105,6 +107,7 @@ def _record(
     positions = PROMPT_TOKENS + (COLD + len(text.timed) - 1) / 2  # that the timed token in the middle sees
     weights, cache, ms = facts.weight_bytes / MEGA, positions * facts.position_bytes / MEGA, 1e3 * timing.median
     ideal = (weights + cache) / here.bandwidth_gbs  # MB over GB/s are ms
+    written = (PROMPT_TOKENS + len(text.timed)) * facts.position_bytes
     return TokenRecord(
         **vars(here),
         model=model,
@@ -132,6 +135,7 @@ def _record(
         gbs=(weights + cache) / ms,
         byte_ideal_ms=ideal,
         share_of_byte_ideal=ideal / ms,
+        memory_over_weights=(memory[1] - written) / facts.held_bytes,
     )
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
     from transformers.cache_utils import Cache
 
+WITHIN = "model"  # what the graph's names of the model's own tensors begin with
 # What models hand on to attention beside what the op has an argument for, and that changes nothing in inference.
 HARMLESS = frozenset("dropout is_causal position_ids use_cache cache_position output_attentions training".split())
 

@@ -34,7 +34,9 @@ from tests.measure.test_token_bytes import FFN, routed
 from tests.measure.tiny import made
 
 TEXT = Text(ids=torch.arange(96) % 61, tokens=20, blocks=torch.arange(60).view(2, 30))
-FACTS = Facts(how="eager", format="F32", head="F32", weight_bytes=8e6, position_bytes=1e4, perplexity=3.0)
+FACTS = Facts(
+    how="eager", format="F32", head="F32", weight_bytes=8e6, held_bytes=1e7, position_bytes=1e4, perplexity=3.0
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,13 @@ class Stand:
         what = getattr(call, "func", call).__name__
         self.calls.append(f"{self.side.name} {what}")
         if what != "times":
-            return {"memory": (20e6, 30e6), "read_pass": (10**9, 0.1), "gemm_rate": 1e12, "facts": FACTS}[what]
+            return {
+                "memory": (20e6, 30e6),
+                "load_seconds": 0.5,
+                "read_pass": (10**9, 0.1),
+                "gemm_rate": 1e12,
+                "facts": FACTS,
+            }[what]
         self.round += 1
         step = 1e-3 if self.side.name == "ltepass" else 4e-3
         return [0.5, 0.25, *([9.0] * 18 if self.round == 1 else [step] * 18)][: len(call.keywords["tokens"])]
@@ -91,7 +99,8 @@ def test_a_row_has_the_median_of_its_turns_and_the_ideal_of_its_bytes(calls: lis
     assert ours.byte_ideal_ms == pytest.approx(0.8745)
     assert [ours.share_of_byte_ideal, dense.share_of_byte_ideal] == pytest.approx([0.8745, 0.8745 / 4])
     assert ours.gbs == pytest.approx(8.745)
-    assert (ours.resident_mb, ours.peak_mb) == (20, 30)
+    assert (ours.resident_mb, ours.peak_mb, ours.load_s) == (20, 30, 0.5)
+    assert ours.memory_over_weights == pytest.approx((30 - 0.84) / 10), "84 positions are written"
 
 
 def test_turns_rotate_and_the_weights_that_are_read_are_ours(calls: list[str]) -> None:

@@ -26,7 +26,8 @@ class Exported:
     name: str = "ltepass, exported"
 
     def imports(self) -> None:
-        pass
+        import torch._inductor.codecache
+        import torch.export.pt2_archive._package  # noqa: F401
 
     def open(self, length: int) -> Engine:
         return _ExportedEngine(self)
@@ -50,19 +51,27 @@ class _ExportedEngine:
         return sum(tensor.nbytes for tensor in self._decoder.weights), time.perf_counter() - start
 
     def facts(self, ids: Tensor, prompt_tokens: int, blocks: Tensor) -> Facts:
-        about, source = self._decoder.about, self._side.source
-        sparse: Sparse = {} if source is None else TransformersEngine(source).sparse(ids, prompt_tokens)
+        about, sparse = self._decoder.about, self._sparse(ids, prompt_tokens)
         plain = next(name for name, dtype in DTYPES.items() if str(dtype) == f"torch.{about.dtype}")
         layers, _, _, heads, _, size = about.cache
         return Facts(
             how="exported, greedy",
-            format=plain if about.linears is None else f"{plain}, linears {about.linears}" if source else about.linears,
+            format=plain if about.linears is None else f"{plain}, linears {about.linears}" if sparse else about.linears,
             head=about.linears or plain,
             weight_bytes=about.token_bytes + sparse.get("active", 1.0) * about.gated_bytes,
+            held_bytes=sum(tensor.nbytes for tensor in self._decoder.weights),
             position_bytes=2 * layers * heads * size * self._decoder.cache.element_size(),
             perplexity=perplexity_of(self._logits, blocks),
             **sparse,
         )
+
+    def _sparse(self, ids: Tensor, prompt_tokens: int) -> Sparse:
+        """What the model that the folder was made of does at the folder's thresholds."""
+        if self._side.source is None:
+            return {}
+        engine = TransformersEngine(self._side.source)
+        engine.set_thresholds(self._decoder.thresholds)
+        return engine.sparse(ids, prompt_tokens)
 
     def _logits(self, ids: Tensor) -> Tensor:
         """[T, vocab] of ids [T]: through the decode step, which a package has for one token at a time."""

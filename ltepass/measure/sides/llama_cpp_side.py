@@ -53,6 +53,7 @@ class _LlamaCppEngine:
             format=format,
             head=head,
             weight_bytes=gguf_file.bytes_read(self._path),
+            held_bytes=self._path.stat().st_size,
             position_bytes=gguf_file.position_bytes(self._path),
             perplexity=perplexity_of(self._model.logits, blocks),
         )

@@ -13,12 +13,16 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """Of one side: what a row says beside the times. position_bytes: of keys and values, for each earlier token."""
+    """Of one side: what a row says beside the times. position_bytes: of keys and values, for each earlier token.
+
+    weight_bytes: that a token reads; held_bytes: of weights in memory.
+    """
 
     how: str
     format: str
     head: str
     weight_bytes: float
+    held_bytes: float
     position_bytes: float
     perplexity: float
     sparsity: float = 0.0

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -20,7 +21,7 @@ from ltepass.measure.decoding import time_generate
 from ltepass.measure.quality import perplexity, sparsity_of_tail
 from ltepass.measure.sides.side import DTYPES, Engine, Facts, Sparse
 from ltepass.routed.routed import Routed, is_transformed
-from ltepass.sparsity.thresholds import set_sparsity
+from ltepass.sparsity.thresholds import remember_densities, set_sparsity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -91,20 +92,29 @@ class TransformersEngine:
             format=format,
             head=format,
             weight_bytes=token_bytes.weights_read(model, sparse.get("active", 1.0)),
+            held_bytes=token_bytes.held(model),
             position_bytes=token_bytes.position_bytes(model, ids[:prompt_tokens]),
             perplexity=perplexity(model, blocks),
             **sparse,
         )
 
+    def set_thresholds(self, thresholds: Mapping[str, Tensor]) -> None:
+        """By the router's path."""
+        for path, threshold in thresholds.items():
+            self._model.get_submodule(path).threshold.copy_(threshold)
+        remember_densities(Routed.of(self._model, "bench model"))
+
     def sparse(self, ids: Tensor, prompt_tokens: int) -> Sparse:
         """What a model with routers adds; it is as before `lower` then, which computes the same."""
         if not is_transformed(self._model):
             return {}
-        state = Routed.of(self._model, "bench model").state
+        routed = Routed.of(self._model, "bench model")
+        state, densities = routed.state, [router.density for router in routed.routers]
+        known = [density for density in densities if density is not None]
         unlower(self._model)
-        wanted = self._side.sparsity
         return {
-            "sparsity": float(state.config["target_sparsity"]) if wanted is None else wanted,
+            # What the thresholds stand for: the knob may have moved them since the model was trained.
+            "sparsity": round(1 - fmean(known), 2) if known else float(state.config["target_sparsity"]),
             "active": 1 - sparsity_of_tail(self._model, ids, prompt_tokens),
             "router": str(state.config.get("router", "linear")),  # older entries have no such key
             "router_share": token_bytes.router_share(self._model, state.sites),

@@ -1,0 +1,153 @@
+"""`python -m examples.bench.whole_token`: a token of exported models beside llama.cpp, and the page of the results.
+
+SmolLM2-135M (its package), and random weights in the shapes of Qwen2.5-0.5B and Llama-3.2-1B; routers are calibrated,
+not trained: how fast a token is does not depend on that. What it needs is made below --work, and kept there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+import ltepass
+from examples.bench import speed_page
+from ltepass.demo.smollm import load_smollm2
+from ltepass.measure.text_blocks import python_docs, token_blocks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SPARSITIES = ("0.5", "0.8")
+CHARACTERS = 5000  # of the text
+FORMATS = {"float32": "F32", "bfloat16": "BF16"}
+QUANTISED = {"int8": "Q8_0", "int4": "Q4_0"}  # ours, and llama.cpp's of as many bits
+
+
+def smollm2() -> PreTrainedModel:
+    return load_smollm2()[0]
+
+
+def qwen_shape() -> PreTrainedModel:
+    """Qwen2.5-0.5B's."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=151936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
+    return Qwen2ForCausalLM(config).eval()
+
+
+def llama_shape() -> PreTrainedModel:
+    """Llama-3.2-1B's."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """dtypes: that are measured, as the export names them."""
+
+    name: str
+    make: Callable[[], PreTrainedModel]
+    dtypes: tuple[str, ...]
+
+    def exports(self) -> dict[str, list[str]]:
+        """Name of a folder -> what `ltepass export` makes it of: dense, or with its routers."""
+        dense = {dtype: ["dense", "--dtype", dtype] for dtype in self.dtypes}
+        bits = {format: ["dense", "--linears", format, "--dtype", self.dtypes[0]] for format in QUANTISED}
+        gated = product(self.dtypes, SPARSITIES)
+        return dense | bits | {f"{d}-{s}": ["gated", "--dtype", d, "--sparsity", s] for d, s in gated}
+
+    @property
+    def formats(self) -> str:
+        """llama.cpp's."""
+        return ",".join([*(FORMATS[dtype] for dtype in self.dtypes), *QUANTISED.values()])
+
+
+MODELS = (
+    Model(name="smollm2-calibrated", make=smollm2, dtypes=("float32", "bfloat16")),
+    Model(name="qwen2.5-0.5b-shape", make=qwen_shape, dtypes=("float32", "bfloat16")),
+    Model(name="llama-3.2-1b-shape", make=llama_shape, dtypes=("bfloat16",)),
+)
+
+
+def make(model: Model, work: Path) -> None:
+    """What is not there yet: work/text, /dense, /gated and a folder for each export."""
+    train, held_out = python_docs()
+    work.mkdir(parents=True, exist_ok=True)
+    (work / "text").write_text(held_out[:CHARACTERS])
+    if not (work / "gated").exists():
+        _, tokenizer = load_smollm2()  # of all: no token of its text is beyond the others' vocabularies
+        network = model.make()
+        for name in ("dense", "gated"):
+            if name == "gated":
+                config = ltepass.LTEConfig(target_sparsity=0.5, group_size=8)
+                batches = token_blocks(tokenizer, train, 128, 24).split(4)
+                ltepass.transform(network, config=config, calibration=list(batches))
+                ltepass.set_mode(network, "hard")
+            network.save_pretrained(work / name)
+            tokenizer.save_pretrained(work / name)
+        del network
+    for name, (source, *options) in model.exports().items():
+        if not (work / name / "decoder.json").exists():
+            _ltepass("export", str(work / source), str(work / name), *options)
+
+
+def measure(model: Model, work: Path, threads: str, rounds: int, tokens: int) -> None:
+    exported = [word for name in model.exports() for word in ("--exported", str(work / name))]
+    options = ["--name", model.name, "--against", "llama.cpp", "--formats", model.formats, "--threads", threads]
+    options += ["--rounds", str(rounds), "--tokens", str(tokens), "--out", str(speed_page.TOKEN_CSV), *exported]
+    _ltepass("bench", "model", str(work / "gated"), str(work / "text"), *options)
+
+
+def _ltepass(*words: str) -> None:
+    """In a process of its own, which gives all of its memory back."""
+    subprocess.run([sys.executable, "-m", "ltepass", *words], check=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("whole-token"), help="a folder for some gigabytes")
+    parser.add_argument("--models", nargs="*", default=[m.name for m in MODELS], choices=[m.name for m in MODELS])
+    parser.add_argument("--threads", default="2,1")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--only-make", action="store_true", help="measure nothing")
+    asked = parser.parse_args(arguments)
+    for model in (m for m in MODELS if m.name in asked.models):
+        make(model, asked.work / model.name)
+        if not asked.only_make:
+            measure(model, asked.work / model.name, asked.threads, asked.rounds, asked.tokens)
+    speed_page.main()
+
+
+if __name__ == "__main__":
+    main()
