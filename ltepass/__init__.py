@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ltepass.calibration.initialise import calibrate
     from ltepass.calibration.warm_start import warm_start
     from ltepass.config import LTEConfig
+    from ltepass.exporting.generation import exported_loop
     from ltepass.measure.quality import perplexity
     from ltepass.measure.sparsity import measure_sparsity, measure_union
     from ltepass.routed.reporting import Report, report
@@ -48,6 +49,7 @@ _PUBLIC = {
     "calibrate": "ltepass.calibration.initialise",
     "warm_start": "ltepass.calibration.warm_start",
     "LTEConfig": "ltepass.config",
+    "exported_loop": "ltepass.exporting.generation",
     "perplexity": "ltepass.measure.quality",
     "measure_sparsity": "ltepass.measure.sparsity",
     "measure_union": "ltepass.measure.sparsity",
@@ -84,6 +86,7 @@ __all__ = [
     "begin_stage",
     "calibrate",
     "export",
+    "exported_loop",
     "label_mask",
     "load",
     "lower",

@@ -186,6 +186,7 @@ PUBLIC = [
     "begin_stage",
     "calibrate",
     "export",
+    "exported_loop",
     "label_mask",
     "load",
     "lower",

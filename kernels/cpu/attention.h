@@ -16,7 +16,7 @@ namespace {
 constexpr int64_t KEYS = 64;                    // of a piece
 constexpr int64_t KEYS_AT_ONCE = 4;             // summed together, see add_hsum4
 constexpr int64_t QUERIES_AT_ONCE = 4;          // sums of these times those keys stay in registers
-constexpr int64_t CACHE_A_THREAD = 128 << 10;   // bytes of keys and values: less takes less time than to wake one
+constexpr int64_t CACHE_A_THREAD = 32 << 10;    // bytes of keys and values: less takes less time than to wake one
 
 // Tokens' queries and one layer's cache: strides are in elements, and each head's numbers lie together.
 struct Attention {

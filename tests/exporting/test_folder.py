@@ -16,7 +16,8 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.generation.streamers import BaseStreamer
 
 import ltepass
 from ltepass.commands.generate import generate as command
@@ -82,6 +83,68 @@ def test_a_token_asks_no_op_for_its_rule_of_autograd(exported: Any) -> None:
         sys.setprofile(None)
     assert len(called) > 1, "the decoder's own frames are seen"
     assert not [name for name in called if "kernels" in Path(name).parts], "10 us a call, a hundred times a token"
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"do_sample": False},
+        {"do_sample": True, "temperature": 1.5, "top_k": 20},
+        {"do_sample": False, "repetition_penalty": 1.7, "no_repeat_ngram_size": 2},
+    ],
+    ids=str,
+)
+def test_generate_says_the_same_with_the_folder_in_the_models_place(exported: Any, asked: dict[str, Any]) -> None:
+    saved, folder, _ = exported
+    model: Any = AutoModelForCausalLM.from_pretrained(saved)
+    ltepass.set_mode(model, "hard")
+    decoder_calls: list[int] = []
+    theirs, ours, outs = Heard(), Heard(), []
+    loop = ltepass.exported_loop(folder, streamer=ours)
+    watched = pytest.MonkeyPatch()
+    call = ExportedDecoder.__call__
+    watched.setattr(ExportedDecoder, "__call__", lambda self, ids: decoder_calls.append(len(ids)) or call(self, ids))
+    for custom in (None, loop, loop):
+        torch.manual_seed(3)
+        ids = torch.tensor([PROMPT])
+        more = {"max_new_tokens": NEW, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+        more |= {"custom_generate": custom} if custom else {"streamer": theirs}
+        outs.append(model.generate(ids, **more, **asked))
+    watched.undo()
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2]), "and from the beginning again"
+    assert ours.tokens == 2 * theirs.tokens
+    assert ours.ended
+    assert decoder_calls[:2] == [len(PROMPT), 1]
+
+
+class Heard(BaseStreamer):
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.ended = False
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.ended = True
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"input_ids": torch.ones(2, 3, dtype=torch.int64)}, "2 sequences"),
+        ({"num_return_sequences": 3, "do_sample": True}, "3 sequences"),
+        ({"num_beams": 2}, "num_beams=2"),
+        ({"attention_mask": torch.tensor([[0, 1, 1]])}, "padding"),
+        ({"return_dict_in_generate": True}, "return_dict_in_generate"),
+    ],
+)
+def test_what_the_loop_cannot_do_is_refused(exported: Any, asked: dict[str, Any], words: str) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(exported[0])
+    call = {"input_ids": torch.ones(1, 3, dtype=torch.int64), "max_new_tokens": 2, "pad_token_id": 0, **asked}
+    with pytest.raises(ConfigError, match=words):
+        model.generate(custom_generate=ltepass.exported_loop(exported[1]), **call)
 
 
 def test_a_full_cache_ends_it_and_more_is_refused(exported: Any) -> None:
