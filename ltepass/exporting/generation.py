@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -42,8 +42,8 @@ def exported_loop(folder: str | Path, streamer: BaseStreamer | None = None) -> C
     decoder = ExportedDecoder(Path(folder))
 
     @torch.no_grad()
-    def loop(model: PreTrainedModel, input_ids: Tensor, **prepared: Any) -> Tensor:
-        return _decode(decoder, streamer, input_ids, **prepared)
+    def loop(model: PreTrainedModel, input_ids: Tensor, **prepared: object) -> Tensor:
+        return _decode(decoder, streamer, input_ids, **prepared)  # type: ignore[arg-type]  # transformers' own, by name
 
     return loop
 

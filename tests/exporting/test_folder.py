@@ -103,7 +103,12 @@ def test_generate_says_the_same_with_the_folder_in_the_models_place(exported: An
     loop = ltepass.exported_loop(folder, streamer=ours)
     watched = pytest.MonkeyPatch()
     call = ExportedDecoder.__call__
-    watched.setattr(ExportedDecoder, "__call__", lambda self, ids: decoder_calls.append(len(ids)) or call(self, ids))
+
+    def seen(self: ExportedDecoder, ids: list[int]) -> torch.Tensor:
+        decoder_calls.append(len(ids))
+        return call(self, ids)
+
+    watched.setattr(ExportedDecoder, "__call__", seen)
     for custom in (None, loop, loop):
         torch.manual_seed(3)
         ids = torch.tensor([PROMPT])
@@ -118,7 +123,7 @@ def test_generate_says_the_same_with_the_folder_in_the_models_place(exported: An
     assert decoder_calls[:2] == [len(PROMPT), 1]
 
 
-class Heard(BaseStreamer):
+class Heard(BaseStreamer):  # type: ignore[misc]  # transformers leaves it untyped
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self.ended = False
