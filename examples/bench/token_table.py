@@ -41,10 +41,10 @@ COLUMNS = (
 
 
 def latest(records: Iterable[TokenRecord]) -> list[list[TokenRecord]]:
-    """The rows of the newest run of each model and number of threads."""
-    runs: dict[tuple[str, int], dict[str, list[TokenRecord]]] = {}
+    """The rows of the newest run of each model, number of threads and length of the prompt."""
+    runs: dict[tuple[str, int, int], dict[str, list[TokenRecord]]] = {}
     for r in records:
-        runs.setdefault((r.model, r.threads), {}).setdefault(r.run, []).append(r)
+        runs.setdefault((r.model, r.threads, r.prompt_tokens), {}).setdefault(r.run, []).append(r)
     return [by_run[max(by_run)] for by_run in runs.values()]
 
 
@@ -58,7 +58,8 @@ def markdown(records: Sequence[TokenRecord]) -> str:
 def _table(run: Sequence[TokenRecord]) -> str:
     r = run[0]
     how = "; ".join(dict.fromkeys(f"{row.side}: {row.how}" for row in run))
-    head = f"Whole token, {r.model}, {threads_of(r.threads)}, {r.bandwidth_gbs:.1f} GB/s of reading the weights alone; "
+    where = f"{r.model}, {threads_of(r.threads)}, after {r.prompt_tokens} tokens"
+    head = f"Whole token, {where}, {r.bandwidth_gbs:.1f} GB/s of reading the weights alone; "
     head += f"{how}; {r.machine}, torch {r.torch}."
     lines = [head, "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     return "\n".join([*lines, *(f"| {' | '.join(_cells(row, run))} |" for row in run)])
@@ -70,7 +71,7 @@ def _cells(row: TokenRecord, run: Sequence[TokenRecord]) -> tuple[str, ...]:
     theirs = next((r.ms for r in run if r.side == "llama.cpp" and r.format == format), None)
     sparse = f"{row.sparsity:.0%} ({row.router}, experts of {row.group_size})" if row.router else "-"
     return (
-        row.side,
+        row.side + row.how.partition("greedy")[2],  # what its cache holds, where that is another format
         row.format if row.format == row.head else f"{row.format}, head {row.head}",
         sparse,
         f"{row.perplexity:.2f}",

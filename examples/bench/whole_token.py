@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SPARSITIES = ("0.5", "0.8")
-CHARACTERS = 5000  # of the text
+CHARACTERS = {"text": 5000, "long-text": 14000}
+LONG = 2000  # tokens before those that are timed, for what depends on keys and values
 FORMATS = {"float32": "F32", "bfloat16": "BF16"}
 QUANTISED = {"int8": "Q8_0", "int4": "Q4_0"}  # ours, and llama.cpp's of as many bits
 
@@ -84,7 +85,8 @@ class Model:
         dense = {dtype: ["dense", "--dtype", dtype] for dtype in self.dtypes}
         bits = {format: ["dense", "--linears", format, "--dtype", self.dtypes[0]] for format in QUANTISED}
         gated = product(self.dtypes, SPARSITIES)
-        return dense | bits | {f"{d}-{s}": ["gated", "--dtype", d, "--sparsity", s] for d, s in gated}
+        cached = {f"{self.dtypes[0]}-cache-bfloat16": [*dense[self.dtypes[0]], "--cache-dtype", "bfloat16"]}
+        return dense | cached | bits | {f"{d}-{s}": ["gated", "--dtype", d, "--sparsity", s] for d, s in gated}
 
     @property
     def formats(self) -> str:
@@ -103,7 +105,8 @@ def make(model: Model, work: Path) -> None:
     """What is not there yet: work/text, /dense, /gated and a folder for each export."""
     train, held_out = python_docs()
     work.mkdir(parents=True, exist_ok=True)
-    (work / "text").write_text(held_out[:CHARACTERS])
+    for name, characters in CHARACTERS.items():
+        (work / name).write_text(held_out[:characters])
     if not (work / "gated").exists():
         _, tokenizer = load_smollm2()  # of all: no token of its text is beyond the others' vocabularies
         network = model.make()
@@ -121,11 +124,19 @@ def make(model: Model, work: Path) -> None:
             _ltepass("export", str(work / source), str(work / name), *options)
 
 
-def measure(model: Model, work: Path, threads: str, rounds: int, tokens: int) -> None:
-    exported = [word for name in model.exports() for word in ("--exported", str(work / name))]
-    options = ["--name", model.name, "--against", "llama.cpp", "--formats", model.formats, "--threads", threads]
-    options += ["--rounds", str(rounds), "--tokens", str(tokens), "--out", str(speed_page.TOKEN_CSV), *exported]
-    _ltepass("bench", "model", str(work / "gated"), str(work / "text"), *options)
+def measure(model: Model, work: Path, options: Sequence[str]) -> None:
+    """All exports after a short prompt; after a long one those that differ in how keys and values are kept."""
+    names, first = model.exports(), model.dtypes[0]
+    short = [name for name in names if "cache" not in name]
+    long = [name for name in names if name.startswith(first) and names[name][0] == "dense"]
+    _measure(model, work, "text", short, [*options, "--formats", model.formats])
+    _measure(model, work, "long-text", long, [*options, "--formats", FORMATS[first], "--prompt-tokens", str(LONG)])
+
+
+def _measure(model: Model, work: Path, text: str, folders: Sequence[str], options: Sequence[str]) -> None:
+    exported = [word for name in folders for word in ("--exported", str(work / name))]
+    rows = ["--name", model.name, "--against", "llama.cpp", "--out", str(speed_page.TOKEN_CSV)]
+    _ltepass("bench", "model", str(work / "gated"), str(work / text), *rows, *options, *exported)
 
 
 def _ltepass(*words: str) -> None:
@@ -138,14 +149,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("whole-token"), help="a folder for some gigabytes")
     parser.add_argument("--models", nargs="*", default=[m.name for m in MODELS], choices=[m.name for m in MODELS])
     parser.add_argument("--threads", default="2,1")
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--rounds", default="4")
+    parser.add_argument("--tokens", default="24")
     parser.add_argument("--only-make", action="store_true", help="measure nothing")
     asked = parser.parse_args(arguments)
     for model in (m for m in MODELS if m.name in asked.models):
         make(model, asked.work / model.name)
         if not asked.only_make:
-            measure(model, asked.work / model.name, asked.threads, asked.rounds, asked.tokens)
+            options = ["--threads", asked.threads, "--rounds", asked.rounds, "--tokens", asked.tokens]
+            measure(model, asked.work / model.name, options)
     speed_page.main()
 
 

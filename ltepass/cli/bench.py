@@ -30,6 +30,7 @@ def model(
     gguf: Annotated[Path | None, typer.Option(help="A GGUF file that is a row of its own under llama.cpp.")] = None,
     exported: Annotated[list[Path] | None, typer.Option(help="A folder that `ltepass export` made of MODEL.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens decoded in a round.")] = 64,
+    prompt_tokens: Annotated[int, typer.Option(help="Of the text, before the first timed token.")] = 64,
     rounds: Annotated[int, typer.Option(help="Rounds of every side.")] = 4,
     sparsity: Annotated[list[float] | None, typer.Option(help="Sparsity for the knob; as saved if none.")] = None,
     compiled: Annotated[bool, typer.Option("--compiled", help="torch.compile on every side of ours.")] = False,
@@ -44,6 +45,7 @@ def model(
 
     options = bench.BenchOptions(
         tokens=tokens,
+        prompt_tokens=prompt_tokens,
         rounds=rounds,
         compiled=compiled,
         sparsities=tuple(sparsity or ()),

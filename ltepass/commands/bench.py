@@ -44,6 +44,7 @@ class BenchOptions:
     threads: none takes torch's. tokenizer: where it lies; name: what the CSV calls the model."""
 
     tokens: int = 64
+    prompt_tokens: int = PROMPT_TOKENS
     rounds: int = 4
     compiled: bool = False
     sparsities: tuple[float, ...] = ()
@@ -78,7 +79,7 @@ def bench(folder: str, text: str, out: Path | None, options: BenchOptions, plot:
     """
     if options.against:
         llama_cpp.library()
-    read = _text(text, options.tokenizer or folder, options.tokens)
+    read = _text(text, options.tokenizer or folder, options)
     with _sides(folder, options) as sides:
         records = bench_tokens(
             sides,
@@ -94,13 +95,14 @@ def bench(folder: str, text: str, out: Path | None, options: BenchOptions, plot:
     return token_tables(records)
 
 
-def _text(text: str, tokenizer_folder: str, tokens: int) -> Text:
+def _text(text: str, tokenizer_folder: str, options: BenchOptions) -> Text:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
     blocks = token_blocks(tokenizer, text, min(BLOCK, len(ids)), limit=BLOCKS)
-    return Text(ids=ids[: max(PREFILL_TOKENS, PROMPT_TOKENS + tokens)], tokens=tokens, blocks=blocks)
+    kept = ids[: max(PREFILL_TOKENS, options.prompt_tokens + options.tokens)]
+    return Text(ids=kept, tokens=options.tokens, blocks=blocks, prompt_tokens=options.prompt_tokens)
 
 
 @contextmanager

@@ -25,7 +25,8 @@ def _table(records: Sequence[TokenRecord]) -> Table:
 
     first = records[0]
     table = Table(
-        title=f"one token of {first.model}, {threads_of(first.threads)}, {first.bandwidth_gbs:.1f} GB/s read",
+        title=f"one token of {first.model} after {first.prompt_tokens}, {threads_of(first.threads)}, "
+        f"{first.bandwidth_gbs:.1f} GB/s read",
         caption=_caption(records),
         title_justify="left",
         caption_justify="left",

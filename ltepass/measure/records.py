@@ -104,6 +104,7 @@ class TokenRecord(Environment):
     share_of_byte_ideal: float
     load_s: float = math.nan  # from a folder, after the imports; older rows have none
     memory_over_weights: float = math.nan  # peak_mb without keys and values, over the weights held
+    prompt_tokens: int = 64  # before the first timed one
 
 
 R = TypeVar("R", bound=Environment)

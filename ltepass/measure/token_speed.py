@@ -26,7 +26,7 @@ MEGA = 1e6
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """ids: [T] int64, whose first PROMPT_TOKENS are the prompt of `tokens` timed ones; blocks: for the perplexity.
+    """ids: [T] int64, whose first prompt_tokens are the prompt of `tokens` timed ones; blocks: for the perplexity.
 
     Raises ConfigError where too few tokens are left to time.
     """
@@ -34,21 +34,22 @@ class Text:
     ids: Tensor
     tokens: int
     blocks: Tensor
+    prompt_tokens: int = PROMPT_TOKENS
 
     def __post_init__(self) -> None:
         if len(self.timed) < COLD + 6:
             raise ConfigError(
                 f"{len(self.ids)} tokens were given, of which {len(self.timed)} are to be timed; expected at least "
-                f"{PROMPT_TOKENS + COLD + 6} and {COLD + 6}; pass a longer text, or more --tokens"
+                f"{self.prompt_tokens + COLD + 6} and {COLD + 6}; pass a longer text, or more --tokens"
             )
 
     @property
     def prompt(self) -> Tensor:
-        return self.ids[:PROMPT_TOKENS]
+        return self.ids[: self.prompt_tokens]
 
     @property
     def timed(self) -> Tensor:
-        return self.ids[PROMPT_TOKENS : PROMPT_TOKENS + self.tokens]
+        return self.ids[self.prompt_tokens : self.prompt_tokens + self.tokens]
 
     @property
     def prefill(self) -> Tensor:
@@ -57,7 +58,7 @@ class Text:
     @property
     def length(self) -> int:
         """Tokens that a call sees at most."""
-        return max(PROMPT_TOKENS + self.tokens, len(self.prefill) + 1, self.blocks.shape[1])
+        return max(self.prompt_tokens + self.tokens, len(self.prefill) + 1, self.blocks.shape[1])
 
 
 def bench_tokens(
@@ -80,9 +81,9 @@ def _on(threads: int, sides: Sequence[Side], text: Text, *, model: str, rounds: 
         memory = [worker.ask(Seat.memory) for worker in opened]
         prefill = _turns(opened, text.prefill, text.prefill[:1], rounds)
         here = Environment.here(run, bandwidth=statistics.median(passes), flops=ours.ask(Seat.gemm_rate))
-        ids = text.ids[: PROMPT_TOKENS + text.tokens]
+        ids = text.ids[: text.prompt_tokens + text.tokens]
         facts = [
-            worker.ask(partial(Seat.facts, ids=ids, prompt_tokens=PROMPT_TOKENS, blocks=text.blocks))
+            worker.ask(partial(Seat.facts, ids=ids, prompt_tokens=text.prompt_tokens, blocks=text.blocks))
             for worker in opened
         ]
     here = replace(here, threads=threads)
@@ -104,10 +105,10 @@ def _record(
 ) -> TokenRecord:
     """token, prefill: seconds, a list a call."""
     timing = Timing.of([seconds for call in token for seconds in call[COLD:]])
-    positions = PROMPT_TOKENS + (COLD + len(text.timed) - 1) / 2  # that the timed token in the middle sees
+    positions = text.prompt_tokens + (COLD + len(text.timed) - 1) / 2  # that the timed token in the middle sees
     weights, cache, ms = facts.weight_bytes / MEGA, positions * facts.position_bytes / MEGA, 1e3 * timing.median
     ideal = (weights + cache) / here.bandwidth_gbs  # MB over GB/s are ms
-    written = (PROMPT_TOKENS + len(text.timed)) * facts.position_bytes
+    written = (text.prompt_tokens + len(text.timed)) * facts.position_bytes
     return TokenRecord(
         **vars(here),
         model=model,
@@ -135,6 +136,7 @@ def _record(
         gbs=(weights + cache) / ms,
         byte_ideal_ms=ideal,
         share_of_byte_ideal=ideal / ms,
+        prompt_tokens=text.prompt_tokens,
         memory_over_weights=(memory[1] - written) / facts.held_bytes,
     )
 

@@ -295,3 +295,10 @@ def test_a_process_answers_refuses_fails_and_dies() -> None:
     finally:
         worker.close()
     assert worker._process.exitcode == 7
+
+
+def test_a_longer_prompt_stands_before_the_timed_tokens() -> None:
+    text = Text(ids=torch.arange(100), tokens=20, blocks=torch.arange(60).view(2, 30), prompt_tokens=70)
+    assert (len(text.prompt), text.timed.tolist(), text.length) == (70, list(range(70, 90)), 101)
+    with pytest.raises(ConfigError, match="expected at least 88 and 8"):
+        Text(ids=torch.arange(85), tokens=20, blocks=torch.arange(60).view(2, 30), prompt_tokens=80)

@@ -55,7 +55,7 @@ class _ExportedEngine:
         plain = next(name for name, dtype in DTYPES.items() if str(dtype) == f"torch.{about.dtype}")
         layers, _, _, heads, _, size = about.cache
         return Facts(
-            how="exported, greedy",
+            how="exported, greedy" + ("" if about.cache_dtype == about.dtype else f", cache {about.cache_dtype}"),
             format=plain if about.linears is None else f"{plain}, linears {about.linears}" if sparse else about.linears,
             head=about.linears or plain,
             weight_bytes=about.token_bytes + sparse.get("active", 1.0) * about.gated_bytes,
