@@ -75,8 +75,10 @@ class LlamaCpp:
 
     def read(self, tokens: list[int]) -> None:
         """Goes on with these tokens; the last one's logits are there then."""
-        array = (self._c.llama_token * len(tokens))(*tokens)
-        self._decode(self._c.llama_batch_get_one(array, len(tokens)))
+        for first in range(0, len(tokens), BATCH):  # of more at once it aborts
+            some = tokens[first : first + BATCH]
+            array = (self._c.llama_token * len(some))(*some)
+            self._decode(self._c.llama_batch_get_one(array, len(some)))
 
     def next_token(self) -> int:
         """The likeliest one after what was read."""

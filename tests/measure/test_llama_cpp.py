@@ -62,6 +62,16 @@ def test_q4_k_m_is_made_by_llama_cpp_where_widths_allow(tmp_path: Path) -> None:
     llama_cpp.LlamaCpp(tmp_path / "m.gguf", threads=1, length=64).read([1, 2, 3])
 
 
+def test_a_prompt_longer_than_a_batch_is_read_in_pieces(tmp_path: Path) -> None:
+    gguf_file.write(made("llama"), tmp_path / "m.gguf", "F32")
+    ids = torch.randint(0, 60, (llama_cpp.BATCH + 90,), generator=torch.Generator().manual_seed(2)).tolist()
+    whole, one_by_one = (llama_cpp.LlamaCpp(tmp_path / "m.gguf", threads=1, length=700, cache="f32") for _ in range(2))
+    whole.read(ids)
+    for token in ids:
+        one_by_one.read([token])
+    assert whole.next_token() == one_by_one.next_token()
+
+
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"GGUF, not")
     with pytest.raises(ConfigError, match=r"llama\.cpp cannot load"):
