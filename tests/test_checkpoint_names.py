@@ -16,7 +16,7 @@ from torch.fx import Graph
 
 import ltepass
 from ltepass.errors import CheckpointError, SourceNameError
-from ltepass.passes.capture.owner_forward import trace_owner
+from ltepass.passes.capture.trace_owner import trace_owner
 from ltepass.passes.insert.regenerated_forwards import ForwardCode
 from ltepass.routed.sites import FFNSite, NeuronRows
 from tests.crafted_checkpoints import CHECKPOINTS

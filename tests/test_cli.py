@@ -18,7 +18,7 @@ from ltepass.commands.load import call_by_name, load
 from ltepass.config import ROUTERS
 from ltepass.errors import ConfigError
 from ltepass.measure.records import TokenRecord, read
-from ltepass.routed.proxy import ProxyRouter
+from ltepass.routed.proxy_router import ProxyRouter
 from ltepass.routed.sites import routers_of
 from tests.models.zoo import llama
 

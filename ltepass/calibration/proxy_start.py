@@ -18,7 +18,7 @@ from ltepass.calibration.energy import MAX_LOG_OFFSET, down_energy
 from ltepass.calibration.sensitivity import Sensitivity
 from ltepass.errors import ShardedError
 from ltepass.routed.batches import Batch
-from ltepass.routed.proxy import ProxyRouter, encode
+from ltepass.routed.proxy_router import ProxyRouter, encode
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
 from ltepass.routed.samples import Reservoir

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ltepass.api import remove
-from ltepass.commands.decode_table import token_plot, token_tables
+from ltepass.commands.bench_tables import token_plot, token_tables
 from ltepass.commands.load import load
 from ltepass.errors import ConfigError
 from ltepass.exporting.decoder import is_gated

@@ -17,7 +17,7 @@ from torch import Tensor
 import ltepass
 from ltepass.demo import learning, reload, speed
 from ltepass.demo.folder import DemoOptions, Folder
-from ltepass.demo.plain import plain_formats
+from ltepass.demo.plain_formats import plain_formats
 from ltepass.demo.results import (
     Calibrated,
     Dense,

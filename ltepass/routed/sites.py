@@ -102,14 +102,14 @@ class FFNSite:
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds of a site."""
-        from ltepass.routed.site_entry import write_site
+        from ltepass.routed.site_json import write_site
 
         return write_site(self)
 
     @staticmethod
     def from_dict(d: dict[str, Any]) -> FFNSite:
         """Raises CheckpointError where a field is missing, unknown, of another type or no possible value."""
-        from ltepass.routed.site_entry import read_site
+        from ltepass.routed.site_json import read_site
 
         return read_site(d)
 

@@ -18,7 +18,7 @@ from torch.fx.node import map_arg
 
 from ltepass.errors import CheckpointError, LTEError
 from ltepass.kernels.reference import ACTIVATIONS
-from ltepass.passes.capture.owner_forward import trace_owner
+from ltepass.passes.capture.trace_owner import trace_owner
 from ltepass.passes.insert.selfcheck import check_gated
 from ltepass.routed.sites import FFNSite, NeuronRows
 

@@ -28,13 +28,13 @@ from ltepass.api import remove
 from ltepass.config import LTEConfig
 from ltepass.errors import CheckpointError
 from ltepass.passes.find.owner import as_gated_now
-from ltepass.routed.json_entry import Json
+from ltepass.routed.read_json import Json
 from ltepass.routed.routed import Routed
 from ltepass.routed.sites import FFNSite, LTEState, set_state, state_of
-from ltepass.saving.entry import METHOD, read_state, write_state
 from ltepass.saving.forward_checks import check_forwards, try_gates
 from ltepass.saving.renaming import as_loaded, fit_prefix
 from ltepass.saving.site_checks import check_sites
+from ltepass.saving.state_json import METHOD, read_state, write_state
 from ltepass.saving.tensor_checks import (
     Header,
     check_present,

@@ -17,7 +17,7 @@ from ltepass.errors import CheckpointError
 from ltepass.kernels.linear_reference import HALF
 from ltepass.kernels.proxy_reference import blocks_of, largest_multiplier
 from ltepass.names import is_path, shown
-from ltepass.routed.proxy import CONSTANTS
+from ltepass.routed.proxy_router import CONSTANTS
 from ltepass.routed.router import N_QUANTILES
 from ltepass.routed.sites import FFNSite
 from ltepass.saving.site_checks import is_router

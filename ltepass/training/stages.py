@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ltepass.config import Budget
 from ltepass.measure.sparsity import hard_sparsity
-from ltepass.routed.proxy import ProxyRouter, encode
+from ltepass.routed.proxy_router import ProxyRouter, encode
 from ltepass.routed.routed import Routed
 from ltepass.routed.sites import require_whole
 from ltepass.routed.undo import verb

@@ -15,12 +15,12 @@ from torch import nn
 from torch.fx import Node
 
 from ltepass.errors import NoFFNFoundError
-from ltepass.passes.capture.owner_forward import OwnerGraphs
+from ltepass.passes.capture.trace_owner import OwnerGraphs
 from ltepass.passes.find.group_size import check_group_size, with_group_size
 from ltepass.passes.find.match import Miss, Region, match_down
+from ltepass.passes.find.match_types import Found
 from ltepass.passes.find.moe_stacks import refuse_expert_stacks
 from ltepass.passes.find.owner import one_kind_an_owner, place
-from ltepass.passes.find.regions import Found
 from ltepass.passes.find.site_names import name_routers, number_sites
 from ltepass.passes.find.tied_weights import refuse_tied
 from ltepass.passes.graph.captured import Captured

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import Argument, map_arg
 
-from ltepass.passes.find.regions import MissError, Piece, Rows
+from ltepass.passes.find.match_types import MissError, Piece, Rows
 from ltepass.passes.graph.linears import Flow, Linear
 from ltepass.passes.graph.node_kinds import (
     call,

@@ -14,8 +14,8 @@ from dataclasses import replace
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from ltepass.passes.capture.owner_forward import OwnerGraphs, is_replaced, original_class, trace_owner
-from ltepass.passes.capture.traceable_forwards import is_straight
+from ltepass.passes.capture.forward_source import is_straight
+from ltepass.passes.capture.trace_owner import OwnerGraphs, is_replaced, original_class, trace_owner
 from ltepass.passes.find.match import Region, Rows, down_rows
 from ltepass.passes.graph.captured import Captured
 from ltepass.passes.graph.linears import Linear

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from torch.fx import Node
 
-from ltepass.passes.find.regions import Found
+from ltepass.passes.find.match_types import Found
 from ltepass.passes.graph.captured import Captured
 from ltepass.passes.graph.node_kinds import consumers, is_movement, op_name, strip_identity
 from ltepass.routed.sites import FFNSite, NeuronRows, Refusal

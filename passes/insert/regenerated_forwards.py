@@ -22,8 +22,8 @@ from torch.fx import Graph
 
 from ltepass.errors import SourceNameError
 from ltepass.names import is_path, shown
-from ltepass.passes.capture.owner_forward import call as call  # forwards that were pickled earlier name it here
-from ltepass.passes.capture.owner_forward import original_class
+from ltepass.passes.capture.trace_owner import call as call  # forwards that were pickled earlier name it here
+from ltepass.passes.capture.trace_owner import original_class
 from ltepass.passes.insert.guarding import guard
 from ltepass.threads import locks
 

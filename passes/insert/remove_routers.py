@@ -7,7 +7,7 @@ import copy
 import torch
 from torch.fx import Graph, GraphModule
 
-from ltepass.passes.capture.owner_forward import original_class
+from ltepass.passes.capture.trace_owner import original_class
 from ltepass.passes.group.permutations import permute_routed
 from ltepass.passes.insert.guarding import release, unwatch
 from ltepass.passes.insert.hooks import detach

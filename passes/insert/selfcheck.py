@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ltepass.errors import GateError
-from ltepass.passes.capture.owner_forward import original_class
+from ltepass.passes.capture.trace_owner import original_class
 from ltepass.passes.insert.hooks import Hook
 from ltepass.routed.router import Router
 from ltepass.routed.sites import FFNSite

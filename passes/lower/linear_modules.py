@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from ltepass.kernels.linear import FLOATS, linear, linear_int4, linear_int8
 from ltepass.kernels.linear_reference import BLOCK, pack_int4
-from ltepass.passes.capture.owner_forward import is_replaced
+from ltepass.passes.capture.trace_owner import is_replaced
 from ltepass.passes.lower.why_not import is_conv1d, is_ordinary, is_product, parameters_of
 from ltepass.routed.undo import lay_as
 

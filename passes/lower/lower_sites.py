@@ -14,7 +14,7 @@ from itertools import groupby
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from ltepass.passes.capture.owner_forward import trace_owner
+from ltepass.passes.capture.trace_owner import trace_owner
 from ltepass.passes.graph.node_kinds import erase_upstream
 from ltepass.passes.insert.hooks import SparseDown, attach
 from ltepass.passes.insert.insert_routers import inline_site, insert_gates, relative

@@ -29,7 +29,7 @@ from ltepass.passes.lower.why_not import (
     untouched,
 )
 from ltepass.routed.gate import applied
-from ltepass.routed.proxy import ProxyRouter
+from ltepass.routed.proxy_router import ProxyRouter
 from ltepass.routed.router import Router
 from ltepass.routed.sites import FFNSite, NeuronRows
 from ltepass.threads import interfered, require_own

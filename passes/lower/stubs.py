@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
-from ltepass.passes.capture.owner_forward import trace_owner
+from ltepass.passes.capture.trace_owner import trace_owner
 
 
 class Stub:

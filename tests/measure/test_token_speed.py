@@ -18,7 +18,7 @@ from torch import Tensor
 import ltepass
 from examples.bench import token_table
 from ltepass.api import remove
-from ltepass.commands.decode_table import token_plot, token_tables
+from ltepass.commands.bench_tables import token_plot, token_tables
 from ltepass.commands.load import load
 from ltepass.errors import ConfigError
 from ltepass.measure import token_speed

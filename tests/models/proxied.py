@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import ltepass
-from ltepass.routed.proxy import ProxyRouter
+from ltepass.routed.proxy_router import ProxyRouter
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
 from tests.models import zoo

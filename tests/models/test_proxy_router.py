@@ -16,7 +16,7 @@ import ltepass
 from ltepass.errors import CheckpointError, ConfigError, LoweringError, MetaWeightsError, ShardedError
 from ltepass.kernels import proxy_reference
 from ltepass.measure.token_bytes import router_share, weights_read
-from ltepass.routed.proxy import CONSTANTS
+from ltepass.routed.proxy_router import CONSTANTS
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
 from tests.models import zoo

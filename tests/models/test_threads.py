@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 import ltepass
 from ltepass.calibration.initialise import fit_energies
 from ltepass.errors import ConcurrencyError
-from ltepass.passes.capture import owner_forward
+from ltepass.passes.capture import trace_owner
 from ltepass.passes.insert import regenerated_forwards
 from ltepass.routed.router import Router
 from ltepass.routed.sites import routers_of
@@ -83,7 +83,7 @@ def test_a_compiled_call_is_not_refused_while_an_owner_is_traced() -> None:
             return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
     owner.__class__ = Watched
-    assert owner_forward.trace_owner(owner, defaults=True) is not None
+    assert trace_owner.trace_owner(owner, defaults=True) is not None
     assert seen == [False, True] * 2
     assert not traces()
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import ltepass
-from ltepass.passes.capture.owner_forward import trace_owner
+from ltepass.passes.capture.trace_owner import trace_owner
 from tests.typed import lte_state
 
 FLAGS = SimpleNamespace(factor=2.0)

@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node, symbolic_trace
 import ltepass
 from ltepass.errors import ConfigError
 from ltepass.passes import BACKEND, EXPORT, TRANSFORM
-from ltepass.passes.capture.owner_forward import OwnerGraphs, trace_owner
+from ltepass.passes.capture.trace_owner import OwnerGraphs, trace_owner
 from ltepass.passes.find import owner
 from ltepass.passes.graph.pipeline import NAMES, GraphJob, Pass, Tier, TransformJob, run_passes
 from ltepass.passes.insert import insert_routers

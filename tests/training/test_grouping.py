@@ -21,7 +21,7 @@ from ltepass.passes.group.permutations import grouping_permutation, permute_rout
 from ltepass.routed import watching
 from ltepass.routed.sites import router_of
 from ltepass.routed.watching import Sample, collect
-from ltepass.saving.entry import read_state, write_state
+from ltepass.saving.state_json import read_state, write_state
 from tests.training.learning_cases import (
     assert_same,
     calibrated,

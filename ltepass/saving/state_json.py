@@ -19,8 +19,8 @@ from ltepass.config import BUDGETS, PROXY_SCALES, ROUTERS, SEEDS, LTEConfig
 from ltepass.errors import CheckpointError, ConfigError
 from ltepass.grouping_methods import AUTO, GROUPINGS
 from ltepass.names import shown
-from ltepass.routed.json_entry import ADVICE, LARGEST, Entry, Json
-from ltepass.routed.site_entry import VERSION, read_site, write_site
+from ltepass.routed.read_json import ADVICE, LARGEST, Entry, Json
+from ltepass.routed.site_json import VERSION, read_site, write_site
 from ltepass.routed.sites import LTEState, Refusal
 from ltepass.version import __version__
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.fx import Graph, Proxy, Tracer
 
 from ltepass.names import is_path
-from ltepass.passes.capture.traceable_forwards import attributes, is_straight
+from ltepass.passes.capture.forward_source import attributes, is_straight
 from ltepass.routed.router import Router
 from ltepass.threads import tracing
 
