@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,13 @@ from torch._C import _len_torch_dispatch_stack
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
+
+from ltepass.kernels import proxy_reference, reference
+from ltepass.kernels.backward import gradients
+from ltepass.kernels.proxy_reference import Proxy
+
+if TYPE_CHECKING:
+    from ltepass.kernels.routed_schema import RoutedOp
 
 Args = tuple[Any, ...]
 
@@ -71,3 +78,98 @@ def without_a_frame(name: str) -> Callable[..., Tensor]:
         return public(*args) if seen_by_others(args[0]) else no_grad(*args)  # type: ignore[no-any-return]
 
     return call
+
+
+def hard_ffn(op: RoutedOp) -> type[torch.autograd.Function]:
+    """Hard mode with a frozen router: gradients of x, up, gate, down and the biases; none of router and threshold."""
+    with_mask = getattr(torch.ops.ltepass, f"{op.name}_with_mask")
+
+    class HardFFN(torch.autograd.Function):
+        generate_vmap_rule = False
+
+        @staticmethod
+        def forward(*args: object) -> tuple[Tensor, Tensor, Tensor]:
+            with torch._C._AutoDispatchBelowAutograd():
+                return with_mask(*args)  # type: ignore[no-any-return]
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Args, output: tuple[Tensor, Tensor, Tensor]) -> None:
+            c = op.call(inputs)
+            _, active, count = output
+            ctx.mark_non_differentiable(active, count)
+            ctx.save_for_backward(c.x, active, *c.weights[:5], c.cut, c.input_cut)
+            ctx.activation, ctx.n_cuts = c.activation, len(inputs) - op.n_tensors - 1
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor, *_: object) -> tuple[Tensor | None, ...]:
+            x, active, up, up_bias, gate, gate_bias, down, cut, input_cut = ctx.saved_tensors
+            seen = reference.leave_out_small(x, input_cut)
+            need, first = ctx.needs_input_grad, op.n_router + 2
+            wanted = (need[0], *need[first : first + 6])
+            rows = grad.reshape(-1, grad.shape[-1]), seen.reshape(-1, x.shape[-1]), active.reshape(-1, active.shape[-1])
+            grads = gradients(*rows, up, up_bias, gate, gate_bias, down, ctx.activation, wanted, cut)
+            dx = None if grads[0] is None else grads[0].reshape(x.shape)
+            if dx is not None and input_cut is not None:
+                dx = dx.masked_fill(reference.is_small(x, input_cut), 0.0)
+            return (dx, *[None] * (first - 1), *grads[1:], *[None] * (1 + ctx.n_cuts))
+
+    return HardFFN
+
+
+def linear_function(name: str, bias_at: int, dense: Callable[..., Tensor] | None) -> type[torch.autograd.Function]:
+    """Gradients of x, the bias and a float weight. Quantised weights are constants, and the rounding of x is passed by:
+    dx = dy W. dense: of quantised weights, what makes a float one of them.
+    """
+    op = getattr(torch.ops.ltepass, name)
+
+    class Linear(torch.autograd.Function):
+        generate_vmap_rule = False
+
+        @staticmethod
+        def forward(*args: Tensor | None) -> Tensor:
+            with torch._C._AutoDispatchBelowAutograd():
+                return op(*args)  # type: ignore[no-any-return]
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
+            ctx.save_for_backward(*inputs[:bias_at])
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+            x, *weight = ctx.saved_tensors
+            rows, wanted = grad.reshape(-1, grad.shape[-1]), ctx.needs_input_grad
+            grads: list[Tensor | None] = [None] * len(wanted)
+            if wanted[0]:
+                grads[0] = grad @ (dense(*weight).to(grad.dtype) if dense else weight[0])
+            if wanted[1]:
+                grads[1] = rows.t() @ x.reshape(-1, x.shape[-1])
+            if any(wanted[bias_at:]):
+                grads[bias_at] = rows.sum(0)
+            return tuple(grads)
+
+    return Linear
+
+
+class ProxyScores(torch.autograd.Function):
+    """Gradients of x, the weight and the bias; codes, scales and sizes are constants."""
+
+    generate_vmap_rule = False
+
+    @staticmethod
+    def forward(*args: object) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.ltepass.proxy_scores(*args)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Args, output: Tensor) -> None:
+        *tensors, _, ctx.activation = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        need = ctx.needs_input_grad
+        wanted = (need[0], need[6], need[7])
+        x, *constants, weight = ctx.saved_tensors
+        proxy = Proxy(*constants)
+        dx, d_weight, d_bias = proxy_reference.gradients(grad, x, proxy, weight, ctx.activation, wanted)
+        return (dx, *[None] * 5, d_weight, d_bias, None)

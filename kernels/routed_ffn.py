@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from ltepass.kernels import autograd, reference
+from ltepass.kernels.autograd import hard_ffn
 from ltepass.kernels.cpu import loading
 from ltepass.kernels.dispatch import any_device, vmap_over_x
 from ltepass.kernels.gpu import traceable
-from ltepass.kernels.hard_ffn import hard_ffn
 from ltepass.kernels.routed_schema import LINEAR, PROXY, RoutedOp
 
 _library = torch.library.Library("ltepass", "FRAGMENT")

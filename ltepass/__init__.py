@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from ltepass.exporting.generation import exported_loop
     from ltepass.measure.quality import perplexity
     from ltepass.measure.sparsity import measure_sparsity, measure_union
+    from ltepass.routed.modes import set_mode
     from ltepass.routed.reporting import Report, report
     from ltepass.routed.sites import FFNSite, Refusal
     from ltepass.saving.plain_modules import load, save
     from ltepass.sparsity.cuts import set_hidden_sparsity, set_input_sparsity
-    from ltepass.sparsity.modes import set_mode
     from ltepass.sparsity.thresholds import set_sparsity
     from ltepass.training.auxiliary_loss import take_auxiliary
     from ltepass.training.controller import SparsityController
@@ -61,7 +61,7 @@ _PUBLIC = {
     "save": "ltepass.saving.plain_modules",
     "set_hidden_sparsity": "ltepass.sparsity.cuts",
     "set_input_sparsity": "ltepass.sparsity.cuts",
-    "set_mode": "ltepass.sparsity.modes",
+    "set_mode": "ltepass.routed.modes",
     "set_sparsity": "ltepass.sparsity.thresholds",
     "SparsityController": "ltepass.training.controller",
     "LTESettings": "ltepass.training.settings",

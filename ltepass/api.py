@@ -16,9 +16,8 @@ from ltepass.passes import TRANSFORM
 from ltepass.passes.graph.pipeline import TransformJob, run_passes
 from ltepass.passes.insert.remove_routers import remove_routers
 from ltepass.routed.batches import Batch
-from ltepass.routed.routed import Routed
+from ltepass.routed.routed import Routed, require_whole, routers_of, state_of, unwrapped
 from ltepass.routed.selection import Selection, Which
-from ltepass.routed.sites import require_whole, routers_of, state_of, unwrapped
 from ltepass.routed.undo import all_or_nothing, verb
 
 if TYPE_CHECKING:

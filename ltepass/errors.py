@@ -85,3 +85,17 @@ class CheckpointError(LTEError):
 
 class CacheError(LTEError):
     """The cache folder is missing, not ours, or holds what is not ours."""
+
+
+def one_line(text: str) -> str:
+    """Without line breaks, terminal escapes and the like: text from a checkpoint is shown to users."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+def shown(value: object, limit: int = 60) -> str:
+    """The repr of something foreign, for a message: unprintable characters escaped, cut short."""
+    try:
+        text = one_line(ascii(value))
+    except (RecursionError, ValueError):  # nested without end, or an integer of more digits than Python prints
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= limit else text[:limit] + "..."

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import ltepass
 from ltepass.errors import CheckpointError
-from ltepass.routed.sites import FFNSite, routers_of, state_of
+from ltepass.routed.routed import routers_of, state_of
+from ltepass.routed.sites import FFNSite
 from tests.crafted_checkpoints import CHECKPOINTS, IDS, copied
 from tests.models import zoo
 

@@ -19,7 +19,7 @@ from ltepass.config import ROUTERS
 from ltepass.errors import ConfigError
 from ltepass.measure.records import TokenRecord, read
 from ltepass.routed.proxy_router import ProxyRouter
-from ltepass.routed.sites import routers_of
+from ltepass.routed.routed import routers_of
 from tests.models.zoo import llama
 
 COMMANDS = {"demo", "inspect", "coverage", "train", "eval", "bench", "export", "generate", "serve", "report"}

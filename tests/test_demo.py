@@ -21,15 +21,15 @@ from examples.results.demo_table import BEGIN, END, with_table
 from ltepass.commands.generate import generate
 from ltepass.config import ROUTERS
 from ltepass.demo import learning, speed
-from ltepass.demo.folder import DemoOptions, Folder
-from ltepass.demo.results import STAGE_NAMES, Options, Results, Stages
+from ltepass.demo.results import STAGE_NAMES, DemoOptions, Folder, Options, Results, Stages
 from ltepass.demo.run import STAGES, run_demo
 from ltepass.demo.table import command, markdown, rows
 from ltepass.demo.task import load_task
 from ltepass.errors import ConfigError, TrainingError
-from ltepass.measure.quality import perplexity, sparsity_of_tail
+from ltepass.measure.quality import perplexity
+from ltepass.measure.sparsity import sparsity_of_tail
 from ltepass.measure.token_bytes import router_share
-from ltepass.routed.sites import routers_of
+from ltepass.routed.routed import routers_of
 from tests.models.zoo import build
 
 

@@ -11,7 +11,7 @@ import transformers as hf
 from safetensors.torch import load_file
 
 import ltepass
-from ltepass.routed.sites import routers_of, state_of
+from ltepass.routed.routed import routers_of, state_of
 
 FOLDERS = sorted(path for path in (Path(__file__).parent / "checkpoints").glob("v*/*") if path.is_dir())
 

@@ -18,8 +18,8 @@ from transformers import AutoModel, AutoModelForCausalLM
 import ltepass
 from ltepass.config import Mode
 from ltepass.errors import CheckpointError
+from ltepass.routed.routed import routers_of, state_of
 from ltepass.routed.router import Router
-from ltepass.routed.sites import routers_of, state_of
 from tests.models.zoo import build
 
 IDS = torch.arange(3, 24)[None]

@@ -14,7 +14,7 @@ from torch.fx import symbolic_trace
 
 import ltepass
 from ltepass.errors import AlreadyTransformedError, CheckpointError, MetaWeightsError, NotTransformedError
-from ltepass.routed.sites import routers_of, state_of
+from ltepass.routed.routed import routers_of, state_of
 from ltepass.saving import plain_modules
 from tests.typed import lte_state
 from tests.watching import watch

@@ -18,9 +18,9 @@ from examples.bench.ways import Shape
 from ltepass.cli.running import run_command
 from ltepass.errors import ConfigError
 from ltepass.kernels.cpu.which_path import which_path
-from ltepass.measure.machine import gemm_rate
+from ltepass.measure.machine import gemm_rate, plain_reads
 from ltepass.measure.records import Environment, OpRecord, append, read
-from ltepass.measure.timing import Contender, copies_needed, interleaved, plain_reads
+from ltepass.measure.timing import Contender, copies_needed, interleaved
 
 ROUTED = "routed"
 READ = "plain read"

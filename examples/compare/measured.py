@@ -11,7 +11,7 @@ from torch import Tensor
 from examples.compare.rule_hooks import Ruled
 from ltepass.measure.quality import perplexity
 from ltepass.measure.token_bytes import router_share
-from ltepass.routed.sites import router_of
+from ltepass.routed.routed import router_of
 
 
 def perplexities(model: Any, test: dict[str, Tensor]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltepass.demo.task import Bytes
+from ltepass.demo.tiny import Bytes
 
 TINY_STEPS, TINY_BATCH, TINY_LENGTH = 200, 16, 64
 

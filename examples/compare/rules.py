@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ltepass.calibration.energy import down_energy, expert_energy
 from ltepass.kernels.reference import ACTIVATIONS
-from ltepass.routed.sites import FFNSite, router_of
+from ltepass.routed.routed import router_of
+from ltepass.routed.sites import FFNSite
 
 
 @dataclass

@@ -24,8 +24,8 @@ from ltepass.config import LTEConfig
 from ltepass.errors import CaptureError, LoweringError, NoFFNFoundError
 from ltepass.passes import TRANSFORM
 from ltepass.passes.graph.pipeline import TransformJob, run_passes
-from ltepass.routed.routed import Routed
-from ltepass.routed.sites import Refusal, routers_of
+from ltepass.routed.routed import Routed, routers_of
+from ltepass.routed.sites import Refusal
 
 TOLERANCE = 1e-5  # relative to the largest output value, fp32
 GROUP_SIZE = 8

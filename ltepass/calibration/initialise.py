@@ -30,14 +30,15 @@ from ltepass.calibration.sensitivity import Sensitivity, sensitivities
 from ltepass.config import Mode
 from ltepass.errors import CalibrationError, ConfigError, MetaWeightsError
 from ltepass.grouping_methods import AUTO, AUTO_WITH_DATA
-from ltepass.passes.group.permutations import permute_routed, site_permutation
+from ltepass.passes.group.group_neurons import permute_routed, site_permutation
 from ltepass.routed.batches import tokens_in
-from ltepass.routed.routed import Routed
+from ltepass.routed.modes import mode_of
+from ltepass.routed.routed import Routed, require_whole
 from ltepass.routed.router import Router
-from ltepass.routed.samples import Reservoir
-from ltepass.routed.sites import FFNSite, require_whole
+from ltepass.routed.samples import SAMPLE_TOKENS, Reservoir, collect
+from ltepass.routed.sites import FFNSite
 from ltepass.routed.undo import keep, verb
-from ltepass.routed.watching import SAMPLE_TOKENS, Observer, collect, mode_of, watch
+from ltepass.routed.watching import Observer, watch
 from ltepass.sparsity.cuts import place_cuts
 from ltepass.sparsity.thresholds import is_calibrated, move_biases, table_of, update_table
 

@@ -30,7 +30,7 @@ def demo(
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over where OUT holds a run.")] = False,
 ) -> None:
     """A real model gets faster: train, lower, time, save, load, and one table of what came out."""
-    from ltepass.demo.folder import DemoOptions
+    from ltepass.demo.results import DemoOptions
     from ltepass.demo.run import run_demo
 
     options = DemoOptions(
@@ -56,7 +56,8 @@ def inspect(
     """Show the FFN sites that transform would find, and why other candidates are refused. Needs no weights."""
     import time
 
-    from ltepass.commands.inspect import inspect_model, peak_memory
+    from ltepass.commands.inspect import inspect_model
+    from ltepass.measure.machine import peak_memory
 
     start = time.perf_counter()
     show(inspect_model(model, group_size=group_size))

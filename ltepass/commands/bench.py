@@ -24,9 +24,9 @@ from ltepass.measure.sides.exported_side import Exported
 from ltepass.measure.sides.llama_cpp_side import LlamaCpp
 from ltepass.measure.sides.side import DTYPES, Side
 from ltepass.measure.sides.transformers_side import How, Quantised, Transformers
-from ltepass.measure.text_blocks import token_blocks
 from ltepass.measure.token_speed import PREFILL_TOKENS, PROMPT_TOKENS, Text, bench_tokens
 from ltepass.routed.routed import is_transformed
+from ltepass.texts import token_blocks
 
 if TYPE_CHECKING:
     from rich.console import Group

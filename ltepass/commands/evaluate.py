@@ -9,9 +9,9 @@ import ltepass
 from ltepass.commands.load import load
 from ltepass.errors import ConfigError
 from ltepass.measure.quality import perplexity, sparsity_curve
-from ltepass.measure.text_blocks import token_blocks
 from ltepass.routed.reporting import span
-from ltepass.routed.sites import state_of
+from ltepass.routed.routed import state_of
+from ltepass.texts import token_blocks
 
 if TYPE_CHECKING:
     from rich.table import Table

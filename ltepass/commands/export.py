@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import ltepass
 from ltepass.commands.load import dtype_of, load
-from ltepass.routed.sites import routers_of
+from ltepass.routed.routed import routers_of
 
 if TYPE_CHECKING:
     from ltepass.passes.lower.quantise_linears import Format

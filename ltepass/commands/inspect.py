@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +12,7 @@ from ltepass.commands.load import call_by_name, load
 from ltepass.config import LTEConfig
 from ltepass.errors import ConfigError
 from ltepass.routed.reporting import Report
-from ltepass.routed.sites import state_of
+from ltepass.routed.routed import state_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,11 +48,3 @@ def _skeleton(name: str) -> PreTrainedModel:
         return load(name)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config).eval()
-
-
-def peak_memory() -> int:
-    """Most bytes that this process ever held in memory."""
-    import resource  # not on Windows
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -14,8 +14,8 @@ from ltepass.commands.load import load
 from ltepass.config import Budget, LTEConfig, RouterKind
 from ltepass.errors import ConfigError
 from ltepass.grouping_methods import AUTO
-from ltepass.measure.text_blocks import token_blocks
 from ltepass.routed.reporting import Report
+from ltepass.texts import token_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

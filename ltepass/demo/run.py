@@ -12,9 +12,8 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from ltepass.demo import stages
-from ltepass.demo.folder import DemoOptions, Folder
 from ltepass.demo.page import page
-from ltepass.demo.results import Results, StageName
+from ltepass.demo.results import DemoOptions, Folder, Results, StageName
 from ltepass.demo.stages import Demo
 from ltepass.demo.table import rich_table
 

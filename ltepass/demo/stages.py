@@ -16,11 +16,12 @@ from torch import Tensor
 
 import ltepass
 from ltepass.demo import learning, reload, speed
-from ltepass.demo.folder import DemoOptions, Folder
 from ltepass.demo.plain_formats import plain_formats
 from ltepass.demo.results import (
     Calibrated,
+    DemoOptions,
     Dense,
+    Folder,
     Generated,
     Losses,
     Prepared,
@@ -31,9 +32,10 @@ from ltepass.demo.results import (
     TunedDense,
 )
 from ltepass.demo.task import Task, load_dense, load_task
-from ltepass.measure.quality import perplexity, sparsity_of_tail
+from ltepass.measure.quality import perplexity
+from ltepass.measure.sparsity import sparsity_of_tail
 from ltepass.measure.token_bytes import router_share
-from ltepass.routed.sites import routers_of
+from ltepass.routed.routed import routers_of
 from ltepass.training.stages import settle
 
 if TYPE_CHECKING:

@@ -33,8 +33,7 @@ from ltepass.passes.graph.pipeline import GraphJob, Pass, run_passes
 from ltepass.passes.lower.lower_model import is_lowered, require_hard
 from ltepass.passes.lower.quantise_linears import Format, QuantiseLinears
 from ltepass.passes.lower.why_not import is_ordinary
-from ltepass.routed.routed import Routed, is_transformed
-from ltepass.routed.sites import require_whole, unwrapped
+from ltepass.routed.routed import Routed, is_transformed, require_whole, unwrapped
 from ltepass.version import __version__
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""What a measurement was made on."""
+"""What a measurement was made on: its CPU, its caches and memory, and how fast it reads and computes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -35,10 +36,7 @@ def resident() -> tuple[int, int]:
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
-        import resource  # not on Windows
-
-        peak = (1 if sys.platform == "darwin" else 1024) * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak, peak
+        return peak_memory(), peak_memory()
     kilobytes = {line.partition(":")[0]: line.split()[1] for line in lines if line.startswith(("VmRSS", "VmHWM"))}
     return 1024 * int(kilobytes["VmRSS"]), 1024 * int(kilobytes["VmHWM"])
 
@@ -69,3 +67,19 @@ def gemm_rate(size: int = 2048, repeats: int = 5) -> float:
         torch.mm(a, a)
         seconds.append(time.perf_counter() - t0)
     return 2 * size**3 / sorted(seconds)[repeats // 2]
+
+
+def plain_reads() -> tuple[dict[str, Callable[[int], object]], int]:
+    """Two ways to read cold memory once, a sum and a matrix-vector product, and the bytes of either: four times the
+    last-level cache."""
+    rows = 4 * last_level_cache() // 4 // 4096
+    matrix, x = torch.ones(rows, 4096), torch.ones(4096)
+    return {"sum": lambda _: matrix.sum(), "product": lambda _: torch.mv(matrix, x)}, matrix.nbytes
+
+
+def peak_memory() -> int:
+    """Most bytes that this process ever held in memory."""
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

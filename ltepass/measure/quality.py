@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from ltepass.measure.sparsity import measure_sparsity
 from ltepass.routed.routed import Routed
-from ltepass.routed.undo import verb
-from ltepass.routed.watching import record_logits
 from ltepass.sparsity.thresholds import set_sparsity
 
 if TYPE_CHECKING:
@@ -42,23 +40,6 @@ def perplexity_of(logits_of: Callable[[Tensor], Tensor], blocks: Tensor) -> floa
         logits = logits_of(block)[:-1].float()
         total += nn.functional.cross_entropy(logits, block[1:], reduction="sum").item()
     return math.exp(total / (blocks.shape[0] * (blocks.shape[1] - 1)))
-
-
-@verb
-@torch.no_grad()
-def sparsity_of_tail(model: PreTrainedModel, ids: Tensor, skip: int) -> float:
-    """Mean share of inactive neurons, over sites, for tokens skip.. of ids [T]; the model must be in hard mode.
-
-    Raises NotTransformedError, LoweredError.
-    """
-    routed = Routed.trained(model, "sparsity_of_tail")
-    with record_logits(routed) as seen:
-        model(input_ids=ids[None].to(model.device), use_cache=False)
-    shares = []
-    for site, router in routed:
-        (logits,) = seen[site.name]
-        shares.append(1.0 - (logits[skip:] > router.threshold).float().mean().item())
-    return sum(shares) / len(shares)
 
 
 def sparsity_curve(

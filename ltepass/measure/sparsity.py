@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import torch
+
+from ltepass.routed.samples import record_logits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 from collections.abc import Iterable
 
 from torch import Tensor, nn
 
 from ltepass.routed import padding
 from ltepass.routed.batches import Batch
+from ltepass.routed.modes import mode_of
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
 from ltepass.routed.samples import Tally
 from ltepass.routed.sites import FFNSite
 from ltepass.routed.undo import verb
-from ltepass.routed.watching import mode_of, on_logits, require_seen, run_batches
+from ltepass.routed.watching import on_logits, require_seen, run_batches
 
 
 @verb
@@ -75,3 +85,20 @@ def measure_union(model: nn.Module, batches: Iterable[Batch], window: int = 2) -
         run_batches(routed.model, batches)
     require_seen({name: tally.count for name, tally in unused.items()})
     return {name: tally.share() for name, tally in unused.items()}
+
+
+@verb
+@torch.no_grad()
+def sparsity_of_tail(model: PreTrainedModel, ids: Tensor, skip: int) -> float:
+    """Mean share of inactive neurons, over sites, for tokens skip.. of ids [T]; the model must be in hard mode.
+
+    Raises NotTransformedError, LoweredError.
+    """
+    routed = Routed.trained(model, "sparsity_of_tail")
+    with record_logits(routed) as seen:
+        model(input_ids=ids[None].to(model.device), use_cache=False)
+    shares = []
+    for site, router in routed:
+        (logits,) = seen[site.name]
+        shares.append(1.0 - (logits[skip:] > router.threshold).float().mean().item())
+    return sum(shares) / len(shares)

@@ -83,11 +83,3 @@ def interleaved(
             if turn >= WARM_UP or t > LONG:
                 taken[name].append(t)
     return {name: Timing.of(s) for name, s in taken.items()}
-
-
-def plain_reads() -> tuple[dict[str, Contender], int]:
-    """Two ways to read cold memory once, a sum and a matrix-vector product, and the bytes of either: four times the
-    last-level cache."""
-    rows = 4 * last_level_cache() // 4 // 4096
-    matrix, x = torch.ones(rows, 4096), torch.ones(4096)
-    return {"sum": lambda _: matrix.sum(), "product": lambda _: torch.mv(matrix, x)}, matrix.nbytes

@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
-from ltepass.errors import CheckpointError
-from ltepass.names import is_path, shown
+from ltepass.errors import CheckpointError, shown
+from ltepass.paths import is_path
 
 T = TypeVar("T")
 Name = TypeVar("Name", bound=str)

@@ -1,9 +1,21 @@
-"""What is kept of all that a pass sees: rows drawn at random, and counts."""
+"""What is kept of all that a pass sees: a site's activations, routers' logits, rows drawn at random, and counts."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import takewhile
+
 import torch
 from torch import Tensor
+
+from ltepass.routed import padding
+from ltepass.routed.batches import Batch
+from ltepass.routed.routed import Routed
+from ltepass.routed.router import Router
+from ltepass.routed.sites import FFNSite
+from ltepass.routed.watching import Observer, on_logits, watch
 
 
 class SomeRows:
@@ -62,3 +74,68 @@ class Tally:
 
     def share(self) -> float:
         return int(self.true) / self.count
+
+
+BUDGET_BYTES = 900_000_000  # of sampled activations, all sites together
+
+
+SAMPLE_TOKENS = 2048  # for grouping and tables; the routers' regression sees every token
+
+
+@dataclass
+class Sample:
+    """What one site saw: x [n_tokens, d_model] and hidden units h [n_tokens, d_ff], both fp32 when read."""
+
+    x: Tensor
+    h: Tensor
+
+
+def collect(routed: Routed, batches: Iterable[Batch]) -> dict[str, Sample]:
+    """The first inputs and hidden units of every site, in dense mode: SAMPLE_TOKENS, or what BUDGET_BYTES holds."""
+    per_token = sum(2 * (s.d_model + s.d_ff) for s in routed.sites)
+    room = min(SAMPLE_TOKENS, max(256, BUDGET_BYTES // per_token))
+    collectors = [_Collector(site, router, room) for site, router in routed]
+    watch(routed, takewhile(lambda _: not all(c.full for c in collectors), batches), collectors)
+    return {c.site.name: Sample(torch.cat(c.x), torch.cat(c.h)) for c in collectors}
+
+
+class _Collector(Observer):
+    """Keeps bfloat16 copies of what one site sees, up to `room` tokens."""
+
+    def __init__(self, site: FFNSite, router: Router, room: int) -> None:
+        super().__init__(site, router)
+        self.room = room
+        self.x: list[Tensor] = []
+        self.h: list[Tensor] = []
+
+    def on_input(self, x: Tensor) -> None:
+        self._keep(self.x, x)
+
+    def on_hidden(self, h: Tensor) -> None:
+        self._keep(self.h, h)
+
+    def _keep(self, rows: list[Tensor], value: Tensor) -> None:
+        left = self.room - sum(len(r) for r in rows)
+        if left > 0:
+            rows.append(value[:left].to(torch.bfloat16, copy=True))
+
+    @property
+    def full(self) -> bool:
+        return sum(len(r) for r in self.h) >= self.room
+
+
+@contextmanager
+def record_logits(routed: Routed, keep: int | None = None, *, flat: bool = True) -> Iterator[dict[str, list[Tensor]]]:
+    """Collect every router's logits [n_tokens, n_experts] by site name while the block runs, without those of padding.
+
+    keep: at most so many tokens per forward; None keeps all. flat: False leaves the shape as it is, padding included.
+    """
+    seen: dict[str, list[Tensor]] = {site.name: [] for site in routed.sites}
+    draws = {name: SomeRows(keep) for name in seen}
+
+    def see(site: FFNSite, router: Router, logits: Tensor) -> None:
+        rows = draws[site.name](padding.tokens_of(router, logits)) if flat else logits.clone()
+        seen[site.name].append(rows)
+
+    with on_logits(routed, see):
+        yield seen

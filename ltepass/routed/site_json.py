@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from ltepass.kernels.reference import ACTIVATIONS
-from ltepass.names import is_path
+from ltepass.paths import is_path
 from ltepass.routed.read_json import Entry, Json
 from ltepass.routed.sites import PATHS, ROWS, FFNSite, NeuronRows
 

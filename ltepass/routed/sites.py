@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph
 
-from ltepass.errors import ShardedError
-from ltepass.names import one_line
-from ltepass.routed.router import Router
+from ltepass.errors import one_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,69 +168,3 @@ class LTEState:
             return self.__dict__
         note = 'this is a copy of a compiled model and is not compiled; call ltepass.lower(model, scope="model")'
         return {**self.__dict__, "lowered": None, "notes": [*self.notes, note]}
-
-
-def state_of(model: nn.Module) -> LTEState | None:
-    """The state that `transform` left on this very module, or None."""
-    state: LTEState | None = model.__dict__.get("_lte")  # no getattr: wrappers hand that on to what they wrap
-    return state
-
-
-def set_state(model: nn.Module, state: LTEState) -> None:
-    """This module is the transformed root. Torch's deepcopy of a GraphModule keeps the attributes that `meta` lists."""
-    model._lte = state  # type: ignore[assignment]
-    if isinstance(model, GraphModule):
-        model.meta = {**model.meta, _KEPT: {**model.meta.get(_KEPT, {}), "_lte": state}}
-
-
-def drop_state(model: nn.Module) -> None:
-    del model._lte
-    if isinstance(model, GraphModule):
-        kept = {name: value for name, value in model.meta.get(_KEPT, {}).items() if name != "_lte"}
-        others = {key: value for key, value in model.meta.items() if key != _KEPT}
-        model.meta = {**others, _KEPT: kept} if kept else others
-
-
-_KEPT = "_user_preserved_attributes"  # torch.fx.graph_module._USER_PRESERVED_ATTRIBUTES_KEY
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model that PEFT, DDP, FSDP, DataParallel or torch.compile wrapped, through all of them."""
-    inner: Any = model
-    while True:
-        if isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            inner = inner.module
-        elif "_fsdp_wrapped_module" in inner._modules:
-            inner = inner._fsdp_wrapped_module
-        elif "_orig_mod" in inner._modules:  # torch.compile's; its class is not imported, which takes seconds
-            inner = inner._orig_mod
-        elif hasattr(type(inner), "get_base_model"):  # peft's
-            inner = inner.get_base_model()
-        else:
-            return inner  # type: ignore[no-any-return]
-
-
-def require_whole(model: nn.Module, what: str, *, flat_only: bool = False) -> None:
-    """Raises ShardedError where FSDP has cut parameters up, or (flat_only) put them into one that has no names."""
-    for path, module in model.named_modules():
-        own = module.__dict__
-        if own.get("_is_fsdp_managed_module") and not (flat_only and own.get("_fsdp_use_orig_params")):
-            raise ShardedError(
-                f"{path or type(module).__name__} was wrapped by FullyShardedDataParallel or fully_shard, and holds a "
-                f"share of its weights only; {what} expects whole ones; call it before wrapping"
-            )
-
-
-def routers_of(model: nn.Module) -> Iterator[Router]:
-    """Every router below `model`, transformed root or any part of one."""
-    return (m for m in model.modules() if isinstance(m, Router))
-
-
-def router_of(model: nn.Module, site: FFNSite) -> Router:
-    """The router that decides at this site: PEFT's modules_to_save keeps a trained copy for each adapter."""
-    found: Any = model.get_submodule(site.router)
-    if hasattr(found, "modules_to_save"):
-        names = found.active_adapters
-        copied = names and not found.disable_adapters and all(name in found.modules_to_save for name in names)
-        found = found.modules_to_save[names[0]] if copied else found.original_module
-    return next(m for m in found.modules() if isinstance(m, Router))

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ltepass.routed.routed import root_of
-from ltepass.routed.sites import routers_of
+from ltepass.routed.routed import root_of, routers_of
 from ltepass.threads import locks
 
 T = TypeVar("T")

@@ -1,12 +1,10 @@
-"""A pass in which every FFN site is watched, and the sample of activations that a dense one keeps."""
+"""A pass in which every FFN site is watched: observers, hooks on its routers, and the run itself."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import takewhile
 
 import torch
 from torch import Tensor, nn
@@ -16,32 +14,12 @@ from ltepass.config import Mode
 from ltepass.errors import CalibrationError
 from ltepass.routed import padding
 from ltepass.routed.batches import Batch, fewest_logits, inputs_of, is_empty
+from ltepass.routed.modes import mode_of
 from ltepass.routed.padding import telling_tokens, tokens_of
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
-from ltepass.routed.samples import SomeRows
 from ltepass.routed.sites import FFNSite
 from ltepass.threads import require_own, unshared
-
-BUDGET_BYTES = 900_000_000  # of sampled activations, all sites together
-SAMPLE_TOKENS = 2048  # for grouping and tables; the routers' regression sees every token
-
-
-@dataclass
-class Sample:
-    """What one site saw: x [n_tokens, d_model] and hidden units h [n_tokens, d_ff], both fp32 when read."""
-
-    x: Tensor
-    h: Tensor
-
-
-def collect(routed: Routed, batches: Iterable[Batch]) -> dict[str, Sample]:
-    """The first inputs and hidden units of every site, in dense mode: SAMPLE_TOKENS, or what BUDGET_BYTES holds."""
-    per_token = sum(2 * (s.d_model + s.d_ff) for s in routed.sites)
-    room = min(SAMPLE_TOKENS, max(256, BUDGET_BYTES // per_token))
-    collectors = [_Collector(site, router, room) for site, router in routed]
-    watch(routed, takewhile(lambda _: not all(c.full for c in collectors), batches), collectors)
-    return {c.site.name: Sample(torch.cat(c.x), torch.cat(c.h)) for c in collectors}
 
 
 def watch(routed: Routed, batches: Iterable[Batch], observers: Sequence[Observer], *, mode: Mode = "dense") -> None:
@@ -88,31 +66,6 @@ class Observer(ABC):
         self.router.observer = None
 
 
-class _Collector(Observer):
-    """Keeps bfloat16 copies of what one site sees, up to `room` tokens."""
-
-    def __init__(self, site: FFNSite, router: Router, room: int) -> None:
-        super().__init__(site, router)
-        self.room = room
-        self.x: list[Tensor] = []
-        self.h: list[Tensor] = []
-
-    def on_input(self, x: Tensor) -> None:
-        self._keep(self.x, x)
-
-    def on_hidden(self, h: Tensor) -> None:
-        self._keep(self.h, h)
-
-    def _keep(self, rows: list[Tensor], value: Tensor) -> None:
-        left = self.room - sum(len(r) for r in rows)
-        if left > 0:
-            rows.append(value[:left].to(torch.bfloat16, copy=True))
-
-    @property
-    def full(self) -> bool:
-        return sum(len(r) for r in self.h) >= self.room
-
-
 @contextmanager
 def on_logits(routed: Routed, see: Callable[[FFNSite, Router, Tensor], None]) -> Iterator[None]:
     """Calls see(site, router, logits [..., n_experts]) after every router while the block runs, without gradients."""
@@ -131,23 +84,6 @@ def on_logits(routed: Routed, see: Callable[[FFNSite, Router, Tensor], None]) ->
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def record_logits(routed: Routed, keep: int | None = None, *, flat: bool = True) -> Iterator[dict[str, list[Tensor]]]:
-    """Collect every router's logits [n_tokens, n_experts] by site name while the block runs, without those of padding.
-
-    keep: at most so many tokens per forward; None keeps all. flat: False leaves the shape as it is, padding included.
-    """
-    seen: dict[str, list[Tensor]] = {site.name: [] for site in routed.sites}
-    draws = {name: SomeRows(keep) for name in seen}
-
-    def see(site: FFNSite, router: Router, logits: Tensor) -> None:
-        rows = draws[site.name](padding.tokens_of(router, logits)) if flat else logits.clone()
-        seen[site.name].append(rows)
-
-    with on_logits(routed, see):
-        yield seen
 
 
 def run_batches(model: nn.Module, batches: Iterable[Batch]) -> None:
@@ -169,20 +105,6 @@ def run_batches(model: nn.Module, batches: Iterable[Batch]) -> None:
     finally:
         for module, flag in flags.items():
             module.training = flag
-
-
-@contextmanager
-def mode_of(routed: Routed, mode: Mode) -> Iterator[None]:
-    """Run a block in another mode. Forwards of other threads raise ConcurrencyError meanwhile."""
-    before: list[tuple[Router, Mode]] = [(r, r.mode) for r in routed.all_routers()]
-    with unshared(router for router, _ in before):
-        for router, _ in before:
-            router.mode = mode
-        try:
-            yield
-        finally:
-            for router, old in before:
-                router.mode = old
 
 
 def require_seen(counts: dict[str, int]) -> None:

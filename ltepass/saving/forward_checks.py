@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -18,7 +19,9 @@ from torch.fx.node import map_arg
 
 from ltepass.errors import CheckpointError, LTEError
 from ltepass.kernels.reference import ACTIVATIONS
-from ltepass.passes.capture.trace_owner import trace_owner
+from ltepass.passes.capture.forward_source import is_straight
+from ltepass.passes.capture.replaced_forwards import is_replaced
+from ltepass.passes.capture.trace_owner import original_class, trace_owner
 from ltepass.passes.insert.selfcheck import check_gated
 from ltepass.routed.sites import FFNSite, NeuronRows
 
@@ -189,3 +192,13 @@ def _named(function: Callable[[Tensor], object]) -> str | None:
         return None
     known = ((name, act(sample)) for name, act in ACTIVATIONS.items() if name != "identity")
     return next((name for name, want in known if torch.allclose(value.double(), want, rtol=1e-6, atol=1e-6)), None)
+
+
+def as_gated_now(root: nn.Module, sites: Sequence[FFNSite]) -> list[FFNSite]:
+    """A checkpoint's sites: where the owner's forward may not be regenerated here, hooks gate it.
+
+    An older version regenerated forwards that read values which may change; and this instance may run another one.
+    """
+    owners = {s.owner: root.get_submodule(s.owner) for s in sites if s.kind == "aligned"}
+    crooked = {p for p, m in owners.items() if is_replaced(m) or not is_straight(m, original_class(m))}
+    return [replace(s, kind="inline") if s.owner in crooked else s for s in sites]

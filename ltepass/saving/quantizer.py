@@ -27,11 +27,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ltepass.api import remove
 from ltepass.config import LTEConfig
 from ltepass.errors import CheckpointError
-from ltepass.passes.find.owner import as_gated_now
 from ltepass.routed.read_json import Json
-from ltepass.routed.routed import Routed
-from ltepass.routed.sites import FFNSite, LTEState, set_state, state_of
-from ltepass.saving.forward_checks import check_forwards, try_gates
+from ltepass.routed.routed import Routed, set_state, state_of
+from ltepass.routed.sites import FFNSite, LTEState
+from ltepass.saving.forward_checks import as_gated_now, check_forwards, try_gates
 from ltepass.saving.renaming import as_loaded, fit_prefix
 from ltepass.saving.site_checks import check_sites
 from ltepass.saving.state_json import METHOD, read_state, write_state

@@ -16,9 +16,8 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from ltepass.config import BUDGETS, PROXY_SCALES, ROUTERS, SEEDS, LTEConfig
-from ltepass.errors import CheckpointError, ConfigError
+from ltepass.errors import CheckpointError, ConfigError, shown
 from ltepass.grouping_methods import AUTO, GROUPINGS
-from ltepass.names import shown
 from ltepass.routed.read_json import ADVICE, LARGEST, Entry, Json
 from ltepass.routed.site_json import VERSION, read_site, write_site
 from ltepass.routed.sites import LTEState, Refusal

@@ -13,10 +13,10 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ltepass.errors import CheckpointError
+from ltepass.errors import CheckpointError, shown
 from ltepass.kernels.linear_reference import HALF
 from ltepass.kernels.proxy_reference import blocks_of, largest_multiplier
-from ltepass.names import is_path, shown
+from ltepass.paths import is_path
 from ltepass.routed.proxy_router import CONSTANTS
 from ltepass.routed.router import N_QUANTILES
 from ltepass.routed.sites import FFNSite

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.cli.serving.model_manager import ModelManager
 
 from ltepass.api import lower
-from ltepass.routed.sites import state_of
+from ltepass.routed.routed import state_of
 
 
 @contextmanager

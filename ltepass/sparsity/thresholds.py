@@ -1,4 +1,4 @@
-"""Modes, the inference-time sparsity knob, and how sparse a model really is."""
+"""Thresholds: the inference-time sparsity knob, and the tables of logits that it reads."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from ltepass.config import check_sparsity
 from ltepass.errors import CalibrationError
 from ltepass.routed import padding
 from ltepass.routed.batches import Batch
+from ltepass.routed.modes import mode_of, remember_densities
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import N_QUANTILES, Router, logit
 from ltepass.routed.samples import Reservoir
 from ltepass.routed.sites import FFNSite
 from ltepass.routed.undo import keep, verb
-from ltepass.routed.watching import mode_of, on_logits, run_batches
+from ltepass.routed.watching import on_logits, run_batches
 
 BIAS_MARGIN = 2.0  # below the least calibration logit, for a bias that leaves every expert active
 TABLE_TOKENS = 8192  # of which a site's table is made: a share is then off by half a point over sqrt(n_experts)
@@ -72,12 +73,6 @@ def thresholds_at(routed: Routed, sparsity: float) -> list[Tensor]:
         shared = shared_threshold(tables, sparsity)
         return [shared.to(table.device) for table in tables]
     return [interpolate(table, sparsity) for table in tables]
-
-
-def remember_densities(routed: Routed) -> None:
-    """Tell the GPU kernels how many experts to expect, so that no call has to count: their path depends on it."""
-    for router in routed.all_routers():
-        router.note_density()
 
 
 def interpolate(quantiles: Tensor, sparsity: float) -> Tensor:

@@ -10,9 +10,8 @@ from torch import nn
 
 from ltepass.api import lower, unlower
 from ltepass.config import Mode
-from ltepass.routed.routed import Routed
+from ltepass.routed.routed import Routed, routers_of
 from ltepass.routed.router import Router
-from ltepass.routed.sites import routers_of
 from ltepass.routed.undo import all_or_nothing, undisturbed
 from ltepass.training.lora import add_lora, merge_lora
 from ltepass.training.settings import LTESettings

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from ltepass.config import Budget
 from ltepass.measure.sparsity import hard_sparsity
+from ltepass.routed.modes import switch
 from ltepass.routed.proxy_router import ProxyRouter, encode
-from ltepass.routed.routed import Routed
-from ltepass.routed.sites import require_whole
+from ltepass.routed.routed import Routed, require_whole
 from ltepass.routed.undo import verb
 from ltepass.sparsity.cuts import place_cuts
-from ltepass.sparsity.modes import switch
 from ltepass.sparsity.thresholds import place_thresholds, update_table
 from ltepass.training.labels import label_mask, shifts_labels
 from ltepass.training.settings import Trainable

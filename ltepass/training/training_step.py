@@ -14,8 +14,7 @@ from transformers import TrainerCallback
 from ltepass.errors import TrainingError
 from ltepass.routed.batches import inputs_of
 from ltepass.routed.padding import hooks_of
-from ltepass.routed.routed import Routed, root_of
-from ltepass.routed.sites import routers_of
+from ltepass.routed.routed import Routed, root_of, routers_of
 from ltepass.routed.soft_losses import kl_from
 from ltepass.training.auxiliary_loss import clear_auxiliary, inactive_shares, take_auxiliary
 from ltepass.training.checkpoints import save_apart

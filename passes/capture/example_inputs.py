@@ -1,8 +1,11 @@
-"""Inputs for a Hugging Face model, made from its config: zeros of the right shape, for tracing under fake tensors."""
+"""Example inputs in any form that a user gives. Those of a Hugging Face model are made from its config: zeros of the
+right shape, for tracing under fake tensors.
+"""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,3 +53,30 @@ def _main_input(model: nn.Module, config: Any, name: str, like: Tensor) -> Tenso
         length = 2 * getattr(config, "max_source_positions", 50)  # the encoders halve it
         return like.new_zeros(1, config.num_mel_bins, length)
     raise CaptureError(f"{type(model).__name__} wants {name!r}, which cannot be made up; pass example_inputs")
+
+
+Call = tuple[tuple[object, ...], dict[str, object]]  # what a module is called with
+
+
+def inputs_of(model: nn.Module, example_inputs: object) -> Call:
+    """(args, kwargs) of a tuple (args), a dict (kwargs), one tensor, or None: a Hugging Face model makes its own."""
+    return split_inputs(make_example_inputs(model) if example_inputs is None else example_inputs)
+
+
+def split_inputs(example: object) -> Call:
+    """(args, kwargs) of example inputs in any accepted form."""
+    if isinstance(example, Tensor):
+        return (example,), {}
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    if isinstance(example, (tuple, list)):
+        return tuple(example), {}
+    raise CaptureError(f"example_inputs is a {type(example).__name__}; expected a tuple, a dict or a tensor")
+
+
+def described(args: Sequence[object], kwargs: Mapping[str, object]) -> str:
+    def one(v: object) -> str:
+        return f"{tuple(v.shape)} {v.dtype}" if isinstance(v, Tensor) else repr(v)
+
+    parts = [one(a) for a in args] + [f"{k}={one(v)}" for k, v in kwargs.items()]
+    return "inputs (" + ", ".join(parts) + ")"

@@ -19,8 +19,8 @@ from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ltepass.errors import CaptureError
-from ltepass.passes.capture.example_inputs import TOKENS, make_example_inputs
-from ltepass.passes.capture.export import Call, bring_back, capture, export_module, inputs_of, split_inputs, untouched
+from ltepass.passes.capture.capture_module import bring_back, capture, export_module, untouched
+from ltepass.passes.capture.example_inputs import TOKENS, Call, inputs_of, make_example_inputs, split_inputs
 from ltepass.passes.graph.captured import Captured, join
 
 # Raised where the code needs a value, which a fake tensor does not have: the inputs may be right.

@@ -6,15 +6,14 @@ import inspect
 import operator
 import threading
 from collections.abc import Callable, Collection
-from types import MethodType
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.fx import Graph, Proxy, Tracer
 
-from ltepass.names import is_path
 from ltepass.passes.capture.forward_source import attributes, is_straight
+from ltepass.paths import is_path
 from ltepass.routed.router import Router
 from ltepass.threads import tracing
 
@@ -147,22 +146,3 @@ def _resolves(owner: nn.Module, path: str) -> bool:
     except AttributeError:
         return False
     return True
-
-
-def is_replaced(module: nn.Module) -> bool:
-    """Whether this instance runs another forward than its class's, and than the one that transform traced."""
-    found = module.__dict__.get("forward")
-    if is_guard(found):
-        return module.__dict__["_lte_forward"] is not module.__dict__.get("_lte_traced", found)
-    return found is not None and not is_own(module, found)
-
-
-def is_own(module: nn.Module, forward: Any) -> bool:
-    """The class's own forward, bound: what accelerate leaves on an instance when it takes its hooks away."""
-    function = getattr(forward, "__func__", None)
-    own = (type(module).forward, getattr(type(module), "_lte_original", type(module)).forward)
-    return forward.__self__ is module if function in own or hasattr(function, "_lte_generated") else False
-
-
-def is_guard(forward: object) -> TypeGuard[MethodType]:
-    return hasattr(getattr(forward, "__func__", None), "_lte_guard")

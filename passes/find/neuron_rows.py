@@ -7,27 +7,24 @@ of which tensor it was made from: covers fused gate_up in halves or interleaved,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.fx.node import Argument, map_arg
 
 from ltepass.passes.find.match_types import MissError, Piece, Rows
 from ltepass.passes.graph.linears import Flow, Linear
 from ltepass.passes.graph.node_kinds import (
-    call,
-    concrete,
     is_movement,
     is_plain_tensor,
     numel,
     op_name,
     shape,
     tensor_inputs,
-    value,
 )
+from ltepass.passes.graph.run_node import run
 
 Codes = dict[Node, list[Tensor]]  # stream or leaf -> the distinct index tensors of it that meet in a value
 
@@ -85,23 +82,6 @@ def keeps_tokens(path: Sequence[Node], origin: Node) -> bool:
 def _per_token(rows: Tensor) -> bool:
     """Whether [tokens, neurons] holds one number for each token."""
     return bool((rows == rows[:, :1]).all())
-
-
-def run(node: Node, values: Mapping[Node, Argument]) -> Any:
-    """Run a node with some inputs replaced; sizes become integers."""
-
-    def lookup(n: Node) -> Argument:
-        if n in values:
-            return values[n]
-        v = value(n)
-        if isinstance(v, torch.SymFloat):  # math.pi, say, under dynamic=True: float() guards the graph on its value
-            return float(v)
-        return v if isinstance(v, (int, float, bool)) else concrete(v) if isinstance(v, torch.SymInt) else v
-
-    args = map_arg(node.args, lookup)
-    kwargs = map_arg(node.kwargs, lookup)
-    plain = torch.utils._pytree.tree_map_only(torch.SymInt, concrete, (args, kwargs))
-    return call(node, *plain)
 
 
 def _bias_rows(flow: Flow, stream: Linear, rows: Rows) -> Rows | None:

@@ -8,14 +8,13 @@ nothing else, or nodes of the user's own graph.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from ltepass.passes.capture.forward_source import is_straight
-from ltepass.passes.capture.trace_owner import OwnerGraphs, is_replaced, original_class, trace_owner
+from ltepass.passes.capture.replaced_forwards import is_replaced
+from ltepass.passes.capture.trace_owner import OwnerGraphs, trace_owner
 from ltepass.passes.find.match import Region, Rows, down_rows
 from ltepass.passes.graph.captured import Captured
 from ltepass.passes.graph.linears import Linear
@@ -142,16 +141,6 @@ def _graph_nodes(captured: Captured, region: Region) -> tuple[str, str, str] | N
 
 def _belongs(node: Node, linear: Linear) -> bool:
     return node in (linear.product, linear.node) or is_movement(node) or strip_identity(node) is not node
-
-
-def as_gated_now(root: nn.Module, sites: Sequence[FFNSite]) -> list[FFNSite]:
-    """A checkpoint's sites: where the owner's forward may not be regenerated here, hooks gate it.
-
-    An older version regenerated forwards that read values which may change; and this instance may run another one.
-    """
-    owners = {s.owner: root.get_submodule(s.owner) for s in sites if s.kind == "aligned"}
-    crooked = {p for p, m in owners.items() if is_replaced(m) or not is_straight(m, original_class(m))}
-    return [replace(s, kind="inline") if s.owner in crooked else s for s in sites]
 
 
 def _in_modules(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -164,14 +163,6 @@ def strip_views(node: Node) -> Node:
 def consumers(node: Node) -> list[Node]:
     """Users of a node, without the assertions that torch.export leaves behind."""
     return [u for u in node.users if op_name(u) != "_assert_tensor_metadata"]
-
-
-def call(node: Node, args: tuple[Any, ...], kwargs: dict[str, object]) -> object:
-    """Run what a node does on other values."""
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    target: Callable[..., object] = node.target  # type: ignore[assignment]
-    return target(*args, **kwargs)
 
 
 def erase_upstream(node: Node) -> None:

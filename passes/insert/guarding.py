@@ -18,7 +18,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from ltepass.errors import DisplacedHookError
-from ltepass.passes.capture.trace_owner import is_guard, is_own
+from ltepass.passes.capture.replaced_forwards import is_guard, is_own
 from ltepass.routed.gate import calls
 from ltepass.routed.router import Router
 

@@ -32,8 +32,9 @@ from ltepass.passes.insert.regenerated_forwards import forwards_of, regenerate
 from ltepass.passes.insert.selfcheck import check_gated
 from ltepass.routed.gate import gate, seen_inputs
 from ltepass.routed.proxy_router import proxy_of, require_known, start_proxy
+from ltepass.routed.routed import set_state
 from ltepass.routed.router import Router
-from ltepass.routed.sites import FFNSite, LTEState, set_state
+from ltepass.routed.sites import FFNSite, LTEState
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,13 +8,13 @@ import torch
 from torch.fx import Graph, GraphModule
 
 from ltepass.passes.capture.trace_owner import original_class
-from ltepass.passes.group.permutations import permute_routed
+from ltepass.passes.group.group_neurons import permute_routed
 from ltepass.passes.insert.guarding import release, unwatch
 from ltepass.passes.insert.hooks import detach
 from ltepass.routed import padding
 from ltepass.routed.gate import gate, seen_inputs
-from ltepass.routed.routed import Routed
-from ltepass.routed.sites import FFNSite, drop_state
+from ltepass.routed.routed import Routed, drop_state
+from ltepass.routed.sites import FFNSite
 
 
 def remove_routers(routed: Routed, *, undo_grouping: bool) -> None:

@@ -4,7 +4,8 @@
     after:   the same, down stored a neuron after the other; up and gate an input after the other where inputs are cut
 
 Legal because shapes and numbers are the same, only strides differ. The weight is a new one, so this is for a graph that
-has its weights to itself: one that is being exported. `ltepass.lower` does the same to a model's own parameters.
+has its weights to itself: one that is being exported. `ltepass.lower` does the same to a model's own parameters
+(`lay_out`), and `ltepass.unlower` lays them as they were.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from torch.fx import Node
 from ltepass.passes.graph.leaves import add_leaf, held
 from ltepass.passes.graph.node_kinds import op_name
 from ltepass.passes.graph.pipeline import GraphJob, Tier
+from ltepass.routed.routed import Routed
+from ltepass.routed.sites import FFNSite
+from ltepass.routed.undo import lay_as
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,3 +66,30 @@ def _store(job: GraphJob, node: Node, name: str) -> bool:
     if not leaf.users:
         job.gm.graph.erase_node(leaf)
     return True
+
+
+def lay_out(routed: Routed, site: FFNSite) -> dict[str, tuple[int, ...]]:
+    """Store what the kernel gathers so that it is contiguous: same logical shape, no copy kept.
+
+    That is a neuron; of up and gate an input, where small inputs are left out. Returns the strides that were, by name.
+    """
+    before = {}
+    by_input = routed.router(site).input_cut is not None
+    wanted = {site.down_rows: site.down_rows.dim}
+    wanted |= {rows: 1 - rows.dim if by_input else rows.dim for rows in (site.up_rows, site.gate_rows) if rows}
+    for rows, contiguous_along in wanted.items():
+        parameter = routed.model.get_parameter(rows.param)
+        if contiguous_along == 1 and parameter.device.type == "cpu" and not parameter.is_meta:
+            before[rows.param] = parameter.stride()
+            parameter.data = parameter.data.t().contiguous().t()
+    return before
+
+
+def give_back_strides(routed: Routed) -> None:
+    """Of the weights that still lie as `lay_out` stored them: others were replaced meanwhile."""
+    parameters = dict(routed.model.named_parameters(remove_duplicate=False))
+    for name, stride in routed.state.strides.items():
+        parameter = parameters.get(name)
+        if parameter is not None and parameter.dim() == 2 and parameter.t().is_contiguous():
+            lay_as(parameter, stride)
+    routed.state.strides = {}

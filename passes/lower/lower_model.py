@@ -16,14 +16,14 @@ from ltepass.config import Scope
 from ltepass.errors import ConfigError, LoweredError, LoweringError
 from ltepass.passes.insert.guarding import check_forwards
 from ltepass.passes.lower.compiled import compile_model, is_compiled, uncompile_model
-from ltepass.passes.lower.linear_modules import lower_linear_modules, lowered_linears, unlower_linear_modules
+from ltepass.passes.lower.lay_out_neurons import give_back_strides, lay_out
+from ltepass.passes.lower.lower_linears import lower_linear_modules, lowered_linears, unlower_linear_modules
 from ltepass.passes.lower.lower_sites import lower_sites, unlower_sites
-from ltepass.passes.lower.weight_layout import give_back_strides, lay_out
 from ltepass.passes.lower.why_not import why_not, why_not_alone
-from ltepass.routed.routed import Routed, is_transformed
-from ltepass.routed.sites import FFNSite, require_whole, unwrapped
+from ltepass.routed.modes import remember_densities
+from ltepass.routed.routed import Routed, is_transformed, require_whole, unwrapped
+from ltepass.routed.sites import FFNSite
 from ltepass.routed.undo import all_or_nothing, verb
-from ltepass.sparsity.thresholds import remember_densities
 from ltepass.threads import unshared
 
 log = logging.getLogger("ltepass")

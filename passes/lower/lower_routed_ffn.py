@@ -35,7 +35,7 @@ from ltepass.passes.graph.node_kinds import (
     value,
 )
 from ltepass.passes.graph.pipeline import GraphJob, Tier
-from ltepass.passes.lower.operands import fits, is_whole
+from ltepass.passes.lower.lowered_forward import fits, is_whole
 from ltepass.passes.lower.why_not import SMALL_INPUTS_ON_GPU, also_scales, unknown_activation
 
 

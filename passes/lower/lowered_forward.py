@@ -18,7 +18,6 @@ from torch.nn.modules.module import _has_any_global_hook
 from ltepass.errors import LoweredError
 from ltepass.kernels.gpu.tuning import assume_density
 from ltepass.kernels.routed_ffn import routed_ffn, routed_proxy_ffn
-from ltepass.passes.lower.operands import fits, is_whole
 from ltepass.passes.lower.why_not import (
     GLOBAL_HOOK,
     bypassed_code,
@@ -166,3 +165,13 @@ def _take(rows: NeuronRows | None, parameter: Tensor | None, d_ff: int) -> Tenso
         return parameter
     taken = rows.take(parameter, d_ff)
     return taken if fits(taken) else taken.contiguous()
+
+
+def is_whole(step: int, length: int, d_ff: int) -> bool:
+    """Whether a parameter of this length along its neurons is the operand as it stands."""
+    return step == 1 and length == d_ff
+
+
+def fits(view: Tensor) -> bool:
+    """Whether the op takes this view of a parameter, else a copy of it: strided rows it does, and no strided bias."""
+    return view.dim() != 1 or view.is_contiguous()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.modules.module import _has_any_global_hook
 
-from ltepass.passes.capture.trace_owner import is_replaced
+from ltepass.passes.capture.replaced_forwards import is_replaced
 from ltepass.passes.find.near_miss import breadth_first
 from ltepass.passes.graph.captured import join
 from ltepass.passes.insert.hooks import Hook, SparseDown

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 import ltepass
-from ltepass.routed.sites import routers_of
+from ltepass.routed.routed import routers_of
 from tests.models import zoo
 
 IDS = torch.arange(3, 35).reshape(2, 16)

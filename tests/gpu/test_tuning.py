@@ -128,7 +128,7 @@ def test_a_model_tells_its_densities_and_the_backend_assumes_them(budget: Any, m
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import ltepass
-    from ltepass.routed.sites import routers_of
+    from ltepass.routed.routed import routers_of
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}

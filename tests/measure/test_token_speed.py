@@ -23,13 +23,14 @@ from ltepass.commands.load import load
 from ltepass.errors import ConfigError
 from ltepass.measure import token_speed
 from ltepass.measure.processes import Seat, Worker
-from ltepass.measure.quality import perplexity, sparsity_of_tail
+from ltepass.measure.quality import perplexity
 from ltepass.measure.records import TokenRecord, append, read
 from ltepass.measure.sides.side import Facts
 from ltepass.measure.sides.transformers_side import Transformers
+from ltepass.measure.sparsity import sparsity_of_tail
 from ltepass.measure.token_bytes import weights_read
 from ltepass.measure.token_speed import Text, bench_tokens
-from ltepass.passes.lower.linear_modules import lowered_linears
+from ltepass.passes.lower.lower_linears import lowered_linears
 from tests.measure.test_token_bytes import FFN, routed
 from tests.measure.tiny import made
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import ltepass
-from ltepass.routed.sites import routers_of
+from ltepass.routed.routed import routers_of
 from tests.models.zoo import Graphs, generate, ids, logits, transformed
 
 LAYERS, NEW = 12, 3

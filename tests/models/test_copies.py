@@ -16,7 +16,7 @@ from torch import nn
 
 import ltepass
 from ltepass.config import ROUTERS, RouterKind
-from ltepass.routed.sites import routers_of
+from ltepass.routed.routed import routers_of
 from tests.models.zoo import ALL, build, ids, layers, logits, mlp, transformed
 from tests.typed import lte_state
 

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArgument
 
 import ltepass
 from ltepass.errors import CalibrationError, ConfigError, LoweredError, NotTransformedError
+from ltepass.routed.routed import router_of
 from ltepass.routed.router import Router
-from ltepass.routed.sites import router_of
 from ltepass.sparsity.cuts import BUFFERS, Setting
 from tests.models.zoo import ALL, CountOp, build, ids, logits, transformed
 from tests.typed import lte_state, present

@@ -21,7 +21,7 @@ import ltepass
 from ltepass.calibration.warm_start import warm_start
 from ltepass.errors import AmbiguousModelError, NotTransformedError, ShardedError
 from ltepass.measure.sparsity import measure_union
-from ltepass.routed.sites import routers_of, state_of
+from ltepass.routed.routed import routers_of, state_of
 from ltepass.training.stages import begin_stage, settle
 from tests.models.zoo import build, ids, layers, logits, transformed
 

@@ -14,7 +14,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 import ltepass
 from ltepass.errors import LoweredError, LoweringError
-from ltepass.routed.sites import router_of
+from ltepass.routed.routed import router_of
 from tests.models.test_bypassed import linear, steering
 from tests.models.zoo import ids, logits, transformed
 from tests.typed import lte_state

@@ -16,7 +16,7 @@ from ltepass.errors import ConfigError, LoweredError, LoweringError
 from ltepass.kernels import reference
 from ltepass.passes import BACKEND
 from ltepass.passes.graph.pipeline import GraphJob, run_passes
-from ltepass.routed.sites import router_of, routers_of
+from ltepass.routed.routed import router_of, routers_of
 from tests.models.zoo import ALL, HF, CountOp, Graphs, generate, ids, logits, transformed
 from tests.typed import grad, lte_state, present
 

@@ -12,7 +12,7 @@ import transformers as hf
 from torch import nn
 
 import ltepass
-from ltepass.passes.group.permutations import permute_routed
+from ltepass.passes.group.group_neurons import permute_routed
 from ltepass.routed.routed import Routed
 from tests.models import zoo
 from tests.models.proxied import masks, proxied, routers

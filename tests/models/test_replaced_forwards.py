@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
 import ltepass
 from ltepass.errors import DisplacedHookError
-from ltepass.routed.sites import routers_of
+from ltepass.routed.routed import routers_of
 from tests.models.zoo import CountOp, build, ids, layers, logits, mlp, transformed
 from tests.typed import lte_state
 
@@ -272,7 +272,7 @@ def test_what_torch_compile_wrapped_is_gated() -> None:
         logits(model)  # compiled before it was gated
         routed(model)
         assert torch.allclose(logits(model), expected, atol=1e-5)
-        copied = copy.deepcopy(ltepass.routed.sites.unwrapped(model))
+        copied = copy.deepcopy(ltepass.routed.routed.unwrapped(model))
         for p in copied.parameters():
             p.data.zero_()
         assert not logits(copied).any()

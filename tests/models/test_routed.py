@@ -16,9 +16,8 @@ from ltepass.calibration.sensitivity import loss_sensitivity
 from ltepass.errors import LoweredError, NotTransformedError
 from ltepass.measure.sparsity import measure_union
 from ltepass.routed import routed as module
-from ltepass.routed import sites
-from ltepass.routed.routed import Routed
-from ltepass.routed.sites import FFNSite, routers_of, state_of
+from ltepass.routed.routed import Routed, routers_of, state_of
+from ltepass.routed.sites import FFNSite
 from tests.training.learning_cases import calibrated, tokens
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,7 +55,7 @@ def test_a_call_looks_each_router_up_once(name: str, monkeypatch: pytest.MonkeyP
     model = calibrated(n=8)
     ltepass.set_mode(model, "hard")
     found: list[str] = []
-    router_of = sites.router_of
+    router_of = module.router_of
 
     def counted(root: nn.Module, site: FFNSite) -> Any:
         found.append(site.name)

@@ -13,8 +13,8 @@ import ltepass
 from ltepass.errors import CheckpointError, GateError
 from ltepass.passes.insert import insert_routers as inserting
 from ltepass.passes.insert.selfcheck import check_gated
+from ltepass.routed.routed import router_of, routers_of
 from ltepass.routed.router import Router
-from ltepass.routed.sites import router_of, routers_of
 from tests.models.zoo import build, ids, logits, transformed
 from tests.typed import lte_state
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ltepass
-from ltepass.routed.sites import routers_of
+from ltepass.routed.routed import routers_of
 from tests.models.zoo import CountOp, ids, logits, transformed
 from tests.typed import lte_state
 

@@ -21,8 +21,8 @@ from ltepass.calibration.initialise import fit_energies
 from ltepass.errors import ConcurrencyError
 from ltepass.passes.capture import trace_owner
 from ltepass.passes.insert import regenerated_forwards
+from ltepass.routed.routed import routers_of
 from ltepass.routed.router import Router
-from ltepass.routed.sites import routers_of
 from tests.models.zoo import build, generate, ids, logits, mlp, transformed
 from tests.typed import lte_state, routed
 

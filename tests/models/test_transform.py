@@ -24,8 +24,8 @@ from ltepass.errors import (
     NoFFNFoundError,
     NotTransformedError,
 )
+from ltepass.routed.routed import router_of, routers_of
 from ltepass.routed.router import Router
-from ltepass.routed.sites import router_of, routers_of
 from tests.models.zoo import ALL, HF, build, ids, logits, transformed
 from tests.typed import lte_state
 

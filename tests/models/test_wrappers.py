@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 import ltepass
 from ltepass.errors import DisplacedHookError, LoweredError, LoweringError, NoFFNFoundError
+from ltepass.routed.routed import routers_of
 from ltepass.routed.router import Router
-from ltepass.routed.sites import routers_of
 from tests.models.zoo import build, ids, layers, logits, transformed
 from tests.typed import grad
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import ltepass
 from ltepass.config import Mode, RouterKind
-from ltepass.routed.sites import routers_of
+from ltepass.routed.routed import routers_of
 
 VOCAB = 61
 

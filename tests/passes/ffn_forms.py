@@ -12,7 +12,7 @@ from torch.nn import functional as F  # noqa: N812
 
 import ltepass
 from ltepass.config import Mode
-from ltepass.routed.sites import router_of, routers_of
+from ltepass.routed.routed import router_of, routers_of
 from tests.typed import lte_state
 
 D, H = 10, 24  # d_model, d_ff

@@ -16,7 +16,7 @@ from transformers.activations import ACT2FN
 import ltepass
 from ltepass.errors import NoFFNFoundError
 from ltepass.kernels import reference
-from ltepass.routed.sites import router_of
+from ltepass.routed.routed import router_of
 from tests.passes.ffn_forms import D, Gated, H, Plain, Residual, check_exact, set_mode, sites_of, x_of
 from tests.typed import lte_state
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 import ltepass
-from ltepass.routed.sites import router_of
+from ltepass.routed.routed import router_of
 from tests.passes.ffn_forms import (
     Apart,
     Conv,

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 import ltepass
 from ltepass.errors import ConfigError, GroupSizeError
-from ltepass.routed.sites import FFNSite, routers_of
+from ltepass.routed.routed import routers_of
+from ltepass.routed.sites import FFNSite
 from tests.models import zoo
 
 X = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))

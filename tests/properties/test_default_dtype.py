@@ -16,7 +16,7 @@ import ltepass
 from ltepass.calibration.warm_start import warm_start
 from ltepass.measure.sparsity import measure_union
 from ltepass.passes.group.balanced_kmeans import WHOLE_GRAM, balanced_kmeans
-from ltepass.routed.sites import router_of, routers_of
+from ltepass.routed.routed import router_of, routers_of
 from ltepass.training.auxiliary_loss import take_auxiliary
 from ltepass.training.stages import begin_stage, settle
 

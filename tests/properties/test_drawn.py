@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import ltepass
 from ltepass.errors import LTEError
 from ltepass.kernels.reference import ACTIVATIONS
-from ltepass.routed.sites import routers_of
+from ltepass.routed.routed import routers_of
 from tests.properties.test_equivalence import Block, Form, forms
 from tests.properties.trees import examples
 

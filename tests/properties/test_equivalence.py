@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import ltepass
 from ltepass.kernels.reference import ACTIVATIONS
-from ltepass.routed.sites import router_of, routers_of
+from ltepass.routed.routed import router_of, routers_of
 from tests.properties.trees import examples
 from tests.typed import lte_state
 

@@ -14,7 +14,7 @@ import ltepass
 from ltepass.calibration.energy import down_energy
 from ltepass.calibration.initialise import fit_energies
 from ltepass.measure.sparsity import measure_union
-from ltepass.routed.sites import router_of
+from ltepass.routed.routed import router_of
 from ltepass.sparsity.thresholds import update_table
 from tests.training.padded import FAMILIES, padded, same, sequences, started, whole
 from tests.typed import routed

@@ -16,7 +16,7 @@ from ltepass.passes.capture.capture_graphs import CaptureGraphs
 from ltepass.passes.find.find_ffn import FindFFN
 from ltepass.passes.graph.captured import Captured
 from ltepass.passes.graph.pipeline import TransformJob
-from ltepass.routed.sites import router_of, routers_of
+from ltepass.routed.routed import router_of, routers_of
 from tests.properties.trees import build, captured, examples, flat_graph_of, graph_of, reordered, trees
 from tests.typed import lte_state
 

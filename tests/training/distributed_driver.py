@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import TrainingArguments
 
 import ltepass
-from ltepass.routed.sites import routers_of
+from ltepass.routed.routed import routers_of
 from ltepass.training.auxiliary_loss import take_auxiliary
 from ltepass.training.labels import label_mask
 from ltepass.training.settings import LTESettings

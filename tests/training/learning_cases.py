@@ -13,8 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 import ltepass
 from ltepass.measure.quality import perplexity
-from ltepass.routed.sites import router_of
-from ltepass.routed.watching import mode_of
+from ltepass.routed.modes import mode_of
+from ltepass.routed.routed import router_of
 from ltepass.training.settings import LTESettings
 from ltepass.training.trainer import LTETrainer
 from tests.typed import routed

@@ -22,11 +22,11 @@ from ltepass.calibration.ridge import RidgeSums
 from ltepass.calibration.sensitivity import loss_sensitivity
 from ltepass.calibration.warm_start import warm_start
 from ltepass.errors import CalibrationError, LoweredError
-from ltepass.measure.quality import sparsity_curve, sparsity_of_tail
-from ltepass.measure.sparsity import measure_union
+from ltepass.measure.quality import sparsity_curve
+from ltepass.measure.sparsity import measure_union, sparsity_of_tail
 from ltepass.routed.batches import inputs_of
+from ltepass.routed.routed import routers_of
 from ltepass.routed.samples import Reservoir, Tally
-from ltepass.routed.sites import routers_of
 from ltepass.training.stages import held_out_perplexity, settle
 from tests.training.padded import sequences, started, transformed
 

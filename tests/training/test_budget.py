@@ -20,8 +20,8 @@ from ltepass.calibration import initialise
 from ltepass.calibration.sensitivity import loss_sensitivity, sensitivities
 from ltepass.calibration.warm_start import warm_start
 from ltepass.errors import CalibrationError, ConfigError
-from ltepass.routed.sites import router_of, routers_of
-from ltepass.routed.watching import collect
+from ltepass.routed.routed import router_of, routers_of
+from ltepass.routed.samples import collect
 from ltepass.training.stages import settle
 from tests.training.learning_cases import calibrated, dense_model, router_inputs, tokens
 from tests.typed import grad, lte_state, routed

@@ -29,8 +29,8 @@ from examples.compare.measured import measure_lte
 from examples.compare.study import load_data
 from examples.compare.tuning import tune_dense
 from ltepass.measure.quality import perplexity, sparsity_curve
-from ltepass.measure.text_blocks import corpora
-from ltepass.routed.sites import routers_of
+from ltepass.routed.routed import routers_of
+from ltepass.texts import corpora
 from tests.training.learning_cases import copied_text, trained
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import ltepass
 from ltepass.kernels.reference import is_small
-from ltepass.routed.sites import routers_of
+from ltepass.routed.routed import routers_of
 from ltepass.sparsity.cuts import SAMPLE
 
 

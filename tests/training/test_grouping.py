@@ -17,10 +17,10 @@ from ltepass.calibration.energy import down_energy, expert_energy, log_energy
 from ltepass.calibration.ridge import RIDGE, RidgeSums
 from ltepass.errors import CalibrationError, ConfigError
 from ltepass.grouping_methods import AUTO, GROUPINGS, Grouping
-from ltepass.passes.group.permutations import grouping_permutation, permute_routed, site_permutation
-from ltepass.routed import watching
-from ltepass.routed.sites import router_of
-from ltepass.routed.watching import Sample, collect
+from ltepass.passes.group.group_neurons import grouping_permutation, permute_routed, site_permutation
+from ltepass.routed import samples
+from ltepass.routed.routed import router_of
+from ltepass.routed.samples import Sample, collect
 from ltepass.saving.state_json import read_state, write_state
 from tests.training.learning_cases import (
     assert_same,
@@ -270,7 +270,7 @@ def test_routers_are_fitted_on_every_token_that_the_model_gives_them(
 
 
 def test_the_sample_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watching, "SAMPLE_TOKENS", 64)
+    monkeypatch.setattr(samples, "SAMPLE_TOKENS", 64)
     assert {len(s.h) for s in collect(routed(transformed()), [tokens(8, seed=s) for s in range(4)]).values()} == {64}
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset
 from transformers import TrainingArguments, integrations
 
 import ltepass
-from ltepass.routed.sites import routers_of
+from ltepass.routed.routed import routers_of
 from ltepass.training.settings import LTESettings
 from ltepass.training.stage_options import stage_options
 from ltepass.training.trainer import HELD_OUT, LTETrainer

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import ltepass
+from ltepass.routed.routed import routers_of
 from ltepass.routed.router import Router
-from ltepass.routed.sites import routers_of
 from ltepass.routed.undo import all_or_nothing
 from ltepass.training.auxiliary_loss import take_auxiliary
 from tests.training.padded import started

@@ -12,7 +12,7 @@ import torch
 
 from ltepass.config import ROUTERS
 from ltepass.errors import TrainingError
-from ltepass.routed.sites import routers_of
+from ltepass.routed.routed import routers_of
 from ltepass.training.auxiliary_loss import take_auxiliary
 from ltepass.training.checkpoints import last_complete, mark_complete
 from ltepass.training.settings import LTESettings

@@ -14,9 +14,9 @@ from transformers import AlbertConfig, AlbertForMaskedLM
 import ltepass
 from ltepass.calibration.sensitivity import loss_sensitivity
 from ltepass.calibration.warm_start import warm_start
+from ltepass.routed.modes import mode_of
 from ltepass.routed.padding import telling_tokens
-from ltepass.routed.sites import routers_of
-from ltepass.routed.watching import mode_of
+from ltepass.routed.routed import routers_of
 from ltepass.training.auxiliary_loss import clear_auxiliary, inactive_shares, take_auxiliary
 from ltepass.training.stages import begin_stage
 from tests.typed import grad, present, routed

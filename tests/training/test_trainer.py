@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 import ltepass
 from ltepass.errors import LoweredError, TrainingError
-from ltepass.routed.sites import routers_of
+from ltepass.routed.routed import routers_of
 from ltepass.routed.soft_losses import SEPARABILITY_CLAMP, per_token_losses
 from ltepass.training.controller import SparsityController
 from ltepass.training.labels import label_mask

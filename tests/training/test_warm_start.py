@@ -10,8 +10,8 @@ import torch
 import ltepass
 from ltepass.calibration.warm_start import warm_start
 from ltepass.errors import CalibrationError, LoweredError, NotTransformedError
-from ltepass.routed.sites import routers_of
-from ltepass.routed.watching import mode_of
+from ltepass.routed.modes import mode_of
+from ltepass.routed.routed import routers_of
 from tests.training.learning_cases import assert_same, calibrated, tokens, transformed, weights
 from tests.typed import routed
 

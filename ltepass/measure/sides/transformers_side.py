@@ -18,8 +18,9 @@ from ltepass.kernels.linear_reference import BLOCK
 from ltepass.kernels.read_pass import read_pass
 from ltepass.measure import token_bytes
 from ltepass.measure.decoding import time_generate
-from ltepass.measure.quality import perplexity, sparsity_of_tail
+from ltepass.measure.quality import perplexity
 from ltepass.measure.sides.side import DTYPES, Engine, Facts, Sparse
+from ltepass.measure.sparsity import sparsity_of_tail
 from ltepass.routed.routed import Routed, is_transformed
 from ltepass.sparsity.thresholds import remember_densities, set_sparsity
 

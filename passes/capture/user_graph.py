@@ -1,4 +1,4 @@
-"""normalize: one dialect for graphs that users bring.
+"""Graphs that users bring: captured on fake tensors, in one dialect.
 
     before:  h = call_module[mlp.up](x);      a = call_module[mlp.act](h)
     after:   h = linear(x, mlp.up.weight, mlp.up.bias);      a = silu(h)
@@ -9,9 +9,17 @@ cannot be traced stay as they are; the matcher then stops at them.
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node, Tracer
 from torch.fx.node import Argument, map_arg
+
+from ltepass.errors import CaptureError
+from ltepass.passes.capture.example_inputs import described
+from ltepass.passes.graph.captured import Captured
+from ltepass.passes.graph.linears import Flow
 
 
 class _DeepTracer(Tracer):
@@ -63,3 +71,42 @@ def _paste(graph: Graph, call: Node, child: nn.Module, env: dict[Node, Argument]
                 new.target = f"{call.target}.{node.target}"
             inner_env[node] = new
     return result
+
+
+def capture_user_graph(gm: GraphModule, args: Sequence[object], kwargs: Mapping[str, object]) -> Captured:
+    """Shapes for a user's graph, on a copy whose plain leaf modules are inlined."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+    flat = inline_leaf_modules(gm)
+    placeholders = [n for n in flat.graph.nodes if n.op == "placeholder"]
+    try:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        values = _bind(placeholders, args, kwargs)
+        with torch.no_grad():
+            FakeTensorProp(flat, mode).propagate(*values)
+    except Exception as e:
+        raise CaptureError(
+            f"the GraphModule could not be run on fake tensors with {described(args, kwargs)}: "
+            f"{type(e).__name__}: {e}; pass example_inputs for its {len(placeholders)} placeholders"
+        ) from e
+    leaves = {
+        n: str(n.target) for n in flat.graph.nodes if n.op == "get_attr" and isinstance(n.meta.get("val"), Tensor)
+    }
+    return Captured(flow=Flow(flat, leaves))
+
+
+def _bind(placeholders: Sequence[Node], args: Sequence[object], kwargs: Mapping[str, object]) -> list[object]:
+    """Values in placeholder order: positional, then by name, then the value that the graph itself was traced with."""
+    out: list[object] = list(args)
+    for node in placeholders[len(out) :]:
+        if str(node.target) in kwargs:
+            out.append(kwargs[str(node.target)])
+        elif node.args:
+            out.append(node.args[0])
+        else:
+            val = node.meta.get("val", node.meta.get("example_value"))
+            if val is None:
+                raise ValueError(f"no value for placeholder {node.target}")
+            out.append(torch.empty(tuple(int(s) for s in val.shape), dtype=val.dtype))
+    return out

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import nn
 
 from ltepass.config import Mode, check_mode
 from ltepass.routed import padding
 from ltepass.routed.routed import Routed
+from ltepass.routed.router import Router
 from ltepass.routed.undo import verb
-from ltepass.sparsity.thresholds import remember_densities
+from ltepass.threads import unshared
 
 
 @verb
@@ -39,3 +43,23 @@ def switch(routed: Routed, mode: Mode) -> None:
     else:
         padding.detach(routed.model)
     remember_densities(routed)
+
+
+@contextmanager
+def mode_of(routed: Routed, mode: Mode) -> Iterator[None]:
+    """Run a block in another mode. Forwards of other threads raise ConcurrencyError meanwhile."""
+    before: list[tuple[Router, Mode]] = [(r, r.mode) for r in routed.all_routers()]
+    with unshared(router for router, _ in before):
+        for router, _ in before:
+            router.mode = mode
+        try:
+            yield
+        finally:
+            for router, old in before:
+                router.mode = old
+
+
+def remember_densities(routed: Routed) -> None:
+    """Tell the GPU kernels how many experts to expect, so that no call has to count: their path depends on it."""
+    for router in routed.all_routers():
+        router.note_density()

@@ -1,4 +1,4 @@
-"""Capture one module as one graph whose nodes know their module: torch.export for modules, fake tensors for graphs.
+"""Capture one module as one graph whose nodes know their module: torch.export, under fake tensors.
 
 Nothing here runs the user's model for real: export traces under fake tensors, which works on the meta device too.
 The training flag, RNG state, hooks, buffers and caches of the model are as before.
@@ -14,22 +14,21 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from ltepass.errors import CaptureError
-from ltepass.passes.capture.example_inputs import make_example_inputs
+from ltepass.passes.capture.example_inputs import described
+from ltepass.passes.capture.user_graph import capture_user_graph
 from ltepass.passes.graph.captured import Captured, join
 from ltepass.passes.graph.linears import Flow
 from ltepass.routed.undo import refill
 from ltepass.threads import quiet_stderr, tracing
 
-Call = tuple[tuple[object, ...], dict[str, object]]  # what a module is called with
-
 
 def capture(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> Captured:
     """One ATen graph of the model. Raises CaptureError with the tracer's own words where it cannot be traced."""
     if isinstance(model, GraphModule):
-        return _capture_graph_module(model, args, kwargs)
+        return capture_user_graph(model, args, kwargs)
     return export_module(model, model, args, kwargs)
 
 
@@ -44,7 +43,7 @@ def export_module(
     except Exception as e:
         said = str(e).strip().splitlines()
         raise CaptureError(
-            f"torch.export could not trace {type(part).__name__} with {_describe(args, kwargs)}: "
+            f"torch.export could not trace {type(part).__name__} with {described(args, kwargs)}: "
             f"{type(e).__name__}: {said[0] if said else ''}; pass example_inputs that model(...) accepts"
         ) from e
     names = program.graph_signature
@@ -76,71 +75,6 @@ def _sharers(root: nn.Module) -> dict[str, list[str]]:
         for name, parameter in module.named_parameters(recurse=False):
             holders.setdefault(first.setdefault(id(parameter), join(path, name)), []).append(path)
     return {name: paths for name, paths in holders.items() if len(paths) > 1}
-
-
-def _capture_graph_module(gm: GraphModule, args: Sequence[object], kwargs: Mapping[str, object]) -> Captured:
-    """Shapes for a user's graph, on a copy whose plain leaf modules are inlined."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.passes.fake_tensor_prop import FakeTensorProp
-
-    from ltepass.passes.capture.inline_leaves import inline_leaf_modules
-
-    flat = inline_leaf_modules(gm)
-    placeholders = [n for n in flat.graph.nodes if n.op == "placeholder"]
-    try:
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-        values = _bind(placeholders, args, kwargs)
-        with torch.no_grad():
-            FakeTensorProp(flat, mode).propagate(*values)
-    except Exception as e:
-        raise CaptureError(
-            f"the GraphModule could not be run on fake tensors with {_describe(args, kwargs)}: "
-            f"{type(e).__name__}: {e}; pass example_inputs for its {len(placeholders)} placeholders"
-        ) from e
-    leaves = {
-        n: str(n.target) for n in flat.graph.nodes if n.op == "get_attr" and isinstance(n.meta.get("val"), Tensor)
-    }
-    return Captured(flow=Flow(flat, leaves))
-
-
-def _bind(placeholders: Sequence[Node], args: Sequence[object], kwargs: Mapping[str, object]) -> list[object]:
-    """Values in placeholder order: positional, then by name, then the value that the graph itself was traced with."""
-    out: list[object] = list(args)
-    for node in placeholders[len(out) :]:
-        if str(node.target) in kwargs:
-            out.append(kwargs[str(node.target)])
-        elif node.args:
-            out.append(node.args[0])
-        else:
-            val = node.meta.get("val", node.meta.get("example_value"))
-            if val is None:
-                raise ValueError(f"no value for placeholder {node.target}")
-            out.append(torch.empty(tuple(int(s) for s in val.shape), dtype=val.dtype))
-    return out
-
-
-def inputs_of(model: nn.Module, example_inputs: object) -> Call:
-    """(args, kwargs) of a tuple (args), a dict (kwargs), one tensor, or None: a Hugging Face model makes its own."""
-    return split_inputs(make_example_inputs(model) if example_inputs is None else example_inputs)
-
-
-def split_inputs(example: object) -> Call:
-    """(args, kwargs) of example inputs in any accepted form."""
-    if isinstance(example, Tensor):
-        return (example,), {}
-    if isinstance(example, Mapping):
-        return (), dict(example)
-    if isinstance(example, (tuple, list)):
-        return tuple(example), {}
-    raise CaptureError(f"example_inputs is a {type(example).__name__}; expected a tuple, a dict or a tensor")
-
-
-def _describe(args: Sequence[object], kwargs: Mapping[str, object]) -> str:
-    def one(v: object) -> str:
-        return f"{tuple(v.shape)} {v.dtype}" if isinstance(v, Tensor) else repr(v)
-
-    parts = [one(a) for a in args] + [f"{k}={one(v)}" for k, v in kwargs.items()]
-    return "inputs (" + ", ".join(parts) + ")"
 
 
 def bring_back(model: nn.Module) -> None:
