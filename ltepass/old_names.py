@@ -108,6 +108,7 @@ MOVED = {
     "ltepass.passes.capture.export": "ltepass.passes.capture.capture_module",
     "ltepass.kernels.hard_ffn": "ltepass.kernels.autograd",
     "ltepass.names": "ltepass.paths",
+    "ltepass.training.training_step": "ltepass.training.trainer",
 }
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +14,7 @@ from ltepass.demo.page import page
 from ltepass.demo.results import DemoOptions, Folder, Results, StageName
 from ltepass.demo.stages import Demo
 from ltepass.demo.table import rich_table
+from ltepass.measure.machine import peak_memory
 
 Stage = tuple[StageName, str, Callable[[Demo], Mapping[str, object]]]
 
@@ -53,16 +52,10 @@ def run_demo(options: DemoOptions, out: Path, *, fresh: bool = False, console: C
         console.print(label, markup=False, highlight=False)
         start = time.perf_counter()
         result = stage(demo)
-        folder.finish(name, {**result, "peak_gb": peak_gb()}, time.perf_counter() - start)
+        folder.finish(name, {**result, "peak_gb": round(peak_memory() / 1e9, 2)}, time.perf_counter() - start)
     (out / "report.html").write_text(page(folder.results))
     _show(demo)
     return folder.results
-
-
-def peak_gb() -> float:
-    """The most memory that this process has held so far, in GB."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
 
 
 def _show(demo: Demo) -> None:

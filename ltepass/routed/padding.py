@@ -20,15 +20,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import signature
 from threading import get_ident
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ltepass.routed.routed import Routed
-from ltepass.routed.router import Router
-from ltepass.routed.sites import FFNSite
+if TYPE_CHECKING:  # a router's recorder, below them, holds what is here
+    from ltepass.routed.routed import Routed
+    from ltepass.routed.router import Router
+    from ltepass.routed.sites import FFNSite
 
 IGNORED = -100  # what transformers puts where a position has no label
 TOKENS = ("input_ids", "inputs_embeds")

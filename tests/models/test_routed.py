@@ -31,7 +31,7 @@ BOUNDARY = {  # where a model comes in that may have no routers, or is not yet k
     "ltepass/serving/lowered_server.py",
     "ltepass/commands/evaluate.py",
     "ltepass/commands/inspect.py",
-    "ltepass/training/training_step.py",
+    "ltepass/training/trainer.py",
 }
 BATCHES = [tokens(4), tokens(4, seed=2)]
 CALLS: dict[str, Callable[[Any], Any]] = {

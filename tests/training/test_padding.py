@@ -251,7 +251,7 @@ def test_a_trainer_that_makes_its_own_inputs_counts_its_tokens(
         counted.append(float(aux.tokens))
         return aux
 
-    monkeypatch.setattr("ltepass.training.training_step.take_auxiliary", spy)
+    monkeypatch.setattr("ltepass.training.trainer.take_auxiliary", spy)
     trainer_class = type("LTE", (LTETrainerMixin, base), {})
     ids, real = torch.randint(1, 61, (8, 20)), torch.arange(20) < 8
     rows = [{"input_ids": row.where(real, PAD), "attention_mask": real.long()} for row in ids]

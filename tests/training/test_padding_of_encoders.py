@@ -73,7 +73,7 @@ def test_an_encoder_decoder_learns_from_its_tokens(
         counted.append(float(aux.tokens))
         return aux
 
-    monkeypatch.setattr("ltepass.training.training_step.take_auxiliary", spy)
+    monkeypatch.setattr("ltepass.training.trainer.take_auxiliary", spy)
     rows = sequences([5, 9, 2, 8])
     batch = padded("t5", rows, extra=6)
     batch["attention_mask"][:, 0] = 0  # as if sequences began later: the encoder's are four fewer
