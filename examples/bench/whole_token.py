@@ -20,7 +20,7 @@ import torch
 import ltepass
 from examples.bench import speed_page
 from ltepass.demo.smollm import load_smollm2
-from ltepass.measure.text_blocks import python_docs, token_blocks
+from ltepass.texts import python_docs, token_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

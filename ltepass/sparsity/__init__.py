@@ -1,4 +1,4 @@
-"""How sparse: modes of the gates, thresholds, and cuts within active neurons."""
+"""How sparse: thresholds, and cuts within active neurons."""
 
 from ltepass.old_names import held_by
 
