@@ -85,3 +85,19 @@ def test_what_a_gated_model_calls_is_found_by_its_old_names(old: str) -> None:
 def test_an_unknown_old_name_stays_an_import_error() -> None:
     with pytest.raises(ModuleNotFoundError):
         pickle.loads(b"cltepass.nothing\nX\n.")
+
+
+@pytest.mark.parametrize(
+    "old",
+    [
+        "passes.lower.linear_modules.FloatCall",
+        "passes.capture.owner_forward.call",
+        "routed.token_rows.TokenRows",
+        "routed.proxy.ProxyRouter",
+        "sparsity.modes.set_mode",
+        "demo.folder.Folder",
+    ],
+)
+def test_what_stood_in_a_merged_or_renamed_file_is_found_by_its_old_name(old: str) -> None:
+    module, _, name = f"ltepass.{old}".rpartition(".")
+    assert pickle.loads(f"c{module}\n{name}\n.".encode()) is getattr(importlib.import_module(MOVED[module]), name)

@@ -1,7 +1,7 @@
 """A call that fails, Ctrl-C included, leaves the model as it was.
 
 What is small is kept: classes, attributes and the containers in them, flags, strides, routers' buffers, random states.
-What is big is undone: whoever changes a weight says so *before* the change (`keep`, `reorder`), and the inverse does
+What is big is undone: whoever changes a weight says so *before* the change (`keep`, `undo_by`), and the inverse does
 nothing where the change never came. There is one stack of inverses: a call inside a call adds to the outer one's.
 """
 
@@ -78,34 +78,11 @@ def keep(*tensors: Tensor | None) -> None:
         inverses.extend(functools.partial(_fill, t, t.detach().clone()) for t in tensors if t is not None)
 
 
-def reorder(view: Callable[[], Tensor], order: Tensor) -> None:
-    """view() becomes view()[order], in place; a call that fails puts the rows back."""
-    step, inverses = _Reorder(view, order), _inverses.get()
+def undo_by(inverse: Callable[[], None]) -> None:
+    """Said before a change: a call that fails runs this, which must do nothing where the change never came."""
+    inverses = _inverses.get()
     if inverses is not None:
-        inverses.append(step.undo)
-    step.do()
-
-
-class _Reorder:
-    """How far it came stands in one attribute, so that no interruption falls between the change and its record."""
-
-    def __init__(self, view: Callable[[], Tensor], order: Tensor) -> None:
-        self.view, self.order = view, order
-        self.content: Tensor | bool = False  # not begun; the new rows while they are written; True afterwards
-
-    @torch.no_grad()
-    def do(self) -> None:
-        rows = self.view()
-        self.content = rows[self.order.to(rows.device)]
-        rows.copy_(self.content)
-        self.content = True
-
-    @torch.no_grad()
-    def undo(self) -> None:
-        if self.content is not False:
-            rows = self.view()
-            new = rows if self.content is True else self.content
-            rows.copy_(new[self.order.argsort().to(rows.device)])
+        inverses.append(inverse)
 
 
 class Snapshot:

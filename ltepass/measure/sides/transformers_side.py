@@ -21,8 +21,9 @@ from ltepass.measure.decoding import time_generate
 from ltepass.measure.quality import perplexity
 from ltepass.measure.sides.side import DTYPES, Engine, Facts, Sparse
 from ltepass.measure.sparsity import sparsity_of_tail
+from ltepass.routed.modes import remember_densities
 from ltepass.routed.routed import Routed, is_transformed
-from ltepass.sparsity.thresholds import remember_densities, set_sparsity
+from ltepass.sparsity.thresholds import set_sparsity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
