@@ -36,7 +36,7 @@ def resident() -> tuple[int, int]:
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
-        return peak_memory(), peak_memory()
+        return _peak_of_the_system(), _peak_of_the_system()
     kilobytes = {line.partition(":")[0]: line.split()[1] for line in lines if line.startswith(("VmRSS", "VmHWM"))}
     return 1024 * int(kilobytes["VmRSS"]), 1024 * int(kilobytes["VmHWM"])
 
@@ -79,6 +79,11 @@ def plain_reads() -> tuple[dict[str, Callable[[int], object]], int]:
 
 def peak_memory() -> int:
     """Most bytes that this process ever held in memory."""
+    return resident()[1]
+
+
+def _peak_of_the_system() -> int:
+    """On Linux it begins with what the parent held when it started this process."""
     import resource  # not on Windows
 
     unit = 1 if sys.platform == "darwin" else 1024
