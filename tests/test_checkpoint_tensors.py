@@ -14,7 +14,8 @@ import ltepass
 from ltepass.errors import CheckpointError
 from ltepass.routed.routed import routers_of, state_of
 from ltepass.routed.sites import FFNSite
-from tests.crafted_checkpoints import CHECKPOINTS, IDS, copied
+from ltepass.saving.tensor_checks import check_shapes, shapes_of
+from tests.crafted_checkpoints import CHECKPOINTS, IDS, copied, write
 from tests.models import zoo
 
 
@@ -86,6 +87,28 @@ def test_tensors_that_do_not_fit_the_list_are_refused(message: str, tmp_path: Pa
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=message):
         hf.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:config.json lists routers")
+@pytest.mark.parametrize("routers", [True, False])
+def test_a_head_of_another_size_is_refused_by_every_version_of_transformers(routers: bool, tmp_path: Path) -> None:
+    """5.17 would take it, so that the model and its config.json disagree."""
+    config = copied("v2/aligned", tmp_path)
+    config["vocab_size"] += 1
+    write(tmp_path, config)
+    if not routers:
+        without_routers(tmp_path, "router")
+    with pytest.raises((CheckpointError, RuntimeError)):
+        hf.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_loaded_weight_has_the_shape_of_its_class() -> None:
+    model = zoo.llama(1)
+    built = shapes_of(model)
+    check_shapes(model, built)
+    model.lm_head.weight = torch.nn.Parameter(torch.zeros(7, 24))
+    with pytest.raises(CheckpointError, match=r"lm_head.weight in the weight files is \[7, 24\]; config.json asks for"):
+        check_shapes(model, built)
 
 
 def test_weights_in_a_pickle_are_refused(tmp_path: Path) -> None:

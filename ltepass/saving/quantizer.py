@@ -38,10 +38,12 @@ from ltepass.saving.tensor_checks import (
     Header,
     check_present,
     check_routers,
+    check_shapes,
     check_values,
     check_weights,
     has_routers,
     read_header,
+    shapes_of,
 )
 
 if TYPE_CHECKING:
@@ -90,6 +92,7 @@ class LTEQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
 
         state = self.quantization_config.state
         sites = checked_sites(model, state, read_header(checkpoint_files) if checkpoint_files else None)
+        self._built = shapes_of(model)
         if not sites:
             warnings.warn(
                 "config.json lists routers, and no weight file holds one: the model was saved again without ltepass; "
@@ -105,6 +108,7 @@ class LTEQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
         # The weights are plain: with these flags transformers would refuse .half() and .float().
         model.is_quantized = False
         del model.quantization_method
+        check_shapes(model, self._built)
         state = state_of(model)
         if state is None:
             detach(model)

@@ -133,6 +133,22 @@ def check_weights(model: nn.Module, header: Header, *, heads: bool = False) -> N
             )
 
 
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def check_shapes(model: nn.Module, built: Mapping[str, tuple[int, ...]]) -> None:
+    """Loaded weights have the shapes with which the class was built: beside a quantizer, older versions of transformers
+    (5.17) take a file's as they are, whatever config.json says.
+    """
+    for name, shape in shapes_of(model).items():
+        if shape != built.get(name, shape):
+            raise CheckpointError(
+                f"{name} in the weight files is {list(shape)}; config.json asks for {list(built[name])}; {_AGAIN}, or "
+                "take a newer transformers, which replaces it with ignore_mismatched_sizes=True"
+            )
+
+
 def check_present(model: nn.Module, sites: Sequence[FFNSite], header: Header) -> None:
     """The files hold every weight of a site, and every weight whose like in another layer they hold.
 
