@@ -8,8 +8,9 @@ the cache: transformers lets a model take another attention function, and ours g
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -23,7 +24,7 @@ from ltepass.kernels import attention as _attention  # noqa: F401 -- registers t
 from ltepass.passes.capture.capture_module import untouched
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
     from transformers.cache_utils import Cache
 
 WITHIN = "model"  # what the graph's names of the model's own tensors begin with
@@ -49,9 +50,9 @@ def capture_step(model: PreTrainedModel, length: int, cache_dtype: torch.dtype |
     inputs = (ids, position, _empty_cache(model, length, cache_dtype))
     tokens = torch.export.Dim("tokens", min=2, max=length)
     shapes = {"ids": {1: tokens}, "position": None, "cache": None}
-    step = _Step(model)
+    step = _Step(_with_the_same_tensors(model))
     try:
-        with untouched(model), _attention_of(model, step), torch.no_grad():
+        with untouched(step), _attention_of(step), torch.no_grad():
             step.eval()
             program = torch.export.export(step, inputs, dynamic_shapes=shapes, strict=False)
     except ExportError:
@@ -63,6 +64,11 @@ def capture_step(model: PreTrainedModel, length: int, cache_dtype: torch.dtype |
     graph = program.module(check_guards=False)
     assert isinstance(graph, GraphModule), "what export gives back"
     return DecoderStep(graph, inputs)
+
+
+def _with_the_same_tensors(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy to trace: whoever calls the model meanwhile finds its own attention, and so does one after a Ctrl-C."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 def _empty_cache(model: PreTrainedModel, length: int, dtype: torch.dtype | None) -> Tensor:
@@ -162,20 +168,16 @@ def _memory(call: _Call) -> Cache:
 
 
 @contextmanager
-def _attention_of(model: PreTrainedModel, step: _Step) -> Iterator[None]:
-    """The model attends by `step.attend`, and makes no mask: none is registered under its name."""
+def _attention_of(step: _Step) -> Iterator[None]:
+    """Its model attends by `step.attend`, and makes no mask: none is registered under its name."""
     from transformers import AttentionInterface
 
     name = f"ltepass_step_{id(step)}"
-    found = (getattr(module, "config", None) for module in model.modules())
-    configs: Mapping[int, PreTrainedConfig] = {id(config): config for config in found if config is not None}
-    before = [(config, config._attn_implementation) for config in configs.values()]
     AttentionInterface.register(name, step.attend)
     try:
-        for config in configs.values():
-            config._attn_implementation = name
+        for module in step.modules():
+            if getattr(module, "config", None) is not None:
+                module.config._attn_implementation = name
         yield
     finally:
-        for config, attention in before:
-            config._attn_implementation = attention
         AttentionInterface._global_mapping.pop(name, None)

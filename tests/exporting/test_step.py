@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from ltepass.exporting.package import bytes_read, passes
 from ltepass.measure import token_bytes
 from ltepass.passes.capture.decoder_step import capture_step
 from ltepass.passes.graph.pipeline import GraphJob, run_passes
-from tests.models.zoo import VOCAB, build, llama, transformed
+from tests.models.zoo import VOCAB, build, llama, logits, transformed
 
 SMALL = {"vocab_size": VOCAB, "hidden_size": 24, "num_hidden_layers": 2, "intermediate_size": 60}
 SMALL |= {"num_attention_heads": 4, "max_position_embeddings": 64}
@@ -171,3 +172,23 @@ def test_what_cannot_be_exported_is_refused_by_name_and_writes_nothing(case: str
 def test_options_that_make_no_sense(options: dict[str, Any], words: str, tmp_path: Any) -> None:
     with pytest.raises(ConfigError, match=words):
         ltepass.export(build("llama"), tmp_path / "out", **options)
+
+
+@pytest.mark.parametrize("name", ["gated", "llama"])
+def test_a_model_that_is_captured_computes_meanwhile_and_after_an_interruption(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = MODELS[name]()
+    expected, seen, attention = logits(model), [], model.config._attn_implementation
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            seen.append(pool.submit(logits, model).result(60))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.export, "export", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        capture_step(model, 16)
+    assert torch.equal(seen[0], expected)
+    assert torch.equal(logits(model), expected)
+    assert model.config._attn_implementation == attention
