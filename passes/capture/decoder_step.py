@@ -176,8 +176,9 @@ def _attention_of(step: _Step) -> Iterator[None]:
     AttentionInterface.register(name, step.attend)
     try:
         for module in step.modules():
-            if getattr(module, "config", None) is not None:
-                module.config._attn_implementation = name
+            config = getattr(module, "config", None)
+            if config is not None:
+                config._attn_implementation = name
         yield
     finally:
         AttentionInterface._global_mapping.pop(name, None)
