@@ -65,16 +65,26 @@ def unpack_int4(packed: Tensor) -> Tensor:
 
 
 def dequantise_int8(codes: Tensor, scale: Tensor) -> Tensor:
-    """[d_out, d_in] fp32."""
-    return codes * scale[:, None]
+    """[..., d_in] fp32."""
+    return codes * scale[..., None]
 
 
 def dequantise_int4(codes: Tensor, scale: Tensor, minimum: Tensor | None) -> Tensor:
-    """[d_out, d_in] fp32."""
+    """[..., d_in] fp32."""
     blocks: Tensor = unpack_int4(codes).unflatten(-1, (-1, BLOCK)).float()
     offset = -8 * scale.float() if minimum is None else minimum.float()
     weight = blocks * scale.float()[..., None] + offset[..., None]
     return weight.flatten(-2)
+
+
+def embedding_int8(ids: Tensor, codes: Tensor, scale: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """ids: [...] int64 -> [..., d_in], rows of a table."""
+    return dequantise_int8(codes[ids], scale[ids]).to(dtype)
+
+
+def embedding_int4(ids: Tensor, codes: Tensor, scale: Tensor, minimum: Tensor | None, *, dtype: torch.dtype) -> Tensor:
+    """The same for 4 bits."""
+    return dequantise_int4(codes[ids], scale[ids], None if minimum is None else minimum[ids]).to(dtype)
 
 
 def quantise_inputs(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -181,7 +181,7 @@ def bytes_read(graph: GraphModule) -> tuple[int, int]:
         if any(_gathers(user, leaf) for user in leaf.users):
             gated += tensor.nbytes
         elif leaf.users:
-            row = all(op_name(user) == "embedding" for user in leaf.users)  # else it is the head's too
+            row = all((op_name(user) or "").startswith("embedding") for user in leaf.users)  # else it is the head's too
             whole += tensor[0].nbytes if row else tensor.nbytes
     return whole, gated
 

@@ -1,12 +1,14 @@
 """quantise_linears: a plain linear's weight becomes codes of 8 or 4 bits, and the linear the op that reads them.
 
-    before:  y = linear(x, W, b)
-    after:   y = ltepass::linear_int8(x, codes, scale, b)          bits = 8
-             y = ltepass::linear_int4(x, codes, scale, minimum, b)  bits = 4; minimum is None where it is not asked for
+    before:  e = embedding(T, ids); y = linear(x, W, b)
+    after:   e = embedding_int8(ids, codes, scale); y = ltepass::linear_int8(x, codes, scale, b)          bits = 8
+             the same with int4, and `minimum` behind the scale, which is None where it is not asked for   bits = 4
 
-Not the same numbers: that is what was asked for. kernels/linear_reference.py says what each op means. The codes are
-new leaves, so this is for a graph that has its weights to itself: one that is being exported. Routers stay as they are,
-where rounding could flip an expert; so do lowered FFNs, whose op reads floats, and rows that no block of 32 divides.
+Not the same numbers: that is what was asked for. kernels/linear_reference.py says what each means. The codes are new
+leaves, so this is for a graph that has its weights to itself: one that is being exported. A table of tokens has its
+codes from the same rule, and shares them with a head that it is tied to. Routers stay as they are, where rounding could
+flip an expert; so do lowered FFNs, whose op reads floats, tables of positions, which are small, and rows that no block
+of 32 divides.
 """
 
 from __future__ import annotations
@@ -17,16 +19,18 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
-from ltepass.kernels.linear_reference import BLOCK, quantise_int4, quantise_int8
+from ltepass.kernels.linear import FLOATS
+from ltepass.kernels.linear_reference import BLOCK, embedding_int4, embedding_int8, quantise_int4, quantise_int8
 from ltepass.passes.graph.leaves import add_leaf, held, parameters
 from ltepass.passes.graph.linears import Flow, Linear
-from ltepass.passes.graph.node_kinds import shape
+from ltepass.passes.graph.node_kinds import erase_upstream, is_movement, shape, strip_identity, value
 from ltepass.passes.graph.pipeline import GraphJob, Tier
 from ltepass.passes.lower.lower_linears import put_op, read, told
 
 Format = Literal["int8", "int4", "int4_minimum"]
+Codes = tuple[Tensor | None, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,14 +43,17 @@ class QuantiseLinears:
     def __call__(self, job: GraphJob) -> str:
         if self.format is None:
             return "unchanged"
-        flow, left, codes = Flow(job.gm, parameters(job.gm)), Counter[str](), dict[str, tuple[Tensor | None, ...]]()
+        flow, left, made = Flow(job.gm, parameters(job.gm)), Counter[str](), dict[object, Codes]()
         for linear, unread in reversed(read(flow)):  # a later one may read an earlier one's result as it is
             reason = unread or self._why_not(linear)
             if reason is not None:
                 left[reason] += 1
                 continue
-            self._quantise(job.gm, linear, codes)
+            op = torch.ops.ltepass.linear_int8 if self.format == "int8" else torch.ops.ltepass.linear_int4
+            put_op(job.gm, linear, op.default, *self._parts(job.gm, linear.node, linear.weight, made))
             job.linears += 1
+        for embedding in self._tables(job.gm):
+            self._embed(job.gm, embedding, made)
         job.gm.recompile()
         return told(job.linears, "quantised", left)
 
@@ -55,23 +62,52 @@ class QuantiseLinears:
             return "a weight that is no leaf of the graph's own"
         if linear.out_dim != 0:
             return "a weight stored [d_in, d_out]"
-        if self.format != "int8" and shape(linear.weight)[1] % BLOCK:
-            return f"d_in is no multiple of {BLOCK}"
-        return None
+        return None if self._divides(linear.weight) else f"d_in is no multiple of {BLOCK}"
 
-    def _quantise(self, gm: GraphModule, linear: Linear, done: dict[str, tuple[Tensor | None, ...]]) -> None:
-        name = str(linear.weight.target)
-        if name not in done:
-            done[name] = self._codes(held(gm, linear.weight))
-        with gm.graph.inserting_before(linear.node):
-            parts = [
-                None if tensor is None else add_leaf(gm, f"{name.replace('.', '_')}_{part}", tensor)
-                for part, tensor in zip(("codes", "scale", "minimum"), done[name], strict=False)
+    def _divides(self, weight: Node) -> bool:
+        return self.format == "int8" or shape(weight)[1] % BLOCK == 0
+
+    def _tables(self, gm: GraphModule) -> list[Node]:
+        """The nodes that look tokens up: their rows are picked by an input, and not by a count of positions."""
+        nodes = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default)
+        return [n for n in nodes if _is_float_leaf(n.args[0]) and self._divides(n.args[0]) and _is_input(n.args[1])]
+
+    def _embed(self, gm: GraphModule, node: Node, made: dict[object, Codes]) -> None:
+        table, ids = node.args[:2]
+        assert isinstance(table, Node), "a leaf"
+        parts = self._parts(gm, node, table, made)
+        rows = embedding_int8 if self.format == "int8" else embedding_int4
+        with gm.graph.inserting_before(node):
+            new = gm.graph.call_function(rows, (ids, *parts), {"dtype": value(node).dtype})
+            new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        erase_upstream(node)
+
+    def _parts(self, gm: GraphModule, before: Node, weight: Node, made: dict[object, Codes]) -> list[Node | None]:
+        """Leaves before a node: the codes of a weight, made once for a tensor whatever its names."""
+        tensor = held(gm, weight)
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if key not in made:
+            made[key] = self._codes(tensor)
+        name = str(weight.target).replace(".", "_")
+        with gm.graph.inserting_before(before):
+            return [
+                None if codes is None else add_leaf(gm, f"{name}_{part}", codes)
+                for part, codes in zip(("codes", "scale", "minimum"), made[key], strict=False)
             ]
-        ops = torch.ops.ltepass
-        put_op(gm, linear, ops.linear_int8.default if self.format == "int8" else ops.linear_int4.default, *parts)
 
-    def _codes(self, weight: Tensor) -> tuple[Tensor | None, ...]:
+    def _codes(self, weight: Tensor) -> Codes:
         if self.format == "int8":
             return quantise_int8(weight)
         return quantise_int4(weight, with_minimum=self.format == "int4_minimum")
+
+
+def _is_float_leaf(node: object) -> bool:
+    return isinstance(node, Node) and node.op == "get_attr" and value(node).dtype in FLOATS
+
+
+def _is_input(node: object) -> bool:
+    """Whether it is one of the graph's inputs, in this shape or another."""
+    while isinstance(node, Node) and (is_movement(node) or node is not strip_identity(node)):
+        node = node.all_input_nodes[0]
+    return isinstance(node, Node) and node.op == "placeholder"

@@ -19,7 +19,7 @@ from ltepass.passes.lower.lay_out_neurons import LayOutNeurons
 from ltepass.passes.lower.lower_linears import LowerLinears
 from ltepass.passes.lower.merge_linears import MergeLinears
 from ltepass.passes.lower.quantise_linears import Format, QuantiseLinears
-from tests.models.zoo import ids, transformed
+from tests.models.zoo import VOCAB, ids, transformed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -98,6 +98,53 @@ def test_quantised_linears_are_the_op_on_quantised_weights(model: Fan, tokens: i
         linear.register_forward_hook(lambda linear, args, _: weigh(linear, args))
     with torch.no_grad():
         assert torch.allclose(graph(x).float(), model(x).float(), atol=3e-2, rtol=3e-2)
+
+
+class Tied(nn.Module):
+    """Rows of tokens and of positions; the head may be the table of tokens."""
+
+    def __init__(self, d: int, tied: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(VOCAB, d, dtype=dtype), nn.Embedding(9, d, dtype=dtype)
+        self.head = nn.Linear(d, VOCAB, bias=False, dtype=dtype)
+        if tied:
+            self.head.weight = self.tokens.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = self.tokens(ids.view(-1, ids.shape[-1]))
+        logits: Tensor = self.head(rows + self.places(torch.arange(ids.shape[-1])))
+        return logits
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(
+    d=st.sampled_from((32, 40, 96)),
+    tied=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    format=st.sampled_from(("int8", "int4", "int4_minimum")),
+)
+def test_a_table_of_tokens_is_quantised_and_shares_its_codes(
+    d: int, tied: bool, dtype: torch.dtype, format: Format
+) -> None:
+    model = Tied(d, tied, dtype)
+    graph = captured(model, ids())
+    run_passes([QuantiseLinears(format=format)], GraphJob(graph))
+    fits = format == "int8" or d % 32 == 0
+    assert count(graph, "embedding") == (1 if fits else 2), "positions stay"
+    codes = {t.data_ptr() for name, t in graph.named_buffers() if name.endswith("_codes")}
+    assert len(codes) == fits * (1 if tied else 2)
+    if not fits:
+        return
+    table = model.tokens.weight.detach()
+    if format == "int8":
+        rows = linear_reference.dequantise_int8(*linear_reference.quantise_int8(table))
+    else:
+        parts = linear_reference.quantise_int4(table, with_minimum=format == "int4_minimum")
+        rows = linear_reference.dequantise_int4(*parts)
+    looked_up = next(n for n in graph.graph.nodes if getattr(n.target, "__name__", "").startswith("embedding_"))
+    graph.graph.output_node().args = ((looked_up,),)
+    graph.recompile()
+    assert torch.equal(graph(ids()), rows.to(dtype)[ids()])
 
 
 def test_gathered_weights_lie_by_neuron_and_the_graph_computes_the_same() -> None:
