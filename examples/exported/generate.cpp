@@ -44,7 +44,7 @@ int main(int argc, char** argv) {
   give(decode, weights), give(prefill, weights);
   const auto shape = numbers(decode, "cache"), eos = numbers(decode, "eos");
   const auto dtype = static_cast<at::ScalarType>(numbers(decode, "cache_dtype").at(0));
-  const at::Tensor cache = torch::zeros(shape, dtype);
+  const at::Tensor cache = torch::empty(shape, dtype);
   std::vector<int64_t> ids;
   for (int i = 3; i < argc; i++) ids.push_back(std::atoll(argv[i]));
   int64_t position = 0;

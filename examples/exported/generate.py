@@ -11,13 +11,13 @@ from torch._inductor import aoti_load_package
 folder, text, new_tokens = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]) if len(sys.argv) > 3 else 64
 about = json.loads((folder / "decoder.json").read_text())
 torch.ops.load_library(folder / "ops.so")  # names our ops and brings their kernels; not where ltepass is imported
-weights = torch.load(folder / "weights.pt", weights_only=True)
+weights = torch.load(folder / "weights.pt", weights_only=True, mmap=True)
 graphs = [aoti_load_package(str(folder / name)) for name in ("decode.pt2", "prefill.pt2")]
 for graph in graphs:
     mine = {name: weights[name] for name in graph.get_constant_fqns()}
     graph.load_constants(mine, check_full_update=True, user_managed=True)
 
-cache = torch.zeros(about["cache"], dtype=getattr(torch, about["cache_dtype"]))
+cache = torch.empty(about["cache"], dtype=getattr(torch, about["cache_dtype"]))
 tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
 ids = tokenizer.encode(text).ids
 new, position = ids, 0

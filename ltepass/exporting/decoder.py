@@ -39,7 +39,8 @@ class ExportedDecoder:
             raise ExportError("the CPU kernels could not be built (the warning says why), and a package needs them")
         self._weights = weights(folder)  # the graphs read them where they lie
         self._decode, self._prefill = (self._graph(folder / name) for name in (DECODE, PREFILL))
-        self.cache = torch.zeros(self.about.cache, dtype=getattr(torch, self.about.cache_dtype))
+        # What no token has written is never read: pages of it need no memory before.
+        self.cache = torch.empty(self.about.cache, dtype=getattr(torch, self.about.cache_dtype))
         self.position = 0
 
     def _graph(self, file: Path) -> AOTICompiledModel:

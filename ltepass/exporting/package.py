@@ -231,7 +231,7 @@ def _eos(model: PreTrainedModel) -> list[int]:
 def weights(folder: Path) -> dict[str, Tensor]:
     """Raises ExportError where the file is none, or cut short."""
     try:
-        state = torch.load(folder / WEIGHTS, weights_only=True)
+        state = torch.load(folder / WEIGHTS, weights_only=True, mmap=True)  # read from disk where they are needed
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         raise ExportError(f"{folder / WEIGHTS} cannot be read ({error}); export the model again") from error
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
