@@ -1,10 +1,18 @@
-"""How the ops of this folder stand at the dispatcher: the first call on a CPU, and vmap over their first argument."""
+"""How the ops of this folder stand at the dispatcher: the first call on a CPU, the Autograd key, and vmap over x."""
 
+# mypy: disable-error-code="no-untyped-call"
+# (torch leaves unpack_dual and Function.apply untyped)
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from ltepass.kernels.cpu import loading
 
@@ -33,3 +41,62 @@ def vmap_over_x(op: torch._ops.OpOverload, batched: Callable[..., object] = lamb
         return batched(op(x.movedim(in_dims[0], 0), *others))
 
     return rule
+
+
+Args = tuple[Any, ...]
+
+
+def refuse_tangents(name: str, args: Args, instead: str) -> None:
+    """Without this a dual tensor goes through with a zero tangent, silently."""
+    for t in args:
+        if isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None:
+            raise NotImplementedError(
+                f"{name} met a forward-mode AD tangent and has no formula for it; use reverse mode, or {instead}"
+            )
+
+
+def rule(
+    op: torch._ops.OpOverload,
+    function: type[torch.autograd.Function],
+    instead: str,
+    taken: Callable[[Any], object] = lambda outputs: outputs,
+) -> Callable[..., object]:
+    """The kernel of `op` at the Autograd key (with_keyset): `function` where a gradient is asked for, else the op.
+
+    instead: what to do about forward-mode AD. taken: what the op returns of the function's outputs.
+    """
+
+    def call(keyset: torch._C.DispatchKeySet, *args: Any) -> object:
+        if forward_ad._current_level >= 0:
+            refuse_tangents(op.name(), args, instead)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            # The C++ apply: torch.func's own wrapper of it would dispatch a second time, from inside this kernel.
+            with enable_single_level_autograd_function():
+                return taken(super(torch.autograd.Function, function).apply(*args))  # type: ignore[misc]
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    return call
+
+
+def asks_for_gradients() -> bool:
+    """Whether autograd, reverse or forward, may have to see what is called now."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
+
+
+def seen_by_others(x: object) -> bool:
+    """Whether gradients, a compiler, a tracer or a dispatch mode may look on: they are to see the public op."""
+    return asks_for_gradients() or is_compiling() or type(x) is not Tensor or bool(_len_torch_dispatch_stack())
+
+
+def without_a_frame(name: str) -> Callable[..., Tensor]:
+    """An op of ours as a lowered module calls it: where nothing can ask for a gradient, the Python frame of its
+    autograd rule is passed by. Compilers, tracers and dispatch modes see the public op.
+    """
+    # Looked up once: reading weights pushes code out of the caches, and each step of a call then waits for memory.
+    public, no_grad = getattr(torch.ops.ltepass, name).default, getattr(torch.ops.ltepass, f"_{name}_no_grad").default
+
+    def call(*args: Tensor | None) -> Tensor:
+        return public(*args) if seen_by_others(args[0]) else no_grad(*args)  # type: ignore[no-any-return]
+
+    return call

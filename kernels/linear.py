@@ -10,6 +10,7 @@ and on any other device, calls land in `_definition` below.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch.nn import functional as F  # noqa: N812 -- the name everybody uses
 
 from ltepass.errors import LTEError
 from ltepass.kernels import (
-    autograd,
+    dispatch,
     linear_reference,
     routed_ffn,  # noqa: F401 -- one object holds the kernels of both: each finds its op defined
 )
@@ -120,6 +121,40 @@ def _fake(name: str) -> Callable[..., Tensor]:
     return call
 
 
+def linear_function(name: str, bias_at: int, dense: Callable[..., Tensor] | None) -> type[torch.autograd.Function]:
+    """Gradients of x, the bias and a float weight. Quantised weights are constants, and the rounding of x is passed by:
+    dx = dy W. dense: of quantised weights, what makes a float one of them.
+    """
+    op = getattr(torch.ops.ltepass, name)
+
+    class Linear(torch.autograd.Function):
+        generate_vmap_rule = False
+
+        @staticmethod
+        def forward(*args: Tensor | None) -> Tensor:
+            with torch._C._AutoDispatchBelowAutograd():
+                return op(*args)  # type: ignore[no-any-return]
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
+            ctx.save_for_backward(*inputs[:bias_at])
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+            x, *weight = ctx.saved_tensors
+            rows, wanted = grad.reshape(-1, grad.shape[-1]), ctx.needs_input_grad
+            grads: list[Tensor | None] = [None] * len(wanted)
+            if wanted[0]:
+                grads[0] = grad @ (dense(*weight).to(grad.dtype) if dense else weight[0])
+            if wanted[1]:
+                grads[1] = rows.t() @ x.reshape(-1, x.shape[-1])
+            if any(wanted[bias_at:]):
+                grads[bias_at] = rows.sum(0)
+            return tuple(grads)
+
+    return Linear
+
+
 def _register() -> None:
     for name, (schema, bias_at) in _SCHEMAS.items():
         # The second is the same without an autograd rule, whose Python frame every call would go through.
@@ -130,8 +165,8 @@ def _register() -> None:
             torch.library.register_fake(f"ltepass::{full}", _fake(name), lib=_library)
             torch.library.register_vmap(f"ltepass::{full}", vmap_over_x(op), lib=_library)
         public = getattr(torch.ops.ltepass, name).default
-        function = autograd.linear_function(name, bias_at, _DENSE.get(name))
-        rule = autograd.rule(public, function, "torch.nn.functional.linear")
+        function = linear_function(name, bias_at, _DENSE.get(name))
+        rule = dispatch.rule(public, function, "torch.nn.functional.linear")
         _library.impl(name, rule, "Autograd", with_keyset=True)
         _library.impl(f"_{name}_no_grad", torch.library.fallthrough_kernel, "Autograd")
 
@@ -139,6 +174,6 @@ def _register() -> None:
 _register()
 
 
-linear = autograd.without_a_frame("linear")
-linear_int8 = autograd.without_a_frame("linear_int8")
-linear_int4 = autograd.without_a_frame("linear_int4")
+linear = dispatch.without_a_frame("linear")
+linear_int8 = dispatch.without_a_frame("linear_int8")
+linear_int4 = dispatch.without_a_frame("linear_int4")

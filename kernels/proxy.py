@@ -8,15 +8,14 @@ other device the definition runs, and gives the same bits.
 # (torch leaves Library.impl untyped)
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ltepass.errors import LTEError
-from ltepass.kernels import autograd, proxy_reference, reference
-from ltepass.kernels.autograd import Args
-from ltepass.kernels.dispatch import any_device, vmap_over_x
+from ltepass.kernels import dispatch, proxy_reference, reference
+from ltepass.kernels.dispatch import Args, any_device, vmap_over_x
 from ltepass.kernels.linear import words
 from ltepass.kernels.linear_reference import HALF
 from ltepass.kernels.proxy_reference import Proxy
@@ -88,10 +87,35 @@ def _fake(*args: object) -> Tensor:
     return c.x.new_empty((*c.x.shape[:-1], c.weight.shape[0]), dtype=torch.float32)
 
 
+class ProxyScores(torch.autograd.Function):
+    """Gradients of x, the weight and the bias; codes, scales and sizes are constants."""
+
+    generate_vmap_rule = False
+
+    @staticmethod
+    def forward(*args: object) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.ltepass.proxy_scores(*args)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Args, output: Tensor) -> None:
+        *tensors, _, ctx.activation = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        need = ctx.needs_input_grad
+        wanted = (need[0], need[6], need[7])
+        x, *constants, weight = ctx.saved_tensors
+        proxy = Proxy(*constants)
+        dx, d_weight, d_bias = proxy_reference.gradients(grad, x, proxy, weight, ctx.activation, wanted)
+        return (dx, *[None] * 5, d_weight, d_bias, None)
+
+
 def _register() -> None:
     op = torch.ops.ltepass.proxy_scores.default
     _library.impl("proxy_scores", any_device(op, _definition), "CompositeExplicitAutograd")
-    rule = autograd.rule(op, autograd.ProxyScores, "ltepass.kernels.proxy_reference.scores")
+    rule = dispatch.rule(op, ProxyScores, "ltepass.kernels.proxy_reference.scores")
     _library.impl("proxy_scores", rule, "Autograd", with_keyset=True)
     torch.library.register_fake("ltepass::proxy_scores", _fake, lib=_library)
     torch.library.register_vmap("ltepass::proxy_scores", vmap_over_x(op), lib=_library)

@@ -9,7 +9,6 @@ any other device gets.
 # (torch leaves Library.impl untyped)
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import partial
 from operator import itemgetter
@@ -18,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltepass.kernels import autograd, reference
-from ltepass.kernels.autograd import hard_ffn
-from ltepass.kernels.cpu import loading
+from ltepass.kernels import dispatch, reference
+from ltepass.kernels.backward import hard_ffn
 from ltepass.kernels.dispatch import any_device, vmap_over_x
 from ltepass.kernels.gpu import traceable
 from ltepass.kernels.routed_schema import LINEAR, PROXY, RoutedOp
@@ -101,7 +99,7 @@ def _register(op: RoutedOp) -> None:
             _library.impl(name, _cuda_with_mask if with_mask else _cuda, "CUDA")
         if differentiable:
             taken = (lambda outputs: outputs) if with_mask else itemgetter(0)
-            rule = autograd.rule(public, function, "ltepass.unlower(model) and the masked form", taken)
+            rule = dispatch.rule(public, function, "ltepass.unlower(model) and the masked form", taken)
             _library.impl(name, rule, "Autograd", with_keyset=True)
         else:
             _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
@@ -115,18 +113,6 @@ _register(PROXY)
 traceable.register(_library)
 
 
-def _one_thread() -> None:
-    """A forked child inherits OpenMP's notion of a pool and none of its threads: the next parallel loop would wait for
-    them for ever, in our kernel as in torch's own.
-    """
-    if loading.loaded():
-        torch.set_num_threads(1)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_one_thread)
-
-
 # As lowered modules call them.
-routed_ffn = autograd.without_a_frame("routed_ffn")
-routed_proxy_ffn = autograd.without_a_frame("routed_proxy_ffn")
+routed_ffn = dispatch.without_a_frame("routed_ffn")
+routed_proxy_ffn = dispatch.without_a_frame("routed_proxy_ffn")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ltepass.errors import LTEError
 from ltepass.kernels import proxy, proxy_reference, reference
-from ltepass.kernels.autograd import Args
+from ltepass.kernels.dispatch import Args
 
 
 class Call(NamedTuple):

@@ -21,7 +21,7 @@ from ltepass.version import __version__
 if TYPE_CHECKING:
     from ltepass.api import export, lower, remove, transform, unlower
     from ltepass.calibration.initialise import calibrate
-    from ltepass.calibration.warm_start import warm_start
+    from ltepass.calibration.refit_down import warm_start
     from ltepass.config import LTEConfig
     from ltepass.exporting.generation import exported_loop
     from ltepass.measure.quality import perplexity
@@ -47,7 +47,7 @@ _PUBLIC = {
     "transform": "ltepass.api",
     "unlower": "ltepass.api",
     "calibrate": "ltepass.calibration.initialise",
-    "warm_start": "ltepass.calibration.warm_start",
+    "warm_start": "ltepass.calibration.refit_down",
     "LTEConfig": "ltepass.config",
     "exported_loop": "ltepass.exporting.generation",
     "perplexity": "ltepass.measure.quality",

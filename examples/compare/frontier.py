@@ -45,7 +45,7 @@ from examples.compare.rule_hooks import Ruled, Samples, collect
 from examples.compare.study import DEVICE, Data, Recipe, calibration_blocks, group_size, retarget, transform
 from examples.compare.tuning import tune_dense, tune_lte
 from examples.compare.workshop import Workshop
-from ltepass.calibration.warm_start import warm_start
+from ltepass.calibration.refit_down import warm_start
 from ltepass.config import RouterKind
 from ltepass.measure.machine import machine as cpu_line
 from ltepass.training.stages import settle

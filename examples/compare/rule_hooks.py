@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 import ltepass
 from examples.compare.rules import Rule, Seen
+from ltepass.routed.batches import run_batches
 from ltepass.routed.routed import Routed
 from ltepass.routed.sites import FFNSite
-from ltepass.routed.watching import run_batches
 
 Samples = list[tuple[Tensor, Tensor, Tensor]]  # x, gate product and h of each site, [n, ...] bf16
 

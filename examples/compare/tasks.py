@@ -30,7 +30,7 @@ from examples.compare.frontier_rows import spread_of
 from examples.compare.presets import PRESETS
 from examples.compare.study import DEVICE, Budget, Recipe, load_data
 from examples.compare.tuning import DenseTrainer, arguments, freeze_embeddings, run_stages
-from ltepass.calibration.warm_start import warm_start
+from ltepass.calibration.refit_down import warm_start
 
 FIELDS = "preset task method target seed tokens metric value ffn_sparsity seconds".split()
 IGNORED = -100

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 import ltepass
 from examples.compare.rule_hooks import Ruled
 from examples.compare.study import Budget, Data, Recipe, calibration_blocks
-from ltepass.calibration.warm_start import warm_start
+from ltepass.calibration.refit_down import warm_start
 from ltepass.routed.routed import Routed
 from ltepass.sparsity.thresholds import set_sparsity, update_table
 from ltepass.training.settings import LTESettings

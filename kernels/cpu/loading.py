@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import threading
 import warnings
 from pathlib import Path
@@ -120,3 +121,15 @@ def _warn(reason: str) -> bool:
         stacklevel=2,
     )
     return False
+
+
+def _one_thread() -> None:
+    """A forked child inherits OpenMP's notion of a pool and none of its threads: the next parallel loop would wait for
+    them for ever, in our kernel as in torch's own.
+    """
+    if loaded():
+        torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_one_thread)

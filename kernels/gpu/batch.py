@@ -8,8 +8,12 @@ rows as neurons (or outputs) and as many columns as tokens.
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
+import torch
+import triton
 import triton.language as tl
+from torch import Tensor
 
+from ltepass.kernels.gpu.call import DOT, Call, parts_of, split
 from ltepass.kernels.gpu.common import (
     chunk_neurons,
     finish_tile,
@@ -17,6 +21,7 @@ from ltepass.kernels.gpu.common import (
     jit,
     list_expert,
     my_chunks,
+    plan_size,
     zero_tickets,
 )
 
@@ -211,3 +216,36 @@ def down_many(
     live_OT = live_O[:, None] & live_T[None, :]
     ticket = plan + 2 * n_experts + 1 + tile
     finish_tile(acc_OT, bias_O[:, None], partial, y, where_OT, live_OT, size, ticket, split, SPLITS)
+
+
+def union(c: Call) -> tuple[Tensor, Tensor]:
+    """2-32 tokens in three launches: an expert's bytes are read once if any token wants it."""
+    router, gate_up, down = c.tuned("router_many"), c.tuned("gate_up_many"), c.tuned("down_many" + c.layout)
+    r = router.fit(DOT, BLOCK_E=c.n_experts, BLOCK_D=c.d_model)
+    g = gate_up.fit(DOT, BLOCK_N=c.group_size, BLOCK_D=c.d_model)
+    d = down.fit(DOT, BLOCK_O=c.d_out, BLOCK_K=c.group_size)
+    n_tiles, splits = split(c, d)
+    plan = c.empty(plan_size(c.n_experts, n_tiles), dtype=torch.int32)
+    mask = c.empty(c.n_experts, c.n_tokens, dtype=torch.int8)
+    h = c.empty(c.n_tokens, c.d_ff)
+    y = c.empty(c.n_tokens, c.d_out)
+    tokens = {"n_tokens": c.n_tokens, "BLOCK_T": DOT if c.n_tokens <= DOT else 2 * DOT}
+    grid: tuple[int, ...] = (triton.cdiv(c.n_experts, r["EXPERTS"]), 1)
+    more = {"mask": mask, "plan": plan, "n_tickets": n_tiles, "UNION": True}
+    c.launch(router_many, router, r, grid, **c.router_args(), **tokens, **more)
+    grid = (c.n_experts * (1 + triton.cdiv(c.group_size, g["BLOCK_N"])),)
+    c.launch(gate_up_many, gate_up, g, grid, **c.gate_up_args(), **tokens, mask=mask, plan=plan, h=h)
+    outputs = {"h": h, "plan": plan, "partial": parts_of(c, splits, h), "y": y, "SPLITS": splits}
+    c.launch(down_many, down, d, (n_tiles, splits), **c.down_args(), **tokens, **outputs)
+    return y, mask
+
+
+def mask_of(c: Call) -> Tensor:
+    """The router of many tokens -> int8 [n_experts, T]."""
+    tuned = c.tuned("router_tokens")
+    blocks = tuned.fit(DOT, BLOCK_E=c.n_experts, BLOCK_D=c.d_model)
+    mask = c.empty(c.n_experts, c.n_tokens, dtype=torch.int8)
+    grid = (triton.cdiv(c.n_experts, blocks["EXPERTS"]), triton.cdiv(c.n_tokens, blocks["BLOCK_T"]))
+    unused = {"plan": c.x, "n_tickets": 0, "UNION": False}
+    c.launch(router_many, tuned, blocks, grid, **c.router_args(), n_tokens=c.n_tokens, mask=mask, **unused)
+    return mask

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from ltepass.errors import LTEError
@@ -17,6 +18,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NAMES = ("x", "router_weight", "router_bias", "threshold", "up", "up_bias", "gate", "gate_bias", "down", "down_bias")
 
 Launcher = Callable[[Any], Any]  # a kernel -> something that is subscripted with a grid and called
+DOT = 16  # the smallest side of a tile on matrix units
+MAX_SPLITS = 32  # parts of y that the last arriver adds: its loads are unrolled, so all of them are in flight at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,3 +163,15 @@ class Call:
         if blocks.get("PDL"):
             how["launch_pdl"] = True
         self.launcher(kernel)[grid](**args, **blocks, **how)
+
+
+def split(c: Call, blocks: dict[str, int]) -> tuple[int, int]:
+    """-> (output tiles, splits of the list of active neurons), for about PROGRAMS programs in all."""
+    n_tiles = triton.cdiv(c.d_out, blocks["BLOCK_O"])
+    wanted = min(blocks.pop("PROGRAMS") // n_tiles, c.n_experts, MAX_SPLITS)
+    return n_tiles, 1 << (max(wanted, 1).bit_length() - 1)
+
+
+def parts_of(c: Call, splits: int, unused: Tensor) -> Tensor:
+    """fp32 room for each split's part of y; a pointer that is never followed where there is one split."""
+    return c.empty(splits, c.n_tokens, c.d_out, dtype=torch.float32) if splits > 1 else unused

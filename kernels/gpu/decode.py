@@ -9,8 +9,12 @@ compacted grid would do. Only the down kernel, where one output needs all active
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
+import torch
+import triton
 import triton.language as tl
+from torch import Tensor
 
+from ltepass.kernels.gpu.call import Call, parts_of, split
 from ltepass.kernels.gpu.common import (
     chunk_neurons,
     finish_tile,
@@ -19,6 +23,7 @@ from ltepass.kernels.gpu.common import (
     let_next_start,
     list_expert,
     my_chunks,
+    plan_size,
     wait_for_previous,
     zero_tickets,
 )
@@ -181,3 +186,22 @@ def down_one(
         bias_O = tl.load(bias + out_O, mask=live_O, other=0.0).to(tl.float32)
     ticket = plan + 2 * n_experts + 1 + tile
     finish_tile(acc_O, bias_O, partial, y, out_O, live_O, d_out, ticket, split, SPLITS)
+
+
+def one(c: Call) -> tuple[Tensor, Tensor]:
+    """One token in three launches, each bound by the bytes of the active experts."""
+    router, gate_up, down = c.tuned("router_one"), c.tuned("gate_up_one"), c.tuned("down_one" + c.layout)
+    r = router.fit(BLOCK_E=c.n_experts, BLOCK_D=c.d_model)
+    g = gate_up.fit(BLOCK_N=c.group_size, BLOCK_D=c.d_model)
+    d = down.fit(BLOCK_O=c.d_out, BLOCK_K=c.group_size)
+    n_tiles, splits = split(c, d)
+    plan = c.empty(plan_size(c.n_experts, n_tiles), dtype=torch.int32)
+    h = c.empty(c.d_ff, dtype=torch.float32)
+    y = c.empty(1, c.d_out)
+    grid: tuple[int, ...] = (triton.cdiv(c.n_experts, r["BLOCK_E"]),)
+    c.launch(router_one, router, r, grid, **c.router_args(), plan=plan, n_tickets=n_tiles)
+    grid = (c.n_experts * (1 + triton.cdiv(c.group_size, g["BLOCK_N"])),)
+    c.launch(gate_up_one, gate_up, g, grid, **c.gate_up_args(), plan=plan, h=h)
+    outputs = {"h": h, "plan": plan, "partial": parts_of(c, splits, h), "y": y, "SPLITS": splits}
+    c.launch(down_one, down, d, (n_tiles, splits), **c.down_args(), HAS_CUT=c.cut is not None, **outputs)
+    return y, plan

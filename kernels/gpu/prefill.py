@@ -7,8 +7,14 @@ matrices best: tokens of a prompt want different experts, so no tile of h is emp
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
+import torch
+import triton
 import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 -- the name everybody uses
 
+from ltepass.kernels.gpu.batch import mask_of
+from ltepass.kernels.gpu.call import DOT, Call
 from ltepass.kernels.gpu.common import hidden_units, jit
 
 
@@ -127,3 +133,33 @@ def mask_hidden(
     wants_TN = tl.load(mask + mask_at_TN, mask=live_TN, other=0) != 0
     h_TN = tl.where(wants_TN, hidden_units(up_TN, gate_TN, cut, ACT, GATED, HAS_CUT), 0.0)
     tl.store(h + at_TN, h_TN.to(h.dtype.element_ty), mask=live_TN)
+
+
+def grouped(c: Call) -> tuple[Tensor, Tensor]:
+    """Many tokens: gate and up are computed only for the (token, expert) pairs that are active; down is dense."""
+    partition, gate_up = c.tuned("partition_tokens"), c.tuned("gate_up_grouped")
+    g = gate_up.fit(DOT, BLOCK_N=c.group_size, BLOCK_D=c.d_model)
+    mask = mask_of(c)
+    tokens = c.empty(c.n_experts, c.n_tokens, dtype=torch.int32)
+    counts = c.empty(c.n_experts, dtype=torch.int32)
+    h = c.empty(c.n_tokens, c.d_ff)
+    lists = {"tokens": tokens, "counts": counts, "n_tokens": c.n_tokens}
+    c.launch(partition_tokens, partition, partition.blocks, (c.n_experts,), mask=mask, **lists)
+    grid = (c.n_experts * triton.cdiv(c.group_size, g["BLOCK_N"]) * triton.cdiv(c.n_tokens, g["BLOCK_T"]),)
+    c.launch(gate_up_grouped, gate_up, g, grid, **c.gate_up_args(), **lists, h=h)
+    return F.linear(h, c.down, c.down_bias), mask
+
+
+def dense(c: Call) -> tuple[Tensor, Tensor]:
+    """Dense products by the library, activation and mask in one kernel: the exact fallback at high density."""
+    tuned = c.tuned("mask_hidden")
+    blocks = tuned.fit(BLOCK_N=c.d_ff)
+    up = F.linear(c.x, c.up, c.up_bias)
+    gate = up if c.gate is None else F.linear(c.x, c.gate, c.gate_bias)
+    h = c.empty(c.n_tokens, c.d_ff)
+    grid = (triton.cdiv(c.n_tokens, blocks["BLOCK_T"]), triton.cdiv(c.d_ff, blocks["BLOCK_N"]))
+    sizes = {"n_tokens": c.n_tokens, "d_ff": c.d_ff}
+    mask = mask_of(c)
+    constants = {"GROUP": c.group_size, "ACT": c.activation, "GATED": c.gate is not None}
+    c.launch(mask_hidden, tuned, blocks, grid, up=up, gate=gate, mask=mask, h=h, **c.cut_args(), **sizes, **constants)
+    return F.linear(h, c.down, c.down_bias), mask

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ltepass.calibration.energy import MAX_LOG_OFFSET, down_energy, expert_energy, log_energy
-from ltepass.calibration.proxy_start import start_proxies
+from ltepass.calibration.proxy_scale import start_proxies
 from ltepass.calibration.ridge import RidgeSums
 from ltepass.calibration.sensitivity import Sensitivity, sensitivities
 from ltepass.config import Mode
@@ -110,7 +110,7 @@ def group_by(routed: Routed, batches: Sequence[Any], grouping: str | None) -> No
 def initialise_routers(routed: Routed, batches: Sequence[Any], inputs: Inputs) -> None:
     """Routers that predict log energy, times a scale, with their thresholds at the target; fills the table.
 
-    Proxies hold what they predict, and only find their unit (`proxy_start.py`).
+    Proxies hold what they predict, and only find their unit (`proxy_scale.py`).
 
     With budget "model" sites compete: they get one scale and one threshold, and a site's mean logit stands for its log
     cost in the dense model, whichever inputs it is fitted to. A site whose inputs shrink in hard mode would give up

@@ -28,14 +28,13 @@ from torch import Tensor, nn
 
 from ltepass.calibration.energy import down_energy
 from ltepass.errors import CalibrationError
-from ltepass.routed.batches import Batch, inputs_of, is_empty
+from ltepass.routed.batches import Batch, inputs_of, is_empty, require_seen
 from ltepass.routed.modes import mode_of
 from ltepass.routed.padding import TokenHooks, telling_tokens, tokens_of
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
 from ltepass.routed.sites import FFNSite
 from ltepass.routed.undo import verb
-from ltepass.routed.watching import require_seen
 
 TOKENS = 2048  # enough for a mean over tokens and experts
 

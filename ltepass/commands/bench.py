@@ -21,7 +21,7 @@ from ltepass.exporting.decoder import is_gated
 from ltepass.measure import gguf_file, llama_cpp
 from ltepass.measure.records import append
 from ltepass.measure.sides.exported_side import Exported
-from ltepass.measure.sides.llama_cpp_side import LlamaCpp
+from ltepass.measure.sides.llama_cpp_side import under_llama_cpp
 from ltepass.measure.sides.side import DTYPES, Side
 from ltepass.measure.sides.transformers_side import How, Quantised, Transformers
 from ltepass.measure.token_speed import PREFILL_TOKENS, PROMPT_TOKENS, Text, bench_tokens
@@ -124,7 +124,7 @@ def _sides(folder: str, options: BenchOptions) -> Iterator[list[Side]]:
     sides += [Exported(folder=path, source=saved if is_gated(path) else None) for path in options.exported]
     with tempfile.TemporaryDirectory(prefix="ltepass-gguf-") as scratch:
         if options.against:
-            sides += _under_llama_cpp(remove(model) if routed else model, formats, Path(scratch), options.gguf)
+            sides += under_llama_cpp(remove(model) if routed else model, formats, Path(scratch), options.gguf)
         del model
         yield sides
 
@@ -134,25 +134,3 @@ def _format_of(model: PreTrainedModel) -> str:
     if model.dtype not in names:
         raise ConfigError(f"the model's weights are {model.dtype}; expected one of {', '.join(map(str, names))}")
     return names[model.dtype]
-
-
-def _under_llama_cpp(dense: PreTrainedModel, formats: tuple[str, ...], scratch: Path, extra: Path | None) -> list[Side]:
-    """Writes the dense model in each format; all is checked before."""
-    for format in formats:
-        gguf_file.check(dense.config, format)
-    if extra is not None and (seen := gguf_file.vocabulary(extra)) != dense.config.vocab_size:
-        raise ConfigError(f"{extra} knows {seen} tokens; expected the model's {dense.config.vocab_size}")
-    sides: list[Side] = [LlamaCpp(path=_written(dense, scratch, format)) for format in formats]
-    return sides if extra is None else [*sides, LlamaCpp(path=extra, name=f"llama.cpp, {extra.name}")]
-
-
-def _written(dense: PreTrainedModel, scratch: Path, format: str) -> Path:
-    path = scratch / f"{format}.gguf"
-    if format != "Q4_K_M":
-        gguf_file.write(dense, path, format)
-        return path
-    source = scratch / "source.gguf"
-    gguf_file.write(dense, source, "F32")
-    llama_cpp.requantise(source, path)
-    source.unlink()
-    return path

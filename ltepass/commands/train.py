@@ -111,7 +111,7 @@ def _saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out:
 
 def _start(model: PreTrainedModel, blocks: torch.Tensor, options: TrainOptions) -> None:
     """Transform, and fit the routers and the warm start to blocks [n, length] of training text."""
-    from ltepass.calibration.warm_start import warm_start
+    from ltepass.calibration.refit_down import warm_start
 
     config = LTEConfig(
         target_sparsity=options.target_sparsity,

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Literal, TypedDict, get_args
 
 from ltepass.config import ROUTERS, RouterKind, check_sparsity
-from ltepass.demo.speed import Summary
 from ltepass.errors import ConfigError
+from ltepass.measure.decoding import Summary
 from ltepass.measure.machine import facts
 
 StageName = Literal["prepare", "dense", "tune_dense", "calibrate", "train", "quality", "speed", "generate", "reload"]

@@ -27,7 +27,7 @@ from ltepass.kernels.cpu import build, loading
 from ltepass.kernels.linear import FLOATS
 from ltepass.passes import EXPORT
 from ltepass.passes.capture.decoder_step import DecoderStep, capture_step
-from ltepass.passes.graph.leaves import held
+from ltepass.passes.graph.leaves_and_linears import held
 from ltepass.passes.graph.node_kinds import op_name
 from ltepass.passes.graph.pipeline import GraphJob, Pass, run_passes
 from ltepass.passes.lower.lower_model import is_lowered, require_hard

@@ -16,14 +16,14 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from ltepass.routed import padding
-from ltepass.routed.batches import Batch
+from ltepass.routed.batches import Batch, require_seen, run_batches
 from ltepass.routed.modes import mode_of
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
 from ltepass.routed.samples import Tally
 from ltepass.routed.sites import FFNSite
 from ltepass.routed.undo import verb
-from ltepass.routed.watching import on_logits, require_seen, run_batches
+from ltepass.routed.watching import on_logits
 
 
 @verb

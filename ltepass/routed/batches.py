@@ -1,8 +1,8 @@
-"""What users pass as a batch, as a model takes it."""
+"""What users pass as a batch, as a model takes it, and a run over batches."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from inspect import signature
 
 import torch
@@ -96,3 +96,34 @@ def _device_of(model: nn.Module) -> torch.device | None:
     except NotImplementedError:  # a model that reads no tokens
         first = next(model.parameters(), None)
     return None if first is None or first.is_meta else first.device
+
+
+def run_batches(model: nn.Module, batches: Iterable[Batch]) -> None:
+    """Forward passes for what hooks see, without gradients, in eval mode; the training flags are as before afterwards.
+
+    Nobody reads the logits of a language model, and as few as it can are made. Batches without a token are passed by.
+    Raises CalibrationError for a batch that is no model input.
+    """
+    flags = {m: m.training for m in model.modules()}
+    for module in flags:
+        module.training = False  # an exported module has no eval()
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                if is_empty(batch):
+                    continue
+                args, named = inputs_of(model, batch)
+                model(*args, **fewest_logits(model, named) | named)
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+
+
+def require_seen(counts: dict[str, int]) -> None:
+    """counts: by site name, of tokens or batches that it saw. Raises CalibrationError where that is none."""
+    missed = [name for name, count in counts.items() if not count]
+    if missed:
+        raise CalibrationError(
+            f"no token reached {missed[0]} ({len(missed)} of {len(counts)} sites); expected at least one "
+            "batch that runs through every FFN; pass batches of token ids"
+        )

@@ -1,4 +1,4 @@
-"""A pass in which every FFN site is watched: observers, hooks on its routers, and the run itself."""
+"""A pass in which every FFN site is watched: observers, and hooks on its routers."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from ltepass.config import Mode
-from ltepass.errors import CalibrationError
 from ltepass.routed import padding
-from ltepass.routed.batches import Batch, fewest_logits, inputs_of, is_empty
+from ltepass.routed.batches import Batch, require_seen, run_batches
 from ltepass.routed.modes import mode_of
 from ltepass.routed.padding import telling_tokens, tokens_of
 from ltepass.routed.routed import Routed
@@ -84,34 +82,3 @@ def on_logits(routed: Routed, see: Callable[[FFNSite, Router, Tensor], None]) ->
     finally:
         for handle in handles:
             handle.remove()
-
-
-def run_batches(model: nn.Module, batches: Iterable[Batch]) -> None:
-    """Forward passes for what hooks see, without gradients, in eval mode; the training flags are as before afterwards.
-
-    Nobody reads the logits of a language model, and as few as it can are made. Batches without a token are passed by.
-    Raises CalibrationError for a batch that is no model input.
-    """
-    flags = {m: m.training for m in model.modules()}
-    for module in flags:
-        module.training = False  # an exported module has no eval()
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                if is_empty(batch):
-                    continue
-                args, named = inputs_of(model, batch)
-                model(*args, **fewest_logits(model, named) | named)
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
-
-
-def require_seen(counts: dict[str, int]) -> None:
-    """counts: by site name, of tokens or batches that it saw. Raises CalibrationError where that is none."""
-    missed = [name for name, count in counts.items() if not count]
-    if missed:
-        raise CalibrationError(
-            f"no token reached {missed[0]} ({len(missed)} of {len(counts)} sites); expected at least one "
-            "batch that runs through every FFN; pass batches of token ids"
-        )

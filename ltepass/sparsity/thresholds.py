@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from ltepass.config import check_sparsity
 from ltepass.errors import CalibrationError
 from ltepass.routed import padding
-from ltepass.routed.batches import Batch
+from ltepass.routed.batches import Batch, run_batches
 from ltepass.routed.modes import mode_of, remember_densities
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import N_QUANTILES, Router, logit
 from ltepass.routed.samples import Reservoir
 from ltepass.routed.sites import FFNSite
 from ltepass.routed.undo import keep, verb
-from ltepass.routed.watching import on_logits, run_batches
+from ltepass.routed.watching import on_logits
 
 BIAS_MARGIN = 2.0  # below the least calibration logit, for a bias that leaves every expert active
 TABLE_TOKENS = 8192  # of which a site's table is made: a share is then off by half a point over sqrt(n_experts)

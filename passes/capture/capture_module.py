@@ -20,7 +20,7 @@ from ltepass.errors import CaptureError
 from ltepass.passes.capture.example_inputs import described
 from ltepass.passes.capture.user_graph import capture_user_graph
 from ltepass.passes.graph.captured import Captured, join
-from ltepass.passes.graph.linears import Flow
+from ltepass.passes.graph.leaves_and_linears import Flow
 from ltepass.routed.undo import refill
 from ltepass.threads import quiet_stderr, tracing
 

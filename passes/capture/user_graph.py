@@ -19,7 +19,7 @@ from torch.fx.node import Argument, map_arg
 from ltepass.errors import CaptureError
 from ltepass.passes.capture.example_inputs import described
 from ltepass.passes.graph.captured import Captured
-from ltepass.passes.graph.linears import Flow
+from ltepass.passes.graph.leaves_and_linears import Flow
 
 
 class _DeepTracer(Tracer):

@@ -15,7 +15,7 @@ from torch.fx import Node
 from torch.fx.node import Argument, map_arg
 
 from ltepass.passes.find.match_types import MissError, Piece
-from ltepass.passes.graph.linears import Flow, Linear
+from ltepass.passes.graph.leaves_and_linears import Flow, Linear
 from ltepass.passes.graph.node_kinds import is_plain_tensor, is_pointwise, numel, op_name, shape, tensor_inputs
 from ltepass.passes.graph.run_node import run
 

@@ -15,10 +15,11 @@ from torch.fx import Node
 
 from ltepass.passes.find.activation import identify
 from ltepass.passes.find.match_types import Miss, MissError, Piece, Rows
-from ltepass.passes.find.near_miss import MAX_REGION, MAX_SOURCES, breadth_first, is_near, without_adapters
+from ltepass.passes.find.near_miss import MAX_REGION, MAX_SOURCES, is_near, without_adapters
 from ltepass.passes.find.neuron_rows import keeps_tokens, trace_rows
-from ltepass.passes.graph.linears import Flow, Linear
+from ltepass.passes.graph.leaves_and_linears import Flow, Linear
 from ltepass.passes.graph.node_kinds import (
+    breadth_first,
     consumers,
     is_gate,
     is_movement,

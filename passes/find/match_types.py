@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from ltepass.passes.graph.captured import Captured
-from ltepass.passes.graph.linears import Linear
+from ltepass.passes.graph.leaves_and_linears import Linear
 from ltepass.routed.sites import FFNSite
 
 

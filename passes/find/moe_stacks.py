@@ -12,7 +12,7 @@ from collections import deque
 from torch.fx import Node
 
 from ltepass.passes.graph.captured import Captured
-from ltepass.passes.graph.linears import Flow
+from ltepass.passes.graph.leaves_and_linears import Flow
 from ltepass.passes.graph.node_kinds import (
     is_movement,
     is_nonlinear,

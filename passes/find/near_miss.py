@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 
 from torch.fx import Node
 
-from ltepass.passes.graph.linears import Flow, Linear
+from ltepass.passes.graph.leaves_and_linears import Flow, Linear
 from ltepass.passes.graph.node_kinds import (
+    breadth_first,
     consumers,
     is_movement,
     is_nonlinear,
@@ -25,18 +25,6 @@ from ltepass.passes.graph.node_kinds import (
 # Both bound the search from one linear, so that the whole costs work in proportion to the graph's size.
 MAX_REGION = 64  # nodes; the longest activation in transformers has 14
 MAX_SOURCES = 4  # inputs of up linears (two adapted ones have 3); a residual stream soon has more
-
-
-def breadth_first(start: Node, behind: Callable[[Node], Iterable[Node]]) -> Iterator[Node]:
-    """Nodes from `start` back; `behind` is asked after the node was handed out."""
-    seen, queue = {start}, deque([start])
-    while queue:
-        node = queue.popleft()
-        yield node
-        for source in behind(node):
-            if source not in seen:
-                seen.add(source)
-                queue.append(source)
 
 
 def without_adapters(flow: Flow, sources: set[Node]) -> set[Node]:

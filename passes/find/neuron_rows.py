@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ltepass.passes.find.match_types import MissError, Piece, Rows
-from ltepass.passes.graph.linears import Flow, Linear
+from ltepass.passes.graph.leaves_and_linears import Flow, Linear
 from ltepass.passes.graph.node_kinds import (
     is_movement,
     is_plain_tensor,

@@ -17,7 +17,7 @@ from ltepass.passes.capture.replaced_forwards import is_replaced
 from ltepass.passes.capture.trace_owner import OwnerGraphs, trace_owner
 from ltepass.passes.find.match import Region, Rows, down_rows
 from ltepass.passes.graph.captured import Captured
-from ltepass.passes.graph.linears import Linear
+from ltepass.passes.graph.leaves_and_linears import Linear
 from ltepass.passes.graph.node_kinds import is_movement, strip_identity
 from ltepass.routed.sites import FFNSite, NeuronRows, Refusal
 

@@ -9,7 +9,7 @@ from functools import cached_property
 
 from torch.fx import Node
 
-from ltepass.passes.graph.linears import Flow
+from ltepass.passes.graph.leaves_and_linears import Flow
 from ltepass.passes.graph.node_kinds import is_movement, op_name, strip_identity
 
 

@@ -4,13 +4,15 @@ Asks "what kind of operation is this node":
   pointwise   neuron by neuron, token by token (activations, products, casts, dropout)
   movement    the same numbers in another shape (view, chunk, transpose, ...)
   reduction   statistics over a dim (mean, norms, softmax), with which a gate does not commute
-What is a linear, a product with a weight of the graph, is asked of the whole graph (`linears.py`).
+What is a linear, a product with a weight of the graph, is asked of the whole graph (`leaves_and_linears.py`).
 """
 
 from __future__ import annotations
 
 import math
 import operator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -178,3 +180,15 @@ def erase_upstream(node: Node) -> None:
             continue
         todo += dead.all_input_nodes
         dead.graph.erase_node(dead)
+
+
+def breadth_first(start: Node, behind: Callable[[Node], Iterable[Node]]) -> Iterator[Node]:
+    """Nodes from `start` back; `behind` is asked after the node was handed out."""
+    seen, queue = {start}, deque([start])
+    while queue:
+        node = queue.popleft()
+        yield node
+        for source in behind(node):
+            if source not in seen:
+                seen.add(source)
+                queue.append(source)

@@ -23,12 +23,12 @@ from torch.fx import Graph, GraphModule, Node
 from ltepass.config import LTEConfig
 from ltepass.errors import CheckpointError
 from ltepass.passes.capture.trace_owner import OwnerGraphs, trace_owner
-from ltepass.passes.find.near_miss import breadth_first
+from ltepass.passes.graph.node_kinds import breadth_first
 from ltepass.passes.graph.pipeline import Tier, TransformJob
 from ltepass.passes.group.group_neurons import check_real_weights
+from ltepass.passes.insert.generated_classes import forwards_of, regenerate
 from ltepass.passes.insert.guarding import remember, watch
 from ltepass.passes.insert.hooks import InlineSite, attach
-from ltepass.passes.insert.regenerated_forwards import forwards_of, regenerate
 from ltepass.passes.insert.selfcheck import check_gated
 from ltepass.routed.gate import gate, seen_inputs
 from ltepass.routed.proxy_router import proxy_of, require_known, start_proxy

@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 from torch.nn import Parameter
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ltepass.kernels import autograd, routed_ffn  # noqa: F401 -- routed_ffn registers the op that the pass emits
+from ltepass.kernels import dispatch, routed_ffn  # noqa: F401 -- routed_ffn registers the op that the pass emits
 from ltepass.kernels.gpu import tuning
 from ltepass.passes.graph.node_kinds import is_gate
 from ltepass.passes.graph.pipeline import GraphJob, Pass, run_passes
@@ -84,7 +84,7 @@ def _below_autograd(compiled: Callable[..., object]) -> Callable[..., object]:
 
     @functools.wraps(compiled)
     def call(*args: object) -> object:
-        if autograd.asks_for_gradients():
+        if dispatch.asks_for_gradients():
             return compiled(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return compiled(*args)

@@ -31,8 +31,7 @@ from ltepass.kernels.linear import (
 )
 from ltepass.kernels.linear_reference import BLOCK, pack_int4
 from ltepass.passes.capture.replaced_forwards import is_replaced
-from ltepass.passes.graph.leaves import parameters, transposed
-from ltepass.passes.graph.linears import Flow, Linear
+from ltepass.passes.graph.leaves_and_linears import Flow, Linear, parameters, transposed
 from ltepass.passes.graph.node_kinds import erase_upstream, is_gate, shape, strip_identity, tensor_inputs, value
 from ltepass.passes.graph.pipeline import GraphJob, Tier
 from ltepass.passes.lower.why_not import is_conv1d, is_ordinary, is_product, parameters_of

@@ -21,8 +21,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import Argument
 
 from ltepass.passes.find.match import Miss, Region, Rows, down_rows, match_down
-from ltepass.passes.graph.leaves import parameters, transposed
-from ltepass.passes.graph.linears import Flow
+from ltepass.passes.graph.leaves_and_linears import Flow, parameters, transposed
 from ltepass.passes.graph.node_kinds import (
     erase_upstream,
     is_gate,

@@ -16,9 +16,9 @@ from torch.fx import Graph, GraphModule, Node
 
 from ltepass.passes.capture.trace_owner import trace_owner
 from ltepass.passes.graph.node_kinds import erase_upstream
+from ltepass.passes.insert.generated_classes import forwards_of, regenerate
 from ltepass.passes.insert.hooks import SparseDown, attach
 from ltepass.passes.insert.insert_routers import inline_site, insert_gates, relative
-from ltepass.passes.insert.regenerated_forwards import forwards_of, regenerate
 from ltepass.passes.lower.lowered_forward import lowered_ffn, lowered_in_graph, plan_of
 from ltepass.passes.lower.stubs import Stub, one_token_will_do
 from ltepass.passes.lower.why_not import idle, is_conv1d, with_inner

@@ -23,8 +23,7 @@ from torch.fx import GraphModule, Node
 
 from ltepass.kernels.linear import FLOATS
 from ltepass.kernels.linear_reference import BLOCK, embedding_int4, embedding_int8, quantise_int4, quantise_int8
-from ltepass.passes.graph.leaves import add_leaf, held, parameters
-from ltepass.passes.graph.linears import Flow, Linear
+from ltepass.passes.graph.leaves_and_linears import Flow, Linear, add_leaf, held, parameters
 from ltepass.passes.graph.node_kinds import erase_upstream, is_movement, shape, strip_identity, value
 from ltepass.passes.graph.pipeline import GraphJob, Tier
 from ltepass.passes.lower.lower_linears import put_op, read, told

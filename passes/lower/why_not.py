@@ -14,8 +14,8 @@ from torch.fx import GraphModule
 from torch.nn.modules.module import _has_any_global_hook
 
 from ltepass.passes.capture.replaced_forwards import is_replaced
-from ltepass.passes.find.near_miss import breadth_first
 from ltepass.passes.graph.captured import join
+from ltepass.passes.graph.node_kinds import breadth_first
 from ltepass.passes.insert.hooks import Hook, SparseDown
 from ltepass.passes.lower.stubs import Stub
 from ltepass.routed.gate import gate

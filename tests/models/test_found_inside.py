@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 import ltepass
-from ltepass.calibration.warm_start import warm_start
+from ltepass.calibration.refit_down import warm_start
 from ltepass.errors import AmbiguousModelError, NotTransformedError, ShardedError
 from ltepass.measure.sparsity import measure_union
 from ltepass.routed.routed import routers_of, state_of

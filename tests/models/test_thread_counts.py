@@ -18,7 +18,7 @@ CODE = """
 import sys, torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 import ltepass
-from ltepass.calibration.warm_start import warm_start
+from ltepass.calibration.refit_down import warm_start
 threads, out = int(sys.argv[1]), {}
 torch.set_num_threads(threads)
 sizes = {"hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ltepass
-from ltepass.calibration.warm_start import warm_start
+from ltepass.calibration.refit_down import warm_start
 from ltepass.measure.sparsity import measure_union
 from ltepass.passes.group.balanced_kmeans import WHOLE_GRAM, balanced_kmeans
 from ltepass.routed.routed import router_of, routers_of

@@ -22,7 +22,7 @@ from torch._dynamo.convert_frame import compile_lock
 from torch.fx import Graph
 
 import ltepass
-from ltepass.calibration.warm_start import warm_start
+from ltepass.calibration.refit_down import warm_start
 from ltepass.threads import locks
 from ltepass.training.settings import LTESettings
 from ltepass.training.stage_options import stage_options

@@ -15,7 +15,7 @@ from torch.fx import Graph, GraphModule, Interpreter, Node, Tracer
 from torch.nn import functional as F  # noqa: N812
 
 from ltepass.passes.graph.captured import Captured
-from ltepass.passes.graph.linears import Flow
+from ltepass.passes.graph.leaves_and_linears import Flow
 from tests.passes import ffn_forms as forms
 from tests.passes import traps
 

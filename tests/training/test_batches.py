@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from transformers import BatchEncoding, DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
 import ltepass
+from ltepass.calibration.refit_down import warm_start
 from ltepass.calibration.ridge import RidgeSums
 from ltepass.calibration.sensitivity import loss_sensitivity
-from ltepass.calibration.warm_start import warm_start
 from ltepass.errors import CalibrationError, LoweredError
 from ltepass.measure.quality import sparsity_curve
 from ltepass.measure.sparsity import measure_union, sparsity_of_tail

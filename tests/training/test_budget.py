@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 
 import ltepass
 from ltepass.calibration import initialise
+from ltepass.calibration.refit_down import warm_start
 from ltepass.calibration.sensitivity import loss_sensitivity, sensitivities
-from ltepass.calibration.warm_start import warm_start
 from ltepass.errors import CalibrationError, ConfigError
 from ltepass.routed.routed import router_of, routers_of
 from ltepass.routed.samples import collect

@@ -17,13 +17,13 @@ from transformers import (
 )
 
 import ltepass
+from ltepass.calibration.refit_down import warm_start
 from ltepass.calibration.sensitivity import loss_sensitivity
-from ltepass.calibration.warm_start import warm_start
 from ltepass.errors import TrainingError
+from ltepass.routed.batches import run_batches
 from ltepass.routed.padding import Forward, hooks_of, telling_tokens, token_mask
 from ltepass.routed.routed import router_of, routers_of
 from ltepass.routed.samples import record_logits
-from ltepass.routed.watching import run_batches
 from ltepass.training.auxiliary_loss import clear_auxiliary, inactive_shares, take_auxiliary
 from ltepass.training.labels import label_mask
 from ltepass.training.settings import LTESettings

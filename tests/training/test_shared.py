@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AlbertConfig, AlbertForMaskedLM
 
 import ltepass
+from ltepass.calibration.refit_down import warm_start
 from ltepass.calibration.sensitivity import loss_sensitivity
-from ltepass.calibration.warm_start import warm_start
 from ltepass.routed.modes import mode_of
 from ltepass.routed.padding import telling_tokens
 from ltepass.routed.routed import routers_of

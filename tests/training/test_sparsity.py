@@ -14,10 +14,10 @@ import ltepass
 from ltepass.calibration import initialise
 from ltepass.calibration.initialise import every, fit_energies
 from ltepass.errors import CalibrationError, ConfigError, LoweredError, NotTransformedError
+from ltepass.routed.batches import run_batches
 from ltepass.routed.modes import mode_of
 from ltepass.routed.routed import router_of, routers_of
 from ltepass.routed.samples import SomeRows, record_logits
-from ltepass.routed.watching import run_batches
 from ltepass.sparsity.thresholds import update_table
 from ltepass.training.stages import settle
 from tests.models.zoo import llama

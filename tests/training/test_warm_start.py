@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import ltepass
-from ltepass.calibration.warm_start import warm_start
+from ltepass.calibration.refit_down import warm_start
 from ltepass.errors import CalibrationError, LoweredError, NotTransformedError
 from ltepass.routed.modes import mode_of
 from ltepass.routed.routed import routers_of

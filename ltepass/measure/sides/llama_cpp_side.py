@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,7 +14,10 @@ from torch import Tensor
 from ltepass.errors import ConfigError
 from ltepass.measure import gguf_file, llama_cpp
 from ltepass.measure.quality import perplexity_of
-from ltepass.measure.sides.side import Engine, Facts
+from ltepass.measure.sides.side import Engine, Facts, Side
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,3 +61,25 @@ class _LlamaCppEngine:
             position_bytes=gguf_file.position_bytes(self._path),
             perplexity=perplexity_of(self._model.logits, blocks),
         )
+
+
+def under_llama_cpp(dense: PreTrainedModel, formats: tuple[str, ...], scratch: Path, extra: Path | None) -> list[Side]:
+    """Writes the dense model in each format; all is checked before."""
+    for format in formats:
+        gguf_file.check(dense.config, format)
+    if extra is not None and (seen := gguf_file.vocabulary(extra)) != dense.config.vocab_size:
+        raise ConfigError(f"{extra} knows {seen} tokens; expected the model's {dense.config.vocab_size}")
+    sides: list[Side] = [LlamaCpp(path=_written(dense, scratch, format)) for format in formats]
+    return sides if extra is None else [*sides, LlamaCpp(path=extra, name=f"llama.cpp, {extra.name}")]
+
+
+def _written(dense: PreTrainedModel, scratch: Path, format: str) -> Path:
+    path = scratch / f"{format}.gguf"
+    if format != "Q4_K_M":
+        gguf_file.write(dense, path, format)
+        return path
+    source = scratch / "source.gguf"
+    gguf_file.write(dense, source, "F32")
+    llama_cpp.requantise(source, path)
+    source.unlink()
+    return path

@@ -24,13 +24,13 @@ from torch import Tensor, nn
 
 from ltepass.calibration.ridge import one_thread
 from ltepass.errors import CalibrationError
+from ltepass.routed.batches import require_seen, run_batches
 from ltepass.routed.modes import mode_of
 from ltepass.routed.padding import telling_tokens, tokens_of
 from ltepass.routed.routed import Routed, require_whole
 from ltepass.routed.router import Router
 from ltepass.routed.sites import FFNSite, NeuronRows
 from ltepass.routed.undo import keep, verb
-from ltepass.routed.watching import require_seen, run_batches
 from ltepass.sparsity.thresholds import interpolate, is_calibrated, place_threshold, table_of
 
 PENALTY = 0.3  # of each neuron's own energy: shrinks the refit of neurons that were rarely seen
