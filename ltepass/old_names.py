@@ -119,8 +119,9 @@ MOVED = {
 }
 
 
-# Modules whose names are folders now: where what they held lies.
+# Modules whose names are folders now, or that gave names away: where what they held lies.
 HELD = {
+    "ltepass.routed.sites": ("ltepass.routed.routed",),
     "ltepass.calibration": ("ltepass.calibration.initialise",),
     "ltepass.saving": ("ltepass.saving.plain_modules",),
     "ltepass.serving": ("ltepass.serving.middleware",),
@@ -135,7 +136,7 @@ HELD = {
 
 
 def held_by(package: str) -> Callable[[str], object]:
-    """The `__getattr__` of a folder of HELD."""
+    """The `__getattr__` of a module of HELD."""
 
     def find(name: str) -> object:
         for module in HELD[package] if not name.startswith("_") else ():

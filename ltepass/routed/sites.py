@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 from torch.fx import Graph
 
 from ltepass.errors import one_line
+from ltepass.old_names import held_by
+
+if not TYPE_CHECKING:  # of ours each name is read where it lies
+    __getattr__ = held_by(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
