@@ -122,6 +122,7 @@ MOVED = {
 # Modules whose names are folders now, or that gave names away: where what they held lies.
 HELD = {
     "ltepass.routed.sites": ("ltepass.routed.routed",),
+    "ltepass.measure.quality": ("ltepass.measure.sparsity",),
     "ltepass.calibration": ("ltepass.calibration.initialise",),
     "ltepass.saving": ("ltepass.saving.plain_modules",),
     "ltepass.serving": ("ltepass.serving.middleware",),

@@ -55,7 +55,7 @@ def test_every_old_name_is_the_new_module(old: str) -> None:
 def test_a_folder_with_a_modules_old_name_still_holds_its_names(package: str) -> None:
     """`from ltepass.sparsity import measure_union` is in users' code."""
     names = {"calibration": "calibrate", "saving": "load", "serving": "checked_server", "sparsity": "measure_union"}
-    names |= {"sites": "router_of"}
+    names |= {"sites": "router_of", "quality": "sparsity_of_tail"}
     folder = importlib.import_module(package)
     assert callable(getattr(folder, names[package.rpartition(".")[2]]))
     with pytest.raises(AttributeError, match="nothing"):

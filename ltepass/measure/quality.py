@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ltepass.measure.sparsity import measure_sparsity
+from ltepass.old_names import held_by
 from ltepass.routed.routed import Routed
 from ltepass.sparsity.thresholds import set_sparsity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+else:  # of ours each name is read where it lies
+    __getattr__ = held_by(__name__)
 
 
 @torch.no_grad()

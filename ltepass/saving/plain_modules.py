@@ -18,7 +18,7 @@ from ltepass.errors import AlreadyTransformedError, CheckpointError, MetaWeights
 from ltepass.passes.insert.insert_routers import insert_routers
 from ltepass.routed.read_json import read_json
 from ltepass.routed.routed import Routed, require_whole, routers_of, set_state, state_of, unwrapped
-from ltepass.routed.undo import all_or_nothing
+from ltepass.routed.undo import all_or_nothing, undo_by
 from ltepass.saving.forward_checks import as_gated_now, check_forwards, try_gates
 from ltepass.saving.site_checks import check_sites
 from ltepass.saving.state_json import read_state, write_state
@@ -100,8 +100,12 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         True
     """
     root = unwrapped(model)
-    all_or_nothing(root, partial(_load, root, Path(folder)))
-    return model
+
+    def work() -> nn.Module:
+        _load(root, Path(folder))
+        return model
+
+    return all_or_nothing(root, work)
 
 
 def _load(model: nn.Module, folder: Path) -> None:
@@ -133,17 +137,17 @@ def _load(model: nn.Module, folder: Path) -> None:
 
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Every tensor of the module becomes what its file says, on its device and in its dtype, or none does."""
-    before: list[tuple[Tensor, Tensor]] = []
-    try:
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            if name in tensors:
-                before.append((tensor, tensor.data))
-                tensor.data = tensors[name].to(tensor.device, tensor.dtype)
-    except BaseException:
-        for tensor, data in before:
-            tensor.data = data
-        raise
+    """Every tensor of the module becomes what its file says, on its device and in its dtype; undone with the load."""
+    state = model.state_dict(keep_vars=True)
+    undo_by(partial(_set_data, [(tensor, tensor.data) for tensor in state.values()]))
+    for name, tensor in state.items():
+        if name in tensors:
+            tensor.data = tensors[name].to(tensor.device, tensor.dtype)
+
+
+def _set_data(values: list[tuple[Tensor, Tensor]]) -> None:
+    for tensor, data in values:
+        tensor.data = data
 
 
 def _check_real(model: nn.Module, what: str) -> None:

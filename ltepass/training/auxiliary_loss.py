@@ -51,11 +51,13 @@ def take_auxiliary(model: nn.Module, mask: Tensor | None) -> Auxiliary:
         >>> loss = task + (0.3 * auxiliary.efficiency + 1e-4 * auxiliary.separability) / auxiliary.tokens
         >>> loss.backward()
     """
-    sites = [_taken(router.recorder, mask) for router in Routed.of(model, "take_auxiliary").routers]
+    routed = Routed.of(model, "take_auxiliary")
+    sites = [_taken(router.recorder, mask) for router in routed.routers]
     predicting = [site for site in sites if site.part != "encoder"] or sites
     tokens = predicting[-1].tokens
     total = torch.stack([site.sums * (tokens / site.counted.clamp_min(1)) for site in sites]).mean(0)
     efficiency, separability, union, soft, hard = total
+    _forget(routed)  # not before: a refused call can be made again
     return Auxiliary(efficiency, separability, union, soft.detach(), hard.detach(), tokens)
 
 
@@ -75,7 +77,6 @@ def _taken(recorder: Recorder, mask: Tensor | None) -> _Taken:
             "a router's soft forward left no auxiliary loss: it ran without gradients; expected a plain forward or "
             "non-reentrant checkpointing; pass use_reentrant=False to it"
         )
-    recorder.calls.clear()
     sums: list[Tensor] = []
     counts: list[Tensor] = []
     first: dict[int, Tensor] = {}  # of each forward
@@ -86,6 +87,11 @@ def _taken(recorder: Recorder, mask: Tensor | None) -> _Taken:
         first.setdefault(call.forward.number, counts[-1])  # a later call in it has the same tokens
     counted, tokens = torch.stack(counts).sum(), torch.stack(list(first.values())).sum()
     return _Taken(torch.stack(sums).sum(0), counted, tokens, calls[-1].forward.part)
+
+
+def _forget(routed: Routed) -> None:
+    for router in routed.routers:
+        router.recorder.calls.clear()
 
 
 def _rows(call: RecordedCall) -> Tensor:
@@ -125,5 +131,5 @@ def inactive_shares(routed: Routed) -> Tensor:
         weights = torch.cat([_weights(recorder, call) for call in recorder.calls])
         inactive = torch.cat([call.inactive.reshape(-1) for call in recorder.calls])
         shares.append(inactive @ weights / weights.sum().clamp_min(1))
-        recorder.calls.clear()
+    _forget(routed)
     return torch.stack(shares)

@@ -8,9 +8,10 @@ from __future__ import annotations
 import copy
 import linecache
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
+from types import FrameType, FunctionType
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from torch.fx import Graph
 
 import ltepass
 from ltepass.calibration.refit_down import warm_start
+from ltepass.passes.capture.decoder_step import capture_step
 from ltepass.threads import locks
 from ltepass.training.settings import LTESettings
 from ltepass.training.stage_options import stage_options
@@ -197,7 +199,15 @@ VERBS: dict[str, Verb] = {
     "lower": ltepass.lower,
     "unlower": ltepass.unlower,
     "remove": lambda m: ltepass.remove(m, undo_grouping=True),
+    "remove, groups stay": ltepass.remove,
+    "lower, linears alone": lambda m: ltepass.lower(m, ffn=False),
+    "lower, the whole model": lambda m: ltepass.lower(m, scope="model"),
     "measure_sparsity": lambda m: ltepass.measure_sparsity(m, BATCHES),
+    "measure_union": lambda m: ltepass.measure_union(m, BATCHES),
+    "save": lambda m: ltepass.save(m, saved(m)),
+    "load": lambda m: ltepass.load(m, saved(m)),
+    "perplexity": lambda m: ltepass.perplexity(m, ids(2)),
+    "export, its capture": lambda m: capture_step(m, 8),
     "report": ltepass.report,
     "begin_stage": lambda m: begin_stage(m, "soft", trainable="routers"),
     "settle": lambda m: settle(m, BATCHES, 0.7, budget="model"),
@@ -207,18 +217,40 @@ VERBS: dict[str, Verb] = {
 }
 
 
+LANGUAGE_MODELS = ("perplexity", "export, its capture")
+CHANGE_NO_MODEL = {"exported_loop", "label_mask", "take_auxiliary"}  # of the last, tests/training/test_recorder.py
+FOLDER = Path(tempfile.mkdtemp(prefix="ltepass-"))
+CASES = [
+    (v, n)
+    for v in ["transform", *VERBS]
+    for n in ("block", "graph", "llama")
+    if n == "llama" or v not in LANGUAGE_MODELS
+]
+
+
+def saved(model: nn.Module) -> Path:
+    return FOLDER / type(model).__name__
+
+
+def test_every_public_call_is_tried() -> None:
+    calls = {name for name in ltepass.__all__ if isinstance(getattr(ltepass, name), FunctionType)}
+    assert calls - CHANGE_NO_MODEL == {verb.split(",")[0] for verb in ("transform", *VERBS)} - {"stage options"}
+
+
 def prepared(name: str, verb: str) -> nn.Module:
     model = dense(name)
-    if verb == "transform":
+    if verb.startswith("transform"):
         return model
     transform(model)
+    if verb == "load":
+        ltepass.save(model, saved(model))
+        return dense(name)
     ltepass.set_mode(model, "hard")
     return ltepass.lower(model) if verb == "unlower" else model
 
 
-@pytest.mark.parametrize("name", ["block", "graph", "llama"])
-@pytest.mark.parametrize("verb", ["transform", *VERBS])
-def test_a_call_that_fails_at_any_step_changes_nothing(name: str, verb: str) -> None:
+@pytest.mark.parametrize(("verb", "name"), CASES)
+def test_a_call_that_fails_at_any_step_changes_nothing(verb: str, name: str) -> None:
     run = VERBS.get(verb, transform)
     run(prepared(name, verb))  # caches are warm now: the same steps from here on
     clean = prepared(name, verb)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import ltepass
+from ltepass.errors import TrainingError
 from ltepass.routed.routed import routers_of
 from ltepass.routed.router import Router
 from ltepass.routed.undo import all_or_nothing
@@ -41,6 +42,17 @@ def test_a_call_that_fails_takes_back_what_it_asked_of_recorders() -> None:
         all_or_nothing(model, work)
     assert not any(r.recorder.count_inactive or r.recorder.share_neighbours for r in routers_of(model))
     assert int(take_auxiliary(model, None).tokens) == 4
+
+
+def test_a_refused_mask_leaves_the_losses_to_the_right_one() -> None:
+    model = started("llama")
+    ltepass.set_mode(model, "soft")
+    model(input_ids=IDS)
+    with pytest.raises(TrainingError, match="labels have 3"):
+        take_auxiliary(model, torch.ones(1, 3, dtype=torch.bool))
+    assert int(take_auxiliary(model, torch.ones(1, 4, dtype=torch.bool)).tokens) == 4
+    with pytest.raises(TrainingError, match="left no auxiliary loss"):
+        take_auxiliary(model, None)  # taken
 
 
 def test_what_a_replica_of_data_parallel_records_is_lost_with_it() -> None:
