@@ -43,7 +43,7 @@ MOVED = {
     "ltepass.match": "ltepass.passes.find.match",
     "ltepass.near": "ltepass.passes.find.near_miss",
     "ltepass.passes.find_ffn": "ltepass.passes.find.find_ffn",
-    "ltepass.placing": "ltepass.passes.find.owner",
+    "ltepass.placing": "ltepass.passes.find.region_to_site",
     "ltepass.propagate": "ltepass.passes.find.neuron_rows",
     "ltepass.values": "ltepass.passes.find.match_types",
     "ltepass.dataflow": "ltepass.passes.graph.leaves_and_linears",
@@ -52,7 +52,7 @@ MOVED = {
     "ltepass.grouping": "ltepass.passes.group.group_neurons",
     "ltepass.passes.group.methods": "ltepass.passes.group.group_neurons",
     "ltepass.passes.group_neurons": "ltepass.passes.group.group_neurons",
-    "ltepass.guarding": "ltepass.passes.insert.guarding",
+    "ltepass.guarding": "ltepass.passes.insert.watch_forwards",
     "ltepass.inline": "ltepass.passes.insert.hooks",
     "ltepass.passes.insert_routers": "ltepass.passes.insert.insert_routers",
     "ltepass.regenerate": "ltepass.passes.insert.generated_classes",
@@ -100,7 +100,6 @@ MOVED = {
     "ltepass.passes.group.permutations": "ltepass.passes.group.group_neurons",
     "ltepass.passes.lower.weight_layout": "ltepass.passes.lower.lay_out_neurons",
     "ltepass.passes.lower.operands": "ltepass.passes.lower.lowered_forward",
-    "ltepass.passes.lower.linear_modules": "ltepass.passes.lower.lower_linears",
     "ltepass.demo.folder": "ltepass.demo.results",
     "ltepass.sparsity.modes": "ltepass.routed.modes",
     "ltepass.measure.text_blocks": "ltepass.texts",
@@ -116,6 +115,10 @@ MOVED = {
     "ltepass.calibration.proxy_start": "ltepass.calibration.proxy_scale",
     "ltepass.demo.speed": "ltepass.measure.decoding",
     "ltepass.passes.insert.regenerated_forwards": "ltepass.passes.insert.generated_classes",
+    "ltepass.cli.running": "ltepass.cli.output_and_errors",
+    "ltepass.demo.learning": "ltepass.demo.training_loop",
+    "ltepass.passes.find.owner": "ltepass.passes.find.region_to_site",
+    "ltepass.passes.insert.guarding": "ltepass.passes.insert.watch_forwards",
 }
 
 

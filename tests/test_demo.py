@@ -20,8 +20,9 @@ import ltepass
 from examples.results.demo_table import BEGIN, END, with_table
 from ltepass.commands.generate import generate
 from ltepass.config import ROUTERS
-from ltepass.demo import learning
-from ltepass.demo.results import STAGE_NAMES, DemoOptions, Folder, Options, Results, Stages
+from ltepass.demo import training_loop
+from ltepass.demo.options import DemoOptions, Options
+from ltepass.demo.results import STAGE_NAMES, Folder, Results, Stages
 from ltepass.demo.run import STAGES, run_demo
 from ltepass.demo.table import command, markdown, rows
 from ltepass.demo.task import load_task
@@ -193,22 +194,22 @@ def test_sparsity_of_a_timing_leaves_the_prompt_out() -> None:
 
 def test_batches_use_every_block_before_any_twice() -> None:
     blocks = torch.arange(10)[:, None]
-    first = torch.cat(learning.batches(blocks, 4, 5, seed=3)).flatten()
+    first = torch.cat(training_loop.batches(blocks, 4, 5, seed=3)).flatten()
     assert sorted(first[:10].tolist()) == list(range(10))
-    assert torch.equal(first, torch.cat(learning.batches(blocks, 4, 5, seed=3)).flatten())
-    assert not torch.equal(first, torch.cat(learning.batches(blocks, 4, 5, seed=4)).flatten())
+    assert torch.equal(first, torch.cat(training_loop.batches(blocks, 4, 5, seed=3)).flatten())
+    assert not torch.equal(first, torch.cat(training_loop.batches(blocks, 4, 5, seed=4)).flatten())
 
 
 def test_tuning_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     """Stopped after step 2 and resumed with a fresh model object: bit by bit the uninterrupted run."""
-    steps = learning.batches(torch.arange(60).view(6, 10), 2, 5, seed=0)
+    steps = training_loop.batches(torch.arange(60).view(6, 10), 2, 5, seed=0)
     whole, part, file = model(), model(), tmp_path / "state.pt"
-    losses = learning.tune(whole, steps, file, lambda *_: None, lambda: False)
+    losses = training_loop.tune(whole, steps, file, lambda *_: None, lambda: False)
     seen: list[int] = []
     with pytest.raises(KeyboardInterrupt):
-        learning.tune(part, steps, file, lambda step, _: seen.append(step), lambda: seen == [0, 1])
+        training_loop.tune(part, steps, file, lambda step, _: seen.append(step), lambda: seen == [0, 1])
     resumed = model()
-    assert learning.tune(resumed, steps, file, lambda *_: None, lambda: False) == losses
+    assert training_loop.tune(resumed, steps, file, lambda *_: None, lambda: False) == losses
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
     assert not file.exists()
 
@@ -217,12 +218,12 @@ def test_tuning_stops_at_nan(tmp_path: Path) -> None:
     broken = model()
     broken.lm_head.weight.data.fill_(math.nan)
     with pytest.raises(TrainingError, match="at step 0"):
-        learning.tune(broken, [torch.arange(10)[None]], tmp_path / "s.pt", lambda *_: None, lambda: False)
+        training_loop.tune(broken, [torch.arange(10)[None]], tmp_path / "s.pt", lambda *_: None, lambda: False)
 
 
 def test_ctrl_c_is_only_noted_and_the_second_one_stops() -> None:
     said: list[str] = []
-    with learning.ctrl_c_between_steps(said.append) as asked:
+    with training_loop.ctrl_c_between_steps(said.append) as asked:
         assert not asked()
         signal.raise_signal(signal.SIGINT)
         assert asked()

@@ -13,7 +13,7 @@ import torch
 
 import ltepass
 from ltepass.old_names import HELD, MOVED
-from ltepass.passes.lower import lowered_forward
+from ltepass.passes.lower import linear_modules, lowered_forward
 from ltepass.routed import gate
 
 PICKLES = Path(__file__).parent / "checkpoints" / "pickles"
@@ -83,6 +83,10 @@ def test_what_a_gated_model_calls_is_found_by_its_old_names(old: str) -> None:
         assert pickle.loads(f"c{old}\n{name}\n.".encode()) is getattr(gate, name)
 
 
+def test_a_lowered_linear_is_found_in_the_file_that_held_it() -> None:
+    assert pickle.loads(b"cltepass.passes.lower.lower_linears\nFloatCall\n.") is linear_modules.FloatCall
+
+
 def test_an_unknown_old_name_stays_an_import_error() -> None:
     with pytest.raises(ModuleNotFoundError):
         pickle.loads(b"cltepass.nothing\nX\n.")
@@ -91,7 +95,10 @@ def test_an_unknown_old_name_stays_an_import_error() -> None:
 @pytest.mark.parametrize(
     "old",
     [
-        "passes.lower.linear_modules.FloatCall",
+        "passes.lower.linears.FloatCall",
+        "calibration.proxy_start.start_proxies",
+        "passes.insert.regenerated_forwards._rebuild",
+        "passes.graph.linears.Flow",
         "passes.capture.owner_forward.call",
         "routed.token_rows.TokenRows",
         "routed.proxy.ProxyRouter",

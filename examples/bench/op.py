@@ -15,7 +15,7 @@ from examples.bench import ways
 from examples.bench.op_cases import CALL, CASES, SPARSITIES, Case
 from examples.bench.table import describe, op_table
 from examples.bench.ways import Shape
-from ltepass.cli.running import run_command
+from ltepass.cli.output_and_errors import run_command
 from ltepass.errors import ConfigError
 from ltepass.kernels.cpu.which_path import which_path
 from ltepass.measure.machine import gemm_rate, plain_reads

@@ -25,8 +25,8 @@ from examples.compare.frontier_rows import Rows
 from examples.compare.measured import Measured, measure_lte, perplexities
 from examples.compare.presets import POST_HOC, Cell, Preset
 from examples.compare.study import DEVICE, Budget, Data
-from ltepass.demo.learning import batches
 from ltepass.demo.task import load_task
+from ltepass.demo.training_loop import batches
 
 PRESET = "demo"
 POINTS = (0.5, 0.4, 0.7, 0.8, 0.9)  # 0.4: with it, TEAL is measured on both sides of the bytes that LTE reads at 0.5

@@ -19,7 +19,7 @@ from examples.coverage.architectures import entries
 from examples.coverage.examine import Row, examine
 from examples.coverage.lacking import summary_lines, unexplained
 from examples.coverage.page import write_table
-from ltepass.cli.running import run_command
+from ltepass.cli.output_and_errors import run_command
 from ltepass.errors import ConfigError
 
 TIMEOUT_S = 180.0

@@ -7,11 +7,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal, TypedDict, get_args
 
-from ltepass.config import ROUTERS, RouterKind, check_sparsity
+from ltepass.demo.options import DemoOptions, Options
 from ltepass.errors import ConfigError
 from ltepass.measure.decoding import Summary
 from ltepass.measure.machine import facts
@@ -111,45 +111,10 @@ class Stages(TypedDict, total=False):
     reload: Reloaded
 
 
-class Options(TypedDict):
-    """`DemoOptions` as JSON."""
-
-    model: str
-    target_sparsity: float
-    steps: int | None
-    router: str
-    seed: int
-    device: str
-
-
 class Results(TypedDict):
     options: Options
     machine: dict[str, str | int | None]
     stages: Stages
-
-
-MODELS = ("smollm2", "tiny")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DemoOptions:
-    """What `ltepass demo` may be asked. steps: optimizer steps of each training; None takes the default."""
-
-    model: Literal["smollm2", "tiny"] = "smollm2"
-    target_sparsity: float = 0.5
-    steps: int | None = None
-    router: RouterKind = "linear"
-    seed: int = 0
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        check_sparsity(self.target_sparsity, "--target-sparsity")
-        if self.model not in MODELS:
-            raise ConfigError(f"--model is {self.model!r}; expected one of {', '.join(MODELS)}")
-        if self.router not in ROUTERS:
-            raise ConfigError(f"--router is {self.router!r}; expected one of {', '.join(ROUTERS)}")
-        if self.steps is not None and self.steps < 1:
-            raise ConfigError(f"--steps is {self.steps}; expected at least 1")
 
 
 class Folder:

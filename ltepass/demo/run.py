@@ -10,8 +10,9 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from ltepass.demo import stages
+from ltepass.demo.options import DemoOptions
 from ltepass.demo.page import page
-from ltepass.demo.results import DemoOptions, Folder, Results, StageName
+from ltepass.demo.results import Folder, Results, StageName
 from ltepass.demo.stages import Demo
 from ltepass.demo.table import rich_table
 from ltepass.measure.machine import peak_memory

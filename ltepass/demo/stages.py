@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import ltepass
-from ltepass.demo import learning, reload
+from ltepass.demo import reload, training_loop
+from ltepass.demo.options import DemoOptions
 from ltepass.demo.plain_formats import plain_formats
 from ltepass.demo.results import (
     Calibrated,
-    DemoOptions,
     Dense,
     Folder,
     Generated,
@@ -73,7 +73,7 @@ class Demo:
         return AutoModelForCausalLM.from_pretrained(self.folder.path / name).to(self.options.device).eval()
 
     @contextmanager
-    def progress(self, what: str, steps: int) -> Iterator[learning.OnStep]:
+    def progress(self, what: str, steps: int) -> Iterator[training_loop.OnStep]:
         """A bar that shows the step, the loss and the time left."""
         columns = (TextColumn("    {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=self.console) as bar:
@@ -83,15 +83,15 @@ class Demo:
     def tune(self, model: PreTrainedModel, what: str, state_file: str) -> Losses:
         steps = self.batches()
         with self.progress(what, len(steps)) as on_step, self.ctrl_c() as asked:
-            return learning.tune(model, steps, self.folder.path / state_file, on_step, asked)
+            return training_loop.tune(model, steps, self.folder.path / state_file, on_step, asked)
 
     def ctrl_c(self) -> AbstractContextManager[Callable[[], bool]]:
-        return learning.ctrl_c_between_steps(lambda text: self.console.print(text, markup=False))
+        return training_loop.ctrl_c_between_steps(lambda text: self.console.print(text, markup=False))
 
     def batches(self) -> list[Tensor]:
         """The training batches, the same for the dense and the LTE model."""
         task = self.task
-        return list(learning.batches(task.train, task.batch, self.steps, self.options.seed))
+        return list(training_loop.batches(task.train, task.batch, self.steps, self.options.seed))
 
 
 def prepare(demo: Demo) -> Prepared:

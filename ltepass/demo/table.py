@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ltepass.demo.results import STAGE_NAMES, Cost, Options, Results, StageName, Stages
+from ltepass.demo.options import Options
+from ltepass.demo.results import STAGE_NAMES, Cost, Results, StageName, Stages
 from ltepass.routed.reporting import span
 
 if TYPE_CHECKING:

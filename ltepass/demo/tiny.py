@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ltepass.demo.learning import schedule
+from ltepass.demo.training_loop import schedule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -31,8 +31,8 @@ from ltepass.passes.graph.leaves_and_linears import held
 from ltepass.passes.graph.node_kinds import op_name
 from ltepass.passes.graph.pipeline import GraphJob, Pass, run_passes
 from ltepass.passes.lower.lower_model import is_lowered, require_hard
+from ltepass.passes.lower.plain_linears import is_ordinary
 from ltepass.passes.lower.quantise_linears import Format, QuantiseLinears
-from ltepass.passes.lower.why_not import is_ordinary
 from ltepass.routed.routed import Routed, is_transformed, require_whole, unwrapped
 from ltepass.version import __version__
 

@@ -45,7 +45,9 @@ class Router(nn.Module):
     permutation: Tensor
     cut: Tensor | None
     input_cut: Tensor | None
-    watched = False  # whether the gate tells that it was applied: a forward around it was replaced (guarding.py)
+    watched = (
+        False  # whether the gate tells that it was applied: a forward around it was replaced (replaced_forwards.py)
+    )
 
     def __init__(
         self,

@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 
 from ltepass.errors import CaptureError
 from ltepass.passes.capture.example_inputs import described
+from ltepass.passes.capture.replaced_forwards import bring_back
 from ltepass.passes.capture.user_graph import capture_user_graph
 from ltepass.passes.graph.captured import Captured, join
 from ltepass.passes.graph.leaves_and_linears import Flow
@@ -75,23 +76,6 @@ def _sharers(root: nn.Module) -> dict[str, list[str]]:
         for name, parameter in module.named_parameters(recurse=False):
             holders.setdefault(first.setdefault(id(parameter), join(path, name)), []).append(path)
     return {name: paths for name, paths in holders.items() if len(paths) > 1}
-
-
-def bring_back(model: nn.Module) -> None:
-    """Take accelerate's hooks away, and stand-ins for the weights that they fetch: they move tensors, and a trace
-    computes nothing. Inside `untouched`, which puts all of it back.
-    """
-    for module in model.modules():
-        if "_hf_hook" in module.__dict__ and "_old_forward" in module.__dict__:
-            module.__dict__["forward"] = module.__dict__["_old_forward"]
-            for held in (module._parameters, module._buffers):
-                held.update({k: _stand_in(t) for k, t in held.items() if t is not None and t.is_meta})
-
-
-def _stand_in(tensor: Tensor) -> nn.Parameter:
-    """Of the same shape and dtype, on the CPU, in the memory of one number."""
-    one = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
-    return nn.Parameter(one, requires_grad=False) if isinstance(tensor, nn.Parameter) else one  # type: ignore[return-value]
 
 
 @contextlib.contextmanager

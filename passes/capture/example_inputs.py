@@ -80,3 +80,35 @@ def described(args: Sequence[object], kwargs: Mapping[str, object]) -> str:
 
     parts = [one(a) for a in args] + [f"{k}={one(v)}" for k, v in kwargs.items()]
     return "inputs (" + ", ".join(parts) + ")"
+
+
+def input_width(module: nn.Module) -> int | None:
+    """Input width of a linear module, else None."""
+    if isinstance(module, nn.Linear):
+        return module.in_features
+    if type(module).__name__ == "Conv1D" and isinstance(module.weight, Tensor):
+        return module.weight.shape[0]
+    return None
+
+
+def one_tensor(module: nn.Module) -> Call | None:
+    """Hidden states for a module whose forward takes one tensor and nothing else that has no default."""
+    parameters = list(inspect.signature(module.forward).parameters.values())
+    needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    width = next((w for m in module.modules() if (w := input_width(m)) is not None), None)
+    like = next((p for p in module.parameters() if p.is_floating_point()), None)
+    if len(needed) != 1 or width is None or like is None:
+        return None
+    return (like.new_zeros(1, TOKENS, width),), {}
+
+
+def without_fakes(call: Call) -> Call:
+    """Fake tensors become zeros, and objects (caches, outputs) nothing."""
+
+    def one(leaf: object) -> object:
+        if isinstance(leaf, Tensor):
+            return torch.zeros(tuple(leaf.shape), dtype=leaf.dtype, device=leaf.device)
+        return leaf if isinstance(leaf, (int, float, bool, str, type(None))) else None
+
+    plain: Call = torch.utils._pytree.tree_map(one, call)
+    return plain

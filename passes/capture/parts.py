@@ -7,7 +7,6 @@ A part that does not export is left to its children: an FFN module is small, and
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -19,8 +18,17 @@ from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ltepass.errors import CaptureError
-from ltepass.passes.capture.capture_module import bring_back, capture, export_module, untouched
-from ltepass.passes.capture.example_inputs import TOKENS, Call, inputs_of, make_example_inputs, split_inputs
+from ltepass.passes.capture.capture_module import capture, export_module, untouched
+from ltepass.passes.capture.example_inputs import (
+    Call,
+    input_width,
+    inputs_of,
+    make_example_inputs,
+    one_tensor,
+    split_inputs,
+    without_fakes,
+)
+from ltepass.passes.capture.replaced_forwards import bring_back
 from ltepass.passes.graph.captured import Captured, join
 
 # Raised where the code needs a value, which a fake tensor does not have: the inputs may be right.
@@ -91,18 +99,9 @@ def _unreached(model: nn.Module, reached: set[str], path: str = "") -> Iterator[
 
 def _linears(module: nn.Module) -> int:
     """Matrices below a module: of linears, and bare parameters of a class that is no layer of torch."""
-    bare = [m for m in module.modules() if not type(m).__module__.startswith("torch.nn") and _width(m) is None]
+    bare = [m for m in module.modules() if not type(m).__module__.startswith("torch.nn") and input_width(m) is None]
     matrices = sum(p.dim() in (2, 3) for m in bare for p in m.parameters(recurse=False))
-    return matrices + sum(_width(m) is not None for m in module.modules())
-
-
-def _width(module: nn.Module) -> int | None:
-    """Input width of a linear module, else None."""
-    if isinstance(module, nn.Linear):
-        return module.in_features
-    if type(module).__name__ == "Conv1D" and isinstance(module.weight, Tensor):
-        return module.weight.shape[0]
-    return None
+    return matrices + sum(input_width(m) is not None for m in module.modules())
 
 
 class _Parts:
@@ -154,7 +153,7 @@ class _Parts:
                 return split_inputs(make_example_inputs(module))
             except CaptureError:
                 return None
-        return _one_tensor(module)
+        return one_tensor(module)
 
 
 def _holds_blocks(module: nn.Module) -> bool:
@@ -162,17 +161,6 @@ def _holds_blocks(module: nn.Module) -> bool:
     if hasattr(module, "main_input_name") and module.main_input_name != "input_ids":
         return False
     return any(isinstance(m, nn.ModuleList) and len(m) > 1 and _linears(m[0]) > 1 for m in module.modules())
-
-
-def _one_tensor(module: nn.Module) -> Call | None:
-    """Hidden states for a module whose forward takes one tensor and nothing else that has no default."""
-    parameters = list(inspect.signature(module.forward).parameters.values())
-    needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    width = next((w for m in module.modules() if (w := _width(m)) is not None), None)
-    like = next((p for p in module.parameters() if p.is_floating_point()), None)
-    if len(needed) != 1 or width is None or like is None:
-        return None
-    return (like.new_zeros(1, TOKENS, width),), {}
 
 
 def _recorded_calls(
@@ -201,16 +189,4 @@ def _recorded_calls(
         finally:
             for handle in handles:
                 handle.remove()
-    return {path: _plain(call) for path, call in calls.items()}, failure
-
-
-def _plain(call: Call) -> Call:
-    """Fake tensors become zeros, and objects (caches, outputs) nothing."""
-
-    def one(leaf: object) -> object:
-        if isinstance(leaf, Tensor):
-            return torch.zeros(tuple(leaf.shape), dtype=leaf.dtype, device=leaf.device)
-        return leaf if isinstance(leaf, (int, float, bool, str, type(None))) else None
-
-    plain: Call = torch.utils._pytree.tree_map(one, call)
-    return plain
+    return {path: without_fakes(call) for path, call in calls.items()}, failure

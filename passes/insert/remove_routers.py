@@ -7,10 +7,11 @@ import copy
 import torch
 from torch.fx import Graph, GraphModule
 
+from ltepass.passes.capture.replaced_forwards import release
 from ltepass.passes.capture.trace_owner import original_class
 from ltepass.passes.group.group_neurons import permute_routed
-from ltepass.passes.insert.guarding import release, unwatch
 from ltepass.passes.insert.hooks import detach
+from ltepass.passes.insert.watch_forwards import unwatch
 from ltepass.routed import padding
 from ltepass.routed.gate import gate, seen_inputs
 from ltepass.routed.routed import Routed, drop_state

@@ -14,10 +14,10 @@ from torch import nn
 
 from ltepass.config import Scope
 from ltepass.errors import ConfigError, LoweredError, LoweringError
-from ltepass.passes.insert.guarding import check_forwards
+from ltepass.passes.insert.watch_forwards import check_forwards
 from ltepass.passes.lower.compiled import compile_model, is_compiled, uncompile_model
 from ltepass.passes.lower.lay_out_neurons import give_back_strides, lay_out
-from ltepass.passes.lower.lower_linears import lower_linear_modules, lowered_linears, unlower_linear_modules
+from ltepass.passes.lower.linear_modules import lower_linear_modules, lowered_linears, unlower_linear_modules
 from ltepass.passes.lower.lower_sites import lower_sites, unlower_sites
 from ltepass.passes.lower.why_not import why_not, why_not_alone
 from ltepass.routed.modes import remember_densities

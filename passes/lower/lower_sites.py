@@ -19,9 +19,10 @@ from ltepass.passes.graph.node_kinds import erase_upstream
 from ltepass.passes.insert.generated_classes import forwards_of, regenerate
 from ltepass.passes.insert.hooks import SparseDown, attach
 from ltepass.passes.insert.insert_routers import inline_site, insert_gates, relative
+from ltepass.passes.lower.bypassed_modules import idle, with_inner
 from ltepass.passes.lower.lowered_forward import lowered_ffn, lowered_in_graph, plan_of
+from ltepass.passes.lower.plain_linears import is_conv1d
 from ltepass.passes.lower.stubs import Stub, one_token_will_do
-from ltepass.passes.lower.why_not import idle, is_conv1d, with_inner
 from ltepass.routed.gate import gate as gate_call
 from ltepass.routed.routed import Routed
 from ltepass.routed.sites import FFNSite, LTEState

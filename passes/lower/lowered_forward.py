@@ -6,27 +6,19 @@ old name in `ltepass/old_names.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
-from torch.nn.modules.module import _has_any_global_hook
 
 from ltepass.errors import LoweredError
 from ltepass.kernels.gpu.tuning import assume_density
 from ltepass.kernels.routed_ffn import routed_ffn, routed_proxy_ffn
-from ltepass.passes.lower.why_not import (
-    GLOBAL_HOOK,
-    bypassed_code,
-    is_ordinary,
-    not_plain,
-    parameters_of,
-    plain,
-    untouched,
-)
+from ltepass.passes.lower.bypassed_modules import check_bypassed
+from ltepass.passes.lower.plain_linears import is_ordinary, parameters_of
 from ltepass.routed.gate import applied
 from ltepass.routed.proxy_router import ProxyRouter
 from ltepass.routed.router import Router
@@ -69,7 +61,7 @@ def lowered_ffn(
     router: Router, up: nn.Module, gate_linear: nn.Module | None, down: nn.Module, x: Tensor, *skipped: nn.Module
 ) -> Tensor:
     """The whole FFN of a lowered site: x [..., d_model] -> [..., d_model]. skipped: modules that do not run for it."""
-    _check_bypassed((up, down) if gate_linear is None else (up, gate_linear, down), skipped)
+    check_bypassed((up, down) if gate_linear is None else (up, gate_linear, down), skipped)
     gate: tuple[Tensor | None, Tensor | None] = (None, None) if gate_linear is None else parameters_of(gate_linear)
     weights = (*parameters_of(up), *gate, *parameters_of(down))
     for weight in weights:
@@ -86,26 +78,8 @@ def lowered_in_graph(linears: Sequence[nn.Module], skipped: Sequence[nn.Module],
     x: Tensor = args[-1]
     if isinstance(x, torch.fx.Proxy):  # as for `gate`: one node stays one node when a pickle loads
         return x.tracer.create_proxy("call_function", lowered_in_graph, (linears, skipped, router, *args), {})
-    _check_bypassed(linears, skipped)
+    check_bypassed(linears, skipped)
     return lowered_call(router, *args)
-
-
-def _check_bypassed(linears: Iterable[nn.Module], skipped: Iterable[nn.Module]) -> None:
-    """Raises LoweredError where something would have run with a call of these, had the op not stood in their place."""
-    for module in linears:
-        if not plain(module):
-            raise _added_later(f"{type(module).__name__} {bypassed_code(module) or not_plain(module) or 'was changed'}")
-    for module in skipped:
-        if not untouched(module):
-            raise _added_later(f"{type(module).__name__} {bypassed_code(module) or 'was changed'}")
-    if _has_any_global_hook():
-        raise _added_later(GLOBAL_HOOK)
-
-
-def _added_later(what: str) -> LoweredError:
-    return LoweredError(
-        f"{what}: it was added after ltepass.lower; call ltepass.unlower(model) before, then lower again"
-    )
 
 
 def lowered_call(

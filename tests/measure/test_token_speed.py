@@ -30,7 +30,7 @@ from ltepass.measure.sides.transformers_side import Transformers
 from ltepass.measure.sparsity import sparsity_of_tail
 from ltepass.measure.token_bytes import weights_read
 from ltepass.measure.token_speed import Text, bench_tokens
-from ltepass.passes.lower.lower_linears import lowered_linears
+from ltepass.passes.lower.linear_modules import lowered_linears
 from tests.measure.test_token_bytes import FFN, routed
 from tests.measure.tiny import made
 

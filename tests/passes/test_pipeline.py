@@ -16,7 +16,7 @@ import ltepass
 from ltepass.errors import ConfigError
 from ltepass.passes import BACKEND, EXPORT, TRANSFORM
 from ltepass.passes.capture.trace_owner import OwnerGraphs, trace_owner
-from ltepass.passes.find import owner
+from ltepass.passes.find import region_to_site
 from ltepass.passes.graph.pipeline import NAMES, GraphJob, Pass, Tier, TransformJob, run_passes
 from ltepass.passes.insert import insert_routers
 
@@ -150,7 +150,7 @@ def test_an_owner_is_traced_once_and_its_gates_go_into_a_copy(monkeypatch: pytes
         traced.append(own)
         return trace_owner(own)
 
-    for module in (owner, insert_routers):
+    for module in (region_to_site, insert_routers):
         monkeypatch.setattr(module, "trace_owner", noted)
     x = torch.randn(2, 6)
     config = ltepass.LTEConfig(group_size=4, grouping="identity")

@@ -1,0 +1,117 @@
+"""What an op that stands for a whole FFN passes by: modules, their hooks and their forwards, which would have run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+from torch.fx import GraphModule
+from torch.nn.modules.module import _has_any_global_hook
+
+from ltepass.errors import LoweredError
+from ltepass.passes.capture.replaced_forwards import is_replaced
+from ltepass.passes.graph.captured import join
+from ltepass.passes.graph.node_kinds import breadth_first
+from ltepass.passes.insert.hooks import Hook, SparseDown
+from ltepass.passes.lower.plain_linears import is_product, not_plain
+from ltepass.passes.lower.stubs import Stub
+from ltepass.routed.gate import gate
+from ltepass.routed.sites import FFNSite
+
+GLOBAL_HOOK = (
+    "a hook for all modules (torch.nn.modules.module.register_module_forward_hook) is one that the op would bypass"
+)
+
+
+def idle(model: nn.Module, site: FFNSite) -> list[str]:
+    """Beside the linears, what is not called where the op stands, or runs on zeros: nobody may look there."""
+    if site.kind == "graph":
+        return with_inner(model, (*_called_between(model, site), site.router))
+    return with_inner(model, (*_activations(model, site), site.router)) + _around(site)
+
+
+def with_inner(root: nn.Module, paths: Iterable[str]) -> list[str]:
+    """These paths, and those of all modules below."""
+    found = (join(path, name) for path in paths for name, _ in root.get_submodule(path).named_modules())
+    return list(dict.fromkeys(found))
+
+
+def _activations(model: nn.Module, site: FFNSite) -> list[str]:
+    """What may lie between the linears: modules without parameters beside one of them, or in the owner."""
+    parents = {path.rpartition(".")[0] for path in (site.up, site.gate, site.down) if path is not None} | {site.owner}
+    beside = [(join(parent, name), m) for parent in parents for name, m in model.get_submodule(parent).named_children()]
+    return sorted(path for path, m in beside if next(m.parameters(), None) is None)
+
+
+def _around(site: FFNSite) -> list[str]:
+    """The modules below the owner that call a linear, which take or hand on zeros."""
+    found: dict[str, None] = {}
+    for path in (site.up, site.gate or site.up, site.down):
+        parent = path.rpartition(".")[0]
+        while len(parent) > len(site.owner):
+            found[parent] = None
+            parent = parent.rpartition(".")[0]
+    return list(found)
+
+
+def _called_between(model: nn.Module, site: FFNSite) -> list[str]:
+    """Modules that a user's graph calls between x and the hidden units."""
+    assert isinstance(model, GraphModule)
+    gated = next(n for n in model.graph.nodes if n.target is gate and n.args[0].target == site.router)
+    _, h, logits = gated.args
+    before = set(breadth_first(logits.args[0], lambda n: n.all_input_nodes))
+    between = [n for n in breadth_first(h, lambda n: n.all_input_nodes) if n not in before]
+    return [str(n.target) for n in between if n.op == "call_module"]
+
+
+def called_modules(model: nn.Module) -> set[str]:
+    assert isinstance(model, GraphModule)
+    return {str(n.target) for n in model.graph.nodes if n.op == "call_module"}
+
+
+def bypassed_code(module: nn.Module) -> str | None:
+    """What runs with this module's call, and would not where the op stands in its place."""
+    if untouched(module):
+        return None
+    hooks = [h for name in _HOOKS for h in module.__dict__[name].values() if not isinstance(h, Hook)]
+    if hooks:
+        name = getattr(hooks[0], "__qualname__", type(hooks[0]).__name__)
+        return f"carries a hook, {name}, which the op would bypass"
+    return "runs a forward that was put on the instance, which the op would bypass"
+
+
+def untouched(module: nn.Module) -> bool:
+    """No hooks but ours, no other forward than the class's or ours; in as little time as can be."""
+    own = module.__dict__
+    if own["_forward_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return False
+    before = own["_forward_pre_hooks"]
+    if before and not all(isinstance(h, Hook) for h in before.values()):
+        return False
+    return "forward" not in own or isinstance(own["forward"], (Stub, SparseDown)) or not is_replaced(module)
+
+
+def plain(module: nn.Module) -> bool:
+    """Whether a module's call is a matrix product, and nothing runs with it."""
+    return (type(module) is nn.Linear or is_product(module)) and untouched(module)
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def check_bypassed(linears: Iterable[nn.Module], skipped: Iterable[nn.Module]) -> None:
+    """Raises LoweredError where something would have run with a call of these, had the op not stood in their place."""
+    for module in linears:
+        if not plain(module):
+            raise _added_later(f"{type(module).__name__} {bypassed_code(module) or not_plain(module) or 'was changed'}")
+    for module in skipped:
+        if not untouched(module):
+            raise _added_later(f"{type(module).__name__} {bypassed_code(module) or 'was changed'}")
+    if _has_any_global_hook():
+        raise _added_later(GLOBAL_HOOK)
+
+
+def _added_later(what: str) -> LoweredError:
+    return LoweredError(
+        f"{what}: it was added after ltepass.lower; call ltepass.unlower(model) before, then lower again"
+    )

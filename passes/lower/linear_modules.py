@@ -1,0 +1,207 @@
+"""What a linear module of a lowered model calls: the op that reads its weight, or one for quantised weights.
+
+Nothing traces these modules. Only the forward on the instance changes: hooks run, names and parameters stay, and
+whatever the ops do not read goes to the linear's own forward. The weights are looked at anew in every call: they may be
+moved, cast or replaced meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from ltepass.kernels.linear import (
+    FLOATS,  # and registers the ops
+    linear,
+    linear_int4,
+    linear_int8,
+)
+from ltepass.kernels.linear_reference import BLOCK, pack_int4
+from ltepass.passes.capture.replaced_forwards import is_replaced
+from ltepass.passes.lower.plain_linears import is_conv1d, is_ordinary, is_product, parameters_of
+from ltepass.routed.undo import lay_as
+
+
+class LinearCall:
+    """Stands for the forward of `module`. An input or a weight that the op does not read goes to the module's own."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def own(self, x: Tensor) -> Tensor:
+        return self.module.__class__.forward(self.module, x)  # type: ignore[no-any-return]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def weights(self) -> tuple[Tensor, ...]:
+        """What a call reads, but for the bias."""
+        raise NotImplementedError
+
+
+class FloatCall(LinearCall):
+    """stride: of the weight before it was stored a row an output, or None."""
+
+    def __init__(self, module: nn.Module, stride: tuple[int, ...] | None = None) -> None:
+        super().__init__(module)
+        self.stride = stride
+
+    def __call__(self, x: Tensor) -> Tensor:
+        weight, bias = parameters_of(self.module)
+        if not _served(x) or type(weight) is not Parameter or weight.dtype != x.dtype or not weight.is_cpu:
+            return self.own(x)
+        return linear(x, weight if self.stride is None else weight.t(), bias)
+
+    def weights(self) -> tuple[Tensor, ...]:
+        return parameters_of(self.module)[:1]
+
+
+class Int8Call(LinearCall):
+    """Weights of 8 bits, a scale an output. Inputs become int8 in blocks of 32."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.cls = type(module.weight)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        weight, bias = parameters_of(self.module)
+        if not _served(x) or type(weight) is not self.cls or not weight.is_cpu:
+            return self.own(x)
+        codes, scale = _int8_parts(weight)
+        return linear_int8(x, codes, scale, None if bias is None else bias.to(x.dtype))
+
+    def weights(self) -> tuple[Tensor, ...]:
+        return _int8_parts(parameters_of(self.module)[0])
+
+
+class Int4Call(LinearCall):
+    """The same for 4 bits in blocks of 32, packed once; `codes` are those that were packed."""
+
+    def __init__(self, module: nn.Module, weight: Tensor) -> None:
+        super().__init__(module)
+        self.codes: Tensor = weight.qdata  # type: ignore[attr-defined]
+        self.packed = pack_int4((self.codes + 8).to(torch.uint8))
+        self.scale: Tensor = weight.scale.to(torch.float16)  # type: ignore[attr-defined]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        weight, bias = parameters_of(self.module)
+        if not _served(x) or getattr(weight, "qdata", None) is not self.codes:
+            return self.own(x)
+        return linear_int4(x, self.packed, self.scale, None, None if bias is None else bias.to(x.dtype))
+
+    def weights(self) -> tuple[Tensor, ...]:
+        return self.packed, self.scale
+
+
+def _served(x: Tensor) -> bool:
+    """Whether the ops take this input at all: autocast means another dtype."""
+    return type(x) is Tensor and x.is_cpu and x.dtype in FLOATS and not torch.is_autocast_enabled("cpu")
+
+
+def calls(model: nn.Module) -> Iterator[LinearCall]:
+    """Of every linear that is lowered."""
+    forwards = (module.__dict__.get("forward") for module in model.modules())
+    return (forward for forward in forwards if isinstance(forward, LinearCall))
+
+
+def lower_linear_modules(
+    model: nn.Module, bypassed: Iterable[nn.Module], *, quantised_only: bool = False
+) -> dict[str, str]:
+    """Every plain linear on the CPU calls its op, but for those that a lowered FFN passes by (`bypassed`).
+
+    quantised_only: for a model that is compiled, where the backend finds the others. Returns the paths of those that
+    were left, and why.
+    """
+    skipped, left = set(bypassed), {}
+    for path, module in model.named_modules():
+        if module in skipped or not is_product(module) or not parameters_of(module)[0].is_cpu:
+            continue
+        reason = why_not_linear(module)
+        if reason is not None:
+            left[path] = reason
+        elif not (quantised_only and is_ordinary(parameters_of(module)[0])):
+            module.forward = _call(module)
+    return left
+
+
+def _call(module: nn.Module) -> LinearCall:
+    weight, _ = parameters_of(module)
+    if not is_ordinary(weight):
+        return Int8Call(module) if _kind(weight) == "Int8Tensor" else Int4Call(module, weight)
+    if not is_conv1d(module):
+        return FloatCall(module)
+    stride = weight.stride()
+    weight.data = weight.data.t().contiguous().t()
+    return FloatCall(module, stride)
+
+
+def lowered_linears(model: nn.Module) -> int:
+    return sum(1 for _ in calls(model))
+
+
+def weights_read(model: nn.Module) -> dict[nn.Parameter, tuple[Tensor, ...]]:
+    """What calls of lowered linears read in the place of a parameter."""
+    return {call.module.weight: call.weights() for call in calls(model)}  # type: ignore[misc]
+
+
+def unlower_linear_modules(model: nn.Module) -> None:
+    for call in list(calls(model)):
+        del call.module.__dict__["forward"]
+        weight, _ = parameters_of(call.module)
+        if isinstance(call, FloatCall) and call.stride is not None and weight.t().is_contiguous():
+            lay_as(weight, call.stride)
+
+
+def why_not_linear(module: nn.Module) -> str | None:
+    """Why a linear on the CPU keeps its own forward, or None."""
+    weight, bias = parameters_of(module)
+    if "_hf_hook" in module.__dict__:
+        return "it carries an offload hook"
+    if "forward" in module.__dict__ and is_replaced(module):
+        return "it runs a forward that was put on the instance"
+    if is_ordinary(weight):
+        return None if weight.dtype in FLOATS else f"no kernel for {str(weight.dtype).removeprefix('torch.')}"
+    if bias is not None and not is_ordinary(bias):
+        return f"its bias is a {type(bias).__name__}"
+    reader = {"Int8Tensor": _why_not_int8, "IntxUnpackedToInt8Tensor": _why_not_int4}.get(_kind(weight))
+    return f"its weight is a {type(weight).__module__}.{_kind(weight)}" if reader is None else reader(weight)
+
+
+def _kind(weight: Tensor) -> str:
+    return type(weight).__name__
+
+
+def _int8_parts(weight: Tensor) -> tuple[Tensor, Tensor]:
+    return weight.qdata, weight.scale.reshape(-1).float()  # type: ignore[attr-defined]
+
+
+def _why_not_int8(weight: Tensor) -> str | None:
+    """Of torchao's Int8Tensor: codes and scales as linear_int8 has them."""
+    codes, scale = _int8_parts(weight)
+    if codes.dim() != 2 or scale.shape != codes.shape[:1]:
+        return f"its {list(codes.shape)} codes have {scale.numel()} scales; expected one an output"
+    return _why_not_codes(weight)  # -128 too: no path of the kernel saturates
+
+
+def _why_not_int4(weight: Tensor) -> str | None:
+    """Of torchao's IntxUnpackedToInt8Tensor: codes and scales as linear_int4 has them."""
+    codes, scale = weight.qdata, weight.scale  # type: ignore[attr-defined]
+    if codes.dim() != 2 or scale.shape != (codes.shape[0], codes.shape[1] / BLOCK):
+        return f"its {list(codes.shape)} codes have {list(scale.shape)} scales; expected one for each {BLOCK} inputs"
+    if not bool(((codes >= -8) & (codes <= 7)).all()):
+        return "its codes have more than 4 bits"
+    if not bool(scale.to(torch.float16).isfinite().all()):
+        return "its scales are no float16"
+    return _why_not_codes(weight)
+
+
+def _why_not_codes(weight: Tensor) -> str | None:
+    if getattr(weight, "act_pre_scale", None) is not None:
+        return "its inputs are scaled first"
+    zero = getattr(weight, "zero_point", None)
+    if zero is not None and bool(zero.any()):
+        return "its codes have a zero point"
+    return None
