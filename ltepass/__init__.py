@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from ltepass import old_names as _old_names
-from ltepass import registration as _registration
+from ltepass import transformers_hook as _transformers_hook
 from ltepass.kernels import routed_ffn as _ops  # noqa: F401  # registers what a saved program calls (torch.export.load)
 from ltepass.routed import gate as _gate  # noqa: F401  # likewise
 from ltepass.version import __version__
@@ -120,5 +120,5 @@ def __dir__() -> list[str]:
     return __all__
 
 
-_registration.register("ltepass.saving.quantizer")
+_transformers_hook.register("ltepass.saving.quantizer")
 _old_names.register()

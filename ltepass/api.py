@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ltepass import registration
+from ltepass import transformers_hook
 from ltepass.config import LTEConfig, Scope
 from ltepass.errors import AlreadyTransformedError, LoweredError, MetaWeightsError
 from ltepass.passes import TRANSFORM
@@ -88,7 +88,7 @@ def _transform(
         )
     has = calibration is not None
     run_passes(TRANSFORM, TransformJob(model, config, example_inputs, has_calibration=has, selection=selection))
-    registration.attach(model)
+    transformers_hook.attach(model)
     if calibration is not None:
         from ltepass.calibration.initialise import calibrate
 
@@ -111,7 +111,7 @@ def remove(model: nn.Module, undo_grouping: bool = False) -> nn.Module:
     routed = Routed.trained(model, "remove")
     require_whole(model, "remove")
     remove_routers(routed, undo_grouping=undo_grouping)
-    registration.detach(model)
+    transformers_hook.detach(model)
     return model
 
 

@@ -86,7 +86,7 @@ MOVED = {
     "ltepass.lowered_server": "ltepass.serving.lowered_server",
     "ltepass.request_schema": "ltepass.serving.request_schema",
     "ltepass.cuts": "ltepass.sparsity.cuts",
-    "ltepass.training.options": "ltepass.training.stage_options",
+    "ltepass.training.options": "ltepass.training.stages",
     "ltepass.routed.json_entry": "ltepass.routed.read_json",
     "ltepass.routed.site_entry": "ltepass.routed.site_json",
     "ltepass.saving.entry": "ltepass.saving.state_json",
@@ -102,7 +102,7 @@ MOVED = {
     "ltepass.passes.lower.operands": "ltepass.passes.lower.lowered_forward",
     "ltepass.demo.folder": "ltepass.demo.results",
     "ltepass.sparsity.modes": "ltepass.routed.modes",
-    "ltepass.measure.text_blocks": "ltepass.texts",
+    "ltepass.measure.text_blocks": "ltepass.corpora",
     "ltepass.passes.capture.inline_leaves": "ltepass.passes.capture.user_graph",
     "ltepass.passes.capture.export": "ltepass.passes.capture.capture_module",
     "ltepass.kernels.hard_ffn": "ltepass.kernels.backward",
@@ -119,6 +119,9 @@ MOVED = {
     "ltepass.demo.learning": "ltepass.demo.training_loop",
     "ltepass.passes.find.owner": "ltepass.passes.find.region_to_site",
     "ltepass.passes.insert.guarding": "ltepass.passes.insert.watch_forwards",
+    "ltepass.training.stage_options": "ltepass.training.stages",
+    "ltepass.registration": "ltepass.transformers_hook",
+    "ltepass.texts": "ltepass.corpora",
 }
 
 

@@ -119,7 +119,7 @@ def test_a_config_that_built_several_models_is_left_alone() -> None:
 
 
 def test_registering_twice_is_harmless() -> None:
-    from ltepass.registration import register
+    from ltepass.transformers_hook import register
 
     for _ in range(2):
         register("ltepass.saving.quantizer")

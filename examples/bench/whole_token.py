@@ -19,8 +19,8 @@ import torch
 
 import ltepass
 from examples.bench import speed_page
+from ltepass.corpora import python_docs, token_blocks
 from ltepass.demo.smollm import load_smollm2
-from ltepass.texts import python_docs, token_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -23,11 +23,11 @@ from examples.compare import models
 from examples.compare.rule_hooks import Ruled
 from examples.compare.rules import Rule, Seen, top
 from ltepass.calibration.energy import down_energy
+from ltepass.corpora import python_docs, token_blocks
 from ltepass.measure.quality import perplexity
 from ltepass.passes.group.group_neurons import site_permutation
 from ltepass.routed.routed import Routed
 from ltepass.routed.samples import SAMPLE_TOKENS, Sample, collect
-from ltepass.texts import python_docs, token_blocks
 
 CALIBRATION, LENGTH = 8, 512
 ROWS = (

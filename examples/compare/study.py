@@ -12,9 +12,9 @@ from torch import Tensor
 import ltepass
 from ltepass.config import Budget as BudgetName
 from ltepass.config import RouterKind
+from ltepass.corpora import corpora, token_blocks
 from ltepass.routed.routed import Routed
 from ltepass.sparsity.thresholds import move_biases
-from ltepass.texts import corpora, token_blocks
 
 HELD_OUT = 12  # blocks
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -100,7 +100,7 @@ def classification_task(tokenizer: Any, budget: Budget, texts: Path | None, seed
 
 
 def _train_slice(tokenizer: Any, budget: Budget, texts: Path | None, name: str) -> Tensor:
-    from ltepass.texts import corpora, token_blocks
+    from ltepass.corpora import corpora, token_blocks
 
     chars = 8 * budget.length * (budget.steps * budget.batch // 3 + 8)
     return token_blocks(tokenizer, corpora(texts, chars, 1)[name][0], budget.length)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ltepass import registration
+from ltepass import transformers_hook
 from ltepass.config import LTEConfig
 from ltepass.errors import CaptureError, LoweringError, NoFFNFoundError
 from ltepass.passes import TRANSFORM
@@ -153,7 +153,7 @@ def _transformed(row: Row, example: Example) -> Row:
     except NoFFNFoundError:
         status = "transform" if expected else "no dense FFN"
     if status == "ok":
-        registration.attach(model)
+        transformers_hook.attach(model)
     downs = {s.down for s in job.sites}
     return replace(
         row,

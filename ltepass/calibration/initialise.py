@@ -15,10 +15,10 @@ lte-warm; what a start costs, in `examples/results/start_cost.md`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +28,10 @@ from ltepass.calibration.proxy_scale import start_proxies
 from ltepass.calibration.ridge import RidgeSums
 from ltepass.calibration.sensitivity import Sensitivity, sensitivities
 from ltepass.config import Mode
-from ltepass.errors import CalibrationError, ConfigError, MetaWeightsError
+from ltepass.errors import ConfigError, MetaWeightsError
 from ltepass.grouping_methods import AUTO, AUTO_WITH_DATA
 from ltepass.passes.group.group_neurons import permute_routed, site_permutation
-from ltepass.routed.batches import tokens_in
+from ltepass.routed.batches import every, on_every
 from ltepass.routed.modes import mode_of
 from ltepass.routed.routed import Routed, require_whole
 from ltepass.routed.router import Router
@@ -43,10 +43,8 @@ from ltepass.sparsity.cuts import place_cuts
 from ltepass.sparsity.thresholds import is_calibrated, move_biases, table_of, update_table
 
 Inputs = Literal["dense", "hard"]
-T = TypeVar("T")
 FIRST_FIT_STRIDE = 4  # every fourth batch, for a fit that only leads to the next
 THRESHOLD_STRIDE = 8  # every eighth, for thresholds and costs
-MIN_TOKENS = 512  # of either, where the batches hold as many
 LOGIT_STD = 2.0  # spread of the starting logits: a quarter of the scores lie within 0.15 of tau, off the pole
 
 
@@ -120,9 +118,9 @@ def initialise_routers(routed: Routed, batches: Sequence[Any], inputs: Inputs) -
     log_costs: dict[str, float] | None = None
     found: dict[str, Sensitivity] | None = None
     if routed.config["budget"] == "model":
-        found = _on_every(THRESHOLD_STRIDE, batches, partial(sensitivities, routed))
+        found = on_every(THRESHOLD_STRIDE, batches, partial(sensitivities, routed))
     if routed.config.get("router") == "proxy":
-        _on_every(THRESHOLD_STRIDE, batches, lambda some: start_proxies(routed, some, found))
+        on_every(THRESHOLD_STRIDE, batches, lambda some: start_proxies(routed, some, found))
         move_biases(routed, target)
         for _ in range(2 if inputs == "hard" and target > 0 else 0):  # the second sees the inputs of moved thresholds
             _recalibrate(routed, every(THRESHOLD_STRIDE, batches), target)
@@ -138,7 +136,7 @@ def initialise_routers(routed: Routed, batches: Sequence[Any], inputs: Inputs) -
     if adapts:  # thresholds of the last fit twice: the second sees the inputs that the moved thresholds make
         passes = [("dense", FIRST_FIT_STRIDE, 1), ("hard", 1, 2)]
     for mode, nth, meetings in passes:
-        fits = _on_every(nth, batches, partial(fit_energies, routed, weights=weights, mode=mode))
+        fits = on_every(nth, batches, partial(fit_energies, routed, weights=weights, mode=mode))
         scales = scales or _scales(fits, together=log_costs is not None)  # of the dense pass
         for name, fit in fits.items():
             offset = 0.0 if log_costs is None else max(log_costs[name] - fit.mean_log, -MAX_LOG_OFFSET)
@@ -146,23 +144,6 @@ def initialise_routers(routed: Routed, batches: Sequence[Any], inputs: Inputs) -
         _place(routed, fits, target)
         for _ in range(meetings):
             _recalibrate(routed, every(THRESHOLD_STRIDE, batches), target)
-
-
-def every(nth: int, batches: Sequence[Any]) -> Sequence[Any]:
-    """Every nth of the batches, or more of them where those hold fewer than MIN_TOKENS."""
-    parts = (batches[::step] for step in range(nth, 1, -1))
-    return next((some for some in parts if sum(map(tokens_in, some)) >= MIN_TOKENS), batches)
-
-
-def _on_every(nth: int, batches: Sequence[Any], run: Callable[[Sequence[Any]], T]) -> T:
-    """What a run over every nth batch gives, or over all where those pass an FFN by."""
-    some = every(nth, batches)
-    try:
-        return run(some)
-    except CalibrationError:
-        if len(some) == len(batches):
-            raise
-        return run(batches)
 
 
 @dataclass

@@ -16,6 +16,7 @@ import torch
 from ltepass.api import remove
 from ltepass.commands.bench_tables import token_plot, token_tables
 from ltepass.commands.load import load
+from ltepass.corpora import token_blocks
 from ltepass.errors import ConfigError
 from ltepass.exporting.decoder import is_gated
 from ltepass.measure import gguf_file, llama_cpp
@@ -26,7 +27,6 @@ from ltepass.measure.sides.side import DTYPES, Side
 from ltepass.measure.sides.transformers_side import How, Quantised, Transformers
 from ltepass.measure.token_speed import PREFILL_TOKENS, PROMPT_TOKENS, Text, bench_tokens
 from ltepass.routed.routed import is_transformed
-from ltepass.texts import token_blocks
 
 if TYPE_CHECKING:
     from rich.console import Group

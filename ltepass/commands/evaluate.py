@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import ltepass
 from ltepass.commands.load import load
+from ltepass.corpora import token_blocks
 from ltepass.errors import ConfigError
 from ltepass.measure.quality import perplexity, sparsity_curve
 from ltepass.routed.reporting import span
 from ltepass.routed.routed import state_of
-from ltepass.texts import token_blocks
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -12,10 +12,10 @@ import torch
 import ltepass
 from ltepass.commands.load import load
 from ltepass.config import Budget, LTEConfig, RouterKind
+from ltepass.corpora import token_blocks
 from ltepass.errors import ConfigError
 from ltepass.grouping_methods import AUTO
 from ltepass.routed.reporting import Report
-from ltepass.texts import token_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

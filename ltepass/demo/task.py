@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
+from ltepass.corpora import Tokenizer, python_docs, token_blocks
 from ltepass.demo.tiny import Bytes, load_tiny
-from ltepass.texts import Tokenizer, python_docs, token_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from inspect import signature
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ltepass.errors import CalibrationError
 
+T = TypeVar("T")
 Batch = Tensor | Mapping[str, object] | Sequence[Tensor]  # a sequence of one tensor
 TOKEN_INPUTS = frozenset("input_ids attention_mask token_type_ids position_ids decoder_input_ids labels".split())
 EXPECTED = (
     "expected a tensor of token ids, or a mapping of the model's inputs to tensors, as a tokenizer gives with "
     "return_tensors='pt'"
 )
+MIN_TOKENS = 512  # of every nth batch, where the batches hold as many
 
 
 def inputs_of(model: nn.Module, batch: Batch) -> tuple[tuple[Tensor, ...], dict[str, object]]:
@@ -127,3 +130,20 @@ def require_seen(counts: dict[str, int]) -> None:
             f"no token reached {missed[0]} ({len(missed)} of {len(counts)} sites); expected at least one "
             "batch that runs through every FFN; pass batches of token ids"
         )
+
+
+def every(nth: int, batches: Sequence[Any]) -> Sequence[Any]:
+    """Every nth of the batches, or more of them where those hold fewer than MIN_TOKENS."""
+    parts = (batches[::step] for step in range(nth, 1, -1))
+    return next((some for some in parts if sum(map(tokens_in, some)) >= MIN_TOKENS), batches)
+
+
+def on_every(nth: int, batches: Sequence[Any], run: Callable[[Sequence[Any]], T]) -> T:
+    """What a run over every nth batch gives, or over all where those pass an FFN by."""
+    some = every(nth, batches)
+    try:
+        return run(some)
+    except CalibrationError:
+        if len(some) == len(batches):
+            raise
+        return run(batches)

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ltepass.routed.padding import Forward, TokenRows
 from ltepass.routed.soft_losses import per_token_losses, union_per_token
+from ltepass.routed.token_masks import Forward, TokenRows
 
 
 class Losses(NamedTuple):

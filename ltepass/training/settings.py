@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from ltepass.config import BUDGETS, Budget, check_sparsity
-from ltepass.errors import ConfigError
+from ltepass.errors import ConfigError, TrainingError
+
+if TYPE_CHECKING:
+    from transformers import Trainer as Behind  # what a mixin reads of the Trainer behind it
+    from transformers import TrainingArguments
+else:
+    Behind = object
 
 Trainable = Literal["all", "lora", "routers"]
 
@@ -73,3 +79,14 @@ class LTESettings:
             )
         if self.lora_rank < 1:
             raise ConfigError(f"lora_rank is {self.lora_rank}; expected at least 1")
+
+
+def refuse_reentrant(args: TrainingArguments) -> None:
+    new, old = "activation_checkpointing", "gradient_checkpointing"  # transformers renames it, and mirrors it at first
+    name = new if hasattr(args, new) else old
+    kwargs = getattr(args, f"{name}_kwargs", None) or {}
+    if getattr(args, name) and kwargs.get("use_reentrant"):
+        raise TrainingError(
+            f"{name}_kwargs has use_reentrant=True, which silently drops the auxiliary gradient; "
+            "expected non-reentrant checkpointing; pass {'use_reentrant': False}"
+        )

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ltepass.config import Budget
+from ltepass.api import lower, unlower
+from ltepass.config import Budget, Mode
 from ltepass.measure.sparsity import hard_sparsity
 from ltepass.routed.modes import switch
 from ltepass.routed.proxy_router import ProxyRouter, encode
-from ltepass.routed.routed import Routed, require_whole
-from ltepass.routed.undo import verb
+from ltepass.routed.routed import Routed, require_whole, routers_of
+from ltepass.routed.router import Router
+from ltepass.routed.undo import all_or_nothing, undisturbed, verb
 from ltepass.sparsity.cuts import place_cuts
 from ltepass.sparsity.thresholds import place_thresholds, update_table
 from ltepass.training.labels import label_mask, shifts_labels
-from ltepass.training.settings import Trainable
+from ltepass.training.lora import add_lora, merge_lora
+from ltepass.training.settings import LTESettings, Trainable
 
 Stage = Literal["soft", "hard"]
 
@@ -114,3 +119,46 @@ def held_out_perplexity(model: Any, batches: Iterable[Any]) -> float | None:
             count += tokens
     model.train(was_training)
     return math.exp(min(total / count, 80.0)) if count else None
+
+
+@contextmanager
+def stage_options(model: nn.Module, lte: LTESettings, stage: Stage) -> Iterator[None]:
+    """Which parameters learn, low-rank updates, what routers keep, what computes; as before, and merged, at the end.
+
+    What was learned stays, also where training fails or is interrupted; the mode is then the one before.
+    """
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    modes = [(router, router.mode) for router in routers_of(model)]
+    through_op = lte.through_op and stage == "hard"
+    begun = False
+    try:
+        begun = all_or_nothing(model, partial(_begin, model, lte, stage, through_op))
+        yield
+        modes = []
+    finally:
+        with undisturbed(), ExitStack() as last:  # last in, first out; each runs whatever became of the others
+            if begun:
+                last.callback(_reset, model, flags, modes)
+                last.callback(merge_lora, model)
+            if begun and through_op:
+                last.callback(unlower, model)
+
+
+def _begin(model: nn.Module, lte: LTESettings, stage: Stage, through_op: bool) -> bool:
+    begin_stage(model, stage, trainable=lte.trainable, straight_through=lte.straight_through)
+    if lte.trainable == "lora":
+        add_lora(Routed.of(model, "stage options"), lte.lora_rank)
+    for router in Routed.of(model, "stage options").routers:
+        router.recorder.count_inactive, router.recorder.share_neighbours = lte.hold, lte.union > 0
+    if through_op:
+        lower(model, scope="ffn")
+    return True
+
+
+def _reset(model: nn.Module, flags: dict[str, bool], modes: list[tuple[Router, Mode]]) -> None:
+    for router in routers_of(model):
+        router.straight_through = router.recorder.count_inactive = router.recorder.share_neighbours = False
+    for name, p in model.named_parameters():
+        p.requires_grad_(flags.get(name, p.requires_grad))
+    for router, mode in modes:
+        router.mode = mode

@@ -37,9 +37,8 @@ from ltepass.training.controller import SparsityController
 from ltepass.training.distillation import dense_teacher, divergence
 from ltepass.training.labels import label_mask, shifts_labels
 from ltepass.training.lora import merge_lora
-from ltepass.training.settings import LTESettings
-from ltepass.training.stage_options import stage_options
-from ltepass.training.stages import Stage, held_out_perplexity, hold, settle
+from ltepass.training.settings import LTESettings, refuse_reentrant
+from ltepass.training.stages import Stage, held_out_perplexity, hold, settle, stage_options
 
 if TYPE_CHECKING:
     from transformers import Trainer as Behind  # what a mixin reads of the Trainer behind it
@@ -182,7 +181,7 @@ class LTETrainerMixin(Behind):  # type: ignore[misc]  # mypy does not read trans
     def train(
         self, resume_from_checkpoint: bool | str | None = None, trial: object = None, **kwargs: object
     ) -> TrainOutput | None:
-        _refuse_reentrant(self.args)
+        refuse_reentrant(self.args)
         with (
             self._one_model(trial),
             stage_options(self.lte_model, self.lte, self._next_stage or self.stage),
@@ -353,14 +352,3 @@ class _Guard(TrainerCallback):  # type: ignore[misc]
 
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, *_: object, **__: object) -> None:
         self.trainer.steer((state.global_step + 1) / max(1, state.max_steps))
-
-
-def _refuse_reentrant(args: TrainingArguments) -> None:
-    new, old = "activation_checkpointing", "gradient_checkpointing"  # transformers renames it, and mirrors it at first
-    name = new if hasattr(args, new) else old
-    kwargs = getattr(args, f"{name}_kwargs", None) or {}
-    if getattr(args, name) and kwargs.get("use_reentrant"):
-        raise TrainingError(
-            f"{name}_kwargs has use_reentrant=True, which silently drops the auxiliary gradient; "
-            "expected non-reentrant checkpointing; pass {'use_reentrant': False}"
-        )

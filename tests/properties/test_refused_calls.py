@@ -27,8 +27,7 @@ from ltepass.calibration.refit_down import warm_start
 from ltepass.passes.capture.decoder_step import capture_step
 from ltepass.threads import locks
 from ltepass.training.settings import LTESettings
-from ltepass.training.stage_options import stage_options
-from ltepass.training.stages import Stage, begin_stage, settle
+from ltepass.training.stages import Stage, begin_stage, settle, stage_options
 from tests.models.zoo import build, ids
 from tests.properties.trees import examples
 

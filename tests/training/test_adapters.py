@@ -14,7 +14,7 @@ import ltepass
 from ltepass.errors import ConfigError
 from ltepass.routed.routed import router_of, routers_of
 from ltepass.training.settings import LTESettings
-from ltepass.training.stage_options import stage_options
+from ltepass.training.stages import stage_options
 from tests.training.learning_cases import copied_text, fit, trained
 from tests.typed import present
 

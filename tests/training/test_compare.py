@@ -28,9 +28,9 @@ from examples.compare.frontier_rows import Rows
 from examples.compare.measured import measure_lte
 from examples.compare.study import load_data
 from examples.compare.tuning import tune_dense
+from ltepass.corpora import corpora
 from ltepass.measure.quality import perplexity, sparsity_curve
 from ltepass.routed.routed import routers_of
-from ltepass.texts import corpora
 from tests.training.learning_cases import copied_text, trained
 
 

@@ -15,7 +15,7 @@ from transformers import TrainingArguments, integrations
 import ltepass
 from ltepass.routed.routed import routers_of
 from ltepass.training.settings import LTESettings
-from ltepass.training.stage_options import stage_options
+from ltepass.training.stages import stage_options
 from ltepass.training.trainer import HELD_OUT, LTETrainer
 from tests.training.learning_cases import copied_text, trained
 
@@ -158,7 +158,7 @@ def test_training_that_stops_midway_leaves_modes_flags_and_modules_as_before(
 
 
 def test_the_exit_of_a_stage_is_finished_whatever_fails_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ltepass.training import stage_options as options
+    from ltepass.training import stages as options
 
     model = trained()
     flags = {n: p.requires_grad for n, p in model.named_parameters()}

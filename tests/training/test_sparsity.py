@@ -12,9 +12,9 @@ from transformers.models.gemma4 import Gemma4ForCausalLM, Gemma4TextConfig
 
 import ltepass
 from ltepass.calibration import initialise
-from ltepass.calibration.initialise import every, fit_energies
+from ltepass.calibration.initialise import fit_energies
 from ltepass.errors import CalibrationError, ConfigError, LoweredError, NotTransformedError
-from ltepass.routed.batches import run_batches
+from ltepass.routed.batches import every, run_batches
 from ltepass.routed.modes import mode_of
 from ltepass.routed.routed import router_of, routers_of
 from ltepass.routed.samples import SomeRows, record_logits
