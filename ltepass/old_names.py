@@ -87,7 +87,6 @@ MOVED = {
     "ltepass.request_schema": "ltepass.serving.request_schema",
     "ltepass.cuts": "ltepass.sparsity.cuts",
     "ltepass.training.options": "ltepass.training.stages",
-    "ltepass.routed.json_entry": "ltepass.routed.read_json",
     "ltepass.routed.site_entry": "ltepass.routed.site_json",
     "ltepass.saving.entry": "ltepass.saving.state_json",
     "ltepass.routed.proxy": "ltepass.routed.proxy_router",
@@ -122,6 +121,8 @@ MOVED = {
     "ltepass.training.stage_options": "ltepass.training.stages",
     "ltepass.registration": "ltepass.transformers_hook",
     "ltepass.texts": "ltepass.corpora",
+    "ltepass.routed.selection": "ltepass.routed.which_sites",
+    "ltepass.routed.read_json": "ltepass.routed.json_entry",
 }
 
 

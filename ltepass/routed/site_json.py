@@ -9,7 +9,7 @@ from typing import Any
 
 from ltepass.kernels.reference import ACTIVATIONS
 from ltepass.paths import is_path
-from ltepass.routed.read_json import Entry, Json
+from ltepass.routed.json_entry import Entry, Json
 from ltepass.routed.sites import PATHS, ROWS, FFNSite, NeuronRows
 
 VERSION = 3  # of what write_state gives

@@ -10,15 +10,17 @@ version 3: `config` says which kind of router there is.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 from ltepass.config import BUDGETS, PROXY_SCALES, ROUTERS, SEEDS, LTEConfig
 from ltepass.errors import CheckpointError, ConfigError, shown
 from ltepass.grouping_methods import AUTO, GROUPINGS
-from ltepass.routed.read_json import ADVICE, LARGEST, Entry, Json
+from ltepass.routed.json_entry import ADVICE, LARGEST, Entry, Json
 from ltepass.routed.site_json import VERSION, read_site, write_site
 from ltepass.routed.sites import LTEState, Refusal
 from ltepass.version import __version__
@@ -121,3 +123,10 @@ _CONFIG: dict[str, Callable[[object], bool]] = {
     "tau": _number,
     "seed": lambda v: type(v) is int and v in SEEDS,
 }
+
+
+def read_json(path: Path) -> object:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}); expected what ltepass.save wrote") from error

@@ -22,9 +22,9 @@ from ltepass.config import LTEConfig
 from ltepass.errors import ConfigError
 from ltepass.passes.graph.captured import Captured
 from ltepass.passes.graph.node_kinds import op_name
-from ltepass.routed.selection import Selection
 from ltepass.routed.sites import FFNSite, Refusal
 from ltepass.routed.undo import all_or_nothing
+from ltepass.routed.which_sites import Selection
 
 log = logging.getLogger("ltepass")
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Sequence
-from pathlib import Path
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
 from ltepass.errors import CheckpointError, shown
@@ -70,10 +68,3 @@ class Entry:
 
 
 ADVICE = "ltepass did not write this: save the model again, or delete quantization_config to load it dense"
-
-
-def read_json(path: Path) -> object:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}); expected what ltepass.save wrote") from error
