@@ -25,7 +25,7 @@ MOVED = {
     "ltepass.ops": "ltepass.kernels.routed_ffn",
     "ltepass.kernels.routed_ffn_cpu": "ltepass.kernels.cpu.build",
     "ltepass.kernels.routed_ffn_triton": "ltepass.kernels.gpu.launch",
-    "ltepass.kernels.traceable": "ltepass.kernels.gpu.traceable",
+    "ltepass.kernels.traceable": "ltepass.kernels.dispatch",
     "ltepass.kernels.triton_batch": "ltepass.kernels.gpu.batch",
     "ltepass.kernels.triton_call": "ltepass.kernels.gpu.call",
     "ltepass.kernels.triton_common": "ltepass.kernels.gpu.common",
@@ -123,6 +123,7 @@ MOVED = {
     "ltepass.texts": "ltepass.corpora",
     "ltepass.routed.selection": "ltepass.routed.which_sites",
     "ltepass.routed.read_json": "ltepass.routed.json_entry",
+    "ltepass.kernels.gpu.traceable": "ltepass.kernels.dispatch",
 }
 
 
