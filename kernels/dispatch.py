@@ -118,8 +118,12 @@ def show_launches(library: torch.library.Library) -> None:
 
 
 def decompose(
-    mode: FunctionalTensorMode, op: Any, types: tuple[type, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+    mode: FunctionalTensorMode,
+    op: torch._ops.OpOverload,
+    types: tuple[type, ...],
+    args: Args,
+    kwargs: dict[str, object],
+) -> object:
     """The op as kernel launches that a graph can hold, where x is on a GPU and the graph is being compiled."""
     from torch.export._trace import custom_triton_ops_decomposition_disabled
 
