@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.generation.streamers import BaseStreamer
 
 import ltepass
+from examples.bench import token_profile
 from ltepass.commands.generate import generate as command
 from ltepass.errors import ConfigError, ExportError
 from ltepass.exporting.decoder import ExportedDecoder
@@ -254,6 +255,19 @@ def test_the_benchmark_times_it_beside_the_model_that_it_was_made_of(exported: A
     assert ours.weight_mb == pytest.approx(eager.weight_mb, rel=0.01), "counted in the graph, and in the modules"
     assert ours.kv_mb == pytest.approx(eager.kv_mb)
     assert 0 < ours.ms < eager.ms
+
+
+def test_the_profile_says_where_a_token_goes(exported: Any, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        options = ["--threads", "1", "--tokens", "4", "--rounds", "2"]
+        token_profile.main([str(exported[1]), *options, "--out", str(tmp_path / "rows.csv")])
+    finally:
+        torch.set_num_threads(before)
+    (row,) = read(tmp_path / "rows.csv", token_profile.ProfileRecord)
+    assert (row.calls, row.tokens) == (2 * 4 + 1, 8), "qkv, attention, output and FFN of two layers, and the head"
+    assert 0 < row.weights_ms < row.ms
+    assert row.ms == pytest.approx(row.weights_ms + row.attention_ms + row.between_ms, rel=0.01)
 
 
 def test_what_an_exported_folder_cannot_do_is_refused(exported: Any) -> None:
