@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 from torch.fx import GraphModule
@@ -12,6 +12,7 @@ from ltepass.errors import LoweredError
 from ltepass.passes.capture.replaced_forwards import is_replaced
 from ltepass.passes.graph.captured import join
 from ltepass.passes.graph.node_kinds import breadth_first
+from ltepass.passes.insert.activation_check import disagrees, own_graphs
 from ltepass.passes.insert.hooks import Hook, SparseDown
 from ltepass.passes.lower.plain_linears import is_product, not_plain
 from ltepass.passes.lower.stubs import Stub
@@ -69,6 +70,15 @@ def called_modules(model: nn.Module) -> set[str]:
     return {str(n.target) for n in model.graph.nodes if n.op == "call_module"}
 
 
+def other_activation(model: nn.Module, site: FFNSite) -> str | None:
+    """What tells that a module took the activation's place since transform. Of a site without hooks there."""
+    is_graph = site.kind == "graph"
+    paths = _called_between(model, site) if is_graph else _activations(model, site)
+    beside = [m for m in map(model.get_submodule, paths) if next(m.parameters(), None) is None]
+    graphs = () if is_graph else own_graphs(model.get_submodule(site.owner), site)
+    return disagrees(model, site, graphs or (), beside, others=True)
+
+
 def bypassed_code(module: nn.Module) -> str | None:
     """What runs with this module's call, and would not where the op stands in its place."""
     if untouched(module):
@@ -99,16 +109,27 @@ def plain(module: nn.Module) -> bool:
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def check_bypassed(linears: Iterable[nn.Module], skipped: Iterable[nn.Module]) -> None:
-    """Raises LoweredError where something would have run with a call of these, had the op not stood in their place."""
+def check_bypassed(linears: Iterable[nn.Module], skipped: Sequence[nn.Module], classes: tuple[str, ...]) -> None:
+    """Raises LoweredError where something would have run with a call of these, had the op not stood in their place.
+
+    classes: of what was skipped when the site was lowered; none where a pickle is older than them.
+    """
     for module in linears:
         if not plain(module):
             raise _added_later(f"{type(module).__name__} {bypassed_code(module) or not_plain(module) or 'was changed'}")
     for module in skipped:
         if not untouched(module):
             raise _added_later(f"{type(module).__name__} {bypassed_code(module) or 'was changed'}")
+    if classes and classes != (now := classes_of(skipped)):
+        new, old = next(pair for pair in zip(now, classes, strict=True) if pair[0] != pair[1])
+        raise _added_later(f"a {new} has taken the place of a {old}")
     if _has_any_global_hook():
         raise _added_later(GLOBAL_HOOK)
+
+
+def classes_of(modules: Iterable[nn.Module]) -> tuple[str, ...]:
+    """Names, for they are pickled."""
+    return tuple([type(module).__name__ for module in modules])
 
 
 def _added_later(what: str) -> LoweredError:

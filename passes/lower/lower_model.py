@@ -15,6 +15,7 @@ from torch import nn
 from ltepass.config import Scope
 from ltepass.errors import ConfigError, LoweredError, LoweringError
 from ltepass.passes.insert.watch_forwards import check_forwards
+from ltepass.passes.lower.bypassed_modules import other_activation
 from ltepass.passes.lower.compiled import compile_model, is_compiled, uncompile_model
 from ltepass.passes.lower.lay_out_neurons import give_back_strides, lay_out
 from ltepass.passes.lower.linear_modules import lower_linear_modules, lowered_linears, unlower_linear_modules
@@ -49,7 +50,9 @@ def _lower(model: nn.Module, scope: Scope, ffn: bool) -> nn.Module:
         check_forwards(model)
         reasons = {s.name: why_not(routed, s) for s in state.sites}
         if scope == "ffn":
-            reasons = {s.name: reasons[s.name] or why_not_alone(model, s) for s in state.sites}
+            reasons = {
+                s.name: reasons[s.name] or why_not_alone(model, s) or other_activation(model, s) for s in state.sites
+            }
     state.notes = [f"{name}: kept masked-dense: {reason}" for name, reason in reasons.items() if reason]
     sites = [s for s in state.sites if not reasons[s.name]]
     if ffn and not sites:

@@ -19,12 +19,13 @@ from ltepass.passes.graph.node_kinds import erase_upstream
 from ltepass.passes.insert.generated_classes import forwards_of, regenerate
 from ltepass.passes.insert.hooks import SparseDown, attach
 from ltepass.passes.insert.insert_routers import inline_site, insert_gates, relative
-from ltepass.passes.lower.bypassed_modules import idle, with_inner
-from ltepass.passes.lower.lowered_forward import lowered_ffn, lowered_in_graph, plan_of
+from ltepass.passes.lower.bypassed_modules import classes_of, idle, with_inner
+from ltepass.passes.lower.lowered_forward import Plan, lowered_ffn, lowered_in_graph, plan_of
 from ltepass.passes.lower.plain_linears import is_conv1d
 from ltepass.passes.lower.stubs import Stub, one_token_will_do
 from ltepass.routed.gate import gate as gate_call
 from ltepass.routed.routed import Routed
+from ltepass.routed.router import Router
 from ltepass.routed.sites import FFNSite, LTEState
 
 
@@ -105,7 +106,14 @@ def _call_op(root: nn.Module, graph: Graph, site: FFNSite) -> None:
     between = with_inner(root, sorted(called - _called(graph) - set(paths)))
     with graph.inserting_before(new):
         skipped = [graph.get_attr(path) for path in between]
+    _note_skipped(root.get_submodule(router), root, between)
     new.args = (linears, skipped, *new.args[2:]) if site.kind == "graph" else (*new.args, *skipped)
+
+
+def _note_skipped(router: nn.Module, root: nn.Module, paths: list[str]) -> None:
+    assert isinstance(router, Router), "a site's router"
+    assert isinstance(router.plan, Plan), "made for every lowered site"
+    router.plan = replace(router.plan, skipped=classes_of(map(root.get_submodule, paths)))
 
 
 def _called(graph: Graph) -> set[str]:
@@ -127,5 +135,6 @@ def _lower_inline(model: nn.Module, owner: str, sites: list[FFNSite], lowered: s
             width = linear.get_parameter("weight").shape[1 if is_conv1d(linear) else 0]
             linear.forward = Stub(width, one_token=one_token)
         sparse = SparseDown(inline[-1], lowered_ffn, [relative(site, path) for path in idle(model, site)])
+        _note_skipped(model.get_submodule(site.router), model, idle(model, site))
         model.get_submodule(site.down).forward = sparse
     attach(module, inline)

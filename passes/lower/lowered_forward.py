@@ -28,7 +28,10 @@ from ltepass.threads import interfered, require_own
 
 @dataclass(frozen=True)
 class Plan:
-    """How one site's weights are read by the op. Rows are None where the whole parameter is the operand."""
+    """How one site's weights are read by the op. Rows are None where the whole parameter is the operand.
+
+    skipped: the classes of the modules that do not run for it, in the order in which they are handed on.
+    """
 
     activation: str
     d_ff: int
@@ -37,6 +40,7 @@ class Plan:
     up_bias: NeuronRows | None
     gate_bias: NeuronRows | None
     down_transposed: bool
+    skipped: tuple[str, ...] = ()
 
 
 def plan_of(model: nn.Module, site: FFNSite) -> Plan:
@@ -61,7 +65,7 @@ def lowered_ffn(
     router: Router, up: nn.Module, gate_linear: nn.Module | None, down: nn.Module, x: Tensor, *skipped: nn.Module
 ) -> Tensor:
     """The whole FFN of a lowered site: x [..., d_model] -> [..., d_model]. skipped: modules that do not run for it."""
-    check_bypassed((up, down) if gate_linear is None else (up, gate_linear, down), skipped)
+    check_bypassed((up, down) if gate_linear is None else (up, gate_linear, down), skipped, _skipped(router))
     gate: tuple[Tensor | None, Tensor | None] = (None, None) if gate_linear is None else parameters_of(gate_linear)
     weights = (*parameters_of(up), *gate, *parameters_of(down))
     for weight in weights:
@@ -78,8 +82,12 @@ def lowered_in_graph(linears: Sequence[nn.Module], skipped: Sequence[nn.Module],
     x: Tensor = args[-1]
     if isinstance(x, torch.fx.Proxy):  # as for `gate`: one node stays one node when a pickle loads
         return x.tracer.create_proxy("call_function", lowered_in_graph, (linears, skipped, router, *args), {})
-    check_bypassed(linears, skipped)
+    check_bypassed(linears, skipped, _skipped(router))
     return lowered_call(router, *args)
+
+
+def _skipped(router: Router) -> tuple[str, ...]:
+    return router.plan.skipped if isinstance(router.plan, Plan) else ()
 
 
 def lowered_call(

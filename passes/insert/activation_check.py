@@ -1,0 +1,166 @@
+"""Whether an owner's forward computes the activation that its site names, as it stands now.
+
+The sparse op computes `activation` in place of the forward's lines: a checkpoint may name another one, and a module may
+take the activation's place after transform.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from ltepass.kernels.reference import ACTIVATIONS
+from ltepass.passes.capture.trace_owner import trace_owner
+from ltepass.routed.sites import FFNSite, NeuronRows
+
+_TOKENS = 4
+ANOTHER = "another function"
+
+
+def disagrees(
+    model: nn.Module,
+    site: FFNSite,
+    graphs: Sequence[Graph],
+    functions: Sequence[Callable[[Tensor], object]],
+    *,
+    others: bool = False,
+) -> str | None:
+    """What tells that the site's owner computes another activation; None where it is that one, or nothing tells.
+
+    graphs: the owner's own forward. functions: where it has none, one of those that it holds is the activation.
+    others: nothing else is among them, so that what no kernel knows tells as well.
+    """
+    owner = model.get_submodule(site.owner)
+    # while weights load, everything else is made on the meta device
+    with torch.device("cpu"), torch.no_grad(), _evaluating(owner):
+        return _region(model, owner, site, graphs[-1]) if graphs else _held(functions, site, others)
+
+
+def own_graphs(owner: nn.Module, site: FFNSite) -> tuple[Graph, ...] | None:
+    """The owner's own forward, in training and evaluation; none where hooks serve it and it cannot be read.
+
+    None where nothing else could serve it.
+    """
+    if site.kind == "inline":
+        graphs = trace_owner(owner, defaults=True) or ()
+        return graphs if all(calls(graph, path) == 1 for graph in graphs for path in linears(site)) else ()
+    return trace_owner(owner)
+
+
+def linears(site: FFNSite) -> list[str]:
+    """Of up, gate and down, seen from the owner."""
+    cut = len(site.owner) + 1 if site.owner else 0
+    return [path[cut:] for path in (site.up, site.gate or site.up, site.down)]
+
+
+def calls(graph: Graph, path: str) -> int:
+    return sum(n.op == "call_module" and n.target == path for n in graph.nodes)
+
+
+def behind(node: Node, stop: Iterable[Node]) -> set[Node]:
+    """Every node that `node` is computed from, up to the nodes of `stop`."""
+    ends, found, stack = set(stop), set[Node](), [node]
+    while stack:
+        new = [n for n in stack.pop().all_input_nodes if n not in found]
+        found.update(new)
+        stack += [n for n in new if n not in ends]
+    return found
+
+
+@contextmanager
+def _evaluating(owner: nn.Module) -> Iterator[None]:
+    """Flags alone: without dropout."""
+    before = {m: m.training for m in owner.modules()}
+    try:
+        for module in before:
+            module.training = False
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training
+
+
+def _region(model: nn.Module, owner: nn.Module, site: FFNSite, graph: Graph) -> str | None:
+    """The lines between the linears, run on samples in place of what up and gate give."""
+    up, gate, down = (next(n for n in graph.nodes if n.target == path) for path in linears(site))
+    generator = torch.Generator().manual_seed(0)
+    samples = {
+        node: _sample(model, rows, generator)
+        for node, rows in ((up, site.up_rows), (gate, site.gate_rows or site.up_rows))
+    }
+    (h,) = down.all_input_nodes
+    region = behind(down, stop=samples)
+    values: dict[Node, Any] = dict(samples)
+    for node in graph.nodes:
+        if node in region and node not in values:
+            try:
+                values[node] = _run(owner, node, values, site.d_model, generator)
+            except Exception:  # lines that take no made-up values: nothing is known of them
+                return None
+    hidden = values[h]
+    agrees = not isinstance(hidden, Tensor) or _agrees(site, hidden, samples[up], samples[gate])
+    return None if agrees else f"its forward does not compute {site.activation}"
+
+
+def _sample(model: nn.Module, rows: NeuronRows, generator: torch.Generator) -> Tensor:
+    width = model.get_parameter(rows.param).shape[rows.dim]
+    return torch.empty(1, _TOKENS, width, dtype=torch.float64).uniform_(-6.0, 6.0, generator=generator)
+
+
+def _run(owner: nn.Module, node: Node, values: dict[Node, Any], d_model: int, generator: torch.Generator) -> object:
+    if node.op == "placeholder":
+        return torch.empty(1, _TOKENS, d_model, dtype=torch.float64).uniform_(-1.0, 1.0, generator=generator)
+    args = map_arg(node.args, lambda n: values[n])
+    kwargs = map_arg(node.kwargs, lambda n: values[n])
+    if node.op == "call_module":
+        return owner.get_submodule(str(node.target))(*args, **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    if node.op == "get_attr":
+        return operator.attrgetter(str(node.target))(owner)
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
+
+
+def _agrees(site: FFNSite, h: Tensor, up: Tensor, gate: Tensor) -> bool:
+    rows, gate_rows = site.up_rows.indices(site.d_ff), (site.gate_rows or site.up_rows).indices(site.d_ff)
+    u, g = up[..., list(rows)], gate[..., list(gate_rows)]
+    act = ACTIVATIONS[site.activation]
+    expected = act(u) if site.gate is None else act(g) * u
+    # a cast inside the forward rounds; two activations differ by far more somewhere in these values
+    return h.shape == expected.shape and torch.allclose(h.double(), expected, rtol=1e-2, atol=1e-4)
+
+
+def _held(functions: Sequence[Callable[[Tensor], object]], site: FFNSite, others: bool) -> str | None:
+    """An inline owner's forward cannot be run alone: its activation is one of the functions that it holds."""
+    held = {name for f in functions for name in [_named(f)] if name and (others or name != ANOTHER)}
+    wrong = held and site.activation not in held
+    return f"its owner holds {', '.join(sorted(held))}, and not {site.activation}" if wrong else None
+
+
+def functions_of(owner: nn.Module) -> list[Callable[[Tensor], object]]:
+    leaves = [m for m in owner.modules() if next(m.children(), None) is None and next(m.parameters(), None) is None]
+    plain = [
+        v for m in owner.modules() for v in vars(m).values() if callable(v) and not isinstance(v, (nn.Module, type))
+    ]
+    return [*leaves, *plain]
+
+
+def _named(function: Callable[[Tensor], object]) -> str | None:
+    """Which activation a function is, or ANOTHER; None for what passes its input on (dropout)."""
+    sample = torch.linspace(-6.0, 6.0, 49, dtype=torch.float64)
+    try:
+        value = function(sample)
+    except Exception:  # it takes something else
+        return None
+    if not isinstance(value, Tensor) or value.shape != sample.shape or torch.equal(value.double(), sample):
+        return None
+    known = ((name, act(sample)) for name, act in ACTIVATIONS.items() if name != "identity")
+    return next((name for name, want in known if torch.allclose(value.double(), want, rtol=1e-6, atol=1e-6)), ANOTHER)
