@@ -85,7 +85,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     One thread at a time: what is put back here must be what this thread found.
     """
     loggers = [logging.getLogger(name) for name in ("torch.export", "torch._subclasses.fake_tensor")]
-    with tracing(), _same_random_numbers(), _same_attributes(model):
+    with tracing(), _same_random_numbers(), _same_attributes(model), _unpatched_modules():
         levels = [logger.level for logger in loggers]
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)  # a failed trace is an error of ours, with the tracer's words in it
@@ -105,6 +105,17 @@ def _same_random_numbers() -> Iterator[None]:
         yield
     finally:
         random.setstate(before)
+
+
+@contextlib.contextmanager
+def _unpatched_modules() -> Iterator[None]:
+    """A Ctrl-C while torch.fx takes back what it set on nn.Module would leave it there, for every model."""
+    before = nn.Module.__call__, nn.Module.__getattr__
+    try:
+        yield
+    except BaseException:
+        nn.Module.__call__, nn.Module.__getattr__ = before  # type: ignore[method-assign]
+        raise
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from torch.fx import Graph, Proxy, Tracer
 from ltepass.passes.capture.forward_source import attributes, is_straight
 from ltepass.paths import is_path
 from ltepass.routed.router import Router
-from ltepass.threads import tracing
+from ltepass.threads import interrupts_wait, tracing
 
 T = TypeVar("T")
 OwnerGraphs = tuple[Graph, Graph]  # of one forward: in training, in evaluation
@@ -105,7 +105,7 @@ def trace_owner(owner: nn.Module, *, defaults: bool = False, through: Collection
     read = _at_defaults(original) if defaults else original
     graphs = []
     try:
-        with tracing():
+        with interrupts_wait(), tracing():  # torch.fx patches nn.Module: half taken back, no model would run any more
             for flag in (True, False):
                 graphs.append(_OwnerTracer(through, reads=not defaults).trace(_stand_in(owner, read, training=flag)))
     except Exception:  # any failure of the tracer means the same: this forward is left alone, hooks serve it

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import random
+import signal
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -308,3 +309,24 @@ def test_a_router_never_leaves_fp32() -> None:
     assert all(isinstance(r, Router) and r.weight.dtype == torch.float32 for r in routers)
     assert model.get_parameter(lte_state(model).sites[0].up_rows.param).dtype == torch.bfloat16
     assert logits(model).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("call", [ltepass.lower, ltepass.transform])
+def test_ctrl_c_while_torch_takes_its_patches_back_is_heard_after_them(
+    call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.fx patches nn.Module for every model while it traces; where it was cut off there, none would run."""
+    model = build("llama") if call is ltepass.transform else transformed("llama", mode="hard")
+    expected, was = logits(model), nn.Module.__getattr__
+    for kind in torch.fx._symbolic_trace._PatchedFn.__subclasses__():
+        own = kind.revert
+
+        def interrupted(self: Any, own: Any = own) -> None:
+            signal.raise_signal(signal.SIGINT)
+            own(self)
+
+        monkeypatch.setattr(kind, "revert", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        call(model)
+    assert nn.Module.__getattr__ is was
+    assert torch.equal(logits(model), expected)
