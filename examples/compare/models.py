@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltepass.demo.tiny import Bytes
+from ltepass.demo.tiny import Bytes, untrained
 
 TINY_STEPS, TINY_BATCH, TINY_LENGTH = 200, 16, 64
 
@@ -43,23 +43,10 @@ def tokenizer(name: str) -> Any:
 
 
 def _train_tiny(blocks: Tensor) -> Any:
-    """Four layers on bytes, FFN 96 -> 384, so that groups of 8, 16, 32 and 64 all fit."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+    """FFN 96 -> 384, so that groups of 8, 16, 32 and 64 all fit."""
     state = torch.random.get_rng_state()
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=96,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=512,
-        bos_token_id=None,
-        eos_token_id=None,
-        initializer_range=0.06,
-    )
-    model = LlamaForCausalLM(config).train()
+    model = untrained(d_ff=384)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.0, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, TINY_STEPS, pct_start=0.1)
     generator = torch.Generator().manual_seed(0)

@@ -55,14 +55,14 @@ def load_tiny(base: Path, blocks: Callable[[], Tensor], seed: int) -> PreTrained
     return AutoModelForCausalLM.from_pretrained(base).eval()
 
 
-def _train_tiny(blocks: Tensor, seed: int) -> PreTrainedModel:
+def untrained(d_ff: int) -> PreTrainedModel:
+    """Four layers on bytes, of width 96."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=256,
         hidden_size=96,
-        intermediate_size=288,
+        intermediate_size=d_ff,
         num_hidden_layers=4,
         num_attention_heads=4,
         max_position_embeddings=512,
@@ -70,7 +70,12 @@ def _train_tiny(blocks: Tensor, seed: int) -> PreTrainedModel:
         eos_token_id=None,
         initializer_range=0.06,
     )
-    model = LlamaForCausalLM(config).train()
+    return LlamaForCausalLM(config).train()
+
+
+def _train_tiny(blocks: Tensor, seed: int) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    model = untrained(d_ff=288)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.0, betas=(0.9, 0.95))
     for step in range(TINY_STEPS):
         for group in optimizer.param_groups:
