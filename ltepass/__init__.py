@@ -19,7 +19,6 @@ from ltepass.routed import gate as _gate  # noqa: F401  # likewise
 from ltepass.version import __version__
 
 if TYPE_CHECKING:
-    from ltepass.api import export, lower, remove, transform, unlower
     from ltepass.calibration.initialise import calibrate
     from ltepass.calibration.refit_down import warm_start
     from ltepass.config import LTEConfig
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from ltepass.measure.quality import perplexity
     from ltepass.measure.sparsity import measure_sparsity, measure_union
     from ltepass.routed.modes import set_mode
-    from ltepass.routed.reporting import Report, report
+    from ltepass.routed.report_tables import Report, report
     from ltepass.routed.sites import FFNSite, Refusal
     from ltepass.saving.plain_modules import load, save
     from ltepass.sparsity.cuts import set_hidden_sparsity, set_input_sparsity
@@ -38,14 +37,15 @@ if TYPE_CHECKING:
     from ltepass.training.settings import LTESettings
     from ltepass.training.stages import begin_stage, settle
     from ltepass.training.trainer import LTETrainer, LTETrainerMixin
+    from ltepass.transform_and_lower import export, lower, remove, transform, unlower
 
 # name -> module; loaded on first use, so that importing ltepass is quick and touches neither transformers nor a GPU
 _PUBLIC = {
-    "export": "ltepass.api",
-    "lower": "ltepass.api",
-    "remove": "ltepass.api",
-    "transform": "ltepass.api",
-    "unlower": "ltepass.api",
+    "export": "ltepass.transform_and_lower",
+    "lower": "ltepass.transform_and_lower",
+    "remove": "ltepass.transform_and_lower",
+    "transform": "ltepass.transform_and_lower",
+    "unlower": "ltepass.transform_and_lower",
     "calibrate": "ltepass.calibration.initialise",
     "warm_start": "ltepass.calibration.refit_down",
     "LTEConfig": "ltepass.config",
@@ -53,8 +53,8 @@ _PUBLIC = {
     "perplexity": "ltepass.measure.quality",
     "measure_sparsity": "ltepass.measure.sparsity",
     "measure_union": "ltepass.measure.sparsity",
-    "Report": "ltepass.routed.reporting",
-    "report": "ltepass.routed.reporting",
+    "Report": "ltepass.routed.report_tables",
+    "report": "ltepass.routed.report_tables",
     "FFNSite": "ltepass.routed.sites",
     "Refusal": "ltepass.routed.sites",
     "load": "ltepass.saving.plain_modules",

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 
 MOVED = {
+    "ltepass.api": "ltepass.transform_and_lower",
+    "ltepass.routed.reporting": "ltepass.routed.report_tables",
     "ltepass.energy": "ltepass.calibration.energy",
     "ltepass.ridge": "ltepass.calibration.ridge",
     "ltepass.sensitivity": "ltepass.calibration.sensitivity",
@@ -73,7 +75,7 @@ MOVED = {
     "ltepass.losses": "ltepass.routed.soft_losses",
     "ltepass.observing": "ltepass.routed.watching",
     "ltepass.padding": "ltepass.routed.padding",
-    "ltepass.reporting": "ltepass.routed.reporting",
+    "ltepass.reporting": "ltepass.routed.report_tables",
     "ltepass.router": "ltepass.routed.router",
     "ltepass.rows": "ltepass.routed.padding",
     "ltepass.sites": "ltepass.routed.sites",

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ltepass.api import remove
 from ltepass.commands.bench_tables import token_plot, token_tables
 from ltepass.commands.load import load
 from ltepass.corpora import token_blocks
@@ -27,6 +26,7 @@ from ltepass.measure.sides.side import DTYPES, Side
 from ltepass.measure.sides.transformers_side import How, Quantised, Transformers
 from ltepass.measure.token_speed import PREFILL_TOKENS, PROMPT_TOKENS, Text, bench_tokens
 from ltepass.routed.routed import is_transformed
+from ltepass.transform_and_lower import remove
 
 if TYPE_CHECKING:
     from rich.console import Group

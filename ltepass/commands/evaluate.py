@@ -10,7 +10,7 @@ from ltepass.commands.load import load
 from ltepass.corpora import token_blocks
 from ltepass.errors import ConfigError
 from ltepass.measure.quality import perplexity, sparsity_curve
-from ltepass.routed.reporting import span
+from ltepass.routed.report_tables import span
 from ltepass.routed.routed import state_of
 
 if TYPE_CHECKING:

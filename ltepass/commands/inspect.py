@@ -11,7 +11,7 @@ import ltepass
 from ltepass.commands.load import call_by_name, load
 from ltepass.config import LTEConfig
 from ltepass.errors import ConfigError
-from ltepass.routed.reporting import Report
+from ltepass.routed.report_tables import Report
 from ltepass.routed.routed import state_of
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from ltepass.config import Budget, LTEConfig, RouterKind
 from ltepass.corpora import token_blocks
 from ltepass.errors import ConfigError
 from ltepass.grouping_methods import AUTO
-from ltepass.routed.reporting import Report
+from ltepass.routed.report_tables import Report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

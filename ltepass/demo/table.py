@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ltepass.demo.options import Options
 from ltepass.demo.results import STAGE_NAMES, Cost, Results, StageName, Stages
-from ltepass.routed.reporting import span
+from ltepass.routed.report_tables import span
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -24,7 +24,6 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ltepass.api import remove
 from ltepass.config import LTEConfig
 from ltepass.errors import CheckpointError
 from ltepass.routed.json_entry import Json
@@ -45,6 +44,7 @@ from ltepass.saving.tensor_checks import (
     read_header,
     shapes_of,
 )
+from ltepass.transform_and_lower import remove
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

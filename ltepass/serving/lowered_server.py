@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from torch import nn
 from transformers.cli.serving.model_manager import ModelManager
 
-from ltepass.api import lower
 from ltepass.routed.routed import state_of
+from ltepass.transform_and_lower import lower
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ltepass.api import lower, unlower
 from ltepass.config import Budget, Mode
 from ltepass.measure.sparsity import hard_sparsity
 from ltepass.routed.modes import switch
@@ -24,6 +23,7 @@ from ltepass.sparsity.thresholds import place_thresholds, update_table
 from ltepass.training.labels import label_mask, shifts_labels
 from ltepass.training.lora import add_lora, merge_lora
 from ltepass.training.settings import LTESettings, Trainable
+from ltepass.transform_and_lower import lower, unlower
 
 Stage = Literal["soft", "hard"]
 

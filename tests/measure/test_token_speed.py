@@ -17,7 +17,6 @@ from torch import Tensor
 
 import ltepass
 from examples.bench import token_table
-from ltepass.api import remove
 from ltepass.commands.bench_tables import token_plot, token_tables
 from ltepass.commands.load import load
 from ltepass.errors import ConfigError
@@ -31,6 +30,7 @@ from ltepass.measure.sparsity import sparsity_of_tail
 from ltepass.measure.token_bytes import weights_read
 from ltepass.measure.token_speed import Text, bench_tokens
 from ltepass.passes.lower.linear_modules import lowered_linears
+from ltepass.transform_and_lower import remove
 from tests.measure.test_token_bytes import FFN, routed
 from tests.measure.tiny import made
 

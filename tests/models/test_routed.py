@@ -25,7 +25,7 @@ LOOK_UPS = {"router_of", "root_of", "state_of"}
 BOUNDARY = {  # where a model comes in that may have no routers, or is not yet known to have some
     "ltepass/routed/routed.py",
     "ltepass/routed/undo.py",
-    "ltepass/api.py",
+    "ltepass/transform_and_lower.py",
     "ltepass/saving/plain_modules.py",
     "ltepass/saving/quantizer.py",
     "ltepass/serving/lowered_server.py",

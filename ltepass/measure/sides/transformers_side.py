@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from ltepass.api import lower, remove, unlower
 from ltepass.config import Scope
 from ltepass.kernels.linear_reference import BLOCK
 from ltepass.kernels.read_pass import read_pass
@@ -24,6 +23,7 @@ from ltepass.measure.sparsity import sparsity_of_tail
 from ltepass.routed.modes import remember_densities
 from ltepass.routed.routed import Routed, is_transformed
 from ltepass.sparsity.thresholds import set_sparsity
+from ltepass.transform_and_lower import lower, remove, unlower
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
