@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 
 MOVED = {
+    "ltepass.measure.token_speed": "ltepass.measure.bench_tokens",
     "ltepass.api": "ltepass.transform_and_lower",
     "ltepass.routed.reporting": "ltepass.routed.report_tables",
     "ltepass.energy": "ltepass.calibration.energy",
@@ -114,7 +115,7 @@ MOVED = {
     "ltepass.kernels.autograd": "ltepass.kernels.dispatch",
     "ltepass.calibration.warm_start": "ltepass.calibration.refit_down",
     "ltepass.calibration.proxy_start": "ltepass.calibration.proxy_scale",
-    "ltepass.demo.speed": "ltepass.measure.decoding",
+    "ltepass.demo.speed": "ltepass.measure.decoding_speed",
     "ltepass.passes.insert.regenerated_forwards": "ltepass.passes.insert.generated_classes",
     "ltepass.cli.running": "ltepass.cli.output_and_errors",
     "ltepass.demo.learning": "ltepass.demo.training_loop",

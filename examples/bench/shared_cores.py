@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from ltepass.measure import gguf_file
+from ltepass.measure.bench_tokens import COLD
 from ltepass.measure.processes import Seat, Worker, workers
 from ltepass.measure.records import Environment, append
 from ltepass.measure.sides.llama_cpp_side import LlamaCpp
 from ltepass.measure.sides.side import Side
 from ltepass.measure.sides.transformers_side import Transformers
 from ltepass.measure.timing import Timing
-from ltepass.measure.token_speed import COLD
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -19,12 +19,12 @@ from ltepass.corpora import token_blocks
 from ltepass.errors import ConfigError
 from ltepass.exporting.decoder import is_gated
 from ltepass.measure import gguf_file, llama_cpp
+from ltepass.measure.bench_tokens import PREFILL_TOKENS, PROMPT_TOKENS, Text, bench_tokens
 from ltepass.measure.records import append
 from ltepass.measure.sides.exported_side import Exported
 from ltepass.measure.sides.llama_cpp_side import under_llama_cpp
 from ltepass.measure.sides.side import DTYPES, Side
 from ltepass.measure.sides.transformers_side import How, Quantised, Transformers
-from ltepass.measure.token_speed import PREFILL_TOKENS, PROMPT_TOKENS, Text, bench_tokens
 from ltepass.routed.routed import is_transformed
 from ltepass.transform_and_lower import remove
 

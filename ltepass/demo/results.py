@@ -13,7 +13,7 @@ from typing import Literal, TypedDict, get_args
 
 from ltepass.demo.options import DemoOptions, Options
 from ltepass.errors import ConfigError
-from ltepass.measure.decoding import Summary
+from ltepass.measure.decoding_speed import Summary
 from ltepass.measure.machine import facts
 
 StageName = Literal["prepare", "dense", "tune_dense", "calibrate", "train", "quality", "speed", "generate", "reload"]

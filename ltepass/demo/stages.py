@@ -32,7 +32,7 @@ from ltepass.demo.results import (
     TunedDense,
 )
 from ltepass.demo.task import Task, load_dense, load_task
-from ltepass.measure import decoding
+from ltepass.measure import decoding_speed
 from ltepass.measure.quality import perplexity
 from ltepass.measure.sparsity import sparsity_of_tail
 from ltepass.measure.token_bytes import router_share
@@ -195,10 +195,10 @@ def measure_speed(demo: Demo) -> Speed:
     text = demo.task.test.flatten()[: PROMPT_TOKENS + TIMED_TOKENS].to(demo.options.device)
     active = 1 - sparsity_of_tail(routed, text, PROMPT_TOKENS)
     ltepass.lower(routed, scope="ffn")
-    sides = {"dense": plain, "lowered": routed, "bare": decoding.without_ffns(plain, sites)}
-    times = decoding.time_decoding(sides, text[:PROMPT_TOKENS], text[PROMPT_TOKENS:])
+    sides = {"dense": plain, "lowered": routed, "bare": decoding_speed.without_ffns(plain, sites)}
+    times = decoding_speed.time_decoding(sides, text[:PROMPT_TOKENS], text[PROMPT_TOKENS:])
     return {
-        **decoding.summary(times, active, router_share(routed, sites)),
+        **decoding_speed.summary(times, active, router_share(routed, sites)),
         "compile_mode": COMPILE_MODE,
         "dtype": str(plain.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),

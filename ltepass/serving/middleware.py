@@ -18,7 +18,7 @@ from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ltepass.serving.request_schema import MOST_TOKENS, SCHEMAS
+from ltepass.serving.request_schema import MOST_TOKENS, SCHEMAS, BadRequestError, parsed, refused
 
 if TYPE_CHECKING:
     from transformers.cli.serving.model_manager import ModelManager
@@ -26,12 +26,6 @@ if TYPE_CHECKING:
 MOST_BYTES = 32 << 20  # of a request
 STREAM = "text/event-stream"
 OF_THE_REQUEST = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
-
-
-class BadRequestError(Exception):
-    def __init__(self, status: int, text: str, param: str | None = None) -> None:
-        super().__init__(text)
-        self.status, self.param = status, param
 
 
 @contextmanager
@@ -78,11 +72,11 @@ class CheckedRequests:
         kind = Headers(scope=scope).get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
             raise BadRequestError(415, f"the content type is {kind!r}; expected application/json")
-        content = _parsed(body)
+        content = parsed(body)
         try:
             request = SCHEMAS[scope["path"]].model_validate(content)
         except ValidationError as error:
-            raise _of(error) from None
+            raise refused(error) from None
         most = self._most_tokens(request.model)
         for name, asked in request.asked_tokens().items():
             if asked > most:
@@ -94,36 +88,6 @@ class CheckedRequests:
         config = getattr(getattr(loaded, "model", None), "config", None)
         text = config.get_text_config() if config is not None else None
         return getattr(text, "max_position_embeddings", None) or MOST_TOKENS
-
-
-def _parsed(body: bytes) -> dict[str, object]:
-    try:
-        content = json.loads(body, parse_constant=_no_json)
-    except UnicodeDecodeError as error:
-        raise BadRequestError(400, f"the request is no UTF-8 ({error.reason} at byte {error.start})") from None
-    except (ValueError, RecursionError) as error:
-        raise BadRequestError(400, f"the request is no JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise BadRequestError(400, f"the request is a JSON {type(content).__name__}; expected an object")
-    return content
-
-
-def _no_json(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON number")
-
-
-def _of(error: ValidationError) -> BadRequestError:
-    """One line about the first fault; where a value may be of several kinds, about the kind that fits best."""
-    first = max(error.errors(include_url=False), key=lambda fault: len(fault["loc"]))
-    where = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part.isidentifier())
-    seen = "" if first["type"] in ("missing", "value_error") else f", not {_short(first['input'])}"
-    text = first["msg"].removeprefix("Value error, ")
-    return BadRequestError(400, f"{where}: {text}{seen}" if where else text, where or None)
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 async def _body(receive: Receive) -> bytes:

@@ -1,7 +1,8 @@
 """What a request to the server may hold: OpenAI's fields, types and ranges, as far as transformers serves them.
 
 Fields that no class names are left to transformers, which refuses those that it does not know. Types are strict: "5" is
-no number and true no integer. Imported by the server alone, for pydantic comes with the extra "serve".
+no number and true no integer. What is none of them is a BadRequestError. Imported by the server alone, for pydantic
+comes with the extra "serve".
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 MOST_TOKENS = 1 << 20  # of an answer, where the model's own limit is not known
 T = TypeVar("T")
@@ -31,6 +32,12 @@ SHOWN = {
     "video_url": "video_url",
     "audio_url": "audio_url",
 }
+
+
+class BadRequestError(Exception):
+    def __init__(self, status: int, text: str, param: str | None = None) -> None:
+        super().__init__(text)
+        self.status, self.param = status, param
 
 
 class _Fields(BaseModel):
@@ -232,3 +239,33 @@ def _require_text(item: dict[str, object], *names: str) -> None:
     for name in names:
         if not isinstance(item.get(name), str):
             raise ValueError(f"an item of type {item.get('type')!r} has no {name!r}")
+
+
+def parsed(body: bytes) -> dict[str, object]:
+    try:
+        content = json.loads(body, parse_constant=_no_json)
+    except UnicodeDecodeError as error:
+        raise BadRequestError(400, f"the request is no UTF-8 ({error.reason} at byte {error.start})") from None
+    except (ValueError, RecursionError) as error:
+        raise BadRequestError(400, f"the request is no JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise BadRequestError(400, f"the request is a JSON {type(content).__name__}; expected an object")
+    return content
+
+
+def _no_json(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON number")
+
+
+def refused(error: ValidationError) -> BadRequestError:
+    """One line about the first fault; where a value may be of several kinds, about the kind that fits best."""
+    first = max(error.errors(include_url=False), key=lambda fault: len(fault["loc"]))
+    where = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part.isidentifier())
+    seen = "" if first["type"] in ("missing", "value_error") else f", not {_short(first['input'])}"
+    text = first["msg"].removeprefix("Value error, ")
+    return BadRequestError(400, f"{where}: {text}{seen}" if where else text, where or None)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from ltepass.commands.bench import BenchOptions, _sides
 from ltepass.errors import ConfigError
 from ltepass.measure import gguf_file, llama_cpp
+from ltepass.measure.bench_tokens import Text
 from ltepass.measure.processes import Seat, workers
 from ltepass.measure.quality import perplexity
 from ltepass.measure.sides.llama_cpp_side import LlamaCpp
-from ltepass.measure.token_speed import Text
 from tests.measure.tiny import CONFIGS, SIZES, made
 
 pytest.importorskip("llama_cpp")

@@ -16,7 +16,7 @@ from ltepass.config import Scope
 from ltepass.kernels.linear_reference import BLOCK
 from ltepass.kernels.read_pass import read_pass
 from ltepass.measure import token_bytes
-from ltepass.measure.decoding import time_generate
+from ltepass.measure.decoding_speed import time_generate
 from ltepass.measure.quality import perplexity
 from ltepass.measure.sides.side import DTYPES, Engine, Facts, Sparse
 from ltepass.measure.sparsity import sparsity_of_tail

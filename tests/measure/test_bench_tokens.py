@@ -20,7 +20,7 @@ from examples.bench import token_table
 from ltepass.commands.bench_tables import token_plot, token_tables
 from ltepass.commands.load import load
 from ltepass.errors import ConfigError
-from ltepass.measure import token_speed
+from ltepass.measure.bench_tokens import Text, bench_tokens
 from ltepass.measure.processes import Seat, Worker
 from ltepass.measure.quality import perplexity
 from ltepass.measure.records import TokenRecord, append, read
@@ -28,7 +28,6 @@ from ltepass.measure.sides.side import Facts
 from ltepass.measure.sides.transformers_side import Transformers
 from ltepass.measure.sparsity import sparsity_of_tail
 from ltepass.measure.token_bytes import weights_read
-from ltepass.measure.token_speed import Text, bench_tokens
 from ltepass.passes.lower.linear_modules import lowered_linears
 from ltepass.transform_and_lower import remove
 from tests.measure.test_token_bytes import FFN, routed
@@ -80,7 +79,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         asked.append(f"threads {threads}")
         yield [Stand(side, asked) for side in sides]
 
-    monkeypatch.setattr(token_speed, "workers", seats)
+    monkeypatch.setattr("ltepass.measure.bench_tokens.workers", seats)
     return asked
 
 
