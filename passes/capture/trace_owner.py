@@ -52,6 +52,8 @@ class _OwnerTracer(Tracer):
     ) -> object:
         if threading.get_ident() != self.thread:
             return forward(*args, **kwargs)
+        if self.submodule_paths is not None and m not in self.submodule_paths:
+            return forward(*args, **kwargs)  # held by nobody here, as what ACT2FN[name] makes: its own lines
         return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: object, parameter_proxy_cache: dict[str, Proxy]) -> object:

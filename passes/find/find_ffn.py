@@ -16,6 +16,7 @@ from torch.fx import Node
 
 from ltepass.errors import NoFFNFoundError
 from ltepass.passes.capture.trace_owner import OwnerGraphs
+from ltepass.passes.find.computed_weights import refuse_computed_weights
 from ltepass.passes.find.group_size import check_group_size, with_group_size
 from ltepass.passes.find.match import Miss, Region, match_down
 from ltepass.passes.find.match_types import Found
@@ -78,7 +79,7 @@ def find_in(
             refusals.append(site)
         else:
             found.append(Found(site, captured, _products(match)))
-    return found, refusals + refuse_expert_stacks(captured)
+    return found, refusals + refuse_expert_stacks(captured) + refuse_computed_weights(captured)
 
 
 def _products(region: Region) -> frozenset[Node]:

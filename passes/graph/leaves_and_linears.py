@@ -29,6 +29,8 @@ from ltepass.passes.graph.node_kinds import (
     value,
 )
 
+_PICKING = frozenset("getitem index index_select gather embedding take_along_dim".split())
+
 
 @dataclass(frozen=True, kw_only=True)
 class Linear:
@@ -137,6 +139,17 @@ class Flow:
         return Linear(
             node=node, product=node, x=x, weight=leaf[0], bias=bias, out_dim=1 - out_dim if leaf[1] else out_dim
         )
+
+    def computed_weight(self, node: Node) -> Node | None:
+        """The weight of a product whose weight is computed from parameters alone, and is not one of them."""
+        parts = _linear_parts(node)
+        weight = parts[1] if parts else None
+        if not isinstance(weight, Node) or not is_plain_tensor(weight) or len(shape(weight)) != 2:
+            return None
+        source = strip_identity(weight)
+        while source not in self.leaves and (is_movement(source) or op_name(source) in _PICKING):
+            source = strip_identity(tensor_inputs(source)[0])
+        return source if source not in self.leaves and self.fixed(weight) else None
 
     def _biased(self, node: Node) -> Linear | None:
         """product(x) + b, where b is a leaf with one entry per output feature and nobody else reads the product."""

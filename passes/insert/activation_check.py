@@ -17,6 +17,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from ltepass.kernels.reference import ACTIVATIONS
+from ltepass.passes.capture.forward_source import attributes
 from ltepass.passes.capture.trace_owner import trace_owner
 from ltepass.routed.sites import FFNSite, NeuronRows
 
@@ -147,10 +148,19 @@ def _held(functions: Sequence[Callable[[Tensor], object]], site: FFNSite, others
 
 def functions_of(owner: nn.Module) -> list[Callable[[Tensor], object]]:
     leaves = [m for m in owner.modules() if next(m.children(), None) is None and next(m.parameters(), None) is None]
-    plain = [
-        v for m in owner.modules() for v in vars(m).values() if callable(v) and not isinstance(v, (nn.Module, type))
-    ]
-    return [*leaves, *plain]
+    return [*leaves, *(f for m in owner.modules() for f in functions_in(m).values())]
+
+
+def functions_in(module: nn.Module) -> dict[str, Callable[[Tensor], object]]:
+    """What an instance holds that may be called and is no module, by its name there."""
+    held = {name: module.__dict__[name] for name in attributes(module)}
+    return {name: f for name, f in held.items() if callable(f) and not isinstance(f, type)}
+
+
+def is_elementwise(function: Callable[[Tensor], object]) -> bool:
+    """Whether it may stand for an activation."""
+    with torch.device("cpu"), torch.no_grad():
+        return _named(function) is not None
 
 
 def _named(function: Callable[[Tensor], object]) -> str | None:

@@ -16,6 +16,7 @@ import functools
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -221,7 +222,7 @@ class _DownBefore(Hook):
 class SparseDown:
     """The down linear's forward in a lowered inline site: the whole FFN from x; its own input is made of zeros.
 
-    skipped: paths below the owner of what runs on these zeros, and may carry no hooks.
+    skipped: paths below the owner of modules that run on these zeros, and may carry no hooks, and of values read there.
     """
 
     def __init__(self, site: InlineSite, ffn: Callable[..., Tensor], skipped: Sequence[str]) -> None:
@@ -234,7 +235,7 @@ class SparseDown:
         setattr(_calls, site.slot, _Note(owner, gated=True))
         up, gate_linear = owner.get_submodule(site.up), owner.get_submodule(site.gate) if site.gate else None
         router, down = owner.get_submodule(site.router), owner.get_submodule(site.down)
-        return self.ffn(router, up, gate_linear, down, x[0], *map(owner.get_submodule, self.skipped))
+        return self.ffn(router, up, gate_linear, down, x[0], *(attrgetter(path)(owner) for path in self.skipped))
 
 
 def _note(site: InlineSite) -> _Note:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from types import MethodType
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.modules.module import _has_any_global_hook
 
 from ltepass.errors import LoweredError
+from ltepass.passes.capture.forward_source import attributes
 from ltepass.passes.capture.replaced_forwards import is_replaced
 from ltepass.passes.graph.captured import join
 from ltepass.passes.graph.node_kinds import breadth_first
-from ltepass.passes.insert.activation_check import disagrees, own_graphs
+from ltepass.passes.insert.activation_check import disagrees, functions_in, is_elementwise, own_graphs
 from ltepass.passes.insert.hooks import Hook, SparseDown
 from ltepass.passes.lower.plain_linears import is_product, not_plain
 from ltepass.passes.lower.stubs import Stub
@@ -39,9 +41,28 @@ def with_inner(root: nn.Module, paths: Iterable[str]) -> list[str]:
 
 def _activations(model: nn.Module, site: FFNSite) -> list[str]:
     """What may lie between the linears: modules without parameters beside one of them, or in the owner."""
-    parents = {path.rpartition(".")[0] for path in (site.up, site.gate, site.down) if path is not None} | {site.owner}
-    beside = [(join(parent, name), m) for parent in parents for name, m in model.get_submodule(parent).named_children()]
+    beside = [
+        (join(parent, name), m) for parent in _parents(site) for name, m in model.get_submodule(parent).named_children()
+    ]
     return sorted(path for path, m in beside if next(m.parameters(), None) is None)
+
+
+def _parents(site: FFNSite) -> list[str]:
+    """The owner, and what holds one of its linears."""
+    return sorted(
+        {path.rpartition(".")[0] for path in (site.up, site.gate, site.down) if path is not None} | {site.owner}
+    )
+
+
+def idle_values(model: nn.Module, site: FFNSite) -> list[str]:
+    """Of an inline site: functions and names beside its linears that may say which activation its forward calls."""
+    found = []
+    for parent in _parents(site):
+        module = model.get_submodule(parent)
+        functions = [name for name, f in functions_in(module).items() if is_elementwise(f)]
+        words = [name for name in attributes(module) if isinstance(module.__dict__[name], str)]
+        found += [join(parent, name) for name in functions + words]
+    return found
 
 
 def _around(site: FFNSite) -> list[str]:
@@ -71,10 +92,14 @@ def called_modules(model: nn.Module) -> set[str]:
 
 
 def other_activation(model: nn.Module, site: FFNSite) -> str | None:
-    """What tells that a module took the activation's place since transform. Of a site without hooks there."""
+    """What tells that something took the activation's place since transform. Of a site without hooks there."""
     is_graph = site.kind == "graph"
     paths = _called_between(model, site) if is_graph else _activations(model, site)
-    beside = [m for m in map(model.get_submodule, paths) if next(m.parameters(), None) is None]
+    beside: list[Callable[[Tensor], object]] = [
+        m for m in map(model.get_submodule, paths) if next(m.parameters(), None) is None
+    ]
+    if site.kind == "inline":
+        beside += [f for path in _parents(site) for f in functions_in(model.get_submodule(path)).values()]
     graphs = () if is_graph else own_graphs(model.get_submodule(site.owner), site)
     return disagrees(model, site, graphs or (), beside, others=True)
 
@@ -109,27 +134,36 @@ def plain(module: nn.Module) -> bool:
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def check_bypassed(linears: Iterable[nn.Module], skipped: Sequence[nn.Module], classes: tuple[str, ...]) -> None:
+def check_bypassed(linears: Iterable[nn.Module], skipped: Sequence[object], before: Sequence[object]) -> None:
     """Raises LoweredError where something would have run with a call of these, had the op not stood in their place.
 
-    classes: of what was skipped when the site was lowered; none where a pickle is older than them.
+    before: what was skipped when the site was lowered; nothing where a pickle is older than this.
     """
     for module in linears:
         if not plain(module):
             raise _added_later(f"{type(module).__name__} {bypassed_code(module) or not_plain(module) or 'was changed'}")
-    for module in skipped:
-        if not untouched(module):
-            raise _added_later(f"{type(module).__name__} {bypassed_code(module) or 'was changed'}")
-    if classes and classes != (now := classes_of(skipped)):
-        new, old = next(pair for pair in zip(now, classes, strict=True) if pair[0] != pair[1])
-        raise _added_later(f"a {new} has taken the place of a {old}")
+    for now, was in zip(skipped, before or skipped, strict=True):
+        if now is not was and not _is_copy(now, was):
+            raise _added_later(f"{_called(now)} has taken the place of {_called(was)}")
+        if isinstance(now, nn.Module) and not untouched(now):
+            raise _added_later(f"{type(now).__name__} {bypassed_code(now) or 'was changed'}")
     if _has_any_global_hook():
         raise _added_later(GLOBAL_HOOK)
 
 
-def classes_of(modules: Iterable[nn.Module]) -> tuple[str, ...]:
-    """Names, for they are pickled."""
-    return tuple([type(module).__name__ for module in modules])
+def _is_copy(now: object, was: object) -> bool:
+    """The same again: in a replica of DataParallel, whose plans are the model's own, or read from a pickle."""
+    if type(now) is not type(was):
+        return False
+    if isinstance(now, nn.Module) and isinstance(was, nn.Module):
+        return all(now.__dict__.get(name) == was.__dict__[name] for name in attributes(was))
+    return isinstance(now, (int, float, str, MethodType)) and now == was
+
+
+def _called(value: object) -> str:
+    """For a message."""
+    name = getattr(value, "__name__", None)
+    return f"a {type(value).__name__}" if name is None else f"the function {name}"
 
 
 def _added_later(what: str) -> LoweredError:

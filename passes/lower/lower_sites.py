@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import groupby
+from operator import attrgetter
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from ltepass.passes.capture.trace_owner import trace_owner
@@ -19,7 +20,7 @@ from ltepass.passes.graph.node_kinds import erase_upstream
 from ltepass.passes.insert.generated_classes import forwards_of, regenerate
 from ltepass.passes.insert.hooks import SparseDown, attach
 from ltepass.passes.insert.insert_routers import inline_site, insert_gates, relative
-from ltepass.passes.lower.bypassed_modules import classes_of, idle, with_inner
+from ltepass.passes.lower.bypassed_modules import idle, idle_values, with_inner
 from ltepass.passes.lower.lowered_forward import Plan, lowered_ffn, lowered_in_graph, plan_of
 from ltepass.passes.lower.plain_linears import is_conv1d
 from ltepass.passes.lower.stubs import Stub, one_token_will_do
@@ -89,6 +90,7 @@ def _call_op(root: nn.Module, graph: Graph, site: FFNSite) -> None:
     )
     (down,) = gated.users
     x, called = gated.args[2].args[0], _called(graph)
+    inputs = {node: node.all_input_nodes for node in graph.nodes}
     paths = [None if p is None else relative(site, p) for p in (site.up, site.gate, site.down)]
     with graph.inserting_before(down):
         module = graph.get_attr(router)
@@ -103,17 +105,28 @@ def _call_op(root: nn.Module, graph: Graph, site: FFNSite) -> None:
             new = graph.call_function(lowered_ffn, (module, *linears, x))
     down.replace_all_uses_with(new)
     erase_upstream(down)
-    between = with_inner(root, sorted(called - _called(graph) - set(paths)))
+    between = [p for p in _between(root, inputs, set(graph.nodes)) if p not in paths]
     with graph.inserting_before(new):
         skipped = [graph.get_attr(path) for path in between]
-    _note_skipped(root.get_submodule(router), root, between)
+    _note_skipped(root, router, between)
     new.args = (linears, skipped, *new.args[2:]) if site.kind == "graph" else (*new.args, *skipped)
 
 
-def _note_skipped(router: nn.Module, root: nn.Module, paths: list[str]) -> None:
+def _between(root: nn.Module, inputs: dict[Node, list[Node]], left: set[Node]) -> list[str]:
+    """Modules that the nodes which are gone called, and values that they read. inputs: of each node before."""
+    gone = [n for n in inputs if n not in left]
+    modules = {str(n.target) for n in gone if n.op == "call_module"}
+    read = {str(n.target) for node in gone for n in (node, *inputs[node]) if n.op == "get_attr"}
+    values = [path for path in read if not isinstance(attrgetter(path)(root), (Tensor, nn.Module))]
+    return with_inner(root, sorted(modules)) + sorted(values)
+
+
+def _note_skipped(root: nn.Module, path: str, skipped: list[str]) -> None:
+    """Of the router at `path`: what stands at the paths `skipped`, which must stand there at every call."""
+    router = root.get_submodule(path)
     assert isinstance(router, Router), "a site's router"
     assert isinstance(router.plan, Plan), "made for every lowered site"
-    router.plan = replace(router.plan, skipped=classes_of(map(root.get_submodule, paths)))
+    router.plan = replace(router.plan, skipped=tuple(attrgetter(p)(root) for p in skipped))
 
 
 def _called(graph: Graph) -> set[str]:
@@ -134,7 +147,8 @@ def _lower_inline(model: nn.Module, owner: str, sites: list[FFNSite], lowered: s
         for linear in map(model.get_submodule, ups):
             width = linear.get_parameter("weight").shape[1 if is_conv1d(linear) else 0]
             linear.forward = Stub(width, one_token=one_token)
-        sparse = SparseDown(inline[-1], lowered_ffn, [relative(site, path) for path in idle(model, site)])
-        _note_skipped(model.get_submodule(site.router), model, idle(model, site))
+        skipped = idle(model, site) + idle_values(model, site)
+        sparse = SparseDown(inline[-1], lowered_ffn, [relative(site, path) for path in skipped])
+        _note_skipped(model, site.router, skipped)
         model.get_submodule(site.down).forward = sparse
     attach(module, inline)

@@ -7,7 +7,7 @@ old name in `ltepass/old_names.py`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,7 +30,8 @@ from ltepass.threads import interfered, require_own
 class Plan:
     """How one site's weights are read by the op. Rows are None where the whole parameter is the operand.
 
-    skipped: the classes of the modules that do not run for it, in the order in which they are handed on.
+    skipped: the modules that do not run for it, and the values that nobody reads, in the order in which they are handed
+    on: who finds others there raises.
     """
 
     activation: str
@@ -40,7 +41,7 @@ class Plan:
     up_bias: NeuronRows | None
     gate_bias: NeuronRows | None
     down_transposed: bool
-    skipped: tuple[str, ...] = ()
+    skipped: tuple[object, ...] = field(default=(), repr=False, compare=False)
 
 
 def plan_of(model: nn.Module, site: FFNSite) -> Plan:
@@ -62,9 +63,9 @@ def plan_of(model: nn.Module, site: FFNSite) -> Plan:
 
 
 def lowered_ffn(
-    router: Router, up: nn.Module, gate_linear: nn.Module | None, down: nn.Module, x: Tensor, *skipped: nn.Module
+    router: Router, up: nn.Module, gate_linear: nn.Module | None, down: nn.Module, x: Tensor, *skipped: object
 ) -> Tensor:
-    """The whole FFN of a lowered site: x [..., d_model] -> [..., d_model]. skipped: modules that do not run for it."""
+    """The whole FFN of a lowered site: x [..., d_model] -> [..., d_model]. skipped: as the plan's, now."""
     check_bypassed((up, down) if gate_linear is None else (up, gate_linear, down), skipped, _skipped(router))
     gate: tuple[Tensor | None, Tensor | None] = (None, None) if gate_linear is None else parameters_of(gate_linear)
     weights = (*parameters_of(up), *gate, *parameters_of(down))
@@ -77,7 +78,7 @@ def lowered_ffn(
     return lowered_call(router, *weights, x)
 
 
-def lowered_in_graph(linears: Sequence[nn.Module], skipped: Sequence[nn.Module], router: Router, *args: Any) -> Tensor:
+def lowered_in_graph(linears: Sequence[nn.Module], skipped: Sequence[object], router: Router, *args: Any) -> Tensor:
     """As `lowered_call`, where a user's graph called these modules."""
     x: Tensor = args[-1]
     if isinstance(x, torch.fx.Proxy):  # as for `gate`: one node stays one node when a pickle loads
@@ -86,7 +87,7 @@ def lowered_in_graph(linears: Sequence[nn.Module], skipped: Sequence[nn.Module],
     return lowered_call(router, *args)
 
 
-def _skipped(router: Router) -> tuple[str, ...]:
+def _skipped(router: Router) -> tuple[object, ...]:
     return router.plan.skipped if isinstance(router.plan, Plan) else ()
 
 

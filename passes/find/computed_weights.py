@@ -1,0 +1,64 @@
+"""FFNs with a linear whose weight is computed at each call (weight norm, spectral norm, pruning). Found to be refused.
+
+Such a weight is made of parameters by arithmetic (v * g / |v|): it has no rows of its own that a gate, the op or a
+checkpoint could name. Two products with elementwise operations and an activation between them are an FFN.
+"""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from ltepass.passes.find.near_miss import MAX_REGION
+from ltepass.passes.graph.captured import Captured
+from ltepass.passes.graph.leaves_and_linears import Flow
+from ltepass.passes.graph.node_kinds import (
+    breadth_first,
+    is_movement,
+    is_nonlinear,
+    is_pointwise,
+    op_name,
+    tensor_inputs,
+)
+from ltepass.routed.sites import Refusal
+
+
+def refuse_computed_weights(captured: Captured) -> list[Refusal]:
+    """One for each such linear of an FFN, under its own name."""
+    flow = captured.flow
+    computed = {n: weight for n in flow.nodes() if (weight := flow.computed_weight(n)) is not None}
+    if not computed:
+        return []
+    found: dict[Node, None] = {}
+    for node in flow.nodes():
+        ups = _products_behind(flow, node, computed)
+        found |= {n: None for n in (*ups, node) if ups and n in computed}
+    return [
+        Refusal(
+            module=captured.stack(node)[-1],
+            node=node.name,
+            check="weight",
+            reason=f"its weight is no parameter: {op_name(computed[node])} computes it at each call, as weight norm "
+            "and pruning do; make it a parameter (parametrize.remove_parametrizations, prune.remove of torch.nn.utils)",
+        )
+        for node in found
+    ]
+
+
+def _products_behind(flow: Flow, node: Node, computed: dict[Node, Node]) -> list[Node]:
+    """The products that feed this one through elementwise operations alone, with an activation among them, or none."""
+    product = flow.product(node)
+    if product is None and node not in computed:
+        return []
+    ups: list[Node] = []
+    inner: set[Node] = set()
+    start = product.x if product else tensor_inputs(node)[0]
+    for source in breadth_first(start, lambda n: tensor_inputs(n) if n in inner else ()):
+        if source in computed or flow.product(source) is not None:
+            ups.append(source)
+        elif flow.fixed(source):
+            continue
+        elif not (is_pointwise(source) or is_movement(source)) or len(inner) == MAX_REGION:
+            return []
+        else:
+            inner.add(source)
+    return ups if any(map(is_nonlinear, inner)) else []
