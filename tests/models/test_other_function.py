@@ -151,7 +151,7 @@ def test_a_compiler_that_traces_a_lowered_model(kind: type[Aligned]) -> None:
         logits(compiled, INPUT)
 
 
-@pytest.mark.parametrize("new", [relu, torch.tanh, ACT2FN["relu"], nn.ReLU()], ids=str)
+@pytest.mark.parametrize("new", [relu, torch.tanh, ACT2FN["relu"], nn.ReLU()], ids=("relu", "tanh", "ACT2FN", "ReLU"))
 def test_any_kind_in_the_place_of_any(new: Callable[[Tensor], Tensor]) -> None:
     """A model of transformers whose activation is a function, or was a module."""
     for old in ("function", "module"):
