@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm.std import TqdmDefaultWriteLock, tqdm  # type: ignore[import-untyped]
 from transformers import TrainerCallback
 
 import ltepass
@@ -123,6 +124,9 @@ def kill_at_random(out: Path, n: int) -> None:
 
 
 def main() -> None:
+    # tqdm's default lock is shared with forked processes: one that was killed while it held it would stop all others.
+    TqdmDefaultWriteLock.mp_lock = None
+    tqdm.monitor_interval = 0
     out = Path(sys.argv[1])
     if len(sys.argv) > 2:
         return kill_at_random(out, int(sys.argv[2]))
