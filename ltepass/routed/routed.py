@@ -163,8 +163,12 @@ def routers_of(model: nn.Module) -> Iterator[Router]:
 
 
 def router_of(model: nn.Module, site: FFNSite) -> Router:
-    """The router that decides at this site: PEFT's modules_to_save keeps a trained copy for each adapter."""
-    found: Any = model.get_submodule(site.router)
+    """The router that decides at this site."""
+    return deciding(model.get_submodule(site.router))
+
+
+def deciding(found: Any) -> Router:
+    """The router in what stands at a router's path: PEFT's modules_to_save keeps a trained copy for each adapter."""
     if hasattr(found, "modules_to_save"):
         names = found.active_adapters
         copied = names and not found.disable_adapters and all(name in found.modules_to_save for name in names)

@@ -25,8 +25,7 @@ from ltepass.passes.lower.lowered_forward import Plan, lowered_ffn, lowered_in_g
 from ltepass.passes.lower.plain_linears import is_conv1d
 from ltepass.passes.lower.stubs import Stub, one_token_will_do
 from ltepass.routed.gate import gate as gate_call
-from ltepass.routed.routed import Routed
-from ltepass.routed.router import Router
+from ltepass.routed.routed import Routed, deciding
 from ltepass.routed.sites import FFNSite, LTEState
 
 
@@ -123,8 +122,7 @@ def _between(root: nn.Module, inputs: dict[Node, list[Node]], left: set[Node]) -
 
 def _note_skipped(root: nn.Module, path: str, skipped: list[str]) -> None:
     """Of the router at `path`: what stands at the paths `skipped`, which must stand there at every call."""
-    router = root.get_submodule(path)
-    assert isinstance(router, Router), "a site's router"
+    router = deciding(root.get_submodule(path))
     assert isinstance(router.plan, Plan), "made for every lowered site"
     router.plan = replace(router.plan, skipped=tuple(attrgetter(p)(root) for p in skipped))
 

@@ -313,11 +313,13 @@ def test_a_router_never_leaves_fp32() -> None:
 
 @pytest.mark.parametrize("call", [ltepass.lower, ltepass.transform])
 def test_ctrl_c_while_torch_takes_its_patches_back_is_heard_after_them(
-    call: Any, monkeypatch: pytest.MonkeyPatch
+    call: Any, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     """torch.fx patches nn.Module for every model while it traces; where it was cut off there, none would run."""
     model = build("llama") if call is ltepass.transform else transformed("llama", mode="hard")
     expected, was = logits(model), nn.Module.__getattr__
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs us in the background
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     for kind in torch.fx._symbolic_trace._PatchedFn.__subclasses__():
         own = kind.revert
 
