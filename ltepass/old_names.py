@@ -13,9 +13,6 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 
 MOVED = {
-    "ltepass.measure.token_speed": "ltepass.measure.bench_tokens",
-    "ltepass.api": "ltepass.transform_and_lower",
-    "ltepass.routed.reporting": "ltepass.routed.report_tables",
     "ltepass.energy": "ltepass.calibration.energy",
     "ltepass.ridge": "ltepass.calibration.ridge",
     "ltepass.sensitivity": "ltepass.calibration.sensitivity",
@@ -116,6 +113,10 @@ MOVED = {
     "ltepass.calibration.warm_start": "ltepass.calibration.refit_down",
     "ltepass.calibration.proxy_start": "ltepass.calibration.proxy_scale",
     "ltepass.demo.speed": "ltepass.measure.decoding_speed",
+    "ltepass.measure.decoding": "ltepass.measure.decoding_speed",
+    "ltepass.measure.token_speed": "ltepass.measure.bench_tokens",
+    "ltepass.api": "ltepass.transform_and_lower",
+    "ltepass.routed.reporting": "ltepass.routed.report_tables",
     "ltepass.passes.insert.regenerated_forwards": "ltepass.passes.insert.generated_classes",
     "ltepass.cli.running": "ltepass.cli.output_and_errors",
     "ltepass.demo.learning": "ltepass.demo.training_loop",

@@ -11,7 +11,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -64,13 +64,10 @@ def profiled(folder: Path, *, threads: int, tokens: int, rounds: int, run: str) 
         attention.append(attending / tokens)
         weights.append((sum(event.cpu_time_total for event in ops) / 1e3 - attending) / tokens)
         speeds.append(size / _seconds(lambda: read_pass(decoder.weights)))
-    here = replace(Environment.here(run, bandwidth=statistics.median(speeds), flops=gemm_rate()), threads=threads)
+    here = Environment.here(run, bandwidth=statistics.median(speeds), flops=gemm_rate())
     about = decoder.about
-    ms, in_weights, in_attention = (
-        1e3 * statistics.median(whole),
-        statistics.median(weights),
-        statistics.median(attention),
-    )
+    ms = 1e3 * statistics.median(whole)
+    in_weights, in_attention = statistics.median(weights), statistics.median(attention)
     return ProfileRecord(
         **vars(here),
         folder=f"{folder.resolve().parent.name}/{folder.name}",
