@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, _symbolic_trace
 
 from ltepass.errors import CaptureError
 from ltepass.passes.capture.example_inputs import described
@@ -109,12 +109,16 @@ def _same_random_numbers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _unpatched_modules() -> Iterator[None]:
-    """A Ctrl-C while torch.fx takes back what it set on nn.Module would leave it there, for every model."""
-    before = nn.Module.__call__, nn.Module.__getattr__
+    """A Ctrl-C while torch.fx takes back what it set on nn.Module would leave it there, for every model.
+
+    So would its list of what it set, which the next trace in the process sets once more.
+    """
+    before, patcher = (nn.Module.__call__, nn.Module.__getattr__), _symbolic_trace.CURRENT_PATCHER
     try:
         yield
     except BaseException:
         nn.Module.__call__, nn.Module.__getattr__ = before  # type: ignore[method-assign]
+        _symbolic_trace.CURRENT_PATCHER = patcher
         raise
 
 

@@ -331,4 +331,5 @@ def test_ctrl_c_while_torch_takes_its_patches_back_is_heard_after_them(
     with pytest.raises(KeyboardInterrupt):
         call(model)
     assert nn.Module.__getattr__ is was
+    assert torch.fx._symbolic_trace.CURRENT_PATCHER is None, "the next trace would set its patches once more"
     assert torch.equal(logits(model), expected)
