@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from types import MethodType
+from types import BuiltinFunctionType, FunctionType, MethodType, NoneType
 
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 from torch.nn.modules.module import _has_any_global_hook
 
 from ltepass.errors import LoweredError
@@ -19,6 +19,7 @@ from ltepass.passes.insert.hooks import Hook, SparseDown
 from ltepass.passes.lower.plain_linears import is_product, not_plain
 from ltepass.passes.lower.stubs import Stub
 from ltepass.routed.gate import gate
+from ltepass.routed.router import Router
 from ltepass.routed.sites import FFNSite
 
 GLOBAL_HOOK = (
@@ -86,9 +87,11 @@ def _called_between(model: nn.Module, site: FFNSite) -> list[str]:
     return [str(n.target) for n in between if n.op == "call_module"]
 
 
-def called_modules(model: nn.Module) -> set[str]:
-    assert isinstance(model, GraphModule)
-    return {str(n.target) for n in model.graph.nodes if n.op == "call_module"}
+def called_modules(called: Graph | nn.Module) -> set[str]:
+    """By a graph, or by a user's GraphModule."""
+    assert isinstance(called, (Graph, GraphModule))
+    graph = called if isinstance(called, Graph) else called.graph
+    return {str(n.target) for n in graph.nodes if n.op == "call_module"}
 
 
 def other_activation(model: nn.Module, site: FFNSite) -> str | None:
@@ -134,10 +137,36 @@ def plain(module: nn.Module) -> bool:
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def check_bypassed(linears: Iterable[nn.Module], skipped: Sequence[object], before: Sequence[object]) -> None:
+Settings = tuple[tuple[str, object], ...]
+"""Names and values of what a module computes with."""
+
+_GONE = object()
+
+
+def settings(module: object, *, runs: bool) -> Settings:
+    """What a skipped module holds beside its children: who changes it in place later changes what the op stands for.
+
+    Tensors are not among them: no kernel knows an activation that reads one.
+    runs: it is called on zeros, and may count its calls: its integers say nothing.
+    """
+    if not isinstance(module, nn.Module) or isinstance(module, Router):
+        return ()
+    kinds = (str, bool, float, tuple, NoneType, FunctionType, BuiltinFunctionType)
+    own = {name: module.__dict__[name] for name in attributes(module)}
+    counts = (int,) if not runs else ()
+    return tuple((name, value) for name, value in own.items() if isinstance(value, kinds + counts))
+
+
+def check_bypassed(
+    linears: Iterable[nn.Module],
+    skipped: Sequence[object],
+    before: Sequence[object],
+    kept: Sequence[Settings],
+) -> None:
     """Raises LoweredError where something would have run with a call of these, had the op not stood in their place.
 
     before: what was skipped when the site was lowered; nothing where a pickle is older than this.
+    kept: the settings of each, then.
     """
     for module in linears:
         if not plain(module):
@@ -147,6 +176,11 @@ def check_bypassed(linears: Iterable[nn.Module], skipped: Sequence[object], befo
             raise _added_later(f"{_called(now)} has taken the place of {_called(was)}")
         if isinstance(now, nn.Module) and not untouched(now):
             raise _added_later(f"{type(now).__name__} {bypassed_code(now) or 'was changed'}")
+    for now, values in zip(skipped, kept, strict=bool(kept)):
+        for name, value in values:
+            held = getattr(now, name, _GONE)
+            if held is not value and (type(held) is not type(value) or held != value):
+                raise _added_later(f"the setting {name!r} of {_called(now)} is no longer {value!r}")
     if _has_any_global_hook():
         raise _added_later(GLOBAL_HOOK)
 

@@ -20,7 +20,7 @@ from ltepass.passes.graph.node_kinds import erase_upstream
 from ltepass.passes.insert.generated_classes import forwards_of, regenerate
 from ltepass.passes.insert.hooks import SparseDown, attach
 from ltepass.passes.insert.insert_routers import inline_site, insert_gates, relative
-from ltepass.passes.lower.bypassed_modules import idle, idle_values, with_inner
+from ltepass.passes.lower.bypassed_modules import called_modules, idle, idle_values, settings, with_inner
 from ltepass.passes.lower.lowered_forward import Plan, lowered_ffn, lowered_in_graph, plan_of
 from ltepass.passes.lower.plain_linears import is_conv1d
 from ltepass.passes.lower.stubs import Stub, one_token_will_do
@@ -88,7 +88,7 @@ def _call_op(root: nn.Module, graph: Graph, site: FFNSite) -> None:
         n for n in graph.nodes if n.op == "call_function" and n.target is gate_call and n.args[0].target == router
     )
     (down,) = gated.users
-    x, called = gated.args[2].args[0], _called(graph)
+    x, called = gated.args[2].args[0], called_modules(graph)
     inputs = {node: node.all_input_nodes for node in graph.nodes}
     paths = [None if p is None else relative(site, p) for p in (site.up, site.gate, site.down)]
     with graph.inserting_before(down):
@@ -120,15 +120,15 @@ def _between(root: nn.Module, inputs: dict[Node, list[Node]], left: set[Node]) -
     return with_inner(root, sorted(modules)) + sorted(values)
 
 
-def _note_skipped(root: nn.Module, path: str, skipped: list[str]) -> None:
-    """Of the router at `path`: what stands at the paths `skipped`, which must stand there at every call."""
+def _note_skipped(root: nn.Module, path: str, skipped: list[str], *, runs: bool = False) -> None:
+    """Of the router at `path`: what stands at the paths `skipped`, which must stand there at every call, as it is.
+
+    runs: these are called on zeros.
+    """
     router = deciding(root.get_submodule(path))
     assert isinstance(router.plan, Plan), "made for every lowered site"
-    router.plan = replace(router.plan, skipped=tuple(attrgetter(p)(root) for p in skipped))
-
-
-def _called(graph: Graph) -> set[str]:
-    return {str(n.target) for n in graph.nodes if n.op == "call_module"}
+    held = tuple(attrgetter(p)(root) for p in skipped)
+    router.plan = replace(router.plan, skipped=held, settings=tuple(settings(value, runs=runs) for value in held))
 
 
 def _lower_inline(model: nn.Module, owner: str, sites: list[FFNSite], lowered: set[str]) -> None:
@@ -147,6 +147,6 @@ def _lower_inline(model: nn.Module, owner: str, sites: list[FFNSite], lowered: s
             linear.forward = Stub(width, one_token=one_token)
         skipped = idle(model, site) + idle_values(model, site)
         sparse = SparseDown(inline[-1], lowered_ffn, [relative(site, path) for path in skipped])
-        _note_skipped(model, site.router, skipped)
+        _note_skipped(model, site.router, skipped, runs=True)
         model.get_submodule(site.down).forward = sparse
     attach(module, inline)

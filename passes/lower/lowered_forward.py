@@ -17,7 +17,7 @@ from torch.nn import Parameter
 from ltepass.errors import LoweredError
 from ltepass.kernels.gpu.tuning import assume_density
 from ltepass.kernels.routed_ffn import routed_ffn, routed_proxy_ffn
-from ltepass.passes.lower.bypassed_modules import check_bypassed
+from ltepass.passes.lower.bypassed_modules import Settings, check_bypassed
 from ltepass.passes.lower.plain_linears import is_ordinary, parameters_of
 from ltepass.routed.gate import applied
 from ltepass.routed.proxy_router import ProxyRouter
@@ -31,7 +31,7 @@ class Plan:
     """How one site's weights are read by the op. Rows are None where the whole parameter is the operand.
 
     skipped: the modules that do not run for it, and the values that nobody reads, in the order in which they are handed
-    on: who finds others there raises.
+    on: who finds others there raises. settings: what each of them held then.
     """
 
     activation: str
@@ -42,6 +42,7 @@ class Plan:
     gate_bias: NeuronRows | None
     down_transposed: bool
     skipped: tuple[object, ...] = field(default=(), repr=False, compare=False)
+    settings: tuple[Settings, ...] = field(default=(), repr=False, compare=False)
 
 
 def plan_of(model: nn.Module, site: FFNSite) -> Plan:
@@ -66,7 +67,7 @@ def lowered_ffn(
     router: Router, up: nn.Module, gate_linear: nn.Module | None, down: nn.Module, x: Tensor, *skipped: object
 ) -> Tensor:
     """The whole FFN of a lowered site: x [..., d_model] -> [..., d_model]. skipped: as the plan's, now."""
-    check_bypassed((up, down) if gate_linear is None else (up, gate_linear, down), skipped, _skipped(router))
+    check_bypassed((up, down) if gate_linear is None else (up, gate_linear, down), skipped, *_noted(router))
     gate: tuple[Tensor | None, Tensor | None] = (None, None) if gate_linear is None else parameters_of(gate_linear)
     weights = (*parameters_of(up), *gate, *parameters_of(down))
     for weight in weights:
@@ -83,12 +84,14 @@ def lowered_in_graph(linears: Sequence[nn.Module], skipped: Sequence[object], ro
     x: Tensor = args[-1]
     if isinstance(x, torch.fx.Proxy):  # as for `gate`: one node stays one node when a pickle loads
         return x.tracer.create_proxy("call_function", lowered_in_graph, (linears, skipped, router, *args), {})
-    check_bypassed(linears, skipped, _skipped(router))
+    check_bypassed(linears, skipped, *_noted(router))
     return lowered_call(router, *args)
 
 
-def _skipped(router: Router) -> tuple[object, ...]:
-    return router.plan.skipped if isinstance(router.plan, Plan) else ()
+def _noted(router: Router) -> tuple[tuple[object, ...], tuple[Settings, ...]]:
+    """What was skipped, and its settings; a plan of an older pickle holds neither."""
+    plan = router.plan
+    return (plan.skipped, plan.settings) if isinstance(plan, Plan) else ((), ())
 
 
 def lowered_call(

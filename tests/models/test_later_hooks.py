@@ -27,11 +27,16 @@ def look(seen: list[float]) -> Callable[..., None]:
     return lambda m, args, out=None: seen.append(float((args[0] if out is None else out).abs().sum()))
 
 
-def bert() -> hf.BertModel:
-    """Its linears lie in two modules, which the layer that owns the FFN calls: one hands on what the other takes."""
+def bert(act: nn.Module | None = None) -> hf.BertModel:
+    """Its linears lie in two modules, which the layer that owns the FFN calls: one hands on what the other takes.
+
+    act: in the first layer, in place of its own.
+    """
     sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 60}
     torch.manual_seed(0)
     model = hf.BertModel(hf.BertConfig(vocab_size=61, **sizes)).eval()
+    if act is not None:
+        model.get_submodule("encoder.layer.0.intermediate").intermediate_act_fn = act
     ltepass.transform(model, {"input_ids": ids()}, ltepass.LTEConfig(group_size=4))
     ltepass.set_mode(model, "hard")
     return model
