@@ -12,11 +12,12 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from examples.bench import backward, op, op_cases, speed_page, table, ways
+from examples.bench import backward, op, op_cases, single_neurons, speed_page, table, ways
 from examples.bench.op_cases import CASES, TARGETS, Case
 from examples.bench.ways import Shape
 from examples.results.demo_table import with_table
 from ltepass.kernels import reference
+from ltepass.measure import machine, timing
 from ltepass.measure.records import OpRecord, TokenRecord, append, read
 from ltepass.measure.timing import Timing, interleaved
 from tests.typed import prefixed, present
@@ -261,3 +262,37 @@ def test_the_page_shows_the_kept_measurements() -> None:
     text = (ROOT / speed_page.PAGE).read_text()
     shown = with_table(text, speed_page.section(ROOT), speed_page.BEGIN, speed_page.END)
     assert shown == text, "run `python -m examples.bench.speed_page`"
+
+
+def test_single_neurons_have_a_row_for_each_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(single_neurons.SHAPES, "small", (64, 96))
+    for module in (timing, machine):
+        monkeypatch.setattr(module, "last_level_cache", lambda: 1 << 16)
+    monkeypatch.setattr(single_neurons, "gemm_rate", lambda: 1e9)
+    rows = tmp_path / "rows.csv"
+    threads = torch.get_num_threads()
+    single_neurons.main(["--shapes", "small", "--threads", "1", "--seconds", "0", "--out", str(rows)])
+    assert torch.get_num_threads() == threads
+    records = read(rows, single_neurons.NeuronRecord)
+    assert [(r.dtype, r.active) for r in records] == [
+        (dtype, share) for dtype in ("float32", "bfloat16") for share in single_neurons.ACTIVE
+    ]
+    assert all(r.scan_ms > 0 and r.scan_share > 0 for r in records)
+    assert len(single_neurons.markdown(records).splitlines()) == 2 + len(records)
+
+
+@pytest.mark.parametrize("experts", [12, 96])
+@pytest.mark.parametrize("share", single_neurons.ACTIVE)
+def test_the_bench_of_single_neurons_chooses_and_stores_what_it_says(experts: int, share: float) -> None:
+    (weights,) = ways.make_weights(ways.Shape(tokens=1, d_model=64, d_ff=96, group_size=1), 1)
+    x = torch.randn(1, 64)
+    chosen = single_neurons.choose(x, single_neurons.proxy_of(weights), experts, share)
+    router = (*chosen.proxy, chosen.weight, chosen.bias, torch.tensor(0.0))
+    results = []
+    for w in (weights, single_neurons.stored(weights)):
+        y, _, active = torch.ops.ltepass.routed_proxy_ffn_with_mask(
+            x, *router, w.up, None, w.gate, None, w.down, None, "silu"
+        )
+        assert active == round(share * experts)
+        results.append(y)
+    assert torch.equal(*results)
