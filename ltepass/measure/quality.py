@@ -33,16 +33,28 @@ def perplexity(model: PreTrainedModel, blocks: Tensor) -> float:
         >>> 1 < ltepass.perplexity(dense, ids) < 100
         True
     """
-    return perplexity_of(lambda block: model(input_ids=block[None]).logits[0], blocks.to(model.device))
+    return math.exp(float(token_losses(model, blocks).mean()))
 
 
 def perplexity_of(logits_of: Callable[[Tensor], Tensor], blocks: Tensor) -> float:
     """The same of any program. logits_of: a block [T] -> [T, vocabulary]; blocks: [n, T] int64."""
-    total = 0.0
-    for block in blocks:
-        logits = logits_of(block)[:-1].float()
-        total += nn.functional.cross_entropy(logits, block[1:], reduction="sum").item()
-    return math.exp(total / (blocks.shape[0] * (blocks.shape[1] - 1)))
+    return math.exp(float(losses_of(logits_of, blocks).mean()))
+
+
+@torch.no_grad()
+def token_losses(model: PreTrainedModel, blocks: Tensor) -> Tensor:
+    """[n, T - 1] float64 on the CPU: cross-entropy in nats of every next token. blocks: [n, T] int64, T at least 2."""
+    return losses_of(lambda block: model(input_ids=block[None]).logits[0], blocks.to(model.device))
+
+
+def losses_of(logits_of: Callable[[Tensor], Tensor], blocks: Tensor) -> Tensor:
+    """`token_losses` of any program."""
+    return torch.stack([next_token_losses(logits_of(block)[:-1], block) for block in blocks]).cpu()
+
+
+def next_token_losses(logits: Tensor, block: Tensor) -> Tensor:
+    """logits: [T - 1, vocabulary] after each token of a block [T] but the last -> [T - 1] float64."""
+    return nn.functional.cross_entropy(logits.float(), block[1:], reduction="none").double()
 
 
 def sparsity_curve(
