@@ -194,7 +194,7 @@ def test_train_eval_and_generate_follow_each_other(dense_folder: Path, tmp_path:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (["--against", "vllm"], "--against is 'vllm'; expected llama.cpp"),
+        (["--against", "vllm"], "--against has 'vllm'; expected some of llama.cpp, onnxruntime"),
         (["--formats", "F32,Q8_0"], "--formats has 'Q8_0'; expected some of F32, BF16, F16"),
         (["--against", "llama.cpp", "--formats", "F32,Q3"], "--formats has 'Q3'; expected some of F32, BF16, Q8_0"),
         (["--against", "llama.cpp", "--device", "cuda"], "compared on the CPU alone"),

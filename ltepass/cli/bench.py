@@ -24,7 +24,7 @@ def op(context: typer.Context) -> None:
 def model(
     folder: Model,
     text: Annotated[Path, typer.Argument(help="A text file; its first tokens are decoded.")],
-    against: Annotated[str | None, typer.Option(help="llama.cpp: the same weights, dense, in each format.")] = None,
+    against: Annotated[str, typer.Option(help="The same weights, dense, under llama.cpp,onnxruntime.")] = "",
     formats: Annotated[str, typer.Option(help="Of the weights, comma-separated: F32,BF16,Q8_0,Q4_0,Q4_1.")] = "",
     threads: Annotated[str, typer.Option(help="Numbers of threads, comma-separated.")] = "",
     gguf: Annotated[Path | None, typer.Option(help="A GGUF file that is a row of its own under llama.cpp.")] = None,
@@ -40,7 +40,7 @@ def model(
     plot: Annotated[Path | None, typer.Option(help="An SVG of the times.")] = None,
     device: Device = "cpu",
 ) -> None:
-    """Decode speed: dense, lowered and llama.cpp take turns, beside the time that reading their bytes would take."""
+    """Decode speed: dense, lowered and other programs in turns, beside the time that reading their bytes would take."""
     from ltepass.commands import bench
 
     options = bench.BenchOptions(
@@ -49,7 +49,7 @@ def model(
         rounds=rounds,
         compiled=compiled,
         sparsities=tuple(sparsity or ()),
-        against=against,
+        against=tuple(filter(None, against.split(","))),
         formats=tuple(filter(None, formats.split(","))),
         threads=_numbers(threads),
         gguf=gguf,

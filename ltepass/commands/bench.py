@@ -21,8 +21,10 @@ from ltepass.exporting.decoder import is_gated
 from ltepass.measure import gguf_file, llama_cpp
 from ltepass.measure.bench_tokens import PREFILL_TOKENS, PROMPT_TOKENS, Text, bench_tokens
 from ltepass.measure.records import append
+from ltepass.measure.sides import onnxruntime_side
 from ltepass.measure.sides.exported_side import Exported
 from ltepass.measure.sides.llama_cpp_side import under_llama_cpp
+from ltepass.measure.sides.onnxruntime_side import under_onnxruntime
 from ltepass.measure.sides.side import DTYPES, Side
 from ltepass.measure.sides.transformers_side import How, Quantised, Transformers
 from ltepass.routed.routed import is_transformed
@@ -33,12 +35,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 QUANTISED: dict[str, Quantised] = {"Q8_0": "int8", "Q4_0": "int4"}  # what we have of llama.cpp's formats
+PROGRAMS = LLAMA_CPP, ONNXRUNTIME = "llama.cpp", "onnxruntime"  # that one might take in our place
 BLOCK, BLOCKS = 512, 8  # tokens and number of blocks for the perplexity
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions:
-    """Of `ltepass bench model`. sparsities: for the knob; none keeps the saved thresholds. against: another program;
+    """Of `ltepass bench model`. sparsities: for the knob; none keeps the saved thresholds. against: other programs;
     formats: of the weights, there and here; none: as they were saved. gguf: a file of its own for llama.cpp. exported:
     folders that `ltepass export` made of this model.
     threads: none takes torch's. tokenizer: where it lies; name: what the CSV calls the model."""
@@ -48,7 +51,7 @@ class BenchOptions:
     rounds: int = 4
     compiled: bool = False
     sparsities: tuple[float, ...] = ()
-    against: str | None = None
+    against: tuple[str, ...] = ()
     formats: tuple[str, ...] = ()
     threads: tuple[int, ...] = ()
     gguf: Path | None = None
@@ -58,12 +61,12 @@ class BenchOptions:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.against not in (None, "llama.cpp"):
-            raise ConfigError(f"--against is {self.against!r}; expected llama.cpp")
-        if self.against is None and self.gguf is not None:
+        if odd := [program for program in self.against if program not in PROGRAMS]:
+            raise ConfigError(f"--against has {odd[0]!r}; expected some of {', '.join(PROGRAMS)}")
+        if LLAMA_CPP not in self.against and self.gguf is not None:
             raise ConfigError("--gguf names a file for llama.cpp; expected --against llama.cpp with it")
-        if self.against is not None and self.device != "cpu":
-            raise ConfigError(f"--device is {self.device!r}; llama.cpp is compared on the CPU alone")
+        if self.against and self.device != "cpu":
+            raise ConfigError(f"--device is {self.device!r}; {self.against[0]} is compared on the CPU alone")
         if self.rounds < 1 or min(self.threads, default=1) < 1:
             raise ConfigError(f"--rounds is {self.rounds}, --threads {self.threads}; expected 1 or more of each")
         known = gguf_file.FORMATS if self.against else tuple(DTYPES)
@@ -75,10 +78,12 @@ def bench(folder: str, text: str, out: Path | None, options: BenchOptions, plot:
     """Rich tables of the time of one token, a row a side, on the first tokens of `text`.
 
     The rows are appended to the CSV file `out`, and drawn into the SVG file `plot`. Raises ConfigError where the text
-    is too short, and where llama.cpp is not installed or cannot run this model in one of the formats.
+    is too short, and where another program is not installed or cannot run this model in one of the formats.
     """
-    if options.against:
+    if LLAMA_CPP in options.against:
         llama_cpp.library()
+    if ONNXRUNTIME in options.against:
+        onnxruntime_side.library()
     read = _text(text, options.tokenizer or folder, options)
     with _sides(folder, options) as sides:
         records = bench_tokens(
@@ -122,10 +127,13 @@ def _sides(folder: str, options: BenchOptions) -> Iterator[list[Side]]:
         sides += [replace(plain, quantised=QUANTISED[format]) for format in formats if format in QUANTISED]
     saved = Transformers(load=partial(load, folder, options.device), routed=True)
     sides += [Exported(folder=path, source=saved if is_gated(path) else None) for path in options.exported]
-    with tempfile.TemporaryDirectory(prefix="ltepass-gguf-") as scratch:
-        if options.against:
-            sides += under_llama_cpp(remove(model) if routed else model, formats, Path(scratch), options.gguf)
-        del model
+    with tempfile.TemporaryDirectory(prefix="ltepass-bench-") as scratch:
+        dense = remove(model) if routed and options.against else model
+        if LLAMA_CPP in options.against:
+            sides += under_llama_cpp(dense, formats, Path(scratch), options.gguf)
+        if ONNXRUNTIME in options.against:
+            sides += under_onnxruntime(dense, formats, options.tokenizer or folder, Path(scratch))
+        del model, dense
         yield sides
 
 

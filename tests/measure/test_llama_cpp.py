@@ -81,7 +81,7 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
 def test_the_command_lists_each_format_there_and_floats_here(tmp_path: Path) -> None:
     made("llama").save_pretrained(tmp_path / "model")
     gguf_file.write(made("qwen2"), tmp_path / "extra.gguf", "Q8_0")
-    options = BenchOptions(against="llama.cpp", formats=("F32", "Q8_0"), gguf=tmp_path / "extra.gguf")
+    options = BenchOptions(against=("llama.cpp",), formats=("F32", "Q8_0"), gguf=tmp_path / "extra.gguf")
     with _sides(str(tmp_path / "model"), options) as sides, workers(sides, threads=1, length=128) as opened:
         names = ["transformers", "llama.cpp", "llama.cpp", "llama.cpp, extra.gguf"]
         assert [worker.side.name for worker in opened] == names
