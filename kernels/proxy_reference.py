@@ -93,29 +93,53 @@ def largest_multiplier(d_model: int) -> int:
 def quantise(weights: Tensor, *, blocks: bool) -> Codes:
     """weights: [k, f, d_model] -> their codes, zeros behind the last input; blocks: a multiplier for each 32 inputs."""
     d_model = weights.shape[-1]
-    rows = F.pad(weights.float(), (0, -d_model % BLOCK)).unflatten(-1, (-1, BLOCK))
+    rows = in_blocks(weights.float())
     if not blocks:
-        rows = rows.flatten(-2).unsqueeze(-2)
-    wanted = rows.abs().amax(-1) / LARGEST  # a scale each
-    scales = wanted.amax(-1)
-    most = largest_multiplier(d_model) if blocks else 1
-    step = (scales / most).clamp_min(torch.finfo(torch.float32).tiny)[..., None]
+        codes, _, units = fit_codes(rows.flatten(-2), None, 1)
+        return Codes(pack(codes), None, units)
+    most = largest_multiplier(d_model)
+    step = steps_of(rows, most)
+    codes, multipliers, _ = fit_codes(rows, step[..., None], most)
+    return Codes(pack(codes.flatten(-2)), multipliers.to(torch.uint8), step)
+
+
+def in_blocks(rows: Tensor) -> Tensor:
+    """[..., d] -> [..., blocks, 32], zeros behind the last."""
+    blocks: Tensor = F.pad(rows, (0, -rows.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    return blocks
+
+
+def steps_of(rows: Tensor, most: int) -> Tensor:
+    """rows: [..., blocks, 32] -> [...]: a row's largest weight is the largest code times the largest multiplier."""
+    step = rows.abs().amax((-1, -2)) / LARGEST / most
+    return step.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def fit_codes(rows: Tensor, step: Tensor | None, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """rows: [..., n] that share a unit each -> codes [..., n], multipliers [...] and units [...], the best of CLIPS.
+
+    A unit is a multiplier in [1, most] times step [...]; without a step it is any number, and the multiplier 1.
+    """
+    wanted = rows.abs().amax(-1) / LARGEST
     best = torch.full_like(wanted, torch.inf)
-    codes, multipliers = torch.zeros_like(rows), torch.ones_like(wanted)
+    codes, multipliers, units = torch.zeros_like(rows), torch.ones_like(wanted), wanted
     for clip in CLIPS:
-        if blocks:
-            factors = (clip * wanted / step).round().clamp(1, most)
-            units = factors * step
+        if step is None:
+            factors, unit = torch.ones_like(wanted), clip * wanted.clamp_min(torch.finfo(torch.float32).tiny)
         else:
-            factors, units = multipliers, clip * wanted.clamp_min(torch.finfo(torch.float32).tiny)
-        tried = (rows / units[..., None]).round().clamp(-LARGEST, LARGEST)
-        error = (tried * units[..., None] - rows).square().sum(-1)
+            factors = (clip * wanted / step).round().clamp(1, most)
+            unit = factors * step
+        tried = (rows / unit[..., None]).round().clamp(-LARGEST, LARGEST)
+        error = (tried * unit[..., None] - rows).square().sum(-1)
         better = error < best
-        best = best.where(~better, error)
-        codes, multipliers = codes.where(~better[..., None], tried), multipliers.where(~better, factors)
-        scales = scales if blocks else scales.where(~better[..., 0], units[..., 0])
-    packed = pack_int4((codes.flatten(-2) + ZERO).to(torch.uint8))
-    return Codes(packed, multipliers.to(torch.uint8) if blocks else None, step[..., 0] if blocks else scales)
+        best, codes = best.where(~better, error), codes.where(~better[..., None], tried)
+        multipliers, units = multipliers.where(~better, factors), units.where(~better, unit)
+    return codes, multipliers, units
+
+
+def pack(codes: Tensor) -> Tensor:
+    """codes: [..., 32 blocks] integers in [-7, 7], of any dtype -> uint8 [..., 16 blocks]."""
+    return pack_int4((codes + ZERO).to(torch.uint8))
 
 
 def integers(codes: Tensor, multipliers: Tensor | None) -> Tensor:

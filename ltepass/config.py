@@ -13,11 +13,15 @@ Budget = Literal["layer", "model"]
 Scope = Literal["ffn", "model"]  # of lowering
 RouterKind = Literal["linear", "proxy"]
 ProxyScales = Literal["blocks", "rows"]
+Inactive = Literal["zero", "low_bit"]
+Quantiser = Literal["gptq", "nearest"]
 
 MODES: tuple[Mode, ...] = ("soft", "hard", "dense")
 BUDGETS: tuple[Budget, ...] = ("layer", "model")
 ROUTERS: tuple[RouterKind, ...] = ("linear", "proxy")
 PROXY_SCALES: tuple[ProxyScales, ...] = ("blocks", "rows")
+INACTIVE: tuple[Inactive, ...] = ("zero", "low_bit")
+QUANTISERS: tuple[Quantiser, ...] = ("gptq", "nearest")
 SEEDS = range(-(2**63), 2**64)  # what torch.Generator takes
 
 
@@ -54,6 +58,13 @@ class LTEConfig:
             before any training.
         proxy_scales: of the copy: "blocks" of 32 inputs have a multiplier each (4.25 bits a weight), or "rows" share
             one scale (4 bits, less exact).
+        inactive: "zero", or "low_bit" (proxies of single neurons alone): neurons that are not active keep the value
+            that 4-bit weights give them, and active ones have 8 bits, as two planes of 4. Hard and dense mode only: no
+            stage trains it, and no kernel runs it yet.
+        low_bit_sparsity: of inactive="low_bit": share of neurons, those that score least, that add nothing at all:
+            their columns of down are not read.
+        low_bit_quantiser: of inactive="low_bit": how calibration makes the 4-bit codes. "gptq" makes later inputs'
+            weights up for what rounding the earlier ones' lost; "nearest" rounds. Without data they are rounded.
         router_bias: the paper's router has none; a calibrated start fits better with one.
         tau: threshold on the sigmoid score (0.5 everywhere in the paper).
         seed: for grouping and router start.
@@ -73,6 +84,9 @@ class LTEConfig:
     input_sparsity: float = 0.0
     router: RouterKind = "linear"
     proxy_scales: ProxyScales = "blocks"
+    inactive: Inactive = "zero"
+    low_bit_sparsity: float = 0.0
+    low_bit_quantiser: Quantiser = "gptq"
     router_bias: bool = True
     tau: float = 0.5
     seed: int = 0
@@ -87,9 +101,16 @@ class LTEConfig:
             raise ConfigError(f"grouping is {self.grouping!r}; expected one of {', '.join((AUTO, *GROUPINGS))}")
         if self.budget not in BUDGETS:
             raise ConfigError(f"budget is {self.budget!r}; expected one of {', '.join(BUDGETS)}")
-        for name, allowed in (("router", ROUTERS), ("proxy_scales", PROXY_SCALES)):
+        for name, allowed in (
+            ("router", ROUTERS),
+            ("proxy_scales", PROXY_SCALES),
+            ("inactive", INACTIVE),
+            ("low_bit_quantiser", QUANTISERS),
+        ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
+        check_sparsity(self.low_bit_sparsity, "low_bit_sparsity")
+        self._check_tiers()
         if self.router == "proxy" and not self.router_bias:
             raise ConfigError(
                 "a proxy's scores are never negative: its bias stands for the threshold that training moves; "
@@ -103,6 +124,25 @@ class LTEConfig:
             raise ConfigError(f"router_bias is {self.router_bias!r}; expected True or False")
         if not 0.0 < self.tau < 1.0:
             raise ConfigError(f"tau is {self.tau}; expected a sigmoid score in (0, 1); the paper uses 0.5")
+
+    def _check_tiers(self) -> None:
+        if self.inactive == "zero":
+            wanted: dict[str, tuple[object, ...]] = {"low_bit_sparsity": (0.0,), "low_bit_quantiser": ("gptq",)}
+        else:
+            wanted = {
+                "router": ("proxy",),
+                "group_size": (1, "auto"),
+                "proxy_scales": ("blocks",),
+                "hidden_sparsity": (0.0,),
+                "input_sparsity": (0.0,),
+            }
+        for name, allowed in wanted.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ConfigError(
+                    f'{name} is {value!r} beside inactive="{self.inactive}"; expected {allowed[0]!r}; pass it, or '
+                    f'inactive="{"low_bit" if self.inactive == "zero" else "zero"}"'
+                )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

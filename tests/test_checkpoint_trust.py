@@ -138,9 +138,9 @@ def test_up_and_down_that_change_places_are_seen_where_their_shapes_agree(tmp_pa
 
 def test_a_newer_format_says_which_ltepass_is_needed(tmp_path: Path) -> None:
     config = copied("v2/aligned", tmp_path)
-    config["quantization_config"] |= {"version": 4, "written_by": "0.4.2", "something": "new"}
+    config["quantization_config"] |= {"version": 5, "written_by": "0.4.2", "something": "new"}
     write(tmp_path, config)
-    with pytest.raises(CheckpointError, match=r"version 4 .* install ltepass 0\.4\.2 or newer"):
+    with pytest.raises(CheckpointError, match=r"version 5 .* install ltepass 0\.4\.2 or newer"):
         hf.AutoModelForCausalLM.from_pretrained(tmp_path)
     config["quantization_config"]["written_by"] = "\x1b[2J"
     write(tmp_path, config)

@@ -164,7 +164,7 @@ BROKEN: dict[str, Any] = {
     "does not compute gelu": lambda f: other_entry(f, lambda e: e["sites"][0].update(activation="gelu")),
     "lack 1 of them .first: first.down": lambda f: other_entry(f, lambda e: e["sites"][0].update(router="first.down")),
     "does not lie below": lambda f: other_entry(f, lambda e: e["sites"][0].update(down="third.down")),
-    "version 4": lambda f: other_entry(f, lambda e: e.update(version=4)),
+    "version 5": lambda f: other_entry(f, lambda e: e.update(version=5)),
 }
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ltepass.calibration.energy import MAX_LOG_OFFSET, down_energy, expert_energy, log_energy
+from ltepass.calibration.plane_codes import high_codes
 from ltepass.calibration.proxy_scale import start_proxies
 from ltepass.calibration.ridge import RidgeSums
 from ltepass.calibration.sensitivity import Sensitivity, sensitivities
@@ -120,7 +121,9 @@ def initialise_routers(routed: Routed, batches: Sequence[Any], inputs: Inputs) -
     if routed.config["budget"] == "model":
         found = on_every(THRESHOLD_STRIDE, batches, partial(sensitivities, routed))
     if routed.config.get("router") == "proxy":
-        on_every(THRESHOLD_STRIDE, batches, lambda some: start_proxies(routed, some, found))
+        with_inputs = routed.tiered and routed.config["low_bit_quantiser"] == "gptq"
+        codes = dict(high_codes(routed, batches)) if with_inputs else {}
+        on_every(THRESHOLD_STRIDE, batches, lambda some: start_proxies(routed, some, found, codes))
         move_biases(routed, target)
         for _ in range(2 if inputs == "hard" and target > 0 else 0):  # the second sees the inputs of moved thresholds
             _recalibrate(routed, every(THRESHOLD_STRIDE, batches), target)

@@ -28,10 +28,10 @@ from ltepass.routed.batches import require_seen, run_batches
 from ltepass.routed.modes import mode_of
 from ltepass.routed.padding import telling_tokens, tokens_of
 from ltepass.routed.routed import Routed, require_whole
-from ltepass.routed.router import Router
+from ltepass.routed.router import Router, interpolate
 from ltepass.routed.sites import FFNSite, NeuronRows
 from ltepass.routed.undo import keep, verb
-from ltepass.sparsity.thresholds import interpolate, is_calibrated, place_threshold, table_of
+from ltepass.sparsity.thresholds import is_calibrated, place_threshold, table_of
 
 PENALTY = 0.3  # of each neuron's own energy: shrinks the refit of neurons that were rarely seen
 
@@ -58,7 +58,7 @@ def warm_start(
         on_site: called with how many sites are done and the error of the last.
     Returns: each site's error |G (W + D) - H W|^2 / |H W|^2, by name. Weights change but for routers'; mode, training
         flags and hooks are as they were.
-    Raises: NotTransformedError, LoweredError, ShardedError, CalibrationError.
+    Raises: NotTransformedError, LoweredError, ShardedError, CalibrationError, ConfigError (inactive="low_bit").
     Example:
         >>> errors = ltepass.warm_start(model, ids)
         >>> all(0 <= error < 1 for error in errors.values())
@@ -66,6 +66,7 @@ def warm_start(
     """
     routed = Routed.trained(model, "warm_start")
     require_whole(model, "warm_start")
+    routed.require_gates("warm_start")
     if not is_calibrated(routed):
         raise CalibrationError("warm_start needs started routers; call ltepass.calibrate(model, batches) first")
     given = {"input_ids": input_ids} if isinstance(input_ids, Tensor) else input_ids

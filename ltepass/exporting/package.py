@@ -130,7 +130,9 @@ def _checked(model: nn.Module, linears: Format | None, cache_dtype: torch.dtype 
     if is_lowered(model):
         raise LoweredError("the model is lowered; export does that itself; call ltepass.unlower(model) first")
     if is_transformed(model):
-        require_hard(Routed.of(model, "export"))
+        routed = Routed.of(model, "export")
+        routed.require_gates("export")
+        require_hard(routed)
     for name, tensor in model.named_parameters():
         if not is_ordinary(tensor) or tensor.device.type != "cpu":
             seen = f"{name} is a {type(tensor).__name__} on {tensor.device}"

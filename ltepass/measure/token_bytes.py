@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ltepass.passes.lower.linear_modules import weights_read as read_by_linears
+from ltepass.routed.ffn_bits import unread
 from ltepass.routed.routed import Routed, is_transformed, routers_of
 from ltepass.routed.router import Router
 from ltepass.routed.sites import FFNSite
@@ -32,16 +33,13 @@ def held(model: PreTrainedModel) -> int:
 
 
 def _constants(router: Router) -> list[Tensor]:
-    """What a token reads of it that is no parameter."""
-    return [t for t in router.operands() if t is not None and not isinstance(t, nn.Parameter)]
+    """What tokens read of it that is no parameter."""
+    tensors = (*router.operands(), *router.planes_of_down(), *router.low_planes())
+    return [t for t in tensors if t is not None and not isinstance(t, nn.Parameter)]
 
 
 def weights_read(model: PreTrainedModel, active: float = 1.0) -> float:
-    """Bytes of weights that one token reads. active: share of neurons, over all sites alike.
-
-    Cuts count with the share that they were set for: units that `hidden_sparsity` leaves out are not read by down,
-    inputs that `input_sparsity` leaves out are not read by up and gate.
-    """
+    """Bytes of weights that one token reads. active: share of neurons, over all sites alike."""
     rows = sum(table[0].nbytes for table in _tables(model))
     return float(rows + sum(p.nbytes for p in buffers(model)) - sum(_unread(model, active)))
 
@@ -49,14 +47,10 @@ def weights_read(model: PreTrainedModel, active: float = 1.0) -> float:
 def _unread(model: PreTrainedModel, active: float) -> Iterator[float]:
     if not is_transformed(model):
         return
-    state = Routed.of(model, "bench model").state
-    parameters = dict(model.named_parameters())
-    hidden, inputs = (float(state.config.get(name) or 0) for name in ("hidden_sparsity", "input_sparsity"))
-    for site in state.sites:
-        cuts = {rows.param: inputs for rows in (site.up_rows, site.gate_rows) if rows is not None}
-        cuts[site.down_rows.param] = hidden
-        for name in {rows.param for rows in site.neurons}:
-            yield parameters[name].nbytes * (1 - active * (1 - cuts.get(name, 0.0)))
+    routed = Routed.of(model, "bench model")
+    for site, router in routed:
+        nbytes = {rows: rows.of(model, site.d_ff).nbytes for rows in site.neurons}
+        yield unread(routed, site, router, nbytes, active)
 
 
 def _tables(model: PreTrainedModel) -> list[Tensor]:

@@ -1,7 +1,8 @@
 """The gate of one FFN site: what applies its router's decision.
 
 Paper section 4.2: soft y = sum_i G_i E_i(x); hard y = sum_i 1[G_i > tau] E_i(x), unscaled.
-The gate multiplies the FFN's hidden units just before the down projection, which is the same sum.
+The gate multiplies the FFN's hidden units just before the down projection, which is the same sum. Where inactive
+neurons keep low bits, it lets none through in hard mode, so that down gives its bias alone; `add_tiers` adds the rest.
 """
 
 from __future__ import annotations
@@ -79,7 +80,18 @@ def gate(router: Router, h: Tensor, logits: Tensor | None) -> Tensor:
             f"a gate got {h.shape[-1]} of its FFN's {router.d_ff} hidden units; expected all of them on every device: "
             "tensor parallelism cuts experts apart; load the model without tp_plan"
         )
+    if router.tiered:
+        return torch.zeros_like(h)  # `add_tiers` adds what they write
     if router.straight_through and router.mode == "hard" and torch.is_grad_enabled():
         return _straight_through(h, logits, router.threshold, router.cut)
     cut = () if router.cut is None else (router.cut,)
     return torch.ops.ltepass.gate.default(h, logits, router.threshold, soft, *cut)  # type: ignore[no-any-return]
+
+
+def add_tiers(router: Router, y: Tensor, logits: Tensor | None, x: Tensor) -> Tensor:
+    """y: [..., d_model], what down gave; x: the router's input -> y and what the tiers of bits write, in hard mode."""
+    if isinstance(y, torch.fx.Proxy):
+        return y.tracer.create_proxy("call_function", add_tiers, (router, y, logits, x), {})
+    if logits is None:
+        return y
+    return y + router.from_planes(x, logits).to(y.dtype)  # type: ignore[operator, no-any-return]

@@ -30,7 +30,10 @@ def set_mode(model: nn.Module, mode: Mode) -> None:
         {'hard'}
     """
     check_mode(mode)
-    switch(Routed.trained(model, "set_mode"), mode)
+    routed = Routed.trained(model, "set_mode")
+    if mode == "soft":
+        routed.require_gates("soft mode")
+    switch(routed, mode)
 
 
 def switch(routed: Routed, mode: Mode) -> None:

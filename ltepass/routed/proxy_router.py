@@ -10,6 +10,8 @@ weights have become. What learns is a scale per expert and the layer's bias, whi
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +20,7 @@ from ltepass.errors import ConfigError
 from ltepass.kernels import proxy_reference
 from ltepass.kernels.linear_reference import BLOCK, HALF
 from ltepass.kernels.proxy import proxy_scores
+from ltepass.kernels.proxy_reference import Codes
 from ltepass.kernels.reference import ACTIVATIONS
 from ltepass.routed.router import Router
 from ltepass.routed.sites import FFNSite, NeuronRows
@@ -110,6 +113,9 @@ class ProxyRouter(Router):
         return f"{super().extra_repr()}, activation={self.activation!r}, scales={scales}"
 
 
+Kind = TypeVar("Kind", bound=ProxyRouter)
+
+
 def require_known(sites: list[FFNSite]) -> None:
     """Raises ConfigError for a site whose hidden units no proxy computes."""
     unknown = next((site for site in sites if site.activation not in ACTIVATIONS), None)
@@ -120,9 +126,9 @@ def require_known(sites: list[FFNSite]) -> None:
         )
 
 
-def proxy_of(site: FFNSite, config: LTEConfig, device: torch.device | str | None) -> ProxyRouter:
-    """A router for this site."""
-    return ProxyRouter(
+def proxy_of(site: FFNSite, config: LTEConfig, device: torch.device | str | None, kind: type[Kind]) -> Kind:
+    """A router of this kind for this site."""
+    return kind(
         site.d_model,
         site.d_ff,
         site.group_size,
@@ -138,25 +144,33 @@ def proxy_of(site: FFNSite, config: LTEConfig, device: torch.device | str | None
 
 
 @torch.no_grad()
-def encode(model: nn.Module, site: FFNSite, router: ProxyRouter) -> bool:
-    """Codes, scales and biases of the weights as they are. False, and nothing done, where they are not to be read."""
-    linears = [(rows, bias) for rows, bias in ((site.gate_rows, site.gate_bias), (site.up_rows, site.up_bias)) if rows]
-    found = [_read(model, site, rows) for rows, _ in linears]
-    if any(weight is None or weight.shape != (site.d_ff, site.d_model) for weight in found):
+def encode(model: nn.Module, site: FFNSite, router: ProxyRouter, codes: Codes | None = None) -> bool:
+    """Codes, scales and biases of the weights as they are. False, and nothing done, where they are not to be read.
+
+    codes: of gate and up; None rounds them.
+    """
+    weights = read_weights(model, site)
+    if weights is None:
         return False
-    weights = torch.stack([weight.detach().float() for weight in found if weight is not None])
-    codes, multipliers, scales = proxy_reference.quantise(weights, blocks=bool(router.blocks))
-    added = [_read(model, site, bias) for _, bias in linears]
+    codes = codes or proxy_reference.quantise(weights, blocks=bool(router.blocks))
+    added = [read_rows(model, site, bias) for bias in ((site.gate_bias,) if site.gate_rows else ()) + (site.up_bias,)]
     none = weights.new_zeros(site.d_ff)
     biases = torch.stack([none if bias is None else bias.detach().float() for bias in added])
-    new = {"codes": codes, "multipliers": multipliers, "scales": scales, "biases": biases}
-    for name, value in new.items():
+    for name, value in {**codes._asdict(), "biases": biases}.items():
         constant = getattr(router, name)
         if constant is not None:
             assert value is not None
             keep(constant)
             constant.copy_(value)
     return True
+
+
+def read_weights(model: nn.Module, site: FFNSite) -> Tensor | None:
+    """fp32 [k, d_ff, d_model] of gate and up, or None where they are not to be read."""
+    found = [read_rows(model, site, rows) for rows in (site.gate_rows, site.up_rows) if rows]
+    if any(weight is None or weight.shape != (site.d_ff, site.d_model) for weight in found):
+        return None
+    return torch.stack([weight.detach().float() for weight in found if weight is not None])
 
 
 @torch.no_grad()
@@ -167,7 +181,7 @@ def start_proxy(model: nn.Module, site: FFNSite) -> None:
         router.sizes.copy_(site.down_rows.of(model, site.d_ff).float().norm(dim=1))
 
 
-def _read(model: nn.Module, site: FFNSite, rows: NeuronRows | None) -> Tensor | None:
+def read_rows(model: nn.Module, site: FFNSite, rows: NeuronRows | None) -> Tensor | None:
     """[d_ff, ...], or None where no parameter of that name holds all neurons: an adapter or a shard stands there."""
     path, _, name = (rows.param if rows else "").rpartition(".")
     try:

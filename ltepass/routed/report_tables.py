@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ltepass.routed.ffn_bits import FFNBits, ffn_bits
 from ltepass.routed.routed import Routed
 from ltepass.routed.sites import FFNSite, Refusal
 from ltepass.routed.undo import verb
@@ -29,6 +30,7 @@ class Report:
         linears: how many beside the FFNs call an op of ours (scope "model" finds them in its graphs, and counts none).
         notes: what lowering kept as it was, and why. untried: owners that the self check did not run.
         paths: what the op does on this CPU, for a few numbers of tokens.
+        bits: of FFN weights that a token reads, and that are held; None before calibration.
         modes: router mode by site name. sparsity: measured share of inactive neurons by site name, empty until
             measured.
     Raises: nothing.
@@ -46,6 +48,7 @@ class Report:
     linears: int = 0
     untried: list[str] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
+    bits: FFNBits | None = None
     modes: dict[str, str] = field(default_factory=dict)
     sparsity: dict[str, float] = field(default_factory=dict)
 
@@ -88,6 +91,7 @@ def report(model: nn.Module, sparsity: dict[str, float] | None = None) -> Report
         linears=state.linears,
         untried=list(state.untried),
         paths=_paths(routed) if state.lowered else [],
+        bits=ffn_bits(routed),
         modes={site.name: router.mode for site, router in routed},
         sparsity=dict(sparsity or {}),
     )
@@ -129,6 +133,14 @@ def _tables(report: Report) -> Iterator[Table | Text]:
         yield Text(f"of active neurons, the smallest {share:.0%} are left out of the down projection (hidden_sparsity)")
     if share := report.config.get("input_sparsity"):
         yield Text(f"the smallest {share:.0%} of each FFN's inputs are left out of up and gate (input_sparsity)")
+    if share := report.config.get("low_bit_sparsity"):
+        yield Text(f"of all neurons, the {share:.0%} that score least add nothing (low_bit_sparsity)")
+    if report.bits is not None:
+        beside = " (and the weights of dense mode beside)" if report.config.get("inactive") == "low_bit" else ""
+        yield Text(
+            f"bits a weight of the FFNs, with routers and scales: a token reads {report.bits.read:.2f} of "
+            f"{report.bits.held:.2f}{beside}"
+        )
     if report.refusals:
         yield refusals_table(report.refusals)
     for line in (*report.notes, *report.untried, *report.paths):

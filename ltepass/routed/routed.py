@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule
 
-from ltepass.errors import AmbiguousModelError, LoweredError, NotTransformedError, ShardedError
+from ltepass.errors import AmbiguousModelError, ConfigError, LoweredError, NotTransformedError, ShardedError
 from ltepass.routed.router import Router
 from ltepass.routed.sites import FFNSite, LTEState
 
@@ -52,6 +52,19 @@ class Routed:
     @property
     def config(self) -> dict[str, Any]:
         return self.state.config
+
+    @property
+    def tiered(self) -> bool:
+        """Whether inactive neurons keep low bits."""
+        return bool(self.config.get("inactive") == "low_bit")
+
+    def require_gates(self, what: str) -> None:
+        """Raises ConfigError where inactive neurons keep low bits, which `what` cannot serve."""
+        if self.tiered:
+            raise ConfigError(
+                f'{what} does not serve inactive="low_bit", whose 4-bit planes stay as calibration made them; expected '
+                'inactive="zero"; train and change the model before it is transformed with "low_bit"'
+            )
 
     @cached_property
     def routers(self) -> list[Router]:

@@ -26,6 +26,15 @@ def logit(tau: float) -> float:
     return math.log(tau / (1.0 - tau))
 
 
+def interpolate(quantiles: Tensor, sparsity: float) -> Tensor:
+    """A table's value at a sparsity, linear between its points; 0 lets every expert pass. quantiles: [101]."""
+    if sparsity == 0.0:
+        return quantiles.new_tensor(-torch.inf)
+    at = sparsity * (N_QUANTILES - 1)
+    low = int(at)
+    return torch.lerp(quantiles[low], quantiles[min(low + 1, N_QUANTILES - 1)], at - low)
+
+
 class Router(nn.Module):
     """Scores `n_experts` groups of neurons from the FFN's input. Always fp32, whatever the model's dtype.
 
@@ -45,6 +54,7 @@ class Router(nn.Module):
     permutation: Tensor
     cut: Tensor | None
     input_cut: Tensor | None
+    tiered = False  # whether its FFN's inactive neurons keep low bits (tiered_router.py)
     watched = (
         False  # whether the gate tells that it was applied: a forward around it was replaced (replaced_forwards.py)
     )
@@ -115,6 +125,14 @@ class Router(nn.Module):
         weight = own.get("weight")
         # a DataParallel replica keeps plain tensors as attributes
         return (self.weight, self.bias) if weight is None else (weight, own.get("bias"))
+
+    def planes_of_down(self) -> tuple[Tensor, ...]:
+        """What is read for neurons that keep low bits."""
+        return ()
+
+    def low_planes(self) -> tuple[Tensor, ...]:
+        """What is read for active ones beside that."""
+        return ()
 
     def reorder(self, order: Tensor) -> None:
         """The FFN's neurons were put into another order: neuron i was neuron order[i]."""

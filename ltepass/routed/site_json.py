@@ -12,7 +12,7 @@ from ltepass.paths import is_path
 from ltepass.routed.json_entry import Entry, Json
 from ltepass.routed.sites import PATHS, ROWS, FFNSite, NeuronRows
 
-VERSION = 3  # of what write_state gives
+VERSION = 4  # of what write_state gives
 
 
 _CUSTOM = re.compile(r"custom\([\w,.<>]*\)", re.ASCII)  # the names of its operations; no kernel runs it

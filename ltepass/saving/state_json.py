@@ -6,6 +6,7 @@ the model is checked later, against the model (site_checks.py). Raises Checkpoin
 version 1: the rows of a site repeat the name of their parameter in `neurons`, `up_rows`, ...
 version 2: each name stands once in `parameters`; `neurons` counts in that list, `up_rows`, ... count in `neurons`.
 version 3: `config` says which kind of router there is.
+version 4: `config` says what inactive neurons keep.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from ltepass.config import BUDGETS, PROXY_SCALES, ROUTERS, SEEDS, LTEConfig
+from ltepass.config import BUDGETS, INACTIVE, PROXY_SCALES, QUANTISERS, ROUTERS, SEEDS, LTEConfig
 from ltepass.errors import CheckpointError, ConfigError, shown
 from ltepass.grouping_methods import AUTO, GROUPINGS
 from ltepass.routed.json_entry import ADVICE, LARGEST, Entry, Json
 from ltepass.routed.site_json import VERSION, read_site, write_site
 from ltepass.routed.sites import LTEState, Refusal
+from ltepass.routed.tiered_router import why_no_tiers
 from ltepass.version import __version__
 
 METHOD = "lte"
@@ -61,6 +63,8 @@ def read_state(value: object) -> LTEState:
     )
     if not state.sites:
         entry.wrong("sites", "at least one site")
+    if state.config["inactive"] == "low_bit" and any(map(why_no_tiers, state.sites)):
+        entry.wrong("sites", "none that cannot keep low bits")
     if entry.text("quant_method", default=METHOD) != METHOD:
         entry.wrong("quant_method", METHOD)
     entry.text("written_by", default="")
@@ -103,7 +107,16 @@ def _read_config(value: object, version: int) -> dict[str, Any]:
 
 
 # Settings that came later, and the first version that always has them.
-_LATER = {"budget": 2, "hidden_sparsity": 2, "input_sparsity": 2, "router": 3, "proxy_scales": 3}
+_LATER = {
+    "budget": 2,
+    "hidden_sparsity": 2,
+    "input_sparsity": 2,
+    "router": 3,
+    "proxy_scales": 3,
+    "inactive": 4,
+    "low_bit_sparsity": 4,
+    "low_bit_quantiser": 4,
+}
 
 
 def _number(value: object) -> bool:
@@ -119,6 +132,9 @@ _CONFIG: dict[str, Callable[[object], bool]] = {
     "input_sparsity": _number,
     "router": lambda v: isinstance(v, str) and v in ROUTERS,
     "proxy_scales": lambda v: isinstance(v, str) and v in PROXY_SCALES,
+    "inactive": lambda v: isinstance(v, str) and v in INACTIVE,
+    "low_bit_sparsity": _number,
+    "low_bit_quantiser": lambda v: isinstance(v, str) and v in QUANTISERS,
     "router_bias": lambda v: type(v) is bool,
     "tau": _number,
     "seed": lambda v: type(v) is int and v in SEEDS,

@@ -20,11 +20,12 @@ from ltepass.paths import is_path
 from ltepass.routed.proxy_router import CONSTANTS
 from ltepass.routed.router import N_QUANTILES
 from ltepass.routed.sites import FFNSite
+from ltepass.routed.tiered_router import PLANES
 from ltepass.saving.site_checks import is_router
 
 Header = dict[str, tuple[str, tuple[int, ...]]]  # tensor -> (dtype as safetensors names it, shape)
 # What a router may hold.
-ROUTER = ("weight", "bias", "threshold", "quantiles", "cut", "input_cut", "permutation", *CONSTANTS)
+ROUTER = ("weight", "bias", "threshold", "quantiles", "cut", "input_cut", "permutation", *CONSTANTS, *PLANES)
 _ONLY_OURS = ("threshold", "quantiles", "permutation")
 FLOATS = ("F64", "F32", "F16", "BF16")
 _AGAIN = "expected a directory written by save_pretrained of a transformed model; save it again"
@@ -58,6 +59,8 @@ def router_header(site: FFNSite, config: Mapping[str, object]) -> Header:
     }
     if proxy:
         header |= _constants(site, blocks=config["proxy_scales"] == "blocks")
+    if config.get("inactive") == "low_bit":
+        header |= _planes(site)
     optional: Header = {"bias": ("F32", () if proxy else (experts,)), "cut": ("F32", ()), "input_cut": ("F32", ())}
     settings = ("router_bias", "hidden_sparsity", "input_sparsity")
     return header | {name: optional[name] for name, setting in zip(optional, settings, strict=True) if config[setting]}
@@ -75,6 +78,16 @@ def _constants(site: FFNSite, *, blocks: bool) -> Header:
         header["multipliers"] = ("U8", (k, site.d_ff, n))
     if site.up_bias is not None or site.gate_bias is not None:
         header["biases"] = ("F32", (k, site.d_ff))
+    return header
+
+
+def _planes(site: FFNSite) -> Header:
+    """Of what inactive neurons keep."""
+    n, header = blocks_of(site.d_model), Header()
+    for plane, k in (("down", 1), ("low", 2 if site.gate_rows is None else 3)):
+        header[f"{plane}_codes"] = ("U8", (k, site.d_ff, HALF * n))
+        header[f"{plane}_multipliers"] = ("U8", (k, site.d_ff, n))
+        header[f"{plane}_scales"] = ("F32", (k, site.d_ff))
     return header
 
 
@@ -197,12 +210,13 @@ def check_values(site: FFNSite, tensors: Mapping[str, Tensor | None]) -> None:
         value = tensors.get(name)
         if value is not None and bool(value.isnan()):
             raise CheckpointError(f"the {name} of site {site.name} is not a number; {_AGAIN}")
-    multipliers = tensors.get("multipliers")
-    if multipliers is not None and int(multipliers.max()) > largest_multiplier(site.d_model):
-        raise CheckpointError(
-            f"a multiplier of site {site.name} is {int(multipliers.max())}; expected at most "
-            f"{largest_multiplier(site.d_model)}, beyond which sums do not fit in 32 bits; {_AGAIN}"
-        )
+    for name in ("multipliers", "down_multipliers", "low_multipliers"):
+        multipliers = tensors.get(name)
+        if multipliers is not None and int(multipliers.max()) > largest_multiplier(site.d_model):
+            raise CheckpointError(
+                f"one of the {name} of site {site.name} is {int(multipliers.max())}; expected at most "
+                f"{largest_multiplier(site.d_model)}, beyond which sums do not fit in 32 bits; {_AGAIN}"
+            )
     table = tensors["quantiles"]
     assert table is not None
     if bool(table.isnan().any()) and not bool(table.isnan().all()):

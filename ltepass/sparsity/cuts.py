@@ -79,6 +79,7 @@ def set_input_sparsity(model: nn.Module, share: float, batches: Iterable[Batch])
 
 def _set(routed: Routed, setting: Setting, share: float, batches: Iterable[Batch]) -> None:
     check_sparsity(share, setting)
+    routed.require_gates(f"set_{setting}")
     routed.config[setting] = share
     routers = [router for site in routed.sites for router in routed.copies(site)]
     if share and len(routers) > len(routed.sites) and any(getattr(r, BUFFERS[setting]) is None for r in routers):

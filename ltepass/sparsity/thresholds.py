@@ -14,7 +14,7 @@ from ltepass.routed import padding
 from ltepass.routed.batches import Batch, run_batches
 from ltepass.routed.modes import mode_of, remember_densities
 from ltepass.routed.routed import Routed
-from ltepass.routed.router import N_QUANTILES, Router, logit
+from ltepass.routed.router import N_QUANTILES, Router, interpolate, logit
 from ltepass.routed.samples import Reservoir
 from ltepass.routed.sites import FFNSite
 from ltepass.routed.undo import keep, verb
@@ -73,15 +73,6 @@ def thresholds_at(routed: Routed, sparsity: float) -> list[Tensor]:
         shared = shared_threshold(tables, sparsity)
         return [shared.to(table.device) for table in tables]
     return [interpolate(table, sparsity) for table in tables]
-
-
-def interpolate(quantiles: Tensor, sparsity: float) -> Tensor:
-    """The table's value at a sparsity, linear between its points; 0 lets every expert pass."""
-    if sparsity == 0.0:
-        return quantiles.new_tensor(-torch.inf)
-    at = sparsity * (N_QUANTILES - 1)
-    low = int(at)
-    return torch.lerp(quantiles[low], quantiles[min(low + 1, N_QUANTILES - 1)], at - low)
 
 
 def update_table(routed: Routed, batches: Iterable[Batch]) -> None:

@@ -40,7 +40,7 @@ def begin_stage(
         trainable: "all" leaves the flags of what is no router as they are; "routers" and "lora" freeze it.
         straight_through: routers learn in the hard stage too, as they do with "routers".
     Returns: None.
-    Raises: NotTransformedError, LoweredError, ShardedError.
+    Raises: NotTransformedError, LoweredError, ShardedError, ConfigError (inactive="low_bit").
     Example:
         >>> ltepass.begin_stage(model, "hard")
         >>> model.model.layers[0].mlp.router.weight.requires_grad
@@ -48,6 +48,7 @@ def begin_stage(
     """
     routed = Routed.trained(model, f"the {stage} stage")
     require_whole(model, f"the {stage} stage", flat_only=True)
+    routed.require_gates(f"the {stage} stage")
     switch(routed, stage)
     learns_hard = straight_through or trainable == "routers"
     if trainable != "all":
@@ -81,6 +82,7 @@ def settle(
     """
     batches = list(batches)
     routed = Routed.trained(model, "settle")
+    routed.require_gates("settle")
     routed.config["budget"] = budget or routed.config["budget"]
     switch(routed, "hard")
     for site, router in routed:

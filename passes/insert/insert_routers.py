@@ -2,6 +2,7 @@
 
     before:  h = act(gate(x)) * up(x);                            y = down(h)
     after:   x' = seen_inputs(x);  h = act(gate(x')) * up(x');  s = router(x);  h' = gate(h, s);  y = down(h')
+             and with inactive="low_bit"  y' = add_tiers(y, s, x)
 
 Legal because down is linear: gating group i of h is gating expert i's share of y. In dense mode the gate hands h on,
 and so does `seen_inputs` x, unless `set_input_sparsity` gave it a cut.
@@ -31,11 +32,12 @@ from ltepass.passes.insert.generated_classes import forwards_of, regenerate
 from ltepass.passes.insert.hooks import InlineSite, attach
 from ltepass.passes.insert.selfcheck import check_gated
 from ltepass.passes.insert.watch_forwards import watch
-from ltepass.routed.gate import gate, seen_inputs
-from ltepass.routed.proxy_router import proxy_of, require_known, start_proxy
+from ltepass.routed.gate import add_tiers, gate, seen_inputs
+from ltepass.routed.proxy_router import ProxyRouter, proxy_of, require_known, start_proxy
 from ltepass.routed.routed import set_state
 from ltepass.routed.router import Router
 from ltepass.routed.sites import FFNSite, LTEState
+from ltepass.routed.tiered_router import require_tierable, start_planes, tiered_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,8 @@ class InsertRouters:
         if job.config.router == "proxy":
             require_known(job.sites)
             check_real_weights(job.model, job.sites, 'router "proxy"')
+        if job.config.inactive == "low_bit":
+            require_tierable(job.sites)
         insert_routers(job.model, job.sites, job.config, traced=job.owner_graphs)
         for site in job.sites:
             if site.name in job.permutations:
@@ -56,6 +60,8 @@ class InsertRouters:
                 router.permutation.copy_(job.permutations[site.name])
             if job.config.router == "proxy":
                 start_proxy(job.model, site)
+            if job.config.inactive == "low_bit":
+                start_planes(job.model, site)
         grouping = job.config.grouping if job.permutations else "identity"
         state = LTEState(job.config.to_dict(), job.sites, job.refusals, grouping=grouping)
         set_state(job.model, state)
@@ -75,6 +81,7 @@ def insert_routers(
     device: of the routers; None takes the device of the site's down weight.
     traced: by owner, what find_ffn traced of it; None traces here.
     """
+    tiered = config.inactive == "low_bit"
     aligned = {s.owner for s in sites if s.kind == "aligned"}
     graphs = {owner: _own_graphs(model, owner, traced) for owner in aligned}
     generator = torch.Generator().manual_seed(config.seed)
@@ -88,7 +95,7 @@ def insert_routers(
         here = list(group)
         gated, inline = ([s for s in here if s.kind == kind] for kind in ("aligned", "inline"))
         for graph in graphs.get(owner, ()):
-            insert_gates(graph, gated)
+            insert_gates(graph, gated, tiered=tiered)
         if gated:
             regenerate(model.get_submodule(owner), forwards_of(graphs[owner]))
         if inline:
@@ -98,14 +105,16 @@ def insert_routers(
         graph = copy.deepcopy(model.graph)  # the user's own stays whole, should this call fail
         for site in sites:
             if site.kind == "graph":
-                _gate_in_user_graph(graph, site)
+                _gate_in_user_graph(graph, site, tiered=tiered)
         model.graph = graph
     watch(model, [s.owner for s in sites])
 
 
 def _router(site: FFNSite, config: LTEConfig, device: torch.device | str | None) -> Router:
+    if config.inactive == "low_bit":
+        return tiered_of(site, config, device)
     if config.router == "proxy":
-        return proxy_of(site, config, device)
+        return proxy_of(site, config, device, ProxyRouter)
     cuts = {"cut": config.hidden_sparsity > 0, "input_cut": config.input_sparsity > 0}
     sizes = (site.d_model, site.d_ff, site.group_size)
     return Router(*sizes, bias=config.router_bias, tau=config.tau, device=device, **cuts)
@@ -146,21 +155,21 @@ def _called(graph: Graph, path: str) -> Node:
     return node
 
 
-def insert_gates(graph: Graph, sites: Sequence[FFNSite]) -> None:
-    """Routers and gates in an aligned owner's own graph."""
+def insert_gates(graph: Graph, sites: Sequence[FFNSite], *, tiered: bool) -> None:
+    """Routers and gates in an aligned owner's own graph. tiered: what inactive neurons keep is added behind down."""
     for site in sites:
         up, gate_linear, down = (_called(graph, relative(site, p)) for p in (site.up, site.gate or site.up, site.down))
         inputs = dict.fromkeys((up.all_input_nodes[0], gate_linear.all_input_nodes[0]))  # two views of x at most
-        _insert_gate(graph, list(inputs), down, down.all_input_nodes[0], relative(site, site.router))
+        _insert_gate(graph, list(inputs), down, down.all_input_nodes[0], relative(site, site.router), tiered)
 
 
-def _gate_in_user_graph(graph: Graph, site: FFNSite) -> None:
+def _gate_in_user_graph(graph: Graph, site: FFNSite, *, tiered: bool) -> None:
     by_name = {n.name: n for n in graph.nodes}
     x, h, down = (by_name[name] for name in site.nodes)
-    _insert_gate(graph, [x], down, h, site.router)
+    _insert_gate(graph, [x], down, h, site.router, tiered)
 
 
-def _insert_gate(graph: Graph, inputs: Sequence[Node], down: Node, h: Node, router: str) -> None:
+def _insert_gate(graph: Graph, inputs: Sequence[Node], down: Node, h: Node, router: str, tiered: bool) -> None:
     region = set(breadth_first(h, lambda n: n.all_input_nodes))
     for x in inputs:
         readers = [n for n in graph.nodes if n in region and x in n.all_input_nodes]
@@ -173,3 +182,7 @@ def _insert_gate(graph: Graph, inputs: Sequence[Node], down: Node, h: Node, rout
         logits = graph.call_module(router, (inputs[0],))
         gated = graph.call_function(gate, (module, h, logits))
     down.replace_input_with(h, gated)
+    if tiered:
+        with graph.inserting_after(down):
+            whole = graph.call_function(add_tiers, (module, down, logits, inputs[0]))
+        down.replace_all_uses_with(whole, lambda user: user is not whole)

@@ -13,7 +13,7 @@ from ltepass.passes.group.group_neurons import permute_routed
 from ltepass.passes.insert.hooks import detach
 from ltepass.passes.insert.watch_forwards import unwatch
 from ltepass.routed import padding
-from ltepass.routed.gate import gate, seen_inputs
+from ltepass.routed.gate import add_tiers, gate, seen_inputs
 from ltepass.routed.routed import Routed, drop_state
 from ltepass.routed.sites import FFNSite
 
@@ -45,11 +45,13 @@ def remove_routers(routed: Routed, *, undo_grouping: bool) -> None:
 
 
 def _ungate(graph: Graph, site: FFNSite) -> None:
-    for node in list(graph.nodes):
-        if node.op != "call_function" or node.target not in (gate, seen_inputs):
+    for node in reversed(list(graph.nodes)):  # what reads the logits goes before them
+        if node.op != "call_function" or node.target not in (gate, seen_inputs, add_tiers):
             continue
         module, kept, *logits = node.args
         if module.target == site.router:
             node.replace_all_uses_with(kept)
-            for dead in (node, *logits, module):
-                graph.erase_node(dead)
+            graph.erase_node(node)
+            for dead in (*logits, module):
+                if not dead.users:
+                    graph.erase_node(dead)

@@ -35,7 +35,7 @@ def lower_sites(routed: Routed, sites: list[FFNSite]) -> None:
     for site in sites:
         routed.router(site).plan = plan_of(model, site)
     for owner, group in _aligned(state):
-        _regenerate(model.get_submodule(owner), group, lowered)
+        _regenerate(model.get_submodule(owner), group, lowered, tiered=routed.tiered)
     for owner in {s.owner for s in sites if s.kind == "inline"}:
         _lower_inline(model, owner, [s for s in state.sites if s.owner == owner], lowered)
     if isinstance(model, GraphModule):
@@ -51,7 +51,7 @@ def lower_sites(routed: Routed, sites: list[FFNSite]) -> None:
 def unlower_sites(routed: Routed) -> None:
     model, state = routed.model, routed.state
     for owner, group in _aligned(state):
-        _regenerate(model.get_submodule(owner), group, set())
+        _regenerate(model.get_submodule(owner), group, set(), tiered=routed.tiered)
     for site, router in routed:
         router.plan = None
         if site.kind == "inline":
@@ -69,12 +69,12 @@ def _aligned(state: LTEState) -> Iterator[tuple[str, list[FFNSite]]]:
     return ((owner, list(group)) for owner, group in groupby(aligned, key=lambda s: s.owner))
 
 
-def _regenerate(owner: nn.Module, sites: list[FFNSite], lowered: set[str]) -> None:
+def _regenerate(owner: nn.Module, sites: list[FFNSite], lowered: set[str], *, tiered: bool) -> None:
     """The owner's own forward with gates, and with the op where `lowered` names the site; swapped in one step."""
     graphs = trace_owner(owner)
     assert graphs is not None, "an aligned owner was traced before"
     for graph in graphs:
-        insert_gates(graph, sites)
+        insert_gates(graph, sites, tiered=tiered)
         for site in sites:
             if site.name in lowered:
                 _call_op(owner, graph, site)

@@ -38,6 +38,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[], Any], dict[str, Any], dict[str, Any]]]
         {"router": "proxy", "proxy_scales": "rows"},
         {},
     ),
+    "tiers": (llama, {"router": "proxy", "group_size": 1, "inactive": "low_bit", "low_bit_sparsity": 0.3}, {}),
 }
 
 

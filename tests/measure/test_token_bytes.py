@@ -21,7 +21,7 @@ FFN = 3 * 64 * 96 * 4  # bytes of one
 def routed(**more: Any) -> Any:
     model = made("llama")
     ids = [torch.randint(0, 61, (2, 16))]
-    ltepass.transform(model, config=ltepass.LTEConfig(group_size=8, **more), calibration=ids)
+    ltepass.transform(model, config=ltepass.LTEConfig(**{"group_size": 8, **more}), calibration=ids)
     ltepass.set_mode(model, "hard")
     return model
 
@@ -61,6 +61,40 @@ def test_cuts_leave_parts_of_active_neurons_unread() -> None:
     plain = token_bytes.weights_read(routed(), 0.5)
     cut = token_bytes.weights_read(routed(hidden_sparsity=0.5, input_sparsity=0.25), 0.5)
     assert plain - cut == pytest.approx(2 * FFN * 0.5 * (0.5 / 3 + 0.25 * 2 / 3))
+
+
+@pytest.mark.parametrize("least", [0.0, 0.4])
+def test_tiers_are_read_as_far_as_neurons_ask_for(least: float) -> None:
+    settings: dict[str, Any] = {"router": "proxy", "inactive": "low_bit", "target_sparsity": 0.75}
+    model = routed(group_size=1, low_bit_sparsity=least, **settings)
+    plane = 96 * (64 / 2 + 2 + 4)  # of one matrix: codes, multipliers, scales
+    proxy = 2 * plane + 96 * 4 + 96 * 4 + 4  # with sizes, weights and a bias
+    read = 2 * (proxy + (1 - least) * plane + 0.25 * 3 * plane)
+    others = token_bytes.weights_read(made("llama")) - 2 * FFN
+    assert token_bytes.weights_read(model, 0.25) == pytest.approx(others + read)
+    assert token_bytes.held(model) == token_bytes.held(made("llama")) + 2 * (proxy + 4 * plane)
+    bits = ltepass.report(model).bits
+    assert bits is not None
+    assert bits.read == pytest.approx(8 * read / (2 * FFN / 4), rel=0.01)
+    assert bits.held == pytest.approx(8 * 2 * (proxy + 4 * plane) / (2 * FFN / 4))
+    assert f"a token reads {bits.read:.2f} of {bits.held:.2f}" in str(ltepass.report(model))
+    ltepass.set_sparsity(model, 0.2)
+    more = ltepass.report(model).bits
+    assert more is not None
+    assert more.read == pytest.approx(
+        8 * 2 * (proxy + 0.8 * plane * 4 + (0.2 - least) * plane * (not least)) / (2 * FFN / 4), rel=0.02
+    )
+
+
+def test_bits_of_plain_sparsity_count_active_weights_and_the_router() -> None:
+    model = routed()
+    bits = ltepass.report(model).bits
+    assert bits is not None
+    routers = 2 * (96 // 8) * 65 * 4
+    assert bits.held == pytest.approx(32 * (1 + routers / (2 * FFN)))
+    assert bits.read == pytest.approx(32 * (0.5 + routers / (2 * FFN)), rel=0.02)
+    uncalibrated = ltepass.transform(made("llama"), config=ltepass.LTEConfig(group_size=8))
+    assert ltepass.report(uncalibrated).bits is None
 
 
 def test_a_position_adds_its_keys_and_values() -> None:

@@ -35,15 +35,15 @@ def assert_refused(model: nn.Module, match: str) -> None:
 
 
 def test_a_gate_that_is_not_called_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inserting, "insert_gates", lambda graph, sites: None)
+    monkeypatch.setattr(inserting, "insert_gates", lambda graph, sites, *, tiered: None)
     assert_refused(build("llama"), "not called")
 
 
 def test_a_gate_whose_output_does_not_reach_down_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     before = inserting._insert_gate
 
-    def beside(graph: Any, inputs: Any, down: Any, h: Any, router: str) -> None:
-        before(graph, inputs, down, h, router)
+    def beside(graph: Any, inputs: Any, down: Any, h: Any, router: str, tiered: bool) -> None:
+        before(graph, inputs, down, h, router, tiered)
         gated = next(n for n in down.all_input_nodes)
         with graph.inserting_after(gated):  # called, and thrown away but for nothing times it
             kept = graph.call_function(torch.add, (h, gated), {"alpha": 0.0})
@@ -56,8 +56,8 @@ def test_a_gate_whose_output_does_not_reach_down_is_an_error(monkeypatch: pytest
 def test_an_owner_that_computes_something_else_in_dense_mode_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     before = inserting.insert_gates
 
-    def doubled(graph: Any, sites: Any) -> None:
-        before(graph, sites)
+    def doubled(graph: Any, sites: Any, *, tiered: bool) -> None:
+        before(graph, sites, tiered=tiered)
         (end,) = [n for n in graph.nodes if n.op == "output"]
         with graph.inserting_before(end):
             end.args = (graph.call_function(torch.mul, (end.args[0], 1.01)),)
@@ -162,7 +162,7 @@ def test_a_loaded_checkpoint_is_tried(tmp_path: Any, monkeypatch: pytest.MonkeyP
 
     model: PreTrainedModel = transformed("llama")
     model.save_pretrained(tmp_path)
-    monkeypatch.setattr(inserting, "insert_gates", lambda graph, sites: None)
+    monkeypatch.setattr(inserting, "insert_gates", lambda graph, sites, *, tiered: None)
     with pytest.raises(CheckpointError, match="not called"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     monkeypatch.undo()

@@ -34,6 +34,7 @@ from tests.watching import watch
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
 FOLDERS = [CHECKPOINTS / v / n for v in ("v1", "v2") for n in ("aligned", "inline", "fused", "encoder_decoder", "cuts")]
 FOLDERS += [CHECKPOINTS / "v3" / n for n in ("proxy", "proxy_plain")]
+FOLDERS += [CHECKPOINTS / "v4" / "tiers"]
 MANY = 12 * settings().max_examples
 SOME = settings().max_examples // 2
 

@@ -1,0 +1,114 @@
+"""Codes that know their inputs: what rounding one input's weights loses, those that come after it make up for.
+
+GPTQ (Frantar et al., arXiv 2210.17323), plainly: inputs in their order, the inverse of their second moment H in one
+Cholesky factor, 1 % of its mean diagonal added. With w_i the weights of input i (one an output), U^T U = H^-1:
+
+    for each i:  e = (w_i - rounded(w_i)) / U_ii;  w_j -= U_ij e  for all j >= i
+
+Updates reach the inputs of the present panel at once, and the others when it ends. The format is the proxies'
+(`kernels/proxy_reference.py`): blocks of 32 along d_model share a multiplier, which is chosen when the first of them is
+reached; a row's scale is that of the weights as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ltepass.calibration.ridge import one_thread
+from ltepass.kernels.linear_reference import BLOCK
+from ltepass.kernels.planes import dequantise
+from ltepass.kernels.proxy_reference import (
+    LARGEST,
+    Codes,
+    blocks_of,
+    fit_codes,
+    in_blocks,
+    largest_multiplier,
+    pack,
+    quantise,
+    steps_of,
+)
+
+DAMPING = 0.01  # of the mean diagonal of H
+PANEL = 4 * BLOCK
+
+Rounding = Callable[[int, Tensor], Tensor]  # (i, the weights as they are now [n, m]) -> row i as it will stand
+
+
+def codes_along_inputs(weights: Tensor, moment: Tensor) -> Codes:
+    """Of linears whose inputs are what the blocks lie along (gate, up). weights: [k, f, d]; moment: [d, d]."""
+    shape = weights.shape[:2]
+    rows = weights.float().flatten(0, 1)
+    rounding = _AlongBlocks(rows)
+    feed_back(rows.T, moment, rounding)
+    codes = pack(rounding.codes).unflatten(0, shape)
+    multipliers = rounding.multipliers.to(torch.uint8).unflatten(0, shape)
+    return Codes(codes, multipliers, rounding.step.unflatten(0, shape))
+
+
+def codes_by_input(weights: Tensor, moment: Tensor) -> Codes:
+    """Of a linear whose blocks lie within one input's weights (down). weights: [1, f, d], f inputs; moment: [f, f]."""
+    rounding = _WholeRows()
+    feed_back(weights[0].float(), moment, rounding)
+    return Codes(*(torch.cat(parts, 1) for parts in zip(*rounding.rows, strict=True)))
+
+
+@torch.no_grad()
+def feed_back(weights: Tensor, moment: Tensor, rounding: Rounding) -> Tensor:
+    """weights: [n, m], a row an input; moment: [n, n], the inputs' second moment up to a factor -> the rounded rows."""
+    left = weights.clone(memory_format=torch.contiguous_format)
+    with one_thread():  # the same codes on every machine, and rows are short: more threads take five times as long
+        factor = _inverse_factor(moment).to(left)
+        for start in range(0, len(left), PANEL):
+            end = min(start + PANEL, len(left))
+            errors = torch.empty_like(left[start:end])
+            for i in range(start, end):
+                rounded = rounding(i, left)
+                errors[i - start] = (left[i] - rounded) / factor[i, i]
+                left[i + 1 : end].addr_(factor[i, i + 1 : end], errors[i - start], alpha=-1)
+                left[i] = rounded
+            left[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+    return left
+
+
+def _inverse_factor(moment: Tensor) -> Tensor:
+    """U, upper, of H^-1 = U^T U; fp64."""
+    damped = moment.to(torch.float64, copy=True)
+    damped.diagonal().add_(DAMPING * damped.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor
+
+
+class _AlongBlocks:
+    """Rounds input i of all rows of [n, d]; at each block's first, the multipliers of what the block has become."""
+
+    def __init__(self, rows: Tensor) -> None:
+        n, d = rows.shape
+        self.most = largest_multiplier(d)
+        self.step = steps_of(in_blocks(rows), self.most)
+        self.codes = rows.new_zeros(n, BLOCK * blocks_of(d))
+        self.multipliers = rows.new_ones(n, blocks_of(d))
+
+    def __call__(self, i: int, left: Tensor) -> Tensor:
+        if i % BLOCK == 0:
+            _, multipliers, self.units = fit_codes(left[i : i + BLOCK].T, self.step, self.most)
+            self.multipliers[:, i // BLOCK] = multipliers
+        code = (left[i] / self.units).round().clamp(-LARGEST, LARGEST)
+        self.codes[:, i] = code
+        return code * self.units
+
+
+class _WholeRows:
+    """Rounds row i of [f, d] to its nearest codes."""
+
+    def __init__(self) -> None:
+        self.rows: list[Codes] = []
+
+    def __call__(self, i: int, left: Tensor) -> Tensor:
+        codes = quantise(left[None, i : i + 1], blocks=True)
+        self.rows.append(codes)
+        return dequantise(codes, left.shape[1])[0, 0]

@@ -1,0 +1,67 @@
+"""How much of an FFN's weights a token reads, and how much is held for it: bytes, and bits a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ltepass.routed.proxy_router import read_rows
+from ltepass.routed.routed import Routed
+from ltepass.routed.router import Router
+from ltepass.routed.sites import FFNSite, NeuronRows
+
+
+@dataclass(frozen=True)
+class FFNBits:
+    """Mean over all weights of gate, up and down; routers, scales and codes are counted.
+
+    Arguments:
+        read: by one token, at the sparsity that the thresholds are placed for.
+        held: for that; with inactive="low_bit" the planes, without the linears' own weights, which serve dense mode.
+    Raises: nothing.
+    Example:
+        >>> bits = ltepass.report(model).bits  # calibrated at 50 %, in fp32
+        >>> 16 < bits.read < bits.held / 1.5
+        True
+    """
+
+    read: float
+    held: float
+
+
+def ffn_bits(routed: Routed) -> FFNBits | None:
+    """None where no table says how many neurons are active, or a weight is no parameter any more."""
+    read, held, weights = 0.0, 0, 0
+    for site, router in routed:
+        own = [read_rows(routed.model, site, rows) for rows in site.neurons]
+        if router.density is None or any(rows is None for rows in own):
+            return None
+        nbytes = {rows: t.nbytes for rows, t in zip(site.neurons, own, strict=True) if t is not None}
+        everything = [t for t in (*router.operands(), *router.planes_of_down(), *router.low_planes()) if t is not None]
+        all_held = sum(t.nbytes for t in everything) + sum(nbytes.values())
+        read += all_held - unread(routed, site, router, nbytes, router.density)
+        held += all_held - (sum(nbytes.values()) if router.tiered else 0)
+        weights += (2 if site.gate_rows is None else 3) * site.d_ff * site.d_model
+    return FFNBits(8 * read / weights, 8 * held / weights)
+
+
+def unread(routed: Routed, site: FFNSite, router: Router, nbytes: Mapping[NeuronRows, int], active: float) -> float:
+    """Bytes of a site's own weights and of its router's planes that a token leaves alone. active: share of neurons.
+
+    nbytes: of the weights by their rows. Cuts count with the share that they were set for: units that
+    `hidden_sparsity` leaves out are not read by down, inputs that `input_sparsity` leaves out not by up and gate.
+    """
+    if router.tiered:
+        kept = max(active, 1.0 - float(routed.config["low_bit_sparsity"]))
+        planes = (1 - kept) * _nbytes(router.planes_of_down()) + (1 - active) * _nbytes(router.low_planes())
+        return planes + sum(nbytes.values())
+    inputs, hidden = (float(routed.config.get(name) or 0) for name in ("input_sparsity", "hidden_sparsity"))
+    cuts = {rows: inputs for rows in (site.up_rows, site.gate_rows) if rows is not None}
+    cuts[site.down_rows] = hidden
+    return sum(n * (1 - active * (1 - cuts.get(rows, 0.0))) for rows, n in nbytes.items())
+
+
+def _nbytes(tensors: tuple[Tensor, ...]) -> int:
+    return sum(t.nbytes for t in tensors)
