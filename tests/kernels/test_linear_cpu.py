@@ -156,6 +156,13 @@ def test_a_weight_that_lies_the_other_way_round_goes_to_the_library() -> None:
     assert_values(recipe, (x, turned, bias), torch.ops.ltepass.linear(x, turned, bias))
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("contiguous", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_longer_inputs_take_the_weight_tile_by_tile(dtype: torch.dtype, contiguous: bool, bias: bool) -> None:
+    check(Recipe(T=33, d_in=70, d_out=2100, dtype=dtype, contiguous=contiguous, bias=bias))
+
+
 def test_many_python_threads_at_once() -> None:
     cases = [Recipe(format=f, T=1 + i * 3, d_in=96 + 32 * i, d_out=300 + i) for i, f in enumerate(FORMATS * 2)]
     args = [make(c) for c in cases]
