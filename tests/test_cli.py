@@ -9,16 +9,20 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 from typer.testing import CliRunner
 
 import ltepass
 from ltepass.cli import app, main
 from ltepass.commands.load import call_by_name, load
 from ltepass.config import ROUTERS
+from ltepass.corpora import token_blocks
 from ltepass.errors import ConfigError
+from ltepass.measure.paired import compare
+from ltepass.measure.quality import perplexity, sparsity_curve
 from ltepass.measure.records import TokenRecord, read
 from ltepass.routed.proxy_router import ProxyRouter
+from ltepass.routed.report_tables import span
 from ltepass.routed.routed import routers_of
 from tests.models.zoo import llama
 
@@ -42,8 +46,8 @@ def no_ffn() -> tuple[nn.Module, Any]:
     return nn.Linear(4, 4), (torch.randn(2, 4),)
 
 
-def run(*arguments: str) -> str:
-    done = CliRunner(env={"COLUMNS": "200"}).invoke(app, arguments, catch_exceptions=False)
+def run(*arguments: str, columns: int = 200) -> str:
+    done = CliRunner(env={"COLUMNS": str(columns)}).invoke(app, arguments, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return done.output
 
@@ -298,6 +302,67 @@ def test_train_takes_the_stages_options_and_eval_shows_the_curve(dense_folder: P
     assert all((router.cut or 0) > 0 and (router.input_cut or 0) > 0 for router in routers_of(load(str(out / "cut"))))
     with pytest.raises(ConfigError, match="trainable is 'some'"):
         run("train", str(dense_folder), str(text), "--out", str(out), "--trainable", "some", *options[:2])
+
+
+def test_eval_compares_with_the_better_dense_model_on_each_text(dense_folder: Path, tmp_path: Path) -> None:
+    """Figures are those of the library's calls, and a column's are its own text's."""
+    texts = {name: tmp_path / f"{name}.txt" for name in ("own", "other")}
+    for stride, path in zip((7, 11), texts.values(), strict=True):
+        path.write_text(" ".join(f"w{(i * stride + i // 9) % 61}" for i in range(800)))
+    for name, text in texts.items():  # each of them is tuned on one text, so that each is the better one there
+        options = [
+            "--steps",
+            "40",
+            "--learning-rate",
+            "0.01",
+            "--length",
+            "20",
+            "--target-sparsity",
+            "0",
+            "--no-warm-start",
+        ]
+        run(
+            "train",
+            str(dense_folder),
+            str(text),
+            "--out",
+            str(tmp_path / name / "routed"),
+            "--group-size",
+            "12",
+            *options,
+        )
+        ltepass.remove(load(str(tmp_path / name / "routed"))).save_pretrained(tmp_path / name)
+    out = tmp_path / "out"
+    run("train", str(dense_folder), str(texts["own"]), "--out", str(out), "--length", "20", "--steps", "0")
+    common = [str(out), str(texts["own"]), "--text", str(texts["other"]), "--length", "20", "--limit", "9"]
+    against = [word for name in texts for word in ("--against", str(tmp_path / name))]
+    shown = run("eval", *common, *against, "--sparsities", "0.2", columns=400)
+    rows = {
+        cells[1].strip(): cells[2:4] for cells in (line.split("│") for line in shown.splitlines()) if len(cells) > 3
+    }
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    for column, (name, path) in enumerate(texts.items()):
+        blocks = token_blocks(tokenizer, path.read_text(), 20, 9)
+        model = load(str(out))
+        found = compare(model, load(str(tmp_path / name)), blocks)
+        dense = f"{found.dense_perplexity:.3f} ({tmp_path / name})"
+        sparsity = span(list(ltepass.measure_sparsity(model, blocks[:, None]).values()))
+        ((_, at, _),) = sparsity_curve(model, blocks, [0.2])
+        for what, value in {
+            "text": "9 x 20 tokens",
+            "perplexity, hard mode": f"{found.perplexity:.3f}",
+            "perplexity, dense": dense,
+            "perplexity over dense, 95 % interval": str(found.ratio),
+            "KL(dense || this), nats per token": f"{found.kl:.4f}",
+            "likeliest next token is dense's": f"{found.agreement:.1%}",
+            "inactive neurons, per site min / mean / max": sparsity,
+        }.items():
+            assert rows[what][column].strip() == value, (what, name)
+        assert rows["set_sparsity 0.2: perplexity, inactive neurons"][column].strip().startswith(f"{at:.3f}, ")
+        ltepass.set_mode(model, "dense")
+        assert rows["perplexity, every neuron active"][column].strip() == f"{perplexity(model, blocks):.3f}"
+    with pytest.raises(ConfigError, match="there are 7 blocks of text, and an interval needs 8"):
+        run("eval", *common[:-1], "7", *against)
 
 
 def test_too_short_a_text_is_refused_before_anything_is_trained(dense_folder: Path, tmp_path: Path) -> None:

@@ -141,16 +141,26 @@ def train(
 def evaluate(
     folder: Folder,
     text: Annotated[Path, typer.Argument(help="A text file that the model was not trained on.")],
+    others: Annotated[list[Path] | None, typer.Option("--text", help="More texts, a column each.")] = None,
+    against: Annotated[
+        list[str] | None, typer.Option(help="A dense model to compare with; of several, the best on each text.")
+    ] = None,
     length: Annotated[int, typer.Option(help="Tokens of one block.")] = 512,
-    limit: Annotated[int, typer.Option(help="At most so many blocks.")] = 16,
+    limit: Annotated[int, typer.Option(help="At most so many blocks; 64 of 512 tokens for narrow intervals.")] = 16,
     sparsities: Annotated[str, typer.Option(help="Others, comma-separated: this checkpoint's curve.")] = "",
     device: Device = "cpu",
 ) -> None:
-    """Perplexity of a saved model on a text, with its gates and without, and how sparse it is there."""
+    """Perplexity and sparsity of a saved model on texts, and what it costs over dense models."""
     from ltepass.commands import evaluate as command
 
-    wanted = [float(s) for s in sparsities.split(",") if s]
-    show(command.evaluate(str(folder), text.read_text(), wanted, length=length, limit=limit, device=device))
+    options = command.EvalOptions(
+        sparsities=[float(s) for s in sparsities.split(",") if s],
+        against=against or (),
+        length=length,
+        limit=limit,
+        device=device,
+    )
+    show(command.evaluate(str(folder), {str(path): path.read_text() for path in (text, *(others or ()))}, options))
 
 
 @app.command()

@@ -1,49 +1,100 @@
-"""`ltepass eval`: perplexity and sparsity of a saved model on a text."""
+"""`ltepass eval`: perplexity and sparsity of a saved model on texts, and what it costs over dense models."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import ltepass
 from ltepass.commands.load import load
 from ltepass.corpora import token_blocks
 from ltepass.errors import ConfigError
-from ltepass.measure.quality import perplexity, sparsity_curve
+from ltepass.measure.paired import compare, require_enough
+from ltepass.measure.quality import perplexity, sparsity_curve, token_losses
+from ltepass.measure.sparsity import counting_inactive
 from ltepass.routed.report_tables import span
-from ltepass.routed.routed import state_of
+from ltepass.routed.routed import Routed, state_of
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+Cells = dict[str, str]
 
 
-def evaluate(
-    folder: str,
-    text: str,
-    sparsities: Iterable[float] = (),
-    *,
-    length: int = 512,
-    limit: int | None = 16,
-    device: str = "cpu",
-) -> Table:
-    """A rich table: perplexity of a saved model on blocks of `text`, in hard and in dense mode, and its sparsity.
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """sparsities: rows of `set_sparsity`, from the saved table; against: dense models, the better one on each text;
+    length: tokens of a block; limit: blocks of a text at most."""
 
-    sparsities: rows of `set_sparsity`, from the saved table. Raises ConfigError where the text is too short.
+    sparsities: Sequence[float] = ()
+    against: Sequence[str] = ()
+    length: int = 512
+    limit: int | None = 16
+    device: str = "cpu"
+
+
+def evaluate(folder: str, texts: Mapping[str, str], options: EvalOptions) -> Table:
+    """A rich table with a column a text, by name: perplexity of a saved model in hard and in dense mode, its sparsity,
+    and the comparison with dense models where some are given.
+
+    Raises ConfigError where a text is too short, before anything is measured.
     """
-    from rich.table import Table
     from transformers import AutoTokenizer
 
-    model = load(folder, device)
-    blocks = token_blocks(AutoTokenizer.from_pretrained(folder), text, length, limit)
-    if not len(blocks):
-        raise ConfigError(f"the text has no whole block of {length} tokens; pass more text or a smaller --length")
-    table = Table(title=f"{len(blocks)} x {length} tokens", show_header=False, title_justify="left")
-    if state_of(model) is not None:
-        sparsity = ltepass.measure_sparsity(model, blocks[:, None].to(model.device))
-        table.add_row("perplexity, hard mode", f"{perplexity(model, blocks):.3f}")
-        table.add_row("inactive neurons, per site min / mean / max", span(list(sparsity.values())))
-        for s, value, measured in sparsity_curve(model, blocks, sparsities):
-            table.add_row(f"set_sparsity {s:g}: perplexity, inactive neurons", f"{value:.3f}, {measured:.1%}")
-        ltepass.set_mode(model, "dense")
-    table.add_row("perplexity, every neuron active", f"{perplexity(model, blocks):.3f}")
+    model = load(folder, options.device)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    blocks = {name: token_blocks(tokenizer, text, options.length, options.limit) for name, text in texts.items()}
+    for name, found in blocks.items():
+        if not len(found):
+            raise ConfigError(
+                f"{name} has no whole block of {options.length} tokens; pass more text or a smaller --length"
+            )
+        if options.against:
+            require_enough(len(found))
+    dense = {name: load(name, options.device) for name in options.against}
+    return _table({name: _column(model, found, dense, options.sparsities) for name, found in blocks.items()})
+
+
+def _column(
+    model: PreTrainedModel, blocks: Tensor, dense: Mapping[str, PreTrainedModel], sparsities: Sequence[float]
+) -> Cells:
+    cells = {"text": f"{blocks.shape[0]} x {blocks.shape[1]} tokens"}
+    if state_of(model) is None:
+        return cells | _quality(model, dense, blocks, "perplexity")
+    ltepass.set_mode(model, "hard")
+    with counting_inactive(Routed.trained(model, "eval")) as shares:
+        cells |= _quality(model, dense, blocks, "perplexity, hard mode")
+    cells["inactive neurons, per site min / mean / max"] = span(list(shares().values()))
+    for s, value, measured in sparsity_curve(model, blocks, sparsities):
+        cells[f"set_sparsity {s:g}: perplexity, inactive neurons"] = f"{value:.3f}, {measured:.1%}"
+    ltepass.set_mode(model, "dense")
+    cells["perplexity, every neuron active"] = f"{perplexity(model, blocks):.3f}"
+    return cells
+
+
+def _quality(model: PreTrainedModel, dense: Mapping[str, PreTrainedModel], blocks: Tensor, what: str) -> Cells:
+    """Over the dense model that is best on this text: one that was tuned on another may be worse than it was."""
+    if not dense:
+        return {what: f"{perplexity(model, blocks):.3f}"}
+    names = list(dense)
+    best = min(names, key=lambda n: float(token_losses(dense[n], blocks).mean())) if len(names) > 1 else names[0]
+    found = compare(model, dense[best], blocks)
+    return {
+        what: f"{found.perplexity:.3f}",
+        "perplexity, dense": f"{found.dense_perplexity:.3f} ({best})",
+        "perplexity over dense, 95 % interval": str(found.ratio),
+        "KL(dense || this), nats per token": f"{found.kl:.4f}",
+        "likeliest next token is dense's": f"{found.agreement:.1%}",
+    }
+
+
+def _table(columns: Mapping[str, Cells]) -> Table:
+    from rich.table import Table
+
+    table = Table("", *columns)
+    for what in next(iter(columns.values())):
+        table.add_row(what, *(cells[what] for cells in columns.values()))
     return table

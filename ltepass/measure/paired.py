@@ -53,9 +53,9 @@ class Comparison:
 def compare(model: PreTrainedModel, dense: PreTrainedModel, blocks: Tensor) -> Comparison:
     """Both models as they are, on one block after another. blocks: [n, T] int64, T at least 2.
 
-    Raises ConfigError where there are fewer than 8 blocks, before either model runs.
+    Raises ConfigError where there are fewer than 8 blocks, before either model runs, or two vocabularies.
     """
-    _require_enough(len(blocks))
+    require_enough(len(blocks))
     seen = [_compared(model, dense, block[None].to(model.device)) for block in blocks]
     losses, dense_losses, divergence, same = (torch.stack(rows) for rows in zip(*seen, strict=True))
     return Comparison(
@@ -70,6 +70,9 @@ def compare(model: PreTrainedModel, dense: PreTrainedModel, blocks: Tensor) -> C
 def _compared(model: PreTrainedModel, dense: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """ids: [1, T] -> of T - 1 tokens, float64: loss, dense loss, KL(dense || model), 1 where the likeliest is one."""
     logits, dense_logits = (m(input_ids=ids.to(m.device)).logits[0, :-1].to(ids.device) for m in (model, dense))
+    if logits.shape != dense_logits.shape:
+        sizes = logits.shape[-1], dense_logits.shape[-1]
+        raise ConfigError(f"the models know {sizes[0]} and {sizes[1]} tokens; expected one vocabulary")
     log_p, log_q = dense_logits.float().log_softmax(-1), logits.float().log_softmax(-1)
     divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
     same = logits.argmax(-1) == dense_logits.argmax(-1)
@@ -84,14 +87,14 @@ def ratio_of_perplexities(losses: Tensor, base: Tensor) -> Ratio:
     """
     if losses.shape != base.shape:
         raise ConfigError(f"losses are {list(losses.shape)} and {list(base.shape)}; expected those of the same tokens")
-    _require_enough(len(losses))
+    require_enough(len(losses))
     differences = (losses.double() - base.double()).mean(-1)
     n, mean = len(differences), float(differences.mean())
     half = t_quantile(n - 1) * float(differences.std()) / math.sqrt(n)
     return Ratio(value=math.exp(mean), low=math.exp(mean - half), high=math.exp(mean + half))
 
 
-def _require_enough(blocks: int) -> None:
+def require_enough(blocks: int) -> None:
     if blocks < FEWEST_BLOCKS:
         raise ConfigError(
             f"there are {blocks} blocks of text, and an interval needs {FEWEST_BLOCKS}; expected more text or shorter "

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-
-from ltepass.routed.samples import record_logits
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-from collections.abc import Iterable
-
 from torch import Tensor, nn
 
 from ltepass.routed import padding
@@ -20,10 +14,13 @@ from ltepass.routed.batches import Batch, require_seen, run_batches
 from ltepass.routed.modes import mode_of
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
-from ltepass.routed.samples import Tally
+from ltepass.routed.samples import Tally, record_logits
 from ltepass.routed.sites import FFNSite
 from ltepass.routed.undo import verb
 from ltepass.routed.watching import on_logits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @verb
@@ -45,15 +42,25 @@ def measure_sparsity(model: nn.Module, batches: Iterable[Batch]) -> dict[str, fl
 
 def hard_sparsity(routed: Routed, batches: Iterable[Batch]) -> dict[str, float]:
     """Of `measure_sparsity`."""
+    with counting_inactive(routed) as shares:
+        run_batches(routed.model, batches)
+    return shares()
+
+
+@contextmanager
+def counting_inactive(routed: Routed) -> Iterator[Callable[[], dict[str, float]]]:
+    """Hard mode while the block runs; the function gives what `measure_sparsity` does, of the forwards in it."""
     active = {site.name: Tally() for site in routed.sites}
 
     def see(site: FFNSite, router: Router, logits: Tensor) -> None:
         active[site.name].add(padding.tokens_of(router, logits) > router.threshold)
 
+    def shares() -> dict[str, float]:
+        require_seen({name: tally.count for name, tally in active.items()})
+        return {name: 1.0 - tally.share() for name, tally in active.items()}
+
     with mode_of(routed, "hard"), on_logits(routed, see):
-        run_batches(routed.model, batches)
-    require_seen({name: tally.count for name, tally in active.items()})
-    return {name: 1.0 - tally.share() for name, tally in active.items()}
+        yield shares
 
 
 @verb

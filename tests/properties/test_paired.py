@@ -117,6 +117,10 @@ def test_too_few_blocks_are_refused_before_a_model_runs() -> None:
     losses = token_losses(one, few)
     with pytest.raises(ConfigError, match="an interval needs 8"):
         ratio_of_perplexities(losses, losses)
+    other = model(1)
+    other.table = other.table[:, :5]
+    with pytest.raises(ConfigError, match="know 13 and 5 tokens; expected one vocabulary"):
+        compare(one, other, text(0))
     with pytest.raises(ConfigError, match=r"\[9, 16\] and \[9, 15\]; expected those of the same tokens"):
         ratio_of_perplexities(torch.zeros(9, 16), torch.zeros(9, 15))
 
