@@ -1,4 +1,4 @@
-"""Texts for the demo and the comparisons: the language reference inside CPython, train and held-out slices apart."""
+"""Texts for the demo and the comparisons: train and held-out slices apart, and other kinds, to measure on alone."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import os
 import random
 from collections.abc import Iterator, Mapping
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from ltepass.errors import ConfigError
 
 
 class Tokenizer(Protocol):
@@ -104,6 +107,43 @@ def _standard_library() -> dict[str, str]:
     sources = [path.read_text(errors="replace") for path in sorted(Path(os.__file__).parent.glob("*.py"))]
     docs = "\n\n".join(doc for source in sources for doc in _docstrings(source))
     return {"docstrings": docs, "source": "\n\n".join(sources)}
+
+
+@cache
+def other_texts() -> dict[str, str]:
+    """Kinds of text that neither the demo nor the comparisons train on, from packages that every install has.
+
+    "graph theory": what NetworkX's docstrings say, in English, without their examples of code; "C++": the headers of
+    torch's c10. Documents stand in one random order, so that any beginning is like the whole, and no paragraph twice.
+    Each has about 350,000 tokens of SmolLM2, the same ones for the same versions of the two. Raises ConfigError where
+    one lacks its files.
+    """
+    modules = [path for path in _files("networkx", ".", "*.py") if "tests" not in path.parts]
+    docs = [doc for path in modules for doc in _docstrings(path.read_text(errors="replace"))]
+    headers = [
+        path.read_text(errors="replace")
+        for part in ("core", "util")
+        for path in _files("torch", f"include/c10/{part}", "*.h")
+    ]
+    return {"graph theory": _without_code(_shuffled(docs)), "C++": _shuffled(headers)}
+
+
+def _files(package: str, folder: str, pattern: str) -> list[Path]:
+    spec = find_spec(package)
+    found = sorted((Path(str(spec.origin)).parent / folder).rglob(pattern)) if spec else []
+    if not found:
+        raise ConfigError(f"the installed {package} has no {folder}/{pattern}; name other texts, or install its wheel")
+    return found
+
+
+def _shuffled(documents: list[str]) -> str:
+    random.Random(0).shuffle(documents)
+    return _unseen_paragraphs(documents, set())
+
+
+def _without_code(text: str) -> str:
+    """Without paragraphs that show an interpreter's session."""
+    return "\n\n".join(paragraph for paragraph in text.split("\n\n") if ">>>" not in paragraph)
 
 
 def _docstrings(source: str) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 import ltepass
 from examples.results.demo_table import BEGIN, END, with_table
 from ltepass.commands.generate import generate
+from ltepass.commands.load import load
 from ltepass.config import ROUTERS
 from ltepass.demo import training_loop
 from ltepass.demo.options import DemoOptions, Options
@@ -28,6 +30,7 @@ from ltepass.demo.table import command, markdown, rows
 from ltepass.demo.task import load_task
 from ltepass.errors import ConfigError, TrainingError
 from ltepass.measure import decoding_speed
+from ltepass.measure.paired import compare
 from ltepass.measure.quality import perplexity
 from ltepass.measure.sparsity import sparsity_of_tail
 from ltepass.measure.token_bytes import router_share
@@ -119,6 +122,30 @@ def test_plain_formats_of_the_same_model_stand_beside_it(tiny: tuple[Path, Resul
     assert all(plain["perplexity"] != tuned for plain in quality["plain"].values())
     assert quality["plain"]["int8"]["perplexity"] == pytest.approx(tuned, rel=1e-2)
     assert "int8: " in markdown(tiny[1])
+
+
+def test_quality_is_measured_outside_the_training_domain_too(tiny: tuple[Path, Results]) -> None:
+    """Each kind of text has its own figures, over the better of the two dense models there."""
+    out, results = tiny[0], copy.deepcopy(tiny[1])
+    quality, task = results["stages"]["quality"], load_task("tiny")
+    tuned, base = (load(str(out / name)) for name in ("dense", "base"))
+    kinds = {"Python reference": task.test, "graph theory": task.others["graph theory"], "C++": task.others["C++"]}
+    assert list(quality["texts"]) == list(kinds)
+    row = dict(rows(results))["in the training domain and outside it: perplexity over the better dense model "
+                              "(95 % interval), FFN sparsity, 2,048 tokens a text"]  # fmt: skip
+    for kind, blocks in kinds.items():
+        found, model = quality["texts"][kind], load(str(out / "lte"))
+        better = min((tuned, base), key=lambda dense: perplexity(dense, blocks))
+        expected = compare(model, better, blocks)
+        assert [found["perplexity"], found["dense"]] == pytest.approx([expected.perplexity, expected.dense_perplexity])
+        over = expected.ratio
+        assert [found["ratio"], found["low"], found["high"]] == pytest.approx([over.value, over.low, over.high])
+        shares = ltepass.measure_sparsity(model, blocks[:, None]).values()
+        assert found["sparsity"] == pytest.approx(sum(shares) / len(shares))
+        assert f"{kind}: {over}, {found['sparsity']:.1%}" in row
+    assert quality["perplexity"] == quality["texts"]["Python reference"]["perplexity"]
+    del quality["texts"]
+    assert [value for what, value in rows(results) if "outside" in what] == ["unmeasured"]
 
 
 def test_page_is_one_file(tiny: tuple[Path, Results]) -> None:

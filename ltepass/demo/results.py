@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal, TypedDict, get_args
+from typing import Literal, NotRequired, TypedDict, get_args
 
 from ltepass.demo.options import DemoOptions, Options
 from ltepass.errors import ConfigError
@@ -66,12 +66,26 @@ class Plain(TypedDict):
     bytes_share: float
 
 
+class OnText(TypedDict):
+    """Of one kind of text: perplexities of LTE and of the better dense model there, their ratio with its 95 % interval,
+    and the mean FFN sparsity."""
+
+    tokens: int
+    perplexity: float
+    dense: float
+    ratio: float
+    low: float
+    high: float
+    sparsity: float
+
+
 class Quality(Cost):
-    """sparsity: by site name; plain: by format."""
+    """sparsity: by site name; plain: by format; texts: by kind, the training domain's first; older runs lack both."""
 
     perplexity: float
     sparsity: dict[str, float]
-    plain: dict[str, Plain]
+    plain: NotRequired[dict[str, Plain]]
+    texts: NotRequired[dict[str, OnText]]
 
 
 class Speed(Summary):

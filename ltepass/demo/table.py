@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ltepass.demo.options import Options
 from ltepass.demo.results import STAGE_NAMES, Cost, Results, StageName, Stages
+from ltepass.measure.paired import Ratio
 from ltepass.routed.report_tables import span
 
 if TYPE_CHECKING:
@@ -58,6 +59,18 @@ def _quality(stages: Stages, options: Options) -> Rows:
     ]
 
 
+def _domains(stages: Stages) -> Rows:
+    """In the training domain and outside it; runs from before it was measured say so."""
+    texts = stages["quality"].get("texts", {})
+    shown = [
+        f"{kind}: {Ratio(value=t['ratio'], low=t['low'], high=t['high'])}, {t['sparsity']:.1%}"
+        for kind, t in texts.items()
+    ]
+    tokens = f", {min(t['tokens'] for t in texts.values()):,} tokens a text" if texts else ""
+    what = "in the training domain and outside it: perplexity over the better dense model (95 % interval), FFN sparsity"
+    return [(what + tokens, "; ".join(shown) or "unmeasured")]
+
+
 def _speed(stages: Stages, _: Options) -> Rows:
     speed = stages["speed"]
     side = {name: "{median:.1f} ({low:.1f} .. {high:.1f})".format(**s) for name, s in speed["tokens_per_s"].items()}
@@ -97,6 +110,7 @@ _ROWS: tuple[tuple[StageName, Callable[[Stages, Options], Rows]], ...] = (
     ("dense", _dense),
     ("tune_dense", _tuned),
     ("quality", _quality),
+    ("quality", lambda stages, _: _domains(stages)),
     ("speed", _speed),
     ("speed", lambda stages, _: _instead(stages)),
     ("reload", _reload),

@@ -8,23 +8,27 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from ltepass.corpora import Tokenizer, python_docs, token_blocks
+from ltepass.corpora import Tokenizer, other_texts, python_docs, token_blocks
 from ltepass.demo.tiny import Bytes, load_tiny
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TRAIN_LENGTH = 256  # tokens of one training block
+TEST_BLOCKS = 8  # of each kind of text: what an interval needs; `ltepass eval --limit 64` narrows it
+MOST_CHARACTERS = 12  # of a token, on average
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """train: [n, T] int64; test: [m, T'] int64; prompt: text to continue; steps: default number of optimizer steps."""
+    """train: [n, T] int64; test: [m, T'] int64; others: the same of other kinds of text; prompt: text to continue;
+    steps: default number of optimizer steps."""
 
     name: str
     tokenizer: SavedTokenizer
     train: Tensor
     test: Tensor
+    others: dict[str, Tensor]
     prompt: str
     steps: int
     batch: int  # blocks of one optimizer step
@@ -45,11 +49,13 @@ def load_task(model: str) -> Task:
     tokenizer = Bytes() if model == "tiny" else _smollm2()[1]
     train, held_out = python_docs()
     name, length, rest = _SIZES[model]
+    others = {kind: text[: TEST_BLOCKS * length * MOST_CHARACTERS] for kind, text in other_texts().items()}
     return Task(
         name=name,
         tokenizer=tokenizer,
         train=token_blocks(tokenizer, train, TRAIN_LENGTH),
-        test=token_blocks(tokenizer, held_out, length, limit=8),
+        test=token_blocks(tokenizer, held_out, length, limit=TEST_BLOCKS),
+        others={kind: token_blocks(tokenizer, text, length, TEST_BLOCKS) for kind, text in others.items()},
         prompt=PROMPT,
         **rest,
     )
