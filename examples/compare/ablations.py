@@ -104,12 +104,12 @@ class Study(Workshop):
         recipe, data, start = VARIANTS[ablation][variant], self.data(seed), time.perf_counter()
         model = transform(self.base(), data, self.budget, self.sparsity, recipe, seed)
         if recipe.oracle:
-            (ppl, sparsity, read), per_layer = self._oracle(model, data, seed), {"": self.sparsity}
+            measured, per_layer = self._oracle(model, data, seed), {"": self.sparsity}
         else:
             model, _ = tune_lte(model, data, self.budget, self.work / "log", seed, recipe=recipe)
-            ppl, sparsity, read = measure_lte(model, data.test)
+            measured = measure_lte(model, data.test)
             per_layer = ltepass.measure_sparsity(model, torch.cat(list(data.test.values()))[:, None].to(model.device))
-        quality = geometric_mean(list(ppl.values()))
+        quality = geometric_mean([found.perplexity() for found in measured.values()])
         row = {
             "preset": self.name,
             "ablation": ablation,
@@ -119,8 +119,8 @@ class Study(Workshop):
             "tokens": self.budget.tokens,
             "ratio": f"{quality / self.dense(seed):.4f}",
             "perplexity": f"{quality:.4f}",
-            "ffn_sparsity": f"{statistics.fmean(sparsity.values()):.4f}",
-            "bytes_share": f"{statistics.fmean(read.values()):.4f}",
+            "ffn_sparsity": f"{statistics.fmean(found.sparsity for found in measured.values()):.4f}",
+            "bytes_share": f"{statistics.fmean(found.bytes_share for found in measured.values()):.4f}",
             "per_layer": json.dumps([round(v, 4) for v in per_layer.values()]),
             "seconds": f"{time.perf_counter() - start:.0f}",
         }

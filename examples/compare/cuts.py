@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import ltepass
-from examples.compare.measured import Measured, measure_lte
+from examples.compare.measured import Measured, OnText, measure_lte
 from ltepass.routed.sites import FFNSite
 
 
@@ -60,16 +60,16 @@ def measure_cut(model: Any, test: dict[str, Tensor]) -> Measured:
     for site in sites:
         for name, path in (("inputs", site.up), ("hidden", site.down)):
             handles.append(model.get_submodule(path).register_forward_pre_hook(count(seen[name])))
-    ppl, sparsity, read = {}, {}, {}
+    found: Measured = {}
     matrices = n_matrices(sites[0])
     for text, blocks in test.items():
         for kept in seen.values():
             kept.clear()
-        one, inactive, share = measure_lte(model, {text: blocks})
-        active = 1.0 - inactive[text]
+        lte = measure_lte(model, {text: blocks})[text]
+        active = 1.0 - lte.sparsity
         inputs, hidden = (float(torch.stack(kept).mean()) for kept in seen.values())
         ffn = ((matrices - 1) * active * inputs + hidden) / matrices
-        ppl[text], sparsity[text], read[text] = one[text], 1.0 - ffn, ffn + share[text] - active
+        found[text] = OnText(losses=lte.losses, sparsity=1.0 - ffn, bytes_share=ffn + lte.bytes_share - active)
     for handle in handles:
         handle.remove()
-    return ppl, sparsity, read
+    return found

@@ -20,9 +20,10 @@ import typer
 
 import ltepass
 from examples.compare import models
-from examples.compare.frontier import Frontier, finish, machine
+from examples.compare.frontier import Frontier, finish
 from examples.compare.frontier_rows import Rows
-from examples.compare.measured import Measured, measure_lte, perplexities
+from examples.compare.interval_workshop import DENSE
+from examples.compare.measured import measure_lte
 from examples.compare.presets import POST_HOC, Cell, Preset
 from examples.compare.study import DEVICE, Budget, Data
 from ltepass.demo.task import load_task
@@ -50,30 +51,33 @@ class FromDemo(Frontier):
         assert self.budget.tokens == stages["tune_dense"]["tokens"], "the demo trained on other tokens than it says"
         train = torch.cat(list(batches(self.task.train, self.task.batch, self.budget.steps, options["seed"])))
         self.preset = Preset(budget=self.budget, points=POINTS, trained_points=())
-        self._data = {0: Data(train, train[:0], {"python reference": self.task.test[:blocks]}, self.task.tokenizer)}
+        test = {"python reference": self.task.test}
+        measured = {**test, **self.task.others}
+        self._data = {
+            0: Data(train, train[:0], {n: b[:blocks] for n, b in test.items()}, self.task.tokenizer, measured)
+        }
         self._prepared = self._samples = None
+        self._dense = {}
+
+    def base(self) -> Any:
+        return models.load(self.budget.model, self.work).to(DEVICE)
 
     def tuned(self, seed: int) -> Any:
         return models.load(str(self.demo / "dense"), self.work).to(DEVICE)
 
     def run(self, cell: Cell) -> None:
-        data, start, trained = self.data(0), time.perf_counter(), cell.method != "dense-untuned"
-        if cell.method in ("dense", "dense-untuned"):
-            model = self.tuned(0) if trained else models.load(self.budget.model, self.work).to(DEVICE)
-            measured: Measured = (
-                perplexities(model, data.test),
-                dict.fromkeys(data.test, 0.0),
-                dict.fromkeys(data.test, 1.0),
-            )
-        elif cell.method in ("lte", ONE_CHECKPOINT):
+        if cell.method in DENSE:
+            self.add(cell, *self.dense(cell.method, 0))
+            return
+        data, start = self.data(0), time.perf_counter()
+        if cell.method in ("lte", ONE_CHECKPOINT):
             model = models.load(str(self.demo / "lte"), self.work).to(DEVICE)
             if cell.method == ONE_CHECKPOINT:
                 ltepass.set_sparsity(model, cell.sparsity)
-            measured = measure_lte(model, data.test)
+            measured = measure_lte(model, data.measured)
         else:
             measured = self._post_hoc(cell, data)
-        seconds = time.perf_counter() - start
-        self.rows.add(cell, PRESET, self.budget, measured, trained=trained, seconds=seconds, where=machine())
+        self.add(cell, measured, time.perf_counter() - start)
 
 
 def cells(target: float) -> Iterator[Cell]:

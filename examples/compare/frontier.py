@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import gc
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +28,8 @@ from examples.compare import models
 from examples.compare.cuts import CUTS, Cuts, expert_sparsity, measure_cut, n_matrices
 from examples.compare.frontier_page import write_plot, write_table
 from examples.compare.frontier_rows import Rows
-from examples.compare.measured import Measured, measure_lte, measure_rule, perplexities
+from examples.compare.interval_workshop import DENSE, UNTUNED, IntervalWorkshop
+from examples.compare.measured import Measured, measure_lte, measure_rule
 from examples.compare.methods import RULES
 from examples.compare.presets import (
     CALIBRATED_ONLY,
@@ -42,9 +44,16 @@ from examples.compare.presets import (
     cells,
 )
 from examples.compare.rule_hooks import Ruled, Samples, collect
-from examples.compare.study import DEVICE, Data, Recipe, calibration_blocks, group_size, retarget, transform
+from examples.compare.study import (
+    DEVICE,
+    Data,
+    Recipe,
+    calibration_blocks,
+    group_size,
+    retarget,
+    transform,
+)
 from examples.compare.tuning import tune_dense, tune_lte
-from examples.compare.workshop import Workshop
 from ltepass.calibration.refit_down import warm_start
 from ltepass.config import RouterKind
 from ltepass.measure.machine import machine as cpu_line
@@ -53,11 +62,13 @@ from ltepass.training.stages import settle
 SAMPLE_TOKENS = 16_384  # of training text, kept for the rules
 
 
-class Frontier(Workshop):
+class Frontier(IntervalWorkshop):
     """Every method on what the workshop has, row by row."""
 
-    def __init__(self, preset: str, texts: Path | None, work: Path, rows: Rows) -> None:
-        super().__init__(preset, PRESETS[preset].budget, texts, work)
+    def __init__(
+        self, preset: str, texts: Path | None, work: Path, rows: Rows, others: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(PRESETS[preset].blocks, others, preset, PRESETS[preset].budget, texts, work)
         self.preset, self.rows = PRESETS[preset], rows
         self._prepared: tuple[tuple[str, int, RouterKind], Any] | None = None
         self._samples: Samples | None = None
@@ -92,13 +103,11 @@ class Frontier(Workshop):
         return self._samples
 
     def run(self, cell: Cell) -> None:
-        data, start, trained = self.data(cell.seed), time.perf_counter(), True
-        flat, whole = dict.fromkeys(data.test, 0.0), dict.fromkeys(data.test, 1.0)
-        if cell.method == "dense-untuned":
-            measured, trained = (perplexities(self.base(), data.test), flat, whole), False
-        elif cell.method == "dense":
-            measured = perplexities(self.tuned(cell.seed), data.test), flat, whole
-        elif cell.method in OURS:
+        if cell.method in DENSE:
+            self.add(cell, *self.dense(cell.method, cell.seed))
+            return
+        data, start = self.data(cell.seed), time.perf_counter()
+        if cell.method in OURS:
             measured = self._lte(cell, data)
         elif cell.method == ONE_CHECKPOINT:
             measured = self._one_checkpoint(cell, data)
@@ -106,10 +115,21 @@ class Frontier(Workshop):
             measured = self._post_hoc(cell, data)
         else:
             measured = self._trained(cell, data)
-        seconds = time.perf_counter() - start
-        budget = replace(self.budget, group_size=group_size(self.budget, self.recipe(cell.method)))
-        self.rows.add(cell, self.name, budget, measured, trained=trained, seconds=seconds, where=machine())
+        self.add(cell, measured, time.perf_counter() - start)
         gc.collect()
+
+    def add(self, cell: Cell, measured: Measured, seconds: float) -> None:
+        self.rows.add(
+            cell,
+            self.name,
+            replace(self.budget, group_size=group_size(self.budget, self.recipe(cell.method))),
+            measured,
+            dense=self.better_dense(cell.seed),
+            outside=self.data(cell.seed).outside,
+            trained=cell.method != UNTUNED,
+            seconds=seconds,
+            where=machine(),
+        )
 
     def _lte(self, cell: Cell, data: Data) -> Measured:
         """With cuts, part of what may not be read is left out entry by entry, and routers leave out less."""
@@ -119,7 +139,7 @@ class Frontier(Workshop):
         options: dict[str, Any] = {"recipe": self.recipe(cell.method), "cuts": cuts}
         model, _ = tune_lte(model, data, self.budget, folder / "log", cell.seed, **options)
         model.save_pretrained(folder)
-        return measure_cut(model, data.test)
+        return measure_cut(model, data.measured)
 
     def _folder(self, cell: Cell) -> Path:
         return self.work / f"{cell.method}-{self.name}-{cell.sparsity:g}-{cell.seed}"
@@ -131,7 +151,7 @@ class Frontier(Workshop):
             self._lte(first, data)
         model = models.load(str(self._folder(first)), self.work).to(DEVICE)
         ltepass.set_sparsity(model, expert_sparsity(n_matrices(model._lte.sites[0]), cell.sparsity, CUTS[FROM_ONE]))
-        return measure_cut(model, data.test)
+        return measure_cut(model, data.measured)
 
     def _post_hoc(self, cell: Cell, data: Data) -> Measured:
         if cell.method in STARTS:
@@ -139,7 +159,7 @@ class Frontier(Workshop):
         model, samples = self.prepared("tuned", cell.seed), self.samples("tuned", cell.seed)
         ruled = Ruled(model, RULES[cell.method], cell.sparsity)
         ruled.calibrate(samples)
-        measured = measure_rule(ruled, data.test)
+        measured = measure_rule(ruled, data.measured)
         ruled.take_off()
         return measured
 
@@ -154,7 +174,7 @@ class Frontier(Workshop):
             warm_start(model, blocks)
             settle(model, batches[:: max(1, len(batches) // 8)], cell.sparsity)
         ltepass.set_mode(model, "hard")
-        return measure_lte(model, data.test)
+        return measure_lte(model, data.measured)
 
     def _trained(self, cell: Cell, data: Data) -> Measured:
         model, samples = self.prepared("base", cell.seed), self.samples("base", cell.seed)
@@ -167,13 +187,22 @@ class Frontier(Workshop):
             tune_dense(ruled.model, data, budget, self.work / "log", cell.seed, ruled)
         blocks = torch.split(data.held_out.to(DEVICE), self.budget.batch)
         ruled.calibrate(collect(ruled.model, blocks))  # what is set on data follows
-        return measure_rule(ruled, data.test)
+        return measure_rule(ruled, data.measured)
 
 
 def machine() -> str:
     if torch.cuda.is_available():
         return str(torch.cuda.get_device_name())
     return f"{cpu_line()}, {torch.get_num_threads()} thread(s)"
+
+
+def named_texts(given: Sequence[str]) -> dict[str, str]:
+    """Of NAME=PATH. Raises BadParameter."""
+    pairs = [word.partition("=") for word in given]
+    for name, _, path in pairs:
+        if not (name and Path(path).is_file()):
+            raise typer.BadParameter(f"--other is {name!r} and {path!r}; expected NAME=PATH of a text")
+    return {name: Path(path).read_text(errors="replace") for name, _, path in pairs}
 
 
 def finish(rows: Rows, results: Path) -> None:
@@ -192,9 +221,10 @@ def main(
     points: Annotated[str, typer.Option(help="Sparsities, comma-separated; the preset's if empty.")] = "",
     seeds: Annotated[int, typer.Option(help="How many; the preset's if 0.")] = 0,
     minutes: Annotated[float, typer.Option(help="Begin no cell after so many minutes.")] = 1e9,
+    other: Annotated[list[str] | None, typer.Option(help="NAME=PATH: a text outside the training domain.")] = None,
 ) -> None:
     rows = Rows(results.with_suffix(".csv"))
-    study = Frontier(preset, texts, work, rows)
+    study = Frontier(preset, texts, work, rows, named_texts(other) if other else None)
     if seeds:
         study.preset = replace(study.preset, seeds=seeds)
     wanted = [c for c in cells(study.preset) if not only or c.method in only.split(",")]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from examples.compare.domains_view import domains_view
 from examples.compare.frontier_rows import (
     FAR,
     NOT_DEPLOYABLE,
@@ -72,6 +73,8 @@ def write_table(rows: Sequence[Row], path: Path, times: Sequence[Row] = ()) -> N
             *_equal_bytes(by, preset, text),
             *(_equal_time(by, preset, text, times) if facts["model"] == "smollm2" and times else ()),
         ]
+    for preset in sorted({r["preset"] for r in rows}):
+        lines += domains_view(rows, preset)
     for preset in sorted({"cpu", "gpu"} - {r["preset"] for r in rows}):
         command = (
             f"python -m examples.compare.frontier --preset {preset} --texts FOLDER --results {path.with_suffix('')}"

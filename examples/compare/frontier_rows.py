@@ -6,21 +6,26 @@ import csv
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
+
+from examples.compare.measured import Measured
+from ltepass.measure.paired import FEWEST_BLOCKS, ratio_of_perplexities
 
 FIELDS = (
     "preset model method deployable trained_tokens group_size target_sparsity seed text ffn_sparsity bytes_share "
-    "perplexity seconds machine torch transformers cut_sample".split()
+    "perplexity seconds machine torch transformers cut_sample domain ratio ratio_low ratio_high measured_tokens".split()
 )
 Row = dict[str, str]
 NOT_DEPLOYABLE = ("oracle",)
 WITH_CUTS = ("lte+teal", "lte+cuts", "lte+cuts-one-checkpoint")
+OUTSIDE = "outside"  # the training domain; older rows do not say, and stand inside it
 CUT_SAMPLE = "rows"  # what a cut is placed by now; rows that do not say so are older, and theirs was every k-th entry
 
 
@@ -44,11 +49,22 @@ class Rows:
         )
 
     def add(
-        self, cell: Any, preset: str, budget: Any, measured: Any, *, trained: bool, seconds: float, where: str
+        self,
+        cell: Any,
+        preset: str,
+        budget: Any,
+        measured: Measured,
+        *,
+        dense: Mapping[str, Tensor],
+        outside: Container[str],
+        trained: bool,
+        seconds: float,
+        where: str,
     ) -> None:
-        ppl, sparsity, read = measured
+        """A row a text. Perplexity is of the budget's test blocks, the rest of all that were measured; dense: losses of
+        the better dense model on each text; outside: texts outside the training domain."""
         known = self.read()
-        for text in ppl:
+        for text, found in measured.items():
             known.append(
                 {
                     "preset": preset,
@@ -60,17 +76,28 @@ class Rows:
                     "target_sparsity": f"{cell.sparsity:g}",
                     "seed": str(cell.seed),
                     "text": text,
-                    "ffn_sparsity": f"{sparsity[text]:.4f}",
-                    "bytes_share": f"{read[text]:.4f}",
-                    "perplexity": f"{ppl[text]:.4f}",
+                    "ffn_sparsity": f"{found.sparsity:.4f}",
+                    "bytes_share": f"{found.bytes_share:.4f}",
+                    "perplexity": f"{found.perplexity(budget.test):.4f}",
                     "seconds": f"{seconds:.0f}",
                     "machine": where,
                     "torch": torch.__version__,
                     "transformers": transformers.__version__,
                     "cut_sample": CUT_SAMPLE if cell.method in WITH_CUTS else "",
+                    "domain": OUTSIDE if text in outside else "training",
+                    **_over(found.losses, dense[text]),
+                    "measured_tokens": str(found.losses.shape[0] * (found.losses.shape[1] + 1)),
                 }
             )
         write_rows(self.path, FIELDS, known)
+
+
+def _over(losses: Tensor, dense: Tensor) -> Row:
+    """The ratio with its interval, where there are blocks enough for one."""
+    if len(losses) < FEWEST_BLOCKS:
+        return {}
+    ratio = ratio_of_perplexities(losses, dense)
+    return {"ratio": f"{ratio.value:.4f}", "ratio_low": f"{ratio.low:.4f}", "ratio_high": f"{ratio.high:.4f}"}
 
 
 def write_rows(path: Path, fields: Sequence[str], rows: Sequence[Row]) -> None:
@@ -85,7 +112,9 @@ def write_rows(path: Path, fields: Sequence[str], rows: Sequence[Row]) -> None:
 
 
 def ratios(rows: Sequence[Row]) -> dict[tuple[str, str, str], dict[str, list[tuple[float, float, float]]]]:
-    """(preset, text, method) -> target -> [(perplexity / tuned dense, FFN sparsity, bytes share)] by seed."""
+    """(preset, text, method) -> target -> [(perplexity / tuned dense, FFN sparsity, bytes share)] by seed, inside
+    the training domain."""
+    rows = [r for r in rows if r.get("domain") != OUTSIDE]
     dense = {(r["preset"], r["text"], r["seed"]): float(r["perplexity"]) for r in rows if r["method"] == "dense"}
     out: dict[Any, Any] = defaultdict(lambda: defaultdict(list))
     for r in rows:

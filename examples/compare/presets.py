@@ -27,13 +27,15 @@ TRAINED = ("topk", "prunepath", "noisy-topk", "random", "teal-trained")
 @dataclass(frozen=True, kw_only=True)
 class Preset:
     """points: FFN sparsities of ours and the post-hoc methods; trained_points: of the baselines with a training;
-    between: more points of methods whose bytes at `points` lie far from LTE's, for the table at equal bytes."""
+    between: more points of methods whose bytes at `points` lie far from LTE's, for the table at equal bytes; blocks: of
+    a text for an interval, where it has so many (64 of 512 tokens are 32,768)."""
 
     budget: Budget
     points: tuple[float, ...]
     trained_points: tuple[float, ...]
     between: dict[str, tuple[float, ...]] = field(default_factory=dict)
     seeds: int = 1
+    blocks: int = 64
     recipe: Recipe = field(default_factory=Recipe)  # of the candidates in ablations.py ("recipe")
 
 
@@ -48,6 +50,7 @@ PRESETS = {
         ),
         points=(0.5, 0.8),
         trained_points=(0.5,),
+        blocks=8,
     ),
     "ablation": Preset(  # of ablations.py and tasks.py
         budget=Budget(
@@ -65,9 +68,11 @@ PRESETS = {
         points=(0.5, 0.7, 0.8, 0.9),
         trained_points=(0.5, 0.8),
         seeds=3,
+        blocks=256,
     ),
     "small": Preset(
         budget=SMOLLM2(steps=24, batch=4, test=2, test_length=512, calibration=96),
+        blocks=16,
         points=(0.5, 0.7, 0.8, 0.9),
         trained_points=(0.5,),
         between=BETWEEN,

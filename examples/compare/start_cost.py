@@ -82,16 +82,16 @@ def measure(study: Frontier, counts: Sequence[int], points: Sequence[float]) -> 
             finish = STARTS[name](model, batches, sparsity)
             _wait()
             seconds = time.perf_counter() - begun
-            ppl, _, read = finish(data.test)
+            measured = finish(data.test)
             print(f"{name}, {count} tokens, {sparsity:.0%}: {seconds:.1f} s", flush=True)
             rows += [
                 {
                     "preset": study.name, "start": name, "tokens": str(count), "sparsity": f"{sparsity:g}",
-                    "seconds": f"{seconds:.3f}", "text": text, "bytes_share": f"{read[text]:.4f}",
-                    "ratio_to_dense": f"{ppl[text] / dense[text]:.4f}", "machine": machine(),
+                    "seconds": f"{seconds:.3f}", "text": text, "bytes_share": f"{found.bytes_share:.4f}",
+                    "ratio_to_dense": f"{found.perplexity() / dense[text]:.4f}", "machine": machine(),
                     "torch": torch.__version__,
                 }
-                for text in ppl
+                for text, found in measured.items()
             ]  # fmt: skip
     return rows
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ltepass.routed.routed import Routed
 from ltepass.sparsity.thresholds import move_biases
 
 HELD_OUT = 12  # blocks
+MOST_CHARACTERS = 12  # of a token, on average
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -43,29 +45,47 @@ class Budget:
 @dataclass(frozen=True)
 class Data:
     """train: [steps * batch, length] blocks of all texts in a seed's order, none of them twice; held_out: some more, to
-    settle thresholds on, that nothing trains on; test by text."""
+    settle thresholds on, that nothing trains on; test by text; measured: more blocks of the same texts and
+    of others, outside the training domain, for intervals."""
 
     train: Tensor
     held_out: Tensor
     test: dict[str, Tensor]
     tokenizer: Any
+    measured: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def outside(self) -> set[str]:
+        return {*self.measured} - {*self.test}
 
 
-def load_data(budget: Budget, folder: Path | None, tokenizer: Any, seed: int) -> Data:
-    """Test blocks are the same for every seed."""
+def load_data(budget: Budget, folder: Path | None, tokenizer: Any, seed: int, blocks: int = 0) -> Data:
+    """Test blocks are the same for every seed; `measured` begins with them and has up to `blocks`, if there is text."""
     wanted = budget.steps * budget.batch
     chars = 8 if budget.model == "smollm2" else 1  # a token has about 4 characters; code fewer
     each = -(-wanted // 3) + 8
-    texts = corpora(folder, chars * each * budget.length, chars * budget.test * budget.test_length)
+    most = max(budget.test, blocks)
+    texts = corpora(folder, chars * each * budget.length, chars * most * budget.test_length)
     train = torch.cat([token_blocks(tokenizer, a, budget.length) for a, _ in texts.values()])
-    test = {n: token_blocks(tokenizer, b, budget.test_length, limit=budget.test) for n, (_, b) in texts.items()}
+    measured = {n: token_blocks(tokenizer, b, budget.test_length, limit=most) for n, (_, b) in texts.items()}
+    test = {name: found[: budget.test] for name, found in measured.items()}
     if len(train) < wanted + HELD_OUT or any(len(blocks) < budget.test for blocks in test.values()):
         raise ValueError(
             f"the texts give {len(train)} training blocks and {min(map(len, test.values()))} test blocks; expected "
             f"{wanted + HELD_OUT} and {budget.test}; use longer texts or a smaller preset"
         )
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-    return Data(train[order[:wanted]], train[order[wanted : wanted + HELD_OUT]], test, tokenizer)
+    return Data(train[order[:wanted]], train[order[wanted : wanted + HELD_OUT]], test, tokenizer, measured)
+
+
+def load_others(budget: Budget, texts: Mapping[str, str], tokenizer: Any, blocks: int) -> dict[str, Tensor]:
+    """Test blocks of texts outside the training domain. Raises ValueError where one has none."""
+    room = MOST_CHARACTERS * blocks * budget.test_length
+    found = {n: token_blocks(tokenizer, text[:room], budget.test_length, blocks) for n, text in texts.items()}
+    short = [name for name, rows in found.items() if not len(rows)]
+    if short:
+        raise ValueError(f"{', '.join(short)}: shorter than a block of {budget.test_length} tokens; use longer texts")
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

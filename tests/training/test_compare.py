@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 
 import ltepass
 from examples.compare import (
     ablations,
     choose_cuts,
     frontier,
+    interval_workshop,
     missed_energy,
     models,
     presets,
@@ -64,19 +66,27 @@ def test_the_frontier_has_a_row_for_every_method_and_text_and_goes_on_where_it_s
     rows = run_frontier(tmp_path, shared)
     assert rows[: len(some)] == some  # nothing was measured twice
     methods = {"dense-untuned", "dense", *presets.OURS, *presets.TRAINED, *presets.POST_HOC}
-    assert {(r["method"], r["text"]) for r in rows} == {
-        (m, t) for m in methods for t in ("reference", "docstrings", "source")
-    }
+    domains = {"reference": "training", "docstrings": "training", "source": "training"}
+    domains |= {"graph theory": "outside", "C++": "outside"}
+    assert {(r["method"], r["text"], r["domain"]) for r in rows} == {(m, *t) for m in methods for t in domains.items()}
     for row in rows:
         target = float(row["target_sparsity"])
         # thresholds were set on a few tokens of other text
-        assert float(row["ffn_sparsity"]) == pytest.approx(target, abs=0.12), row
+        assert float(row["ffn_sparsity"]) == pytest.approx(target, abs=0.12 if row["domain"] == "training" else 0.3), (
+            row
+        )
         assert float(row["perplexity"]) > 1
+        assert row["measured_tokens"] == str(8 * 64)
+        assert 0 < float(row["ratio_low"]) <= float(row["ratio"]) <= float(row["ratio_high"])
+    dense = [[float(r["ratio"]) for r in rows if r["method"] == method] for method in ("dense", "dense-untuned")]
+    assert [min(pair) for pair in zip(*dense, strict=True)] == [1.0] * len(domains)  # the better one on each text
+    assert all(max(ratios) > 1 for ratios in dense[1:])
     tuned = {r["text"]: float(r["perplexity"]) for r in rows if r["method"] == "dense"}
     assert all(float(r["perplexity"]) != tuned[r["text"]] for r in rows if r["method"] != "dense")
     table = (tmp_path / "frontier.md").read_text()
     assert all(m in table for m in methods - {"dense", "dense-untuned"})
     assert "oracle (not deployable)" in table
+    assert "| method | sparsity | docstrings | reference | source | C++ (outside) | graph theory (outside) |" in table
     assert (tmp_path / "frontier.svg").read_text().startswith("<?xml")
     monkeypatch.setattr(frontier.Frontier, "run", None)  # all cells are there
     assert run_frontier(tmp_path, shared) == rows
@@ -155,7 +165,8 @@ def test_cuts_are_chosen_without_a_look_at_test_text(
     shared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with_test = load_data
-    monkeypatch.setattr(workshop, "load_data", lambda *args: dataclasses.replace(with_test(*args), test={}))
+    without = lambda *args: dataclasses.replace(with_test(*args), test={}, measured={})  # noqa: E731
+    monkeypatch.setattr(interval_workshop, "load_data", without)
     monkeypatch.setattr(choose_cuts, "HIDDEN", (0.0, 0.5))
     monkeypatch.setattr(choose_cuts, "INPUTS", (0.0, 0.3, 0.8))
     choose_cuts.main(preset="smoke", texts=None, work=shared, sparsity=0.5)
@@ -195,19 +206,19 @@ def test_cuts_leave_out_small_inputs_and_the_small_hidden_units_of_active_expert
     ltepass.set_mode(model, "hard")
     plain = model(text).logits
     cuts.apply(model, (text,))
-    ppl, sparsity, read = measure_cut(model, {"t": text})
+    found = measure_cut(model, {"t": text})["t"]
     assert not torch.equal(model(text).logits, plain)
-    without = measure_lte(model, {"t": text})
+    without = measure_lte(model, {"t": text})["t"]
     matrices = n_matrices(model._lte.sites[0])
-    active, own = 1 - without[1]["t"], without[2]["t"] - (1 - without[1]["t"])
-    assert 1 - sparsity["t"] == pytest.approx(active * cuts.kept(matrices), rel=0.03)
-    assert read["t"] == pytest.approx(1 - sparsity["t"] + own)
+    active, own = 1 - without.sparsity, without.bytes_share - (1 - without.sparsity)
+    assert 1 - found.sparsity == pytest.approx(active * cuts.kept(matrices), rel=0.03)
+    assert found.bytes_share == pytest.approx(1 - found.sparsity + own)
     experts = expert_sparsity(matrices, 0.7, cuts)
     assert (1 - experts) * cuts.kept(matrices) == pytest.approx(0.3)
     ltepass.set_hidden_sparsity(model, 0.0, [])
     ltepass.set_input_sparsity(model, 0.0, [])
     assert torch.equal(model(text).logits, plain)
-    assert ppl["t"] > 1
+    assert found.perplexity() > 1
 
 
 @pytest.mark.usefixtures("quick")
@@ -247,6 +258,24 @@ def test_step_time_takes_turns_and_trains(tmp_path: Path) -> None:
     times = step_time.measure(model, copied_text(2, 1).chunk(2), repeats=2)
     assert {side: len(t) for side, t in times.items()} == dict.fromkeys(step_time.SIDES, 2)
     assert not torch.equal(before, model.model.layers[0].mlp.up_proj.weight)
+
+
+@pytest.mark.usefixtures("quick")
+def test_texts_outside_the_domain_are_named_on_the_command_line(tmp_path: Path, shared: Path) -> None:
+    story = tmp_path / "story.txt"
+    story.write_text("Once upon a time there was a miller who had three sons. " * 60)
+    rows = run_frontier(tmp_path, shared, only="dense", other=[f"a story={story}"])
+    assert {r["text"]: r["domain"] for r in rows if r["domain"] == "outside"} == {"a story": "outside"}
+    blocks = models.tokenizer("tiny")(story.read_text())["input_ids"][: 8 * 64]
+    tuned: Any = models.load(str(shared / "dense-smoke-0"), shared)
+    (row,) = (r for r in rows if r["text"] == "a story")
+    first = torch.tensor(blocks).view(8, 64)[:1]  # the budget's test blocks
+    assert float(row["perplexity"]) == pytest.approx(perplexity(tuned, first), rel=1e-3)
+    with pytest.raises(typer.BadParameter, match=r"--other is 'story.txt' and ''; expected NAME=PATH"):
+        run_frontier(tmp_path, shared, other=["story.txt"])
+    story.write_text("short")
+    with pytest.raises(ValueError, match="a story: shorter than a block of 64 tokens"):
+        run_frontier(tmp_path / "new", shared, only="dense", other=[f"a story={story}"])
 
 
 def test_one_checkpoint_gives_a_curve_and_keeps_its_thresholds() -> None:

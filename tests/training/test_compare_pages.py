@@ -58,6 +58,30 @@ def test_ratios_are_to_the_same_seeds_dense_model() -> None:
     assert ratios(rows)["p", "t", "lte"]["0.5"] == [(1.1, 0.5, 0.5), (1.5, 0.5, 0.5)]
 
 
+def test_the_view_of_domains_shows_what_rows_have_and_is_left_out_without(tmp_path: Path) -> None:
+    def over(row: dict[str, str], ratio: float, domain: str = "training", text: str = "t") -> dict[str, str]:
+        found = {"ratio": ratio, "ratio_low": ratio - 0.02, "ratio_high": ratio + 0.04, "measured_tokens": 32768}
+        return row | {"domain": domain, "text": text} | {name: str(value) for name, value in found.items()}
+
+    old = [made("dense", 0, 10, 1), made("dense", 0, 10, 1, 1), made("lte", 0.8, 13, 0.2)]
+    write_table(old, tmp_path / "t.md")
+    assert "Inside and outside" not in (tmp_path / "t.md").read_text()
+    inside = [over(made("lte", 0.5, 11, 0.5, s), 1.1 + 0.2 * s) for s in (0, 1)]
+    outside = over(made("lte", 0.5, 99, 0.5), 1.7, "outside", "C++") | {"ffn_sparsity": "0.62"}
+    rows = [*old, *inside, outside, over(made("teal", 0.5, 12, 0.5), 1.15)]
+    write_table(rows, tmp_path / "t.md")
+    table = (tmp_path / "t.md").read_text()
+    assert "32,768 tokens a text." in table
+    view = table[table.index("| method | sparsity |") :].splitlines()[:4]
+    assert view == [
+        "| method | sparsity | t | C++ (outside) |",
+        "|---|---|---|---|",
+        "| lte | 50% | x1.200 (1.080 .. 1.340) [50.0%] | x1.700 (1.680 .. 1.740) [62.0%] |",
+        "| teal | 50% | x1.150 (1.130 .. 1.190) [50.0%] | - |",
+    ]
+    assert "C++" not in {text for _, text, _ in ratios(rows)}, "the other views are of the training domain"
+
+
 def test_equal_bytes_interpolates_between_points_and_never_beyond_them() -> None:
     curve = [(0.2, 4.0), (0.6, 1.0)]
     assert at_bytes(curve, 0.4) == pytest.approx(2.0)
