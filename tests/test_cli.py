@@ -21,6 +21,7 @@ from ltepass.errors import ConfigError
 from ltepass.measure.paired import compare
 from ltepass.measure.quality import perplexity, sparsity_curve
 from ltepass.measure.records import TokenRecord, read
+from ltepass.measure.repetition import repetition
 from ltepass.routed.proxy_router import ProxyRouter
 from ltepass.routed.report_tables import span
 from ltepass.routed.routed import routers_of
@@ -336,7 +337,7 @@ def test_eval_compares_with_the_better_dense_model_on_each_text(dense_folder: Pa
     run("train", str(dense_folder), str(texts["own"]), "--out", str(out), "--length", "20", "--steps", "0")
     common = [str(out), str(texts["own"]), "--text", str(texts["other"]), "--length", "20", "--limit", "9"]
     against = [word for name in texts for word in ("--against", str(tmp_path / name))]
-    shown = run("eval", *common, *against, "--sparsities", "0.2", columns=400)
+    shown = run("eval", *common, *against, "--sparsities", "0.2", "--continuations", "3", columns=400)
     rows = {
         cells[1].strip(): cells[2:4] for cells in (line.split("│") for line in shown.splitlines()) if len(cells) > 3
     }
@@ -359,6 +360,10 @@ def test_eval_compares_with_the_better_dense_model_on_each_text(dense_folder: Pa
         }.items():
             assert rows[what][column].strip() == value, (what, name)
         assert rows["set_sparsity 0.2: perplexity, inactive neurons"][column].strip().startswith(f"{at:.3f}, ")
+        sides = {"": model, **{f", {tmp_path / side}": load(str(tmp_path / side)) for side in texts}}
+        for side, continued in sides.items():
+            what = f"repeated 4-grams, 3 greedy continuations of 64 tokens{side}"
+            assert rows[what][column].strip() == f"{repetition(continued, blocks[:3], 64):.1%}"
         ltepass.set_mode(model, "dense")
         assert rows["perplexity, every neuron active"][column].strip() == f"{perplexity(model, blocks):.3f}"
     with pytest.raises(ConfigError, match="there are 7 blocks of text, and an interval needs 8"):

@@ -148,6 +148,7 @@ def evaluate(
     length: Annotated[int, typer.Option(help="Tokens of one block.")] = 512,
     limit: Annotated[int, typer.Option(help="At most so many blocks; 64 of 512 tokens for narrow intervals.")] = 16,
     sparsities: Annotated[str, typer.Option(help="Others, comma-separated: this checkpoint's curve.")] = "",
+    continuations: Annotated[int, typer.Option(help="Greedy ones, for the share of 4-grams that they repeat.")] = 0,
     device: Device = "cpu",
 ) -> None:
     """Perplexity and sparsity of a saved model on texts, and what it costs over dense models."""
@@ -158,6 +159,7 @@ def evaluate(
         against=against or (),
         length=length,
         limit=limit,
+        continuations=continuations,
         device=device,
     )
     show(command.evaluate(str(folder), {str(path): path.read_text() for path in (text, *(others or ()))}, options))

@@ -12,6 +12,7 @@ from ltepass.corpora import token_blocks
 from ltepass.errors import ConfigError
 from ltepass.measure.paired import compare, require_enough
 from ltepass.measure.quality import perplexity, sparsity_curve, token_losses
+from ltepass.measure.repetition import repetition
 from ltepass.measure.sparsity import counting_inactive
 from ltepass.routed.report_tables import span
 from ltepass.routed.routed import Routed, state_of
@@ -22,17 +23,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Cells = dict[str, str]
+PROMPT_TOKENS, NEW_TOKENS = 32, 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
     """sparsities: rows of `set_sparsity`, from the saved table; against: dense models, the better one on each text;
-    length: tokens of a block; limit: blocks of a text at most."""
+    length: tokens of a block; limit: blocks of a text at most; continuations: greedy ones, of the beginnings of as many
+    blocks, for the share of 4-grams that they repeat."""
 
     sparsities: Sequence[float] = ()
     against: Sequence[str] = ()
     length: int = 512
     limit: int | None = 16
+    continuations: int = 0
     device: str = "cpu"
 
 
@@ -55,20 +59,21 @@ def evaluate(folder: str, texts: Mapping[str, str], options: EvalOptions) -> Tab
         if options.against:
             require_enough(len(found))
     dense = {name: load(name, options.device) for name in options.against}
-    return _table({name: _column(model, found, dense, options.sparsities) for name, found in blocks.items()})
+    return _table({name: _column(model, found, dense, options) for name, found in blocks.items()})
 
 
 def _column(
-    model: PreTrainedModel, blocks: Tensor, dense: Mapping[str, PreTrainedModel], sparsities: Sequence[float]
+    model: PreTrainedModel, blocks: Tensor, dense: Mapping[str, PreTrainedModel], options: EvalOptions
 ) -> Cells:
     cells = {"text": f"{blocks.shape[0]} x {blocks.shape[1]} tokens"}
     if state_of(model) is None:
-        return cells | _quality(model, dense, blocks, "perplexity")
+        return cells | _quality(model, dense, blocks, "perplexity") | _repetition(model, dense, blocks, options)
     ltepass.set_mode(model, "hard")
     with counting_inactive(Routed.trained(model, "eval")) as shares:
         cells |= _quality(model, dense, blocks, "perplexity, hard mode")
     cells["inactive neurons, per site min / mean / max"] = span(list(shares().values()))
-    for s, value, measured in sparsity_curve(model, blocks, sparsities):
+    cells |= _repetition(model, dense, blocks, options)
+    for s, value, measured in sparsity_curve(model, blocks, options.sparsities):
         cells[f"set_sparsity {s:g}: perplexity, inactive neurons"] = f"{value:.3f}, {measured:.1%}"
     ltepass.set_mode(model, "dense")
     cells["perplexity, every neuron active"] = f"{perplexity(model, blocks):.3f}"
@@ -89,6 +94,17 @@ def _quality(model: PreTrainedModel, dense: Mapping[str, PreTrainedModel], block
         "KL(dense || this), nats per token": f"{found.kl:.4f}",
         "likeliest next token is dense's": f"{found.agreement:.1%}",
     }
+
+
+def _repetition(
+    model: PreTrainedModel, dense: Mapping[str, PreTrainedModel], blocks: Tensor, options: EvalOptions
+) -> Cells:
+    prompts = blocks[: options.continuations, :PROMPT_TOKENS]
+    if not len(prompts):
+        return {}
+    what = f"repeated 4-grams, {len(prompts)} greedy continuations of {NEW_TOKENS} tokens"
+    sides = {what: model, **{f"{what}, {name}": other for name, other in dense.items()}}
+    return {name: f"{repetition(side, prompts, NEW_TOKENS):.1%}" for name, side in sides.items()}
 
 
 def _table(columns: Mapping[str, Cells]) -> Table:
