@@ -332,7 +332,8 @@ def test_eval_compares_with_the_better_dense_model_on_each_text(dense_folder: Pa
             "12",
             *options,
         )
-        ltepass.remove(load(str(tmp_path / name / "routed"))).save_pretrained(tmp_path / name)
+        tuned: Any = ltepass.remove(load(str(tmp_path / name / "routed")))
+        tuned.save_pretrained(tmp_path / name)
     out = tmp_path / "out"
     run("train", str(dense_folder), str(texts["own"]), "--out", str(out), "--length", "20", "--steps", "0")
     common = [str(out), str(texts["own"]), "--text", str(texts["other"]), "--length", "20", "--limit", "9"]
