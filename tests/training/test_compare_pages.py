@@ -68,16 +68,23 @@ def test_the_view_of_domains_shows_what_rows_have_and_is_left_out_without(tmp_pa
     assert "Inside and outside" not in (tmp_path / "t.md").read_text()
     inside = [over(made("lte", 0.5, 11, 0.5, s), 1.1 + 0.2 * s) for s in (0, 1)]
     outside = over(made("lte", 0.5, 99, 0.5), 1.7, "outside", "C++") | {"ffn_sparsity": "0.62"}
-    rows = [*old, *inside, outside, over(made("teal", 0.5, 12, 0.5), 1.15)]
+    rows = [
+        *old,
+        *inside,
+        outside,
+        over(made("teal", 0.5, 12, 0.5), 1.15),
+        over(made("dense", 0, 50, 1), 1.0, "outside", "C++"),
+    ]
     write_table(rows, tmp_path / "t.md")
     table = (tmp_path / "t.md").read_text()
     assert "32,768 tokens a text." in table
-    view = table[table.index("| method | sparsity |") :].splitlines()[:4]
+    view = table[table.index("| method | sparsity |") :].splitlines()[:5]
     assert view == [
         "| method | sparsity | t | C++ (outside) |",
         "|---|---|---|---|",
         "| lte | 50% | x1.200 (1.080 .. 1.340) [50.0%] | x1.700 (1.680 .. 1.740) [62.0%] |",
         "| teal | 50% | x1.150 (1.130 .. 1.190) [50.0%] | - |",
+        "| dense | 0% | - | x1.000 (0.980 .. 1.040) [0.0%] |",
     ]
     assert "C++" not in {text for _, text, _ in ratios(rows)}, "the other views are of the training domain"
 
