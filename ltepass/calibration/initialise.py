@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from ltepass.calibration.energy import MAX_LOG_OFFSET, down_energy, expert_energy, log_energy
-from ltepass.calibration.plane_codes import high_codes
-from ltepass.calibration.proxy_scale import start_proxies
+from ltepass.calibration.plane_codes import quantise_planes
+from ltepass.calibration.proxy_scale import fresh_proxies, scale_proxies
 from ltepass.calibration.ridge import RidgeSums
 from ltepass.calibration.sensitivity import Sensitivity, sensitivities
 from ltepass.config import Mode
@@ -65,7 +65,8 @@ def calibrate(
         inputs: what routers are fitted to: "dense", what the dense model gives its FFNs, before any training or
             `warm_start`; "hard", what they see once experts are left out (under the present cuts, if any), for a model
             that is used as it is. It passes over the batches 1.6 times from eight batches of 512 tokens on, and up to
-            five times with fewer, where "dense" does once. Learned routers are replaced by either.
+            five times with fewer, where "dense" does once. Learned routers are replaced by either. To quantise for
+            `inactive="low_bit"` takes six passes more.
     Returns: None; mode, training flags, RNG and hooks are as they were.
     Raises: NotTransformedError, LoweredError, ShardedError, ConfigError, MetaWeightsError, CalibrationError (no tokens
         seen).
@@ -121,9 +122,10 @@ def initialise_routers(routed: Routed, batches: Sequence[Any], inputs: Inputs) -
     if routed.config["budget"] == "model":
         found = on_every(THRESHOLD_STRIDE, batches, partial(sensitivities, routed))
     if routed.config.get("router") == "proxy":
-        with_inputs = routed.tiered and routed.config["low_bit_quantiser"] == "gptq"
-        codes = dict(high_codes(routed, batches)) if with_inputs else {}
-        on_every(THRESHOLD_STRIDE, batches, lambda some: start_proxies(routed, some, found, codes))
+        fresh_proxies(routed, found)
+        if routed.tiered and routed.config["low_bit_quantiser"] == "gptq":
+            quantise_planes(routed, batches)
+        on_every(THRESHOLD_STRIDE, batches, lambda some: scale_proxies(routed, some, found))
         move_biases(routed, target)
         for _ in range(2 if inputs == "hard" and target > 0 else 0):  # the second sees the inputs of moved thresholds
             _recalibrate(routed, every(THRESHOLD_STRIDE, batches), target)

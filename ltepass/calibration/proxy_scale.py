@@ -1,8 +1,7 @@
 """The start of proxy routers: nothing is regressed, since they hold what they are to predict.
 
-Codes are made of the weights as they are (rounded, or by a quantiser that knows their inputs), and one dense pass says
-in which unit a site's scores are logits: their quartiles are LOGIT_IQR apart, so that a sigmoid is neither flat nor a
-step. Thresholds are placed as for any router.
+Codes are made of the weights as they are, and one dense pass says in which unit a site's scores are logits: their
+quartiles are LOGIT_IQR apart, so that a sigmoid is neither flat nor a step. Thresholds are placed as for any router.
 With budget "model" sites compete: the loss's own metric stands for |down_j|, a site's scores mean what leaving an
 expert out costs, and all have one unit.
 """
@@ -16,10 +15,8 @@ import torch
 from torch import Tensor
 
 from ltepass.calibration.energy import MAX_LOG_OFFSET, down_energy
-from ltepass.calibration.plane_codes import HighCodes
 from ltepass.calibration.sensitivity import Sensitivity
 from ltepass.errors import ShardedError
-from ltepass.kernels.proxy_reference import Codes
 from ltepass.routed.batches import Batch
 from ltepass.routed.proxy_router import ProxyRouter, encode
 from ltepass.routed.routed import Routed
@@ -45,21 +42,28 @@ class _Scores(Observer):
         self.kept.add(self.router.logits(x.float()))
 
 
-def start_proxies(
-    routed: Routed,
-    batches: Sequence[Batch],
-    found: dict[str, Sensitivity] | None,
-    codes: dict[str, HighCodes],
-) -> None:
-    """Codes, sizes and tables; thresholds stay for the caller. found: of budget "model".
-
-    codes: those that a quantiser made, by site name; the others are rounded.
-    """
+def fresh_proxies(routed: Routed, found: dict[str, Sensitivity] | None) -> None:
+    """As they were made, of what the weights are now; scores are in the FFN's own unit. found: of budget "model"."""
     for site, router in routed:
         assert isinstance(router, ProxyRouter)
-        _fresh(routed, site, router, codes.get(site.name, (None, None)))
+        done = encode(routed.model, site, router)
+        if isinstance(router, TieredRouter):
+            done = done and encode_planes(routed.model, site, router)
+        if not done:
+            raise ShardedError(
+                f"{site.name}: its weights are no whole parameters of the model any more (an adapter or a shard holds "
+                "them), and a proxy is made of them; call ltepass.calibrate(model, batches) before wrapping"
+            )
+        keep(router.weight, router.bias)
+        with torch.no_grad():
+            router.weight.fill_(1.0)
+            router.bias.zero_()
         neurons = down_energy(routed.model, site) if found is None else found[site.name].neurons
         router.sizes.copy_(neurons.sqrt())
+
+
+def scale_proxies(routed: Routed, batches: Sequence[Batch], found: dict[str, Sensitivity] | None) -> None:
+    """Sizes and tables of fresh ones; thresholds stay for the caller."""
     observers = [_Scores(site, router) for site, router in routed]
     watch(routed, batches, observers)
     samples = {o.site.name: o.kept.rows() for o in observers}
@@ -73,22 +77,6 @@ def start_proxies(
         scale = factors[site.name] * LOGIT_IQR / spreads[site.name]
         router.sizes.mul_(scale)  # type: ignore[operator]
         router.quantiles.copy_(table_of(samples[site.name]) * scale)
-
-
-def _fresh(routed: Routed, site: FFNSite, router: ProxyRouter, high: tuple[Codes | None, Codes | None]) -> None:
-    """As it was made, with what the weights are now. high: codes of gate and up, and of down; None rounds them."""
-    done = encode(routed.model, site, router, high[0])
-    if isinstance(router, TieredRouter):
-        done = done and encode_planes(routed.model, site, router, high[1])
-    if not done:
-        raise ShardedError(
-            f"{site.name}: its weights are no whole parameters of the model any more (an adapter or a shard holds "
-            "them), and a proxy is made of them; call ltepass.calibrate(model, batches) before wrapping"
-        )
-    keep(router.weight, router.bias)
-    with torch.no_grad():
-        router.weight.fill_(1.0)
-        router.bias.zero_()
 
 
 def _spread(scores: Tensor) -> float:

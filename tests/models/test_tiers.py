@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import ltepass
-from ltepass.errors import ConfigError, LoweringError
+from ltepass.calibration import plane_codes
+from ltepass.calibration.gptq import codes_along_inputs
+from ltepass.errors import CheckpointError, ConfigError, LoweringError, ShardedError
 from ltepass.kernels.planes import dequantise
 from ltepass.kernels.reference import ACTIVATIONS
+from ltepass.passes.group.group_neurons import permute_routed
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
 from ltepass.routed.tiered_router import TieredRouter
@@ -263,3 +268,129 @@ def test_what_does_not_serve_it_says_so(tmp_path: Path) -> None:
     ltepass.lower(model, ffn=False)
     torch.testing.assert_close(zoo.logits(model), expected, rtol=1e-4, atol=1e-6)
     assert torch.equal(zoo.logits(ltepass.unlower(model)), expected)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "change", "says"),
+    [
+        ("down_codes", lambda t: t[..., :8].clone(), "U8"),
+        ("low_codes", lambda t: t[:2].clone(), "U8"),
+        ("low_scales", lambda t: t.double(), "F64"),
+        ("down_scales", lambda t: None, "missing"),
+        ("low_multipliers", lambda t: torch.full_like(t, 255), "low_multipliers .* 255"),
+        ("down_multipliers", lambda t: torch.full_like(t, 255), "down_multipliers .* 255"),
+    ],
+)
+def test_a_changed_plane_is_refused(tensor: str, change: Any, says: str, tmp_path: Path) -> None:
+    tiered().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    name = f"model.layers.0.mlp.router.{tensor}"
+    changed = change(tensors.pop(name))
+    save_file(tensors if changed is None else {**tensors, name: changed}, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=says):
+        hf.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_file_whose_sites_cannot_have_tiers_is_refused(tmp_path: Path) -> None:
+    model: Any = zoo.transformed("opt", grouping="identity", router="proxy")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["config"] |= {"inactive": "low_bit", "group_size": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="keep low bits"):
+        hf.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("settings", [{}, {"budget": "model"}])
+@pytest.mark.parametrize("inputs", ["dense", "hard"])
+def test_calibration_meets_both_shares(settings: dict[str, Any], inputs: Any) -> None:
+    model = tiered(target_sparsity=0.9, low_bit_sparsity=0.4, **settings)
+    batches = [zoo.ids(8, 16)]
+    ltepass.calibrate(model, batches, inputs=inputs)
+    ltepass.set_mode(model, "hard")
+    least: list[Tensor] = []
+
+    def see(router: TieredRouter, _: object, logits: Tensor) -> None:
+        least.append((logits <= router.floor).float().mean())
+
+    for router in routers(model):
+        router.register_forward_hook(see)
+    zoo.logits(model, batches[0])
+    assert abs(float(torch.stack(least).mean()) - 0.4) < 0.05
+    shares = ltepass.measure_sparsity(model, batches)
+    assert abs(sum(shares.values()) / len(shares) - 0.9) < 0.03
+    ltepass.set_sparsity(model, 0.7)
+    shares = ltepass.measure_sparsity(model, batches)
+    assert abs(sum(shares.values()) / len(shares) - 0.7) < 0.05
+    assert abs(float(torch.stack(least[-2:]).mean()) - 0.4) < 0.05
+
+
+def test_a_call_that_fails_leaves_planes_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiered()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.1)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    monkeypatch.setattr("ltepass.calibration.initialise.place_cuts", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ltepass.calibrate(model, [zoo.ids(4, 32)])
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_planes_follow_a_new_order_of_the_neurons() -> None:
+    model = tiered("gpt2", low_bit_sparsity=0.4, target_sparsity=0.9)
+    ltepass.set_mode(model, "hard")
+    expected = zoo.logits(model)
+    routed = Routed.of(model, "the test")
+    for site, router in routed:
+        order = torch.randperm(site.d_ff, generator=torch.Generator().manual_seed(0))
+        permute_routed(routed, site, order)
+        with torch.no_grad():
+            router.weight.copy_(router.weight[order])
+    torch.testing.assert_close(zoo.logits(model), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_weights_that_an_adapter_holds_are_not_made_planes_of() -> None:
+    peft = pytest.importorskip("peft")
+    model = tiered()
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["down_proj"]))
+    with pytest.raises(ShardedError, match="before wrapping"):
+        ltepass.calibrate(adapted, [zoo.ids(4, 16)])
+
+
+def test_a_turn_is_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    sites = [(site, router) for site, router in zip(ltepass.report(tiered()).sites, routers(tiered()), strict=True)] * 4
+    turns = [len(turn) for turn in plane_codes._turns(sites)]
+    assert turns == [2, 2, 2, 2]
+    monkeypatch.setattr(plane_codes, "BUDGET_BYTES", 1)
+    assert [len(turn) for turn in plane_codes._turns(sites)] == [1] * 8
+    assert list(plane_codes._turns([])) == []
+
+
+def test_a_site_is_coded_for_what_the_codes_below_it_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second site's moments are of the first one's high plane; in one turn they are of both planes."""
+    seen: dict[str, list[Tensor]] = {}
+
+    def kept(turns: str) -> None:
+        def codes(weights: Tensor, moment: Tensor) -> Any:
+            seen.setdefault(turns, []).append(moment)
+            return codes_along_inputs(weights, moment)
+
+        monkeypatch.setattr(plane_codes, "codes_along_inputs", codes)
+
+    kept("two")
+    model = tiered()
+    monkeypatch.setattr(plane_codes, "TURNS", 1)
+    kept("one")
+    tiered()
+    assert torch.equal(seen["one"][0], seen["two"][0])
+    assert not torch.allclose(seen["one"][1], seen["two"][1], rtol=1e-4)
+    x = []
+    ltepass.set_mode(model, "hard")
+    routers(model)[0].threshold.fill_(torch.inf)
+    handle = routers(model)[1].register_forward_pre_hook(lambda _, args: x.append(args[0].flatten(0, 1)))
+    zoo.logits(model, zoo.ids(8, 16))
+    handle.remove()
+    torch.testing.assert_close(seen["two"][1], x[0].T @ x[0], rtol=1e-4, atol=1e-4)
