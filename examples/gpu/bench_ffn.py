@@ -16,7 +16,7 @@ from examples.gpu.clock import Timing, copy_bandwidth, graphed, streamed
 from examples.gpu.problems import Masks, Problem, Shape
 from examples.gpu.results import Row
 from ltepass.kernels import reference
-from ltepass.kernels.gpu import tuning
+from ltepass.kernels.gpu import which_path
 from ltepass.kernels.gpu.launch import routed_ffn
 
 COPIES = 8  # a tenth of a 7B FFN is 30 MB: eight of them are well past an H100's 50 MB of L2
@@ -85,7 +85,7 @@ def dense(bench: Bench, row: Row) -> None:
 
 def routed(bench: Bench, row: Row) -> None:
     made = bench.problems(row, by_neuron="by neuron" in row.implementation)
-    with tuning.assume_density(row.active_percent / 100):
+    with which_path.assume_density(row.active_percent / 100):
         for p in made:
             _check(row, routed_ffn(*p.args), p)
         timing = graphed([partial(routed_ffn, *p.args) for p in made])

@@ -21,7 +21,7 @@ from examples.gpu import problems
 from examples.gpu.clock import graphed
 from examples.gpu.problems import Problem, Shape
 from ltepass.kernels import reference
-from ltepass.kernels.gpu import tuning
+from ltepass.kernels.gpu import tuning, which_path
 from ltepass.kernels.gpu.launch import routed_ffn
 from ltepass.kernels.gpu.tuning import Launch
 
@@ -72,7 +72,7 @@ class Search:
             return float("inf")
 
     def _microseconds(self, made: list[Problem]) -> float:
-        with tuning.assume_density(ACTIVE):
+        with which_path.assume_density(ACTIVE):
             for p in made[:1]:
                 y, expected = routed_ffn(*p.args).float(), reference.routed_ffn(*p.args).float()
                 if not (y - expected).norm() < 2e-2 * expected.norm():

@@ -1,4 +1,4 @@
-"""The same three launches for 2 to 32 tokens, and the router of any number of tokens, on matrix units.
+"""The same three launches for 2 to 32 tokens, on matrix units; the router is `router.router_many`.
 
 A weight row is read once when any token of the call wants its expert (the union); each token's own mask decides what is
 kept of the result, so a token computes what it would compute alone. Weights are the left operand: a tile has as many
@@ -22,86 +22,9 @@ from ltepass.kernels.gpu.common import (
     list_expert,
     my_chunks,
     plan_size,
-    zero_tickets,
+    token_tile,
 )
-
-
-@jit
-def token_tile(x, token_T, live_T, col_D, live_D, d_model):
-    """x^T as [D, T], in x's dtype; x: [T, D] contiguous."""
-    at_DT = token_T.to(tl.int64)[None, :] * d_model + col_D[:, None]
-    return tl.load(x + at_DT, mask=live_D[:, None] & live_T[None, :], other=0.0)
-
-
-@jit
-def exact_dot(w_ED, x_DT, acc_ET, TF32: tl.constexpr):
-    """acc + w . x with w in fp32, to about fp32's own rounding, on the fastest unit that can.
-
-    bf16 x: w as three bf16 parts, 24 bits. fp16 x, which tf32 holds exactly: w as two tf32 parts, 22 bits.
-    """
-    if x_DT.dtype == tl.bfloat16:
-        high_ED = w_ED.to(tl.bfloat16)
-        rest_ED = w_ED - high_ED.to(tl.float32)
-        middle_ED = rest_ED.to(tl.bfloat16)
-        low_ED = (rest_ED - middle_ED.to(tl.float32)).to(tl.bfloat16)
-        acc_ET = tl.dot(low_ED, x_DT, acc_ET)
-        acc_ET = tl.dot(middle_ED, x_DT, acc_ET)
-        acc_ET = tl.dot(high_ED, x_DT, acc_ET)
-    elif TF32:
-        high_ED = (w_ED.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-        acc_ET = tl.dot(w_ED - high_ED, x_DT.to(tl.float32), acc_ET, input_precision="tf32")
-        acc_ET = tl.dot(high_ED, x_DT.to(tl.float32), acc_ET, input_precision="tf32")
-    else:
-        acc_ET = tl.dot(w_ED, x_DT.to(tl.float32), acc_ET, input_precision="ieee")
-    return acc_ET
-
-
-@jit
-def router_many(
-    x,
-    weight,
-    bias,
-    threshold,
-    mask,
-    plan,
-    n_tokens,
-    n_experts,
-    d_model,
-    n_tickets,
-    HAS_BIAS: tl.constexpr,
-    UNION: tl.constexpr,
-    TF32: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """mask[e, t] = 1 (int8) where token t wants e; with UNION (n_tokens <= BLOCK_T) plan[e] = any.
-
-    Grid: (cdiv(E, EXPERTS), T tiles). EXPERTS may be less than BLOCK_E, the least that matrix units take: with few
-    tokens the router is bound by memory, and more programs read faster.
-    """
-    place_E = tl.arange(0, BLOCK_E)
-    expert_E = tl.program_id(0) * EXPERTS + place_E
-    token_T = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
-    live_E, live_T = (place_E < EXPERTS) & (expert_E < n_experts), token_T < n_tokens
-    logit_ET = tl.zeros([BLOCK_E, BLOCK_T], tl.float32)
-    for start in range(0, d_model, BLOCK_D):
-        col_D = start + tl.arange(0, BLOCK_D)
-        live_D = col_D < d_model
-        x_DT = token_tile(x, token_T, live_T, col_D, live_D, d_model)
-        at_ED = expert_E.to(tl.int64)[:, None] * d_model + col_D[None, :]
-        w_ED = tl.load(weight + at_ED, mask=live_E[:, None] & live_D[None, :], other=0.0)
-        logit_ET = exact_dot(w_ED, x_DT, logit_ET, TF32)
-    if HAS_BIAS:
-        logit_ET += tl.load(bias + expert_E, mask=live_E, other=0.0)[:, None]
-    wants_ET = ((logit_ET > tl.load(threshold)) & live_T[None, :]).to(tl.int32)
-    at_ET = expert_E.to(tl.int64)[:, None] * n_tokens + token_T[None, :]
-    tl.store(mask + at_ET, wants_ET.to(tl.int8), mask=live_E[:, None] & live_T[None, :])
-    if UNION:
-        tl.store(plan + expert_E, tl.max(wants_ET, axis=1), mask=live_E)
-        if tl.program_id(0) == 0:
-            zero_tickets(plan, n_experts, n_tickets)
+from ltepass.kernels.gpu.router import router_many
 
 
 @jit
@@ -238,14 +161,3 @@ def union(c: Call) -> tuple[Tensor, Tensor]:
     outputs = {"h": h, "plan": plan, "partial": parts_of(c, splits, h), "y": y, "SPLITS": splits}
     c.launch(down_many, down, d, (n_tiles, splits), **c.down_args(), **tokens, **outputs)
     return y, mask
-
-
-def mask_of(c: Call) -> Tensor:
-    """The router of many tokens -> int8 [n_experts, T]."""
-    tuned = c.tuned("router_tokens")
-    blocks = tuned.fit(DOT, BLOCK_E=c.n_experts, BLOCK_D=c.d_model)
-    mask = c.empty(c.n_experts, c.n_tokens, dtype=torch.int8)
-    grid = (triton.cdiv(c.n_experts, blocks["EXPERTS"]), triton.cdiv(c.n_tokens, blocks["BLOCK_T"]))
-    unused = {"plan": c.x, "n_tickets": 0, "UNION": False}
-    c.launch(router_many, tuned, blocks, grid, **c.router_args(), n_tokens=c.n_tokens, mask=mask, **unused)
-    return mask

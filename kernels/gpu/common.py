@@ -137,3 +137,24 @@ def finish_tile(acc, bias, partial, y, where, live, size, ticket, split, SPLITS:
                 # .cg: another multiprocessor wrote it, so not from this one's L1
                 total += tl.load(partial + s * size + where, mask=live, other=0.0, cache_modifier=".cg")
             tl.store(y + where, (total + bias).to(y.dtype.element_ty), mask=live)
+
+
+@jit
+def weight_tile(weight, row_N, col_D, live_ND, stride_n, stride_d):
+    """fp32 [N, D] of a weight that no other program of the launch reads: evict_first leaves L2 to x, h and the plan."""
+    at_ND = row_N[:, None] * stride_n + col_D.to(tl.int64)[None, :] * stride_d
+    return tl.load(weight + at_ND, mask=live_ND, other=0.0, eviction_policy="evict_first").to(tl.float32)
+
+
+@jit
+def input_tile(x, col_D, live_ND):
+    """x, fp32, once for each row: every thread loads what it multiplies. One row would go through shared memory."""
+    at_ND = tl.broadcast_to(col_D[None, :], live_ND.shape)
+    return tl.load(x + at_ND, mask=live_ND, other=0.0).to(tl.float32)
+
+
+@jit
+def token_tile(x, token_T, live_T, col_D, live_D, d_model):
+    """x^T as [D, T], in x's dtype; x: [T, D] contiguous."""
+    at_DT = token_T.to(tl.int64)[None, :] * d_model + col_D[:, None]
+    return tl.load(x + at_DT, mask=live_D[:, None] & live_T[None, :], other=0.0)

@@ -19,64 +19,16 @@ from ltepass.kernels.gpu.common import (
     chunk_neurons,
     finish_tile,
     hidden_units,
+    input_tile,
     jit,
     let_next_start,
     list_expert,
     my_chunks,
     plan_size,
     wait_for_previous,
-    zero_tickets,
+    weight_tile,
 )
-
-
-@jit
-def weight_tile(weight, row_N, col_D, live_ND, stride_n, stride_d):
-    """fp32 [N, D] of a weight that no other program of the launch reads: evict_first leaves L2 to x, h and the plan."""
-    at_ND = row_N[:, None] * stride_n + col_D.to(tl.int64)[None, :] * stride_d
-    return tl.load(weight + at_ND, mask=live_ND, other=0.0, eviction_policy="evict_first").to(tl.float32)
-
-
-@jit
-def input_tile(x, col_D, live_ND):
-    """x, fp32, once for each row: every thread loads what it multiplies. One row would go through shared memory."""
-    at_ND = tl.broadcast_to(col_D[None, :], live_ND.shape)
-    return tl.load(x + at_ND, mask=live_ND, other=0.0).to(tl.float32)
-
-
-@jit
-def router_one(
-    x,
-    weight,
-    bias,
-    threshold,
-    plan,
-    n_experts,
-    d_model,
-    n_tickets,
-    HAS_BIAS: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    STAGES: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """plan[e] = x . weight[e] + bias[e] > threshold. Grid: (cdiv(E, BLOCK_E),). weight: [E, D] contiguous."""
-    wait_for_previous(PDL)  # x may be another kernel's output
-    let_next_start(PDL)
-    pid = tl.program_id(0)
-    expert_E = pid * BLOCK_E + tl.arange(0, BLOCK_E)
-    live_E = expert_E < n_experts
-    acc_ED = tl.zeros([BLOCK_E, BLOCK_D], tl.float32)
-    for start in tl.range(0, d_model, BLOCK_D, num_stages=STAGES):
-        col_D = start + tl.arange(0, BLOCK_D)
-        live_ED = live_E[:, None] & (col_D < d_model)[None, :]
-        w_ED = weight_tile(weight, expert_E.to(tl.int64), col_D, live_ED, d_model, 1)
-        acc_ED = tl.fma(w_ED, input_tile(x, col_D, live_ED), acc_ED)
-    logit_E = tl.sum(acc_ED, axis=1)
-    if HAS_BIAS:
-        logit_E += tl.load(bias + expert_E, mask=live_E, other=0.0)
-    tl.store(plan + expert_E, (logit_E > tl.load(threshold)).to(tl.int32), mask=live_E)
-    if pid == 0:
-        zero_tickets(plan, n_experts, n_tickets)
+from ltepass.kernels.gpu.router import router_one
 
 
 @jit

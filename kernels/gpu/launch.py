@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ltepass.kernels import reference
-from ltepass.kernels.gpu import tuning
+from ltepass.kernels.gpu import which_path
 from ltepass.kernels.gpu.batch import union
 from ltepass.kernels.gpu.call import Call
 from ltepass.kernels.gpu.decode import one
@@ -44,14 +44,14 @@ def routed_ffn_with_mask(*args: Any) -> tuple[Tensor, Tensor]:
 def _eager(args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     x = args[0]
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        return run(Call.of(args, launcher=lambda kernel: kernel), tuning.assumed_density())
+        return run(Call.of(args, launcher=lambda kernel: kernel), which_path.assumed_density())
 
 
 def routed_ffn_traceable(*args: Any) -> Tensor:
     """The same for tracers: launches are `torch.library.wrap_triton` nodes, which inductor compiles with the rest."""
     if args[0].dtype == torch.float64:
         return reference.routed_ffn(*args)
-    return run(Call.of(args, launcher=torch.library.wrap_triton), tuning.assumed_density())[0]
+    return run(Call.of(args, launcher=torch.library.wrap_triton), which_path.assumed_density())[0]
 
 
 def run(c: Call, density: float | None) -> tuple[Tensor, Tensor]:
@@ -61,7 +61,7 @@ def run(c: Call, density: float | None) -> tuple[Tensor, Tensor]:
     """
     if c.n_tokens == 0:
         return c.empty(*c.leading, c.d_out), c.empty(c.n_experts, 0, dtype=torch.int8)
-    path = tuning.choose_path(c.n_tokens, density, c.tuned("paths"))
+    path = which_path.choose_path(c.n_tokens, density, c.tuned("paths"))
     # The op's dtype is x's: autocast would change that of the dense products inside it.
     with torch.autocast("cuda", enabled=False) if torch.is_autocast_enabled("cuda") else nullcontext():
         y, wanted = {"one": one, "union": union, "grouped": grouped, "dense": dense}[path](c)

@@ -1,6 +1,6 @@
 """More than 32 tokens: gate/up as one matrix product per expert over the tokens that want it, or dense with a mask.
 
-The router is `triton_batch.router_many`. Down is a dense product of h, zeros and all, by whatever library multiplies
+The router is `router.router_many`. Down is a dense product of h, zeros and all, by whatever library multiplies
 matrices best: tokens of a prompt want different experts, so no tile of h is empty.
 """
 
@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 -- the name everybody uses
 
-from ltepass.kernels.gpu.batch import mask_of
 from ltepass.kernels.gpu.call import DOT, Call
 from ltepass.kernels.gpu.common import hidden_units, jit
+from ltepass.kernels.gpu.router import mask_of
 
 
 @jit

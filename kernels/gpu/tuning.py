@@ -1,4 +1,4 @@
-"""Which blocks, warps and path a GPU call takes: looked up in tuning_table.csv, never searched at a user's first call.
+"""Which blocks and warps a GPU kernel takes: looked up in tuning_table.csv, never searched at a user's first call.
 
 A row of the table: kernel; device ("*" or a part of the device's name); bits of the weights' dtype ("*", 16, 32);
 group_size ("*" or a number); blocks ("BLOCK_N=4 BLOCK_D=512"); num_warps; num_stages; microseconds and where it was
@@ -10,20 +10,14 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 # LTEPASS_TUNING_TABLE names another table, such as one that run_all.py has just written for this machine.
 TABLE = Path(os.environ.get("LTEPASS_TUNING_TABLE") or Path(__file__).with_name("tuning_table.csv"))
-ROUTED_PATHS = ("one", "union", "grouped")
-GPUPath = Literal["one", "union", "grouped", "dense"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +75,7 @@ def override(launch: Launch | None, kernel: str) -> None:
 
 @cache
 def launch_for(kernel: str, device: str, bits: int, group_size: int) -> Launch:
-    """The table's choice. kernel: a kernel's name, or "paths" for the break-evens of `choose_path`."""
+    """The table's choice. kernel: a kernel's name, or "paths" for the break-evens of `which_path.choose_path`."""
     if kernel in _overrides:
         return _overrides[kernel]
     rows = [r for r in table() if r.kernel == kernel and r.fits(device, bits, group_size)]
@@ -93,42 +87,3 @@ def launch_for(kernel: str, device: str, bits: int, group_size: int) -> Launch:
 def device_name(device: torch.device) -> str:
     """The GPU's name, "cpu" under the interpreter."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" and torch.cuda.is_available() else device.type
-
-
-_assumed: ContextVar[float | None] = ContextVar("assumed_density", default=None)
-
-
-@contextmanager
-def assume_density(density: float | None) -> Iterator[None]:
-    """The share of (token, expert) pairs that calibration expects to be active, for calls and compiles in the block.
-
-    Told by whoever calls the op for a router: the op sees tensors only, and must not wait for a device to count. A
-    stale value costs time, never a wrong result.
-    """
-    token = _assumed.set(density)
-    try:
-        yield
-    finally:
-        _assumed.reset(token)
-
-
-def assumed_density() -> float | None:
-    return _assumed.get()
-
-
-def choose_path(n_tokens: int, density: float | None, paths: Launch) -> GPUPath:
-    """The fastest exact path for a call, from host values only: the number of tokens and the calibrated density.
-
-    one: three launches, one token. union: three launches, a weight is read when any token wants it. grouped: one
-    product per expert for gate and up, dense down. dense: dense products and a mask, which no density makes slower.
-    """
-    limits = paths.blocks
-    if n_tokens == 1:
-        return "one"
-    if n_tokens <= limits["UNION_ALWAYS"]:
-        return "union"
-    expected = 1.0 if density is None else density
-    if n_tokens <= limits["UNION_TOKENS"]:
-        union = 1.0 - (1.0 - expected) ** n_tokens  # tokens that choose independently: the worst case
-        return "union" if union * 100 <= limits["UNION_PERCENT"] else "dense"
-    return "grouped" if expected * 100 <= limits["GROUPED_PERCENT"] else "dense"

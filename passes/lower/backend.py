@@ -20,7 +20,7 @@ from torch.nn import Parameter
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ltepass.kernels import dispatch, routed_ffn  # noqa: F401 -- routed_ffn registers the op that the pass emits
-from ltepass.kernels.gpu import tuning
+from ltepass.kernels.gpu import which_path
 from ltepass.passes.graph.node_kinds import is_gate
 from ltepass.passes.graph.pipeline import GraphJob, Pass, run_passes
 from ltepass.passes.lower.lower_linears import LowerLinears
@@ -70,7 +70,7 @@ def lte(
             kept(path, reason)
     lines = "".join(f"; {path}: {reason}" for path, reason in job.notes.items())
     log.info("lte backend: %d gates, %d lowered%s", len(gates), job.lowered, lines)
-    with tuning.assume_density(_density(example_inputs)):
+    with which_path.assume_density(_density(example_inputs)):
         compiled: Any = compile_fx(gm, example_inputs, config_patches=_patches(mode, options))
     on_cpu = all(t.device.type == "cpu" for t in example_inputs if isinstance(t, Tensor))
     return _below_autograd(compiled) if (job.lowered or job.linears) and on_cpu else compiled

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ltepass.errors import LoweredError
-from ltepass.kernels.gpu.tuning import assume_density
+from ltepass.kernels.gpu.which_path import assume_density
 from ltepass.kernels.routed_ffn import routed_ffn, routed_proxy_ffn
 from ltepass.passes.lower.bypassed_modules import Settings, check_bypassed
 from ltepass.passes.lower.plain_linears import is_ordinary, parameters_of

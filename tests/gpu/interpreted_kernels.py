@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ltepass.errors import LTEError
 from ltepass.kernels import reference
-from ltepass.kernels.gpu import tuning
+from ltepass.kernels.gpu import which_path
 from ltepass.kernels.gpu.launch import routed_ffn, routed_ffn_with_mask
 from tests.gpu import ffn_cases
 from tests.gpu.ffn_cases import Case
@@ -28,13 +28,13 @@ PATHS = {"one": (1, None), "union 16": (2, None), "union 32": (17, 0.1), "groupe
 
 
 def run(args: tuple[Any, ...], density: float | None = None) -> torch.Tensor:
-    with tuning.assume_density(density):
+    with which_path.assume_density(density):
         return routed_ffn(*args)
 
 
 def check(case: Case, density: float | None = None) -> None:
     args = ffn_cases.make(case)
-    with tuning.assume_density(density):
+    with which_path.assume_density(density):
         y, mask = routed_ffn_with_mask(*args)
     assert torch.equal(y, run(args, density))
     assert torch.equal(mask, reference.mask(*args[:4]))
@@ -94,7 +94,7 @@ def test_the_mask_that_comes_back_is_what_the_kernels_decided(path: str, monkeyp
     args = ffn_cases.make(Case(T=T))
     expected = reference.mask(*args[:4])
     monkeypatch.setattr(reference, "mask", lambda *_: pytest.fail("decided a second time"))
-    with tuning.assume_density(density):
+    with which_path.assume_density(density):
         _, mask = routed_ffn_with_mask(*args)
     assert torch.equal(mask, expected)
 

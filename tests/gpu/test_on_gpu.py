@@ -13,7 +13,7 @@ from torch._C._autograd import DeviceType
 
 from ltepass.errors import LTEError
 from ltepass.kernels import reference
-from ltepass.kernels.gpu import tuning
+from ltepass.kernels.gpu import tuning, which_path
 from tests.gpu import ffn_cases
 from tests.gpu.ffn_cases import Case
 
@@ -31,13 +31,13 @@ OP_WITH_MASK = torch.ops.ltepass.routed_ffn_with_mask
 @pytest.fixture(autouse=True)
 def _forget_densities() -> Iterator[None]:
     torch.backends.cuda.matmul.allow_tf32 = False
-    with tuning.assume_density(None):
+    with which_path.assume_density(None):
         yield
 
 
 def operands(case: Case, density: float | None = None) -> tuple[Any, ...]:
     args = ffn_cases.make(case, "cuda")
-    tuning._assumed.set(density)  # until the end of the test
+    which_path._assumed.set(density)  # until the end of the test
     return args
 
 
@@ -272,7 +272,7 @@ def test_compiled_is_eager(path: str, mode: str) -> None:
         return torch.relu(OP(*full)) * 2
 
     torch._dynamo.reset()
-    with torch.no_grad(), tuning.assume_density(density):
+    with torch.no_grad(), which_path.assume_density(density):
         compiled = torch.compile(model, fullgraph=True, mode=mode)
         for _ in range(4):
             y = compiled(*tensors).clone()

@@ -13,7 +13,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ltepass.kernels.gpu import tuning
+from ltepass.kernels.gpu import which_path
 
 triton = pytest.importorskip("triton")
 OP = torch.ops.ltepass.routed_ffn.default
@@ -81,7 +81,7 @@ def compiled_graph(
         graphs.append(gm)
         return gm
 
-    with mode, torch.no_grad(), tuning.assume_density(density):
+    with mode, torch.no_grad(), which_path.assume_density(density):
         gm = make_fx(model, pre_dispatch=True)(*tensors)
         table = select_decomp_table()
         aot_module_simplified(gm, tensors, fw_compiler=keep, inference_compiler=keep, decompositions=table)

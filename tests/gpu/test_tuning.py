@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from ltepass.kernels.gpu import tuning
+from ltepass.kernels.gpu import tuning, which_path
 from ltepass.passes.lower import backend
 from ltepass.routed.router import Router
 from tests.typed import present
@@ -60,15 +60,15 @@ def test_a_measurement_names_its_machine() -> None:
     ],
 )
 def test_path(tokens: int, density: float | None, path: str) -> None:
-    assert tuning.choose_path(tokens, density, tuning.launch_for("paths", "cpu", 16, 32)) == path
+    assert which_path.choose_path(tokens, density, tuning.launch_for("paths", "cpu", 16, 32)) == path
 
 
 def test_a_density_is_assumed_in_a_block_and_in_no_other_thread() -> None:
-    with tuning.assume_density(0.5):
-        assert tuning.assumed_density() == 0.5
+    with which_path.assume_density(0.5):
+        assert which_path.assumed_density() == 0.5
         with ThreadPoolExecutor(1) as other:
-            assert other.submit(tuning.assumed_density).result() is None
-    assert tuning.assumed_density() is None
+            assert other.submit(which_path.assumed_density).result() is None
+    assert which_path.assumed_density() is None
 
 
 def test_a_router_knows_its_density_wherever_it_comes_from(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_an_ffn_on_a_gpu_is_told_the_density_of_its_router(monkeypatch: pytest.M
     seen: list[float | None] = []
 
     def noted(x: Any, *_: Any) -> Any:
-        seen.append(tuning.assumed_density())
+        seen.append(which_path.assumed_density())
         return x
 
     monkeypatch.setattr(lowered_forward, "routed_ffn", noted)
@@ -147,13 +147,13 @@ def test_a_model_tells_its_densities_and_the_backend_assumes_them(budget: Any, m
         assert (abs(told[0] - told[1]) > 0.1) == (budget == "model")
 
     assumed: list[float | None] = []
-    assume = tuning.assume_density
+    assume = which_path.assume_density
 
     def noted(density: float | None) -> Any:
         assumed.append(density)
         return assume(density)
 
-    monkeypatch.setattr(tuning, "assume_density", noted)
+    monkeypatch.setattr(which_path, "assume_density", noted)
     torch._dynamo.reset()  # what other tests compiled of the same classes may split the model into more graphs
     with torch.no_grad():
         torch.compile(model, backend="lte")(ids)
