@@ -24,7 +24,7 @@ from torch.fx import GraphModule, Node
 from ltepass.errors import ConfigError, ExportError, LoweredError
 from ltepass.exporting.ops_library import write_ops
 from ltepass.kernels.cpu import build, loading
-from ltepass.kernels.linear import FLOATS
+from ltepass.kernels.linear_checks import FLOATS
 from ltepass.passes import EXPORT
 from ltepass.passes.capture.decoder_step import DecoderStep, capture_step
 from ltepass.passes.graph.leaves_and_linears import held

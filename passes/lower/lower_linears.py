@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ltepass.kernels.linear import FLOATS  # and registers the op that the pass emits
+from ltepass.kernels import linear as _linear  # noqa: F401 -- registers the op that the pass emits
+from ltepass.kernels.linear_checks import FLOATS
 from ltepass.passes.graph.leaves_and_linears import Flow, Linear, parameters, transposed
 from ltepass.passes.graph.node_kinds import erase_upstream, is_gate, shape, strip_identity, tensor_inputs, value
 from ltepass.passes.graph.pipeline import GraphJob, Tier

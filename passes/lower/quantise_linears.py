@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ltepass.kernels.linear import FLOATS
+from ltepass.kernels import linear as _linear  # noqa: F401 -- registers the ops that the pass emits
+from ltepass.kernels.linear_checks import FLOATS
 from ltepass.kernels.linear_reference import BLOCK, embedding_int4, embedding_int8, quantise_int4, quantise_int8
 from ltepass.passes.graph.leaves_and_linears import Flow, Linear, add_leaf, held, parameters
 from ltepass.passes.graph.node_kinds import erase_upstream, is_movement, shape, strip_identity, value
