@@ -72,10 +72,10 @@ MOVED = {
     "ltepass.batches": "ltepass.routed.batches",
     "ltepass.losses": "ltepass.routed.soft_losses",
     "ltepass.observing": "ltepass.routed.watching",
-    "ltepass.padding": "ltepass.routed.padding",
+    "ltepass.padding": "ltepass.routed.token_hooks",
     "ltepass.reporting": "ltepass.routed.report_tables",
     "ltepass.router": "ltepass.routed.router",
-    "ltepass.rows": "ltepass.routed.padding",
+    "ltepass.rows": "ltepass.routed.token_hooks",
     "ltepass.sites": "ltepass.routed.sites",
     "ltepass.undo": "ltepass.routed.undo",
     "ltepass.checkpoint_checks": "ltepass.saving.site_checks",
@@ -95,7 +95,7 @@ MOVED = {
     "ltepass.passes.find.regions": "ltepass.passes.find.match_types",
     "ltepass.passes.capture.owner_forward": "ltepass.passes.capture.trace_owner",
     "ltepass.passes.capture.traceable_forwards": "ltepass.passes.capture.forward_source",
-    "ltepass.routed.token_rows": "ltepass.routed.padding",
+    "ltepass.routed.token_rows": "ltepass.routed.token_hooks",
     "ltepass.passes.group.permutations": "ltepass.passes.group.group_neurons",
     "ltepass.passes.lower.weight_layout": "ltepass.passes.lower.lay_out_neurons",
     "ltepass.passes.lower.operands": "ltepass.passes.lower.lowered_forward",
@@ -128,6 +128,7 @@ MOVED = {
     "ltepass.routed.selection": "ltepass.routed.which_sites",
     "ltepass.routed.read_json": "ltepass.routed.json_entry",
     "ltepass.kernels.gpu.traceable": "ltepass.kernels.dispatch",
+    "ltepass.routed.padding": "ltepass.routed.token_hooks",
 }
 
 

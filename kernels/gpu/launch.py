@@ -1,8 +1,9 @@
-"""`ltepass::routed_ffn` on a GPU: chooses a path. Nothing here waits for the device.
+"""`ltepass::routed_ffn` on a GPU: on the path that which_path.py chooses. Nothing here waits for the device.
 
-The kernels and what launches them are in decode.py (one token), batch.py (2-32 tokens) and prefill.py; their tile
-sizes in tuning_table.csv. Launches go to the current stream and every buffer is allocated by torch, so a CUDA graph
-captures a call as it is. Memory beside the result: h [T, d_ff], the plan, and fp32 parts of y where down is split.
+The kernels and what launches them are in router.py, decode.py (one token), batch.py (2-32 tokens) and prefill.py; their
+tile sizes in tuning_table.csv. Launches go to the current stream and every buffer is allocated by torch, so a CUDA
+graph captures a call as it is. Memory beside the result: h [T, d_ff], the plan, and fp32 parts of y where down is
+split.
 """
 
 from __future__ import annotations

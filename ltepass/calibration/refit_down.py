@@ -26,10 +26,11 @@ from ltepass.calibration.ridge import one_thread
 from ltepass.errors import CalibrationError
 from ltepass.routed.batches import require_seen, run_batches
 from ltepass.routed.modes import mode_of
-from ltepass.routed.padding import telling_tokens, tokens_of
 from ltepass.routed.routed import Routed, require_whole
 from ltepass.routed.router import Router, interpolate
 from ltepass.routed.sites import FFNSite, NeuronRows
+from ltepass.routed.token_hooks import telling_tokens
+from ltepass.routed.token_masks import tokens_of
 from ltepass.routed.undo import keep, verb
 from ltepass.sparsity.thresholds import is_calibrated, place_threshold, table_of
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ltepass.routed import padding
+from ltepass.routed import token_masks
 from ltepass.routed.batches import Batch, require_seen, run_batches
 from ltepass.routed.modes import mode_of
 from ltepass.routed.routed import Routed
@@ -53,7 +53,7 @@ def counting_inactive(routed: Routed) -> Iterator[Callable[[], dict[str, float]]
     active = {site.name: Tally() for site in routed.sites}
 
     def see(site: FFNSite, router: Router, logits: Tensor) -> None:
-        active[site.name].add(padding.tokens_of(router, logits) > router.threshold)
+        active[site.name].add(token_masks.tokens_of(router, logits) > router.threshold)
 
     def shares() -> dict[str, float]:
         require_seen({name: tally.count for name, tally in active.items()})
@@ -83,7 +83,7 @@ def measure_union(model: nn.Module, batches: Iterable[Batch], window: int = 2) -
     unused = {site.name: Tally() for site in routed.sites}
 
     def see(site: FFNSite, router: Router, logits: Tensor) -> None:
-        logits, real = padding.sequences_of(router, logits)
+        logits, real = token_masks.sequences_of(router, logits)
         if logits.shape[-2] >= window:
             nobody = (logits <= router.threshold).unfold(-2, window, 1).all(-1)
             unused[site.name].add(nobody[real.unfold(-1, window, 1).all(-1)])

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from ltepass.config import Mode, check_mode
-from ltepass.routed import padding
+from ltepass.routed import token_hooks
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
 from ltepass.routed.undo import verb
@@ -42,9 +42,9 @@ def switch(routed: Routed, mode: Mode) -> None:
         router.mode = mode
         router.recorder.calls.clear()
     if mode == "soft":
-        padding.attach(routed)  # what a forward leaves for the losses begins anew with the next
+        token_hooks.attach(routed)  # what a forward leaves for the losses begins anew with the next
     else:
-        padding.detach(routed.model)
+        token_hooks.detach(routed.model)
     remember_densities(routed)
 
 

@@ -10,7 +10,7 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
-from ltepass.routed import padding
+from ltepass.routed import token_masks
 from ltepass.routed.batches import Batch
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
@@ -134,7 +134,7 @@ def record_logits(routed: Routed, keep: int | None = None, *, flat: bool = True)
     draws = {name: SomeRows(keep) for name in seen}
 
     def see(site: FFNSite, router: Router, logits: Tensor) -> None:
-        rows = draws[site.name](padding.tokens_of(router, logits)) if flat else logits.clone()
+        rows = draws[site.name](token_masks.tokens_of(router, logits)) if flat else logits.clone()
         seen[site.name].append(rows)
 
     with on_logits(routed, see):

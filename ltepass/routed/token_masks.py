@@ -1,16 +1,34 @@
-"""Masks of tokens, True at what is no padding: read from any form of an attention mask, and fitted to a site's rows."""
+"""Which of the rows that reach an FFN are tokens, and which are padding: one place for every statistic.
+
+Masks of tokens, True at what is no padding, are read from any form of an attention mask:
+
+    sites of        mask
+    an encoder      attention_mask, of the tokens that this forward reads (the last columns of a longer mask)
+    a decoder       decoder_attention_mask; without one, labels that are not ignored
+    anything else   attention_mask
+
+A site's rows are told by their shape. Rows that no mask fits all count, with a warning: those of audio at another rate.
+So do, without one, the rows of images, and those of a model that takes its padding out by itself.
+"""
 
 from __future__ import annotations
 
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-Part = Literal["whole", "encoder", "decoder"]  # of a model
+from ltepass.routed.model_parts import DECODER_INPUTS, Part
+
+if TYPE_CHECKING:  # a router's recorder, below it, holds what is here
+    from ltepass.routed.router import Router
+
+IGNORED = -100  # what transformers puts where a position has no label
+TOKENS = ("input_ids", "inputs_embeds")
+DECODER_TOKENS = (*DECODER_INPUTS, "labels")
 
 
 class Forward(NamedTuple):
@@ -89,3 +107,43 @@ def token_mask(mask: object, length: int | None) -> tuple[Tensor, ...]:
         real = real[:, 0] if queries == 1 else real[:, :, -queries:].diagonal(dim1=1, dim2=2)
         real = real | ~real.any()  # no token sees itself: this mask tells something else
     return (real if length is None else real[:, -length:],)
+
+
+def masks_of(given: Mapping[str, object], *, decoder: bool) -> dict[Part, tuple[Tensor, ...]]:
+    """Of the inputs of a call, what each part of the model goes by. decoder: they are an encoder's and a decoder's."""
+    own = token_mask(given.get("attention_mask"), _length(given, TOKENS))
+    if not decoder:
+        return dict.fromkeys(("whole", "encoder", "decoder"), own)
+    length = _length(given, DECODER_TOKENS)
+    theirs = token_mask(given.get("decoder_attention_mask"), length)
+    labels = given.get("labels")
+    if not theirs and isinstance(labels, Tensor) and labels.dim() == 2 and labels.shape[1] == length:
+        theirs = (labels != IGNORED,)
+    return {"encoder": own, "decoder": theirs, "whole": (*own, *theirs)}
+
+
+def _length(given: Mapping[str, object], names: Sequence[str]) -> int | None:
+    """T of the first of these inputs that is there."""
+    return next((v.shape[1] for n in names if isinstance(v := given.get(n), Tensor) and v.dim() > 1), None)
+
+
+def tokens_of(router: Router, value: Tensor) -> Tensor:
+    """value: [..., width] -> [n, width]: the rows that are tokens, without gradients."""
+    known = router.recorder.rows
+    mask = None if known is None else known.mask(value.shape[:-1])
+    rows = value.detach()
+    return rows.reshape(-1, rows.shape[-1]) if mask is None else rows[mask]
+
+
+def sequences_of(router: Router, value: Tensor) -> tuple[Tensor, Tensor]:
+    """value: [..., width], in any layout that a mask fits -> ([B, T, width], bool [B, T], True at tokens)."""
+    shape = value.shape[:-1]
+    known = router.recorder.rows
+    real = None if known is None else known.mask(shape)
+    if real is None or known is None:
+        return value, torch.ones(shape, dtype=torch.bool, device=value.device)
+    mask = next(m for m in known.forward.masks if fitted(m, tuple(shape)) is not None)
+    if mask.numel() != real.numel():  # the model took its padding out by itself
+        return value, real
+    turned = value.transpose(0, 1) if shape == mask.shape[::-1] != mask.shape else value
+    return turned.reshape(*mask.shape, -1), mask

@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from ltepass.config import Mode
-from ltepass.routed import padding
 from ltepass.routed.batches import Batch, require_seen, run_batches
 from ltepass.routed.modes import mode_of
-from ltepass.routed.padding import telling_tokens, tokens_of
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
 from ltepass.routed.sites import FFNSite
+from ltepass.routed.token_hooks import telling_tokens
+from ltepass.routed.token_masks import tokens_of
 from ltepass.threads import require_own, unshared
 
 
@@ -77,7 +77,7 @@ def on_logits(routed: Routed, see: Callable[[FFNSite, Router, Tensor], None]) ->
 
     handles = [router.register_forward_hook(hook(site)) for site, router in routed]
     try:
-        with padding.telling_tokens(routed), unshared(routed.all_routers()):
+        with telling_tokens(routed), unshared(routed.all_routers()):
             yield
     finally:
         for handle in handles:

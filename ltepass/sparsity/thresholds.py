@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ltepass.config import check_sparsity
 from ltepass.errors import CalibrationError
-from ltepass.routed import padding
+from ltepass.routed import token_masks
 from ltepass.routed.batches import Batch, run_batches
 from ltepass.routed.modes import mode_of, remember_densities
 from ltepass.routed.routed import Routed
@@ -84,7 +84,7 @@ def update_table(routed: Routed, batches: Iterable[Batch]) -> None:
     present = routed.routers[0].mode
 
     def see(site: FFNSite, router: Router, logits: Tensor) -> None:
-        samples[site.name].add(padding.tokens_of(router, logits))
+        samples[site.name].add(token_masks.tokens_of(router, logits))
 
     with mode_of(routed, "hard" if present == "dense" else present), on_logits(routed, see):
         run_batches(routed.model, batches)

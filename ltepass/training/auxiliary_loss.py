@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ltepass.errors import TrainingError
+from ltepass.routed.model_parts import Part
 from ltepass.routed.recording import RecordedCall, Recorder
 from ltepass.routed.routed import Routed
-from ltepass.routed.token_masks import Part
 
 
 @dataclass(frozen=True)

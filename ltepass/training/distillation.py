@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ltepass.routed.batches import inputs_of
-from ltepass.routed.padding import hooks_of
 from ltepass.routed.routed import routers_of
 from ltepass.routed.soft_losses import kl_from
+from ltepass.routed.token_hooks import hooks_of
 
 
 def dense_teacher(model: nn.Module, teacher: nn.Module | None) -> nn.Module:

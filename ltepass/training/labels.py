@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ltepass.routed.padding import IGNORED
+from ltepass.routed.token_masks import IGNORED
 
 
 def shifts_labels(model: nn.Module) -> bool:

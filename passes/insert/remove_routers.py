@@ -12,7 +12,7 @@ from ltepass.passes.capture.trace_owner import original_class
 from ltepass.passes.group.group_neurons import permute_routed
 from ltepass.passes.insert.hooks import detach
 from ltepass.passes.insert.watch_forwards import unwatch
-from ltepass.routed import padding
+from ltepass.routed import token_hooks
 from ltepass.routed.gate import add_tiers, gate, seen_inputs
 from ltepass.routed.routed import Routed, drop_state
 from ltepass.routed.sites import FFNSite
@@ -20,7 +20,7 @@ from ltepass.routed.sites import FFNSite
 
 def remove_routers(routed: Routed, *, undo_grouping: bool) -> None:
     model, sites = routed.model, routed.sites
-    padding.detach(model)
+    token_hooks.detach(model)
     for site in {s.neurons: s for s in sites}.values():  # sites that share their weights share their order
         if undo_grouping:
             permute_routed(routed, site, torch.argsort(routed.router(site).permutation))
