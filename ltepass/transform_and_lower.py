@@ -186,6 +186,6 @@ def export(
         >>> sorted(file.name for file in ltepass.export(model, folder, length=32, linears="int8").iterdir())
         ['decode.pt2', 'decoder.json', 'kernels.so', 'ops.so', 'prefill.pt2', 'weights.pt']
     """
-    from ltepass.exporting.package import export_model
+    from ltepass.exporting.export_model import export_model
 
     return export_model(model, Path(folder), length=length, linears=linears, cache_dtype=cache_dtype)

@@ -17,7 +17,7 @@ from ltepass.commands.bench_tables import token_plot, token_tables
 from ltepass.commands.load import load
 from ltepass.corpora import token_blocks
 from ltepass.errors import ConfigError
-from ltepass.exporting.decoder import is_gated
+from ltepass.exporting.folder import is_gated
 from ltepass.measure import gguf_file, llama_cpp
 from ltepass.measure.bench_tokens import PREFILL_TOKENS, PROMPT_TOKENS, Text, bench_tokens
 from ltepass.measure.records import append

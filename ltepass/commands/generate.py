@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import ltepass
 from ltepass.commands.load import load
 from ltepass.errors import ConfigError
-from ltepass.exporting.package import ABOUT
+from ltepass.exporting.folder import ABOUT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from ltepass.demo.results import Reloaded
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 PROGRAM = """
 import sys
@@ -30,13 +29,6 @@ with torch.no_grad():
     logits = model(input_ids=load_file(reference)["ids"].to(device), use_cache=False).logits
 save_file({"logits": logits.cpu().contiguous()}, output)
 """
-
-
-def logits_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """[1, T, vocab] on the CPU."""
-    with torch.no_grad():
-        logits: Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits
-    return logits.cpu().contiguous()
 
 
 def compare(model_dir: Path, reference: Path, scratch: Path, device: str) -> Reloaded:

@@ -34,7 +34,7 @@ from ltepass.demo.results import (
 )
 from ltepass.demo.task import Task, load_dense, load_task
 from ltepass.measure import decoding_speed
-from ltepass.measure.quality import perplexity
+from ltepass.measure.quality import logits_on_cpu, perplexity
 from ltepass.measure.sparsity import sparsity_of_tail
 from ltepass.measure.token_bytes import router_share
 from ltepass.routed.routed import routers_of
@@ -173,7 +173,7 @@ def train(demo: Demo) -> Trained:
     blocks = demo.task.train[: demo.task.calibration_blocks // 2].to(model.device)
     settle(model, torch.split(blocks, demo.task.batch), demo.options.target_sparsity)
     ids = demo.task.test[:1, :128]
-    reference = {"ids": ids, "logits": reload.logits_of(model, ids)}
+    reference = {"ids": ids, "logits": logits_on_cpu(model, ids)}
     save_file(reference, demo.folder.path / "reference.safetensors")
     model.save_pretrained(demo.folder.path / "lte")
     demo.task.tokenizer.save_pretrained(demo.folder.path / "lte")

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ltepass.errors import ExportError
-from ltepass.exporting.package import ABOUT, DECODE, FORMAT, PREFILL, WEIGHTS, About, layout, weights
+from ltepass.exporting.folder import ABOUT, DECODE, PREFILL, WEIGHTS, layout, read_about, weights
 from ltepass.kernels import attention as _attention  # noqa: F401 -- registers what the graphs call
 from ltepass.kernels import linear as _linear  # noqa: F401
-from ltepass.kernels.cpu import build, loading
+from ltepass.kernels.cpu import loading
 from ltepass.passes.capture.decoder_step import WITHIN
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class ExportedDecoder:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.about = _about(folder)
+        self.about = read_about(folder)
         if not loading.load():
             raise ExportError("the CPU kernels could not be built (the warning says why), and a package needs them")
         self._weights = weights(folder)  # the graphs read them where they lie
@@ -106,24 +106,3 @@ class ExportedDecoder:
             if token in self.about.eos or self.position == self.length:
                 return
             ids = [token]
-
-
-def is_gated(folder: Path) -> bool:
-    """Whether the folder's model has routers. Raises ExportError."""
-    return _about(folder).gated_bytes > 0
-
-
-def _about(folder: Path) -> About:
-    try:
-        entries = json.loads((folder / ABOUT).read_text())
-        known = {**entries}.get("format") == FORMAT
-        about = About(**entries) if known else None
-    except (OSError, TypeError, ValueError, RecursionError) as error:
-        raise ExportError(f"{folder} is no folder that `ltepass export` wrote: {error}") from error
-    if about is None:
-        raise ExportError(f"{folder} has format {entries.get('format')}; this version reads {FORMAT}: export again")
-    if about.torch != torch.__version__:
-        raise ExportError(f"{folder} was compiled for torch {about.torch}; here is {torch.__version__}: export again")
-    if about.isa not in build.levels():
-        raise ExportError(f"{folder} was compiled for {about.isa}; this machine runs {', '.join(build.levels())}")
-    return about

@@ -57,6 +57,13 @@ def next_token_losses(logits: Tensor, block: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.float(), block[1:], reduction="none").double()
 
 
+def logits_on_cpu(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """[1, T, vocab] on the CPU."""
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits
+    return logits.cpu().contiguous()
+
+
 def sparsity_curve(
     model: PreTrainedModel, blocks: Tensor, sparsities: Iterable[float]
 ) -> Iterator[tuple[float, float, float]]:

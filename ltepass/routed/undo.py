@@ -164,6 +164,35 @@ def lay_as(parameter: Tensor, stride: tuple[int, ...]) -> None:
     parameter.data = stored.copy_(parameter.data)
 
 
+def reorder(view: Callable[[], Tensor], order: Tensor) -> None:
+    """view() becomes view()[order], in place; a call that fails puts the rows back."""
+    step = _Reorder(view, order)
+    undo_by(step.undo)
+    step.do()
+
+
+class _Reorder:
+    """How far it came stands in one attribute, so that no interruption falls between the change and its record."""
+
+    def __init__(self, view: Callable[[], Tensor], order: Tensor) -> None:
+        self.view, self.order = view, order
+        self.content: Tensor | bool = False  # not begun; the new rows while they are written; True afterwards
+
+    @torch.no_grad()
+    def do(self) -> None:
+        rows = self.view()
+        self.content = rows[self.order.to(rows.device)]
+        rows.copy_(self.content)
+        self.content = True
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        if self.content is not False:
+            rows = self.view()
+            new = rows if self.content is True else self.content
+            rows.copy_(new[self.order.argsort().to(rows.device)])
+
+
 def _fill(tensor: Tensor, value: Tensor) -> None:
     with torch.inference_mode(tensor.is_inference()), torch.no_grad():
         tensor.copy_(value)

@@ -18,7 +18,7 @@ from ltepass.passes.capture.forward_source import is_straight
 from ltepass.passes.capture.replaced_forwards import is_replaced
 from ltepass.passes.capture.trace_owner import original_class
 from ltepass.passes.insert.activation_check import behind, calls, disagrees, functions_of, linears, own_graphs
-from ltepass.passes.insert.selfcheck import check_gated
+from ltepass.passes.insert.try_gated_copy import check_gated
 from ltepass.routed.sites import FFNSite
 
 _TOKENS = 4

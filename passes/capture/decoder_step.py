@@ -21,7 +21,7 @@ from torch.fx import GraphModule
 
 from ltepass.errors import ExportError
 from ltepass.kernels import attention as _attention  # noqa: F401 -- registers the op that stands in the graph
-from ltepass.passes.capture.capture_module import untouched
+from ltepass.passes.capture.leave_untouched import untouched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

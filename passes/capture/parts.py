@@ -18,7 +18,6 @@ from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ltepass.errors import CaptureError
-from ltepass.passes.capture.capture_module import capture, export_module, untouched
 from ltepass.passes.capture.example_inputs import (
     Call,
     input_width,
@@ -28,8 +27,12 @@ from ltepass.passes.capture.example_inputs import (
     split_inputs,
     without_fakes,
 )
+from ltepass.passes.capture.export_module import export_module
+from ltepass.passes.capture.leave_untouched import untouched
 from ltepass.passes.capture.replaced_forwards import bring_back
-from ltepass.passes.graph.captured import Captured, join
+from ltepass.passes.capture.user_graph import capture_user_graph
+from ltepass.passes.graph.captured import Captured
+from ltepass.passes.graph.shared_names import join
 
 # Raised where the code needs a value, which a fake tensor does not have: the inputs may be right.
 _ONLY_UNDER_FAKE_TENSORS = (
@@ -56,11 +59,11 @@ def capture_all(model: nn.Module, example_inputs: object = None) -> Captures:
     take the ones that were given.
     """
     args, kwargs = inputs_of(model, example_inputs)
+    if isinstance(model, GraphModule):
+        return Captures([capture_user_graph(model, args, kwargs)])
     try:
-        whole = capture(model, args, kwargs)
+        whole = export_module(model, model, args, kwargs)
     except CaptureError as error:
-        if isinstance(model, GraphModule):
-            raise
         calls, failure = _recorded_calls(model, args, kwargs)
         if example_inputs is not None and failure is not None and not isinstance(failure, _ONLY_UNDER_FAKE_TENSORS):
             raise
@@ -71,8 +74,6 @@ def capture_all(model: nn.Module, example_inputs: object = None) -> Captures:
             raise
         found.captures.missed = {p: f"{why} (the whole model: {error})" for p, why in found.captures.missed.items()}
         return found.captures
-    if isinstance(model, GraphModule):
-        return Captures([whole])
     found = _Parts(model, {})
     found.captures.graphs.append(whole)
     reached = {part for node in whole.flow.nodes() for path in whole.stack(node) for part in _with_parents(path)}

@@ -6,7 +6,7 @@ affine in all streams together has no activation at all: a low-rank pair of line
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +20,7 @@ from ltepass.passes.graph.node_kinds import is_plain_tensor, is_pointwise, numel
 from ltepass.passes.graph.run_node import run
 
 _SKIPPED = frozenset("to dropout float half bfloat16 double type_as gate alias detach contiguous clone".split())
-
-
+ANOTHER = "another function"
 ENOUGH = 256  # values of each piece; at a single one far out, gelu and silu are the same number
 
 
@@ -162,3 +161,18 @@ class _Probe:
         here, negative, zero, shifted = at(1.0, 0.0), at(-1.0, 0.0), at(0.0, 0.0), at(1.0, 3.0)
         odd = torch.allclose(here + negative, 2 * zero, rtol=1e-9, atol=1e-9)
         return odd and torch.allclose(shifted - here, at(0.0, 3.0) - zero, rtol=1e-6, atol=1e-4)
+
+
+def activation_of(function: Callable[[Tensor], object]) -> str | None:
+    """Which activation a function is, or ANOTHER; None for what passes its input on (dropout)."""
+    from ltepass.kernels.reference import ACTIVATIONS
+
+    sample = torch.linspace(-6.0, 6.0, 49, dtype=torch.float64)
+    try:
+        value = function(sample)
+    except Exception:  # it takes something else
+        return None
+    if not isinstance(value, Tensor) or value.shape != sample.shape or torch.equal(value.double(), sample):
+        return None
+    known = ((name, act(sample)) for name, act in ACTIVATIONS.items() if name != "identity")
+    return next((name for name, want in known if torch.allclose(value.double(), want, rtol=1e-6, atol=1e-6)), ANOTHER)

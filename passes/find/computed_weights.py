@@ -8,24 +8,28 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from ltepass.passes.find.near_miss import MAX_REGION
+from ltepass.passes.find.region_checks import MAX_REGION
 from ltepass.passes.graph.captured import Captured
-from ltepass.passes.graph.leaves_and_linears import Flow
+from ltepass.passes.graph.leaves_and_linears import Flow, linear_parts
 from ltepass.passes.graph.node_kinds import (
-    breadth_first,
     is_movement,
     is_nonlinear,
+    is_plain_tensor,
     is_pointwise,
     op_name,
+    shape,
     tensor_inputs,
 )
+from ltepass.passes.graph.walk import breadth_first, strip_identity
 from ltepass.routed.sites import Refusal
+
+_PICKING = frozenset("getitem index index_select gather embedding take_along_dim".split())
 
 
 def refuse_computed_weights(captured: Captured) -> list[Refusal]:
     """One for each such linear of an FFN, under its own name."""
     flow = captured.flow
-    computed = {n: weight for n in flow.nodes() if (weight := flow.computed_weight(n)) is not None}
+    computed = {n: weight for n in flow.nodes() if (weight := _computed_weight(flow, n)) is not None}
     if not computed:
         return []
     found: dict[Node, None] = {}
@@ -42,6 +46,18 @@ def refuse_computed_weights(captured: Captured) -> list[Refusal]:
         )
         for node in found
     ]
+
+
+def _computed_weight(flow: Flow, node: Node) -> Node | None:
+    """The weight of a product whose weight is computed from parameters alone, and is not one of them."""
+    parts = linear_parts(node)
+    weight = parts[1] if parts else None
+    if not isinstance(weight, Node) or not is_plain_tensor(weight) or len(shape(weight)) != 2:
+        return None
+    source = strip_identity(weight)
+    while source not in flow.leaves and (is_movement(source) or op_name(source) in _PICKING):
+        source = strip_identity(tensor_inputs(source)[0])
+    return source if source not in flow.leaves and flow.fixed(weight) else None
 
 
 def _products_behind(flow: Flow, node: Node, computed: dict[Node, Node]) -> list[Node]:

@@ -3,41 +3,46 @@
 The region lies between one or more "streams" (outputs of up linears) and the input of the down linear. It runs twice:
   on index tensors (neuron_rows.py), which tells neuron i's row of every parameter and that no two tokens are mixed;
   on sample values (activation.py), which tells the activation (compared with every function that a kernel knows).
-The checks around it ask whether a gate before the down projection switches a neuron off and nothing else.
+The checks around it (region_checks.py) ask whether a gate before the down projection switches a neuron off and nothing
+else. A linear that fails one is worth a line where what stands behind it is nearly an FFN.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch.fx import Node
 
 from ltepass.passes.find.activation import identify
 from ltepass.passes.find.match_types import Miss, MissError, Piece, Rows
-from ltepass.passes.find.near_miss import MAX_REGION, MAX_SOURCES, is_near, without_adapters
-from ltepass.passes.find.neuron_rows import keeps_tokens, trace_rows
+from ltepass.passes.find.neuron_rows import trace_rows
+from ltepass.passes.find.region_checks import (
+    MAX_REGION,
+    MAX_SOURCES,
+    blocked,
+    check_output,
+    check_private,
+    check_tokens_in,
+    one_source,
+    without_adapters,
+)
 from ltepass.passes.graph.leaves_and_linears import Flow, Linear
 from ltepass.passes.graph.node_kinds import (
-    breadth_first,
-    consumers,
     is_gate,
     is_movement,
+    is_nonlinear,
     is_plain_tensor,
     is_pointwise,
     is_reduction,
-    is_tensor,
     numel,
     op_name,
     shape,
-    strip_views,
     tensor_inputs,
 )
+from ltepass.passes.graph.walk import breadth_first, consumers, strip_views
 
 __all__ = ["Miss", "Piece", "Region", "Rows", "down_rows", "match_down"]
-
-_SQUASH = frozenset("sigmoid tanh softmax exp softplus hardsigmoid relu gelu silu elu log_sigmoid topk".split())
-_PASSING = frozenset("to dropout float half bfloat16 type_as".split())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +97,7 @@ def match_down(flow: Flow, down: Linear) -> Region | Miss:
             node=e.node,
             check=e.check,
             reason=e.reason,
-            near=is_near(flow, down, walk.sources, walk.inner, e.check),
+            near=_is_near(flow, down, walk.sources, walk.inner, e.check),
             nearest=seen,
             gate_op=next(iter(walk.gates), None),
         )
@@ -113,7 +118,7 @@ def _walk_back(flow: Flow, down: Linear, walk: _Walk) -> None:
             walk.inner.add(node)
             walk.gates += [node] if is_gate(node) else []
         else:
-            raise MissError(node, *_blocked(node))
+            raise MissError(node, *blocked(node))
         if len(walk.sources) > MAX_SOURCES:
             raise MissError(
                 down.node, "one source", f"the up projections read more than {MAX_SOURCES} different inputs"
@@ -122,28 +127,21 @@ def _walk_back(flow: Flow, down: Linear, walk: _Walk) -> None:
             raise MissError(node, "size", f"more than {MAX_REGION} elementwise operations before the down projection")
 
 
-def _blocked(node: Node) -> tuple[str, str]:
-    what = op_name(node) or node.op
-    if is_reduction(node):
-        return "norm", f"{what} over the hidden units makes each depend on the others: a gate does not commute with it"
-    return "elementwise", f"{what} stands between the up and the down projection"
-
-
 def _match(flow: Flow, down: Linear, walk: _Walk) -> Region:
     if not walk.streams:
         raise MissError(down.node, "up", "no linear feeds this one through elementwise operations")
     if not any(is_pointwise(n) and op_name(n) not in ("to", "dropout") for n in walk.inner):
         raise MissError(down.node, "activation", "two linears with no activation between them: a low-rank pair")
-    x = _one_source(flow, down, walk.sources)
+    x = one_source(flow, down, walk.sources)
     inner = tuple(sorted(walk.inner))
-    _check_private(walk, inner, down)
+    check_private(walk.streams, inner, down)
     pieces, neurons = trace_rows(flow, down, walk.streams, walk.leaves, walk.scales, inner)
     if down.width != shape(x)[-1]:
         raise MissError(
             down.node, "residual width", f"maps width {shape(x)[-1]} to {down.width}: a head or an adapter, not an FFN"
         )
-    _check_tokens_in(flow, down, x)
-    _check_output(down)
+    check_tokens_in(flow, down, x)
+    check_output(down)
     pieces, activation = identify(flow, down, pieces, inner, walk.leaves, walk.scales)
     return Region(
         x=x,
@@ -158,79 +156,53 @@ def _match(flow: Flow, down: Linear, walk: _Walk) -> Region:
     )
 
 
-def _one_source(flow: Flow, down: Linear, sources: set[Node]) -> Node:
-    if len(sources) != 1:
-        what = ": an adapter adds to one of them" if len(without_adapters(flow, sources)) == 1 else ""
-        raise MissError(down.node, "one source", f"the up projections read {len(sources)} different inputs{what}")
-    (source,) = sources
-    return source
+def _is_near(flow: Flow, down: Linear, sources: set[Node], inner: set[Node], check: str) -> bool:
+    """Worth a line: up linears of one source and an activation behind this linear, whatever check failed then.
+
+    Everything behind a residual stream has several sources; attention has a product of two computed tensors between.
+    """
+    if check in ("norm", "elementwise", "size"):
+        sources, inner, ended = _relaxed(flow, down)
+        if ended:
+            return False
+    if not 0 < len(sources) <= MAX_SOURCES or not any(_activates(n, down) for n in inner):
+        return False
+    if check == "one source":
+        product = any(op_name(n) == "mul" for n in inner)
+        return len(without_adapters(flow, sources)) == 1 or (len(sources) == 2 and product)
+    return len(sources) == 1 and (check == "residual width" or down.width == shape(next(iter(sources)))[-1])
 
 
-def _check_private(walk: _Walk, inner: Sequence[Node], down: Linear) -> None:
-    """Permuting neurons is legal only where nothing outside the region sees them."""
-    inside = {*inner, down.node, *down.node.all_input_nodes}
-    for node in (*(s.node for s in walk.streams), *inner):
-        for user in consumers(node):
-            if user in inside or not is_tensor(node) or op_name(user) in ("size", "sym_size", "getattr"):
-                continue
-            statistic = _statistic(user)
-            if statistic is not None:
-                raise MissError(user, *_blocked(statistic))
-            raise MissError(user, "private", f"hidden units are also used by {op_name(user) or user.op}")
+def _activates(node: Node, down: Linear) -> bool:
+    """An activation of the hidden units, not a step of a statistic over them (the square, the root of an RMS norm)."""
+    if not is_nonlinear(node) or not is_plain_tensor(node) or numel(node) < numel(down.x):
+        return False
+    return not all(is_reduction(u) and is_plain_tensor(u) and numel(u) < numel(node) for u in consumers(node))
 
 
-def _statistic(node: Node) -> Node | None:
-    """The reduction that a use of the hidden units leads to within a few steps, or None."""
-    for _ in range(4):
-        if is_reduction(node):
-            return node
-        users = consumers(node)
-        if len(users) != 1 or not (is_pointwise(node) or is_movement(node)):
-            return None
-        node = users[0]
-    return None
+def _may_stand(node: Node) -> bool:
+    """In what is nearly an FFN: also statistics, and a convolution over tokens (SegFormer's)."""
+    return is_pointwise(node) or is_movement(node) or is_reduction(node) or "conv" in (op_name(node) or "")
 
 
-def _check_tokens_in(flow: Flow, down: Linear, x: Node) -> None:
-    """Each row of x holds the features of one token: not one vector a sequence, not turned so that it mixes tokens."""
-    path: list[Node] = []
-    node, width = x, shape(x)[-1]
-    for _ in range(MAX_REGION):
-        if _features_last(flow, node):
-            if path and not keeps_tokens(path[::-1], node):
-                raise MissError(down.node, "same token", "its input is transposed: it mixes tokens, not features")
-            return
-        inputs = [n for n in tensor_inputs(node) if flow.leaf(n) is None]
-        if len(inputs) != 1 or not is_plain_tensor(inputs[0]):
-            return
-        if numel(node) // width == flow.batch < numel(inputs[0]) // width:
-            what = f"its input is one vector a sequence ({op_name(node)}): a head or an excitation"
-            raise MissError(down.node, "same token", what)
-        if not (is_movement(node) or is_pointwise(node)):
-            return
-        path += [node] if is_movement(node) else []
-        node = inputs[0]
+def _relaxed(flow: Flow, down: Linear) -> tuple[set[Node], set[Node], bool]:
+    """The region behind `down` when statistics may stand in it: (sources, inner nodes, ended at something else)."""
+    sources: set[Node] = set()
+    inner: set[Node] = set()
 
+    def behind(node: Node) -> Iterable[Node]:
+        return tensor_inputs(node) if node in inner else ()
 
-def _features_last(flow: Flow, node: Node) -> bool:
-    """Whether the node itself says that its last dim is features: linear, embedding, norm, a factor per feature."""
-    if flow.linear(node) is not None or op_name(node) in ("embedding", "layer_norm", "rms_norm"):
-        return True
-    leaves = [seen[0] for n in tensor_inputs(node) if (seen := flow.leaf(n)) is not None]
-    return is_pointwise(node) and any(shape(n) == shape(node)[-1:] != (1,) for n in leaves)
-
-
-def _check_output(down: Linear) -> None:
-    """An FFN's output is added somewhere; what goes straight into a squashing function is a gate, or a deeper MLP."""
-    node = down.node
-    for _ in range(8):
-        users = [u for u in consumers(node) if op_name(u) not in ("size", "sym_size", "getattr")]
-        if len(users) != 1:
-            return
-        (user,) = users
-        if op_name(user) in _SQUASH:
-            what = f"its output goes into {op_name(user)}: a gate or a deeper MLP, not an FFN"
-            raise MissError(down.node, "output", what)
-        if not (is_movement(user) or op_name(user) in _PASSING):
-            return
-        node = user
+    for node in breadth_first(down.x, behind):
+        linear = flow.linear(node)
+        if node in flow.leaves or not node.all_input_nodes:
+            continue
+        if linear is not None:
+            sources.add(strip_views(linear.x))
+        elif _may_stand(node) and len(inner) < MAX_REGION:
+            inner.add(node)
+        else:
+            return sources, inner, True
+        if len(sources) > MAX_SOURCES:
+            return sources, inner, True
+    return sources, inner, False

@@ -20,9 +20,9 @@ from ltepass.passes.graph.node_kinds import (
     is_pointwise,
     op_name,
     shape,
-    strip_identity,
     tensor_inputs,
 )
+from ltepass.passes.graph.walk import strip_identity
 from ltepass.routed.sites import Refusal
 
 _INDEXING = frozenset("index index_select gather embedding take_along_dim".split())

@@ -60,26 +60,13 @@ def trace_rows(
         raise MissError(down.node, "index", "no up projection's rows reach the down projection")
     neurons += [rows for leaf in leaves for code in codes.get(leaf, ()) for rows in _leaf_rows(down, leaf, code)]
     for scale in scales:
-        if any(not _per_token(_flat(down, code)) for code in codes.get(scale, ())):
+        if any(not per_token(_flat(down, code)) for code in codes.get(scale, ())):
             raise MissError(scale, "same token", f"{scale.name} scales each neuron, and is no parameter")
     neurons.append(Rows(leaf=down.weight, dim=1 - down.out_dim, start=0, step=1))
     return pieces, tuple(dict.fromkeys(neurons))
 
 
-def keeps_tokens(path: Sequence[Node], origin: Node) -> bool:
-    """Whether the movements of `path`, in order, keep the features of one token of `origin` [..., width] in one row."""
-    current = indices(origin)
-    try:
-        for node in path:
-            (source,) = (n for n in tensor_inputs(node) if is_plain_tensor(n))
-            current = run(node, {source: current})
-        rows = current.reshape(-1, current.shape[-1]) // shape(origin)[-1]
-    except (RuntimeError, TypeError, ValueError, IndexError):
-        return False
-    return _per_token(rows)
-
-
-def _per_token(rows: Tensor) -> bool:
+def per_token(rows: Tensor) -> bool:
     """Whether [tokens, neurons] holds one number for each token."""
     return bool((rows == rows[:, :1]).all())
 
@@ -155,7 +142,7 @@ def _arithmetic(down: Linear, code: Tensor, width: int) -> tuple[int, int]:
 def _leaf_rows(down: Linear, leaf: Node, code: Tensor) -> list[Rows]:
     """Where a leaf holds an entry per neuron; every token must see the same ones. Nowhere: one factor a token."""
     flat = _flat(down, code)
-    along = [(dim, rows) for dim, rows in enumerate(torch.unravel_index(flat, shape(leaf))) if not _per_token(rows)]
+    along = [(dim, rows) for dim, rows in enumerate(torch.unravel_index(flat, shape(leaf))) if not per_token(rows)]
     if not along:
         return []
     if len(along) > 1 or not (along[0][1] == along[0][1][0]).all():

@@ -18,7 +18,8 @@ from ltepass.passes.capture.trace_owner import OwnerGraphs, trace_owner
 from ltepass.passes.find.match import Region, Rows, down_rows
 from ltepass.passes.graph.captured import Captured
 from ltepass.passes.graph.leaves_and_linears import Linear
-from ltepass.passes.graph.node_kinds import is_movement, strip_identity
+from ltepass.passes.graph.node_kinds import is_movement
+from ltepass.passes.graph.walk import strip_identity
 from ltepass.routed.sites import FFNSite, NeuronRows, Refusal
 
 

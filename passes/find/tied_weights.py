@@ -9,7 +9,8 @@ from torch.fx import Node
 
 from ltepass.passes.find.match_types import Found
 from ltepass.passes.graph.captured import Captured
-from ltepass.passes.graph.node_kinds import consumers, is_movement, op_name, strip_identity
+from ltepass.passes.graph.node_kinds import is_movement, op_name
+from ltepass.passes.graph.walk import consumers, strip_identity
 from ltepass.routed.sites import FFNSite, NeuronRows, Refusal
 
 

@@ -10,7 +10,9 @@ from functools import cached_property
 from torch.fx import Node
 
 from ltepass.passes.graph.leaves_and_linears import Flow
-from ltepass.passes.graph.node_kinds import is_movement, op_name, strip_identity
+from ltepass.passes.graph.node_kinds import is_movement, op_name
+from ltepass.passes.graph.shared_names import join
+from ltepass.passes.graph.walk import strip_identity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +51,3 @@ class Captured:
             if not plain and op_name(node) not in (None, "_assert_tensor_metadata", "size", "sym_size", "getattr"):
                 busy.update(self.stack(node))
         return busy
-
-
-def join(*paths: str) -> str:
-    return ".".join(p for p in paths if p)

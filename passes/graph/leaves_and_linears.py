@@ -16,7 +16,6 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import Argument
 
 from ltepass.passes.graph.node_kinds import (
-    consumers,
     is_gate,
     is_movement,
     is_plain_tensor,
@@ -24,12 +23,10 @@ from ltepass.passes.graph.node_kinds import (
     is_tensor,
     op_name,
     shape,
-    strip_identity,
     tensor_inputs,
     value,
 )
-
-_PICKING = frozenset("getitem index index_select gather embedding take_along_dim".split())
+from ltepass.passes.graph.walk import consumers, strip_identity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +124,7 @@ class Flow:
 
     def product(self, node: Node) -> Linear | None:
         """Read a node as a product with a leaf weight, whatever is added to it later."""
-        parts = _linear_parts(node)
+        parts = linear_parts(node)
         if parts is None:
             return None
         x, weight, bias, out_dim = parts
@@ -139,17 +136,6 @@ class Flow:
         return Linear(
             node=node, product=node, x=x, weight=leaf[0], bias=bias, out_dim=1 - out_dim if leaf[1] else out_dim
         )
-
-    def computed_weight(self, node: Node) -> Node | None:
-        """The weight of a product whose weight is computed from parameters alone, and is not one of them."""
-        parts = _linear_parts(node)
-        weight = parts[1] if parts else None
-        if not isinstance(weight, Node) or not is_plain_tensor(weight) or len(shape(weight)) != 2:
-            return None
-        source = strip_identity(weight)
-        while source not in self.leaves and (is_movement(source) or op_name(source) in _PICKING):
-            source = strip_identity(tensor_inputs(source)[0])
-        return source if source not in self.leaves and self.fixed(weight) else None
 
     def _biased(self, node: Node) -> Linear | None:
         """product(x) + b, where b is a leaf with one entry per output feature and nobody else reads the product."""
@@ -167,7 +153,7 @@ class Flow:
         return None
 
 
-def _linear_parts(node: Node) -> tuple[Argument, Argument, Argument, int] | None:
+def linear_parts(node: Node) -> tuple[Argument, Argument, Argument, int] | None:
     """(x, weight, bias, weight's output dim as written) of the four spellings of a linear."""
     name, kwargs = op_name(node), node.kwargs
     args = list(node.args)

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import math
 import operator
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -45,8 +43,6 @@ _AFFINE = frozenset(
 _SAME = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "truediv": "div"}  # Python's own operators
 
 UNKNOWN_SIZE = 5  # stands for a size that depends on data
-
-_IDENTITY = frozenset("alias detach contiguous clone to float half bfloat16 double type_as".split())
 
 
 def op_name(node: Node) -> str | None:
@@ -141,54 +137,3 @@ def is_nonlinear(node: Node) -> bool:
 
 def tensor_inputs(node: Node) -> list[Node]:
     return [n for n in node.all_input_nodes if is_tensor(n)]
-
-
-def strip_identity(node: Node) -> Node:
-    """Go back over nodes that hand a tensor on unchanged (alias, detach, casts, contiguous)."""
-    while op_name(node) in _IDENTITY and tensor_inputs(node):
-        node = tensor_inputs(node)[0]
-    return node
-
-
-def strip_views(node: Node) -> Node:
-    """Go back over identities and over views that keep the last dim (the token dims are folded, not mixed)."""
-    while True:
-        node = strip_identity(node)
-        if op_name(node) not in ("view", "reshape", "flatten", "_unsafe_view", "unsqueeze", "squeeze"):
-            return node
-        source = tensor_inputs(node)[0]
-        if shape(source)[-1:] != shape(node)[-1:]:
-            return node
-        node = source
-
-
-def consumers(node: Node) -> list[Node]:
-    """Users of a node, without the assertions that torch.export leaves behind."""
-    return [u for u in node.users if op_name(u) != "_assert_tensor_metadata"]
-
-
-def erase_upstream(node: Node) -> None:
-    """Erase an unused node, and then whatever fed only it.
-
-    Not `eliminate_dead_code`: that takes every method call with an unused result for dead, also the in-place update of
-    a static key-value cache.
-    """
-    todo = [node]
-    while todo:
-        dead = todo.pop()
-        if dead.users or dead.op in ("placeholder", "output") or dead._erased:
-            continue
-        todo += dead.all_input_nodes
-        dead.graph.erase_node(dead)
-
-
-def breadth_first(start: Node, behind: Callable[[Node], Iterable[Node]]) -> Iterator[Node]:
-    """Nodes from `start` back; `behind` is asked after the node was handed out."""
-    seen, queue = {start}, deque([start])
-    while queue:
-        node = queue.popleft()
-        yield node
-        for source in behind(node):
-            if source not in seen:
-                seen.add(source)
-                queue.append(source)

@@ -9,7 +9,6 @@ rows and columns changes, in place. Methods that use activations run in `ltepass
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,7 +22,7 @@ from ltepass.passes.group.balanced_kmeans import balanced_kmeans
 from ltepass.routed.routed import Routed
 from ltepass.routed.samples import Sample
 from ltepass.routed.sites import FFNSite
-from ltepass.routed.undo import undo_by
+from ltepass.routed.undo import reorder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,32 +120,3 @@ def permute_routed(routed: Routed, site: FFNSite, permutation: Tensor) -> None:
         for same in [s for s in routed.sites if s.neurons == site.neurons]:
             for router in routed.copies(same):
                 router.reorder(permutation)
-
-
-def reorder(view: Callable[[], Tensor], order: Tensor) -> None:
-    """view() becomes view()[order], in place; a call that fails puts the rows back."""
-    step = _Reorder(view, order)
-    undo_by(step.undo)
-    step.do()
-
-
-class _Reorder:
-    """How far it came stands in one attribute, so that no interruption falls between the change and its record."""
-
-    def __init__(self, view: Callable[[], Tensor], order: Tensor) -> None:
-        self.view, self.order = view, order
-        self.content: Tensor | bool = False  # not begun; the new rows while they are written; True afterwards
-
-    @torch.no_grad()
-    def do(self) -> None:
-        rows = self.view()
-        self.content = rows[self.order.to(rows.device)]
-        rows.copy_(self.content)
-        self.content = True
-
-    @torch.no_grad()
-    def undo(self) -> None:
-        if self.content is not False:
-            rows = self.view()
-            new = rows if self.content is True else self.content
-            rows.copy_(new[self.order.argsort().to(rows.device)])

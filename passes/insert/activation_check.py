@@ -19,10 +19,10 @@ from torch.fx.node import map_arg
 from ltepass.kernels.reference import ACTIVATIONS
 from ltepass.passes.capture.forward_source import attributes
 from ltepass.passes.capture.trace_owner import trace_owner
+from ltepass.passes.find.activation import ANOTHER, activation_of
 from ltepass.routed.sites import FFNSite, NeuronRows
 
 _TOKENS = 4
-ANOTHER = "another function"
 
 
 def disagrees(
@@ -141,7 +141,7 @@ def _agrees(site: FFNSite, h: Tensor, up: Tensor, gate: Tensor) -> bool:
 
 def _held(functions: Sequence[Callable[[Tensor], object]], site: FFNSite, others: bool) -> str | None:
     """An inline owner's forward cannot be run alone: its activation is one of the functions that it holds."""
-    held = {name for f in functions for name in [_named(f)] if name and (others or name != ANOTHER)}
+    held = {name for f in functions for name in [activation_of(f)] if name and (others or name != ANOTHER)}
     wrong = held and site.activation not in held
     return f"its owner holds {', '.join(sorted(held))}, and not {site.activation}" if wrong else None
 
@@ -160,17 +160,4 @@ def functions_in(module: nn.Module) -> dict[str, Callable[[Tensor], object]]:
 def is_elementwise(function: Callable[[Tensor], object]) -> bool:
     """Whether it may stand for an activation."""
     with torch.device("cpu"), torch.no_grad():
-        return _named(function) is not None
-
-
-def _named(function: Callable[[Tensor], object]) -> str | None:
-    """Which activation a function is, or ANOTHER; None for what passes its input on (dropout)."""
-    sample = torch.linspace(-6.0, 6.0, 49, dtype=torch.float64)
-    try:
-        value = function(sample)
-    except Exception:  # it takes something else
-        return None
-    if not isinstance(value, Tensor) or value.shape != sample.shape or torch.equal(value.double(), sample):
-        return None
-    known = ((name, act(sample)) for name, act in ACTIVATIONS.items() if name != "identity")
-    return next((name for name, want in known if torch.allclose(value.double(), want, rtol=1e-6, atol=1e-6)), ANOTHER)
+        return activation_of(function) is not None

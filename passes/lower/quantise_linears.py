@@ -25,8 +25,9 @@ from ltepass.kernels import linear as _linear  # noqa: F401 -- registers the ops
 from ltepass.kernels.linear_checks import FLOATS
 from ltepass.kernels.linear_reference import BLOCK, embedding_int4, embedding_int8, quantise_int4, quantise_int8
 from ltepass.passes.graph.leaves_and_linears import Flow, Linear, add_leaf, held, parameters
-from ltepass.passes.graph.node_kinds import erase_upstream, is_movement, shape, strip_identity, value
+from ltepass.passes.graph.node_kinds import is_movement, shape, value
 from ltepass.passes.graph.pipeline import GraphJob, Tier
+from ltepass.passes.graph.walk import erase_upstream, strip_identity
 from ltepass.passes.lower.lower_linears import put_op, read, told
 
 Format = Literal["int8", "int4", "int4_minimum"]

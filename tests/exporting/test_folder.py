@@ -340,8 +340,8 @@ def test_an_export_that_ends_half_way_leaves_the_folder_as_it_was(
     def stopped(_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ltepass.exporting.package._compile", compiled)
-    monkeypatch.setattr("ltepass.exporting.package.write_ops", stopped)
+    monkeypatch.setattr("ltepass.exporting.export_model._compile", compiled)
+    monkeypatch.setattr("ltepass.exporting.export_model.write_ops", stopped)
     for name in ("decode.pt2", "decoder.json"):
         (tmp_path / name).write_text("old")
     with pytest.raises(KeyboardInterrupt):
@@ -349,7 +349,7 @@ def test_an_export_that_ends_half_way_leaves_the_folder_as_it_was(
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == dict.fromkeys(
         ("decode.pt2", "decoder.json"), "old"
     )
-    monkeypatch.setattr("ltepass.exporting.package.write_ops", lambda _: None)
+    monkeypatch.setattr("ltepass.exporting.export_model.write_ops", lambda _: None)
     ltepass.export(transformed("llama"), tmp_path, length=16)
     assert (tmp_path / "decode.pt2").read_bytes() == b"new"
     assert json.loads((tmp_path / "decoder.json").read_text())["cache"][4] == 16

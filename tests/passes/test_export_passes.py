@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ltepass.exporting.package import passes
+from ltepass.exporting.export_model import passes
 from ltepass.kernels import linear_reference
 from ltepass.passes.graph.pipeline import GraphJob, run_passes
 from ltepass.passes.lower.lay_out_neurons import LayOutNeurons

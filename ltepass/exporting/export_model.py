@@ -1,34 +1,28 @@
 """Write the folder of `ltepass.export`: a decode step and a prefill, compiled ahead of time, with one set of weights.
 
-decode.pt2    (ids [1, 1], position [], cache) -> logits [1, 1, vocab]; AOTInductor's package
-prefill.pt2   the same for 2 tokens and more
-weights.pt    what both read, by name: `torch.save`'s dict of tensors
-kernels.so    our ops' kernels, and ops.so their schemas, for a process without Python; load ops.so
-decoder.json  what a loop has to know: `Decoder`
+`folder.py` says what lies in it.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import pickle
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
 
 from ltepass.errors import ConfigError, ExportError, LoweredError
+from ltepass.exporting.bytes_read import bytes_read
+from ltepass.exporting.folder import ABOUT, DECODE, FORMAT, PREFILL, WEIGHTS, About, layout
 from ltepass.exporting.ops_library import write_ops
 from ltepass.kernels.cpu import build, loading
 from ltepass.kernels.linear_checks import FLOATS
 from ltepass.passes import EXPORT
 from ltepass.passes.capture.decoder_step import DecoderStep, capture_step
-from ltepass.passes.graph.leaves_and_linears import held
-from ltepass.passes.graph.node_kinds import op_name
 from ltepass.passes.graph.pipeline import GraphJob, Pass, run_passes
 from ltepass.passes.lower.lower_model import is_lowered, require_hard
 from ltepass.passes.lower.plain_linears import is_ordinary
@@ -42,43 +36,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("ltepass")
 
 MOST = 2048  # tokens of a cache that nobody asked a length for
-SCALAR_TYPES = {"float16": 5, "float32": 6, "bfloat16": 15}  # c10::ScalarType's numbers
-FORMAT = 1  # of the folder; a later one that means something else counts on
-DECODE, PREFILL, WEIGHTS, ABOUT = "decode.pt2", "prefill.pt2", "weights.pt", "decoder.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class About:
-    """decoder.json. cache: its shape, [layers, 2, 1, kv_heads, length, size]. isa: what the kernels assume of a CPU.
-
-    token_bytes: of weights that every token reads; gated_bytes: of those whose neurons are read where they are active.
-    """
-
-    format: int
-    ltepass: str
-    torch: str
-    isa: str
-    cache: list[int]
-    cache_dtype: str
-    eos: list[int]
-    dtype: str
-    linears: str | None
-    token_bytes: int
-    gated_bytes: int
-
-    def __post_init__(self) -> None:
-        """Raises TypeError where a file said something else."""
-        numbers = all(isinstance(v, list) and {*map(type, v)} <= {int} for v in (self.cache, self.eos))
-        if not numbers or self.cache_dtype not in list(SCALAR_TYPES):
-            raise TypeError(f"expected numbers in cache and eos, and cache_dtype as one of {', '.join(SCALAR_TYPES)}")
-
-    def call(self) -> dict[str, str]:
-        """How the graphs are called, in words that a program in C++ reads without a parser."""
-        return {
-            "cache": " ".join(map(str, self.cache)),
-            "cache_dtype": str(SCALAR_TYPES[self.cache_dtype]),
-            "eos": " ".join(map(str, self.eos)),
-        }
 
 
 def passes(linears: Format | None) -> tuple[Pass[GraphJob], ...]:
@@ -175,28 +132,6 @@ def _write(step: DecoderStep, folder: Path, model: PreTrainedModel, linears: For
     (folder / ABOUT).write_text(json.dumps(asdict(about), indent=1) + "\n")
 
 
-def bytes_read(graph: GraphModule) -> tuple[int, int]:
-    """Of weights: of all that a token reads whole, and of those that it reads an active neuron at a time."""
-    whole, gated = 0, 0
-    for leaf in graph.graph.find_nodes(op="get_attr"):
-        tensor = held(graph, leaf)
-        if any(_gathers(user, leaf) for user in leaf.users):
-            gated += tensor.nbytes
-        elif leaf.users:
-            row = all((op_name(user) or "").startswith("embedding") for user in leaf.users)  # else it is the head's too
-            whole += tensor[0].nbytes if row else tensor.nbytes
-    return whole, gated
-
-
-def _gathers(node: Node, leaf: Node) -> bool:
-    """Whether a sparse op reads those rows or columns of the leaf whose neurons are active."""
-    if op_name(node) not in ("routed_ffn", "routed_proxy_ffn"):
-        return False
-    assert isinstance(node.target, torch._ops.OpOverload), "one of our ops"
-    names = [argument.name for argument in node.target._schema.arguments]
-    return any(node.args[names.index(name)] is leaf for name in ("up", "gate", "down"))
-
-
 def _decode(step: DecoderStep) -> torch.export.ExportedProgram:
     ids, position, cache = step.inputs
     with torch.no_grad():
@@ -220,22 +155,6 @@ def _compile(program: torch.export.ExportedProgram, target: Path, more: dict[str
     return set(aoti_load_package(path).get_constant_fqns())
 
 
-def layout(tensor: Tensor) -> str:
-    """What a compiled graph takes for granted of a weight."""
-    return f"{tensor.dtype} {list(tensor.shape)} strides {list(tensor.stride())}"
-
-
 def _eos(model: PreTrainedModel) -> list[int]:
     eos = getattr(model.generation_config, "eos_token_id", None)
     return [] if eos is None else list(eos) if isinstance(eos, (list, tuple)) else [int(eos)]
-
-
-def weights(folder: Path) -> dict[str, Tensor]:
-    """Raises ExportError where the file is none, or cut short."""
-    try:
-        state = torch.load(folder / WEIGHTS, weights_only=True, mmap=True)  # read from disk where they are needed
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise ExportError(f"{folder / WEIGHTS} cannot be read ({error}); export the model again") from error
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise ExportError(f"{folder / WEIGHTS} holds no tensors by name; export the model again")
-    return state

@@ -12,7 +12,7 @@ from torch import nn
 import ltepass
 from ltepass.errors import CheckpointError, GateError
 from ltepass.passes.insert import insert_routers as inserting
-from ltepass.passes.insert.selfcheck import check_gated
+from ltepass.passes.insert.try_gated_copy import check_gated
 from ltepass.routed.routed import router_of, routers_of
 from ltepass.routed.router import Router
 from tests.models.zoo import build, ids, logits, transformed

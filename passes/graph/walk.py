@@ -1,0 +1,63 @@
+"""From a node to others: back over casts and views, on to its users, breadth first, and up from a dead one."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+
+from torch.fx import Node
+
+from ltepass.passes.graph.node_kinds import op_name, shape, tensor_inputs
+
+_IDENTITY = frozenset("alias detach contiguous clone to float half bfloat16 double type_as".split())
+
+
+def strip_identity(node: Node) -> Node:
+    """Go back over nodes that hand a tensor on unchanged (alias, detach, casts, contiguous)."""
+    while op_name(node) in _IDENTITY and tensor_inputs(node):
+        node = tensor_inputs(node)[0]
+    return node
+
+
+def strip_views(node: Node) -> Node:
+    """Go back over identities and over views that keep the last dim (the token dims are folded, not mixed)."""
+    while True:
+        node = strip_identity(node)
+        if op_name(node) not in ("view", "reshape", "flatten", "_unsafe_view", "unsqueeze", "squeeze"):
+            return node
+        source = tensor_inputs(node)[0]
+        if shape(source)[-1:] != shape(node)[-1:]:
+            return node
+        node = source
+
+
+def consumers(node: Node) -> list[Node]:
+    """Users of a node, without the assertions that torch.export leaves behind."""
+    return [u for u in node.users if op_name(u) != "_assert_tensor_metadata"]
+
+
+def erase_upstream(node: Node) -> None:
+    """Erase an unused node, and then whatever fed only it.
+
+    Not `eliminate_dead_code`: that takes every method call with an unused result for dead, also the in-place update of
+    a static key-value cache.
+    """
+    todo = [node]
+    while todo:
+        dead = todo.pop()
+        if dead.users or dead.op in ("placeholder", "output") or dead._erased:
+            continue
+        todo += dead.all_input_nodes
+        dead.graph.erase_node(dead)
+
+
+def breadth_first(start: Node, behind: Callable[[Node], Iterable[Node]]) -> Iterator[Node]:
+    """Nodes from `start` back; `behind` is asked after the node was handed out."""
+    seen, queue = {start}, deque([start])
+    while queue:
+        node = queue.popleft()
+        yield node
+        for source in behind(node):
+            if source not in seen:
+                seen.add(source)
+                queue.append(source)
