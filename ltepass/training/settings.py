@@ -9,10 +9,7 @@ from ltepass.config import BUDGETS, Budget, check_sparsity
 from ltepass.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
-    from transformers import Trainer as Behind  # what a mixin reads of the Trainer behind it
     from transformers import TrainingArguments
-else:
-    Behind = object
 
 Trainable = Literal["all", "lora", "routers"]
 

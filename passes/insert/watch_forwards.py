@@ -10,7 +10,8 @@ from torch import nn
 from torch.fx import GraphModule
 
 from ltepass.errors import DisplacedHookError
-from ltepass.passes.capture.replaced_forwards import guard, guard_failed, is_guard, set_guard
+from ltepass.passes.capture.replaced_forwards import is_guard
+from ltepass.passes.insert.guard_forwards import guard, guard_failed, set_guard
 
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
