@@ -1,4 +1,4 @@
-"""What keeps threads apart.
+"""What keeps threads apart, and how many compute.
 
 Tracing is done by one thread at a time, and so is every public call on a model: the second waits. A forward of another
 thread goes on meanwhile, except where the call gives the routers another mode or other code for a time: it would
@@ -123,6 +123,17 @@ def interrupts_wait() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
         if heard and callable(before):
             before(*heard[0])
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For a solve: LAPACK cuts its sums by the number of threads. 4,096 unknowns take a second so."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _OthersOnly:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ltepass.calibration.ridge import one_thread
+from ltepass.threads import one_thread
 from ltepass.kernels.linear_reference import BLOCK
 from ltepass.kernels.planes import dequantise
 from ltepass.kernels.proxy_reference import (

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ltepass.calibration.ridge import one_thread
 from ltepass.errors import CalibrationError
 from ltepass.routed.batches import require_seen, run_batches
 from ltepass.routed.modes import mode_of
@@ -33,6 +32,7 @@ from ltepass.routed.token_hooks import telling_tokens
 from ltepass.routed.token_masks import tokens_of
 from ltepass.routed.undo import keep, verb
 from ltepass.sparsity.thresholds import is_calibrated, place_threshold, table_of
+from ltepass.threads import one_thread
 
 PENALTY = 0.3  # of each neuron's own energy: shrinks the refit of neurons that were rarely seen
 

@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
+from ltepass.threads import one_thread
+
 RIDGE = 1e-2  # relative to the mean variance of x; the fit is flat between 1e-3 and 1e-1
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """For a solve: LAPACK cuts its sums by the number of threads. 4,096 unknowns take a second so."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class RidgeSums:

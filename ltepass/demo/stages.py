@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -74,17 +73,9 @@ class Demo:
 
         return AutoModelForCausalLM.from_pretrained(self.folder.path / name).to(self.options.device).eval()
 
-    @contextmanager
-    def progress(self, what: str, steps: int) -> Iterator[training_loop.OnStep]:
-        """A bar that shows the step, the loss and the time left."""
-        columns = (TextColumn("    {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=self.console) as bar:
-            task = bar.add_task(what, total=steps)
-            yield lambda step, loss: bar.update(task, completed=step + 1, description=f"{what}, loss {loss:.3f}")
-
     def tune(self, model: PreTrainedModel, what: str, state_file: str) -> Losses:
         steps = self.batches()
-        with self.progress(what, len(steps)) as on_step, self.ctrl_c() as asked:
+        with training_loop.progress_bar(self.console, what, len(steps)) as on_step, self.ctrl_c() as asked:
             return training_loop.tune(model, steps, self.folder.path / state_file, on_step, asked)
 
     def ctrl_c(self) -> AbstractContextManager[Callable[[], bool]]:

@@ -1,4 +1,4 @@
-"""What both trainings share: the same batches in the same order, the loop, and Ctrl-C.
+"""What both trainings share: the same batches in the same order, the loop, its progress bar, and Ctrl-C.
 
 Ctrl-C asks a training to stop after its present step; the step, the weights and the optimizer are then on the disk, and
 the same call goes on from there.
@@ -15,6 +15,8 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from ltepass.demo.results import Losses
@@ -54,6 +56,15 @@ def ctrl_c_between_steps(say: Callable[[str], None]) -> Iterator[Callable[[], bo
         yield lambda: asked
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def progress_bar(console: Console, what: str, steps: int) -> Iterator[OnStep]:
+    """A bar that shows the step, the loss and the time left."""
+    columns = (TextColumn("    {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(what, total=steps)
+        yield lambda step, loss: bar.update(task, completed=step + 1, description=f"{what}, loss {loss:.3f}")
 
 
 def tune(

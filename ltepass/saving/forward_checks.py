@@ -16,12 +16,12 @@ from torch.fx import Graph
 from ltepass.errors import CheckpointError, LTEError
 from ltepass.passes.capture.forward_source import is_straight
 from ltepass.passes.capture.replaced_forwards import is_replaced
-from ltepass.passes.capture.trace_owner import original_class
-from ltepass.passes.insert.activation_check import behind, calls, disagrees, functions_of, linears, own_graphs
+from ltepass.passes.capture.trace_owner import linears, original_class, own_graphs, times_called
+from ltepass.passes.graph.walk import behind
+from ltepass.passes.insert.activation_check import disagrees, functions_of
 from ltepass.passes.insert.try_gated_copy import check_gated
 from ltepass.routed.sites import FFNSite
 
-_TOKENS = 4
 _AGAIN = "load it with the code that it was made with, or delete quantization_config to load it dense"
 
 
@@ -62,7 +62,7 @@ def _check_calls(site: FFNSite, graph: Graph) -> None:
     called = {str(n.target): n for n in graph.nodes if n.op == "call_module"}
     up, gate, down = linears(site)
     for path in (up, gate, down):
-        if calls(graph, path) != 1:
+        if times_called(graph, path) != 1:
             _refuse(site, f"{path} is not called once in its owner's forward")
         if len(called[path].all_input_nodes) != 1:
             _refuse(site, f"{path} is not called with one input")

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ltepass.config import Budget, Mode
 from ltepass.measure.sparsity import hard_sparsity
@@ -93,18 +93,6 @@ def settle(
         place_thresholds(routed, sparsity)
     place_cuts(routed, batches)
     return hard_sparsity(routed, batches)
-
-
-def hold(routed: Routed, shares: Tensor, sparsity: float, *, budget: Budget | None = None, gain: float = 1.0) -> None:
-    """Move thresholds a little towards a sparsity. shares: [n_sites], inactive share of each in the last step.
-
-    budget: as in `settle`. gain: logits per unit of error; at logits of unit spread the error shrinks by about
-    gain / 3 a step.
-    """
-    budget = budget or routed.config["budget"]
-    error = sparsity - (shares.mean().expand_as(shares) if budget == "model" else shares)
-    for router, missing in zip(routed.routers, error, strict=True):
-        router.threshold.add_((gain * missing).to(router.threshold.device))
 
 
 def held_out_perplexity(model: Any, batches: Iterable[Any]) -> float | None:

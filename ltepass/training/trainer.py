@@ -23,6 +23,7 @@ from ltepass.errors import TrainingError
 from ltepass.routed.batches import Batch
 from ltepass.routed.routed import Routed, root_of
 from ltepass.routed.token_hooks import telling_tokens
+from ltepass.sparsity.thresholds import hold
 from ltepass.training.auxiliary_loss import clear_auxiliary, inactive_shares, take_auxiliary
 from ltepass.training.checkpoints import (
     STATE_FILE,
@@ -38,7 +39,7 @@ from ltepass.training.distillation import dense_teacher, divergence
 from ltepass.training.labels import label_mask, shifts_labels
 from ltepass.training.lora import merge_lora
 from ltepass.training.settings import LTESettings, refuse_reentrant
-from ltepass.training.stages import Stage, held_out_perplexity, hold, settle, stage_options
+from ltepass.training.stages import Stage, held_out_perplexity, settle, stage_options
 
 if TYPE_CHECKING:
     from transformers import Trainer as Behind  # what a mixin reads of the Trainer behind it

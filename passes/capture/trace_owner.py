@@ -15,6 +15,7 @@ from torch.fx import Graph, Proxy, Tracer
 from ltepass.passes.capture.forward_source import attributes, is_straight
 from ltepass.paths import is_path
 from ltepass.routed.router import Router
+from ltepass.routed.sites import FFNSite
 from ltepass.threads import interrupts_wait, tracing
 
 T = TypeVar("T")
@@ -148,3 +149,24 @@ def _resolves(owner: nn.Module, path: str) -> bool:
     except AttributeError:
         return False
     return True
+
+
+def own_graphs(owner: nn.Module, site: FFNSite) -> tuple[Graph, ...] | None:
+    """The owner's own forward, in training and evaluation; none where hooks serve it and it cannot be read.
+
+    None where nothing else could serve it.
+    """
+    if site.kind == "inline":
+        graphs = trace_owner(owner, defaults=True) or ()
+        return graphs if all(times_called(graph, path) == 1 for graph in graphs for path in linears(site)) else ()
+    return trace_owner(owner)
+
+
+def linears(site: FFNSite) -> list[str]:
+    """Of up, gate and down, seen from the owner."""
+    cut = len(site.owner) + 1 if site.owner else 0
+    return [path[cut:] for path in (site.up, site.gate or site.up, site.down)]
+
+
+def times_called(graph: Graph, path: str) -> int:
+    return sum(n.op == "call_module" and n.target == path for n in graph.nodes)

@@ -7,7 +7,7 @@ take the activation's place after transform.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,8 +18,9 @@ from torch.fx.node import map_arg
 
 from ltepass.kernels.reference import ACTIVATIONS
 from ltepass.passes.capture.forward_source import attributes
-from ltepass.passes.capture.trace_owner import trace_owner
+from ltepass.passes.capture.trace_owner import linears
 from ltepass.passes.find.activation import ANOTHER, activation_of
+from ltepass.passes.graph.walk import behind
 from ltepass.routed.sites import FFNSite, NeuronRows
 
 _TOKENS = 4
@@ -42,37 +43,6 @@ def disagrees(
     # while weights load, everything else is made on the meta device
     with torch.device("cpu"), torch.no_grad(), _evaluating(owner):
         return _region(model, owner, site, graphs[-1]) if graphs else _held(functions, site, others)
-
-
-def own_graphs(owner: nn.Module, site: FFNSite) -> tuple[Graph, ...] | None:
-    """The owner's own forward, in training and evaluation; none where hooks serve it and it cannot be read.
-
-    None where nothing else could serve it.
-    """
-    if site.kind == "inline":
-        graphs = trace_owner(owner, defaults=True) or ()
-        return graphs if all(calls(graph, path) == 1 for graph in graphs for path in linears(site)) else ()
-    return trace_owner(owner)
-
-
-def linears(site: FFNSite) -> list[str]:
-    """Of up, gate and down, seen from the owner."""
-    cut = len(site.owner) + 1 if site.owner else 0
-    return [path[cut:] for path in (site.up, site.gate or site.up, site.down)]
-
-
-def calls(graph: Graph, path: str) -> int:
-    return sum(n.op == "call_module" and n.target == path for n in graph.nodes)
-
-
-def behind(node: Node, stop: Iterable[Node]) -> set[Node]:
-    """Every node that `node` is computed from, up to the nodes of `stop`."""
-    ends, found, stack = set(stop), set[Node](), [node]
-    while stack:
-        new = [n for n in stack.pop().all_input_nodes if n not in found]
-        found.update(new)
-        stack += [n for n in new if n not in ends]
-    return found
 
 
 @contextmanager

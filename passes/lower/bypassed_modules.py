@@ -12,9 +12,10 @@ from torch.nn.modules.module import _has_any_global_hook
 from ltepass.errors import LoweredError
 from ltepass.passes.capture.forward_source import attributes
 from ltepass.passes.capture.replaced_forwards import is_replaced
+from ltepass.passes.capture.trace_owner import own_graphs
 from ltepass.passes.graph.shared_names import join
 from ltepass.passes.graph.walk import breadth_first
-from ltepass.passes.insert.activation_check import disagrees, functions_in, is_elementwise, own_graphs
+from ltepass.passes.insert.activation_check import disagrees, functions_in, is_elementwise
 from ltepass.passes.insert.hooks import Hook, SparseDown
 from ltepass.passes.lower.plain_linears import is_product, not_plain
 from ltepass.passes.lower.stubs import Stub

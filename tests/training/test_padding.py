@@ -25,10 +25,11 @@ from ltepass.routed.routed import router_of, routers_of
 from ltepass.routed.samples import record_logits
 from ltepass.routed.token_hooks import hooks_of, telling_tokens
 from ltepass.routed.token_masks import Forward, token_mask
+from ltepass.sparsity.thresholds import hold
 from ltepass.training.auxiliary_loss import clear_auxiliary, inactive_shares, take_auxiliary
 from ltepass.training.labels import label_mask
 from ltepass.training.settings import LTESettings
-from ltepass.training.stages import begin_stage, hold, settle
+from ltepass.training.stages import begin_stage, settle
 from ltepass.training.trainer import LTETrainerMixin
 from tests.training.padded import FAMILIES, PAD, padded, same, sequences, started, transformed, whole
 from tests.typed import routed
