@@ -17,7 +17,7 @@ from ltepass.errors import CheckpointError, LTEError
 from ltepass.passes.capture.forward_source import is_straight
 from ltepass.passes.capture.replaced_forwards import is_replaced
 from ltepass.passes.capture.trace_owner import linears, original_class, own_graphs, times_called
-from ltepass.passes.graph.walk import behind
+from ltepass.passes.graph.walk import upstream
 from ltepass.passes.insert.activation_check import disagrees, functions_of
 from ltepass.passes.insert.try_gated_copy import check_gated
 from ltepass.routed.sites import FFNSite
@@ -66,7 +66,7 @@ def _check_calls(site: FFNSite, graph: Graph) -> None:
             _refuse(site, f"{path} is not called once in its owner's forward")
         if len(called[path].all_input_nodes) != 1:
             _refuse(site, f"{path} is not called with one input")
-    before = behind(called[down], stop=())
+    before = upstream(called[down], stop=())
     if not {called[up], called[gate]} <= before:
         _refuse(site, f"{down} does not read what {up} and {gate} give")
 

@@ -63,11 +63,7 @@ def breadth_first(start: Node, behind: Callable[[Node], Iterable[Node]]) -> Iter
                 queue.append(source)
 
 
-def behind(node: Node, stop: Iterable[Node]) -> set[Node]:
+def upstream(node: Node, stop: Iterable[Node]) -> set[Node]:
     """Every node that `node` is computed from, up to the nodes of `stop`."""
-    ends, found, stack = set(stop), set[Node](), [node]
-    while stack:
-        new = [n for n in stack.pop().all_input_nodes if n not in found]
-        found.update(new)
-        stack += [n for n in new if n not in ends]
-    return found
+    ends = set(stop) - {node}
+    return set(breadth_first(node, lambda n: () if n in ends else n.all_input_nodes)) - {node}

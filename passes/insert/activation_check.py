@@ -20,7 +20,7 @@ from ltepass.kernels.reference import ACTIVATIONS
 from ltepass.passes.capture.forward_source import attributes
 from ltepass.passes.capture.trace_owner import linears
 from ltepass.passes.find.activation import ANOTHER, activation_of
-from ltepass.passes.graph.walk import behind
+from ltepass.passes.graph.walk import upstream
 from ltepass.routed.sites import FFNSite, NeuronRows
 
 _TOKENS = 4
@@ -67,7 +67,7 @@ def _region(model: nn.Module, owner: nn.Module, site: FFNSite, graph: Graph) -> 
         for node, rows in ((up, site.up_rows), (gate, site.gate_rows or site.up_rows))
     }
     (h,) = down.all_input_nodes
-    region = behind(down, stop=samples)
+    region = upstream(down, stop=samples)
     values: dict[Node, Any] = dict(samples)
     for node in graph.nodes:
         if node in region and node not in values:
