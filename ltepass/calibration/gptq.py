@@ -17,7 +17,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ltepass.threads import one_thread
 from ltepass.kernels.linear_reference import BLOCK
 from ltepass.kernels.planes import dequantise
 from ltepass.kernels.proxy_reference import (
@@ -31,6 +30,7 @@ from ltepass.kernels.proxy_reference import (
     quantise,
     steps_of,
 )
+from ltepass.threads import one_thread
 
 DAMPING = 0.01  # of the mean diagonal of H
 PANEL = 4 * BLOCK
