@@ -104,7 +104,7 @@ def require_enough(blocks: int) -> None:
 
 def t_quantile(freedom: int) -> float:
     """Student's t that leaves out (1 - CONFIDENCE) / 2 above it, by Abramowitz and Stegun's expansion 26.7.5 around the
-    normal quantile: 2e-5 off at 7 degrees of freedom, less with more."""
+    normal quantile: 5e-5 off at 7 degrees of freedom, less with more."""
     x = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
     terms: tuple[float, ...] = (
         x,
