@@ -96,7 +96,6 @@ def test_an_unknown_old_name_stays_an_import_error() -> None:
     "old",
     [
         "passes.lower.linears.FloatCall",
-        "calibration.proxy_start.start_proxies",
         "passes.insert.regenerated_forwards._rebuild",
         "passes.graph.linears.Flow",
         "passes.capture.owner_forward.call",
