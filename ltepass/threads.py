@@ -127,7 +127,10 @@ def interrupts_wait() -> Iterator[None]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """For a solve: LAPACK cuts its sums by the number of threads. 4,096 unknowns take a second so."""
+    """For a solve and for sums over many rows, which libraries cut by the number of threads on some machines.
+
+    4,096 unknowns are solved in a second so.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -22,6 +22,7 @@ from ltepass.routed.samples import BUDGET_BYTES
 from ltepass.routed.sites import FFNSite
 from ltepass.routed.tiered_router import TieredRouter, encode_planes
 from ltepass.routed.watching import Observer, watch
+from ltepass.threads import one_thread
 
 TURNS = 6
 
@@ -37,10 +38,12 @@ class _Moments(Observer):
         self.x, self.h = (torch.zeros(n, n, dtype=torch.float32, device=device) for n in (site.d_model, site.d_ff))
 
     def on_input(self, x: Tensor) -> None:
-        self.x.addmm_(x.float().T, x.float())
+        with one_thread():
+            self.x.addmm_(x.float().T, x.float())
 
     def on_hidden(self, h: Tensor) -> None:
-        self.h.addmm_(h.float().T, h.float())
+        with one_thread():
+            self.h.addmm_(h.float().T, h.float())
 
 
 def quantise_planes(routed: Routed, batches: Sequence[Batch]) -> None:

@@ -170,7 +170,9 @@ class _Fit:
         whole = self.h @ self.weight.float()
         missing = (self.h - gated) @ self.weight.float()
         del self.h
-        self._add(gated.T @ gated, gated.T @ missing, missing.double().square().sum(), whole.double().square().sum())
+        with one_thread():
+            gram, cross = gated.T @ gated, gated.T @ missing
+        self._add(gram, cross, missing.double().square().sum(), whole.double().square().sum())
         self.left -= 1
         if self.left:
             return None

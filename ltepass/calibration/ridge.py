@@ -30,8 +30,9 @@ class RidgeSums:
         self.count += len(x)
         self.x_sum += x.sum(0)
         self.y_sum += y.sum(0)
-        self.gram.addmm_(x.T, x)
-        self.cross.addmm_(x.T, y)
+        with one_thread():
+            self.gram.addmm_(x.T, x)
+            self.cross.addmm_(x.T, y)
 
     def solve(self) -> tuple[Tensor, Tensor]:
         """W [k, d], b [k]."""
