@@ -60,15 +60,16 @@ def _quality(stages: Stages, options: Options) -> Rows:
 
 
 def _domains(stages: Stages) -> Rows:
-    """In the training domain and outside it; runs from before it was measured say so."""
-    texts = stages["quality"].get("texts", {})
+    """In the training domain and outside it; no row of runs from before it was measured."""
+    texts = stages["quality"].get("texts")
+    if not texts:
+        return []
     shown = [
         f"{kind}: {Ratio(value=t['ratio'], low=t['low'], high=t['high'])}, {t['sparsity']:.1%}"
         for kind, t in texts.items()
     ]
-    tokens = f", {min(t['tokens'] for t in texts.values()):,} tokens a text" if texts else ""
     what = "in the training domain and outside it: perplexity over the better dense model (95 % interval), FFN sparsity"
-    return [(what + tokens, "; ".join(shown) or "unmeasured")]
+    return [(f"{what}, {min(t['tokens'] for t in texts.values()):,} tokens a text", "; ".join(shown))]
 
 
 def _speed(stages: Stages, _: Options) -> Rows:
