@@ -17,7 +17,7 @@ FLOOR_RUNS := $(FLOORS:%=floor-%)
 .PHONY: help install demo test floor $(FLOOR_RUNS) deep properties check readme clean
 
 help:
-	@echo "make demo     a real model gets faster (about 15 minutes on 2 cores; ARGS='--model tiny' takes a minute)"
+	@echo "make demo     a real model gets faster (about 10 minutes on 2 cores; ARGS='--model tiny' takes a minute)"
 	@echo "make test     the test suite"
 	@echo "make floor    the same on the oldest versions that are supported (make $(firstword $(FLOOR_RUNS)): on one of them)"
 	@echo "make check    ruff and mypy"

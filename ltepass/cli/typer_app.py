@@ -23,7 +23,7 @@ def demo(
     model: Annotated[str, typer.Option(help="smollm2, or tiny to try the demo itself in a minute.")] = "smollm2",
     target_sparsity: Sparsity = 0.5,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps of each training.")] = None,
-    router: Router = "linear",
+    router: Router = "proxy",
     seed: Seed = 0,
     device: Device = "cpu",
     out: Out = Path("lte-demo"),

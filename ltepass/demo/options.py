@@ -27,7 +27,7 @@ class DemoOptions:
     model: Literal["smollm2", "tiny"] = "smollm2"
     target_sparsity: float = 0.5
     steps: int | None = None
-    router: RouterKind = "linear"
+    router: RouterKind = "proxy"
     seed: int = 0
     device: str = "cpu"
 

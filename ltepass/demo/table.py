@@ -44,7 +44,8 @@ def _tuned(stages: Stages, _: Options) -> Rows:
 def _sites(stages: Stages, _: Options) -> Rows:
     found = stages["calibrate"]
     size, grouping = found["group_size"], found["grouping"]
-    return [("FFN sites found", f"{found['sites']}, experts of {size} neurons, grouping {grouping}")]
+    experts = "of single neurons" if size == 1 else f"experts of {size} neurons, grouping {grouping}"
+    return [("FFN sites found", f"{found['sites']}, {experts}")]
 
 
 def _quality(stages: Stages, options: Options) -> Rows:
