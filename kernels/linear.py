@@ -20,6 +20,7 @@ from ltepass.kernels import (
     dispatch,
     linear_reference,
     routed_ffn,  # noqa: F401 -- one object holds the kernels of both: each finds its op defined
+    weight_formats,
 )
 from ltepass.kernels.dispatch import any_device, vmap_over_x
 from ltepass.kernels.linear_checks import check, check_int4, check_int8
@@ -40,8 +41,8 @@ _DEFINITIONS: dict[str, Callable[..., Tensor]] = {
     "linear_int4": linear_reference.linear_int4,
 }
 _DENSE: dict[str, Callable[..., Tensor]] = {
-    "linear_int8": linear_reference.dequantise_int8,
-    "linear_int4": linear_reference.dequantise_int4,
+    "linear_int8": weight_formats.dequantise_int8,
+    "linear_int4": weight_formats.dequantise_int4,
 }
 
 

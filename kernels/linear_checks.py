@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ltepass.errors import LTEError
-from ltepass.kernels.linear_reference import BLOCK, HALF
+from ltepass.kernels.weight_formats import BLOCK, HALF
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 

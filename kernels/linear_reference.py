@@ -1,12 +1,8 @@
-"""What the linear ops mean, in plain PyTorch, and the formats of quantised weights.
-
-int8: codes [d_out, d_in] int8 in [-127, 127], scale [d_out] fp32; w = code * scale.
-4 bits: blocks of 32 along d_in, codes [d_out, d_in / 2] uint8, scale and minimum [d_out, d_in / 32] fp16. Byte j of a
-block holds weight j in its low and weight j + 16 in its high half, as GGUF's Q4_0 (w = (code - 8) * scale) and Q4_1
-(w = code * scale + minimum) do: their blocks can be taken over bit by bit.
+"""What the linear ops mean, in plain PyTorch.
 
 x is quantised too, to int8 in blocks of 32 along d_in, with an fp32 scale a block. Sums within a block are integers,
-exact in any order; what follows is fp32. That integer computation is the definition, not an approximation of it.
+exact in any order; what follows is fp32. That integer computation is the definition, not an approximation of it. The
+formats of the weights: `weight_formats.py`.
 """
 
 from __future__ import annotations
@@ -15,66 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 -- the name everybody uses
 
-BLOCK = 32  # inputs that share a scale
-HALF = BLOCK // 2
-_LEAST = torch.finfo(torch.float32).tiny  # a scale below it has no inverse: the block counts as 0
-_MOST = torch.finfo(torch.float32).max
-
-
-def quantise_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight: [d_out, d_in] -> codes int8 of its shape, scale fp32 [d_out]."""
-    return to_int8(weight.float())
-
-
-def to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """rows: [..., n] fp32 -> codes int8 [..., n], scale [...]: max / 127; NaN and Inf stay in the scale."""
-    scale = F.pad(rows.abs(), (0, 1)).amax(-1) / 127  # one 0 more, for rows of none
-    usable = (scale >= _LEAST) & (scale <= _MOST)
-    inverse = torch.where(usable, 1 / scale, 0)[..., None]
-    codes = torch.where(usable[..., None], (rows * inverse).round(), 0)  # a tie goes to the even code
-    return codes.to(torch.int8), scale
-
-
-def quantise_int4(weight: Tensor, *, with_minimum: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """weight: [d_out, d_in], d_in a multiple of 32 -> codes, scale and minimum, the very bits of GGUF's Q4_0, or of
-    Q4_1 with a minimum.
-    """
-    blocks = weight.float().unflatten(-1, (-1, BLOCK))
-    if with_minimum:
-        low = blocks.amin(-1, keepdim=True)
-        scale, half = (blocks.amax(-1, keepdim=True) - low) / 15, 0.5
-    else:
-        low = torch.zeros_like(blocks[..., :1])
-        scale, half = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)) / -8, 8.5
-    inverse = torch.where(scale == 0, 0, 1 / scale)
-    codes = ((blocks - low) * inverse + half).trunc().clamp(0, 15).to(torch.uint8)
-    return pack_int4(codes.flatten(-2)), scale[..., 0].half(), low[..., 0].half() if with_minimum else None
-
-
-def pack_int4(codes: Tensor) -> Tensor:
-    """codes: [..., d_in] uint8 in [0, 15] -> [..., d_in / 2], two a byte."""
-    low, high = codes.unflatten(-1, (-1, 2, HALF)).unbind(-2)
-    packed: Tensor = low | high << 4
-    return packed.flatten(-2)
-
-
-def unpack_int4(packed: Tensor) -> Tensor:
-    """The reverse of `pack_int4`."""
-    halves: Tensor = torch.stack([packed & 15, packed >> 4], -1).unflatten(-2, (-1, HALF))
-    return halves.transpose(-1, -2).flatten(-3)
-
-
-def dequantise_int8(codes: Tensor, scale: Tensor) -> Tensor:
-    """[..., d_in] fp32."""
-    return codes * scale[..., None]
-
-
-def dequantise_int4(codes: Tensor, scale: Tensor, minimum: Tensor | None) -> Tensor:
-    """[..., d_in] fp32."""
-    blocks: Tensor = unpack_int4(codes).unflatten(-1, (-1, BLOCK)).float()
-    offset = -8 * scale.float() if minimum is None else minimum.float()
-    weight = blocks * scale.float()[..., None] + offset[..., None]
-    return weight.flatten(-2)
+from ltepass.kernels.weight_formats import BLOCK, dequantise_int4, dequantise_int8, to_int8, unpack_int4
 
 
 def embedding_int8(ids: Tensor, codes: Tensor, scale: Tensor, *, dtype: torch.dtype) -> Tensor:

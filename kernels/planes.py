@@ -1,6 +1,6 @@
 """Weights in two planes of 4 bits: codes that stand alone, and codes of what these left.
 
-    high    any codes of the weights: rounded (`proxy_reference.quantise`), or of a quantiser that knows the inputs
+    high    any codes of the weights: rounded (`proxy_codes.quantise`), or of a quantiser that knows the inputs
     low     codes of weights - high, in the same format: a multiplier for each block of 32, a scale a row
 
 A neuron is a row, whether of gate, up or down (whose columns are laid out as rows, in blocks along d_model): of each
@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ltepass.kernels.proxy_reference import (
+from ltepass.kernels.proxy_codes import (
     LARGEST,
     Codes,
     in_blocks,

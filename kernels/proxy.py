@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ltepass.errors import LTEError
-from ltepass.kernels import dispatch, proxy_reference, reference
+from ltepass.kernels import dispatch, proxy_codes, proxy_reference, reference
 from ltepass.kernels.dispatch import Args, any_device, vmap_over_x
 from ltepass.kernels.linear_checks import words
-from ltepass.kernels.linear_reference import HALF
 from ltepass.kernels.proxy_reference import Proxy
+from ltepass.kernels.weight_formats import HALF
 
 # What a proxy is, in every op that holds one, after x.
 ROUTER = (
@@ -54,7 +54,7 @@ def checked(args: Args) -> Call:
         raise LTEError(f"activation is {activation!r}; expected one of {', '.join(reference.ACTIVATIONS)}")
     if not x.is_floating_point() or x.dim() == 0:
         raise LTEError(f"x is {words(x)}; expected floats [..., d_model]")
-    blocks = proxy_reference.blocks_of(x.shape[-1])
+    blocks = proxy_codes.blocks_of(x.shape[-1])
     if codes.dim() != 3 or codes.dtype != torch.uint8 or codes.shape[0] not in (1, 2):
         raise LTEError(f"codes are {words(codes)}; expected uint8 [1 or 2, d_ff, {HALF * blocks}], two a byte")
     k, d_ff, n_experts = codes.shape[0], codes.shape[1], weight.shape[0] if weight.dim() == 1 else 0

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 -- the name everybody uses
 
 from ltepass.kernels.planes import dequantise
-from ltepass.kernels.proxy_reference import Codes
+from ltepass.kernels.proxy_codes import Codes
 from ltepass.kernels.reference import ACTIVATIONS
 
 

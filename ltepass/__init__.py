@@ -19,7 +19,7 @@ from ltepass.routed import gate as _gate  # noqa: F401  # likewise
 from ltepass.version import __version__
 
 if TYPE_CHECKING:
-    from ltepass.calibration.initialise import calibrate
+    from ltepass.calibration.calibrate_model import calibrate
     from ltepass.calibration.refit_down import warm_start
     from ltepass.config import LTEConfig
     from ltepass.exporting.generation import exported_loop
@@ -46,7 +46,7 @@ _PUBLIC = {
     "remove": "ltepass.transform_and_lower",
     "transform": "ltepass.transform_and_lower",
     "unlower": "ltepass.transform_and_lower",
-    "calibrate": "ltepass.calibration.initialise",
+    "calibrate": "ltepass.calibration.calibrate_model",
     "warm_start": "ltepass.calibration.refit_down",
     "LTEConfig": "ltepass.config",
     "exported_loop": "ltepass.exporting.generation",

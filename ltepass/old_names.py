@@ -140,7 +140,7 @@ MOVED = {
 HELD = {
     "ltepass.routed.sites": ("ltepass.routed.routed",),
     "ltepass.measure.quality": ("ltepass.measure.sparsity",),
-    "ltepass.calibration": ("ltepass.calibration.initialise",),
+    "ltepass.calibration": ("ltepass.calibration.calibrate_model", "ltepass.calibration.initialise"),
     "ltepass.saving": ("ltepass.saving.plain_modules",),
     "ltepass.serving": ("ltepass.serving.middleware",),
     "ltepass.sparsity": (

@@ -90,7 +90,7 @@ def _transform(
     run_passes(TRANSFORM, TransformJob(model, config, example_inputs, has_calibration=has, selection=selection))
     transformers_hook.attach(model)
     if calibration is not None:
-        from ltepass.calibration.initialise import calibrate
+        from ltepass.calibration.calibrate_model import calibrate
 
         calibrate(model, calibration)
 

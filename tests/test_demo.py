@@ -23,10 +23,10 @@ from ltepass.commands.generate import generate
 from ltepass.commands.load import load
 from ltepass.config import ROUTERS
 from ltepass.demo import training_loop
-from ltepass.demo.options import DemoOptions, Options
+from ltepass.demo.options import DemoOptions, Options, command_line
 from ltepass.demo.results import STAGE_NAMES, Folder, Results, Stages
 from ltepass.demo.run import STAGES, run_demo
-from ltepass.demo.table import command, markdown, rows
+from ltepass.demo.table import markdown, rows
 from ltepass.demo.task import load_task
 from ltepass.errors import ConfigError, TrainingError
 from ltepass.measure import decoding_speed
@@ -112,7 +112,7 @@ def test_a_proxy_needs_no_training_of_its_own(tiny: tuple[Path, Results]) -> Non
     assert stages["calibrate"]["group_size"] == (8 if linear else 1)
     if not linear:
         assert stages["quality"]["perplexity"] < 1.05 * stages["tune_dense"]["perplexity"]
-    assert ("--router linear" in command(options)) == linear
+    assert ("--router linear" in command_line(options)) == linear
 
 
 def test_plain_formats_of_the_same_model_stand_beside_it(tiny: tuple[Path, Results]) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812 -- the name everybody uses
 
 from ltepass.kernels import linear as ops
-from ltepass.kernels import linear_reference
+from ltepass.kernels import weight_formats
 from ltepass.measure.timing import copies_needed, interleaved
 
 SHAPES = ("576x576", "192x576", "1536x576", "576x1536", "49152x576", "2048x2048", "512x2048", "8192x2048", "2048x8192")
@@ -26,9 +26,9 @@ Stored = tuple[torch.Tensor | None, ...]
 def stored(form: str, weight: torch.Tensor) -> tuple[Callable[..., torch.Tensor], Stored]:
     """The op of this format, and what it takes for a weight."""
     if form == "int8":
-        return ops.linear_int8, linear_reference.quantise_int8(weight)
+        return ops.linear_int8, weight_formats.quantise_int8(weight)
     if form.startswith("q4"):
-        return ops.linear_int4, linear_reference.quantise_int4(weight, with_minimum=form == "q4_1")
+        return ops.linear_int4, weight_formats.quantise_int4(weight, with_minimum=form == "q4_1")
     return ops.linear, (weight.bfloat16() if form == "bf16" else weight,)
 
 

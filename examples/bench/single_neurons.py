@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from examples.bench.ways import Shape, Weights, make_weights
-from ltepass.kernels import proxy_reference
+from ltepass.kernels import proxy_codes
 from ltepass.kernels.proxy import proxy_scores
 from ltepass.kernels.proxy_reference import Proxy
 from ltepass.kernels.routed_ffn import routed_proxy_ffn
@@ -72,7 +72,7 @@ def choose(x: Tensor, proxy: Proxy, experts: int, share: float) -> Chosen:
 
 def proxy_of(w: Weights) -> Proxy:
     assert w.gate is not None
-    codes = proxy_reference.quantise(torch.stack([w.gate, w.up]), blocks=True)
+    codes = proxy_codes.quantise(torch.stack([w.gate, w.up]), blocks=True)
     return Proxy(codes.codes, codes.multipliers, codes.scales, None, w.down_rows.float().norm(dim=0))
 
 

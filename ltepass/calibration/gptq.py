@@ -17,9 +17,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ltepass.kernels.linear_reference import BLOCK
 from ltepass.kernels.planes import dequantise
-from ltepass.kernels.proxy_reference import (
+from ltepass.kernels.proxy_codes import (
     LARGEST,
     Codes,
     blocks_of,
@@ -30,6 +29,7 @@ from ltepass.kernels.proxy_reference import (
     quantise,
     steps_of,
 )
+from ltepass.kernels.weight_formats import BLOCK
 from ltepass.threads import one_thread
 
 DAMPING = 0.01  # of the mean diagonal of H

@@ -1,9 +1,9 @@
-"""From a few batches of text: data-driven grouping, a router start, and the sparsity table.
+"""Routers at the target before any training, and the sparsity table.
 
 The paper gives no router start. Ours predicts each expert's energy, the norm of h_j ||down_j|| over its neurons, from
 the FFN's input by ridge regression, and puts the threshold where the target share of experts is inactive; with budget
-"model" the loss's own metric stands for ||down_j|| (`sensitivity.py`). Part of a dense pass samples tokens to group
-neurons by; another adds up what the regression needs, which is as small for a million tokens as for one.
+"model" the loss's own metric stands for ||down_j|| (`sensitivity.py`). A dense pass adds up what the
+regression needs, which is as small for a million tokens as for one.
 What needs few tokens sees every eighth batch: which FFNs matter, and where thresholds lie.
 
 What hard gates give the next FFN is not what the dense model gave it, and at a high sparsity the two have little in
@@ -15,13 +15,13 @@ lte-warm; what a start costs, in `examples/results/start_cost.md`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ltepass.calibration.energy import MAX_LOG_OFFSET, down_energy, expert_energy, log_energy
 from ltepass.calibration.plane_codes import quantise_planes
@@ -29,82 +29,20 @@ from ltepass.calibration.proxy_scale import fresh_proxies, scale_proxies
 from ltepass.calibration.ridge import RidgeSums
 from ltepass.calibration.sensitivity import Sensitivity, sensitivities
 from ltepass.config import Mode
-from ltepass.errors import ConfigError, MetaWeightsError
-from ltepass.grouping_methods import AUTO, AUTO_WITH_DATA
-from ltepass.passes.group.group_neurons import permute_routed, site_permutation
 from ltepass.routed.batches import every, on_every
 from ltepass.routed.modes import mode_of
-from ltepass.routed.routed import Routed, require_whole
+from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
-from ltepass.routed.samples import SAMPLE_TOKENS, Reservoir, collect
+from ltepass.routed.samples import SAMPLE_TOKENS, Reservoir
 from ltepass.routed.sites import FFNSite
-from ltepass.routed.undo import keep, verb
+from ltepass.routed.undo import keep
 from ltepass.routed.watching import Observer, watch
-from ltepass.sparsity.cuts import place_cuts
-from ltepass.sparsity.thresholds import is_calibrated, move_biases, table_of, update_table
+from ltepass.sparsity.thresholds import move_biases, table_of, update_table
 
 Inputs = Literal["dense", "hard"]
 FIRST_FIT_STRIDE = 4  # every fourth batch, for a fit that only leads to the next
 THRESHOLD_STRIDE = 8  # every eighth, for thresholds and costs
 LOGIT_STD = 2.0  # spread of the starting logits: a quarter of the scores lie within 0.15 of tau, off the pole
-
-
-@verb
-def calibrate(
-    model: nn.Module, batches: Iterable[Any], *, grouping: str | None = None, inputs: Inputs = "dense"
-) -> None:
-    """Group neurons, start routers for the config's target and fill the sparsity table, without training.
-
-    Arguments:
-        model: a transformed model, not lowered.
-        batches: mappings of model inputs (what a tokenizer or a data collator gives), or token id tensors; padding is
-            not seen. A few thousand tokens are enough, and more make better routers (`examples/compare/ablations.py
-            --only start` measures what they are worth).
-        grouping: a method of `LTEConfig.grouping`; None takes the config's ("auto" is output_aware here). Groups that
-            an earlier calibration made by this method stay, as do all for "identity".
-        inputs: what routers are fitted to: "dense", what the dense model gives its FFNs, before any training or
-            `warm_start`; "hard", what they see once experts are left out (under the present cuts, if any), for a model
-            that is used as it is. It passes over the batches 1.6 times from eight batches of 512 tokens on, and up to
-            five times with fewer, where "dense" does once. Learned routers are replaced by either. To quantise for
-            `inactive="low_bit"` takes six passes more.
-    Returns: None; mode, training flags, RNG and hooks are as they were.
-    Raises: NotTransformedError, LoweredError, ShardedError, ConfigError, MetaWeightsError, CalibrationError (no tokens
-        seen).
-    Example:
-        >>> model = ltepass.transform(dense)
-        >>> ltepass.calibrate(model, batches)
-        >>> ltepass.set_sparsity(model, 0.7)
-    """
-    routed = Routed.trained(model, "calibrate")
-    require_whole(model, "calibrate")
-    if inputs not in get_args(Inputs):
-        raise ConfigError(f"inputs is {inputs!r}; expected one of {', '.join(get_args(Inputs))}; see calibrate's docs")
-    if routed.config["budget"] == "model" and any(router.bias is None for router in routed.all_routers()):
-        raise ConfigError('budget "model" puts what an FFN matters into its router\'s bias; expected router_bias=True')
-    if any(p.is_meta for p in model.parameters()):
-        raise MetaWeightsError("calibration needs real weights and the model is on the meta device; load them first")
-    batches = list(batches)
-    group_by(routed, batches, grouping)
-    initialise_routers(routed, batches, inputs)
-    place_cuts(routed, batches)
-
-
-def group_by(routed: Routed, batches: Sequence[Any], grouping: str | None) -> None:
-    """Reorder every site's neurons by the method, unless they are in its order already."""
-    method = grouping or routed.config["grouping"]
-    method = AUTO_WITH_DATA if method == AUTO else method
-    if method == "identity" or all(site.group_size == 1 for site in routed.sites):  # no order makes groups of one
-        return
-    by_rows = method == "kmeans" and not is_calibrated(routed)  # transform had no inputs to group by
-    if method != routed.state.grouping or by_rows:
-        samples = collect(routed, batches)
-        orders: dict[Any, Tensor] = {}  # sites that share their weights share their order
-        for site in routed.sites:
-            if site.neurons not in orders:
-                sample, seed = samples[site.name], routed.config["seed"]
-                orders[site.neurons] = site_permutation(routed.model, site, method, sample, seed)
-                permute_routed(routed, site, orders[site.neurons])
-    routed.state.grouping = method
 
 
 def initialise_routers(routed: Routed, batches: Sequence[Any], inputs: Inputs) -> None:

@@ -42,3 +42,15 @@ class DemoOptions:
 
 
 MODELS = ("smollm2", "tiny")
+
+
+def command_line(options: Options) -> str:
+    """The command line that repeats this run."""
+    words = ["ltepass demo"]
+    if options["model"] != "smollm2":
+        words.append(f"--model {options['model']}")
+    if options["steps"] is not None:
+        words.append(f"--steps {options['steps']}")
+    if options.get("router", "linear") == "linear":  # older results have no such key
+        words.append("--router linear")
+    return " ".join([*words, f"--target-sparsity {options['target_sparsity']} --seed {options['seed']}"])

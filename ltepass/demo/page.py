@@ -5,8 +5,9 @@ from __future__ import annotations
 from html import escape
 
 from ltepass.demo import plots
+from ltepass.demo.options import command_line
 from ltepass.demo.results import Generated, Results
-from ltepass.demo.table import command, machine_line, rows
+from ltepass.demo.table import machine_line, rows
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1f2937; background: #fff; max-width: 860px; margin: 2.5rem auto;
@@ -31,7 +32,7 @@ def page(results: Results) -> str:
     losses = {"dense fine-tuning": stages["tune_dense"]["losses"], **stages["train"]["losses"]}
     body = [
         "<h1>ltepass demo</h1>",
-        f'<p class="note">{escape(command(options))}<br>{escape(machine_line(results))}</p>',
+        f'<p class="note">{escape(command_line(options))}<br>{escape(machine_line(results))}</p>',
         f"<table>{table}</table>",
         "<h2>Sparsity of each layer on held-out text</h2>",
         _figure(plots.sparsity_per_layer(sparsity, options["target_sparsity"])),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ltepass.demo.results import Plain
-from ltepass.kernels import linear_reference as formats
+from ltepass.kernels import weight_formats as formats
 from ltepass.measure.quality import perplexity
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ltepass.demo.options import Options
+from ltepass.demo.options import Options, command_line
 from ltepass.demo.results import STAGE_NAMES, Cost, Results, StageName, Stages
 from ltepass.measure.paired import Ratio
 from ltepass.routed.report_tables import span
@@ -151,16 +151,4 @@ def markdown(results: Results) -> str:
     """The same rows for a README, with the machine and the command that made them."""
     lines = ["| what | measured |", "|---|---|"]
     lines += [f"| {what} | {measured} |" for what, measured in rows(results)]
-    return "\n".join([*lines, "", f"Measured by `{command(results['options'])}` on {machine_line(results)}."])
-
-
-def command(options: Options) -> str:
-    """The command line that repeats this run."""
-    words = ["ltepass demo"]
-    if options["model"] != "smollm2":
-        words.append(f"--model {options['model']}")
-    if options["steps"] is not None:
-        words.append(f"--steps {options['steps']}")
-    if options.get("router", "linear") == "linear":  # older results have no such key
-        words.append("--router linear")
-    return " ".join([*words, f"--target-sparsity {options['target_sparsity']} --seed {options['seed']}"])
+    return "\n".join([*lines, "", f"Measured by `{command_line(results['options'])}` on {machine_line(results)}."])

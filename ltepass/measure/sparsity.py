@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from ltepass.routed import token_masks
 from ltepass.routed.batches import Batch, require_seen, run_batches
+from ltepass.routed.logits import record_logits
 from ltepass.routed.modes import mode_of
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
-from ltepass.routed.samples import Tally, record_logits
+from ltepass.routed.samples import Tally
 from ltepass.routed.sites import FFNSite
 from ltepass.routed.undo import verb
 from ltepass.routed.watching import on_logits

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from ltepass.config import LTEConfig
 from ltepass.errors import ConfigError
-from ltepass.kernels import proxy_reference
-from ltepass.kernels.linear_reference import BLOCK, HALF
+from ltepass.kernels import proxy_codes, proxy_reference
 from ltepass.kernels.proxy import proxy_scores
-from ltepass.kernels.proxy_reference import Codes
+from ltepass.kernels.proxy_codes import Codes
 from ltepass.kernels.reference import ACTIVATIONS
+from ltepass.kernels.weight_formats import BLOCK, HALF
 from ltepass.routed.router import Router
 from ltepass.routed.sites import FFNSite, NeuronRows
 from ltepass.routed.undo import keep
@@ -62,7 +62,7 @@ class ProxyRouter(Router):
         device: torch.device | str | None = None,
     ) -> None:
         self.activation, self.shape = activation, (1 + gated, d_ff)
-        self.blocks, self.biased = proxy_reference.blocks_of(d_model) if blocks else 0, biased
+        self.blocks, self.biased = proxy_codes.blocks_of(d_model) if blocks else 0, biased
         super().__init__(d_model, d_ff, group_size, tau=tau, cut=cut, input_cut=input_cut, device=device)
 
     def _add_tensors(self, bias: bool, device: torch.device | str | None) -> None:
@@ -76,7 +76,7 @@ class ProxyRouter(Router):
 
         self.weight = nn.Parameter(fp32(self.n_experts))
         self.bias = nn.Parameter(fp32())
-        self.register_buffer("codes", codes(HALF * proxy_reference.blocks_of(self.d_model)))
+        self.register_buffer("codes", codes(HALF * proxy_codes.blocks_of(self.d_model)))
         self.register_buffer("multipliers", codes(self.blocks) if self.blocks else None)
         self.register_buffer("scales", fp32(*self.shape))
         self.register_buffer("biases", fp32(*self.shape) if self.biased else None)
@@ -86,7 +86,7 @@ class ProxyRouter(Router):
         """Of a neuron that is known to be 0, until `encode` and calibration tell more."""
         self.weight.fill_(1.0)
         self.bias.zero_()
-        self.codes.fill_(proxy_reference.ZERO * 17)
+        self.codes.fill_(proxy_codes.ZERO * 17)
         self.sizes.fill_(1.0)
         for constant in (self.multipliers, self.scales, self.biases):
             if constant is not None:
@@ -152,7 +152,7 @@ def encode(model: nn.Module, site: FFNSite, router: ProxyRouter, codes: Codes | 
     weights = read_weights(model, site)
     if weights is None:
         return False
-    codes = codes or proxy_reference.quantise(weights, blocks=bool(router.blocks))
+    codes = codes or proxy_codes.quantise(weights, blocks=bool(router.blocks))
     added = [read_rows(model, site, bias) for bias in ((site.gate_bias,) if site.gate_rows else ()) + (site.up_bias,)]
     none = weights.new_zeros(site.d_ff)
     biases = torch.stack([none if bias is None else bias.detach().float() for bias in added])

@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import takewhile
 
 import torch
 from torch import Tensor
 
-from ltepass.routed import token_masks
 from ltepass.routed.batches import Batch
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
 from ltepass.routed.sites import FFNSite
-from ltepass.routed.watching import Observer, on_logits, watch
-
-
-class SomeRows:
-    """Copies of at most `keep` rows of each tensor, drawn at random, the same for the same tensors; None keeps all.
-
-    A stride would meet the length of the sequences and see some positions only.
-    """
-
-    def __init__(self, keep: int | None) -> None:
-        self.keep, self.generator = keep, torch.Generator().manual_seed(0)
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        if self.keep is None or len(rows) <= self.keep:
-            return rows.clone()
-        return rows[torch.randperm(len(rows), generator=self.generator)[: self.keep].to(rows.device)]
+from ltepass.routed.watching import Observer, watch
 
 
 class Reservoir:
@@ -122,20 +105,3 @@ class _Collector(Observer):
     @property
     def full(self) -> bool:
         return sum(len(r) for r in self.h) >= self.room
-
-
-@contextmanager
-def record_logits(routed: Routed, keep: int | None = None, *, flat: bool = True) -> Iterator[dict[str, list[Tensor]]]:
-    """Collect every router's logits [n_tokens, n_experts] by site name while the block runs, without those of padding.
-
-    keep: at most so many tokens per forward; None keeps all. flat: False leaves the shape as it is, padding included.
-    """
-    seen: dict[str, list[Tensor]] = {site.name: [] for site in routed.sites}
-    draws = {name: SomeRows(keep) for name in seen}
-
-    def see(site: FFNSite, router: Router, logits: Tensor) -> None:
-        rows = draws[site.name](token_masks.tokens_of(router, logits)) if flat else logits.clone()
-        seen[site.name].append(rows)
-
-    with on_logits(routed, see):
-        yield seen

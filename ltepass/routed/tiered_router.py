@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from ltepass.config import LTEConfig
 from ltepass.errors import ConfigError
-from ltepass.kernels.linear_reference import HALF
 from ltepass.kernels.planes import split
-from ltepass.kernels.proxy_reference import Codes, blocks_of
+from ltepass.kernels.proxy_codes import Codes, blocks_of
 from ltepass.kernels.tiers_reference import Planes, tiered_ffn
+from ltepass.kernels.weight_formats import HALF
 from ltepass.routed.proxy_router import ProxyRouter, proxy_of, read_rows, read_weights
 from ltepass.routed.router import interpolate
 from ltepass.routed.sites import FFNSite

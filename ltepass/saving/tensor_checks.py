@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ltepass.errors import CheckpointError, shown
-from ltepass.kernels.linear_reference import HALF
-from ltepass.kernels.proxy_reference import blocks_of, largest_multiplier
+from ltepass.kernels.proxy_codes import blocks_of, largest_multiplier
+from ltepass.kernels.weight_formats import HALF
 from ltepass.paths import is_path
 from ltepass.routed.proxy_router import CONSTANTS
 from ltepass.routed.router import N_QUANTILES

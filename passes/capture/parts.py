@@ -1,4 +1,4 @@
-"""Capture all of a model: whole where it exports, else block by block; then the parts that the inputs never reach.
+"""Parts of a model that does not export whole, and those that its inputs never reach, captured by themselves.
 
 A part is tried with the inputs that it got in a run under fake tensors (which goes as far as it can), else with those
 of another module of its class, else, when its forward takes one tensor, with hidden states of its first linear's width.
@@ -7,21 +7,19 @@ A part that does not export is left to its children: an FFN module is small, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ltepass.errors import CaptureError
 from ltepass.passes.capture.example_inputs import (
     Call,
     input_width,
-    inputs_of,
     make_example_inputs,
     one_tensor,
     split_inputs,
@@ -30,12 +28,11 @@ from ltepass.passes.capture.example_inputs import (
 from ltepass.passes.capture.export_module import export_module
 from ltepass.passes.capture.leave_untouched import untouched
 from ltepass.passes.capture.replaced_forwards import bring_back
-from ltepass.passes.capture.user_graph import capture_user_graph
 from ltepass.passes.graph.captured import Captured
 from ltepass.passes.graph.shared_names import join
 
 # Raised where the code needs a value, which a fake tensor does not have: the inputs may be right.
-_ONLY_UNDER_FAKE_TENSORS = (
+ONLY_UNDER_FAKE_TENSORS = (
     fake_tensor.DataDependentOutputException,
     fake_tensor.DynamicOutputShapeException,
     fake_tensor.UnsupportedFakeTensorException,
@@ -52,60 +49,14 @@ class Captures:
     missed: dict[str, str] = field(default_factory=dict)
 
 
-def capture_all(model: nn.Module, example_inputs: object = None) -> Captures:
-    """Every part of the model that can be traced.
-
-    Raises CaptureError where nothing can, where the model takes inputs that cannot be made up, and where it does not
-    take the ones that were given.
-    """
-    args, kwargs = inputs_of(model, example_inputs)
-    if isinstance(model, GraphModule):
-        return Captures([capture_user_graph(model, args, kwargs)])
-    try:
-        whole = export_module(model, model, args, kwargs)
-    except CaptureError as error:
-        calls, failure = _recorded_calls(model, args, kwargs)
-        if example_inputs is not None and failure is not None and not isinstance(failure, _ONLY_UNDER_FAKE_TENSORS):
-            raise
-        found = _Parts(model, calls)
-        for name, child in model.named_children():
-            found.add(name, child)
-        if not found.captures.graphs:
-            raise
-        found.captures.missed = {p: f"{why} (the whole model: {error})" for p, why in found.captures.missed.items()}
-        return found.captures
-    found = _Parts(model, {})
-    found.captures.graphs.append(whole)
-    reached = {part for node in whole.flow.nodes() for path in whole.stack(node) for part in _with_parents(path)}
-    for path in _unreached(model, reached):
-        found.add(path, model.get_submodule(path))
-    return found.captures
-
-
-def _with_parents(path: str) -> list[str]:
-    """The path and what holds it: a module whose methods are called, not its forward, stands in no stack itself."""
-    parts = path.split(".")
-    return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
-
-
-def _unreached(model: nn.Module, reached: set[str], path: str = "") -> Iterator[str]:
-    """The topmost modules that no operation of the graph stands in, and that hold at least two linears."""
-    for name, child in model.named_children():
-        here = join(path, name)
-        if here in reached or isinstance(child, (nn.ModuleList, nn.ModuleDict)):
-            yield from _unreached(child, reached, here)
-        elif _linears(child) > 1:
-            yield here
-
-
-def _linears(module: nn.Module) -> int:
+def count_matrices(module: nn.Module) -> int:
     """Matrices below a module: of linears, and bare parameters of a class that is no layer of torch."""
     bare = [m for m in module.modules() if not type(m).__module__.startswith("torch.nn") and input_width(m) is None]
     matrices = sum(p.dim() in (2, 3) for m in bare for p in m.parameters(recurse=False))
     return matrices + sum(input_width(m) is not None for m in module.modules())
 
 
-class _Parts:
+class Parts:
     """Captures parts of `root`, going down where one cannot be captured."""
 
     def __init__(self, root: nn.Module, calls: Mapping[str, Call]) -> None:
@@ -116,7 +67,7 @@ class _Parts:
         self.done: set[int] = set()
 
     def add(self, path: str, module: nn.Module) -> None:
-        if id(module) in self.done or _linears(module) < 2:
+        if id(module) in self.done or count_matrices(module) < 2:
             return
         self.done.add(id(module))
         why = self._try(path, module)
@@ -161,10 +112,10 @@ def _holds_blocks(module: nn.Module) -> bool:
     """A stack of blocks exports no better than the model did; each block may. A tower makes its own inputs."""
     if hasattr(module, "main_input_name") and module.main_input_name != "input_ids":
         return False
-    return any(isinstance(m, nn.ModuleList) and len(m) > 1 and _linears(m[0]) > 1 for m in module.modules())
+    return any(isinstance(m, nn.ModuleList) and len(m) > 1 and count_matrices(m[0]) > 1 for m in module.modules())
 
 
-def _recorded_calls(
+def recorded_calls(
     model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]
 ) -> tuple[dict[str, Call], Exception | None]:
     """What each module was called with in a run under fake tensors, which compute nothing, and how the run failed."""

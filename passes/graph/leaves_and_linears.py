@@ -190,18 +190,3 @@ def held(gm: GraphModule, node: Node) -> Tensor:
     tensor = getattr(gm.get_submodule(path), attribute)
     assert isinstance(tensor, Tensor), f"{node} is a leaf"
     return tensor.detach()
-
-
-def add_leaf(gm: GraphModule, name: str, tensor: Tensor) -> Node:
-    """A new buffer of the graph's module, and the node that reads it, where nodes are being inserted."""
-    gm.register_buffer(name, tensor)
-    node = gm.graph.get_attr(name)
-    node.meta["val"] = tensor
-    return node
-
-
-def transposed(gm: GraphModule, leaf: Node) -> Node:
-    """Its transposed view, where nodes are being inserted."""
-    new = gm.graph.call_function(torch.ops.aten.t.default, (leaf,))
-    new.meta["example_value"] = value(leaf).t()
-    return new

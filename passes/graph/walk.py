@@ -36,21 +36,6 @@ def consumers(node: Node) -> list[Node]:
     return [u for u in node.users if op_name(u) != "_assert_tensor_metadata"]
 
 
-def erase_upstream(node: Node) -> None:
-    """Erase an unused node, and then whatever fed only it.
-
-    Not `eliminate_dead_code`: that takes every method call with an unused result for dead, also the in-place update of
-    a static key-value cache.
-    """
-    todo = [node]
-    while todo:
-        dead = todo.pop()
-        if dead.users or dead.op in ("placeholder", "output") or dead._erased:
-            continue
-        todo += dead.all_input_nodes
-        dead.graph.erase_node(dead)
-
-
 def breadth_first(start: Node, behind: Callable[[Node], Iterable[Node]]) -> Iterator[Node]:
     """Nodes from `start` back; `behind` is asked after the node was handed out."""
     seen, queue = {start}, deque([start])

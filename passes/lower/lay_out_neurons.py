@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from ltepass.passes.graph.leaves_and_linears import add_leaf, held
+from ltepass.passes.graph.edit import add_leaf
+from ltepass.passes.graph.leaves_and_linears import held
 from ltepass.passes.graph.node_kinds import op_name
 from ltepass.passes.graph.pipeline import GraphJob, Tier
 from ltepass.routed.routed import Routed

@@ -15,7 +15,7 @@ from torch.nn import Parameter
 
 from ltepass.kernels.linear import linear, linear_int4, linear_int8
 from ltepass.kernels.linear_checks import FLOATS
-from ltepass.kernels.linear_reference import BLOCK, pack_int4
+from ltepass.kernels.weight_formats import BLOCK, pack_int4
 from ltepass.passes.capture.replaced_forwards import is_replaced
 from ltepass.passes.lower.plain_linears import is_conv1d, is_ordinary, is_product, parameters_of
 from ltepass.routed.undo import lay_as

@@ -19,10 +19,11 @@ from torch.fx import GraphModule, Node
 
 from ltepass.kernels import linear as _linear  # noqa: F401 -- registers the op that the pass emits
 from ltepass.kernels.linear_checks import FLOATS
-from ltepass.passes.graph.leaves_and_linears import Flow, Linear, parameters, transposed
+from ltepass.passes.graph.edit import erase_upstream, transposed
+from ltepass.passes.graph.leaves_and_linears import Flow, Linear, parameters
 from ltepass.passes.graph.node_kinds import is_gate, shape, tensor_inputs, value
 from ltepass.passes.graph.pipeline import GraphJob, Tier
-from ltepass.passes.graph.walk import erase_upstream, strip_identity
+from ltepass.passes.graph.walk import strip_identity
 
 # Lowered models that were pickled earlier name them here.
 from ltepass.passes.lower.linear_modules import FloatCall as FloatCall

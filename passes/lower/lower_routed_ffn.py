@@ -21,10 +21,11 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import Argument
 
 from ltepass.passes.find.match import Miss, Region, Rows, down_rows, match_down
-from ltepass.passes.graph.leaves_and_linears import Flow, parameters, transposed
+from ltepass.passes.graph.edit import erase_upstream, transposed
+from ltepass.passes.graph.leaves_and_linears import Flow, parameters
 from ltepass.passes.graph.node_kinds import is_gate, is_input_cut, is_plain_tensor, is_proxy, shape, value
 from ltepass.passes.graph.pipeline import GraphJob, Tier
-from ltepass.passes.graph.walk import erase_upstream, strip_identity, strip_views
+from ltepass.passes.graph.walk import strip_identity, strip_views
 from ltepass.passes.lower.lowered_forward import fits, is_whole
 from ltepass.passes.lower.why_not import SMALL_INPUTS_ON_GPU, also_scales, unknown_activation
 

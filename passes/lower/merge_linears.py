@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ltepass.passes.graph.leaves_and_linears import Flow, Linear, add_leaf, held, parameters
+from ltepass.passes.graph.edit import add_leaf, erase_upstream
+from ltepass.passes.graph.leaves_and_linears import Flow, Linear, held, parameters
 from ltepass.passes.graph.node_kinds import value
 from ltepass.passes.graph.pipeline import GraphJob, Tier
-from ltepass.passes.graph.walk import erase_upstream
 from ltepass.passes.lower.lower_linears import read
 
 

@@ -23,11 +23,13 @@ from torch.fx import GraphModule, Node
 
 from ltepass.kernels import linear as _linear  # noqa: F401 -- registers the ops that the pass emits
 from ltepass.kernels.linear_checks import FLOATS
-from ltepass.kernels.linear_reference import BLOCK, embedding_int4, embedding_int8, quantise_int4, quantise_int8
-from ltepass.passes.graph.leaves_and_linears import Flow, Linear, add_leaf, held, parameters
+from ltepass.kernels.linear_reference import embedding_int4, embedding_int8
+from ltepass.kernels.weight_formats import BLOCK, quantise_int4, quantise_int8
+from ltepass.passes.graph.edit import add_leaf, erase_upstream
+from ltepass.passes.graph.leaves_and_linears import Flow, Linear, held, parameters
 from ltepass.passes.graph.node_kinds import is_movement, shape, value
 from ltepass.passes.graph.pipeline import GraphJob, Tier
-from ltepass.passes.graph.walk import erase_upstream, strip_identity
+from ltepass.passes.graph.walk import strip_identity
 from ltepass.passes.lower.lower_linears import put_op, read, told
 
 Format = Literal["int8", "int4", "int4_minimum"]

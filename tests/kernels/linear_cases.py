@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 -- the name everybody uses
 
 import ltepass.kernels.linear  # noqa: F401 -- registers the ops
-from ltepass.kernels import linear_reference
+from ltepass.kernels import linear_reference, weight_formats
 
 FORMATS = ("linear", "linear_int8", "linear_int4", "linear_int4 with a minimum")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -50,8 +50,8 @@ def stored(format: str, weight: Tensor) -> tuple[Any, ...]:
     if format == "linear":
         return (weight,)
     if format == "linear_int8":
-        return linear_reference.quantise_int8(weight)
-    return linear_reference.quantise_int4(weight, with_minimum="minimum" in format)
+        return weight_formats.quantise_int8(weight)
+    return weight_formats.quantise_int4(weight, with_minimum="minimum" in format)
 
 
 def dense(r: Recipe, stored: Sequence[Any]) -> Tensor:
@@ -59,8 +59,8 @@ def dense(r: Recipe, stored: Sequence[Any]) -> Tensor:
     if r.format == "linear":
         return stored[0]  # type: ignore[no-any-return]
     if r.format == "linear_int8":
-        return linear_reference.dequantise_int8(*stored)
-    return linear_reference.dequantise_int4(*stored)
+        return weight_formats.dequantise_int8(*stored)
+    return weight_formats.dequantise_int4(*stored)
 
 
 def exact(r: Recipe, args: tuple[Any, ...]) -> Tensor:

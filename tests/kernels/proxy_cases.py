@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ltepass.kernels import proxy, proxy_reference, reference
+from ltepass.kernels import proxy, proxy_codes, proxy_reference, reference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ def make(r: Recipe) -> tuple[Any, ...]:
     x = r.size * random(r.T, r.d_model)
     if r.fault is not None and r.T:
         x[-1, r.d_model // 2] = r.fault
-    constants = (*proxy_reference.quantise(weights, blocks=r.blocks), random(k, r.d_ff) if r.bias else None)
+    constants = (*proxy_codes.quantise(weights, blocks=r.blocks), random(k, r.d_ff) if r.bias else None)
     learned = (1 + 0.1 * random(r.n_experts), 0.3 * random(1)[0])
     return (x.to(r.dtype), *constants, random(r.d_ff).abs(), *learned, r.activation)
 
@@ -78,7 +78,7 @@ def with_ffn(r: Recipe) -> tuple[Any, ...]:
     args: Any = make(r)
     _, codes, multipliers, scales, biases, *_rest, activation = args
     gen = torch.Generator().manual_seed(r.seed + 1)
-    rows = (proxy_reference.integers(codes, multipliers) * scales[..., None])[..., : r.d_model].to(r.dtype)
+    rows = (proxy_codes.integers(codes, multipliers) * scales[..., None])[..., : r.d_model].to(r.dtype)
     added: Any = [None] * len(rows) if biases is None else biases.to(r.dtype)
     gate = (rows[0], added[0]) if r.gated else (None, None)
     down = (torch.randn(r.d_model, r.d_ff, generator=gen) / r.d_ff**0.5).to(r.dtype)

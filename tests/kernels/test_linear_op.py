@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ltepass.errors import LTEError
-from ltepass.kernels import linear, linear_reference
+from ltepass.kernels import linear, linear_reference, weight_formats
 from tests.kernels.linear_cases import DTYPES, FORMATS, Recipe, dense, make, op, size_of_terms
 
 formats = pytest.mark.parametrize("format", FORMATS)
@@ -22,15 +22,15 @@ formats = pytest.mark.parametrize("format", FORMATS)
 @given(rows=st.integers(0, 5), blocks=st.integers(0, 5), seed=st.integers(0, 1000))
 def test_packing_two_codes_a_byte_is_undone_by_unpacking(rows: int, blocks: int, seed: int) -> None:
     codes = torch.randint(0, 16, (rows, 32 * blocks), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-    packed = linear_reference.pack_int4(codes)
+    packed = weight_formats.pack_int4(codes)
     assert packed.shape == (rows, 16 * blocks)
-    assert torch.equal(linear_reference.unpack_int4(packed), codes)
+    assert torch.equal(weight_formats.unpack_int4(packed), codes)
 
 
 def test_byte_j_of_a_block_holds_weights_j_and_j_plus_16() -> None:
     codes = torch.zeros(1, 64, dtype=torch.uint8)
     codes[0, 32 + 3], codes[0, 32 + 19] = 5, 9
-    packed = linear_reference.pack_int4(codes)
+    packed = weight_formats.pack_int4(codes)
     assert packed[0, 16 + 3] == 5 | 9 << 4
     assert packed.count_nonzero() == 1
 
@@ -40,7 +40,7 @@ def test_four_bits_are_those_of_gguf(with_minimum: bool) -> None:
     gguf = pytest.importorskip("gguf")
     weight = torch.randn(7, 96)
     weight[2, 32:64] = 0
-    codes, scale, minimum = linear_reference.quantise_int4(weight, with_minimum=with_minimum)
+    codes, scale, minimum = weight_formats.quantise_int4(weight, with_minimum=with_minimum)
     kind = gguf.GGMLQuantizationType.Q4_1 if with_minimum else gguf.GGMLQuantizationType.Q4_0
     parts = [scale, minimum] if with_minimum else [scale]
     heads = [t.contiguous().view(torch.uint8).view(7, 3, 2) for t in parts if t is not None]
@@ -48,15 +48,15 @@ def test_four_bits_are_those_of_gguf(with_minimum: bool) -> None:
     theirs = torch.from_numpy(gguf.quants.quantize(weight.numpy(), kind))
     assert torch.equal(blocks.flatten(1), theirs)
     dense = torch.from_numpy(gguf.quants.dequantize(theirs.numpy(), kind))
-    assert torch.equal(linear_reference.dequantise_int4(codes, scale, minimum), dense)
+    assert torch.equal(weight_formats.dequantise_int4(codes, scale, minimum), dense)
 
 
 def test_int8_codes_are_within_half_a_step() -> None:
     weight = torch.randn(9, 50)
     weight[3] = 0
-    codes, scale = linear_reference.quantise_int8(weight)
+    codes, scale = weight_formats.quantise_int8(weight)
     assert codes.abs().amax(1).tolist() == [0 if i == 3 else 127 for i in range(9)]
-    error = (linear_reference.dequantise_int8(codes, scale) - weight).abs()
+    error = (weight_formats.dequantise_int8(codes, scale) - weight).abs()
     assert (error <= 0.501 * scale[:, None]).all()
 
 

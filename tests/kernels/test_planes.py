@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ltepass.kernels.linear_reference import BLOCK
 from ltepass.kernels.planes import dequantise, split
-from ltepass.kernels.proxy_reference import LARGEST, MULTIPLIERS, Codes, quantise
+from ltepass.kernels.proxy_codes import LARGEST, MULTIPLIERS, Codes, quantise
+from ltepass.kernels.weight_formats import BLOCK
 
 
 def weights(k: int, f: int, d: int, seed: int = 0) -> Tensor:

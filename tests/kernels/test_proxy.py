@@ -13,12 +13,12 @@ from torch import Tensor
 
 import ltepass.kernels.routed_ffn
 from ltepass.errors import LTEError
-from ltepass.kernels import proxy_reference, reference
+from ltepass.kernels import proxy_codes, proxy_reference, reference
 from ltepass.kernels.cpu import build, loading
 from ltepass.kernels.dispatch import any_device
-from ltepass.kernels.linear_reference import pack_int4
 from ltepass.kernels.proxy import proxy_scores
 from ltepass.kernels.routed_schema import PROXY
+from ltepass.kernels.weight_formats import pack_int4
 from tests.child import environment
 from tests.kernels.isa_levels import LEVELS
 from tests.kernels.proxy_cases import Recipe, defined, make, recipes, with_ffn
@@ -103,31 +103,31 @@ def test_the_polynomials_are_near(activation: str) -> None:
 def test_codes_stand_for_the_weights(blocks: bool) -> None:
     weights = torch.randn(2, 24, 100, generator=torch.Generator().manual_seed(0))
     weights[0, 3] = 0.0
-    codes, multipliers, scales = proxy_reference.quantise(weights, blocks=blocks)
-    back = (proxy_reference.integers(codes, multipliers) * scales[..., None])[..., :100]
+    codes, multipliers, scales = proxy_codes.quantise(weights, blocks=blocks)
+    back = (proxy_codes.integers(codes, multipliers) * scales[..., None])[..., :100]
     assert (back - weights).norm() / weights.norm() < (0.095 if blocks else 0.11)
     assert back[0, 3].abs().max() == 0
     assert (multipliers is not None) == blocks
     assert codes.shape == (2, 24, 64)  # four blocks, the last one of 4 inputs and zeros
-    assert proxy_reference.integers(codes, None)[..., 100:].abs().max() == 0
+    assert proxy_codes.integers(codes, None)[..., 100:].abs().max() == 0
 
 
 @pytest.mark.parametrize("d_model", [1, 576, 19_000, 70_000])
 def test_no_sum_leaves_32_bits(d_model: int) -> None:
-    assert 127 * proxy_reference.LARGEST * proxy_reference.largest_multiplier(d_model) * d_model < 2**31
-    assert proxy_reference.largest_multiplier(576) == proxy_reference.MULTIPLIERS
+    assert 127 * proxy_codes.LARGEST * proxy_codes.largest_multiplier(d_model) * d_model < 2**31
+    assert proxy_codes.largest_multiplier(576) == proxy_codes.MULTIPLIERS
 
 
 def test_the_largest_sums_are_exact() -> None:
     """Every input and code as large as can be: 16-bit halves of a sum would overflow, and fp32 would round it."""
     d_model = 19_001
-    blocks = proxy_reference.blocks_of(d_model)
-    codes = torch.zeros(32 * blocks, dtype=torch.uint8) + proxy_reference.ZERO + proxy_reference.LARGEST
+    blocks = proxy_codes.blocks_of(d_model)
+    codes = torch.zeros(32 * blocks, dtype=torch.uint8) + proxy_codes.ZERO + proxy_codes.LARGEST
     packed = pack_int4(codes).expand(2, 2, -1).contiguous()
-    multipliers = torch.full((2, 2, blocks), proxy_reference.MULTIPLIERS, dtype=torch.uint8)
+    multipliers = torch.full((2, 2, blocks), proxy_codes.MULTIPLIERS, dtype=torch.uint8)
     ones, x = torch.ones(2, 2), torch.full((1, d_model), -3.0)
     args = (x, packed, multipliers, ones, None, torch.ones(2), torch.ones(2), torch.tensor(0.0), "identity")
-    total = float(d_model * 127 * proxy_reference.LARGEST * proxy_reference.MULTIPLIERS)
+    total = float(d_model * 127 * proxy_codes.LARGEST * proxy_codes.MULTIPLIERS)
     scale = torch.tensor(3.0) / 127
     wanted = (torch.tensor(total) * scale) * (torch.tensor(total) * scale)
     assert torch.equal(proxy_scores(*args), wanted.expand(1, 2))
@@ -180,7 +180,7 @@ def smooth(args: tuple[Any, ...], group_size: int) -> Tensor:
     x, codes, multipliers, scales, biases, sizes, weight, bias, activation = args
     x_codes, x_scale = proxy_reference.quantise_token(x.detach())
     x = x + (x_codes * x_scale[..., None] - x.detach())
-    rows = (proxy_reference.integers(codes, multipliers) * scales[..., None])[..., : x.shape[-1]]
+    rows = (proxy_codes.integers(codes, multipliers) * scales[..., None])[..., : x.shape[-1]]
     z = [x @ w.T.to(x.dtype) + (0 if biases is None else biases[i]) for i, w in enumerate(rows)]
     hidden = reference.ACTIVATIONS[activation](z[0]) * (z[1] if len(z) == 2 else 1)
     neurons = (hidden.abs() * sizes).unflatten(-1, (-1, group_size))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import ltepass
 from ltepass.errors import LoweredError
-from ltepass.kernels.linear_reference import dequantise_int4, dequantise_int8, pack_int4
+from ltepass.kernels.weight_formats import dequantise_int4, dequantise_int8, pack_int4
 from ltepass.passes.lower.linear_modules import lower_linear_modules, lowered_linears, unlower_linear_modules
 from tests.models.zoo import gpt2, ids, llama, logits, opt, transformed
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import ltepass
 from ltepass.errors import CheckpointError, ConfigError, LoweringError, MetaWeightsError, ShardedError
-from ltepass.kernels import proxy_reference
+from ltepass.kernels import proxy_codes
 from ltepass.measure.token_bytes import router_share, weights_read
 from ltepass.routed.proxy_router import CONSTANTS
 from ltepass.routed.routed import Routed
@@ -139,7 +139,7 @@ def test_a_call_that_fails_leaves_codes_as_they_were(monkeypatch: pytest.MonkeyP
         for p in model.parameters():
             p.mul_(1.1)
     before = {name: t.clone() for name, t in model.state_dict().items()}
-    monkeypatch.setattr("ltepass.calibration.initialise.place_cuts", lambda *_: 1 / 0)
+    monkeypatch.setattr("ltepass.calibration.calibrate_model.place_cuts", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         ltepass.calibrate(model, [zoo.ids(4, 32)])
     for name, tensor in model.state_dict().items():
@@ -199,4 +199,4 @@ def test_a_soft_gate_is_not_lowered() -> None:
 
 def test_old_settings_say_nothing_of_it() -> None:
     assert (ltepass.LTEConfig().router, ltepass.LTEConfig().proxy_scales) == ("linear", "blocks")
-    assert proxy_reference.blocks_of(24) == 1
+    assert proxy_codes.blocks_of(24) == 1

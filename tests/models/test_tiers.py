@@ -332,7 +332,7 @@ def test_a_call_that_fails_leaves_planes_as_they_were(monkeypatch: pytest.Monkey
         for p in model.parameters():
             p.mul_(1.1)
     before = {name: t.clone() for name, t in model.state_dict().items()}
-    monkeypatch.setattr("ltepass.calibration.initialise.place_cuts", lambda *_: 1 / 0)
+    monkeypatch.setattr("ltepass.calibration.calibrate_model.place_cuts", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         ltepass.calibrate(model, [zoo.ids(4, 32)])
     for name, tensor in model.state_dict().items():

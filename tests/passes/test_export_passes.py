@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ltepass.exporting.export_model import passes
-from ltepass.kernels import linear_reference
+from ltepass.kernels import linear_reference, weight_formats
 from ltepass.passes.graph.pipeline import GraphJob, run_passes
 from ltepass.passes.lower.lay_out_neurons import LayOutNeurons
 from ltepass.passes.lower.lower_linears import LowerLinears
@@ -90,8 +90,8 @@ def test_quantised_linears_are_the_op_on_quantised_weights(model: Fan, tokens: i
     def weigh(linear: Any, args: tuple[Tensor]) -> Tensor:
         """What a quantised linear means."""
         if format == "int8":
-            return linear_reference.linear_int8(*args, *linear_reference.quantise_int8(linear.weight), linear.bias)
-        codes, scale, minimum = linear_reference.quantise_int4(linear.weight, with_minimum=format == "int4_minimum")
+            return linear_reference.linear_int8(*args, *weight_formats.quantise_int8(linear.weight), linear.bias)
+        codes, scale, minimum = weight_formats.quantise_int4(linear.weight, with_minimum=format == "int4_minimum")
         return linear_reference.linear_int4(*args, codes, scale, minimum, linear.bias)
 
     for linear in fit:
@@ -137,10 +137,10 @@ def test_a_table_of_tokens_is_quantised_and_shares_its_codes(
         return
     table = model.tokens.weight.detach()
     if format == "int8":
-        rows = linear_reference.dequantise_int8(*linear_reference.quantise_int8(table))
+        rows = weight_formats.dequantise_int8(*weight_formats.quantise_int8(table))
     else:
-        parts = linear_reference.quantise_int4(table, with_minimum=format == "int4_minimum")
-        rows = linear_reference.dequantise_int4(*parts)
+        parts = weight_formats.quantise_int4(table, with_minimum=format == "int4_minimum")
+        rows = weight_formats.dequantise_int4(*parts)
     looked_up = next(n for n in graph.graph.nodes if getattr(n.target, "__name__", "").startswith("embedding_"))
     graph.graph.output_node().args = ((looked_up,),)
     graph.recompile()

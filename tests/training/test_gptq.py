@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ltepass.calibration.gptq import DAMPING, codes_along_inputs, codes_by_input, feed_back
 from ltepass.kernels.planes import dequantise
-from ltepass.kernels.proxy_reference import Codes, quantise
+from ltepass.kernels.proxy_codes import Codes, quantise
 
 
 def correlated(n: int, width: int, seed: int = 0) -> Tensor:

@@ -15,9 +15,9 @@ from ltepass.calibration import initialise
 from ltepass.calibration.initialise import fit_energies
 from ltepass.errors import CalibrationError, ConfigError, LoweredError, NotTransformedError
 from ltepass.routed.batches import every, run_batches
+from ltepass.routed.logits import SomeRows, record_logits
 from ltepass.routed.modes import mode_of
 from ltepass.routed.routed import router_of, routers_of
-from ltepass.routed.samples import SomeRows, record_logits
 from ltepass.sparsity.thresholds import update_table
 from ltepass.training.stages import settle
 from tests.models.zoo import llama

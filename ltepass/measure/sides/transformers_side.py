@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ltepass.config import Scope
-from ltepass.kernels.linear_reference import BLOCK
 from ltepass.kernels.read_pass import read_pass
+from ltepass.kernels.weight_formats import BLOCK
 from ltepass.measure import token_bytes
 from ltepass.measure.decoding_speed import time_generate
 from ltepass.measure.quality import perplexity

@@ -1,0 +1,39 @@
+"""What passes that lower write into a graph: a new leaf, a transposed view; and what nobody reads any more goes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from ltepass.passes.graph.node_kinds import value
+
+
+def add_leaf(gm: GraphModule, name: str, tensor: Tensor) -> Node:
+    """A new buffer of the graph's module, and the node that reads it, where nodes are being inserted."""
+    gm.register_buffer(name, tensor)
+    node = gm.graph.get_attr(name)
+    node.meta["val"] = tensor
+    return node
+
+
+def transposed(gm: GraphModule, leaf: Node) -> Node:
+    """Its transposed view, where nodes are being inserted."""
+    new = gm.graph.call_function(torch.ops.aten.t.default, (leaf,))
+    new.meta["example_value"] = value(leaf).t()
+    return new
+
+
+def erase_upstream(node: Node) -> None:
+    """Erase an unused node, and then whatever fed only it.
+
+    Not `eliminate_dead_code`: that takes every method call with an unused result for dead, also the in-place update of
+    a static key-value cache.
+    """
+    todo = [node]
+    while todo:
+        dead = todo.pop()
+        if dead.users or dead.op in ("placeholder", "output") or dead._erased:
+            continue
+        todo += dead.all_input_nodes
+        dead.graph.erase_node(dead)
