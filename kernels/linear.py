@@ -1,5 +1,6 @@
 """`ltepass::linear`, `linear_int8` and `linear_int4`: schemas, fakes, autograd, dispatch. `linear_reference.py` holds
-the formats and the definitions, `linear_checks.py` the checks. Importing this registers the ops and builds nothing.
+the definitions, `weight_formats.py` the formats, `linear_checks.py` the checks. Importing this registers the
+ops and builds nothing.
 
 The C++ kernels register themselves for CPU when they are loaded, on the first CPU call; until then, without a compiler,
 and on any other device, calls land in `_definition` below.

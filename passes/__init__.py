@@ -7,7 +7,7 @@ from ltepass.passes.find.find_ffn import FindFFN
 from ltepass.passes.graph.pipeline import GraphJob, Pass, TransformJob
 from ltepass.passes.group.group_neurons import GroupNeurons
 from ltepass.passes.insert.insert_routers import InsertRouters
-from ltepass.passes.lower.backend import BACKEND as BACKEND
+from ltepass.passes.lower.compile_backend import BACKEND as BACKEND
 from ltepass.passes.lower.lay_out_neurons import LayOutNeurons
 from ltepass.passes.lower.lower_linears import LowerLinears
 from ltepass.passes.lower.lower_routed_ffn import LowerRoutedFFN

@@ -17,7 +17,7 @@ from torch.fx import Graph
 import ltepass
 from ltepass.errors import CheckpointError, SourceNameError
 from ltepass.passes.capture.trace_owner import trace_owner
-from ltepass.passes.insert.generated_classes import ForwardCode
+from ltepass.passes.insert.generated_forwards import ForwardCode
 from ltepass.routed.sites import FFNSite, NeuronRows
 from tests.crafted_checkpoints import CHECKPOINTS
 from tests.test_checkpoint_trust import PAYLOADS
@@ -50,7 +50,7 @@ def test_names_of_every_kind_are_held_to_the_rule() -> None:
 
 def test_the_rule_stands_under_python_o() -> None:
     code = (
-        "from torch.fx import Graph\nfrom ltepass.passes.insert.generated_classes import ForwardCode\ng = Graph()\n"
+        "from torch.fx import Graph\nfrom ltepass.passes.insert.generated_forwards import ForwardCode\ng = Graph()\n"
         "g.output(g.create_node('call_module', 'x\") or 1 or (\"', (g.placeholder('x'),)))\n"
         "try: ForwardCode.of(g)\nexcept ValueError as e: print(type(e).__name__)"
     )

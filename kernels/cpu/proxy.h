@@ -1,5 +1,5 @@
 // Scores of a proxy router: integer sums over codes of gate and up, then a fixed order of fp32 operations, so that every
-// ISA decides as ../proxy_reference.py does, bit for bit. The format and the order are defined there.
+// ISA decides as ../proxy_reference.py does, bit for bit; the format of its codes: ../proxy_codes.py.
 #pragma once
 
 #include <limits>

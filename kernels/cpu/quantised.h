@@ -1,5 +1,5 @@
 // Linears of quantised weights: x is quantised to int8 in blocks of 32, and integer sums within a block are scaled to
-// fp32 lane by lane. The formats are in ../linear_reference.py.
+// fp32 lane by lane. The formats are in ../weight_formats.py.
 #pragma once
 
 #include "linear.h"

@@ -6,13 +6,19 @@ Cholesky factor, 1 % of its mean diagonal added. With w_i the weights of input i
     for each i:  e = (w_i - rounded(w_i)) / U_ii;  w_j -= U_ij e  for all j >= i
 
 Updates reach the inputs of the present panel at once, and the others when it ends. The format is the proxies'
-(`kernels/proxy_reference.py`): blocks of 32 along d_model share a multiplier, which is chosen when the first of them is
+(`kernels/proxy_codes.py`): blocks of 32 along d_model share a multiplier, which is chosen when the first of them is
 reached; a row's scale is that of the weights as they were.
+
+`quantise_planes` does a model's sites in their order, where the sites below are in their codes already. The second
+moments of x and of the hidden units are added up in a pass: d_model^2 + d_ff^2 numbers a site. A turn is of as many
+sites as BUDGET_BYTES holds and TURNS asks for, with a pass of its own in hard mode: sites that are done give their high
+plane alone, which later ones can make up for, the others both planes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -30,11 +36,22 @@ from ltepass.kernels.proxy_codes import (
     steps_of,
 )
 from ltepass.kernels.weight_formats import BLOCK
+from ltepass.routed.batches import Batch
+from ltepass.routed.proxy_router import encode, read_rows, read_weights
+from ltepass.routed.routed import Routed
+from ltepass.routed.router import Router
+from ltepass.routed.samples import BUDGET_BYTES
+from ltepass.routed.sites import FFNSite
+from ltepass.routed.tiered_router import TieredRouter, encode_planes
+from ltepass.routed.watching import Observer, watch
 from ltepass.threads import one_thread
 
 DAMPING = 0.01  # of the mean diagonal of H
 PANEL = 4 * BLOCK
 
+TURNS = 6
+
+Turn = list[tuple[FFNSite, TieredRouter]]
 Rounding = Callable[[int, Tensor], Tensor]  # (i, the weights as they are now [n, m]) -> row i as it will stand
 
 
@@ -112,3 +129,60 @@ class _WholeRows:
         codes = quantise(left[None, i : i + 1], blocks=True)
         self.rows.append(codes)
         return dequantise(codes, left.shape[1])[0, 0]
+
+
+def quantise_planes(routed: Routed, batches: Sequence[Batch]) -> None:
+    """New planes of all sites, which have rounded ones; tables go, and thresholds stay.
+
+    Raises CalibrationError where no token reached a site.
+    """
+    sites = [(site, router) for site, router in routed if isinstance(router, TieredRouter)]
+    before = [router.threshold.clone() for _, router in sites]
+    for _, router in sites:
+        router.quantiles.fill_(math.nan)  # no floor
+        router.threshold.fill_(-math.inf)
+    for turn in _turns(sites):
+        moments = [_Moments(site, router) for site, router in turn]
+        watch(routed, batches, moments, mode="hard")
+        for (site, router), seen in zip(turn, moments, strict=True):
+            weights, columns = read_weights(routed.model, site), read_rows(routed.model, site, site.down_rows)
+            assert weights is not None, "they were rounded"
+            assert columns is not None
+            encode(routed.model, site, router, codes_along_inputs(weights, seen.x))
+            encode_planes(routed.model, site, router, codes_by_input(columns[None], seen.h))
+            router.threshold.fill_(math.inf)
+    for (_, router), threshold in zip(sites, before, strict=True):
+        router.threshold.copy_(threshold)
+
+
+class _Moments(Observer):
+    """X^T X and H^T H of one site."""
+
+    def __init__(self, site: FFNSite, router: Router) -> None:
+        super().__init__(site, router)
+        device = router.threshold.device
+        self.x, self.h = (torch.zeros(n, n, dtype=torch.float32, device=device) for n in (site.d_model, site.d_ff))
+
+    def on_input(self, x: Tensor) -> None:
+        with one_thread():
+            self.x.addmm_(x.float().T, x.float())
+
+    def on_hidden(self, h: Tensor) -> None:
+        with one_thread():
+            self.h.addmm_(h.float().T, h.float())
+
+
+def _turns(sites: Turn) -> Iterator[Turn]:
+    """TURNS of them, or more where BUDGET_BYTES does not hold as many sites together; one at least."""
+    most = math.ceil(len(sites) / TURNS)
+    while sites:
+        room, n = BUDGET_BYTES, 0
+        while n < min(most, len(sites)) and (n == 0 or room >= _bytes(sites[n][0])):
+            room -= _bytes(sites[n][0])
+            n += 1
+        yield sites[:n]
+        sites = sites[n:]
+
+
+def _bytes(site: FFNSite) -> int:
+    return 4 * (site.d_model**2 + site.d_ff**2)

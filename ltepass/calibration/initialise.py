@@ -24,20 +24,21 @@ import torch
 from torch import Tensor
 
 from ltepass.calibration.energy import MAX_LOG_OFFSET, down_energy, expert_energy, log_energy
-from ltepass.calibration.plane_codes import quantise_planes
+from ltepass.calibration.gptq import quantise_planes
 from ltepass.calibration.proxy_scale import fresh_proxies, scale_proxies
 from ltepass.calibration.ridge import RidgeSums
 from ltepass.calibration.sensitivity import Sensitivity, sensitivities
 from ltepass.config import Mode
 from ltepass.routed.batches import every, on_every
 from ltepass.routed.modes import mode_of
+from ltepass.routed.quantile_table import table_of
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
 from ltepass.routed.samples import SAMPLE_TOKENS, Reservoir
 from ltepass.routed.sites import FFNSite
 from ltepass.routed.undo import keep
 from ltepass.routed.watching import Observer, watch
-from ltepass.sparsity.thresholds import move_biases, table_of, update_table
+from ltepass.sparsity.thresholds import move_biases, update_table
 
 Inputs = Literal["dense", "hard"]
 FIRST_FIT_STRIDE = 4  # every fourth batch, for a fit that only leads to the next

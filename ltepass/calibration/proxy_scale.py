@@ -19,6 +19,7 @@ from ltepass.calibration.sensitivity import Sensitivity
 from ltepass.errors import ShardedError
 from ltepass.routed.batches import Batch
 from ltepass.routed.proxy_router import ProxyRouter, encode
+from ltepass.routed.quantile_table import quantiles, table_of
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
 from ltepass.routed.samples import Reservoir
@@ -26,7 +27,7 @@ from ltepass.routed.sites import FFNSite
 from ltepass.routed.tiered_router import TieredRouter, encode_planes
 from ltepass.routed.undo import keep
 from ltepass.routed.watching import Observer, watch
-from ltepass.sparsity.thresholds import quantiles, table_of, table_tokens
+from ltepass.sparsity.thresholds import table_tokens
 
 LOGIT_IQR = 2.7  # between the quartiles of the starting logits: what a normal distribution of deviation 2 has
 

@@ -25,13 +25,14 @@ from torch import Tensor, nn
 from ltepass.errors import CalibrationError
 from ltepass.routed.batches import require_seen, run_batches
 from ltepass.routed.modes import mode_of
+from ltepass.routed.quantile_table import interpolate, table_of
 from ltepass.routed.routed import Routed, require_whole
-from ltepass.routed.router import Router, interpolate
+from ltepass.routed.router import Router
 from ltepass.routed.sites import FFNSite, NeuronRows
 from ltepass.routed.token_hooks import telling_tokens
 from ltepass.routed.token_masks import tokens_of
 from ltepass.routed.undo import keep, verb
-from ltepass.sparsity.thresholds import is_calibrated, place_threshold, table_of
+from ltepass.sparsity.thresholds import is_calibrated, place_threshold
 from ltepass.threads import one_thread
 
 PENALTY = 0.3  # of each neuron's own energy: shrinks the refit of neurons that were rarely seen

@@ -25,8 +25,8 @@ from ltepass.passes import EXPORT
 from ltepass.passes.capture.decoder_step import DecoderStep, capture_step
 from ltepass.passes.graph.pipeline import GraphJob, Pass, run_passes
 from ltepass.passes.lower.lower_model import is_lowered, require_hard
-from ltepass.passes.lower.plain_linears import is_ordinary
 from ltepass.passes.lower.quantise_linears import Format, QuantiseLinears
+from ltepass.passes.lower.why_not_linear import is_ordinary
 from ltepass.routed.routed import Routed, is_transformed, require_whole, unwrapped
 from ltepass.version import __version__
 

@@ -15,24 +15,15 @@ from torch import Tensor, nn
 from ltepass.config import Mode
 from ltepass.routed.gate import gate as gate  # what was pickled earlier names them here
 from ltepass.routed.gate import seen_inputs as seen_inputs
-from ltepass.routed.recording import Recorder
+from ltepass.routed.quantile_table import N_QUANTILES
+from ltepass.routed.recorded_calls import Recorder
 from ltepass.threads import require_own
 
 _RECORDED = ("kept", "rows", "count_inactive", "share_neighbours")  # a router's own attributes, once
-N_QUANTILES = 101  # the sparsity table has one logit threshold for each of 0 %, 1 %, ... 100 %
 
 
 def logit(tau: float) -> float:
     return math.log(tau / (1.0 - tau))
-
-
-def interpolate(quantiles: Tensor, sparsity: float) -> Tensor:
-    """A table's value at a sparsity, linear between its points; 0 lets every expert pass. quantiles: [101]."""
-    if sparsity == 0.0:
-        return quantiles.new_tensor(-torch.inf)
-    at = sparsity * (N_QUANTILES - 1)
-    low = int(at)
-    return torch.lerp(quantiles[low], quantiles[min(low + 1, N_QUANTILES - 1)], at - low)
 
 
 class Router(nn.Module):

@@ -20,7 +20,7 @@ from ltepass.kernels.proxy_codes import Codes, blocks_of
 from ltepass.kernels.tiers_reference import Planes, tiered_ffn
 from ltepass.kernels.weight_formats import HALF
 from ltepass.routed.proxy_router import ProxyRouter, proxy_of, read_rows, read_weights
-from ltepass.routed.router import interpolate
+from ltepass.routed.quantile_table import interpolate
 from ltepass.routed.sites import FFNSite
 from ltepass.routed.undo import keep
 

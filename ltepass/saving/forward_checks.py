@@ -14,11 +14,11 @@ from torch import nn
 from torch.fx import Graph
 
 from ltepass.errors import CheckpointError, LTEError
-from ltepass.passes.capture.forward_source import is_straight
 from ltepass.passes.capture.replaced_forwards import is_replaced
+from ltepass.passes.capture.straight_forward import is_straight
 from ltepass.passes.capture.trace_owner import linears, original_class, own_graphs, times_called
 from ltepass.passes.graph.walk import upstream
-from ltepass.passes.insert.activation_check import disagrees, functions_of
+from ltepass.passes.insert.check_activation import disagrees, functions_of
 from ltepass.passes.insert.try_gated_copy import check_gated
 from ltepass.routed.sites import FFNSite
 

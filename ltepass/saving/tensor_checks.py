@@ -18,7 +18,7 @@ from ltepass.kernels.proxy_codes import blocks_of, largest_multiplier
 from ltepass.kernels.weight_formats import HALF
 from ltepass.paths import is_path
 from ltepass.routed.proxy_router import CONSTANTS
-from ltepass.routed.router import N_QUANTILES
+from ltepass.routed.quantile_table import N_QUANTILES
 from ltepass.routed.sites import FFNSite
 from ltepass.routed.tiered_router import PLANES
 from ltepass.saving.site_checks import is_router

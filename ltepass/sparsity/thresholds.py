@@ -13,8 +13,9 @@ from ltepass.errors import CalibrationError
 from ltepass.routed import token_masks
 from ltepass.routed.batches import Batch, run_batches
 from ltepass.routed.modes import mode_of, remember_densities
+from ltepass.routed.quantile_table import interpolate, quantiles, table_of
 from ltepass.routed.routed import Routed
-from ltepass.routed.router import N_QUANTILES, Router, interpolate, logit
+from ltepass.routed.router import Router, logit
 from ltepass.routed.samples import Reservoir
 from ltepass.routed.sites import FFNSite
 from ltepass.routed.undo import keep, verb
@@ -98,11 +99,6 @@ def table_tokens(n_experts: int) -> int:
     return min(TABLE_TOKENS, max(LEAST_TOKENS, TABLE_LOGITS // n_experts))
 
 
-def table_of(logits: Tensor) -> Tensor:
-    """[101]: the thresholds that leave 0 %, 1 %, ... 100 % of these logits, of any shape, at or below them."""
-    return quantiles(logits.flatten(), torch.linspace(0.0, 1.0, N_QUANTILES, dtype=torch.float32, device=logits.device))
-
-
 def place_threshold(router: Router, table: Tensor, threshold: Tensor) -> None:
     """Take over a new table of logits; the bias moves, so that this threshold is logit(tau), as in the paper."""
     with torch.no_grad():
@@ -151,11 +147,3 @@ def shared_threshold(tables: Sequence[Tensor], sparsity: float) -> Tensor:
     grid = torch.linspace(0.0, 1.0, SHARED_POINTS, dtype=torch.float32, device=device)
     pooled = torch.cat([quantiles(table.to(device), grid) for table in tables])
     return quantiles(pooled, tables[0].new_tensor(sparsity))
-
-
-def quantiles(values: Tensor, grid: Tensor) -> Tensor:
-    """Quantiles of a long vector: torch.quantile stops at 2^24 values."""
-    ordered = values.sort().values
-    at = grid.double() * (len(ordered) - 1)  # fp32 cannot count that far either
-    low = at.floor().long()
-    return torch.lerp(ordered[low], ordered[(low + 1).clamp_max(len(ordered) - 1)], (at - low).to(ordered))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ltepass.errors import TrainingError
 from ltepass.routed.model_parts import Part
-from ltepass.routed.recording import RecordedCall, Recorder
+from ltepass.routed.recorded_calls import RecordedCall, Recorder
 from ltepass.routed.routed import Routed
 
 

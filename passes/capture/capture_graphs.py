@@ -18,7 +18,13 @@ from torch.fx import GraphModule
 from ltepass.errors import CaptureError
 from ltepass.passes.capture.example_inputs import inputs_of
 from ltepass.passes.capture.export_module import export_module
-from ltepass.passes.capture.parts import ONLY_UNDER_FAKE_TENSORS, Captures, Parts, count_matrices, recorded_calls
+from ltepass.passes.capture.partial_capture import (
+    ONLY_UNDER_FAKE_TENSORS,
+    Captures,
+    Parts,
+    count_matrices,
+    recorded_calls,
+)
 from ltepass.passes.capture.user_graph import capture_user_graph
 from ltepass.passes.graph.pipeline import Tier, TransformJob
 from ltepass.passes.graph.shared_names import join

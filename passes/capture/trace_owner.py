@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.fx import Graph, Proxy, Tracer
 
-from ltepass.passes.capture.forward_source import attributes, is_straight
+from ltepass.passes.capture.straight_forward import attributes, is_straight
 from ltepass.paths import is_path
 from ltepass.routed.router import Router
 from ltepass.routed.sites import FFNSite

@@ -2,7 +2,7 @@
 
 The region lies between one or more "streams" (outputs of up linears) and the input of the down linear. It runs twice:
   on index tensors (neuron_rows.py), which tells neuron i's row of every parameter and that no two tokens are mixed;
-  on sample values (activation.py), which tells the activation (compared with every function that a kernel knows).
+  on sample values (identify_activation.py), which tells the activation: compared with every one that a kernel knows.
 The checks around it (region_checks.py) ask whether a gate before the down projection switches a neuron off and nothing
 else. A linear that fails one is worth a line where what stands behind it is nearly an FFN.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from torch.fx import Node
 
-from ltepass.passes.find.activation import identify
+from ltepass.passes.find.identify_activation import identify
 from ltepass.passes.find.match_types import Miss, MissError, Piece, Rows
 from ltepass.passes.find.neuron_rows import trace_rows
 from ltepass.passes.find.region_checks import (

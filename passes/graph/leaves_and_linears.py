@@ -56,7 +56,7 @@ class Linear:
 class Flow:
     """A graph, and which of its nodes are leaf tensors (parameters, buffers, constants) under which name.
 
-    constants: values of the leaves that are literals of the code, by name. identified: what activation.py has learnt.
+    constants: values of the leaves that are literals of the code, by name. identified: of identify_activation.py.
     """
 
     gm: GraphModule

@@ -27,7 +27,7 @@ from ltepass.passes.capture.trace_owner import OwnerGraphs, trace_owner
 from ltepass.passes.graph.pipeline import Tier, TransformJob
 from ltepass.passes.graph.walk import breadth_first
 from ltepass.passes.group.group_neurons import check_real_weights
-from ltepass.passes.insert.generated_classes import forwards_of, regenerate
+from ltepass.passes.insert.generated_forwards import forwards_of, regenerate
 from ltepass.passes.insert.guard_forwards import remember
 from ltepass.passes.insert.hooks import InlineSite, attach
 from ltepass.passes.insert.try_gated_copy import check_gated

@@ -10,15 +10,15 @@ from torch.fx import Graph, GraphModule
 from torch.nn.modules.module import _has_any_global_hook
 
 from ltepass.errors import LoweredError
-from ltepass.passes.capture.forward_source import attributes
 from ltepass.passes.capture.replaced_forwards import is_replaced
+from ltepass.passes.capture.straight_forward import attributes
 from ltepass.passes.capture.trace_owner import own_graphs
 from ltepass.passes.graph.shared_names import join
 from ltepass.passes.graph.walk import breadth_first
-from ltepass.passes.insert.activation_check import disagrees, functions_in, is_elementwise
+from ltepass.passes.insert.check_activation import disagrees, functions_in, is_elementwise
 from ltepass.passes.insert.hooks import Hook, SparseDown
-from ltepass.passes.lower.plain_linears import is_product, not_plain
 from ltepass.passes.lower.stubs import Stub
+from ltepass.passes.lower.why_not_linear import is_product, not_plain
 from ltepass.routed.gate import gate
 from ltepass.routed.router import Router
 from ltepass.routed.sites import FFNSite

@@ -24,7 +24,7 @@ def compile_model(model: nn.Module, state: LTEState | None, *, ffn: bool) -> Non
     """state: of a transformed model, for notes. ffn: whether FFNs are lowered, and not only other linears."""
     import torch._dynamo
 
-    from ltepass.passes.lower.backend import lte
+    from ltepass.passes.lower.compile_backend import lte
 
     def note(router: str, reason: str) -> None:
         """After a graph break Dynamo's paths begin at the part that it traced: a path that ends so is taken."""

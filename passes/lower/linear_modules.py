@@ -15,9 +15,16 @@ from torch.nn import Parameter
 
 from ltepass.kernels.linear import linear, linear_int4, linear_int8
 from ltepass.kernels.linear_checks import FLOATS
-from ltepass.kernels.weight_formats import BLOCK, pack_int4
-from ltepass.passes.capture.replaced_forwards import is_replaced
-from ltepass.passes.lower.plain_linears import is_conv1d, is_ordinary, is_product, parameters_of
+from ltepass.kernels.weight_formats import pack_int4
+from ltepass.passes.lower.why_not_linear import (
+    int8_parts,
+    is_conv1d,
+    is_ordinary,
+    is_product,
+    kind,
+    parameters_of,
+    why_not_linear,
+)
 from ltepass.routed.undo import lay_as
 
 
@@ -66,11 +73,11 @@ class Int8Call(LinearCall):
         weight, bias = parameters_of(self.module)
         if not _served(x) or type(weight) is not self.cls or not weight.is_cpu:
             return self.own(x)
-        codes, scale = _int8_parts(weight)
+        codes, scale = int8_parts(weight)
         return linear_int8(x, codes, scale, None if bias is None else bias.to(x.dtype))
 
     def weights(self) -> tuple[Tensor, ...]:
-        return _int8_parts(parameters_of(self.module)[0])
+        return int8_parts(parameters_of(self.module)[0])
 
 
 class Int4Call(LinearCall):
@@ -126,7 +133,7 @@ def lower_linear_modules(
 def _call(module: nn.Module) -> LinearCall:
     weight, _ = parameters_of(module)
     if not is_ordinary(weight):
-        return Int8Call(module) if _kind(weight) == "Int8Tensor" else Int4Call(module, weight)
+        return Int8Call(module) if kind(weight) == "Int8Tensor" else Int4Call(module, weight)
     if not is_conv1d(module):
         return FloatCall(module)
     stride = weight.stride()
@@ -149,55 +156,3 @@ def unlower_linear_modules(model: nn.Module) -> None:
         weight, _ = parameters_of(call.module)
         if isinstance(call, FloatCall) and call.stride is not None and weight.t().is_contiguous():
             lay_as(weight, call.stride)
-
-
-def why_not_linear(module: nn.Module) -> str | None:
-    """Why a linear on the CPU keeps its own forward, or None."""
-    weight, bias = parameters_of(module)
-    if "_hf_hook" in module.__dict__:
-        return "it carries an offload hook"
-    if "forward" in module.__dict__ and is_replaced(module):
-        return "it runs a forward that was put on the instance"
-    if is_ordinary(weight):
-        return None if weight.dtype in FLOATS else f"no kernel for {str(weight.dtype).removeprefix('torch.')}"
-    if bias is not None and not is_ordinary(bias):
-        return f"its bias is a {type(bias).__name__}"
-    reader = {"Int8Tensor": _why_not_int8, "IntxUnpackedToInt8Tensor": _why_not_int4}.get(_kind(weight))
-    return f"its weight is a {type(weight).__module__}.{_kind(weight)}" if reader is None else reader(weight)
-
-
-def _kind(weight: Tensor) -> str:
-    return type(weight).__name__
-
-
-def _int8_parts(weight: Tensor) -> tuple[Tensor, Tensor]:
-    return weight.qdata, weight.scale.reshape(-1).float()  # type: ignore[attr-defined]
-
-
-def _why_not_int8(weight: Tensor) -> str | None:
-    """Of torchao's Int8Tensor: codes and scales as linear_int8 has them."""
-    codes, scale = _int8_parts(weight)
-    if codes.dim() != 2 or scale.shape != codes.shape[:1]:
-        return f"its {list(codes.shape)} codes have {scale.numel()} scales; expected one an output"
-    return _why_not_codes(weight)  # -128 too: no path of the kernel saturates
-
-
-def _why_not_int4(weight: Tensor) -> str | None:
-    """Of torchao's IntxUnpackedToInt8Tensor: codes and scales as linear_int4 has them."""
-    codes, scale = weight.qdata, weight.scale  # type: ignore[attr-defined]
-    if codes.dim() != 2 or scale.shape != (codes.shape[0], codes.shape[1] / BLOCK):
-        return f"its {list(codes.shape)} codes have {list(scale.shape)} scales; expected one for each {BLOCK} inputs"
-    if not bool(((codes >= -8) & (codes <= 7)).all()):
-        return "its codes have more than 4 bits"
-    if not bool(scale.to(torch.float16).isfinite().all()):
-        return "its scales are no float16"
-    return _why_not_codes(weight)
-
-
-def _why_not_codes(weight: Tensor) -> str | None:
-    if getattr(weight, "act_pre_scale", None) is not None:
-        return "its inputs are scaled first"
-    zero = getattr(weight, "zero_point", None)
-    if zero is not None and bool(zero.any()):
-        return "its codes have a zero point"
-    return None

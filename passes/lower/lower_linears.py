@@ -14,14 +14,12 @@ from collections import Counter
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ltepass.kernels import linear as _linear  # noqa: F401 -- registers the op that the pass emits
-from ltepass.kernels.linear_checks import FLOATS
 from ltepass.passes.graph.edit import erase_upstream, transposed
 from ltepass.passes.graph.leaves_and_linears import Flow, Linear, parameters
-from ltepass.passes.graph.node_kinds import is_gate, shape, tensor_inputs, value
+from ltepass.passes.graph.node_kinds import is_gate
 from ltepass.passes.graph.pipeline import GraphJob, Tier
 from ltepass.passes.graph.walk import strip_identity
 
@@ -29,7 +27,7 @@ from ltepass.passes.graph.walk import strip_identity
 from ltepass.passes.lower.linear_modules import FloatCall as FloatCall
 from ltepass.passes.lower.linear_modules import Int4Call as Int4Call
 from ltepass.passes.lower.linear_modules import Int8Call as Int8Call
-from ltepass.passes.lower.plain_linears import is_ordinary
+from ltepass.passes.lower.why_not_linear import why_not_node
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,35 +59,7 @@ def read(flow: Flow) -> list[tuple[Linear, str | None]]:
     """The graph's linears in order, each with the reason why the op does not stand for it, or None."""
     scores = {strip_identity(n.args[1]) for n in flow.nodes() if is_gate(n) and isinstance(n.args[1], Node)}
     found = [linear for linear in map(flow.linear, list(flow.nodes())) if linear is not None]
-    return [(x, "gives a gate its scores" if x.node in scores else _why_not(flow, x)) for x in found]
-
-
-def _why_not(flow: Flow, linear: Linear) -> str | None:
-    tensors = [value(n) for n in (linear.x, linear.weight, linear.node, linear.bias) if n is not None]
-    if not all(isinstance(t, Tensor) and is_ordinary(t) for t in tensors):
-        return "a tensor of another class"
-    if any(t.device.type != "cpu" for t in tensors):
-        return "not on the CPU"
-    if tensors[0].dtype not in FLOATS or any(t.dtype != tensors[0].dtype for t in tensors):
-        return "operands of several dtypes, or of one that the op does not read"
-    if _reads_weight_through_cast(flow, linear):
-        return "a weight that is cast there and back"
-    if value(linear.weight).stride(1 - linear.out_dim) != 1:
-        return "a weight stored [d_in, d_out]"
-    if linear.bias is not None and shape(linear.bias) != (linear.width,):
-        return "a bias that is not one number an output"
-    return None
-
-
-def _reads_weight_through_cast(flow: Flow, linear: Linear) -> bool:
-    """Whether the weight is rounded between the leaf and the product, which reads it through casts."""
-    dtype = value(linear.weight).dtype
-    node = next(n for n in linear.product.all_input_nodes if (flow.leaf(n) or (None,))[0] is linear.weight)
-    while node not in flow.leaves:
-        if value(node).dtype != dtype:
-            return True
-        node = tensor_inputs(node)[0]
-    return False
+    return [(x, "gives a gate its scores" if x.node in scores else why_not_node(flow, x)) for x in found]
 
 
 def _lower(flow: Flow, linear: Linear) -> None:

@@ -20,7 +20,7 @@ from ltepass.passes.lower.compiled import compile_model, is_compiled, uncompile_
 from ltepass.passes.lower.lay_out_neurons import give_back_strides, lay_out
 from ltepass.passes.lower.linear_modules import lower_linear_modules, lowered_linears, unlower_linear_modules
 from ltepass.passes.lower.lower_sites import lower_sites, unlower_sites
-from ltepass.passes.lower.why_not import why_not, why_not_alone
+from ltepass.passes.lower.why_not_ffn import why_not, why_not_alone
 from ltepass.routed.modes import remember_densities
 from ltepass.routed.routed import Routed, is_transformed, require_whole, unwrapped
 from ltepass.routed.sites import FFNSite

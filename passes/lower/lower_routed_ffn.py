@@ -20,14 +20,14 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import Argument
 
-from ltepass.passes.find.match import Miss, Region, Rows, down_rows, match_down
+from ltepass.passes.find.match import Miss, Region, Rows, match_down
 from ltepass.passes.graph.edit import erase_upstream, transposed
 from ltepass.passes.graph.leaves_and_linears import Flow, parameters
-from ltepass.passes.graph.node_kinds import is_gate, is_input_cut, is_plain_tensor, is_proxy, shape, value
+from ltepass.passes.graph.node_kinds import is_gate, is_input_cut, is_proxy, shape, value
 from ltepass.passes.graph.pipeline import GraphJob, Tier
-from ltepass.passes.graph.walk import strip_identity, strip_views
+from ltepass.passes.graph.walk import strip_identity
 from ltepass.passes.lower.lowered_forward import fits, is_whole
-from ltepass.passes.lower.why_not import SMALL_INPUTS_ON_GPU, also_scales, unknown_activation
+from ltepass.passes.lower.why_not_ffn import why_not_region
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ def _lower(flow: Flow, region: Region) -> str | None:
     if is_input_cut(region.x):
         cuts = [cuts[0] if cuts else None, region.x.args[1]]
     router = _router(flow, scores)
-    reason = _why_not(region, router, bool(soft))
+    reason = why_not_region(region, router.x if router else None, bool(soft))
     if reason is not None:
         return reason
     assert router is not None
@@ -134,33 +134,6 @@ def _lower(flow: Flow, region: Region) -> str | None:
         new.meta = dict(down.node.meta)
     down.node.replace_all_uses_with(new)
     erase_upstream(down.node)
-    return None
-
-
-def _why_not(region: Region, router: _Router | None, soft: bool) -> str | None:
-    standard = {region.up.rows, region.up.bias, down_rows(region.down)}
-    standard |= {region.gate.rows, region.gate.bias} if region.gate else set()
-    x, source = region.up.linear.x, region.x
-    if is_input_cut(source):
-        source = strip_views(source.args[0])  # type: ignore[arg-type]
-        if value(x).device.type != "cpu":
-            return SMALL_INPUTS_ON_GPU
-    if soft:
-        return "a soft gate: every expert is active"
-    if not region.lowerable:
-        return unknown_activation(region.activation)
-    extra = [r.leaf.name for r in region.neurons if r not in standard]
-    if extra:
-        return also_scales(extra[0])
-    if router is None or strip_views(router.x) is not source:
-        return "the gate's scores are no linear of the FFN's input, and no proxy's"
-    if region.x is not strip_views(x) or value(region.x).dtype != value(x).dtype:
-        return "the router and the up projection read different dtypes"
-    inner = [value(n) for n in region.inner if is_plain_tensor(n)]
-    if any(v.is_floating_point() and v.dtype != value(x).dtype for v in inner):
-        return "a cast inside the region"
-    if shape(x)[:-1] != shape(region.down.node)[:-1]:
-        return "the region changes the token dims"
     return None
 
 

@@ -17,13 +17,13 @@ from torch.fx import Graph, GraphModule, Node
 
 from ltepass.passes.capture.trace_owner import trace_owner
 from ltepass.passes.graph.edit import erase_upstream
-from ltepass.passes.insert.generated_classes import forwards_of, regenerate
+from ltepass.passes.insert.generated_forwards import forwards_of, regenerate
 from ltepass.passes.insert.hooks import SparseDown, attach
 from ltepass.passes.insert.insert_routers import inline_site, insert_gates, relative
 from ltepass.passes.lower.bypassed_modules import called_modules, idle, idle_values, settings, with_inner
 from ltepass.passes.lower.lowered_forward import Plan, lowered_ffn, lowered_in_graph, plan_of
-from ltepass.passes.lower.plain_linears import is_conv1d
 from ltepass.passes.lower.stubs import Stub, one_token_will_do
+from ltepass.passes.lower.why_not_linear import is_conv1d
 from ltepass.routed.gate import gate as gate_call
 from ltepass.routed.routed import Routed, deciding
 from ltepass.routed.sites import FFNSite, LTEState

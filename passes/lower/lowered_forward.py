@@ -18,7 +18,7 @@ from ltepass.errors import LoweredError
 from ltepass.kernels.gpu.which_path import assume_density
 from ltepass.kernels.routed_ffn import routed_ffn, routed_proxy_ffn
 from ltepass.passes.lower.bypassed_modules import Settings, check_bypassed
-from ltepass.passes.lower.plain_linears import is_ordinary, parameters_of
+from ltepass.passes.lower.why_not_linear import is_ordinary, parameters_of
 from ltepass.routed.gate import applied
 from ltepass.routed.proxy_router import ProxyRouter
 from ltepass.routed.router import Router

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ltepass.kernels.gpu import tuning, which_path
-from ltepass.passes.lower import backend
+from ltepass.passes.lower import compile_backend
 from ltepass.routed.router import Router
 from tests.typed import present
 
@@ -88,7 +88,7 @@ def test_a_router_knows_its_density_wherever_it_comes_from(tmp_path: Path) -> No
     pickled = torch.load(tmp_path / "router", weights_only=False)
     for one in (loaded, assigned, pickled, copy.deepcopy(router), router.to(torch.float64), router.to("cpu")):
         assert one.density == told
-        assert backend._density([one.weight, one.threshold]) == told
+        assert compile_backend._density([one.weight, one.threshold]) == told
 
 
 def test_an_ffn_on_a_gpu_is_told_the_density_of_its_router(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ import ltepass
 from ltepass.calibration.initialise import fit_energies
 from ltepass.errors import ConcurrencyError
 from ltepass.passes.capture import trace_owner
-from ltepass.passes.insert import generated_classes
+from ltepass.passes.insert import generated_forwards
 from ltepass.routed.routed import routers_of
 from ltepass.routed.router import Router
 from tests.models.zoo import build, generate, ids, logits, mlp, transformed
@@ -266,7 +266,7 @@ def test_threads_compile_and_run_two_models(monkeypatch: pytest.MonkeyPatch) -> 
 def test_classes_are_shared_by_equals_and_go_with_the_last_of_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()  # which keeps what it compiled, and its classes, until then
     made = weakref.WeakValueDictionary[Any, Any]()  # of this test's models alone: another test's may live on
-    monkeypatch.setattr(generated_classes, "_classes", made)
+    monkeypatch.setattr(generated_forwards, "_classes", made)
     first, second = transformed(name), transformed(name)
     owners = [model.get_submodule(lte_state(model).sites[0].owner) for model in (first, second)]
     assert type(owners[0]) is type(owners[1])

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import ltepass
-from ltepass.calibration import plane_codes
+from ltepass.calibration import gptq
 from ltepass.calibration.gptq import codes_along_inputs
 from ltepass.errors import CheckpointError, ConfigError, LoweringError, ShardedError
 from ltepass.kernels.planes import dequantise
@@ -362,11 +362,11 @@ def test_weights_that_an_adapter_holds_are_not_made_planes_of() -> None:
 
 def test_a_turn_is_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     sites = [(site, router) for site, router in zip(ltepass.report(tiered()).sites, routers(tiered()), strict=True)] * 4
-    turns = [len(turn) for turn in plane_codes._turns(sites)]
+    turns = [len(turn) for turn in gptq._turns(sites)]
     assert turns == [2, 2, 2, 2]
-    monkeypatch.setattr(plane_codes, "BUDGET_BYTES", 1)
-    assert [len(turn) for turn in plane_codes._turns(sites)] == [1] * 8
-    assert list(plane_codes._turns([])) == []
+    monkeypatch.setattr(gptq, "BUDGET_BYTES", 1)
+    assert [len(turn) for turn in gptq._turns(sites)] == [1] * 8
+    assert list(gptq._turns([])) == []
 
 
 def test_a_site_is_coded_for_what_the_codes_below_it_give(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,11 +378,11 @@ def test_a_site_is_coded_for_what_the_codes_below_it_give(monkeypatch: pytest.Mo
             seen.setdefault(turns, []).append(moment)
             return codes_along_inputs(weights, moment)
 
-        monkeypatch.setattr(plane_codes, "codes_along_inputs", codes)
+        monkeypatch.setattr(gptq, "codes_along_inputs", codes)
 
     kept("two")
     model = tiered()
-    monkeypatch.setattr(plane_codes, "TURNS", 1)
+    monkeypatch.setattr(gptq, "TURNS", 1)
     kept("one")
     tiered()
     assert torch.equal(seen["one"][0], seen["two"][0])

@@ -17,9 +17,9 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from ltepass.kernels.reference import ACTIVATIONS
-from ltepass.passes.capture.forward_source import attributes
+from ltepass.passes.capture.straight_forward import attributes
 from ltepass.passes.capture.trace_owner import linears
-from ltepass.passes.find.activation import ANOTHER, activation_of
+from ltepass.passes.find.identify_activation import ANOTHER, activation_of
 from ltepass.passes.graph.walk import upstream
 from ltepass.routed.sites import FFNSite, NeuronRows
 

@@ -1,6 +1,6 @@
 """Which sites the op may stand for: what would not run then, and what the op does not read.
 
-What holds of a site holds of its region in Dynamo's graph too, and is said in the same words (`lower_routed_ffn.py`).
+What holds of a site holds of its region in Dynamo's graph too, and is said in the same words.
 Of a site it is asked twice: before lowering, where the answer is a note; and at every call of a lowered site, where it
 is an error.
 """
@@ -8,11 +8,15 @@ is an error.
 from __future__ import annotations
 
 from torch import nn
+from torch.fx import Node
 from torch.nn.modules.module import _has_any_global_hook
 
 from ltepass.passes.capture.replaced_forwards import is_replaced
+from ltepass.passes.find.match import Region, down_rows
+from ltepass.passes.graph.node_kinds import is_input_cut, is_plain_tensor, shape, value
+from ltepass.passes.graph.walk import strip_views
 from ltepass.passes.lower.bypassed_modules import GLOBAL_HOOK, bypassed_code, called_modules, idle
-from ltepass.passes.lower.plain_linears import not_plain
+from ltepass.passes.lower.why_not_linear import not_plain
 from ltepass.routed.routed import Routed
 from ltepass.routed.sites import FFNSite
 
@@ -54,6 +58,34 @@ def why_not(routed: Routed, site: FFNSite) -> str | None:
         if reason is not None:
             return f"{path} {reason}"
     return _why_not_held(model, site)
+
+
+def why_not_region(region: Region, scored: Node | None, soft: bool) -> str | None:
+    """The same of a region in Dynamo's graph; scored: what its router reads, None where nothing known decides."""
+    standard = {region.up.rows, region.up.bias, down_rows(region.down)}
+    standard |= {region.gate.rows, region.gate.bias} if region.gate else set()
+    x, source = region.up.linear.x, region.x
+    if is_input_cut(source):
+        source = strip_views(source.args[0])  # type: ignore[arg-type]
+        if value(x).device.type != "cpu":
+            return SMALL_INPUTS_ON_GPU
+    if soft:
+        return "a soft gate: every expert is active"
+    if not region.lowerable:
+        return unknown_activation(region.activation)
+    extra = [r.leaf.name for r in region.neurons if r not in standard]
+    if extra:
+        return also_scales(extra[0])
+    if scored is None or strip_views(scored) is not source:
+        return "the gate's scores are no linear of the FFN's input, and no proxy's"
+    if region.x is not strip_views(x) or value(region.x).dtype != value(x).dtype:
+        return "the router and the up projection read different dtypes"
+    inner = [value(n) for n in region.inner if is_plain_tensor(n)]
+    if any(v.is_floating_point() and v.dtype != value(x).dtype for v in inner):
+        return "a cast inside the region"
+    if shape(x)[:-1] != shape(region.down.node)[:-1]:
+        return "the region changes the token dims"
+    return None
 
 
 def _why_not_held(model: nn.Module, site: FFNSite) -> str | None:

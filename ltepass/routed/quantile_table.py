@@ -1,0 +1,30 @@
+"""A router's table: the thresholds that leave 0 %, 1 %, ... 100 % of its logits inactive, and values between them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+N_QUANTILES = 101
+
+
+def table_of(logits: Tensor) -> Tensor:
+    """[101]: the thresholds that leave 0 %, 1 %, ... 100 % of these logits, of any shape, at or below them."""
+    return quantiles(logits.flatten(), torch.linspace(0.0, 1.0, N_QUANTILES, dtype=torch.float32, device=logits.device))
+
+
+def interpolate(quantiles: Tensor, sparsity: float) -> Tensor:
+    """A table's value at a sparsity, linear between its points; 0 lets every expert pass. quantiles: [101]."""
+    if sparsity == 0.0:
+        return quantiles.new_tensor(-torch.inf)
+    at = sparsity * (N_QUANTILES - 1)
+    low = int(at)
+    return torch.lerp(quantiles[low], quantiles[min(low + 1, N_QUANTILES - 1)], at - low)
+
+
+def quantiles(values: Tensor, grid: Tensor) -> Tensor:
+    """Quantiles of a long vector: torch.quantile stops at 2^24 values."""
+    ordered = values.sort().values
+    at = grid.double() * (len(ordered) - 1)  # fp32 cannot count that far either
+    low = at.floor().long()
+    return torch.lerp(ordered[low], ordered[(low + 1).clamp_max(len(ordered) - 1)], (at - low).to(ordered))

@@ -1,0 +1,134 @@
+"""Which linears the ops may stand for, as modules and as nodes of a graph; the others have a reason each."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ltepass.kernels.linear_checks import FLOATS
+from ltepass.kernels.weight_formats import BLOCK
+from ltepass.passes.capture.replaced_forwards import is_replaced
+from ltepass.passes.graph.leaves_and_linears import Flow, Linear
+from ltepass.passes.graph.node_kinds import shape, tensor_inputs, value
+
+
+def not_plain(module: nn.Module) -> str | None:
+    """What makes a linear's forward more than the matrix product with tensors of torch's own; None for a plain one."""
+    if "_hf_hook" in module.__dict__:
+        return "carries an offload hook, which the op would bypass"
+    if not is_product(module):
+        return f"is a {type(module).__module__}.{type(module).__name__}, not a plain linear"
+    for tensor in parameters_of(module):
+        if tensor is not None and not is_ordinary(tensor):
+            return f"holds a {type(tensor).__module__}.{type(tensor).__name__}, which the op does not read"
+    return None
+
+
+def is_product(module: nn.Module) -> bool:
+    """A linear whose forward is the matrix product and nothing else: no subclass."""
+    cls = type(module)
+    return cls is nn.Linear or is_conv1d(module) or f"{cls.__module__}.{cls.__name__}" in _SAME_AS_LINEAR
+
+
+def is_ordinary(tensor: Tensor) -> bool:
+    """No subclass with operations of its own (quantised, distributed); fake tensors stand for ordinary ones."""
+    cls = type(tensor)
+    return cls is nn.Parameter or cls is Tensor or cls.__module__.startswith("torch._subclasses.")
+
+
+# Subclasses of nn.Linear whose forward is the same product spelled out.
+_SAME_AS_LINEAR = frozenset({"transformers.models.falcon.modeling_falcon.FalconLinear"})
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def parameters_of(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """(weight, bias), without nn.Module.__getattr__, which costs more than the rest of a small FFN's call."""
+    own = linear._parameters
+    weight = own.get("weight")
+    if weight is None:  # a DataParallel replica keeps plain tensors as attributes
+        return linear.weight, linear.bias  # type: ignore[return-value]
+    return weight, own.get("bias")
+
+
+def why_not_linear(module: nn.Module) -> str | None:
+    """Why a linear on the CPU keeps its own forward, or None."""
+    weight, bias = parameters_of(module)
+    if "_hf_hook" in module.__dict__:
+        return "it carries an offload hook"
+    if "forward" in module.__dict__ and is_replaced(module):
+        return "it runs a forward that was put on the instance"
+    if is_ordinary(weight):
+        return None if weight.dtype in FLOATS else f"no kernel for {str(weight.dtype).removeprefix('torch.')}"
+    if bias is not None and not is_ordinary(bias):
+        return f"its bias is a {type(bias).__name__}"
+    reader = {"Int8Tensor": _why_not_int8, "IntxUnpackedToInt8Tensor": _why_not_int4}.get(kind(weight))
+    return f"its weight is a {type(weight).__module__}.{kind(weight)}" if reader is None else reader(weight)
+
+
+def kind(weight: Tensor) -> str:
+    return type(weight).__name__
+
+
+def int8_parts(weight: Tensor) -> tuple[Tensor, Tensor]:
+    return weight.qdata, weight.scale.reshape(-1).float()  # type: ignore[attr-defined]
+
+
+def _why_not_int8(weight: Tensor) -> str | None:
+    """Of torchao's Int8Tensor: codes and scales as linear_int8 has them."""
+    codes, scale = int8_parts(weight)
+    if codes.dim() != 2 or scale.shape != codes.shape[:1]:
+        return f"its {list(codes.shape)} codes have {scale.numel()} scales; expected one an output"
+    return _why_not_codes(weight)  # -128 too: no path of the kernel saturates
+
+
+def _why_not_int4(weight: Tensor) -> str | None:
+    """Of torchao's IntxUnpackedToInt8Tensor: codes and scales as linear_int4 has them."""
+    codes, scale = weight.qdata, weight.scale  # type: ignore[attr-defined]
+    if codes.dim() != 2 or scale.shape != (codes.shape[0], codes.shape[1] / BLOCK):
+        return f"its {list(codes.shape)} codes have {list(scale.shape)} scales; expected one for each {BLOCK} inputs"
+    if not bool(((codes >= -8) & (codes <= 7)).all()):
+        return "its codes have more than 4 bits"
+    if not bool(scale.to(torch.float16).isfinite().all()):
+        return "its scales are no float16"
+    return _why_not_codes(weight)
+
+
+def _why_not_codes(weight: Tensor) -> str | None:
+    if getattr(weight, "act_pre_scale", None) is not None:
+        return "its inputs are scaled first"
+    zero = getattr(weight, "zero_point", None)
+    if zero is not None and bool(zero.any()):
+        return "its codes have a zero point"
+    return None
+
+
+def why_not_node(flow: Flow, linear: Linear) -> str | None:
+    """The same of a linear in a graph."""
+    tensors = [value(n) for n in (linear.x, linear.weight, linear.node, linear.bias) if n is not None]
+    if not all(isinstance(t, Tensor) and is_ordinary(t) for t in tensors):
+        return "a tensor of another class"
+    if any(t.device.type != "cpu" for t in tensors):
+        return "not on the CPU"
+    if tensors[0].dtype not in FLOATS or any(t.dtype != tensors[0].dtype for t in tensors):
+        return "operands of several dtypes, or of one that the op does not read"
+    if _reads_weight_through_cast(flow, linear):
+        return "a weight that is cast there and back"
+    if value(linear.weight).stride(1 - linear.out_dim) != 1:
+        return "a weight stored [d_in, d_out]"
+    if linear.bias is not None and shape(linear.bias) != (linear.width,):
+        return "a bias that is not one number an output"
+    return None
+
+
+def _reads_weight_through_cast(flow: Flow, linear: Linear) -> bool:
+    """Whether the weight is rounded between the leaf and the product, which reads it through casts."""
+    dtype = value(linear.weight).dtype
+    node = next(n for n in linear.product.all_input_nodes if (flow.leaf(n) or (None,))[0] is linear.weight)
+    while node not in flow.leaves:
+        if value(node).dtype != dtype:
+            return True
+        node = tensor_inputs(node)[0]
+    return False
