@@ -133,8 +133,9 @@ def test_low_precision(dtype: torch.dtype) -> None:
     torch.testing.assert_close(zoo.logits(ltepass.lower(model)).float(), hard.float(), rtol=0.05, atol=0.02)
 
 
-def test_a_call_that_fails_leaves_codes_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = proxied()
+@pytest.mark.parametrize("inactive", ["zero", "low_bit"])
+def test_a_call_that_fails_leaves_codes_as_they_were(inactive: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = proxied(inactive=inactive)
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(1.1)
