@@ -11,7 +11,7 @@ from transformers import BioGptConfig, BioGptForSequenceClassification
 from transformers.models.gemma4 import Gemma4ForCausalLM, Gemma4TextConfig
 
 import ltepass
-from ltepass.calibration import initialise
+from ltepass.calibration import calibrate_model, initialise
 from ltepass.calibration.initialise import fit_energies
 from ltepass.errors import CalibrationError, ConfigError, LoweredError, NotTransformedError
 from ltepass.routed.batches import every, run_batches
@@ -144,7 +144,7 @@ def test_what_needs_few_tokens_gets_some_from_everywhere() -> None:
 def test_a_start_with_groups_in_place_takes_no_pass_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
     m = model()
     before = [r.permutation.clone() for r in routers_of(m)]
-    monkeypatch.setattr(initialise, "collect", lambda *_: pytest.fail("sampled for groups that stay"))
+    monkeypatch.setattr(calibrate_model, "collect", lambda *_: pytest.fail("sampled for groups that stay"))
     ltepass.calibrate(m, [ids(1), ids(2)])
     assert all(torch.equal(r.permutation, b) for r, b in zip(routers_of(m), before, strict=True))
     for budget in ("layer", "model"):
