@@ -51,7 +51,8 @@ def calibrate(
     require_whole(model, "calibrate")
     if inputs not in get_args(Inputs):
         raise ConfigError(f"inputs is {inputs!r}; expected one of {', '.join(get_args(Inputs))}; see calibrate's docs")
-    if routed.config["budget"] == "model" and any(router.bias is None for router in routed.all_routers()):
+    biased = all(router.bias is not None for router in routed.routers)
+    if routed.config["budget"] == "model" and not biased:
         raise ConfigError('budget "model" puts what an FFN matters into its router\'s bias; expected router_bias=True')
     if any(p.is_meta for p in model.parameters()):
         raise MetaWeightsError("calibration needs real weights and the model is on the meta device; load them first")

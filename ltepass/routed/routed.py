@@ -176,8 +176,14 @@ def routers_of(model: nn.Module) -> Iterator[Router]:
 
 
 def router_of(model: nn.Module, site: FFNSite) -> Router:
-    """The router that decides at this site."""
-    return deciding(model.get_submodule(site.router))
+    """The router that decides at this site. Raises NotTransformedError where it was taken out since transform."""
+    try:
+        return deciding(model.get_submodule(site.router))
+    except (AttributeError, StopIteration):
+        raise NotTransformedError(
+            f"{site.router} is there no more: what held it was replaced or taken out after ltepass.transform; put it "
+            "back, or transform a model that is built as it is to be used"
+        ) from None
 
 
 def deciding(found: Any) -> Router:

@@ -81,7 +81,7 @@ def _set(routed: Routed, setting: Setting, share: float, batches: Iterable[Batch
     check_sparsity(share, setting)
     routed.require_gates(f"set_{setting}")
     routed.config[setting] = share
-    routers = [router for site in routed.sites for router in routed.copies(site)]
+    routers = [router for site, _ in routed for router in routed.copies(site)]
     if share and len(routers) > len(routed.sites) and any(getattr(r, BUFFERS[setting]) is None for r in routers):
         warnings.warn(
             f"{setting} was 0 when PEFT copied the routers, and an adapter's folder loads only what the base model's "

@@ -50,14 +50,14 @@ def lower_sites(routed: Routed, sites: list[FFNSite]) -> None:
 
 def unlower_sites(routed: Routed) -> None:
     model, state = routed.model, routed.state
-    for owner, group in _aligned(state):
-        _regenerate(model.get_submodule(owner), group, set(), tiered=routed.tiered)
     for site, router in routed:
         router.plan = None
         if site.kind == "inline":
             for path in {site.up, site.gate or site.up, site.down}:
                 model.get_submodule(path).__dict__.pop("forward", None)
             attach(model.get_submodule(site.owner), [inline_site(s) for s in state.sites if s.owner == site.owner])
+    for owner, group in _aligned(state):
+        _regenerate(model.get_submodule(owner), group, set(), tiered=routed.tiered)
     if isinstance(model, GraphModule):
         assert state.graph is not None, "lowering kept it"
         model.graph, state.graph = state.graph, None

@@ -116,3 +116,35 @@ def test_a_model_that_lost_a_layer_since_still_changes_its_mode() -> None:
     ltepass.set_mode(model, "hard")
     assert [router.mode for router in routers_of(model)] == ["hard"]
     assert torch.isfinite(model(tokens(1)).logits).all()
+
+
+def cut_off(model: Any) -> None:
+    model.model.layers = model.model.layers[:1]
+
+
+def wrapped(model: Any) -> None:
+    model.model.layers[0].mlp = nn.Sequential(model.model.layers[0].mlp)
+
+
+def bypassed(model: Any) -> None:
+    model.model.layers[1].mlp = nn.Identity()
+
+
+@pytest.mark.parametrize("taken_out", [cut_off, wrapped, bypassed])
+@pytest.mark.parametrize("lowered", [False, True])
+def test_a_site_that_was_taken_out_since_is_named_and_nothing_changes(
+    lowered: bool, taken_out: Callable[[Any], None]
+) -> None:
+    model = calibrated(n=8)
+    ltepass.set_mode(model, "hard")
+    calls = {"unlower": ltepass.unlower} if lowered else CALLS
+    if lowered:
+        ltepass.lower(model)
+    taken_out(model)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    classes = [type(module) for module in model.modules()]
+    for name, call in calls.items():
+        with pytest.raises(NotTransformedError, match=r"layers\.\d\.mlp\.router is there no more"):
+            call(model)
+        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items()), name
+        assert [type(module) for module in model.modules()] == classes, name
