@@ -32,6 +32,10 @@ def place(
     """
     linears = [region.up.linear, region.down] + ([region.gate.linear] if region.gate else [])
     site = _site(captured, region, _owner(captured, region, linears))
+    for rows in site.neurons:
+        if not _is_parameter(root, rows.param):  # a buffer or a constant may be in no checkpoint, its new order neither
+            reason = f"{rows.param} has an entry for each neuron, and only an nn.Parameter is permuted with them"
+            return _refusal(site, region, reason)
     if isinstance(root, GraphModule) and len({_origin(n.product) for n in linears}) == len(
         {n.product for n in linears}
     ):
@@ -102,6 +106,11 @@ def _down_bias(captured: Captured, down: Linear) -> str | None:
     if down.node is down.product or _origin(down.node) is _origin(down.product) is not down.product:
         return name
     return name if name and name.rpartition(".")[0] == holder(captured, down) else None
+
+
+def _is_parameter(root: nn.Module, name: str) -> bool:
+    path, _, own = name.rpartition(".")
+    return own in root.get_submodule(path)._parameters
 
 
 def _is_module(captured: Captured, linear: Linear) -> bool:

@@ -80,6 +80,39 @@ def test_a_factor_of_the_neurons_that_is_no_parameter_is_refused(shape: tuple[in
         ltepass.transform(model, torch.randn(shape), ltepass.LTEConfig(group_size=2, grouping="random"))
 
 
+class Kept(nn.Module):
+    """One factor a neuron that lies in no parameter: a buffer, a tensor on the module, weights that are buffers."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(6), nn.Linear(6, 16), nn.Linear(16, 6)
+        self.scale = torch.rand(16) + 0.5
+        if where == "a linear's buffer":
+            weight = self.up.weight.detach()
+            del self.up.weight
+            self.up.register_buffer("weight", weight)
+        elif where != "a plain tensor":
+            del self.scale
+            self.register_buffer("scale", torch.rand(16) + 0.5, persistent=where == "a buffer")
+
+    def forward(self, x: Tensor) -> Any:
+        return x + self.down(torch.relu(self.up(self.norm(x))) * self.scale)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("where", ["a buffer", "a buffer that is not saved", "a plain tensor", "a linear's buffer"])
+def test_a_factor_that_no_checkpoint_need_hold_is_refused_by_name(where: str, traced: bool) -> None:
+    model: nn.Module = Kept(where).eval()
+    x = torch.randn(4, 9, 6)
+    y = model(x)
+    if traced:
+        model = torch.fx.symbolic_trace(model)
+    name = "up.weight" if where == "a linear's buffer" else "scale"
+    with pytest.raises(NoFFNFoundError, match=f"{name} has an entry for each neuron, and only an nn.Parameter"):
+        ltepass.transform(model, x, ltepass.LTEConfig(group_size=2, grouping="random"))
+    assert torch.equal(model(x), y)
+
+
 def test_a_single_neuron_is_no_factor() -> None:
     """Its hidden units have the shape of one number a token, as a factor has."""
     model = nn.Sequential(nn.LayerNorm(8), Narrow(8)).eval()
