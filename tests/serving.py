@@ -92,6 +92,8 @@ def good(model: str, i: int = 0) -> tuple[str, dict[str, Any]]:
         (RESPONSES, {"input": "w1 w2", "max_output_tokens": 2, "stream": False}),
         (RESPONSES, {"input": said, "max_output_tokens": 2}),
         (CHAT, {"messages": said, "max_tokens": 2, "logit_bias": {"5": -3}}),
+        (CHAT, {"messages": said, "max_tokens": 2, "stream": True, "stream_options": {"include_usage": True}}),
+        (CHAT, {"messages": said, "max_tokens": 2, "tool_choice": "none", "store": False, "service_tier": "auto"}),
     ]
     path, body = bodies[i % len(bodies)]
     return path, {"model": model, **body}
@@ -122,6 +124,12 @@ def bad(model: str) -> dict[str, tuple[str, Any]]:
         "frequency_penalty": (-1, 9, "x"),
         "logit_bias": ({"a": 1}, {"5": "x"}, [1], {"5": 1000}, {"99999": 1.0}),
         "tools": ("x", [1], [{"type": "function"}], [{"type": "function", "function": {}}]),
+        "tool_choice": ("nope", 5),
+        "stream_options": (3, {"include_usage": "x"}),
+        "reasoning_effort": (3,),
+        "service_tier": (3,),
+        "modalities": ("text",),
+        "store": ("x",),
         "chat_template_kwargs": (3, [1]),
         "generation_config": ("{", "[]", 3, '{"max_new_tokens": 1000000000}', '{"max_new_tokens": "x"}'),
         "messages": ("hello", [], [[]], ["hello"], {}, None, 3),
@@ -151,6 +159,7 @@ def bad(model: str) -> dict[str, tuple[str, Any]]:
         "a bad role": turn(role="wizard", content="w1"),
         "a role that is no text": turn(role=3, content="w1"),
         "no role": turn(content="w1"),
+        "a name that is no text": turn(role="user", content="w1", name=3),
         "no content": turn(role="user"),
         "content null": turn(role="user", content=None),
         "content a number": turn(role="user", content=7),

@@ -79,7 +79,7 @@ def test_another_method_is_refused(port: int) -> None:
 
 
 def test_every_form_of_a_good_request_is_answered(port: int, model: str) -> None:
-    for i in range(9):
+    for i in range(11):
         path, body = good(model, i)
         assert_answered(path, body, *ask(port, path, body))
 

@@ -82,6 +82,7 @@ class Message(_Fields):
     content: str | Annotated[list[Part], Field(min_length=1)] | None = None
     tool_calls: Annotated[list[ToolCall], Field(min_length=1)] | None = None
     tool_call_id: str | None = None
+    name: str | None = None
 
     @model_validator(mode="after")
     def _says_something(self) -> Message:
@@ -101,6 +102,10 @@ class Tool(_Fields):
         if not isinstance(self.function.get("name"), str):
             raise ValueError("a function needs a name")
         return self
+
+
+class StreamOptions(_Fields):
+    include_usage: bool | None = None
 
 
 class LoadRequest(_Fields):
@@ -152,11 +157,15 @@ class ChatRequest(_Request):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: list[Tool] | None = None
-    tool_choice: str | dict[str, object] | None = None
+    tool_choice: Literal["none", "auto", "required"] | dict[str, object] | None = None
     parallel_tool_calls: bool | None = None
     response_format: dict[str, object] | None = None
-    stream_options: dict[str, object] | None = None
+    stream_options: StreamOptions | None = None
     metadata: dict[str, object] | None = None
+    reasoning_effort: str | None = None
+    service_tier: str | None = None
+    modalities: list[str] | None = None
+    store: bool | None = None
     chat_template_kwargs: dict[str, object] = {}
 
 
@@ -171,7 +180,7 @@ class TextRequest(_Request):
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     frequency_penalty: Annotated[Finite, Field(gt=-1, le=2)] | None = None
     presence_penalty: Penalty | None = None
-    stream_options: dict[str, object] | None = None
+    stream_options: StreamOptions | None = None
 
 
 class Item(_Fields):
