@@ -29,7 +29,7 @@ from ltepass.calibration.proxy_scale import fresh_proxies, scale_proxies
 from ltepass.calibration.ridge import RidgeSums
 from ltepass.calibration.sensitivity import Sensitivity, sensitivities
 from ltepass.config import Mode
-from ltepass.routed.batches import every, on_every
+from ltepass.routed.batches import every, on_every, require_finite
 from ltepass.routed.modes import mode_of
 from ltepass.routed.quantile_table import table_of
 from ltepass.routed.routed import Routed
@@ -128,6 +128,7 @@ class _EnergyFit(Observer):
 
     def fit(self) -> _Fit:
         weight, bias = self.sums.solve()
+        require_finite(self.site.name, weight, bias)
         logits = self.kept.rows().float() @ weight.T + bias
         return _Fit(weight, bias, logits, float(self.log_sum / self.count.clamp_min(1)))
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ltepass.calibration.energy import MAX_LOG_OFFSET, down_energy
 from ltepass.calibration.sensitivity import Sensitivity
 from ltepass.errors import ShardedError
-from ltepass.routed.batches import Batch
+from ltepass.routed.batches import Batch, require_finite
 from ltepass.routed.proxy_router import ProxyRouter, encode
 from ltepass.routed.quantile_table import quantiles, table_of
 from ltepass.routed.routed import Routed
@@ -68,6 +68,8 @@ def scale_proxies(routed: Routed, batches: Sequence[Batch], found: dict[str, Sen
     observers = [_Scores(site, router) for site, router in routed]
     watch(routed, batches, observers)
     samples = {o.site.name: o.kept.rows() for o in observers}
+    for name, scores in samples.items():
+        require_finite(name, scores)
     factors = dict.fromkeys(samples, 1.0)
     if found is not None:
         factors = {name: _factor(found[name].log_cost, scores) for name, scores in samples.items()}

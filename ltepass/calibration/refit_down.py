@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ltepass.errors import CalibrationError
-from ltepass.routed.batches import require_seen, run_batches
+from ltepass.routed.batches import mapping_of, require_finite, require_seen, run_batches
 from ltepass.routed.modes import mode_of
 from ltepass.routed.quantile_table import interpolate, table_of
 from ltepass.routed.routed import Routed, require_whole
@@ -71,7 +71,7 @@ def warm_start(
     routed.require_gates("warm_start")
     if not is_calibrated(routed):
         raise CalibrationError("warm_start needs started routers; call ltepass.calibrate(model, batches) first")
-    given = {"input_ids": input_ids} if isinstance(input_ids, Tensor) else input_ids
+    given = {"input_ids": input_ids} if isinstance(input_ids, Tensor) else mapping_of(input_ids)
     batch = {"use_cache": False, **given}
     target = None if routed.config["budget"] == "model" else float(routed.config["target_sparsity"])
     calls = _calls(routed, batch)
@@ -144,7 +144,7 @@ class _Fit:
         self.model, self.sites, self.penalty, self.fitted = routed.model, sites, penalty, fitted
         self.weight = sites[0].down_rows.of(self.model, sites[0].d_ff).detach()  # a view
         self.left = max(1, sum(calls[site.name] for site in sites))
-        self.thresholds = [_Threshold(routed.router(s), target, max(1, calls[s.name])) for s in sites]
+        self.thresholds = [_Threshold(s.name, routed.router(s), target, max(1, calls[s.name])) for s in sites]
         self.sums: list[Tensor] = []  # over calls: G^T G, G^T M of what is missing, M = (H - G) W, |M|^2 and |H W|^2
         self.handles: list[Any] = []
 
@@ -201,6 +201,7 @@ class _Fit:
             change = torch.linalg.solve(gram, cross)
         left = missing - (change * cross).sum(dtype=torch.float64)
         left -= (penalty * change.square().sum(1)).sum(dtype=torch.float64)
+        require_finite(self.sites[0].name, change)
         keep(self.weight)  # a sum cannot be taken back bit by bit
         self.weight.add_(change.to(self.weight.dtype))
         return change, float(left / whole)
@@ -209,8 +210,8 @@ class _Fit:
 class _Threshold:
     """Places one router's threshold at its last call, by the tokens of all; none moves alone with budget "model"."""
 
-    def __init__(self, router: Router, target: float | None, calls: int) -> None:
-        self.router, self.target, self.left = router, target, calls
+    def __init__(self, name: str, router: Router, target: float | None, calls: int) -> None:
+        self.name, self.router, self.target, self.left = name, router, target, calls
         self.seen: list[Tensor] = []
 
     def on_logits(self, router: Router, args: tuple[Tensor, ...], logits: Tensor) -> Tensor:
@@ -221,5 +222,6 @@ class _Threshold:
         if self.left:
             return logits
         table = table_of(torch.cat(self.seen))
+        require_finite(self.name, table)
         place_threshold(router, table, interpolate(table, self.target))
         return logits + (router.quantiles[0] - table[0])  # the bias may have moved

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ltepass.calibration.energy import down_energy
 from ltepass.errors import CalibrationError
-from ltepass.routed.batches import Batch, inputs_of, is_empty, require_seen
+from ltepass.routed.batches import Batch, inputs_of, is_empty, require_finite, require_seen
 from ltepass.routed.modes import mode_of
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
@@ -101,6 +101,7 @@ def _one(model: nn.Module, batch: Batch, taps: list[_Tap], hooks: TokenHooks, ge
         for tap in called:
             tap.calls = []
     elif called:
+        require_finite(type(model).__name__, flat)
         drawn = torch.multinomial(flat.detach().softmax(-1).cpu(), 1, generator=generator).flatten().to(flat.device)
         loss = nn.functional.cross_entropy(flat, drawn, reduction="sum")
         gradients = iter(torch.autograd.grad(loss, probes, allow_unused=True))

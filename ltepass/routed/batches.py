@@ -32,14 +32,20 @@ def inputs_of(model: nn.Module, batch: Batch) -> tuple[tuple[Tensor, ...], dict[
     device = _device_of(model)
     if isinstance(batch, Tensor):
         return (batch.to(device),), {}
-    if not isinstance(batch, Mapping):
-        raise CalibrationError(f"a batch is {_seen(batch)}; {EXPECTED}")
+    batch = mapping_of(batch)
     drop = () if _has_decoder(model) else ("labels",)
     named = {name: value for name, value in batch.items() if name not in drop}
     for name, value in named.items():
         if _is_text(value) or (name in TOKEN_INPUTS and isinstance(value, (list, tuple))) or _is_array(value):
             raise CalibrationError(f"{name!r} of a batch is {_seen(value)}; {EXPECTED}")
     return (), {name: v.to(device) if isinstance(v, Tensor) else v for name, v in named.items()}
+
+
+def mapping_of(batch: object) -> Mapping[str, object]:
+    """Raises CalibrationError for what is no mapping."""
+    if not isinstance(batch, Mapping):
+        raise CalibrationError(f"a batch is {_seen(batch)}; {EXPECTED}")
+    return batch
 
 
 def fewest_logits(model: nn.Module, named: Mapping[str, object]) -> dict[str, Tensor]:
@@ -129,6 +135,15 @@ def require_seen(counts: dict[str, int]) -> None:
         raise CalibrationError(
             f"no token reached {missed[0]} ({len(missed)} of {len(counts)} sites); expected at least one "
             "batch that runs through every FFN; pass batches of token ids"
+        )
+
+
+def require_finite(name: str, *made: Tensor) -> None:
+    """made: of what the FFN of this name saw. Raises CalibrationError where that held NaN or infinite values."""
+    if not all(bool(tensor.isfinite().all()) for tensor in made):
+        raise CalibrationError(
+            f"{name} saw values that are not finite; expected finite weights and hidden states on every batch; load "
+            "the model in bfloat16 or float32, or leave out the batch that overflows"
         )
 
 

@@ -9,7 +9,7 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
-from ltepass.routed.batches import Batch
+from ltepass.routed.batches import Batch, require_finite
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
 from ltepass.routed.sites import FFNSite
@@ -79,7 +79,10 @@ def collect(routed: Routed, batches: Iterable[Batch]) -> dict[str, Sample]:
     room = min(SAMPLE_TOKENS, max(256, BUDGET_BYTES // per_token))
     collectors = [_Collector(site, router, room) for site, router in routed]
     watch(routed, takewhile(lambda _: not all(c.full for c in collectors), batches), collectors)
-    return {c.site.name: Sample(torch.cat(c.x), torch.cat(c.h)) for c in collectors}
+    samples = {c.site.name: Sample(torch.cat(c.x), torch.cat(c.h)) for c in collectors}
+    for name, sample in samples.items():
+        require_finite(name, sample.x, sample.h)
+    return samples
 
 
 class _Collector(Observer):

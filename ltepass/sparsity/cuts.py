@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ltepass.config import check_sparsity
-from ltepass.routed.batches import Batch
+from ltepass.routed.batches import Batch, require_finite
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
 from ltepass.routed.samples import Reservoir
@@ -135,6 +135,7 @@ class _Sizes(Observer):
     def quantile(self, setting: Setting, share: float) -> Tensor:
         """[] fp32: up to it are `share` of the sample; negative where no expert was active."""
         sizes = self.kept[setting].rows().flatten().abs().float()
+        require_finite(self.site.name, sizes)
         at = int(share * len(sizes))
         if at == 0:
             return sizes.new_tensor(-1.0)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ltepass.config import Budget, check_sparsity
 from ltepass.errors import CalibrationError
 from ltepass.routed import token_masks
-from ltepass.routed.batches import Batch, run_batches
+from ltepass.routed.batches import Batch, require_finite, run_batches
 from ltepass.routed.modes import mode_of, remember_densities
 from ltepass.routed.quantile_table import interpolate, quantiles, table_of
 from ltepass.routed.routed import Routed
@@ -91,7 +91,9 @@ def update_table(routed: Routed, batches: Iterable[Batch]) -> None:
         run_batches(routed.model, batches)
     for site, router in routed:
         if len(samples[site.name]):
-            router.quantiles.copy_(table_of(samples[site.name].rows()))
+            table = table_of(samples[site.name].rows())
+            require_finite(site.name, table)
+            router.quantiles.copy_(table)
 
 
 def table_tokens(n_experts: int) -> int:

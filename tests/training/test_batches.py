@@ -21,6 +21,7 @@ import ltepass
 from ltepass.calibration.refit_down import warm_start
 from ltepass.calibration.ridge import RidgeSums
 from ltepass.calibration.sensitivity import loss_sensitivity
+from ltepass.config import ROUTERS
 from ltepass.errors import CalibrationError, LoweredError
 from ltepass.measure.quality import sparsity_curve
 from ltepass.measure.sparsity import measure_union, sparsity_of_tail
@@ -144,6 +145,35 @@ def test_nothing_but_empty_batches_is_refused() -> None:
         with pytest.raises(CalibrationError, match=r"no token|no batch"):
             call()
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("budget", ["layer", "model"])
+def test_a_token_that_overflows_is_refused_by_its_site_and_nothing_changes(budget: Any, router: Any) -> None:
+    """One infinite value would make routers, tables or weights NaN, and NaN opens no gate: the FFN would be silent."""
+    model, ids = started("llama", budget=budget, router=router), torch.stack(sequences([8] * 6)).clamp_max(59)
+    bad = ids.clone()
+    bad[2, 3] = 60
+    with torch.no_grad():
+        model.get_input_embeddings().weight[60] = torch.inf
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    for call in (
+        lambda: ltepass.calibrate(model, [ids, bad], grouping="coactivation"),
+        lambda: ltepass.calibrate(model, [ids, bad], grouping="identity", inputs="hard"),
+        lambda: loss_sensitivity(model, [bad]),
+        lambda: settle(model, [ids, bad], 0.5),
+        lambda: warm_start(model, bad),
+        lambda: ltepass.set_input_sparsity(model, 0.5, [bad]),
+    ):
+        with pytest.raises(CalibrationError, match="saw values that are not finite"):
+            call()
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    ltepass.calibrate(model, [ids])
+
+
+def test_a_warm_start_of_something_else_is_refused_by_what_it_is() -> None:
+    with pytest.raises(CalibrationError, match="a batch is the text 'some text'"):
+        warm_start(started("llama"), "some text")  # type: ignore[arg-type]
 
 
 def test_held_out_perplexity_reads_any_mapping() -> None:
