@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM
 import ltepass
 from examples.compare import bits
 from examples.compare.off_grid import off_grid
+from ltepass.demo.tiny import untrained
 from ltepass.kernels.weight_formats import dequantise_int4, quantise_int4
 from tests.models import zoo
 
@@ -66,6 +67,7 @@ def test_the_smoke_preset_measures_every_method_once_and_makes_the_page(
     arguments = ["bits", "--preset", "smoke", "--work", str(tmp_path), "--out", str(out)]
     monkeypatch.setattr("sys.argv", arguments)
     monkeypatch.setattr(bits, "TIERS", ((0.0, 1.0), (0.1, 0.6)))
+    monkeypatch.setattr("examples.compare.models.load", lambda *_: untrained(d_ff=384).eval())
     bits.main()
     first = out.read_text()
     page = out.with_suffix(".md").read_text()
