@@ -142,6 +142,7 @@ MOVED = {
     "ltepass.passes.insert.activation_check": "ltepass.passes.insert.check_activation",
     "ltepass.passes.lower.plain_linears": "ltepass.passes.lower.why_not_linear",
     "ltepass.passes.lower.why_not": "ltepass.passes.lower.why_not_ffn",
+    "ltepass.passes.lower.linear_modules": "ltepass.passes.lower.lower_linear_modules",
 }
 
 

@@ -13,7 +13,7 @@ import torch
 
 import ltepass
 from ltepass.old_names import HELD, MOVED
-from ltepass.passes.lower import linear_modules, lowered_forward
+from ltepass.passes.lower import lower_linear_modules, lowered_forward
 from ltepass.routed import gate
 
 PICKLES = Path(__file__).parent / "checkpoints" / "pickles"
@@ -85,7 +85,7 @@ def test_what_a_gated_model_calls_is_found_by_its_old_names(old: str) -> None:
 
 
 def test_a_lowered_linear_is_found_in_the_file_that_held_it() -> None:
-    assert pickle.loads(b"cltepass.passes.lower.lower_linears\nFloatCall\n.") is linear_modules.FloatCall
+    assert pickle.loads(b"cltepass.passes.lower.lower_linears\nFloatCall\n.") is lower_linear_modules.FloatCall
 
 
 def test_an_unknown_old_name_stays_an_import_error() -> None:

@@ -14,8 +14,9 @@ from ltepass.calibration.initialise import Inputs, initialise_routers
 from ltepass.errors import ConfigError, MetaWeightsError
 from ltepass.grouping_methods import AUTO, AUTO_WITH_DATA
 from ltepass.passes.group.group_neurons import permute_routed, site_permutation
-from ltepass.routed.routed import Routed, require_whole
+from ltepass.routed.routed import Routed
 from ltepass.routed.samples import collect
+from ltepass.routed.sharding import require_whole
 from ltepass.routed.undo import verb
 from ltepass.sparsity.cuts import place_cuts
 from ltepass.sparsity.thresholds import is_calibrated

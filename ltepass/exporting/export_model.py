@@ -27,7 +27,8 @@ from ltepass.passes.graph.pipeline import GraphJob, Pass, run_passes
 from ltepass.passes.lower.lower_model import is_lowered, require_hard
 from ltepass.passes.lower.quantise_linears import Format, QuantiseLinears
 from ltepass.passes.lower.why_not_linear import is_ordinary
-from ltepass.routed.routed import Routed, is_transformed, require_whole, unwrapped
+from ltepass.routed.routed import Routed, is_transformed, unwrapped
+from ltepass.routed.sharding import require_whole
 from ltepass.version import __version__
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ltepass.passes.lower.linear_modules import weights_read as read_by_linears
+from ltepass.passes.lower.lower_linear_modules import weights_read as read_by_linears
 from ltepass.routed.ffn_bits import unread
 from ltepass.routed.routed import Routed, is_transformed, routers_of
 from ltepass.routed.router import Router

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule
 
-from ltepass.errors import AmbiguousModelError, ConfigError, LoweredError, NotTransformedError, ShardedError
+from ltepass.errors import AmbiguousModelError, ConfigError, LoweredError, NotTransformedError
 from ltepass.routed.router import Router
 from ltepass.routed.sites import FFNSite, LTEState
 
@@ -157,17 +157,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
             inner = inner.get_base_model()
         else:
             return inner  # type: ignore[no-any-return]
-
-
-def require_whole(model: nn.Module, what: str, *, flat_only: bool = False) -> None:
-    """Raises ShardedError where FSDP has cut parameters up, or (flat_only) put them into one that has no names."""
-    for path, module in model.named_modules():
-        own = module.__dict__
-        if own.get("_is_fsdp_managed_module") and not (flat_only and own.get("_fsdp_use_orig_params")):
-            raise ShardedError(
-                f"{path or type(module).__name__} was wrapped by FullyShardedDataParallel or fully_shard, and holds a "
-                f"share of its weights only; {what} expects whole ones; call it before wrapping"
-            )
 
 
 def routers_of(model: nn.Module) -> Iterator[Router]:

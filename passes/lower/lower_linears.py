@@ -24,9 +24,9 @@ from ltepass.passes.graph.pipeline import GraphJob, Tier
 from ltepass.passes.graph.walk import strip_identity
 
 # Lowered models that were pickled earlier name them here.
-from ltepass.passes.lower.linear_modules import FloatCall as FloatCall
-from ltepass.passes.lower.linear_modules import Int4Call as Int4Call
-from ltepass.passes.lower.linear_modules import Int8Call as Int8Call
+from ltepass.passes.lower.lower_linear_modules import FloatCall as FloatCall
+from ltepass.passes.lower.lower_linear_modules import Int4Call as Int4Call
+from ltepass.passes.lower.lower_linear_modules import Int8Call as Int8Call
 from ltepass.passes.lower.why_not_linear import why_not_node
 
 

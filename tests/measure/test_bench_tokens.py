@@ -28,7 +28,7 @@ from ltepass.measure.sides.side import Facts
 from ltepass.measure.sides.transformers_side import Transformers
 from ltepass.measure.sparsity import sparsity_of_tail
 from ltepass.measure.token_bytes import weights_read
-from ltepass.passes.lower.linear_modules import lowered_linears
+from ltepass.passes.lower.lower_linear_modules import lowered_linears
 from ltepass.transform_and_lower import remove
 from tests.measure.test_token_bytes import FFN, routed
 from tests.measure.tiny import made

@@ -11,7 +11,7 @@ import ltepass
 from ltepass.kernels.cpu import build, loading
 from ltepass.kernels.read_pass import read_pass
 from ltepass.measure import token_bytes
-from ltepass.passes.lower.linear_modules import lower_linear_modules, unlower_linear_modules
+from ltepass.passes.lower.lower_linear_modules import lower_linear_modules, unlower_linear_modules
 from tests.measure.tiny import made
 from tests.models.test_lower_linears import int4, int8
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import ltepass
 from ltepass.errors import LoweredError
 from ltepass.kernels.weight_formats import dequantise_int4, dequantise_int8, pack_int4
-from ltepass.passes.lower.linear_modules import lower_linear_modules, lowered_linears, unlower_linear_modules
+from ltepass.passes.lower.lower_linear_modules import lower_linear_modules, lowered_linears, unlower_linear_modules
 from tests.models.zoo import gpt2, ids, llama, logits, opt, transformed
 
 
@@ -21,7 +21,7 @@ class Counted:
     """How often our ops are called in a block."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        import ltepass.passes.lower.linear_modules as module
+        import ltepass.passes.lower.lower_linear_modules as module
 
         self.calls: list[str] = []
         for name in ("linear", "linear_int8", "linear_int4"):
@@ -181,7 +181,7 @@ def test_adapters_added_afterwards_see_the_lowered_base(counted: Counted) -> Non
 
 
 def test_a_failure_half_way_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    import ltepass.passes.lower.linear_modules as module
+    import ltepass.passes.lower.lower_linear_modules as module
 
     model, made, make = gpt2().eval(), [], module._call
 
