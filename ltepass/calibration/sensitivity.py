@@ -162,7 +162,8 @@ class _Tap:
         if not self.tokens:  # nothing reaches the output through this site
             return Sensitivity(-torch.inf, down_energy(self.model, self.site))
         d_out = self.site.down_rows.of(self.model, self.site.d_ff).shape[1]
-        return Sensitivity(self.log_cost / max(self.count, 1), d_out / self.tokens * torch.as_tensor(self.neurons))
+        assert isinstance(self.neurons, Tensor), "a sum over the tokens that were seen"
+        return Sensitivity(self.log_cost / max(self.count, 1), d_out / self.tokens * self.neurons)
 
     def close(self) -> None:
         self.handle.remove()

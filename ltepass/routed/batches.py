@@ -53,7 +53,7 @@ def fewest_logits(model: nn.Module, named: Mapping[str, object]) -> dict[str, Te
     heads = getattr(model, "get_output_embeddings", lambda: None)() is not None
     if not heads or "labels" in named or "logits_to_keep" not in signature(model.forward).parameters:
         return {}
-    return {"logits_to_keep": torch.tensor([-1])}  # for an int, Gemma 4 drops tokens before its last FFNs
+    return {"logits_to_keep": torch.tensor([-1], device="cpu")}  # for an int, Gemma 4 drops tokens before its last FFNs
 
 
 def is_empty(batch: Batch) -> bool:

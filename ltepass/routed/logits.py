@@ -27,7 +27,7 @@ class SomeRows:
     def __call__(self, rows: Tensor) -> Tensor:
         if self.keep is None or len(rows) <= self.keep:
             return rows.clone()
-        return rows[torch.randperm(len(rows), generator=self.generator)[: self.keep].to(rows.device)]
+        return rows[torch.randperm(len(rows), generator=self.generator, device="cpu")[: self.keep].to(rows.device)]
 
 
 @contextmanager

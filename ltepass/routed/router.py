@@ -99,12 +99,12 @@ class Router(nn.Module):
             for cut in (self.cut, self.input_cut):
                 if cut is not None:
                     cut.fill_(-1.0)
-            self.permutation.copy_(torch.arange(self.d_ff))
+            self.permutation.copy_(torch.arange(self.d_ff, device=self.permutation.device))
 
     def _start(self, generator: torch.Generator) -> None:
         if not self.weight.is_meta:
-            start = torch.randn(self.weight.shape, generator=generator, dtype=torch.float32) * self.d_model**-0.5
-            self.weight.copy_(start)
+            start = torch.randn(self.weight.shape, generator=generator, dtype=torch.float32, device="cpu")
+            self.weight.copy_(start * self.d_model**-0.5)
         if self.bias is not None:
             self.bias.zero_()
 

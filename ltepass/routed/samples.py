@@ -25,10 +25,12 @@ class Reservoir:
     def __init__(self, keep: int) -> None:
         self.keep, self.generator = keep, torch.Generator().manual_seed(0)
         self.parts: list[Tensor] = []
-        self.keys = torch.empty(0, dtype=torch.float64)  # of the kept rows: those with the smallest are kept
+        self.keys = torch.empty(
+            0, dtype=torch.float64, device="cpu"
+        )  # of the kept rows: those with the smallest are kept
 
     def add(self, rows: Tensor) -> None:
-        keys = torch.rand(len(rows), generator=self.generator, dtype=torch.float64)
+        keys = torch.rand(len(rows), generator=self.generator, dtype=torch.float64, device="cpu")
         if len(self.keys) == self.keep:
             hopeful = keys < self.keys.max()
             rows, keys = rows[hopeful.to(rows.device)], keys[hopeful]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from torch.fx import Node
 
@@ -69,7 +70,8 @@ def find_in(
         linear = captured.flow.linear(node)
         if linear is None:
             continue
-        match = match_down(captured.flow, linear)
+        with torch.device("cpu"):  # whatever torch.set_default_device says: a match runs on numbers of ours
+            match = match_down(captured.flow, linear)
         if isinstance(match, Miss):
             if match.near:
                 refusals.append(_refusal(captured, linear.node, match))

@@ -167,7 +167,7 @@ def activation_of(function: Callable[[Tensor], object]) -> str | None:
     """Which activation a function is, or ANOTHER; None for what passes its input on (dropout)."""
     from ltepass.kernels.reference import ACTIVATIONS
 
-    sample = torch.linspace(-6.0, 6.0, 49, dtype=torch.float64)
+    sample = torch.linspace(-6.0, 6.0, 49, dtype=torch.float64, device="cpu")
     try:
         value = function(sample)
     except Exception:  # it takes something else

@@ -83,7 +83,9 @@ def grouping_permutation(
     if grouping.data == "needed" and sample is None:
         raise CalibrationError(f"grouping {method!r} needs activations; expected calibration batches; pass them")
     x, h = (None, None) if sample is None else (sample.x, sample.h)
-    return grouping.order(Neurons(up=up, gate=gate, down=down, x=x, h=h), partial(_clustered, group_size, seed), seed)
+    with torch.device("cpu"):  # where orders are made, whatever torch.set_default_device says
+        neurons = Neurons(up=up, gate=gate, down=down, x=x, h=h)
+        return grouping.order(neurons, partial(_clustered, group_size, seed), seed)
 
 
 def _clustered(group_size: int, seed: int, points: Tensor) -> Tensor:

@@ -82,12 +82,13 @@ def _region(model: nn.Module, owner: nn.Module, site: FFNSite, graph: Graph) -> 
 
 def _sample(model: nn.Module, rows: NeuronRows, generator: torch.Generator) -> Tensor:
     width = model.get_parameter(rows.param).shape[rows.dim]
-    return torch.empty(1, _TOKENS, width, dtype=torch.float64).uniform_(-6.0, 6.0, generator=generator)
+    return torch.empty(1, _TOKENS, width, dtype=torch.float64, device="cpu").uniform_(-6.0, 6.0, generator=generator)
 
 
 def _run(owner: nn.Module, node: Node, values: dict[Node, Any], d_model: int, generator: torch.Generator) -> object:
     if node.op == "placeholder":
-        return torch.empty(1, _TOKENS, d_model, dtype=torch.float64).uniform_(-1.0, 1.0, generator=generator)
+        x = torch.empty(1, _TOKENS, d_model, dtype=torch.float64, device="cpu")
+        return x.uniform_(-1.0, 1.0, generator=generator)
     args = map_arg(node.args, lambda n: values[n])
     kwargs = map_arg(node.kwargs, lambda n: values[n])
     if node.op == "call_module":

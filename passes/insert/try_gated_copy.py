@@ -94,9 +94,10 @@ def _tokens(owner: nn.Module, site: FFNSite) -> Tensor:
     """[1, 2, d_model] of the owner's dtype and device."""
     floats = [p for p in owner.parameters() if p.is_floating_point()]
     linears = [p for p in floats if p.dtype != torch.float32] or floats  # beside a router's, which are fp32 always
-    like = linears[0] if linears else torch.empty(0)
+    like = linears[0] if linears else torch.empty(0, device="cpu")
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(1, TOKENS, site.d_model, generator=generator, dtype=torch.float32).to(like.device, like.dtype)
+    x = torch.randn(1, TOKENS, site.d_model, generator=generator, dtype=torch.float32, device="cpu")
+    return x.to(like.device, like.dtype)
 
 
 def _run(module: nn.Module, x: Tensor) -> object:

@@ -1,9 +1,9 @@
-"""`torch.set_default_dtype` is the user's: no number of ours depends on it."""
+"""`torch.set_default_dtype` and `set_default_device` are the user's: no number of ours depends on them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -25,17 +25,24 @@ SIZES = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 48, "num_hidd
 
 
 @contextmanager
-def default(dtype: torch.dtype) -> Iterator[None]:
+def default(what: torch.dtype | torch.device) -> Iterator[None]:
     before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+    torch.set_default_dtype(what if isinstance(what, torch.dtype) else before)
     try:
-        yield
+        with what if isinstance(what, torch.device) else nullcontext():
+            yield
     finally:
         torch.set_default_dtype(before)
 
 
+def number(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64, device="cpu")
+
+
 @cache
-def results(dtype: torch.dtype, by_default: torch.dtype, settings: tuple[tuple[str, Any], ...]) -> dict[str, Tensor]:
+def results(
+    dtype: torch.dtype, by_default: torch.dtype | torch.device, settings: tuple[tuple[str, Any], ...]
+) -> dict[str, Tensor]:
     """All that calibrating, settling, cutting and measuring give."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SIZES)).to(dtype).eval()
@@ -47,13 +54,13 @@ def results(dtype: torch.dtype, by_default: torch.dtype, settings: tuple[tuple[s
         found |= {f"start {i}": router.weight.detach().clone() for i, router in enumerate(routers_of(model))}
         ltepass.calibrate(model, batches, inputs="hard")
         ltepass.set_hidden_sparsity(model, 0.3, batches)
-        found |= {f"settled {k}": torch.tensor(v, dtype=torch.float64) for k, v in settle(model, batches, 0.4).items()}
+        found |= {f"settled {k}": number(v) for k, v in settle(model, batches, 0.4).items()}
         ltepass.set_sparsity(model, 0.6)
         shares = ltepass.measure_sparsity(model, batches) | measure_union(model, batches)
-        found |= {f"share {k}": torch.tensor(v, dtype=torch.float64) for k, v in shares.items()}
+        found |= {f"share {k}": number(v) for k, v in shares.items()}
         if dtype is torch.float32:
             errors = warm_start(model, batches[0])
-            found |= {f"error {k}": torch.tensor(v, dtype=torch.float64) for k, v in errors.items()}
+            found |= {f"error {k}": number(v) for k, v in errors.items()}
         begin_stage(model, "soft")
         model(batches[0])
         aux = take_auxiliary(model, None)
@@ -70,6 +77,15 @@ def test_routers_and_measures_are_those_of_the_fp32_default(
     expected, found = results(dtype, torch.float32, settings), results(dtype, by_default, settings)
     for name, value in expected.items():
         assert found[name].dtype == value.dtype, name
+        assert torch.equal(found[name].nan_to_num(), value.nan_to_num()), name
+
+
+@pytest.mark.parametrize("settings", [(("budget", "model"),), (("grouping", "kmeans"),), (("router", "proxy"),)])
+def test_no_tensor_of_ours_goes_where_the_default_device_is(settings: tuple[tuple[str, Any], ...]) -> None:
+    """Scripts set "cuda" for the process. Here "meta" stands for it, where nothing can be read."""
+    expected = results(torch.float32, torch.float32, settings)
+    found = results(torch.float32, torch.device("meta"), settings)
+    for name, value in expected.items():
         assert torch.equal(found[name].nan_to_num(), value.nan_to_num()), name
 
 
