@@ -1,4 +1,4 @@
-"""`ltepass::routed_ffn` and `routed_proxy_ffn`: fake, autograd and dispatch. They differ in what decides.
+"""`ltepass::routed_ffn` and `routed_proxy_ffn`, and both with int8 weights: fake, autograd and dispatch.
 
 Importing this registers the ops and builds nothing. The C++ kernel registers itself for CPU when it is loaded, on the
 first CPU call; until then, and on a machine without a compiler, CPU calls land in `_plain` below, which is also what
@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltepass.kernels import dispatch, reference
+from ltepass.kernels import dispatch
 from ltepass.kernels.backward import hard_ffn
 from ltepass.kernels.dispatch import any_device, vmap_over_x
-from ltepass.kernels.routed_schema import LINEAR, PROXY, RoutedOp
+from ltepass.kernels.routed_schema import LINEAR, LINEAR_INT8, PROXY, PROXY_INT8, RoutedOp
 
 _library = torch.library.Library("ltepass", "FRAGMENT")
 # The active share from which the C++ kernel leaves this many tokens to PyTorch's own GEMMs; above 1: it never does.
@@ -43,8 +43,7 @@ for _op in (LINEAR, PROXY):
 def _plain(op: RoutedOp, with_mask: bool, *args: object) -> Any:
     c = op.checked(args)
     active = op.mask(c)
-    seen = reference.leave_out_small(c.x, c.input_cut)
-    y = reference.masked_ffn(*[seen, active, *c.weights, c.activation, c.cut])
+    y = op.masked_ffn(c, active)
     return (y, active, active.sum()) if with_mask else y
 
 
@@ -107,8 +106,21 @@ def _register(op: RoutedOp) -> None:
         torch.library.register_vmap(f"ltepass::{name}", vmap, lib=_library)
 
 
+def _register_int8(op: RoutedOp) -> None:
+    """One op without a gradient: quantised weights are constants, and nothing trains through them yet."""
+    _library.define(f"{op.name}{op.arguments} -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+    public = getattr(torch.ops.ltepass, op.name).default
+    _library.impl(op.name, any_device(public, partial(_plain, op, False)), "CompositeExplicitAutograd")
+    rule = dispatch.rule(public, None, "weights in floats")
+    _library.impl(op.name, rule, "Autograd", with_keyset=True)
+    torch.library.register_fake(f"ltepass::{op.name}", _fake(op, False), lib=_library)
+    torch.library.register_vmap(f"ltepass::{op.name}", vmap_over_x(public), lib=_library)
+
+
 _register(LINEAR)
 _register(PROXY)
+_register_int8(LINEAR_INT8)
+_register_int8(PROXY_INT8)
 dispatch.show_launches(_library)
 
 

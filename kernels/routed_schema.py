@@ -1,19 +1,24 @@
-"""What `ltepass::routed_ffn` and `routed_proxy_ffn` take: schema and checks; and the decision, in which they differ."""
+"""What the routed ops take: schema and checks. They differ in what decides, and in how weights are stored."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ltepass.errors import LTEError
-from ltepass.kernels import proxy, proxy_reference, reference
+from ltepass.kernels import proxy, proxy_reference, reference, routed_int8_reference
 from ltepass.kernels.dispatch import Args
+from ltepass.kernels.linear_checks import FLOATS, words
 
 
 class Call(NamedTuple):
-    """An op's arguments by what they are for. weights: up, up_bias, gate, gate_bias, down, down_bias."""
+    """An op's arguments by what they are for.
+
+    weights: up, up_bias, gate, gate_bias, down, down_bias; of int8 ones up_scale, gate_scale, down_scale behind them.
+    """
 
     x: Tensor
     router: Args
@@ -26,35 +31,43 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True)
 class RoutedOp:
-    """One of the two. router: what decides, as a schema; plain: the name of what C++ calls for other dtypes."""
+    """One of the four. router: what decides, as a schema; plain: the name of what C++ calls for other dtypes."""
 
     name: str
     router: str
     n_router: int
     plain: str
+    int8: bool = False
 
     @property
     def arguments(self) -> str:
         return (
             f"(Tensor x, {self.router}, Tensor threshold, Tensor up, Tensor? up_bias, Tensor? gate, Tensor? gate_bias, "
-            "Tensor down, Tensor? down_bias, str activation, Tensor? cut=None, Tensor? input_cut=None)"
+            f"Tensor down, Tensor? down_bias, {SCALES if self.int8 else ''}"
+            "str activation, Tensor? cut=None, Tensor? input_cut=None)"
         )
+
+    @property
+    def proxied(self) -> bool:
+        return self.router is not _ROUTER
 
     @property
     def n_tensors(self) -> int:
         """Every argument before the activation; after it, `cut` and `input_cut` where they are given."""
-        return self.n_router + 8
+        return self.n_router + 8 + 3 * self.int8
 
     def call(self, args: Args) -> Call:
         n = 1 + self.n_router
         cut, input_cut = (*args[self.n_tensors + 1 :], None, None)[:2]
-        return Call(args[0], args[1:n], args[n], args[n + 1 : n + 7], args[self.n_tensors], cut, input_cut)
+        return Call(args[0], args[1:n], args[n], args[n + 1 : self.n_tensors], args[self.n_tensors], cut, input_cut)
 
     def checked(self, args: Args) -> Call:
         """Raises LTEError for shapes and dtypes that no path can make sense of."""
         c = self.call(args)
-        up, _, gate, _, down, _ = c.weights
-        if self is LINEAR:
+        up, _, gate, _, down, _, *scales = c.weights
+        if self.int8:
+            _check_int8(c.x, up, gate, down, *scales)
+        if not self.proxied:
             check(c.x, c.router[0], up, gate, down, c.activation)
             return c
         proxy.checked((c.x, *c.router, c.activation))
@@ -65,18 +78,28 @@ class RoutedOp:
         return c
 
     def n_experts(self, c: Call) -> int:
-        weight = c.router[0] if self is LINEAR else c.router[-2]
+        weight = c.router[-2]
         return weight.shape[0]  # type: ignore[no-any-return]
 
     def mask(self, c: Call) -> Tensor:
         """bool [..., n_experts]: the definition of the decision."""
-        if self is LINEAR:
+        if not self.proxied:
             return reference.mask(*[c.x, *c.router, c.threshold])
         return proxy_reference.scores(*proxy.call((c.x, *c.router, c.activation))) > c.threshold
 
+    def masked_ffn(self, c: Call, active: Tensor) -> Tensor:
+        """y, with the decision given."""
+        seen = reference.leave_out_small(c.x, c.input_cut)
+        ffn = routed_int8_reference.masked_ffn if self.int8 else reference.masked_ffn
+        return ffn(*[seen, active, *c.weights, c.activation, c.cut])
 
-LINEAR = RoutedOp("routed_ffn", "Tensor router_weight, Tensor? router_bias", 2, "_plain")
+
+_ROUTER = "Tensor router_weight, Tensor? router_bias"
+SCALES = "Tensor up_scale, Tensor? gate_scale, Tensor down_scale, "
+LINEAR = RoutedOp("routed_ffn", _ROUTER, 2, "_plain")
 PROXY = RoutedOp("routed_proxy_ffn", proxy.ROUTER, proxy.N_ROUTER, "_plain_proxy")
+LINEAR_INT8 = replace(LINEAR, name="routed_ffn_int8", int8=True)
+PROXY_INT8 = replace(PROXY, name="routed_proxy_ffn_int8", int8=True)
 
 
 def check(x: Tensor, router_weight: Tensor, up: Tensor, gate: Tensor | None, down: Tensor, activation: str) -> None:
@@ -88,6 +111,28 @@ def check(x: Tensor, router_weight: Tensor, up: Tensor, gate: Tensor | None, dow
             f"x is [..., {x.shape[-1]}] and router_weight {list(router_weight.shape)}; expected [n_experts, d_model]"
         )
     _check_neurons(x, up, gate, down, router_weight.shape[0])
+
+
+def _check_int8(
+    x: Tensor,
+    up: Tensor,
+    gate: Tensor | None,
+    down: Tensor,
+    up_scale: Tensor,
+    gate_scale: Tensor | None,
+    down_scale: Tensor,
+) -> None:
+    if x.dtype not in FLOATS:
+        raise LTEError(f"x is {words(x)}; expected float32, bfloat16 or float16")
+    if (gate is None) != (gate_scale is None):
+        raise LTEError("one of gate and gate_scale is None; expected both or neither")
+    for name, codes, scale in (("up", up, up_scale), ("gate", gate, gate_scale), ("down", down, down_scale)):
+        if codes is None or scale is None:
+            continue
+        if codes.dtype != torch.int8 or codes.dim() != 2:
+            raise LTEError(f"{name} is {words(codes)}; expected a matrix of int8")
+        if scale.dtype != torch.float32 or scale.shape != codes.shape[:1]:
+            raise LTEError(f"{name}_scale is {words(scale)}; expected float32 [{codes.shape[0]}], one an output")
 
 
 def _check_neurons(x: Tensor, up: Tensor, gate: Tensor | None, down: Tensor, n_experts: int) -> None:

@@ -37,13 +37,17 @@ HEADERS = (
     "chunk.h",
     "batch.h",
     "dense.h",
+    "dense_int8.h",
     "linear.h",
+    "linear_tensors.h",
+    "active.h",
     "attention.h",
     "quantised_inputs.h",
     "quantised.h",
     "read_pass.h",
     "proxy.h",
     "proxy_tensors.h",
+    "routed_tensors.h",
 )
 STABLE_ABI = "0x020b000000000000"  # torch 2.11, the oldest that ltepass supports
 # What each object may assume of the CPU, as /proc/cpuinfo names it; the first that fits is taken.

@@ -44,9 +44,9 @@ void activate_and_mask(const Problem& p, typename E::T* h, const typename E::T* 
   });
 }
 
+// Tokens of x as up and gate see them.
 template <class E>
-void dense(const Problem& p, const Tensor& x, const Weights& w, const Tensor& y, int64_t first, int64_t tokens,
-           const uint8_t* mask) {
+Tensor seen(const Problem& p, const Tensor& x, int64_t first, int64_t tokens) {
   Tensor rows = torch::stable::view(x, {p.tokens, p.d_model});
   rows = torch::stable::narrow(rows, 0, first, tokens);
   if (p.input_cut >= 0.0f) {
@@ -55,6 +55,13 @@ void dense(const Problem& p, const Tensor& x, const Weights& w, const Tensor& y,
     for (int64_t i = 0; i < tokens * p.d_model; i++)
       if (std::fabs(E::to_float(v[i])) <= p.input_cut) v[i] = 0;
   }
+  return rows;
+}
+
+template <class E>
+void dense(const Problem& p, const Tensor& x, const Weights& w, const Tensor& y, int64_t first, int64_t tokens,
+           const uint8_t* mask) {
+  const Tensor rows = seen<E>(p, x, first, tokens);
   const Tensor h = aten_linear(rows, w.up, w.up_bias);
   const OptionalTensor gate = w.gate ? OptionalTensor(aten_linear(rows, *w.gate, w.gate_bias)) : std::nullopt;
   activate_and_mask<E>(p, static_cast<typename E::T*>(h.data_ptr()),

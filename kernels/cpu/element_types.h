@@ -113,6 +113,18 @@ struct F16 {
   }
 };
 
+// Codes of a weight, without their scale.
+struct I8 {
+  using T = int8_t;
+  using Stream = I8;
+  static constexpr int PARTS = 1;
+  static vf load(const T* p) {
+    typedef T codes __attribute__((vector_size(W), aligned(1), may_alias));
+    return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const codes*>(p), vi), vf);
+  }
+  static void load_parts(const T* p, vf* out) { out[0] = load(p); }
+};
+
 // The last n < W elements of a row, zeros behind them: never reads past the end of a tensor.
 template <class E>
 inline vf load_part(const typename E::T* p, int64_t n) {

@@ -42,14 +42,16 @@ struct Fetch {
   }
 };
 
-// The rows of a weight, as bytes.
+// The rows of a weight, as bytes; of a list of them, row i is list[i].
 struct Rows {
   const char* data;
   int64_t stride, bytes, count;  // bytes from one to the next, and of each
+  const int32_t* list = nullptr;
+  int64_t place(int64_t i) const { return list ? list[i] : i; }
   // LANES of them, `gap` apart; past the last one, the last one again: its sums are not used.
   void at(int64_t first, int64_t gap, const char** to) const {
 #pragma GCC unroll 16
-    for (int n = 0; n < LANES; n++) to[n] = data + std::min(first + n * gap, count - 1) * stride;
+    for (int n = 0; n < LANES; n++) to[n] = data + place(std::min(first + n * gap, count - 1)) * stride;
   }
 };
 

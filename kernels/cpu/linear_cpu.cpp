@@ -4,31 +4,15 @@
 #include <cpuid.h>
 #endif
 
+#include "linear_tensors.h"
 #include "quantised.h"
-#include "tensors.h"
 
 namespace {
 
 // From here the library's GEMM is worth asking for floats (see README.md, linears).
 constexpr int64_t MOST_TOKENS = 32;
 
-int64_t tokens_of(const Tensor& x) {
-  int64_t n = 1;
-  for (int64_t i = 0; i + 1 < x.dim(); i++) n *= x.size(i);
-  return n;
-}
-
-Tensor output_of(const Tensor& x, int64_t d_out) {
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  sizes.back() = d_out;
-  return empty(sizes, dtype_code(x));
-}
-
 // ---- the checks of ../linear.py, in its words ----
-
-bool is(const Tensor& t, ScalarType dtype, const std::vector<int64_t>& sizes) {
-  return t.scalar_type() == dtype && t.is_cpu() && std::ranges::equal(t.sizes(), sizes);
-}
 
 void check(const Tensor& x, const char* name, const Tensor& weight, ScalarType dtype, int64_t per_element) {
   STD_TORCH_CHECK(weight.dim() == 2 && weight.scalar_type() == dtype && weight.is_cpu(), name, " is ", words_of(weight),
@@ -41,11 +25,6 @@ void check_input(const Tensor& x) {
   STD_TORCH_CHECK(is_float(x.scalar_type()), "x is ", words_of(x), "; expected float32, bfloat16 or float16");
 }
 
-void check_bias(const OptionalTensor& bias, const Tensor& x, int64_t d_out) {
-  STD_TORCH_CHECK(!bias || is(*bias, x.scalar_type(), {d_out}), "bias is ", words_of(*bias), "; expected ",
-                  name_of(x.scalar_type()), " [", d_out, "], x's dtype and one for each output");
-}
-
 void check_blocks(const Tensor& t, const Tensor& codes, const char* name) {
   const int64_t blocks = codes.size(1) / (BLOCK / 2);
   STD_TORCH_CHECK(is(t, ScalarType::Half, {codes.size(0), blocks}), name, " is ", words_of(t), "; expected float16 [",
@@ -53,32 +32,6 @@ void check_blocks(const Tensor& t, const Tensor& codes, const char* name) {
 }
 
 // ---- the ops ----
-
-// Rows as they lie; copied only where they are not dense.
-struct Kept {
-  Tensor tensor;
-  explicit Kept(const Tensor& t) : tensor(t.stride(1) == 1 || t.size(1) <= 1 ? t : torch::stable::contiguous(t)) {}
-  Rows rows() const {
-    const int64_t bytes = tensor.element_size();
-    return {static_cast<const char*>(tensor.data_ptr()), tensor.stride(0) * bytes, tensor.size(1) * bytes, tensor.size(0)};
-  }
-};
-
-template <class L>
-Tensor run(L l, const Tensor& x_in, const OptionalTensor& bias_in) {
-  check_bias(bias_in, x_in, l.weight.count);
-  const Tensor x = dense(x_in), y = output_of(x, l.weight.count);
-  const OptionalTensor bias = bias_in ? OptionalTensor(dense(*bias_in)) : std::nullopt;
-  const int64_t tokens = tokens_of(x);
-  if (tokens == 0 || l.weight.count == 0) return y;
-  with_type(x, [&]<class E>() {
-    using T = typename E::T;
-    if constexpr (std::is_same_v<E, typename L::Input> || std::is_void_v<typename L::Input>)
-      linear<E>(l, static_cast<const T*>(x.data_ptr()), tokens, bias ? bias->data_ptr() : nullptr,
-                static_cast<T*>(y.data_ptr()), threads_here());
-  });
-  return y;
-}
 
 // Whether the library's GEMM has units for factors of 16 bits; without, it takes 3 (bf16) to 10 times (fp16) what it
 // takes for fp32. An object that was compiled without units for bf16 runs where there are none.
@@ -135,9 +88,9 @@ Tensor linear_op(const Tensor& x, const Tensor& weight, const OptionalTensor& bi
     return x.scalar_type() == ScalarType::Half ? widened<F16>(x, weight, bias) : widened<BF16>(x, weight, bias);
   }
   const Rows rows = Kept(weight).rows();
-  if (x.scalar_type() == ScalarType::Float) return run(FloatLinear<F32>{rows, x.size(-1), nullptr}, x, bias);
-  if (x.scalar_type() == ScalarType::BFloat16) return run(FloatLinear<BF16>{rows, x.size(-1), nullptr}, x, bias);
-  return run(FloatLinear<F16>{rows, x.size(-1), nullptr}, x, bias);
+  if (x.scalar_type() == ScalarType::Float) return apply(FloatLinear<F32>{rows, x.size(-1), nullptr}, x, bias);
+  if (x.scalar_type() == ScalarType::BFloat16) return apply(FloatLinear<BF16>{rows, x.size(-1), nullptr}, x, bias);
+  return apply(FloatLinear<F16>{rows, x.size(-1), nullptr}, x, bias);
 }
 
 Tensor linear_int8(const Tensor& x, const Tensor& codes, const Tensor& scale_in, const OptionalTensor& bias) {
@@ -147,7 +100,7 @@ Tensor linear_int8(const Tensor& x, const Tensor& codes, const Tensor& scale_in,
                   "; expected float32 [", codes.size(0), "], one for each row of codes");
   const Kept kept(codes);
   const Tensor scale = dense(scale_in);
-  return run(Int8Linear(kept.rows(), x.size(-1), static_cast<const float*>(scale.data_ptr())), x, bias);
+  return apply(Int8Linear(kept.rows(), x.size(-1), static_cast<const float*>(scale.data_ptr())), x, bias);
 }
 
 Tensor linear_int4(const Tensor& x, const Tensor& codes, const Tensor& scale, const OptionalTensor& minimum,
@@ -159,8 +112,8 @@ Tensor linear_int4(const Tensor& x, const Tensor& codes, const Tensor& scale, co
   check_blocks(scale, codes, "scale");
   if (minimum) check_blocks(*minimum, codes, "minimum");
   const Kept kept(codes), scales(scale), minima(minimum.value_or(scale));
-  if (minimum) return run(Int4Linear<true>(kept.rows(), scales.rows(), minima.rows()), x, bias);
-  return run(Int4Linear<false>(kept.rows(), scales.rows(), minima.rows()), x, bias);
+  if (minimum) return apply(Int4Linear<true>(kept.rows(), scales.rows(), minima.rows()), x, bias);
+  return apply(Int4Linear<false>(kept.rows(), scales.rows(), minima.rows()), x, bias);
 }
 
 }  // namespace

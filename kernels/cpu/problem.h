@@ -35,6 +35,7 @@ struct Problem {
   float threshold;
   Matrix up, gate, down;  // [d_ff, d_model] twice, [d_out, d_ff]; gate.data is null in a plain FFN
   const void *up_bias, *gate_bias, *down_bias;
+  const float *up_scale, *gate_scale, *down_scale;  // of weights in int8, one an output
   Act act;
   float cut;        // hidden units of a size up to it are 0; negative: none are
   float input_cut;  // the same for x, as up and gate see it

@@ -53,7 +53,7 @@ struct Int8Linear {
     if (k < d_in) add(k / VB, [&](int n) { return load_last_bytes(rows[n] + k, d_in - k); });
     sum_lanes(acc, sums);
   }
-  float finish(float sum, int64_t row) const { return sum * scale[row]; }
+  float finish(float sum, int64_t row) const { return sum * scale[weight.place(row)]; }
 };
 
 // fp16 scales of the blocks of a vector of 4-bit codes, each in the lanes of its block.

@@ -6,54 +6,22 @@
 #include "batch.h"
 #include "decode.h"
 #include "dense.h"
-#include "proxy_tensors.h"
+#include "dense_int8.h"
 #include "read_pass.h"
-#include "tensors.h"
+#include "routed_tensors.h"
 
 namespace {
 
-// A weight that can be read where it lies; copied only where neither dimension is dense.
-struct Weight {
-  Tensor kept;
-  Matrix matrix;
-  explicit Weight(const Tensor& t) : kept(t) {
-    const bool dense = t.stride(1) == 1 || t.size(1) == 1 || t.stride(0) == 1;
-    if (!dense) kept = torch::stable::contiguous(t);
-    matrix.data = kept.data_ptr();
-    matrix.row = kept.stride(0);
-    matrix.col = kept.size(1) == 1 ? 1 : kept.stride(1);
-  }
-};
-
-const void* bias_data(const OptionalTensor& t, ScalarType dtype, int64_t n, const char* name) {
-  if (!t) return nullptr;
-  STD_TORCH_CHECK(t->scalar_type() == dtype && t->dim() == 1 && t->size(0) == n && (t->stride(0) == 1 || n <= 1), name,
-                  " should be contiguous, of shape [", n, "] and of its weight's dtype");
-  return t->data_ptr();
-}
-
-void check_weight(const Tensor& t, ScalarType dtype, int64_t rows, int64_t cols, const char* name) {
-  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == cols && t.scalar_type() == dtype && t.is_cpu(), name,
-                  " should be a CPU tensor of shape [", rows, ", ", cols, "]",
-                  name == std::string("router_weight") ? " and fp32" : " and of x's dtype");
-}
-
 template <class E>
 void run(const Problem& p, const Tensor& x, const Weights& w, const Tensor& y) {
-  if (p.tokens == 1) return decode<E>(p);
+  if (p.tokens == 1) return p.up_scale ? decode<E, I8>(p) : decode<E>(p);
   const bool narrow = std::min(p.d_ff, p.d_out) < NARROW && p.threads > 1;
+  auto alone = [&](auto&& work) { narrow ? in_one_thread(work) : work(); };
+  if (p.up_scale) return alone([&] { dense_int8<E>(p, x, w); });
   batch<E>(p, [&](int64_t first, int64_t tokens, const uint8_t* mask) {
-    auto work = [&] { dense<E>(p, x, w, y, first, tokens, mask); };
-    narrow ? in_one_thread(work) : work();
+    alone([&] { dense<E>(p, x, w, y, first, tokens, mask); });
   });
 }
-
-// What decides: a linear, or a proxy.
-struct Deciding {
-  const Tensor* weight = nullptr;
-  const OptionalTensor* bias = nullptr;
-  const ProxyArguments* proxy = nullptr;
-};
 
 // fp64 (gradient checks) and anything else without a kernel: the few lines of PyTorch that ../routed_ffn.py registers.
 std::tuple<Tensor, OptionalTensor> plain(const Tensor& x, const Deciding& router, const Tensor& threshold, const Weights& w,
@@ -74,19 +42,15 @@ std::tuple<Tensor, OptionalTensor> plain(const Tensor& x, const Deciding& router
   return {to<Tensor>(stack[0]), OptionalTensor(to<Tensor>(stack[1]))};
 }
 
-float cut_of(const OptionalTensor& t, const char* name) {
-  if (!t) return -1.0f;
-  STD_TORCH_CHECK(t->numel() == 1 && t->scalar_type() == ScalarType::Float, name, " should be [] fp32");
-  return *static_cast<const float*>(t->data_ptr());
-}
-
 std::tuple<Tensor, OptionalTensor> forward(const Tensor& x_in, const Deciding& deciding, const Tensor& threshold,
                                            const Tensor& up, const OptionalTensor& up_bias,
                                            const OptionalTensor& gate, const OptionalTensor& gate_bias,
                                            const Tensor& down, const OptionalTensor& down_bias,
                                            const std::string& activation, const OptionalTensor& cut,
-                                           const OptionalTensor& input_cut, bool with_mask) {
-  const ScalarType dtype = x_in.scalar_type();
+                                           const OptionalTensor& input_cut, bool with_mask,
+                                           const Scales* scales = nullptr) {
+  const ScalarType dtype = x_in.scalar_type(), stored = scales ? ScalarType::Char : dtype;
+  STD_TORCH_CHECK(!scales || is_float(dtype), "x is ", words_of(x_in), "; expected float32, bfloat16 or float16");
   const Weights weights{up, up_bias, gate, gate_bias, down, down_bias};
   if (dtype == ScalarType::Double) return plain(x_in, deciding, threshold, weights, activation, cut, input_cut);
   STD_TORCH_CHECK(x_in.dim() >= 1 && up.dim() == 2 && down.dim() == 2, "x should be [..., d_model] and the weights matrices");
@@ -113,12 +77,13 @@ std::tuple<Tensor, OptionalTensor> forward(const Tensor& x_in, const Deciding& d
                   " experts; expected a whole number of neurons each");
   p.group = p.d_ff / p.n_experts;
   if (router) check_weight(*router, ScalarType::Float, p.n_experts, p.d_model, "router_weight");
-  check_weight(up, dtype, p.d_ff, p.d_model, "up");
-  check_weight(down, dtype, p.d_out, p.d_ff, "down");
-  if (gate) check_weight(*gate, dtype, p.d_ff, p.d_model, "gate");
+  check_weight(up, stored, p.d_ff, p.d_model, "up");
+  check_weight(down, stored, p.d_out, p.d_ff, "down");
+  if (gate) check_weight(*gate, stored, p.d_ff, p.d_model, "gate");
   STD_TORCH_CHECK(threshold.numel() == 1 && threshold.scalar_type() == ScalarType::Float, "threshold should be [] fp32");
-  const Weight up_weight(up), down_weight(down);
-  const std::optional<Weight> gate_weight = gate ? std::optional<Weight>(*gate) : std::nullopt;
+  const Weight up_weight(up, scales), down_weight(down);
+  std::optional<Weight> gate_weight;
+  if (gate) gate_weight.emplace(*gate, scales);
   p.x = x.data_ptr(), p.x_stride = p.d_model;
   if (router) {
     p.router = {router->data_ptr(), router->stride(0), 1};
@@ -130,6 +95,12 @@ std::tuple<Tensor, OptionalTensor> forward(const Tensor& x_in, const Deciding& d
   p.up_bias = bias_data(up_bias, dtype, p.d_ff, "up_bias");
   p.gate_bias = bias_data(gate_bias, dtype, p.d_ff, "gate_bias");
   p.down_bias = bias_data(down_bias, dtype, p.d_out, "down_bias");
+  if (scales) {
+    STD_TORCH_CHECK(scales->gate.has_value() == gate.has_value(), "gate and gate_scale come together");
+    p.up_scale = scale_data(scales->up, p.d_ff, "up_scale");
+    if (gate) p.gate_scale = scale_data(*scales->gate, p.d_ff, "gate_scale");
+    p.down_scale = scale_data(scales->down, p.d_out, "down_scale");
+  }
   p.cut = cut_of(cut, "cut");
   p.input_cut = cut_of(input_cut, "input_cut");
   p.dense_above = dense_above(dtype, p.tokens, p.group);
@@ -139,7 +110,7 @@ std::tuple<Tensor, OptionalTensor> forward(const Tensor& x_in, const Deciding& d
   sizes.back() = p.d_out;
   const Tensor y = empty(sizes, dtype_code(x));
   OptionalTensor mask;
-  if (with_mask) {
+  if (with_mask || (scales && p.tokens > 1)) {
     sizes.back() = p.n_experts;
     mask = empty(sizes, aoti_torch_dtype_bool());
   }
@@ -198,6 +169,31 @@ auto routed_proxy_ffn(const Tensor& x, const Tensor& codes, const OptionalTensor
                                    down_bias, activation, cut, input_cut, WITH_MASK));
 }
 
+Tensor routed_ffn_int8(const Tensor& x, const Tensor& router_weight, const OptionalTensor& router_bias,
+                       const Tensor& threshold, const Tensor& up, const OptionalTensor& up_bias,
+                       const OptionalTensor& gate, const OptionalTensor& gate_bias, const Tensor& down,
+                       const OptionalTensor& down_bias, const Tensor& up_scale, const OptionalTensor& gate_scale,
+                       const Tensor& down_scale, const std::string& activation, const OptionalTensor& cut,
+                       const OptionalTensor& input_cut) {
+  const Scales scales{up_scale, gate_scale, down_scale};
+  return std::get<0>(forward(x, {&router_weight, &router_bias}, threshold, up, up_bias, gate, gate_bias, down,
+                             down_bias, activation, cut, input_cut, false, &scales));
+}
+
+Tensor routed_proxy_ffn_int8(const Tensor& x, const Tensor& codes, const OptionalTensor& multipliers,
+                             const Tensor& code_scales, const OptionalTensor& biases, const Tensor& sizes,
+                             const Tensor& router_weight, const Tensor& router_bias, const Tensor& threshold,
+                             const Tensor& up, const OptionalTensor& up_bias, const OptionalTensor& gate,
+                             const OptionalTensor& gate_bias, const Tensor& down, const OptionalTensor& down_bias,
+                             const Tensor& up_scale, const OptionalTensor& gate_scale, const Tensor& down_scale,
+                             const std::string& activation, const OptionalTensor& cut,
+                             const OptionalTensor& input_cut) {
+  const ProxyArguments proxy{codes, multipliers, code_scales, biases, sizes, router_weight, router_bias};
+  const Scales scales{up_scale, gate_scale, down_scale};
+  return std::get<0>(forward(x, {nullptr, nullptr, &proxy}, threshold, up, up_bias, gate, gate_bias, down, down_bias,
+                             activation, cut, input_cut, false, &scales));
+}
+
 int64_t read_pass_op(const std::vector<Tensor>& buffers) {
   std::vector<Piece> pieces;
   for (const Tensor& t : buffers)
@@ -214,6 +210,8 @@ STABLE_TORCH_LIBRARY_IMPL(ltepass, CPU, m) {
   m.impl("routed_proxy_ffn", TORCH_BOX(&routed_proxy_ffn<false>));
   m.impl("_routed_proxy_ffn_no_grad", TORCH_BOX(&routed_proxy_ffn<false>));
   m.impl("routed_proxy_ffn_with_mask", TORCH_BOX(&routed_proxy_ffn<true>));
+  m.impl("routed_ffn_int8", TORCH_BOX(&routed_ffn_int8));
+  m.impl("routed_proxy_ffn_int8", TORCH_BOX(&routed_proxy_ffn_int8));
   m.impl("proxy_scores", TORCH_BOX(&proxy_scores));
   m.impl("_dense_above", TORCH_BOX(&dense_above_op));
   m.impl("_read_pass", TORCH_BOX(&read_pass_op));
