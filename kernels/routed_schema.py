@@ -100,6 +100,7 @@ LINEAR = RoutedOp("routed_ffn", _ROUTER, 2, "_plain")
 PROXY = RoutedOp("routed_proxy_ffn", proxy.ROUTER, proxy.N_ROUTER, "_plain_proxy")
 LINEAR_INT8 = replace(LINEAR, name="routed_ffn_int8", int8=True)
 PROXY_INT8 = replace(PROXY, name="routed_proxy_ffn_int8", int8=True)
+OPS = (LINEAR, PROXY, LINEAR_INT8, PROXY_INT8)
 
 
 def check(x: Tensor, router_weight: Tensor, up: Tensor, gate: Tensor | None, down: Tensor, activation: str) -> None:

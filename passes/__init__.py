@@ -13,6 +13,7 @@ from ltepass.passes.lower.lower_linears import LowerLinears
 from ltepass.passes.lower.lower_routed_ffn import LowerRoutedFFN
 from ltepass.passes.lower.merge_linears import MergeLinears
 from ltepass.passes.lower.quantise_linears import QuantiseLinears
+from ltepass.passes.lower.quantise_routed_ffn import QuantiseRoutedFFN
 
 # What `ltepass.transform` runs. The last two change the model; all checks come before.
 TRANSFORM: tuple[Pass[TransformJob], ...] = (
@@ -25,6 +26,7 @@ TRANSFORM: tuple[Pass[TransformJob], ...] = (
 # What `ltepass.export` does to a captured step, whose weights are its own.
 EXPORT: tuple[Pass[GraphJob], ...] = (
     LowerRoutedFFN(),
+    QuantiseRoutedFFN(),
     LayOutNeurons(),
     MergeLinears(),
     QuantiseLinears(),

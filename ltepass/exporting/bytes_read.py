@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
+from ltepass.kernels.routed_schema import OPS
 from ltepass.passes.graph.leaves_and_linears import held
 from ltepass.passes.graph.node_kinds import op_name
+
+GATHERED = ("up", "gate", "down", "up_scale", "gate_scale")  # by neuron
 
 
 def bytes_read(graph: GraphModule) -> tuple[int, int]:
@@ -24,8 +27,8 @@ def bytes_read(graph: GraphModule) -> tuple[int, int]:
 
 def _gathers(node: Node, leaf: Node) -> bool:
     """Whether a sparse op reads those rows or columns of the leaf whose neurons are active."""
-    if op_name(node) not in ("routed_ffn", "routed_proxy_ffn"):
+    if op_name(node) not in {op.name for op in OPS}:
         return False
     assert isinstance(node.target, torch._ops.OpOverload), "one of our ops"
     names = [argument.name for argument in node.target._schema.arguments]
-    return any(node.args[names.index(name)] is leaf for name in ("up", "gate", "down"))
+    return any(node.args[names.index(name)] is leaf for name in GATHERED if name in names)

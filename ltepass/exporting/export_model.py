@@ -26,6 +26,7 @@ from ltepass.passes.capture.decoder_step import DecoderStep, capture_step
 from ltepass.passes.graph.pipeline import GraphJob, Pass, run_passes
 from ltepass.passes.lower.lower_model import is_lowered, require_hard
 from ltepass.passes.lower.quantise_linears import Format, QuantiseLinears
+from ltepass.passes.lower.quantise_routed_ffn import QuantiseRoutedFFN
 from ltepass.passes.lower.why_not_linear import is_ordinary
 from ltepass.routed.routed import Routed, is_transformed, unwrapped
 from ltepass.routed.sharding import require_whole
@@ -41,7 +42,8 @@ MOST = 2048  # tokens of a cache that nobody asked a length for
 
 def passes(linears: Format | None) -> tuple[Pass[GraphJob], ...]:
     """What is done to the captured step, in order."""
-    return tuple(replace(p, format=linears) if isinstance(p, QuantiseLinears) else p for p in EXPORT)
+    quantising = (QuantiseRoutedFFN, QuantiseLinears)
+    return tuple(replace(p, format=linears) if isinstance(p, quantising) else p for p in EXPORT)
 
 
 def export_model(

@@ -39,6 +39,7 @@ NAMES = (
     "insert_routers",
     "lower_routed_ffn",
     "lower_linears",
+    "quantise_routed_ffn",
     "lay_out_neurons",
     "merge_linears",
     "quantise_linears",

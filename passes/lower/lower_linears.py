@@ -49,10 +49,10 @@ class LowerLinears:
         return told(job.linears, "lowered", left)
 
 
-def told(done: int, how: str, left: Counter[str]) -> str:
-    """What a pass over the linears says: how many it changed, and how many it left for which reason."""
+def told(done: int, how: str, left: Counter[str], *, what: str = "linears") -> str:
+    """What a pass says: how many it changed, and how many it left for which reason."""
     reasons = "".join(f", {n} left: {reason}" for reason, n in left.items())
-    return f"{done} linears {how}{reasons}" if done else f"unchanged{reasons}"
+    return f"{done} {what} {how}{reasons}" if done else f"unchanged{reasons}"
 
 
 def read(flow: Flow) -> list[tuple[Linear, str | None]]:
