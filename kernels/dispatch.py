@@ -57,26 +57,43 @@ def refuse_tangents(name: str, args: Args, instead: str) -> None:
             )
 
 
+def no_gradient(op: torch._ops.OpOverload, instead: str) -> type[torch.autograd.Function]:
+    """Of an op without a gradient: the op, and an error that names it where a backward pass comes to it."""
+
+    class NoGradient(torch.autograd.Function):
+        generate_vmap_rule = False
+
+        @staticmethod
+        def forward(*args: object) -> object:
+            with torch._C._AutoDispatchBelowAutograd():
+                return op(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Args, output: object) -> None:
+            pass
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+            raise NotImplementedError(f"{op.name()} has no gradient; expected {instead} where something is trained")
+
+    return NoGradient
+
+
 def rule(
     op: torch._ops.OpOverload,
-    function: type[torch.autograd.Function] | None,
+    function: type[torch.autograd.Function],
     instead: str,
     taken: Callable[[Any], object] = lambda outputs: outputs,
 ) -> Callable[..., object]:
     """The kernel of `op` at the Autograd key (with_keyset): `function` where a gradient is asked for, else the op.
 
-    function: None where there is no gradient. instead: what to do about forward-mode AD, or without a gradient.
-    taken: what the op returns of the function's outputs.
+    instead: what to do about forward-mode AD. taken: what the op returns of the function's outputs.
     """
 
     def call(keyset: torch._C.DispatchKeySet, *args: Any) -> object:
         if forward_ad._current_level >= 0:
             refuse_tangents(op.name(), args, instead)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            if function is None:
-                raise NotImplementedError(
-                    f"{op.name()} has no gradient: call it under torch.no_grad(), or use {instead}"
-                )
             # The C++ apply: torch.func's own wrapper of it would dispatch a second time, from inside this kernel.
             with enable_single_level_autograd_function():
                 return taken(super(torch.autograd.Function, function).apply(*args))  # type: ignore[misc]

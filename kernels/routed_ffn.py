@@ -111,7 +111,7 @@ def _register_int8(op: RoutedOp) -> None:
     _library.define(f"{op.name}{op.arguments} -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
     public = getattr(torch.ops.ltepass, op.name).default
     _library.impl(op.name, any_device(public, partial(_plain, op, False)), "CompositeExplicitAutograd")
-    rule = dispatch.rule(public, None, "weights in floats")
+    rule = dispatch.rule(public, dispatch.no_gradient(public, "weights in floats"), "weights in floats")
     _library.impl(op.name, rule, "Autograd", with_keyset=True)
     torch.library.register_fake(f"ltepass::{op.name}", _fake(op, False), lib=_library)
     torch.library.register_vmap(f"ltepass::{op.name}", vmap_over_x(public), lib=_library)

@@ -94,6 +94,12 @@ def test_bytes_counted_in_the_graph_are_those_counted_in_the_modules(tied: bool,
     assert by_neuron == (2 * 3 * 60 * 24 * 4 if gated else 0)
 
 
+def test_bytes_of_int8_ffns_are_codes_and_the_scales_of_their_neurons() -> None:
+    step = capture_step(transformed("llama"), length=16)
+    run_passes(passes("int8"), GraphJob(step.graph))
+    assert bytes_read(step.graph)[1] == 2 * (3 * 60 * 24 + 2 * 60 * 4)
+
+
 def test_a_cache_of_fewer_bits_is_near() -> None:
     model = build("llama")
     step = capture_step(model, length=16, cache_dtype=torch.bfloat16)

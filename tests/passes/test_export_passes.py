@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -14,11 +14,14 @@ from torch.fx import GraphModule
 
 from ltepass.exporting.export_model import passes
 from ltepass.kernels import linear_reference, weight_formats
+from ltepass.kernels.routed_schema import LINEAR_INT8, PROXY_INT8
 from ltepass.passes.graph.pipeline import GraphJob, run_passes
 from ltepass.passes.lower.lay_out_neurons import LayOutNeurons
 from ltepass.passes.lower.lower_linears import LowerLinears
+from ltepass.passes.lower.lower_routed_ffn import LowerRoutedFFN
 from ltepass.passes.lower.merge_linears import MergeLinears
 from ltepass.passes.lower.quantise_linears import Format, QuantiseLinears
+from ltepass.passes.lower.quantise_routed_ffn import QuantiseRoutedFFN
 from tests.models.zoo import VOCAB, ids, transformed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -162,6 +165,51 @@ def test_gathered_weights_lie_by_neuron_and_the_graph_computes_the_same() -> Non
     assert all(p.is_contiguous() for p in model.parameters()), "the model's own weights lie as they did"
 
 
+@pytest.mark.parametrize("router", ["linear", "proxy"])
+def test_gated_ffns_become_the_op_on_codes(router: Literal["linear", "proxy"]) -> None:
+    model = transformed("llama", router=router)
+    graph = captured(_Logits(model), ids())
+    job = run_passes(passes("int8"), GraphJob(graph))
+    assert job.lowered == 2
+    name = "routed_ffn_int8" if router == "linear" else "routed_proxy_ffn_int8"
+    found = [n for n in graph.graph.nodes if getattr(n.target, "_opname", "") == name]
+    assert len(found) == 2
+    assert count(graph, "routed_ffn") == count(graph, "routed_proxy_ffn") == 0
+    for node in found:
+        op = PROXY_INT8 if router == "proxy" else LINEAR_INT8
+        up, _, gate, _, down, *_ = op.call(node.args).weights
+        strides = [graph.get_buffer(str(n.target)).stride() for n in (up, gate, down)]
+        assert strides == [(24, 1), (24, 1), (1, 24)], "a row a neuron, and down a neuron after the other"
+    with torch.no_grad():
+        assert torch.allclose(graph(ids()), Plain(graph).run(ids()), atol=1e-5)
+        assert torch.allclose(graph(ids()), model(ids()).logits, atol=0.05)
+
+
+@pytest.mark.parametrize("format", ["int4", "int4_minimum"])
+def test_of_4_bits_gated_ffns_stay_in_floats_and_the_pass_says_so(
+    format: Format, caplog: pytest.LogCaptureFixture
+) -> None:
+    graph = captured(_Logits(transformed("llama")), ids())
+    with caplog.at_level("INFO", logger="ltepass"):
+        run_passes(passes(format), GraphJob(graph))
+    assert count(graph, "routed_ffn") == 2
+    assert "quantise_routed_ffn: unchanged, 2 left: no sparse op reads 4 bits" in caplog.text
+
+
+def test_a_weight_that_another_ffn_shares_has_one_set_of_codes_and_computed_ones_stay() -> None:
+    graph = captured(_Logits(transformed("phi3")), ids())
+    run_passes([LowerRoutedFFN(), QuantiseRoutedFFN(format="int8")], GraphJob(graph))
+    assert count(graph, "routed_ffn_int8") == 2, "gate and up are views of one leaf"
+    graph = captured(_Logits(transformed("llama")), ids())
+    run_passes([LowerRoutedFFN()], GraphJob(graph))
+    first, second = (n for n in graph.graph.nodes if getattr(n.target, "_opname", "") == "routed_ffn")
+    first.update_arg(4, second.args[4])
+    with graph.graph.inserting_before(second):
+        second.update_arg(8, graph.graph.call_function(torch.ops.aten.neg.default, (second.args[8],)))
+    run_passes([QuantiseRoutedFFN(format="int8")], GraphJob(graph))
+    assert (count(graph, "routed_ffn_int8"), count(graph, "routed_ffn")) == (1, 1)
+
+
 def test_router_scores_are_neither_merged_nor_quantised() -> None:
     """Where FFNs stay masked-dense, up, gate and the router read one input, and the decision must not move."""
     model = transformed("llama")
@@ -171,6 +219,22 @@ def test_router_scores_are_neither_merged_nor_quantised() -> None:
     left = [n for n in graph.graph.nodes if getattr(n.target, "_opname", "") == "linear"]
     assert len(left) == 2
     assert all("router" in str(n.args[1].target) for n in left)
+
+
+class Plain(torch.fx.Interpreter):
+    """A graph whose linears and sparse ops are their definitions, in plain PyTorch."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        name = getattr(target, "_opname", "")
+        routed = {op.name: op for op in (LINEAR_INT8, PROXY_INT8)}.get(name)
+        if routed is not None:
+            c = routed.checked(args)
+            return routed.masked_ffn(c, routed.mask(c))
+        return (
+            linear_reference.linear_int8(*args)
+            if name == "linear_int8"
+            else super().call_function(target, args, kwargs)
+        )
 
 
 class _Logits(nn.Module):
@@ -183,7 +247,7 @@ class _Logits(nn.Module):
         return out
 
 
-@pytest.mark.parametrize("skipped", ["merge_linears", "quantise_linears", "lay_out_neurons"])
+@pytest.mark.parametrize("skipped", ["merge_linears", "quantise_linears", "quantise_routed_ffn", "lay_out_neurons"])
 def test_each_can_be_left_out_by_name(skipped: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LTEPASS_SKIP", skipped)
     graph = captured(_Logits(transformed("llama")), ids())
@@ -191,3 +255,4 @@ def test_each_can_be_left_out_by_name(skipped: str, monkeypatch: pytest.MonkeyPa
     with torch.no_grad():
         assert graph(ids()).isfinite().all()
     assert (count(graph, "linear_int8") == 0) == (skipped == "quantise_linears")
+    assert (count(graph, "routed_ffn_int8") == 0) == (skipped == "quantise_routed_ffn")

@@ -1,0 +1,239 @@
+"""The sparse op with int8 weights: what the definition says, for any shape, on any ISA; and as PyTorch sees it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ltepass.errors import LTEError
+from ltepass.kernels import reference
+from ltepass.kernels import routed_ffn as module
+from ltepass.kernels.cpu import loading
+from ltepass.kernels.routed_schema import LINEAR_INT8, PROXY_INT8, RoutedOp
+from tests.child import environment
+from tests.kernels import proxy_cases, routed_cases
+from tests.kernels.int8_cases import assert_values, decided, exact, quantised
+from tests.kernels.isa_levels import LEVELS
+from tests.kernels.routed_cases import LAYOUTS, Recipe
+
+op, proxy_op = torch.ops.ltepass.routed_ffn_int8, torch.ops.ltepass.routed_proxy_ffn_int8
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+both = pytest.mark.parametrize("which", [LINEAR_INT8, PROXY_INT8], ids=lambda which: which.name)
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def call(which: RoutedOp, args: tuple[Any, ...]) -> Tensor:
+    y: Tensor = getattr(torch.ops.ltepass, which.name)(*args)
+    return y
+
+
+def some(which: RoutedOp, T: int = 5, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
+    """Arguments of the float op."""
+    if which is LINEAR_INT8:
+        return routed_cases.make(Recipe(T=T, dtype=dtype))
+    return proxy_cases.with_ffn(proxy_cases.Recipe(T=T, dtype=dtype, n_experts=40))
+
+
+def check(recipe: Recipe) -> None:
+    floats = routed_cases.make(recipe)
+    args = quantised(LINEAR_INT8, floats)
+    assert_values(args, decided(LINEAR_INT8, floats), op(*args))
+
+
+# Blocks of 32 inputs; 4 rows side by side in a tile, 8 in down; vectors of 4, 8 and 16.
+recipes = st.builds(
+    Recipe,
+    T=st.sampled_from((0, 1, 1, 2, 3, 7, 40)),
+    d_model=st.one_of(st.integers(1, 140), st.sampled_from((255, 256, 257))),
+    n_experts=st.sampled_from((1, 2, 3, 17, 40)),
+    group_size=st.sampled_from((1, 2, 8, 17)),
+    d_out=st.one_of(st.integers(1, 70), st.sampled_from((130, 513))),
+    dtype=st.sampled_from(DTYPES),
+    gated=st.booleans(),
+    bias=st.booleans(),
+    mask=st.sampled_from(("random", "random", "none", "all", "one")),
+    layout=st.sampled_from(LAYOUTS),
+    activation=st.sampled_from(tuple(reference.ACTIVATIONS)),
+    contiguous=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(recipes, st.sampled_from((1, 2)))
+def test_any_shape(recipe: Recipe, threads: int) -> None:
+    torch.set_num_threads(threads)
+    check(recipe)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(proxy_cases.recipes)
+def test_a_proxy_decides_as_it_does_with_floats(recipe: proxy_cases.Recipe) -> None:
+    floats = proxy_cases.with_ffn(recipe)
+    args = quantised(PROXY_INT8, floats)
+    y, wanted = proxy_op(*args), exact(PROXY_INT8, args, decided(PROXY_INT8, floats))
+    assert torch.equal(y.isfinite().all(-1), wanted.isfinite().all(-1))
+    finite = wanted.isfinite().all(-1)
+    if finite.any():
+        error = (y.double() - wanted)[finite].abs().max()
+        assert (
+            error <= 1e-5 * wanted[finite].abs().max() + torch.finfo(y.dtype).eps * wanted[finite].abs().max() + 1e-37
+        )
+
+
+def test_the_cpp_kernel_is_what_runs() -> None:
+    assert loading.load()
+    for name in (LINEAR_INT8.name, PROXY_INT8.name):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ltepass::{name}", "CPU")
+
+
+@both
+@pytest.mark.parametrize("T", [1, 6])
+def test_without_a_compiler_plain_pytorch_computes_the_same(which: RoutedOp, T: int) -> None:
+    args = quantised(which, some(which, T))
+    assert torch.allclose(module._plain(which, False, *args), call(which, args), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_same_bits_for_any_number_of_threads(dtype: torch.dtype) -> None:
+    """Large enough for parts of down; and odd sizes."""
+    sizes: tuple[dict[str, Any], ...] = (
+        dict(T=1, d_model=608, n_experts=521, group_size=8, d_out=1030),
+        dict(T=1, d_model=70, n_experts=43, group_size=1, d_out=521),
+        dict(T=9, d_model=96, n_experts=70, group_size=8, d_out=300),
+    )
+    for shape in sizes:
+        floats = routed_cases.make(Recipe(dtype=dtype, layout="neuron_rows", **shape))
+        args = quantised(LINEAR_INT8, floats)
+        torch.set_num_threads(1)
+        alone = op(*args)
+        assert_values(args, decided(LINEAR_INT8, floats), alone)
+        for threads in (2, 3, 8):
+            torch.set_num_threads(threads)
+            assert torch.equal(op(*args), alone), (threads, shape)
+
+
+def test_longer_inputs_go_in_spans() -> None:
+    check(Recipe(T=4100, d_model=33, n_experts=3, d_out=9))
+
+
+@pytest.mark.parametrize("T", [1, 4])
+def test_extreme_codes(T: int) -> None:
+    """Where products of bytes are added in 16 bits, these would not fit were they not what the format allows."""
+    floats = routed_cases.make(Recipe(T=T, d_model=192, mask="all", activation="identity"))
+    x, *rest = quantised(LINEAR_INT8, floats)
+    extreme = torch.where(torch.arange(192) % 2 == 0, 127, -127).to(torch.int8)
+    rest[3] = extreme.expand_as(rest[3]).contiguous()
+    for signs in (x.abs().clamp_min(3), -x.abs().clamp_min(3), torch.where(x > 0, 3.0, -3.0), 3.0 * extreme.sign()):
+        args = (signs.expand_as(x), *rest)
+        mask = torch.ones(T, 10, dtype=torch.bool)
+        assert_values(args, mask, op(*args))
+
+
+@both
+@pytest.mark.parametrize("T", [1, 5])
+def test_cuts(which: RoutedOp, T: int) -> None:
+    """Small hidden units and small inputs are left out; what decides sees all of x."""
+    args = quantised(which, some(which, T))
+    cuts = (torch.tensor(0.1), torch.tensor(0.7))
+    y = call(which, (*args, *cuts))
+    assert torch.allclose(y, module._plain(which, False, *args, *cuts), atol=1e-5)
+    assert not torch.allclose(y, call(which, args), atol=1e-3)
+
+
+@pytest.mark.parametrize("T", [1, 3])
+def test_a_fault_is_seen(T: int) -> None:
+    args = list(quantised(PROXY_INT8, some(PROXY_INT8, T)))
+    args[0][-1, 7] = torch.nan
+    y = proxy_op(*args)
+    assert not y[-1].isfinite().any()
+    assert y[:-1].isfinite().all()
+
+
+@both
+@pytest.mark.parametrize("T", [0, 1, 6])
+def test_opcheck(which: RoutedOp, T: int) -> None:
+    torch.library.opcheck(
+        getattr(torch.ops.ltepass, which.name).default, quantised(which, some(which, T, torch.bfloat16))
+    )
+
+
+@both
+def test_gradients_are_refused_by_name(which: RoutedOp) -> None:
+    x, *rest = quantised(which, some(which))
+    y = call(which, (x.requires_grad_(), *rest))
+    with pytest.raises(NotImplementedError, match=rf"{which.name} has no gradient; expected weights in floats"):
+        y.sum().backward()
+    with torch.no_grad():
+        assert not call(which, (x, *rest)).requires_grad
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        call(which, (forward_ad.make_dual(x.detach(), x.detach()), *rest))
+
+
+@both
+def test_vmap_over_x_alone(which: RoutedOp) -> None:
+    x, *rest = quantised(which, some(which, 6))
+    batched = torch.vmap(lambda x: call(which, (x, *rest)))(x.view(2, 3, -1))
+    assert torch.equal(batched, call(which, (x, *rest)).view(2, 3, -1))
+    with pytest.raises(NotImplementedError, match="only x"):
+        torch.vmap(lambda cut: call(which, (x, *rest, cut)))(torch.zeros(2))
+
+
+def _wrong() -> dict[str, tuple[int, Any, str]]:
+    """Place of an argument of routed_ffn_int8, what it becomes, and what both sides say."""
+    return {
+        "a double": (0, lambda t: t.double(), "expected float32, bfloat16 or float16"),
+        "float weights": (4, lambda t: t.float(), "int8"),
+        "a gate of another shape": (6, lambda t: t[:, :8], "gate"),
+        "a scale of another dtype": (10, lambda t: t.half(), "up_scale is float16"),
+        "a gate without a scale": (11, lambda t: None, "gate_scale"),
+        "a scale too short": (12, lambda t: t[:-1], r"down_scale is float32 \[59\]; expected .*float32 \[60\]"),
+    }
+
+
+@pytest.mark.parametrize("case", _wrong())
+def test_what_makes_no_sense_is_refused_in_cpp_and_in_python(case: str) -> None:
+    at, change, words = _wrong()[case]
+    args = list(quantised(LINEAR_INT8, some(LINEAR_INT8)))
+    args[at] = change(args[at])
+    with pytest.raises(RuntimeError, match=words):
+        op(*args)
+    with pytest.raises(LTEError, match=words):
+        op(*(a.to("meta") if isinstance(a, Tensor) else a for a in args))
+
+
+CHECK = """
+from dataclasses import replace
+from ltepass.kernels.cpu import loading
+from tests.kernels.routed_cases import Recipe
+from tests.kernels.test_routed_int8 import DTYPES, check
+assert loading.load()
+for dtype in DTYPES:
+    for T, d_model, n_experts, group_size in ((1, 64, 9, 8), (1, 31, 17, 1), (1, 577, 40, 2), (5, 100, 6, 8)):
+        recipe = Recipe(T=T, d_model=d_model, n_experts=n_experts, group_size=group_size, d_out=37, dtype=dtype)
+        check(recipe)
+        check(replace(recipe, layout="neuron_rows", gated=False))
+"""
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_level_that_this_machine_runs(level: str) -> None:
+    """Each has loops of its own: with and without sums of products of bytes, of 4, 8 and 16 lanes."""
+    env = environment(LTEPASS_ISA=level, OMP_NUM_THREADS="2")
+    done = subprocess.run([sys.executable, "-c", CHECK], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
