@@ -69,11 +69,11 @@ def no_gradient(op: torch._ops.OpOverload, instead: str) -> type[torch.autograd.
                 return op(*args)
 
         @staticmethod
-        def setup_context(ctx: Any, inputs: Args, output: object) -> None:
+        def setup_context(ctx: object, inputs: Args, output: object) -> None:
             pass
 
         @staticmethod
-        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        def backward(ctx: object, *grads: Tensor) -> tuple[Tensor | None, ...]:
             raise NotImplementedError(f"{op.name()} has no gradient; expected {instead} where something is trained")
 
     return NoGradient
