@@ -28,7 +28,7 @@ MOVED = {
     "ltepass.kernels.traceable": "ltepass.kernels.dispatch",
     "ltepass.kernels.triton_batch": "ltepass.kernels.gpu.batch",
     "ltepass.kernels.triton_call": "ltepass.kernels.gpu.call",
-    "ltepass.kernels.triton_common": "ltepass.kernels.gpu.common",
+    "ltepass.kernels.triton_common": "ltepass.kernels.gpu.plan",
     "ltepass.kernels.triton_decode": "ltepass.kernels.gpu.decode",
     "ltepass.kernels.triton_prefill": "ltepass.kernels.gpu.prefill",
     "ltepass.kernels.tuning": "ltepass.kernels.gpu.tuning",
@@ -143,6 +143,7 @@ MOVED = {
     "ltepass.passes.lower.plain_linears": "ltepass.passes.lower.why_not_linear",
     "ltepass.passes.lower.why_not": "ltepass.passes.lower.why_not_ffn",
     "ltepass.passes.lower.linear_modules": "ltepass.passes.lower.lower_linear_modules",
+    "ltepass.kernels.gpu.common": "ltepass.kernels.gpu.plan",
 }
 
 

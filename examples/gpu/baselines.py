@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 -- the name everybody uses
 
-from ltepass.kernels.gpu.common import jit
+from ltepass.kernels.gpu.programs import jit
 
 
 def dense(x: Tensor, up: Tensor, gate: Tensor, down: Tensor) -> Tensor:

@@ -14,17 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ltepass.kernels.gpu.call import DOT, Call, parts_of, split
-from ltepass.kernels.gpu.common import (
-    chunk_neurons,
-    finish_tile,
-    hidden_units,
-    jit,
-    list_expert,
-    my_chunks,
-    plan_size,
-    token_tile,
-)
+from ltepass.kernels.gpu.hidden_units import hidden_units
+from ltepass.kernels.gpu.plan import chunk_neurons, list_expert, my_chunks, plan_size
+from ltepass.kernels.gpu.programs import jit
 from ltepass.kernels.gpu.router import router_many
+from ltepass.kernels.gpu.tiles import finish_tile, token_tile
 
 
 @jit

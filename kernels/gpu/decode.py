@@ -15,20 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ltepass.kernels.gpu.call import Call, parts_of, split
-from ltepass.kernels.gpu.common import (
-    chunk_neurons,
-    finish_tile,
-    hidden_units,
-    input_tile,
-    jit,
-    let_next_start,
-    list_expert,
-    my_chunks,
-    plan_size,
-    wait_for_previous,
-    weight_tile,
-)
+from ltepass.kernels.gpu.hidden_units import hidden_units
+from ltepass.kernels.gpu.plan import chunk_neurons, list_expert, my_chunks, plan_size
+from ltepass.kernels.gpu.programs import jit, let_next_start, wait_for_previous
 from ltepass.kernels.gpu.router import router_one
+from ltepass.kernels.gpu.tiles import finish_tile, input_tile, weight_tile
 
 
 @jit

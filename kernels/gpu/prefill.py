@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 -- the name everybody uses
 
 from ltepass.kernels.gpu.call import DOT, Call
-from ltepass.kernels.gpu.common import hidden_units, jit
+from ltepass.kernels.gpu.hidden_units import hidden_units
+from ltepass.kernels.gpu.programs import jit
 from ltepass.kernels.gpu.router import mask_of
 
 

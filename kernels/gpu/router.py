@@ -12,15 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ltepass.kernels.gpu.call import DOT, Call
-from ltepass.kernels.gpu.common import (
-    input_tile,
-    jit,
-    let_next_start,
-    token_tile,
-    wait_for_previous,
-    weight_tile,
-    zero_tickets,
-)
+from ltepass.kernels.gpu.plan import zero_tickets
+from ltepass.kernels.gpu.programs import jit, let_next_start, wait_for_previous
+from ltepass.kernels.gpu.tiles import input_tile, token_tile, weight_tile
 
 
 @jit
