@@ -119,8 +119,15 @@ struct I8 {
   using Stream = I8;
   static constexpr int PARTS = 1;
   static vf load(const T* p) {
+#if defined(__AVX512F__)
+    const vi wide = reinterpret_cast<vi>(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)
+    const vi wide = reinterpret_cast<vi>(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
     typedef T codes __attribute__((vector_size(W), aligned(1), may_alias));
-    return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const codes*>(p), vi), vf);
+    const vi wide = __builtin_convertvector(*reinterpret_cast<const codes*>(p), vi);
+#endif
+    return __builtin_convertvector(wide, vf);
   }
   static void load_parts(const T* p, vf* out) { out[0] = load(p); }
 };
