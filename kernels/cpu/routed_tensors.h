@@ -28,8 +28,8 @@ const void* bias_data(const OptionalTensor& t, ScalarType dtype, int64_t n, cons
 
 void check_weight(const Tensor& t, ScalarType dtype, int64_t rows, int64_t cols, const char* name) {
   STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == cols && t.scalar_type() == dtype && t.is_cpu(), name,
-                  " should be a CPU tensor of shape [", rows, ", ", cols, "]",
-                  " and ", name_of(dtype));
+                  " is ", words_of(t), "; expected a CPU tensor of dtype ", name_of(dtype), " and shape [", rows, ", ",
+                  cols, "]");
 }
 
 const float* scale_data(const Tensor& t, int64_t n, const char* name) {
