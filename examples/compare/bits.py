@@ -38,7 +38,7 @@ from ltepass.measure.quality import token_losses
 from ltepass.routed.routed import routers_of
 from ltepass.routed.sites import FFNSite
 
-CSV, PAGE = Path("examples/results/bits.csv"), Path("examples/results/bits.md")
+CSV = Path("examples/results/bits.csv")
 FIELDS = "model method bits held text domain ratio low high tokens machine torch transformers".split()
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8)
 BLOCK = 32
