@@ -120,7 +120,7 @@ def methods(dense: Any, calibration: list[Tensor]) -> Iterator[Made]:
             for router in routers_of(gated):
                 router.threshold.fill_(math.inf)
         bits = tier_bits(gated, p, q)
-        yield Made(f"tiers, p {p:g}, q {q:g}" if p else "tiers, p 0: GPTQ alone", gated, *bits)
+        yield Made(f"tiers of inactive units, p {p:g}, q {q:g}" if p else "GPTQ of inactive units alone", gated, *bits)
 
 
 @torch.no_grad()
@@ -202,7 +202,8 @@ def page(rows: list[dict[str, str]]) -> str:
         "",
         "Made by `examples/compare/bits.py` from the CSV beside it; nothing here is typed. Perplexity over dense fp32, "
         "with the 95 % interval of paired differences per block. Codes and tables come from text of the calibration "
-        "domain.",
+        "domain. Rows `tiers, p ..` are of codes of down that make up for what all units lose, as calibration made "
+        "them once; now inactive units make up for each other alone.",
     ]
     for model in dict.fromkeys(r["model"] for r in rows):
         here = [r for r in rows if r["model"] == model]

@@ -39,7 +39,6 @@ from ltepass.kernels.weight_formats import BLOCK
 from ltepass.routed.batches import Batch
 from ltepass.routed.proxy_router import encode, read_rows, read_weights
 from ltepass.routed.routed import Routed
-from ltepass.routed.router import Router
 from ltepass.routed.samples import BUDGET_BYTES
 from ltepass.routed.sites import FFNSite
 from ltepass.routed.tiered_router import TieredRouter, encode_planes
@@ -138,11 +137,12 @@ def quantise_planes(routed: Routed, batches: Sequence[Batch]) -> None:
     """
     sites = [(site, router) for site, router in routed if isinstance(router, TieredRouter)]
     before = [router.threshold.clone() for _, router in sites]
+    active = 1.0 - routed.config["target_sparsity"]
     for _, router in sites:
         router.quantiles.fill_(math.nan)  # no floor
         router.threshold.fill_(-math.inf)
     for turn in _turns(sites):
-        moments = [_Moments(site, router) for site, router in turn]
+        moments = [_Moments(site, router, active) for site, router in turn]
         watch(routed, batches, moments, mode="hard")
         for (site, router), seen in zip(turn, moments, strict=True):
             weights, columns = read_weights(routed.model, site), read_rows(routed.model, site, site.down_rows)
@@ -156,11 +156,16 @@ def quantise_planes(routed: Routed, batches: Sequence[Batch]) -> None:
 
 
 class _Moments(Observer):
-    """X^T X and H^T H of one site."""
+    """X^T X of one site, and H^T H of the hidden units that stand in low bits alone.
 
-    def __init__(self, site: FFNSite, router: Router) -> None:
+    active: share of neurons that read the low plane too, those that write most. What rounding loses of their columns is
+    given back, so the others must not make up for it.
+    """
+
+    def __init__(self, site: FFNSite, router: TieredRouter, active: float) -> None:
         super().__init__(site, router)
-        device = router.threshold.device
+        self.sizes, device = router.sizes, router.threshold.device
+        self.active = round(active * site.d_ff)
         self.x, self.h = (torch.zeros(n, n, dtype=torch.float32, device=device) for n in (site.d_model, site.d_ff))
 
     def on_input(self, x: Tensor) -> None:
@@ -168,8 +173,12 @@ class _Moments(Observer):
             self.x.addmm_(x.float().T, x.float())
 
     def on_hidden(self, h: Tensor) -> None:
+        h = h.float()
+        if self.active:
+            written = h.abs() * self.sizes
+            h = h.where(written < written.topk(self.active).values[:, -1:], 0.0)
         with one_thread():
-            self.h.addmm_(h.float().T, h.float())
+            self.h.addmm_(h.T, h)
 
 
 def _turns(sites: Turn) -> Iterator[Turn]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,8 @@ def test_gptq_is_nearer_than_rounding() -> None:
             embedding.copy_(
                 torch.randn(len(embedding), 4, generator=generator) @ torch.randn(4, 24, generator=generator)
             )
-        config = ltepass.LTEConfig(router="proxy", inactive="low_bit", low_bit_quantiser=quantiser)
+        most: Any = {"target_sparsity": 0.999, "low_bit_quantiser": quantiser}  # codes for units that are all inactive
+        config = ltepass.LTEConfig(router="proxy", inactive="low_bit", **most)
         ltepass.transform(model, config=config, calibration=[zoo.ids(8, 16)])
         dense = zoo.logits(model)
         ltepass.set_mode(model, "hard")
@@ -381,3 +383,17 @@ def test_a_site_is_coded_for_what_the_codes_below_it_give(monkeypatch: pytest.Mo
     zoo.logits(model, zoo.ids(8, 16))
     handle.remove()
     torch.testing.assert_close(seen["two"][1], x[0].T @ x[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("active", "kept"), [(0.0, [1.0, 1.0, -2.0, 3.0]), (0.5, [1.0, 0.0, 0.0, 3.0]), (1.0, [0.0, 0.0, 0.0, 0.0])]
+)
+def test_columns_of_down_make_up_for_inactive_units_alone(active: float, kept: list[float]) -> None:
+    """Those that write most read the low plane, and lose nothing that others could make up for."""
+    (site, router), *_ = Routed.of(tiered(), "the test")
+    assert isinstance(router, TieredRouter)
+    site = replace(site, d_ff=4)
+    router.sizes = torch.tensor([1.0, 10.0, 1.0, 0.1])
+    moments = gptq._Moments(site, router, active)
+    moments.on_hidden(torch.tensor([[1.0, 1.0, -2.0, 3.0]]))  # they write 1, 10, 2 and 0.3
+    assert torch.equal(moments.h, torch.outer(torch.tensor(kept), torch.tensor(kept)))
