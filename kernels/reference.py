@@ -55,12 +55,17 @@ def masked_ffn(
     cut: Tensor | None = None,
 ) -> Tensor:
     """The FFN with a given decision: active is bool [..., n_experts], expert e being neurons [e*g, (e+1)*g)."""
+    gated = None if gate is None else F.linear(x, gate, gate_bias)
+    return F.linear(masked_units(F.linear(x, up, up_bias), gated, active, activation, cut), down, down_bias)
+
+
+def masked_units(up: Tensor, gate: Tensor | None, active: Tensor, activation: str, cut: Tensor | None) -> Tensor:
+    """up, gate: [..., d_ff], what the linears give -> hidden units [..., d_ff], 0 where they are inactive or cut."""
     act = ACTIVATIONS[activation]
-    h = F.linear(x, up, up_bias)
-    h = act(h) if gate is None else act(F.linear(x, gate, gate_bias)) * h
+    h = act(up) if gate is None else act(gate) * up
     group_size = h.shape[-1] // active.shape[-1]
     h = h * active.to(h.dtype).repeat_interleave(group_size, -1)
-    return F.linear(leave_out_small(h, cut), down, down_bias)
+    return leave_out_small(h, cut)
 
 
 def routed_ffn(

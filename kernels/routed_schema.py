@@ -12,6 +12,7 @@ from ltepass.errors import LTEError
 from ltepass.kernels import proxy, proxy_reference, reference, routed_int8_reference
 from ltepass.kernels.dispatch import Args
 from ltepass.kernels.linear_checks import FLOATS, words
+from ltepass.kernels.routed_int8_reference import Int8Linear
 
 
 class Call(NamedTuple):
@@ -27,6 +28,12 @@ class Call(NamedTuple):
     activation: str
     cut: Tensor | None
     input_cut: Tensor | None
+
+    def int8_linears(self) -> tuple[Int8Linear, Int8Linear | None, Int8Linear]:
+        """up, gate and down."""
+        up, up_bias, gate, gate_bias, down, down_bias, up_scale, gate_scale, down_scale = self.weights
+        gated = None if gate is None else Int8Linear(gate, gate_scale, gate_bias)
+        return Int8Linear(up, up_scale, up_bias), gated, Int8Linear(down, down_scale, down_bias)
 
 
 @dataclass(frozen=True)
@@ -90,8 +97,9 @@ class RoutedOp:
     def masked_ffn(self, c: Call, active: Tensor) -> Tensor:
         """y, with the decision given."""
         seen = reference.leave_out_small(c.x, c.input_cut)
-        ffn = routed_int8_reference.masked_ffn if self.int8 else reference.masked_ffn
-        return ffn(*[seen, active, *c.weights, c.activation, c.cut])
+        if self.int8:
+            return routed_int8_reference.masked_ffn(seen, active, *c.int8_linears(), c.activation, c.cut)
+        return reference.masked_ffn(*[seen, active, *c.weights, c.activation, c.cut])
 
 
 _ROUTER = "Tensor router_weight, Tensor? router_bias"

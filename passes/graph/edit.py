@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ltepass.passes.graph.node_kinds import value
+
+T = TypeVar("T")
+
+
+def once_a_tensor(make: Callable[[Tensor], T]) -> Callable[[Tensor], T]:
+    """`make`, called once for a tensor whatever its names: leaves that share one share what is made of it."""
+    made: dict[tuple[int, tuple[int, ...], tuple[int, ...]], T] = {}
+
+    def call(tensor: Tensor) -> T:
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+        if key not in made:
+            made[key] = make(tensor)
+        return made[key]
+
+    return call
 
 
 def add_leaf(gm: GraphModule, name: str, tensor: Tensor) -> Node:

@@ -14,6 +14,7 @@ of their own, quantise_routed_ffn.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,7 +26,7 @@ from ltepass.kernels import linear as _linear  # noqa: F401 -- registers the ops
 from ltepass.kernels.linear_checks import FLOATS
 from ltepass.kernels.linear_reference import embedding_int4, embedding_int8
 from ltepass.kernels.weight_formats import BLOCK, quantise_int4, quantise_int8
-from ltepass.passes.graph.edit import add_leaf, erase_upstream
+from ltepass.passes.graph.edit import add_leaf, erase_upstream, once_a_tensor
 from ltepass.passes.graph.leaves_and_linears import Flow, Linear, held, parameters
 from ltepass.passes.graph.node_kinds import is_movement, shape, value
 from ltepass.passes.graph.pipeline import GraphJob, Tier
@@ -34,6 +35,7 @@ from ltepass.passes.lower.lower_linears import put_op, read, told
 
 Format = Literal["int8", "int4", "int4_minimum"]
 Codes = tuple[Tensor | None, ...]
+Make = Callable[[Tensor], Codes]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,17 +48,17 @@ class QuantiseLinears:
     def __call__(self, job: GraphJob) -> str:
         if self.format is None:
             return "unchanged"
-        flow, left, made = Flow(job.gm, parameters(job.gm)), Counter[str](), dict[object, Codes]()
+        flow, left, codes_of = Flow(job.gm, parameters(job.gm)), Counter[str](), once_a_tensor(self._codes)
         for linear, unread in reversed(read(flow)):  # a later one may read an earlier one's result as it is
             reason = unread or self._why_not(linear)
             if reason is not None:
                 left[reason] += 1
                 continue
             op = torch.ops.ltepass.linear_int8 if self.format == "int8" else torch.ops.ltepass.linear_int4
-            put_op(job.gm, linear, op.default, *self._parts(job.gm, linear.node, linear.weight, made))
+            put_op(job.gm, linear, op.default, *self._parts(job.gm, linear.node, linear.weight, codes_of))
             job.linears += 1
         for embedding in self._tables(job.gm):
-            self._embed(job.gm, embedding, made)
+            self._embed(job.gm, embedding, codes_of)
         job.gm.recompile()
         return told(job.linears, "quantised", left)
 
@@ -75,10 +77,10 @@ class QuantiseLinears:
         nodes = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default)
         return [n for n in nodes if _is_float_leaf(n.args[0]) and self._divides(n.args[0]) and _is_input(n.args[1])]
 
-    def _embed(self, gm: GraphModule, node: Node, made: dict[object, Codes]) -> None:
+    def _embed(self, gm: GraphModule, node: Node, codes_of: Make) -> None:
         table, ids = node.args[:2]
         assert isinstance(table, Node), "a leaf"
-        parts = self._parts(gm, node, table, made)
+        parts = self._parts(gm, node, table, codes_of)
         rows = embedding_int8 if self.format == "int8" else embedding_int4
         with gm.graph.inserting_before(node):
             new = gm.graph.call_function(rows, (ids, *parts), {"dtype": value(node).dtype})
@@ -86,17 +88,13 @@ class QuantiseLinears:
         node.replace_all_uses_with(new)
         erase_upstream(node)
 
-    def _parts(self, gm: GraphModule, before: Node, weight: Node, made: dict[object, Codes]) -> list[Node | None]:
-        """Leaves before a node: the codes of a weight, made once for a tensor whatever its names."""
-        tensor = held(gm, weight)
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
-        if key not in made:
-            made[key] = self._codes(tensor)
+    def _parts(self, gm: GraphModule, before: Node, weight: Node, codes_of: Make) -> list[Node | None]:
+        """Leaves before a node: the codes of a weight."""
         name = str(weight.target).replace(".", "_")
         with gm.graph.inserting_before(before):
             return [
                 None if codes is None else add_leaf(gm, f"{name}_{part}", codes)
-                for part, codes in zip(("codes", "scale", "minimum"), made[key], strict=False)
+                for part, codes in zip(("codes", "scale", "minimum"), codes_of(held(gm, weight)), strict=False)
             ]
 
     def _codes(self, weight: Tensor) -> Codes:

@@ -12,6 +12,7 @@ is being exported. Of 4 bits no sparse op reads weights: such FFNs stay in float
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,7 @@ from torch.fx.node import Argument
 from ltepass.kernels import routed_ffn as _routed_ffn  # noqa: F401 -- registers the ops that the pass emits
 from ltepass.kernels.routed_schema import LINEAR, PROXY
 from ltepass.kernels.weight_formats import quantise_int8
-from ltepass.passes.graph.edit import add_leaf, erase_upstream
+from ltepass.passes.graph.edit import add_leaf, erase_upstream, once_a_tensor
 from ltepass.passes.graph.leaves_and_linears import held
 from ltepass.passes.graph.node_kinds import is_movement, op_name, tensor_inputs
 from ltepass.passes.graph.pipeline import GraphJob, Tier
@@ -30,7 +31,7 @@ from ltepass.passes.graph.run_node import call
 from ltepass.passes.lower.lower_linears import told
 from ltepass.passes.lower.quantise_linears import Format
 
-Key = tuple[int, tuple[int, ...], tuple[int, ...]]
+Make = Callable[[Tensor], tuple[Tensor, Tensor]]
 _OPS = {op.name: op for op in (LINEAR, PROXY)}
 
 
@@ -44,16 +45,16 @@ class QuantiseRoutedFFN:
     def __call__(self, job: GraphJob) -> str:
         if self.format is None:
             return "unchanged"
-        done, left, made = 0, Counter[str](), dict[Key, tuple[Tensor, Tensor]]()
+        done, left, rows, columns = 0, Counter[str](), once_a_tensor(_rows), once_a_tensor(_columns)
         for node in [n for n in job.gm.graph.nodes if op_name(n) in _OPS]:
-            reason = "no sparse op reads 4 bits" if self.format != "int8" else _quantise(job.gm, node, made)
+            reason = "no sparse op reads 4 bits" if self.format != "int8" else _quantise(job.gm, node, rows, columns)
             done += reason is None
             left.update([] if reason is None else [reason])
         job.gm.recompile()
         return told(done, "quantised", left, what="FFNs")
 
 
-def _quantise(gm: GraphModule, node: Node, made: dict[Key, tuple[Tensor, Tensor]]) -> str | None:
+def _quantise(gm: GraphModule, node: Node, rows: Make, columns: Make) -> str | None:
     """Replace one op, or say why not."""
     op = _OPS[str(op_name(node))]
     args = list(node.args)
@@ -64,7 +65,7 @@ def _quantise(gm: GraphModule, node: Node, made: dict[Key, tuple[Tensor, Tensor]
     scales: list[Argument] = []
     with gm.graph.inserting_before(node):
         for name, weight in weights.items():
-            parts = (None, None) if weight is None else _codes(weight, name == "down", made)
+            parts = (None, None) if weight is None else (columns if name == "down" else rows)(weight)
             source = args[at[name]]
             leaves = [
                 None if t is None else add_leaf(gm, f"{source}_{part}", t)
@@ -93,10 +94,13 @@ def _fixed(gm: GraphModule, node: Argument) -> Tensor | None:
     return seen if isinstance(seen, Tensor) else None
 
 
-def _codes(weight: Tensor, by_column: bool, made: dict[Key, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Codes as the op reads them, and their scale; made once for a tensor whatever its names."""
-    key = (weight.data_ptr(), tuple(weight.shape), weight.stride())
-    if key not in made:
-        codes, scale = quantise_int8(weight)
-        made[key] = (codes.t().contiguous().t() if by_column else codes.contiguous(), scale)
-    return made[key]
+def _rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes that lie a row an output, and their scale."""
+    codes, scale = quantise_int8(weight)
+    return codes.contiguous(), scale
+
+
+def _columns(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The same with an input after the other."""
+    codes, scale = quantise_int8(weight)
+    return codes.t().contiguous().t(), scale

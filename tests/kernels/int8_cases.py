@@ -38,7 +38,7 @@ def decided(op: RoutedOp, float_args: tuple[Any, ...]) -> Tensor:
 def exact(op: RoutedOp, args: tuple[Any, ...], mask: Tensor) -> Tensor:
     """fp64: the definition, of a given decision."""
     c = op.checked(args)
-    return routed_int8_reference.masked_ffn(*[c.x, mask, *c.weights, c.activation, c.cut], wide=torch.float64)
+    return routed_int8_reference.masked_ffn(c.x, mask, *c.int8_linears(), c.activation, c.cut, wide=torch.float64)
 
 
 def stand_for(args: tuple[Any, ...]) -> tuple[Any, ...]:
