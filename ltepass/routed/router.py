@@ -46,7 +46,9 @@ class Router(nn.Module):
     cut: Tensor | None
     input_cut: Tensor | None
     tiered = False  # whether its FFN's inactive neurons keep low bits (tiered_router.py)
-    watched = False  # whether the gate tells that it was applied: a forward around it was replaced (guard_forwards.py)
+    watched = (
+        False  # whether the gate tells that it was applied: a forward around it was replaced (replaced_forwards.py)
+    )
 
     def __init__(
         self,

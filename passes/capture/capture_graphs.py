@@ -3,32 +3,51 @@
     before:  an nn.Module, or a GraphModule in any dialect
     after:   graphs whose nodes carry the path of the module they came from; a refusal for each part that has none
 
-Whole where it exports, else block by block; then the parts that the inputs never reach.
+Whole where it exports, else block by block; then the parts that the inputs never reach. A part is tried with the inputs
+that it got in a run under fake tensors (which goes as far as it can), else with those of another module of its class,
+else, when its forward takes one tensor, with hidden states of its first linear's width. A part that does not export is
+left to its children: an FFN module is small, and exports where its surroundings do not.
 Nothing of the model changes: export runs under fake tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ltepass.errors import CaptureError
-from ltepass.passes.capture.example_inputs import inputs_of
-from ltepass.passes.capture.export_module import export_module
-from ltepass.passes.capture.partial_capture import (
-    ONLY_UNDER_FAKE_TENSORS,
-    Captures,
-    Parts,
-    count_matrices,
-    recorded_calls,
+from ltepass.passes.capture.example_inputs import (
+    Call,
+    input_width,
+    inputs_of,
+    make_example_inputs,
+    one_tensor,
+    split_inputs,
+    without_fakes,
 )
+from ltepass.passes.capture.export_module import export_module
+from ltepass.passes.capture.leave_untouched import bring_back, untouched
 from ltepass.passes.capture.user_graph import capture_user_graph
+from ltepass.passes.graph.captured import Captured
 from ltepass.passes.graph.pipeline import Tier, TransformJob
 from ltepass.passes.graph.shared_names import join
 from ltepass.routed.sites import Refusal
+
+# Raised where the code needs a value, which a fake tensor does not have: the inputs may be right.
+ONLY_UNDER_FAKE_TENSORS = (
+    fake_tensor.DataDependentOutputException,
+    fake_tensor.DynamicOutputShapeException,
+    fake_tensor.UnsupportedFakeTensorException,
+    fake_tensor.UnsupportedOperatorException,
+    GuardOnDataDependentSymNode,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,3 +111,106 @@ def _unreached(model: nn.Module, reached: set[str], path: str = "") -> Iterator[
             yield from _unreached(child, reached, here)
         elif count_matrices(child) > 1:
             yield here
+
+
+@dataclass
+class Captures:
+    """graphs: what was captured. missed: path of each part with linears that no graph shows -> why."""
+
+    graphs: list[Captured] = field(default_factory=list)
+    missed: dict[str, str] = field(default_factory=dict)
+
+
+def count_matrices(module: nn.Module) -> int:
+    """Matrices below a module: of linears, and bare parameters of a class that is no layer of torch."""
+    bare = [m for m in module.modules() if not type(m).__module__.startswith("torch.nn") and input_width(m) is None]
+    matrices = sum(p.dim() in (2, 3) for m in bare for p in m.parameters(recurse=False))
+    return matrices + sum(input_width(m) is not None for m in module.modules())
+
+
+class Parts:
+    """Captures parts of `root`, going down where one cannot be captured."""
+
+    def __init__(self, root: nn.Module, calls: Mapping[str, Call]) -> None:
+        self.root, self.captures = root, Captures()
+        self.calls = dict(calls)
+        self.by_class = {type(root.get_submodule(path)): call for path, call in calls.items()}
+        self.failed: dict[type[nn.Module], str] = {}  # one try for each class: its other instances fail alike
+        self.done: set[int] = set()
+
+    def add(self, path: str, module: nn.Module) -> None:
+        if id(module) in self.done or count_matrices(module) < 2:
+            return
+        self.done.add(id(module))
+        why = self._try(path, module)
+        if why is None:
+            return
+        before = len(self.captures.graphs), len(self.captures.missed)
+        for name, child in module.named_children():
+            self.add(join(path, name), child)
+        if before == (len(self.captures.graphs), len(self.captures.missed)):
+            self.captures.missed[path] = why
+
+    def _try(self, path: str, module: nn.Module) -> str | None:
+        """Capture one module; why not, where it cannot be."""
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)) or _holds_blocks(module):
+            return "it holds blocks, which are tried one by one"
+        if type(module) in self.failed:
+            return self.failed[type(module)]
+        call = self._call(path, module)
+        if call is None:
+            return "the example inputs do not reach it, and its own cannot be made up"
+        try:
+            self.captures.graphs.append(export_module(self.root, module, *call, prefix=path))
+        except CaptureError as error:
+            self.failed[type(module)] = str(error)
+            return str(error)
+        return None
+
+    def _call(self, path: str, module: nn.Module) -> Call | None:
+        if path in self.calls:
+            return self.calls[path]
+        if type(module) in self.by_class:
+            return self.by_class[type(module)]
+        if hasattr(module, "main_input_name"):
+            try:
+                return split_inputs(make_example_inputs(module))
+            except CaptureError:
+                return None
+        return one_tensor(module)
+
+
+def _holds_blocks(module: nn.Module) -> bool:
+    """A stack of blocks exports no better than the model did; each block may. A tower makes its own inputs."""
+    if hasattr(module, "main_input_name") and module.main_input_name != "input_ids":
+        return False
+    return any(isinstance(m, nn.ModuleList) and len(m) > 1 and count_matrices(m[0]) > 1 for m in module.modules())
+
+
+def recorded_calls(
+    model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]
+) -> tuple[dict[str, Call], Exception | None]:
+    """What each module was called with in a run under fake tensors, which compute nothing, and how the run failed."""
+    calls: dict[str, Call] = {}
+    handles = []
+    failure = None
+
+    def recorder(path: str) -> Callable[..., None]:
+        def record(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+            calls.setdefault(path, (args, kwargs))
+
+        return record
+
+    with untouched(model), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        bring_back(model)
+        for path, module in model.named_modules():
+            handles.append(module.register_forward_pre_hook(recorder(path), with_kwargs=True))
+        try:
+            fake = torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, (tuple(args), dict(kwargs)))
+            model(*fake[0], **fake[1])
+        except Exception as e:  # what was called before is known
+            failure = e
+        finally:
+            for handle in handles:
+                handle.remove()
+    return {path: without_fakes(call) for path, call in calls.items()}, failure

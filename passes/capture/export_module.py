@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from ltepass.errors import CaptureError
 from ltepass.passes.capture.example_inputs import described
-from ltepass.passes.capture.leave_untouched import untouched
-from ltepass.passes.capture.replaced_forwards import bring_back
+from ltepass.passes.capture.leave_untouched import bring_back, untouched
 from ltepass.passes.graph.captured import Captured
 from ltepass.passes.graph.leaves_and_linears import Flow
 from ltepass.passes.graph.shared_names import aliases_of, join, sharers_of

@@ -8,7 +8,8 @@ import logging
 import random
 from collections.abc import Iterator
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.fx import _symbolic_trace
 
 from ltepass.routed.undo import refill
@@ -68,3 +69,20 @@ def _same_attributes(model: nn.Module) -> Iterator[None]:
     finally:
         for now, before in (*attributes, *held):
             refill(now, before)
+
+
+def bring_back(model: nn.Module) -> None:
+    """Take accelerate's hooks away, and stand-ins for the weights that they fetch: they move tensors, and a trace
+    computes nothing. Inside `untouched`, which puts all of it back.
+    """
+    for module in model.modules():
+        if "_hf_hook" in module.__dict__ and "_old_forward" in module.__dict__:
+            module.__dict__["forward"] = module.__dict__["_old_forward"]
+            for held in (module._parameters, module._buffers):
+                held.update({k: _stand_in(t) for k, t in held.items() if t is not None and t.is_meta})
+
+
+def _stand_in(tensor: Tensor) -> nn.Parameter:
+    """What a trace reads for a weight that is fetched later: its shape and dtype, in the memory of one number."""
+    one = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+    return nn.Parameter(one, requires_grad=False) if isinstance(tensor, nn.Parameter) else one  # type: ignore[return-value]

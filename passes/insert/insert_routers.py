@@ -23,15 +23,14 @@ from torch.fx import Graph, GraphModule, Node
 
 from ltepass.config import LTEConfig
 from ltepass.errors import CheckpointError
+from ltepass.passes.capture.replaced_forwards import remember, watch
 from ltepass.passes.capture.trace_owner import OwnerGraphs, trace_owner
 from ltepass.passes.graph.pipeline import Tier, TransformJob
 from ltepass.passes.graph.walk import breadth_first
 from ltepass.passes.group.group_neurons import check_real_weights
 from ltepass.passes.insert.generated_forwards import forwards_of, regenerate
-from ltepass.passes.insert.guard_forwards import remember
 from ltepass.passes.insert.hooks import InlineSite, attach
 from ltepass.passes.insert.try_gated_copy import check_gated
-from ltepass.passes.insert.watch_forwards import watch
 from ltepass.routed.gate import add_tiers, gate, seen_inputs
 from ltepass.routed.proxy_router import ProxyRouter, proxy_of, require_known, start_proxy
 from ltepass.routed.routed import set_state

@@ -7,11 +7,10 @@ import copy
 import torch
 from torch.fx import Graph, GraphModule
 
+from ltepass.passes.capture.replaced_forwards import release, unwatch
 from ltepass.passes.capture.trace_owner import original_class
 from ltepass.passes.group.group_neurons import permute_routed
-from ltepass.passes.insert.guard_forwards import release
 from ltepass.passes.insert.hooks import detach
-from ltepass.passes.insert.watch_forwards import unwatch
 from ltepass.routed import token_hooks
 from ltepass.routed.gate import add_tiers, gate, seen_inputs
 from ltepass.routed.routed import Routed, drop_state

@@ -14,7 +14,7 @@ from torch import nn
 from torch.compiler import is_compiling
 from torch.nn.modules.module import _has_any_global_hook
 
-from ltepass.passes.insert.watch_forwards import watches
+from ltepass.passes.capture.replaced_forwards import watches
 from ltepass.routed.sites import LTEState
 
 CACHES = "_prepare_cache_for_generation"  # the method of transformers that makes a cache for one `generate`

@@ -14,7 +14,7 @@ from torch import nn
 
 from ltepass.config import Scope
 from ltepass.errors import ConfigError, LoweredError, LoweringError
-from ltepass.passes.insert.watch_forwards import check_forwards
+from ltepass.passes.capture.replaced_forwards import check_forwards
 from ltepass.passes.lower.bypassed_modules import other_activation
 from ltepass.passes.lower.compiled import compile_model, is_compiled, uncompile_model
 from ltepass.passes.lower.lay_out_neurons import give_back_strides, lay_out
