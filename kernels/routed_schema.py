@@ -131,6 +131,7 @@ def _check_int8(
     gate_scale: Tensor | None,
     down_scale: Tensor,
 ) -> None:
+    """Raises LTEError where codes and scales are none that a routed op with int8 weights takes."""
     if x.dtype not in FLOATS:
         raise LTEError(f"x is {words(x)}; expected float32, bfloat16 or float16")
     if (gate is None) != (gate_scale is None):
@@ -145,6 +146,7 @@ def _check_int8(
 
 
 def _check_neurons(x: Tensor, up: Tensor, gate: Tensor | None, down: Tensor, n_experts: int) -> None:
+    """Raises LTEError where a routed op's weights are not of one FFN."""
     d_model, d_ff = x.shape[-1], up.shape[0]
     if up.shape[1] != d_model or down.shape[1] != d_ff:
         raise LTEError(

@@ -60,7 +60,7 @@ MOVED = {
     "ltepass.removal": "ltepass.passes.insert.remove_routers",
     "ltepass.selfcheck": "ltepass.passes.insert.try_gated_copy",
     "ltepass.straight": "ltepass.passes.capture.straight_forward",
-    "ltepass.compiled": "ltepass.passes.lower.compiled",
+    "ltepass.compiled": "ltepass.passes.lower.compile_model",
     "ltepass.lowerable": "ltepass.passes.lower.why_not_ffn",
     "ltepass.lowering": "ltepass.passes.lower.lowered_forward",
     "ltepass.passes.lower.lower_modules": "ltepass.passes.lower.lowered_forward",
@@ -147,6 +147,7 @@ MOVED = {
     "ltepass.passes.insert.guard_forwards": "ltepass.passes.capture.replaced_forwards",
     "ltepass.passes.insert.watch_forwards": "ltepass.passes.capture.replaced_forwards",
     "ltepass.passes.capture.partial_capture": "ltepass.passes.capture.capture_graphs",
+    "ltepass.passes.lower.compiled": "ltepass.passes.lower.compile_model",
 }
 
 
@@ -161,6 +162,7 @@ HELD = {
         "ltepass.sparsity.thresholds",
         "ltepass.routed.modes",
         "ltepass.routed.watching",
+        "ltepass.routed.logits",
         "ltepass.routed.samples",
         "ltepass.measure.sparsity",
     ),

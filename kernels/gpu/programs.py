@@ -16,7 +16,7 @@ jit: Callable[[Callable[..., Any]], Any] = triton.jit
 
 @jit
 def wait_for_previous(PDL: tl.constexpr):
-    """First statement of a kernel that may start while the one before it still runs (Hopper and later)."""
+    """First statement of a kernel whose programs may start while the kernel before still runs (Hopper and later)."""
     if PDL:
         tl.extra.cuda.gdc_wait()
 

@@ -16,7 +16,7 @@ _assumed: ContextVar[float | None] = ContextVar("assumed_density", default=None)
 
 @contextmanager
 def assume_density(density: float | None) -> Iterator[None]:
-    """The share of (token, expert) pairs that calibration expects to be active, for calls and compiles in the block.
+    """The share of (token, expert) pairs that calibration expects to be active: GPU calls in the block go by it.
 
     Told by whoever calls the op for a router: the op sees tensors only, and must not wait for a device to count. A
     stale value costs time, never a wrong result.

@@ -5,21 +5,18 @@ Part of a dense pass samples tokens to group neurons by; how routers are fitted,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, get_args
 
-from torch import Tensor, nn
+from torch import nn
 
 from ltepass.calibration.initialise import Inputs, initialise_routers
 from ltepass.errors import ConfigError, MetaWeightsError
-from ltepass.grouping_methods import AUTO, AUTO_WITH_DATA
-from ltepass.passes.group.group_neurons import permute_routed, site_permutation
+from ltepass.passes.group.group_neurons import group_by
 from ltepass.routed.routed import Routed
-from ltepass.routed.samples import collect
 from ltepass.routed.sharding import require_whole
 from ltepass.routed.undo import verb
 from ltepass.sparsity.cuts import place_cuts
-from ltepass.sparsity.thresholds import is_calibrated
 
 
 @verb
@@ -61,21 +58,3 @@ def calibrate(
     group_by(routed, batches, grouping)
     initialise_routers(routed, batches, inputs)
     place_cuts(routed, batches)
-
-
-def group_by(routed: Routed, batches: Sequence[Any], grouping: str | None) -> None:
-    """Reorder every site's neurons by the method, unless they are in its order already."""
-    method = grouping or routed.config["grouping"]
-    method = AUTO_WITH_DATA if method == AUTO else method
-    if method == "identity" or all(site.group_size == 1 for site in routed.sites):  # no order makes groups of one
-        return
-    by_rows = method == "kmeans" and not is_calibrated(routed)  # transform had no inputs to group by
-    if method != routed.state.grouping or by_rows:
-        samples = collect(routed, batches)
-        orders: dict[Any, Tensor] = {}  # sites that share their weights share their order
-        for site in routed.sites:
-            if site.neurons not in orders:
-                sample, seed = samples[site.name], routed.config["seed"]
-                orders[site.neurons] = site_permutation(routed.model, site, method, sample, seed)
-                permute_routed(routed, site, orders[site.neurons])
-    routed.state.grouping = method

@@ -16,28 +16,21 @@ lte-warm; what a start costs, in `examples/results/start_cost.md`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from ltepass.calibration.energy import MAX_LOG_OFFSET, down_energy, expert_energy, log_energy
+from ltepass.calibration.energy import MAX_LOG_OFFSET, EnergyFit, down_energy, fit_energies
 from ltepass.calibration.gptq import quantise_planes
 from ltepass.calibration.proxy_scale import fresh_proxies, scale_proxies
-from ltepass.calibration.ridge import RidgeSums
 from ltepass.calibration.sensitivity import Sensitivity, sensitivities
 from ltepass.config import Mode
-from ltepass.routed.batches import every, on_every, require_finite
+from ltepass.routed.batches import every, on_every
 from ltepass.routed.modes import mode_of
 from ltepass.routed.quantile_table import table_of
 from ltepass.routed.routed import Routed
-from ltepass.routed.router import Router
-from ltepass.routed.samples import SAMPLE_TOKENS, Reservoir
-from ltepass.routed.sites import FFNSite
 from ltepass.routed.undo import keep
-from ltepass.routed.watching import Observer, watch
 from ltepass.sparsity.thresholds import move_biases, update_table
 
 Inputs = Literal["dense", "hard"]
@@ -90,66 +83,18 @@ def initialise_routers(routed: Routed, batches: Sequence[Any], inputs: Inputs) -
             _recalibrate(routed, every(THRESHOLD_STRIDE, batches), target)
 
 
-@dataclass
-class _Fit:
-    """Linear fit of the log energy of a site's experts, and its values on a sample of what it was fitted to.
-
-    mean_log: of the energies that are not exactly 0.
-    """
-
-    weight: Tensor
-    bias: Tensor
-    logits: Tensor
-    mean_log: float
-
-    def scaled(self, scale: float, offset: float) -> _Fit:
-        return _Fit(scale * self.weight, scale * self.bias + offset, scale * self.logits + offset, self.mean_log)
-
-
-class _EnergyFit(Observer):
-    """Regression of the log energy of one site's experts on its input; keeps SAMPLE_TOKENS inputs."""
-
-    def __init__(self, site: FFNSite, router: Router, weights: Tensor) -> None:
-        super().__init__(site, router)
-        self.weights, self.kept, self.sums = weights, Reservoir(SAMPLE_TOKENS), RidgeSums()
-        self.log_sum, self.count = (torch.zeros((), dtype=torch.float64, device=weights.device) for _ in range(2))
-
-    def on_input(self, x: Tensor) -> None:
-        self.x = x.float()
-        self.kept.add(x.to(torch.bfloat16))
-
-    def on_hidden(self, h: Tensor) -> None:
-        energy = expert_energy(self.site, h, self.weights)
-        logs = log_energy(energy)
-        self.sums.add(self.x, logs)
-        del self.x
-        self.log_sum += logs.where(energy > 0, 0.0).sum(dtype=torch.float64)  # in fp32 its bits follow the threads
-        self.count += (energy > 0).sum()
-
-    def fit(self) -> _Fit:
-        weight, bias = self.sums.solve()
-        require_finite(self.site.name, weight, bias)
-        logits = self.kept.rows().float() @ weight.T + bias
-        return _Fit(weight, bias, logits, float(self.log_sum / self.count.clamp_min(1)))
-
-
-def fit_energies(routed: Routed, batches: Sequence[Any], weights: dict[str, Tensor], mode: Mode) -> dict[str, _Fit]:
-    """By site name: fitted on every token of the batches, as the FFNs see it in this mode."""
-    observers = [_EnergyFit(site, router, weights[site.name]) for site, router in routed]
-    watch(routed, batches, observers, mode=mode)
-    return {o.site.name: o.fit() for o in observers}
-
-
-def _scales(fits: dict[str, _Fit], *, together: bool) -> dict[str, float]:
-    """By site: what brings the logits to a spread of LOGIT_STD, each site's own or on average."""
+def _scales(fits: dict[str, EnergyFit], *, together: bool) -> dict[str, float]:
+    """By site: what brings starting logits to a spread of LOGIT_STD, each site's own or on average."""
     spreads = {name: max(float(fit.logits.std()), 1e-6) for name, fit in fits.items()}
     if together:
         spreads = dict.fromkeys(spreads, sum(spreads.values()) / len(spreads))
     return {name: LOGIT_STD / spread for name, spread in spreads.items()}
 
 
-def _place(routed: Routed, fits: dict[str, _Fit], target: float) -> None:
-    """Weights, tables and thresholds, which stay logit(tau) where a bias can carry the target, as in the paper."""
+def _place(routed: Routed, fits: dict[str, EnergyFit], target: float) -> None:
+    """Start the routers with these: weights, tables and thresholds, which stay logit(tau) where a bias can carry the
+    target, as in the paper.
+    """
     for site, router in routed:
         fit = fits[site.name]
         keep(router.weight, router.bias)

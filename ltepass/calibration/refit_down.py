@@ -111,7 +111,9 @@ def _by_weights(sites: list[FFNSite]) -> list[list[FFNSite]]:
 
 
 def _calls(routed: Routed, batch: dict[str, Any]) -> Counter[str]:
-    """How often each site's router is called in a forward, by one of the first sequence alone."""
+    """How often each site's router is called in a forward, by one of the first sequence alone: a fit waits for the last
+    call.
+    """
     calls: Counter[str] = Counter()
     n = next((len(v) for v in batch.values() if isinstance(v, Tensor)), 0)
     first = {name: v[:1] if isinstance(v, Tensor) and len(v) == n else v for name, v in batch.items()}
@@ -166,6 +168,7 @@ class _Fit:
         self.router, self.h = router, tokens_of(router, h).float()
 
     def on_down(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
+        """The hook of down: sums of gated and missing units, and at the last call the refitted output."""
         if self.left == 0:
             return None
         gated = tokens_of(self.router, args[0]).float()
@@ -216,6 +219,7 @@ class _Threshold:
         self.seen: list[Tensor] = []
 
     def on_logits(self, router: Router, args: tuple[Tensor, ...], logits: Tensor) -> Tensor:
+        """The hook of the router: from the last call on, logits under the new threshold."""
         if self.target is None or self.left == 0:
             return logits
         self.seen.append(tokens_of(router, logits))

@@ -159,6 +159,7 @@ class _Tap:
         self.tokens += int(seen.sum())
 
     def found(self) -> Sensitivity:
+        """The site's two figures, over all tokens that were seen."""
         if not self.tokens:  # nothing reaches the output through this site
             return Sensitivity(-torch.inf, down_energy(self.model, self.site))
         d_out = self.site.down_rows.of(self.model, self.site.d_ff).shape[1]

@@ -11,9 +11,9 @@ from ltepass.commands.load import load
 from ltepass.corpora import token_blocks
 from ltepass.errors import ConfigError
 from ltepass.measure.paired import compare, require_enough
-from ltepass.measure.quality import perplexity, sparsity_curve, token_losses
+from ltepass.measure.quality import perplexity, token_losses
 from ltepass.measure.repetition import repetition
-from ltepass.measure.sparsity import counting_inactive
+from ltepass.measure.sparsity import counting_inactive, sparsity_curve
 from ltepass.routed.report_tables import span
 from ltepass.routed.routed import Routed, state_of
 
@@ -108,6 +108,7 @@ def _repetition(
 
 
 def _table(columns: Mapping[str, Cells]) -> Table:
+    """A row a figure, a column a text."""
     from rich.table import Table
 
     table = Table("", *columns)

@@ -60,6 +60,7 @@ def run_demo(options: DemoOptions, out: Path, *, fresh: bool = False, console: C
 
 
 def _show(demo: Demo) -> None:
+    """The table on the console, and both continuations."""
     console, results, out = demo.console, demo.folder.results, demo.folder.path
     generated = results["stages"]["generate"]
     console.print(rich_table(results))

@@ -1,18 +1,15 @@
-"""Quality on held-out text: perplexity, and sparsity beside it."""
+"""Quality on held-out text: perplexity."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ltepass.measure.sparsity import measure_sparsity
 from ltepass.old_names import held_by
-from ltepass.routed.routed import Routed
-from ltepass.sparsity.thresholds import set_sparsity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,23 +59,3 @@ def logits_on_cpu(model: PreTrainedModel, ids: Tensor) -> Tensor:
     with torch.no_grad():
         logits: Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits
     return logits.cpu().contiguous()
-
-
-def sparsity_curve(
-    model: PreTrainedModel, blocks: Tensor, sparsities: Iterable[float]
-) -> Iterator[tuple[float, float, float]]:
-    """(asked for, perplexity, measured sparsity) of one checkpoint in hard mode at other points of its table.
-
-    blocks: [n, T] int64. The thresholds stand where they stood afterwards. Raises CalibrationError without a table,
-    LoweredError.
-    """
-    routers = Routed.trained(model, "sparsity_curve").routers
-    before = [r.threshold.clone() for r in routers]
-    try:
-        for sparsity in sparsities:
-            set_sparsity(model, sparsity)
-            shares = measure_sparsity(model, blocks[:, None].to(model.device))
-            yield sparsity, perplexity(model, blocks), sum(shares.values()) / len(shares)
-    finally:
-        for router, threshold in zip(routers, before, strict=True):
-            router.threshold.copy_(threshold)

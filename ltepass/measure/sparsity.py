@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ltepass.measure.quality import perplexity
 from ltepass.routed import token_masks
 from ltepass.routed.batches import Batch, require_seen, run_batches
-from ltepass.routed.logits import record_logits
+from ltepass.routed.logits import on_logits, record_logits
 from ltepass.routed.modes import mode_of
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
 from ltepass.routed.samples import Tally
 from ltepass.routed.sites import FFNSite
 from ltepass.routed.undo import verb
-from ltepass.routed.watching import on_logits
+from ltepass.sparsity.thresholds import set_sparsity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -110,3 +111,23 @@ def sparsity_of_tail(model: PreTrainedModel, ids: Tensor, skip: int) -> float:
         (logits,) = seen[site.name]
         shares.append(1.0 - (logits[skip:] > router.threshold).float().mean().item())
     return sum(shares) / len(shares)
+
+
+def sparsity_curve(
+    model: PreTrainedModel, blocks: Tensor, sparsities: Iterable[float]
+) -> Iterator[tuple[float, float, float]]:
+    """(asked for, perplexity, measured sparsity) of one checkpoint in hard mode at other points of its table.
+
+    blocks: [n, T] int64. The thresholds stand where they stood afterwards. Raises CalibrationError without a table,
+    LoweredError.
+    """
+    routers = Routed.trained(model, "sparsity_curve").routers
+    before = [r.threshold.clone() for r in routers]
+    try:
+        for sparsity in sparsities:
+            set_sparsity(model, sparsity)
+            shares = measure_sparsity(model, blocks[:, None].to(model.device))
+            yield sparsity, perplexity(model, blocks), sum(shares.values()) / len(shares)
+    finally:
+        for router, threshold in zip(routers, before, strict=True):
+            router.threshold.copy_(threshold)

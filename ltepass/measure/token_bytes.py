@@ -45,6 +45,7 @@ def weights_read(model: PreTrainedModel, active: float = 1.0) -> float:
 
 
 def _unread(model: PreTrainedModel, active: float) -> Iterator[float]:
+    """By site: bytes of its weights that a token leaves alone."""
     if not is_transformed(model):
         return
     routed = Routed.of(model, "bench model")

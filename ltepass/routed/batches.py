@@ -90,6 +90,7 @@ def _is_array(value: object) -> bool:
 
 
 def _seen(value: object) -> str:
+    """For a message: what a batch, or a part of it, is."""
     if isinstance(value, str):
         return f"the text {value[:20]!r}"
     if isinstance(value, (list, tuple)) and value:

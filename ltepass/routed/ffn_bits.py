@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ltepass.routed.proxy_router import read_rows
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
-from ltepass.routed.sites import FFNSite, NeuronRows
+from ltepass.routed.sites import FFNSite, NeuronRows, read_rows
 
 
 @dataclass(frozen=True)
@@ -48,10 +47,11 @@ def ffn_bits(routed: Routed) -> FFNBits | None:
 
 
 def unread(routed: Routed, site: FFNSite, router: Router, nbytes: Mapping[NeuronRows, int], active: float) -> float:
-    """Bytes of a site's own weights and of its router's planes that a token leaves alone. active: share of neurons.
+    """Of an FFN's bytes, its own weights' and its router's planes': those that a token leaves alone.
 
-    nbytes: of the weights by their rows. Cuts count with the share that they were set for: units that
-    `hidden_sparsity` leaves out are not read by down, inputs that `input_sparsity` leaves out not by up and gate.
+    active: share of neurons. nbytes: of the weights by their rows. Cuts count with the share that they were set for:
+    units that `hidden_sparsity` leaves out are not read by down, inputs that `input_sparsity` leaves out not by up and
+    gate.
     """
     if router.tiered:
         kept = max(active, 1.0 - float(routed.config["low_bit_sparsity"]))

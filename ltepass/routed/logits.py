@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 
 from ltepass.routed import token_masks
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
+from ltepass.routed.samples import SomeRows
 from ltepass.routed.sites import FFNSite
-from ltepass.routed.watching import on_logits
-
-
-class SomeRows:
-    """Copies of at most `keep` rows of each tensor, drawn at random, the same for the same tensors; None keeps all.
-
-    A stride would meet the length of the sequences and see some positions only.
-    """
-
-    def __init__(self, keep: int | None) -> None:
-        self.keep, self.generator = keep, torch.Generator().manual_seed(0)
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        if self.keep is None or len(rows) <= self.keep:
-            return rows.clone()
-        return rows[torch.randperm(len(rows), generator=self.generator, device="cpu")[: self.keep].to(rows.device)]
+from ltepass.routed.token_hooks import telling_tokens
+from ltepass.threads import unshared
 
 
 @contextmanager
@@ -45,3 +31,23 @@ def record_logits(routed: Routed, keep: int | None = None, *, flat: bool = True)
 
     with on_logits(routed, see):
         yield seen
+
+
+@contextmanager
+def on_logits(routed: Routed, see: Callable[[FFNSite, Router, Tensor], None]) -> Iterator[None]:
+    """While the block runs, calls see(site, router, logits [..., n_experts]) after every router, without gradients."""
+
+    def hook(site: FFNSite) -> Callable[[Router, object, Tensor | None], None]:
+        def run(router: Router, args: object, logits: Tensor | None) -> None:
+            if logits is not None:
+                see(site, router, logits.detach())
+
+        return run
+
+    handles = [router.register_forward_hook(hook(site)) for site, router in routed]
+    try:
+        with telling_tokens(routed), unshared(routed.all_routers()):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from inspect import signature
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from torch import nn
-
-if TYPE_CHECKING:  # a router's recorder, below it, names a part
-    from ltepass.routed.sites import FFNSite
 
 Part = Literal["whole", "encoder", "decoder"]  # of a model
 DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
@@ -39,11 +36,3 @@ def _part(module: nn.Module, name: str) -> nn.Module | None:
         if inner is found or not isinstance(inner, nn.Module):
             return None if found is module else found
         found = inner
-
-
-def reads_tokens(model: nn.Module, site: FFNSite) -> bool:
-    """Not in the tower of a model of text and images that sees the images."""
-    path, named = site.router.split("."), [getattr(model, "main_input_name", "input_ids")]
-    for depth in range(1, len(path)):
-        named.append(getattr(model.get_submodule(".".join(path[:depth])), "main_input_name", named[-1]))
-    return named[-1] in ("input_ids", named[0]) and not named[-1].startswith("pixel_values")

@@ -23,7 +23,7 @@ from ltepass.kernels.proxy_codes import Codes
 from ltepass.kernels.reference import ACTIVATIONS
 from ltepass.kernels.weight_formats import BLOCK, HALF
 from ltepass.routed.router import Router
-from ltepass.routed.sites import FFNSite, NeuronRows
+from ltepass.routed.sites import FFNSite, read_rows
 from ltepass.routed.undo import keep
 
 CONSTANTS = proxy_reference.Proxy._fields
@@ -66,6 +66,7 @@ class ProxyRouter(Router):
         super().__init__(d_model, d_ff, group_size, tau=tau, cut=cut, input_cut=input_cut, device=device)
 
     def _add_tensors(self, bias: bool, device: torch.device | str | None) -> None:
+        """What scores neurons: a weight and a bias that learn, and the constants."""
         assert bias, "LTEConfig asks for one"
 
         def fp32(*shape: int) -> Tensor:
@@ -100,6 +101,7 @@ class ProxyRouter(Router):
         return (*(getattr(self, name) for name in CONSTANTS), self.weight, self.bias)
 
     def reorder(self, order: Tensor) -> None:
+        """As every router's order of neurons, that of the codes, scales, biases and sizes."""
         super().reorder(order)
         for name in CONSTANTS:
             constant = getattr(self, name)
@@ -145,7 +147,7 @@ def proxy_of(site: FFNSite, config: LTEConfig, device: torch.device | str | None
 
 @torch.no_grad()
 def encode(model: nn.Module, site: FFNSite, router: ProxyRouter, codes: Codes | None = None) -> bool:
-    """Codes, scales and biases of the weights as they are. False, and nothing done, where they are not to be read.
+    """Fill a proxy router from the weights as they are. False, and nothing done, where they cannot be read.
 
     codes: of gate and up; None rounds them.
     """
@@ -166,7 +168,7 @@ def encode(model: nn.Module, site: FFNSite, router: ProxyRouter, codes: Codes | 
 
 
 def read_weights(model: nn.Module, site: FFNSite) -> Tensor | None:
-    """fp32 [k, d_ff, d_model] of gate and up, or None where they are not to be read."""
+    """What a proxy is made of: fp32 [k, d_ff, d_model] of gate and up, or None where they are not to be read."""
     found = [read_rows(model, site, rows) for rows in (site.gate_rows, site.up_rows) if rows]
     if any(weight is None or weight.shape != (site.d_ff, site.d_model) for weight in found):
         return None
@@ -175,19 +177,7 @@ def read_weights(model: nn.Module, site: FFNSite) -> Tensor | None:
 
 @torch.no_grad()
 def start_proxy(model: nn.Module, site: FFNSite) -> None:
-    """Codes, and sizes as the columns of down have them."""
+    """A site's fresh proxies: codes of the weights, and sizes as the columns of down have them."""
     for router in (m for m in model.get_submodule(site.router).modules() if isinstance(m, ProxyRouter)):
         encode(model, site, router)
         router.sizes.copy_(site.down_rows.of(model, site.d_ff).float().norm(dim=1))
-
-
-def read_rows(model: nn.Module, site: FFNSite, rows: NeuronRows | None) -> Tensor | None:
-    """[d_ff, ...], or None where no parameter of that name holds all neurons: an adapter or a shard stands there."""
-    path, _, name = (rows.param if rows else "").rpartition(".")
-    try:
-        held = model.get_submodule(path)._parameters.get(name)
-    except AttributeError:
-        return None
-    if rows is None or held is None or held.is_meta or held.dim() <= rows.dim:
-        return None
-    return rows.take(held, site.d_ff) if rows.indices(site.d_ff)[-1] < held.shape[rows.dim] else None

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 N_QUANTILES = 101
-SHARED_POINTS = 4096  # values that stand for one site's logits where sites share a threshold
 
 
 def table_of(logits: Tensor) -> Tensor:
@@ -31,13 +28,3 @@ def quantiles(values: Tensor, grid: Tensor) -> Tensor:
     at = grid.double() * (len(ordered) - 1)  # fp32 cannot count that far either
     low = at.floor().long()
     return torch.lerp(ordered[low], ordered[(low + 1).clamp_max(len(ordered) - 1)], (at - low).to(ordered))
-
-
-def shared_threshold(tables: Sequence[Tensor], sparsity: float) -> Tensor:
-    """The logit below which this share of all sites' experts lies; each site counts alike. tables: [101] each."""
-    device = tables[0].device
-    if sparsity == 0.0:
-        return tables[0].new_tensor(-torch.inf)
-    grid = torch.linspace(0.0, 1.0, SHARED_POINTS, dtype=torch.float32, device=device)
-    pooled = torch.cat([quantiles(table.to(device), grid) for table in tables])
-    return quantiles(pooled, tables[0].new_tensor(sparsity))

@@ -56,6 +56,7 @@ class Recorder:
         self.record(inactive, None if tau is None else self._losses(logits, tau))
 
     def record(self, inactive: Tensor, losses: Losses | None = None) -> None:
+        """One call more: its inactive share a row, and the losses of soft mode."""
         if self.rows is None:
             self.calls.clear()
         # Checkpointing runs a layer again inside the backward pass: all of it, but it is the same call.

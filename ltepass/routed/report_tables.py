@@ -98,7 +98,9 @@ def report(model: nn.Module, sparsity: dict[str, float] | None = None) -> Report
 
 
 def _paths(routed: Routed) -> list[str]:
-    """One line for each stretch of token counts that the op treats alike, where the model is on the CPU."""
+    """Lines of the report: one for each stretch of token counts that the op treats alike, where the model is on the
+    CPU.
+    """
     from ltepass.kernels.cpu.which_path import which_path
 
     site = routed.sites[0]

@@ -144,7 +144,9 @@ _KEPT = "_user_preserved_attributes"  # torch.fx.graph_module._USER_PRESERVED_AT
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model that PEFT, DDP, FSDP, DataParallel or torch.compile wrapped, through all of them."""
+    """The root that was or will be transformed, inside all that PEFT, DDP, FSDP, DataParallel or torch.compile wrapped
+    around it.
+    """
     inner: Any = model
     while True:
         if isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel)):

@@ -30,6 +30,7 @@ class Reservoir:
         )  # of the kept rows: those with the smallest are kept
 
     def add(self, rows: Tensor) -> None:
+        """Rows [n, ...]: each is kept with the same chance as all that came before."""
         keys = torch.rand(len(rows), generator=self.generator, dtype=torch.float64, device="cpu")
         if len(self.keys) == self.keep:
             hopeful = keys < self.keys.max()
@@ -45,6 +46,21 @@ class Reservoir:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+
+class SomeRows:
+    """Copies of at most `keep` rows of each tensor, drawn at random, the same for the same tensors; None keeps all.
+
+    A stride would meet the length of the sequences and see some positions only.
+    """
+
+    def __init__(self, keep: int | None) -> None:
+        self.keep, self.generator = keep, torch.Generator().manual_seed(0)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        if self.keep is None or len(rows) <= self.keep:
+            return rows.clone()
+        return rows[torch.randperm(len(rows), generator=self.generator, device="cpu")[: self.keep].to(rows.device)]
 
 
 class Tally:

@@ -41,6 +41,20 @@ class NeuronRows:
         return replace(self, param=rename(self.param))
 
 
+def read_rows(model: nn.Module, site: FFNSite, rows: NeuronRows | None) -> Tensor | None:
+    """The neurons' rows of one parameter [d_ff, ...], or None where no parameter of that name holds all of them: an
+    adapter or a shard stands there.
+    """
+    path, _, name = (rows.param if rows else "").rpartition(".")
+    try:
+        held = model.get_submodule(path)._parameters.get(name)
+    except AttributeError:
+        return None
+    if rows is None or held is None or held.is_meta or held.dim() <= rows.dim:
+        return None
+    return rows.take(held, site.d_ff) if rows.indices(site.d_ff)[-1] < held.shape[rows.dim] else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class FFNSite:
     """One FFN: y = down(act(gate(x)) * up(x)) or y = down(act(up(x))).

@@ -1,6 +1,6 @@
 """The paper's two auxiliary losses (section 4.3), kept per token so that a trainer can mask and weigh them exactly.
 
-Beside them, not in the paper: a term by which neighbouring tokens share experts, and distillation from a dense model.
+Beside them, not in the paper: a term by which neighbouring tokens share experts.
 """
 
 from __future__ import annotations
@@ -34,9 +34,3 @@ def union_per_token(logits: Tensor) -> Tensor:
     if scores.dim() > 1:
         change[..., 1:] = (scores[..., 1:, :] - scores[..., :-1, :]).square().mean(-1)
     return change
-
-
-def kl_from(teacher: Tensor, student: Tensor) -> Tensor:
-    """KL(teacher || student) in nats per position: logits [..., V] of any float dtype -> [...] fp32."""
-    log_p, log_q = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)

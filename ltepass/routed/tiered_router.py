@@ -19,9 +19,9 @@ from ltepass.kernels.planes import split
 from ltepass.kernels.proxy_codes import Codes, blocks_of
 from ltepass.kernels.tiers_reference import Planes, tiered_ffn
 from ltepass.kernels.weight_formats import HALF
-from ltepass.routed.proxy_router import ProxyRouter, proxy_of, read_rows, read_weights
+from ltepass.routed.proxy_router import ProxyRouter, proxy_of, read_weights
 from ltepass.routed.quantile_table import interpolate
-from ltepass.routed.sites import FFNSite
+from ltepass.routed.sites import FFNSite, read_rows
 from ltepass.routed.undo import keep
 
 PLANES = tuple(f"{plane}_{part}" for plane in ("down", "low") for part in Codes._fields)
@@ -40,6 +40,7 @@ class TieredRouter(ProxyRouter):
     low_bit_sparsity = 0.0
 
     def _add_tensors(self, bias: bool, device: torch.device | str | None) -> None:
+        """The planes, beside what a proxy holds."""
         super()._add_tensors(bias, device)
         n, d_ff = blocks_of(self.d_model), self.d_ff
         for plane, k in (("down", 1), ("low", self.shape[0] + 1)):
@@ -76,6 +77,7 @@ class TieredRouter(ProxyRouter):
         return tiered_ffn(*args)
 
     def reorder(self, order: Tensor) -> None:
+        """As every router's order of neurons, that of the planes."""
         super().reorder(order)
         for name in PLANES:
             constant = getattr(self, name)
@@ -123,7 +125,7 @@ def start_planes(model: nn.Module, site: FFNSite) -> None:
 
 @torch.no_grad()
 def encode_planes(model: nn.Module, site: FFNSite, router: TieredRouter, down: Codes | None = None) -> bool:
-    """The planes of the weights as they are, whose high codes of gate and up the router has already.
+    """Fill a tiered router's planes from the weights as they are; it has their high codes of gate and up already.
 
     down: high codes of its columns; None rounds them. False, and nothing done, where the weights are not to be read.
     """

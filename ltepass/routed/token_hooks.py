@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ltepass.routed.model_parts import Part, callable_parts, encoder_and_decoder, reads_tokens
-from ltepass.routed.token_masks import Forward, TokenRows, masks_of
+from ltepass.routed.model_parts import Part, callable_parts, encoder_and_decoder
+from ltepass.routed.token_masks import Forward, TokenRows, masks_of, reads_tokens
 
 if TYPE_CHECKING:  # a router's recorder, below them, holds what is here
     from ltepass.routed.routed import Routed
@@ -71,6 +71,7 @@ class TokenHooks:
             self.handles.append(module.register_forward_hook(_Leave(enter), always_call=True))
 
     def remove(self) -> None:
+        """Take the hooks away; routers no longer know which of their rows are tokens."""
         for handle in self.handles:
             handle.remove()
         for router in self.routers:
@@ -93,6 +94,7 @@ class _Enter:
                 self.sites.append((site, router, part, reads_tokens(model, site)))
 
     def __call__(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        """The hook: every router below is told the masks of the forward that begins."""
         if self.hooks.running or self.of_another_thread():
             return
         self.hooks.running = self.running = True

@@ -25,6 +25,7 @@ from ltepass.routed.model_parts import DECODER_INPUTS, Part
 
 if TYPE_CHECKING:  # a router's recorder, below it, holds what is here
     from ltepass.routed.router import Router
+    from ltepass.routed.sites import FFNSite
 
 IGNORED = -100  # what transformers puts where a position has no label
 TOKENS = ("input_ids", "inputs_embeds")
@@ -147,3 +148,11 @@ def sequences_of(router: Router, value: Tensor) -> tuple[Tensor, Tensor]:
         return value, real
     turned = value.transpose(0, 1) if shape == mask.shape[::-1] != mask.shape else value
     return turned.reshape(*mask.shape, -1), mask
+
+
+def reads_tokens(model: nn.Module, site: FFNSite) -> bool:
+    """Whether a site's rows are tokens: not in the tower of a model of text and images that sees the images."""
+    path, named = site.router.split("."), [getattr(model, "main_input_name", "input_ids")]
+    for depth in range(1, len(path)):
+        named.append(getattr(model.get_submodule(".".join(path[:depth])), "main_input_name", named[-1]))
+    return named[-1] in ("input_ids", named[0]) and not named[-1].startswith("pixel_values")

@@ -99,6 +99,7 @@ class Snapshot:
         self.values = [(b, b.detach().clone()) for b in buffers]
 
     def restore(self) -> None:
+        """After a call that failed: all of it as it was."""
         for thing in self.objects:
             thing.restore()
         for parameter, flag in self.flags:
@@ -116,7 +117,7 @@ class Snapshot:
 
 
 def _objects(model: nn.Module) -> Iterable[Any]:
-    """Every module, and the objects on it that a call may write to, each once."""
+    """What a call that fails may have written to: every module, and the objects on it, each once."""
     modules = list(model.modules())
     held = [module.__dict__.get(name) for module in modules for name in OBJECTS]
     held += [router.recorder for router in routers_of(model)]
@@ -135,6 +136,7 @@ class _Object:
         self.forward = vars(self.cls).get("forward") if isinstance(thing, GraphModule) else None
 
     def restore(self) -> None:
+        """After a call that failed: the object as it was."""
         if type(self.thing) is not self.cls:
             self.thing.__class__ = self.cls
         if self.forward is not None:
@@ -162,35 +164,6 @@ def lay_as(parameter: Tensor, stride: tuple[int, ...]) -> None:
     """The same values, stored with these strides."""
     stored = torch.empty_strided(parameter.shape, stride, dtype=parameter.dtype, device=parameter.device)
     parameter.data = stored.copy_(parameter.data)
-
-
-def reorder(view: Callable[[], Tensor], order: Tensor) -> None:
-    """view() becomes view()[order], in place; a call that fails puts the rows back."""
-    step = _Reorder(view, order)
-    undo_by(step.undo)
-    step.do()
-
-
-class _Reorder:
-    """How far it came stands in one attribute, so that no interruption falls between the change and its record."""
-
-    def __init__(self, view: Callable[[], Tensor], order: Tensor) -> None:
-        self.view, self.order = view, order
-        self.content: Tensor | bool = False  # not begun; the new rows while they are written; True afterwards
-
-    @torch.no_grad()
-    def do(self) -> None:
-        rows = self.view()
-        self.content = rows[self.order.to(rows.device)]
-        rows.copy_(self.content)
-        self.content = True
-
-    @torch.no_grad()
-    def undo(self) -> None:
-        if self.content is not False:
-            rows = self.view()
-            new = rows if self.content is True else self.content
-            rows.copy_(new[self.order.argsort().to(rows.device)])
 
 
 def _fill(tensor: Tensor, value: Tensor) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
@@ -17,7 +16,7 @@ from ltepass.routed.router import Router
 from ltepass.routed.sites import FFNSite
 from ltepass.routed.token_hooks import telling_tokens
 from ltepass.routed.token_masks import tokens_of
-from ltepass.threads import require_own, unshared
+from ltepass.threads import require_own
 
 
 def watch(routed: Routed, batches: Iterable[Batch], observers: Sequence[Observer], *, mode: Mode = "dense") -> None:
@@ -52,6 +51,7 @@ class Observer(ABC):
         self.router.observer = lambda h: self.on_hidden(tokens_of(self.router, h))
 
     def _count(self, seen: Tensor) -> None:
+        """Before the router: its input is looked at, and its tokens are counted."""
         if self.router.thread is not None:  # before the router itself asks: what is seen here would be kept
             require_own(self.router.thread)
         x = tokens_of(self.router, seen)
@@ -62,23 +62,3 @@ class Observer(ABC):
         if self.handle is not None:  # it was opened before the pass was interrupted
             self.handle.remove()
         self.router.observer = None
-
-
-@contextmanager
-def on_logits(routed: Routed, see: Callable[[FFNSite, Router, Tensor], None]) -> Iterator[None]:
-    """Calls see(site, router, logits [..., n_experts]) after every router while the block runs, without gradients."""
-
-    def hook(site: FFNSite) -> Callable[[Router, object, Tensor | None], None]:
-        def run(router: Router, args: object, logits: Tensor | None) -> None:
-            if logits is not None:
-                see(site, router, logits.detach())
-
-        return run
-
-    handles = [router.register_forward_hook(hook(site)) for site, router in routed]
-    try:
-        with telling_tokens(routed), unshared(routed.all_routers()):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -21,7 +21,7 @@ from ltepass.routed.sharding import require_whole
 from ltepass.routed.undo import all_or_nothing, undo_by
 from ltepass.saving.forward_checks import as_gated_now, check_forwards, try_gates
 from ltepass.saving.site_checks import check_sites
-from ltepass.saving.state_json import read_json, read_state, write_state
+from ltepass.saving.state_json import read_state, write_state
 from ltepass.saving.tensor_checks import check_all, check_routers, check_values, read_header
 
 SITES, WEIGHTS = "lte.json", "model.safetensors"
@@ -117,7 +117,7 @@ def _load(model: nn.Module, folder: Path) -> None:
             f"{type(model).__name__} has routers already; ltepass.load expects a dense module, as the class builds it"
         )
     _check_real(model, "load")
-    state = read_state(read_json(folder / SITES))
+    state = read_state(_read_json(folder / SITES))
     header = read_header([folder / WEIGHTS])
     check_routers(state.sites, state.config, header)
     check_sites(model, state.sites)
@@ -154,3 +154,11 @@ def _check_real(model: nn.Module, what: str) -> None:
     meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
     if meta is not None:
         raise MetaWeightsError(f"{meta} is on the meta device; ltepass.{what} expects real weights")
+
+
+def _read_json(path: Path) -> object:
+    """What `save` wrote into the file. Raises CheckpointError."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}); expected what ltepass.save wrote") from error

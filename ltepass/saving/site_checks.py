@@ -81,6 +81,7 @@ def _check_inside(tree: _Tree, site: FFNSite) -> None:
 
 
 def _check_modules(tree: _Tree, site: FFNSite) -> None:
+    """The site's paths are modules of the model, below its owner, and its router has a free name there."""
     for path in (site.owner, site.up, site.gate, site.down):
         if path is not None and path not in tree.modules:
             _refuse(site, f"this {tree.name} has no such module {path}")
@@ -167,6 +168,7 @@ def _check_neurons(tree: _Tree, site: FFNSite) -> None:
 
 
 def _check_graph(model: nn.Module, site: FFNSite) -> None:
+    """The site's nodes are x, hidden units and down projection of one FFN of a user's graph."""
     if not isinstance(model, GraphModule):
         _refuse(site, f"is one of a GraphModule, and this is a {type(model).__name__}")
     by_name = {n.name: n for n in model.graph.nodes}

@@ -11,11 +11,9 @@ version 4: `config` says what inactive neurons keep.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import asdict, fields
-from pathlib import Path
 from typing import Any
 
 from ltepass.config import BUDGETS, INACTIVE, PROXY_SCALES, QUANTISERS, ROUTERS, SEEDS, LTEConfig
@@ -33,6 +31,7 @@ _RELEASE = re.compile(r"[0-9A-Za-z.+_-]{1,40}")
 
 
 def write_state(state: LTEState) -> dict[str, Json]:
+    """What config.json holds of a transformed model."""
     return {
         "quant_method": METHOD,
         "version": VERSION,
@@ -45,6 +44,7 @@ def write_state(state: LTEState) -> dict[str, Json]:
 
 
 def read_state(value: object) -> LTEState:
+    """The state that an entry of config.json describes. Raises CheckpointError."""
     written = value if isinstance(value, dict) else {}
     version = written.get("version")
     if type(version) is int and version > VERSION:
@@ -139,10 +139,3 @@ _CONFIG: dict[str, Callable[[object], bool]] = {
     "tau": _number,
     "seed": lambda v: type(v) is int and v in SEEDS,
 }
-
-
-def read_json(path: Path) -> object:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}); expected what ltepass.save wrote") from error

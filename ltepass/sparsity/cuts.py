@@ -78,6 +78,7 @@ def set_input_sparsity(model: nn.Module, share: float, batches: Iterable[Batch])
 
 
 def _set(routed: Routed, setting: Setting, share: float, batches: Iterable[Batch]) -> None:
+    """Every router has a cut, or none where the share is 0, and cuts are placed."""
     check_sparsity(share, setting)
     routed.require_gates(f"set_{setting}")
     routed.config[setting] = share

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,19 +12,20 @@ from ltepass.config import Budget, check_sparsity
 from ltepass.errors import CalibrationError
 from ltepass.routed import token_masks
 from ltepass.routed.batches import Batch, require_finite, run_batches
+from ltepass.routed.logits import on_logits
 from ltepass.routed.modes import mode_of, remember_densities
-from ltepass.routed.quantile_table import interpolate, shared_threshold, table_of
+from ltepass.routed.quantile_table import interpolate, quantiles, table_of
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router, logit
 from ltepass.routed.samples import Reservoir
 from ltepass.routed.sites import FFNSite
 from ltepass.routed.undo import keep, verb
-from ltepass.routed.watching import on_logits
 
 BIAS_MARGIN = 2.0  # below the least calibration logit, for a bias that leaves every expert active
 TABLE_TOKENS = 8192  # of which a site's table is made: a share is then off by half a point over sqrt(n_experts)
 TABLE_LOGITS = 2**21  # at most, where experts are many: so few tokens are as good then
 LEAST_TOKENS = 256  # tokens differ too
+SHARED_POINTS = 4096  # values that stand for one site's logits where sites share a threshold
 
 
 @verb
@@ -75,8 +76,18 @@ def thresholds_at(routed: Routed, sparsity: float) -> list[Tensor]:
     return [interpolate(table, sparsity) for table in tables]
 
 
+def shared_threshold(tables: Sequence[Tensor], sparsity: float) -> Tensor:
+    """The logit below which this share of all sites' experts lies; each site counts alike. tables: [101] each."""
+    device = tables[0].device
+    if sparsity == 0.0:
+        return tables[0].new_tensor(-torch.inf)
+    grid = torch.linspace(0.0, 1.0, SHARED_POINTS, dtype=torch.float32, device=device)
+    pooled = torch.cat([quantiles(table.to(device), grid) for table in tables])
+    return quantiles(pooled, tables[0].new_tensor(sparsity))
+
+
 def update_table(routed: Routed, batches: Iterable[Batch]) -> None:
-    """Fill every router's quantile table from its logits on these batches, seen through the model's present gates.
+    """New tables of thresholds for every router, from its logits on these batches, seen through the present gates.
 
     A router that no token reached keeps its table; one that many reached gets it from `table_tokens` of them.
     """

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from ltepass.routed.batches import inputs_of
 from ltepass.routed.routed import routers_of
-from ltepass.routed.soft_losses import kl_from
 from ltepass.routed.token_hooks import hooks_of
 
 
 def dense_teacher(model: nn.Module, teacher: nn.Module | None) -> nn.Module:
+    """The teacher that was given, or a copy of the model with every neuron active; in evaluation, and it learns
+    nothing.
+    """
     if teacher is None:
         teacher = copy.deepcopy(model)
         for router in routers_of(teacher):
@@ -35,3 +37,9 @@ def divergence(
     weights = torch.ones_like(kl) if real is None else real.to(kl)
     weights = weights if mask is None else weights * mask.to(kl)
     return (kl * weights).sum(), weights.sum()
+
+
+def kl_from(teacher: Tensor, student: Tensor) -> Tensor:
+    """KL(teacher || student) in nats per position: logits [..., V] of any float dtype -> [...] fp32."""
+    log_p, log_q = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)

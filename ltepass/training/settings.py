@@ -79,6 +79,9 @@ class LTESettings:
 
 
 def refuse_reentrant(args: TrainingArguments) -> None:
+    """Of the TrainingArguments that every stage takes as they are: one setting that none can work with. Raises
+    TrainingError.
+    """
     new, old = "activation_checkpointing", "gradient_checkpointing"  # transformers renames it, and mirrors it at first
     name = new if hasattr(args, new) else old
     kwargs = getattr(args, f"{name}_kwargs", None) or {}

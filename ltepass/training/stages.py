@@ -97,7 +97,9 @@ def settle(
 
 
 def held_out_perplexity(model: Any, batches: Iterable[Any]) -> float | None:
-    """exp of the mean loss over label tokens in the present mode; None where no batch has labels of tokens."""
+    """What a stage's end is judged by: exp of the mean loss over label tokens in the present mode; None where no batch
+    has any.
+    """
     was_training = model.training
     model.eval()
     total = count = 0.0
@@ -136,6 +138,7 @@ def stage_options(model: nn.Module, lte: LTESettings, stage: Stage) -> Iterator[
 
 
 def _begin(model: nn.Module, lte: LTESettings, stage: Stage, through_op: bool) -> bool:
+    """Before a stage: what `stage_options` says."""
     begin_stage(model, stage, trainable=lte.trainable, straight_through=lte.straight_through)
     if lte.trainable == "lora":
         add_lora(Routed.of(model, "stage options"), lte.lora_rank)
@@ -147,6 +150,7 @@ def _begin(model: nn.Module, lte: LTESettings, stage: Stage, through_op: bool) -
 
 
 def _reset(model: nn.Module, flags: dict[str, bool], modes: list[tuple[Router, Mode]]) -> None:
+    """After a stage: flags, modes and what routers record as before."""
     for router in routers_of(model):
         router.straight_through = router.recorder.count_inactive = router.recorder.share_neighbours = False
     for name, p in model.named_parameters():

@@ -138,7 +138,7 @@ class _Step(nn.Module):
         return op(q, k, v, call.cache, layer, call.position, scale, sliding_window), None
 
     def check(self, layers: int) -> None:
-        """That each layer attended by our function, once."""
+        """Raises ExportError unless each layer of the traced step attended by our function, once."""
         if sorted(self.call.seen) != list(range(layers)):
             seen = f"{len(self.call.seen)} of {layers} layers of {type(self.model).__name__} took it"
             raise ExportError(f"{seen}; expected every layer to attend through transformers' AttentionInterface")

@@ -75,6 +75,8 @@ def split_inputs(example: object) -> Call:
 
 
 def described(args: Sequence[object], kwargs: Mapping[str, object]) -> str:
+    """For a message: shapes and dtypes of the inputs that a model was called with."""
+
     def one(v: object) -> str:
         return f"{tuple(v.shape)} {v.dtype}" if isinstance(v, Tensor) else repr(v)
 
@@ -83,7 +85,7 @@ def described(args: Sequence[object], kwargs: Mapping[str, object]) -> str:
 
 
 def input_width(module: nn.Module) -> int | None:
-    """Input width of a linear module, else None."""
+    """The width of what a linear module takes, for inputs that are made up; None for any other module."""
     if isinstance(module, nn.Linear):
         return module.in_features
     if type(module).__name__ == "Conv1D" and isinstance(module.weight, Tensor):
@@ -103,7 +105,9 @@ def one_tensor(module: nn.Module) -> Call | None:
 
 
 def without_fakes(call: Call) -> Call:
-    """Fake tensors become zeros, and objects (caches, outputs) nothing."""
+    """Inputs to trace with out of a call that was seen under fake tensors: these become zeros, and objects (caches,
+    outputs) nothing.
+    """
 
     def one(leaf: object) -> object:
         if isinstance(leaf, Tensor):

@@ -62,6 +62,7 @@ def _unpatched_modules() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _same_attributes(model: nn.Module) -> Iterator[None]:
+    """Of every module: those that a trace sets or takes away, and the containers in them, are as before."""
     attributes = [(m.__dict__, dict(m.__dict__)) for m in model.modules()]
     held = [(v, copy.copy(v)) for _, was in attributes for v in was.values() if isinstance(v, (dict, list, set))]
     try:

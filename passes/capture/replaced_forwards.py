@@ -159,6 +159,7 @@ class Watch:
             self.forwards[type(here)] = type(here).forward
 
     def _look(self, module: nn.Module, here: nn.Module, path: tuple[str, ...]) -> None:
+        """A forward or a class on the path is another one: guard it, where it is not ours."""
         below = ".".join(path[: list(_along(module, path)).index(here) + 1])
         gates = sum(n for owner, n in self.owners.items() if f"{owner}.".startswith(f"{below}."))
         if "forward" in here.__dict__:
@@ -212,6 +213,7 @@ def watch(model: nn.Module, owners: Iterable[str]) -> None:
 
 
 def watches(model: nn.Module) -> Iterator[tuple[nn.Module, int, Watch]]:
+    """Every `Watch` below a model: the module that it is a hook of, and the hook's key."""
     for module in model.modules():
         for handle, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, Watch):

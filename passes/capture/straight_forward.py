@@ -40,7 +40,9 @@ def is_straight(owner: nn.Module, original: type[nn.Module]) -> bool:
 
 
 def attributes(owner: nn.Module) -> list[str]:
-    """Names of what an instance holds itself, besides what every module has, tensors, and forwards put on it."""
+    """Names of what a forward may read of its owner beside children and tensors: what the instance holds itself, and no
+    module has anyway.
+    """
     ours = ("forward", "_old_forward", "_hf_hook")
     own = ((k, v) for k, v in owner.__dict__.items() if k not in _OF_MODULES and k not in ours and k.isidentifier())
     return [k for k, v in own if not isinstance(v, (Tensor, nn.Module)) and not k.startswith(("_lte_", "__"))]

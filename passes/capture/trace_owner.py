@@ -86,7 +86,7 @@ class _InThisThread:
 
 
 def traceable(original: type[nn.Module]) -> bool:
-    """Only a forward that takes tensors and nothing optional is read right by symbolic tracing."""
+    """Symbolic tracing reads a forward right only where it takes tensors and nothing optional."""
     parameters = list(inspect.signature(original.forward).parameters.values())[1:]
     return bool(parameters) and all(
         p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty and p.name != "kwargs" for p in parameters
@@ -135,7 +135,9 @@ def _at_defaults(original: type[nn.Module]) -> type[nn.Module]:
 
 
 def _stand_in(owner: nn.Module, original: type[nn.Module], *, training: bool) -> nn.Module:
-    """The owner as it was before: its class, its attributes and children, and no router. The flag alone is set."""
+    """What is traced in the owner's place: its class, its attributes and children as they were, and no router. The flag
+    alone is set.
+    """
     module: nn.Module = object.__new__(original)
     children = {k: m for k, m in owner._modules.items() if not isinstance(m, Router)}
     module.__dict__.update({**owner.__dict__, "_modules": children, "training": training})

@@ -32,6 +32,7 @@ def with_group_size(site: FFNSite, group_size: int | str, *, alone: bool) -> FFN
 
 
 def check_group_size(sites: list[FFNSite], group_size: int | str) -> None:
+    """Raises GroupSizeError for a size that does not divide a site's d_ff."""
     if isinstance(group_size, str):
         return
     bad = [s for s in sites if s.d_ff % group_size]

@@ -74,6 +74,7 @@ def _run(probe: _Probe, leaves: Sequence[Node], scales: Sequence[Node]) -> Known
 
 
 def _named(order: tuple[int, ...], samples: list[Tensor], h: Tensor) -> Known | None:
+    """The first activation that a kernel knows and that gives these hidden units, with its order of pieces."""
     from ltepass.kernels.reference import ACTIVATIONS
 
     for turned in dict.fromkeys((order, order[::-1])):

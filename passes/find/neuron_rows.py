@@ -72,6 +72,7 @@ def per_token(rows: Tensor) -> bool:
 
 
 def _bias_rows(flow: Flow, stream: Linear, rows: Rows) -> Rows | None:
+    """Where each neuron's bias lies, beside the row of its weight."""
     if not isinstance(stream.bias, Node):
         return None
     seen = flow.leaf(stream.bias)
@@ -152,6 +153,7 @@ def _leaf_rows(down: Linear, leaf: Node, code: Tensor) -> list[Rows]:
 
 
 def _flat(down: Linear, code: Tensor) -> Tensor:
+    """[tokens, neurons] of an index tensor that reaches the down projection."""
     flat = code.reshape(-1, code.shape[-1]) if code.dim() else code.reshape(1, 1)
     if flat.shape[-1] != down.in_width:
         raise MissError(down.node, "index", f"{flat.shape[-1]} indices reach {down.in_width} neurons")
@@ -159,6 +161,7 @@ def _flat(down: Linear, code: Tensor) -> Tensor:
 
 
 def _strided(down: Linear, rows: Tensor) -> tuple[int, int]:
+    """(start, step) of rows that are a slice. Raises MissError where they are none."""
     start = int(rows[0])
     step = int(rows[1] - rows[0]) if len(rows) > 1 else 1
     if step <= 0 or not torch.equal(rows, start + step * torch.arange(len(rows))):

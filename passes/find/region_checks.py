@@ -41,6 +41,7 @@ def without_adapters(flow: Flow, sources: set[Node]) -> set[Node]:
 
 
 def blocked(node: Node) -> tuple[str, str]:
+    """(check, reason) of an operation that a gate before the down projection does not commute with."""
     what = op_name(node) or node.op
     if is_reduction(node):
         return "norm", f"{what} over the hidden units makes each depend on the others: a gate does not commute with it"
@@ -48,6 +49,7 @@ def blocked(node: Node) -> tuple[str, str]:
 
 
 def one_source(flow: Flow, down: Linear, sources: set[Node]) -> Node:
+    """The input that all up projections of a region read. Raises MissError where there are several."""
     if len(sources) != 1:
         what = ": an adapter adds to one of them" if len(without_adapters(flow, sources)) == 1 else ""
         raise MissError(down.node, "one source", f"the up projections read {len(sources)} different inputs{what}")

@@ -61,7 +61,7 @@ def holder(captured: Captured, linear: Linear) -> str:
 
 
 def _owner(captured: Captured, region: Region, linears: list[Linear]) -> str:
-    """The innermost module call that contains the whole region and is none of its linears."""
+    """Which module owns a region: the innermost one whose call contains all of it, and that is none of its linears."""
     calls = [captured.stack(n) for n in (*(n.product for n in linears), *region.inner)]
     modules = {holder(captured, n) for n in linears if _is_module(captured, n)}
     common = [p for p in calls[0] if all(p in c for c in calls) and (p not in modules or p == "")]

@@ -49,7 +49,7 @@ def refuse_tied(found: Iterable[Found], captured: list[Captured]) -> tuple[list[
 
 
 def _readers(leaf: Node) -> set[Node]:
-    """The nodes that compute with a leaf, seen through casts and transposes."""
+    """The nodes that compute with a weight, seen through casts and transposes: is it an FFN's alone?"""
     readers: set[Node] = set()
     stack = [leaf]
     while stack:

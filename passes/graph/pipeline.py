@@ -177,3 +177,9 @@ def _difference(before: Counter[str], after: Counter[str]) -> str:
     """ "; linear: 12 -> 4, routed_ffn: 0 -> 2" for the kinds of node whose number changed."""
     kinds = [kind for kind in sorted({*before, *after}) if before[kind] != after[kind]]
     return "".join(f"{', ' if i else '; '}{kind}: {before[kind]} -> {after[kind]}" for i, kind in enumerate(kinds))
+
+
+def told(done: int, how: str, left: Counter[str], *, what: str = "linears") -> str:
+    """What a pass says: how many of what it changed, and how many it left for which reason."""
+    reasons = "".join(f", {n} left: {reason}" for reason, n in left.items())
+    return f"{done} {what} {how}{reasons}" if done else f"unchanged{reasons}"

@@ -9,20 +9,23 @@ rows and columns changes, in place. Methods that use activations run in `ltepass
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ltepass.errors import CalibrationError, ConfigError, MetaWeightsError
-from ltepass.grouping_methods import AUTO, GROUPINGS, Neurons
+from ltepass.grouping_methods import AUTO, AUTO_WITH_DATA, GROUPINGS, Neurons
 from ltepass.passes.graph.pipeline import Tier, TransformJob
 from ltepass.passes.group.balanced_kmeans import balanced_kmeans
 from ltepass.routed.routed import Routed
-from ltepass.routed.samples import Sample
+from ltepass.routed.samples import Sample, collect
 from ltepass.routed.sites import FFNSite
-from ltepass.routed.undo import reorder
+from ltepass.routed.undo import undo_by
+from ltepass.sparsity.thresholds import is_calibrated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +55,7 @@ class GroupNeurons:
 
 
 def check_real_weights(model: nn.Module, sites: list[FFNSite], what: str) -> None:
+    """Raises MetaWeightsError where a site's neurons are on the meta device: these cannot be put in another order."""
     for site in sites:
         for row in site.neurons:
             if model.get_parameter(row.param).is_meta:
@@ -109,7 +113,7 @@ def permute_site(model: nn.Module, site: FFNSite, permutation: Tensor) -> None:
     if sorted(permutation.tolist()) != list(range(site.d_ff)):
         raise ConfigError(f"{site.name}: expected a permutation of {site.d_ff} neurons")
     for rows in site.neurons:
-        reorder(partial(rows.take, model.get_parameter(rows.param), site.d_ff), permutation)
+        _reorder(partial(rows.take, model.get_parameter(rows.param), site.d_ff), permutation)
 
 
 def permute_routed(routed: Routed, site: FFNSite, permutation: Tensor) -> None:
@@ -122,3 +126,52 @@ def permute_routed(routed: Routed, site: FFNSite, permutation: Tensor) -> None:
         for same in [s for s in routed.sites if s.neurons == site.neurons]:
             for router in routed.copies(same):
                 router.reorder(permutation)
+
+
+def _reorder(view: Callable[[], Tensor], order: Tensor) -> None:
+    """view() becomes view()[order], in place; a call that fails puts the rows back."""
+    step = _Reorder(view, order)
+    undo_by(step.undo)
+    step.do()
+
+
+class _Reorder:
+    """How far it came stands in one attribute, so that no interruption falls between the change and its record."""
+
+    def __init__(self, view: Callable[[], Tensor], order: Tensor) -> None:
+        self.view, self.order = view, order
+        self.content: Tensor | bool = False  # not begun; the new rows while they are written; True afterwards
+
+    @torch.no_grad()
+    def do(self) -> None:
+        """Rows are written in the new order."""
+        rows = self.view()
+        self.content = rows[self.order.to(rows.device)]
+        rows.copy_(self.content)
+        self.content = True
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Rows are written in the order that the neurons had."""
+        if self.content is not False:
+            rows = self.view()
+            new = rows if self.content is True else self.content
+            rows.copy_(new[self.order.argsort().to(rows.device)])
+
+
+def group_by(routed: Routed, batches: Sequence[Any], grouping: str | None) -> None:
+    """Reorder every site's neurons by the method, unless they are in its order already."""
+    method = grouping or routed.config["grouping"]
+    method = AUTO_WITH_DATA if method == AUTO else method
+    if method == "identity" or all(site.group_size == 1 for site in routed.sites):  # no order makes groups of one
+        return
+    by_rows = method == "kmeans" and not is_calibrated(routed)  # transform had no inputs to group by
+    if method != routed.state.grouping or by_rows:
+        samples = collect(routed, batches)
+        orders: dict[Any, Tensor] = {}  # sites that share their weights share their order
+        for site in routed.sites:
+            if site.neurons not in orders:
+                sample, seed = samples[site.name], routed.config["seed"]
+                orders[site.neurons] = site_permutation(routed.model, site, method, sample, seed)
+                permute_routed(routed, site, orders[site.neurons])
+    routed.state.grouping = method

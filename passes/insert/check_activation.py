@@ -13,14 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from ltepass.kernels.reference import ACTIVATIONS
 from ltepass.passes.capture.straight_forward import attributes
-from ltepass.passes.capture.trace_owner import linears
+from ltepass.passes.capture.trace_owner import linears, own_graphs
 from ltepass.passes.find.identify_activation import ANOTHER, activation_of
-from ltepass.passes.graph.walk import upstream
+from ltepass.passes.graph.shared_names import join
+from ltepass.passes.graph.walk import breadth_first, upstream
+from ltepass.routed.gate import gate
 from ltepass.routed.sites import FFNSite, NeuronRows
 
 _TOKENS = 4
@@ -86,6 +88,7 @@ def _sample(model: nn.Module, rows: NeuronRows, generator: torch.Generator) -> T
 
 
 def _run(owner: nn.Module, node: Node, values: dict[Node, Any], d_model: int, generator: torch.Generator) -> object:
+    """What a node of the owner's forward gives: inputs are made up in fp64, and the rest runs on the values so far."""
     if node.op == "placeholder":
         x = torch.empty(1, _TOKENS, d_model, dtype=torch.float64, device="cpu")
         return x.uniform_(-1.0, 1.0, generator=generator)
@@ -102,6 +105,7 @@ def _run(owner: nn.Module, node: Node, values: dict[Node, Any], d_model: int, ge
 
 
 def _agrees(site: FFNSite, h: Tensor, up: Tensor, gate: Tensor) -> bool:
+    """Whether hidden units [1, tokens, d_ff] are what the site's activation makes of these values of up and gate."""
     rows, gate_rows = site.up_rows.indices(site.d_ff), (site.gate_rows or site.up_rows).indices(site.d_ff)
     u, g = up[..., list(rows)], gate[..., list(gate_rows)]
     act = ACTIVATIONS[site.activation]
@@ -132,3 +136,54 @@ def is_elementwise(function: Callable[[Tensor], object]) -> bool:
     """Whether it may stand for an activation."""
     with torch.device("cpu"), torch.no_grad():
         return activation_of(function) is not None
+
+
+def activations_beside(model: nn.Module, site: FFNSite) -> list[str]:
+    """Which modules may be the activation: those without parameters beside one of the linears, or in the owner."""
+    beside = [
+        (join(parent, name), m)
+        for parent in parents_of(site)
+        for name, m in model.get_submodule(parent).named_children()
+    ]
+    return sorted(path for path, m in beside if next(m.parameters(), None) is None)
+
+
+def parents_of(site: FFNSite) -> list[str]:
+    """Where a site's activation may lie: in its owner, or in what holds one of its linears."""
+    return sorted(
+        {path.rpartition(".")[0] for path in (site.up, site.gate, site.down) if path is not None} | {site.owner}
+    )
+
+
+def idle_values(model: nn.Module, site: FFNSite) -> list[str]:
+    """Of an inline site: functions and names beside its linears that may say which activation its forward calls."""
+    found = []
+    for parent in parents_of(site):
+        module = model.get_submodule(parent)
+        functions = [name for name, f in functions_in(module).items() if is_elementwise(f)]
+        words = [name for name in attributes(module) if isinstance(module.__dict__[name], str)]
+        found += [join(parent, name) for name in functions + words]
+    return found
+
+
+def called_before_gate(model: nn.Module, site: FFNSite) -> list[str]:
+    """Which modules may be the activation in a user's graph: those that it calls between x and the hidden units."""
+    assert isinstance(model, GraphModule)
+    gated = next(n for n in model.graph.nodes if n.target is gate and n.args[0].target == site.router)
+    _, h, logits = gated.args
+    before = set(breadth_first(logits.args[0], lambda n: n.all_input_nodes))
+    between = [n for n in breadth_first(h, lambda n: n.all_input_nodes) if n not in before]
+    return [str(n.target) for n in between if n.op == "call_module"]
+
+
+def other_activation(model: nn.Module, site: FFNSite) -> str | None:
+    """What tells that something took the activation's place since transform. Of a site without hooks there."""
+    is_graph = site.kind == "graph"
+    paths = called_before_gate(model, site) if is_graph else activations_beside(model, site)
+    beside: list[Callable[[Tensor], object]] = [
+        m for m in map(model.get_submodule, paths) if next(m.parameters(), None) is None
+    ]
+    if site.kind == "inline":
+        beside += [f for path in parents_of(site) for f in functions_in(model.get_submodule(path)).values()]
+    graphs = () if is_graph else own_graphs(model.get_submodule(site.owner), site)
+    return disagrees(model, site, graphs or (), beside, others=True)

@@ -110,6 +110,7 @@ def insert_routers(
 
 
 def _router(site: FFNSite, config: LTEConfig, device: torch.device | str | None) -> Router:
+    """The kind of router that the config asks for, of this site's sizes."""
     if config.inactive == "low_bit":
         return tiered_of(site, config, device)
     if config.router == "proxy":

@@ -18,6 +18,7 @@ from ltepass.routed.sites import FFNSite
 
 
 def remove_routers(routed: Routed, *, undo_grouping: bool) -> None:
+    """What `ltepass.remove` does. undo_grouping: neurons too go back to their places."""
     model, sites = routed.model, routed.sites
     token_hooks.detach(model)
     for site in {s.neurons: s for s in sites}.values():  # sites that share their weights share their order
@@ -44,6 +45,7 @@ def remove_routers(routed: Routed, *, undo_grouping: bool) -> None:
 
 
 def _ungate(graph: Graph, site: FFNSite) -> None:
+    """Take a site's nodes out of a user's graph again: what reads its router, and the router."""
     for node in reversed(list(graph.nodes)):  # what reads the logits goes before them
         if node.op != "call_function" or node.target not in (gate, seen_inputs, add_tiers):
             continue

@@ -109,6 +109,7 @@ def _run(module: nn.Module, x: Tensor) -> object:
 
 
 def _close(got: object, expected: object) -> bool:
+    """Whether a copy gave what was expected, to the rounding of its dtype."""
     if not isinstance(expected, Tensor):
         return True
     try:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from types import BuiltinFunctionType, FunctionType, MethodType, NoneType
 
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 from torch.nn.modules.module import _has_any_global_hook
 
 from ltepass.errors import LoweredError
 from ltepass.passes.capture.replaced_forwards import is_replaced
 from ltepass.passes.capture.straight_forward import attributes
-from ltepass.passes.capture.trace_owner import own_graphs
 from ltepass.passes.graph.shared_names import join
-from ltepass.passes.graph.walk import breadth_first
-from ltepass.passes.insert.check_activation import disagrees, functions_in, is_elementwise
+from ltepass.passes.insert.check_activation import (
+    activations_beside,
+    called_before_gate,
+)
 from ltepass.passes.insert.hooks import Hook, SparseDown
 from ltepass.passes.lower.stubs import Stub
 from ltepass.passes.lower.why_not_linear import is_product, not_plain
-from ltepass.routed.gate import gate
 from ltepass.routed.router import Router
 from ltepass.routed.sites import FFNSite
 
@@ -31,40 +32,14 @@ GLOBAL_HOOK = (
 def idle(model: nn.Module, site: FFNSite) -> list[str]:
     """Beside the linears, what is not called where the op stands, or runs on zeros: nobody may look there."""
     if site.kind == "graph":
-        return with_inner(model, (*_called_between(model, site), site.router))
-    return with_inner(model, (*_activations(model, site), site.router)) + _around(site)
+        return with_inner(model, (*called_before_gate(model, site), site.router))
+    return with_inner(model, (*activations_beside(model, site), site.router)) + _around(site)
 
 
 def with_inner(root: nn.Module, paths: Iterable[str]) -> list[str]:
     """These paths, and those of all modules below."""
     found = (join(path, name) for path in paths for name, _ in root.get_submodule(path).named_modules())
     return list(dict.fromkeys(found))
-
-
-def _activations(model: nn.Module, site: FFNSite) -> list[str]:
-    """What may lie between the linears: modules without parameters beside one of them, or in the owner."""
-    beside = [
-        (join(parent, name), m) for parent in _parents(site) for name, m in model.get_submodule(parent).named_children()
-    ]
-    return sorted(path for path, m in beside if next(m.parameters(), None) is None)
-
-
-def _parents(site: FFNSite) -> list[str]:
-    """The owner, and what holds one of its linears."""
-    return sorted(
-        {path.rpartition(".")[0] for path in (site.up, site.gate, site.down) if path is not None} | {site.owner}
-    )
-
-
-def idle_values(model: nn.Module, site: FFNSite) -> list[str]:
-    """Of an inline site: functions and names beside its linears that may say which activation its forward calls."""
-    found = []
-    for parent in _parents(site):
-        module = model.get_submodule(parent)
-        functions = [name for name, f in functions_in(module).items() if is_elementwise(f)]
-        words = [name for name in attributes(module) if isinstance(module.__dict__[name], str)]
-        found += [join(parent, name) for name in functions + words]
-    return found
 
 
 def _around(site: FFNSite) -> list[str]:
@@ -78,34 +53,11 @@ def _around(site: FFNSite) -> list[str]:
     return list(found)
 
 
-def _called_between(model: nn.Module, site: FFNSite) -> list[str]:
-    """Modules that a user's graph calls between x and the hidden units."""
-    assert isinstance(model, GraphModule)
-    gated = next(n for n in model.graph.nodes if n.target is gate and n.args[0].target == site.router)
-    _, h, logits = gated.args
-    before = set(breadth_first(logits.args[0], lambda n: n.all_input_nodes))
-    between = [n for n in breadth_first(h, lambda n: n.all_input_nodes) if n not in before]
-    return [str(n.target) for n in between if n.op == "call_module"]
-
-
 def called_modules(called: Graph | nn.Module) -> set[str]:
     """By a graph, or by a user's GraphModule."""
     assert isinstance(called, (Graph, GraphModule))
     graph = called if isinstance(called, Graph) else called.graph
     return {str(n.target) for n in graph.nodes if n.op == "call_module"}
-
-
-def other_activation(model: nn.Module, site: FFNSite) -> str | None:
-    """What tells that something took the activation's place since transform. Of a site without hooks there."""
-    is_graph = site.kind == "graph"
-    paths = _called_between(model, site) if is_graph else _activations(model, site)
-    beside: list[Callable[[Tensor], object]] = [
-        m for m in map(model.get_submodule, paths) if next(m.parameters(), None) is None
-    ]
-    if site.kind == "inline":
-        beside += [f for path in _parents(site) for f in functions_in(model.get_submodule(path)).values()]
-    graphs = () if is_graph else own_graphs(model.get_submodule(site.owner), site)
-    return disagrees(model, site, graphs or (), beside, others=True)
 
 
 def bypassed_code(module: nn.Module) -> str | None:
@@ -205,3 +157,12 @@ def _added_later(what: str) -> LoweredError:
     return LoweredError(
         f"{what}: it was added after ltepass.lower; call ltepass.unlower(model) before, then lower again"
     )
+
+
+def called_between(root: nn.Module, inputs: dict[Node, list[Node]], left: set[Node]) -> list[str]:
+    """What the op bypasses of a graph: modules that the nodes which are gone called, and values that they read."""
+    gone = [n for n in inputs if n not in left]
+    modules = {str(n.target) for n in gone if n.op == "call_module"}
+    read = {str(n.target) for node in gone for n in (node, *inputs[node]) if n.op == "get_attr"}
+    values = [path for path in read if not isinstance(attrgetter(path)(root), (Tensor, nn.Module))]
+    return with_inner(root, sorted(modules)) + sorted(values)

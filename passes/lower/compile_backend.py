@@ -139,6 +139,7 @@ def _holds_op(gm: GraphModule) -> bool:
 
 
 def _patches(mode: str | None, options: dict[str, object] | None) -> dict[str, object]:
+    """Inductor's settings: those of torch.compile's mode, and the options on top."""
     from torch._inductor import list_mode_options
 
     chosen = list_mode_options(mode) if mode and mode != "default" else {}

@@ -131,6 +131,7 @@ def lower_linear_modules(
 
 
 def _call(module: nn.Module) -> LinearCall:
+    """The call that a linear module's weight asks for."""
     weight, _ = parameters_of(module)
     if not is_ordinary(weight):
         return Int8Call(module) if kind(weight) == "Int8Tensor" else Int4Call(module, weight)
@@ -151,6 +152,7 @@ def weights_read(model: nn.Module) -> dict[nn.Parameter, tuple[Tensor, ...]]:
 
 
 def unlower_linear_modules(model: nn.Module) -> None:
+    """Every linear module calls its own forward again, on a weight that lies as it did."""
     for call in list(calls(model)):
         del call.module.__dict__["forward"]
         weight, _ = parameters_of(call.module)

@@ -19,15 +19,13 @@ from torch.fx import GraphModule, Node
 from ltepass.kernels import linear as _linear  # noqa: F401 -- registers the op that the pass emits
 from ltepass.passes.graph.edit import erase_upstream, transposed
 from ltepass.passes.graph.leaves_and_linears import Flow, Linear, parameters
-from ltepass.passes.graph.node_kinds import is_gate
-from ltepass.passes.graph.pipeline import GraphJob, Tier
-from ltepass.passes.graph.walk import strip_identity
+from ltepass.passes.graph.pipeline import GraphJob, Tier, told
 
 # Lowered models that were pickled earlier name them here.
 from ltepass.passes.lower.lower_linear_modules import FloatCall as FloatCall
 from ltepass.passes.lower.lower_linear_modules import Int4Call as Int4Call
 from ltepass.passes.lower.lower_linear_modules import Int8Call as Int8Call
-from ltepass.passes.lower.why_not_linear import why_not_node
+from ltepass.passes.lower.why_not_linear import linears_with_reasons
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +37,9 @@ class LowerLinears:
     def __call__(self, job: GraphJob) -> str:
         flow = Flow(job.gm, parameters(job.gm))
         left: Counter[str] = Counter()
-        for product, reason in reversed(read(flow)):  # a later one may read an earlier one's result as it is
+        for product, reason in reversed(
+            linears_with_reasons(flow)
+        ):  # a later one may read an earlier one's result as it is
             if reason is None:
                 _lower(flow, product)
                 job.linears += 1
@@ -47,19 +47,6 @@ class LowerLinears:
                 left[reason] += 1
         job.gm.recompile()
         return told(job.linears, "lowered", left)
-
-
-def told(done: int, how: str, left: Counter[str], *, what: str = "linears") -> str:
-    """What a pass says: how many it changed, and how many it left for which reason."""
-    reasons = "".join(f", {n} left: {reason}" for reason, n in left.items())
-    return f"{done} {what} {how}{reasons}" if done else f"unchanged{reasons}"
-
-
-def read(flow: Flow) -> list[tuple[Linear, str | None]]:
-    """The graph's linears in order, each with the reason why the op does not stand for it, or None."""
-    scores = {strip_identity(n.args[1]) for n in flow.nodes() if is_gate(n) and isinstance(n.args[1], Node)}
-    found = [linear for linear in map(flow.linear, list(flow.nodes())) if linear is not None]
-    return [(x, "gives a gate its scores" if x.node in scores else why_not_node(flow, x)) for x in found]
 
 
 def _lower(flow: Flow, linear: Linear) -> None:

@@ -15,8 +15,8 @@ from torch import nn
 from ltepass.config import Scope
 from ltepass.errors import ConfigError, LoweredError, LoweringError
 from ltepass.passes.capture.replaced_forwards import check_forwards
-from ltepass.passes.lower.bypassed_modules import other_activation
-from ltepass.passes.lower.compiled import compile_model, is_compiled, uncompile_model
+from ltepass.passes.insert.check_activation import other_activation
+from ltepass.passes.lower.compile_model import compile_model, is_compiled, uncompile_model
 from ltepass.passes.lower.lay_out_neurons import give_back_strides, lay_out
 from ltepass.passes.lower.lower_linear_modules import lower_linear_modules, lowered_linears, unlower_linear_modules
 from ltepass.passes.lower.lower_sites import lower_sites, unlower_sites

@@ -81,6 +81,7 @@ class _Router:
 
 
 def _router(flow: Flow, scores: Argument) -> _Router | None:
+    """What gives a gate its scores, in operands of the sparse op; None for anything that no op knows."""
     assert isinstance(scores, Node)
     scores = strip_identity(scores)
     if is_proxy(scores):
@@ -143,7 +144,7 @@ def _leaf(flow: Flow, node: Node | None) -> Node | None:
 
 
 def _operand(flow: Flow, rows: Rows, d_ff: int) -> Node:
-    """The leaf itself where all of it is wanted, else a view of it, neurons first."""
+    """An operand of the sparse op: the leaf itself where all of it is wanted, else a view of it, neurons first."""
     node = rows.leaf if rows.dim == 0 else transposed(flow.gm, rows.leaf)
     if is_whole(rows.step, shape(node)[0], d_ff):
         return node

@@ -12,15 +12,16 @@ from dataclasses import replace
 from itertools import groupby
 from operator import attrgetter
 
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from ltepass.passes.capture.trace_owner import trace_owner
 from ltepass.passes.graph.edit import erase_upstream
+from ltepass.passes.insert.check_activation import idle_values
 from ltepass.passes.insert.generated_forwards import forwards_of, regenerate
 from ltepass.passes.insert.hooks import SparseDown, attach
 from ltepass.passes.insert.insert_routers import inline_site, insert_gates, relative
-from ltepass.passes.lower.bypassed_modules import called_modules, idle, idle_values, settings, with_inner
+from ltepass.passes.lower.bypassed_modules import called_between, called_modules, idle, settings
 from ltepass.passes.lower.lowered_forward import Plan, lowered_ffn, lowered_in_graph, plan_of
 from ltepass.passes.lower.stubs import Stub, one_token_will_do
 from ltepass.passes.lower.why_not_linear import is_conv1d
@@ -30,6 +31,7 @@ from ltepass.routed.sites import FFNSite, LTEState
 
 
 def lower_sites(routed: Routed, sites: list[FFNSite]) -> None:
+    """Every one of these sites calls the op, each kind in its own way."""
     model, state = routed.model, routed.state
     lowered = {s.name for s in sites}
     for site in sites:
@@ -49,6 +51,7 @@ def lower_sites(routed: Routed, sites: list[FFNSite]) -> None:
 
 
 def unlower_sites(routed: Routed) -> None:
+    """Forwards, hooks and graph of the sites as before `lower_sites`."""
     model, state = routed.model, routed.state
     for site, router in routed:
         router.plan = None
@@ -104,24 +107,16 @@ def _call_op(root: nn.Module, graph: Graph, site: FFNSite) -> None:
             new = graph.call_function(lowered_ffn, (module, *linears, x))
     down.replace_all_uses_with(new)
     erase_upstream(down)
-    between = [p for p in _between(root, inputs, set(graph.nodes)) if p not in paths]
+    between = [p for p in called_between(root, inputs, set(graph.nodes)) if p not in paths]
     with graph.inserting_before(new):
         skipped = [graph.get_attr(path) for path in between]
     _note_skipped(root, router, between)
     new.args = (linears, skipped, *new.args[2:]) if site.kind == "graph" else (*new.args, *skipped)
 
 
-def _between(root: nn.Module, inputs: dict[Node, list[Node]], left: set[Node]) -> list[str]:
-    """Modules that the nodes which are gone called, and values that they read. inputs: of each node before."""
-    gone = [n for n in inputs if n not in left]
-    modules = {str(n.target) for n in gone if n.op == "call_module"}
-    read = {str(n.target) for node in gone for n in (node, *inputs[node]) if n.op == "get_attr"}
-    values = [path for path in read if not isinstance(attrgetter(path)(root), (Tensor, nn.Module))]
-    return with_inner(root, sorted(modules)) + sorted(values)
-
-
 def _note_skipped(root: nn.Module, path: str, skipped: list[str], *, runs: bool = False) -> None:
-    """Of the router at `path`: what stands at the paths `skipped`, which must stand there at every call, as it is.
+    """Of a lowered site's router at `path`: what stands at the paths `skipped` must stand there at every call, as it
+    is.
 
     runs: these are called on zeros.
     """

@@ -46,6 +46,8 @@ class Plan:
 
 
 def plan_of(model: nn.Module, site: FFNSite) -> Plan:
+    """How a lowered forward of this site is to read its weights."""
+
     def partial(rows: NeuronRows | None) -> NeuronRows | None:
         if rows is None:
             return None
@@ -147,6 +149,7 @@ def _cuts(router: Router) -> tuple[Tensor | None, ...]:
 
 
 def _take(rows: NeuronRows | None, parameter: Tensor | None, d_ff: int) -> Tensor | None:
+    """What a lowered FFN hands to the op: a parameter, a view of its rows, or a copy where it takes no such view."""
     if rows is None or parameter is None:
         return parameter
     taken = rows.take(parameter, d_ff)

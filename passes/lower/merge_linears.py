@@ -21,7 +21,7 @@ from ltepass.passes.graph.edit import add_leaf, erase_upstream
 from ltepass.passes.graph.leaves_and_linears import Flow, Linear, held, parameters
 from ltepass.passes.graph.node_kinds import value
 from ltepass.passes.graph.pipeline import GraphJob, Tier
-from ltepass.passes.lower.lower_linears import read
+from ltepass.passes.lower.why_not_linear import linears_with_reasons
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class MergeLinears:
     def __call__(self, job: GraphJob) -> str:
         flow = Flow(job.gm, parameters(job.gm))
         groups: dict[tuple[Node, bool], list[Linear]] = {}
-        for linear, reason in read(flow):
+        for linear, reason in linears_with_reasons(flow):
             own = linear.weight.op == "get_attr" and (linear.bias is None or linear.bias.op == "get_attr")
             if reason is None and own:
                 groups.setdefault((linear.x, linear.bias is None), []).append(linear)
@@ -45,6 +45,7 @@ class MergeLinears:
 
 
 def _merge(gm: GraphModule, group: list[Linear], name: str) -> None:
+    """One linear for a group that reads one input, and the parts of its output in their places."""
     first = group[0]
     with gm.graph.inserting_before(first.node):
         weight = add_leaf(gm, f"{name}_weight", torch.cat([_rows(gm, linear) for linear in group]))

@@ -29,9 +29,10 @@ from ltepass.kernels.weight_formats import BLOCK, quantise_int4, quantise_int8
 from ltepass.passes.graph.edit import add_leaf, erase_upstream, once_a_tensor
 from ltepass.passes.graph.leaves_and_linears import Flow, Linear, held, parameters
 from ltepass.passes.graph.node_kinds import is_movement, shape, value
-from ltepass.passes.graph.pipeline import GraphJob, Tier
+from ltepass.passes.graph.pipeline import GraphJob, Tier, told
 from ltepass.passes.graph.walk import strip_identity
-from ltepass.passes.lower.lower_linears import put_op, read, told
+from ltepass.passes.lower.lower_linears import put_op
+from ltepass.passes.lower.why_not_linear import linears_with_reasons
 
 Format = Literal["int8", "int4", "int4_minimum"]
 Codes = tuple[Tensor | None, ...]
@@ -49,7 +50,9 @@ class QuantiseLinears:
         if self.format is None:
             return "unchanged"
         flow, left, codes_of = Flow(job.gm, parameters(job.gm)), Counter[str](), once_a_tensor(self._codes)
-        for linear, unread in reversed(read(flow)):  # a later one may read an earlier one's result as it is
+        for linear, unread in reversed(
+            linears_with_reasons(flow)
+        ):  # a later one may read an earlier one's result as it is
             reason = unread or self._why_not(linear)
             if reason is not None:
                 left[reason] += 1
@@ -63,6 +66,7 @@ class QuantiseLinears:
         return told(job.linears, "quantised", left)
 
     def _why_not(self, linear: Linear) -> str | None:
+        """What keeps a linear of the graph from being quantised, or None."""
         if linear.weight.op != "get_attr":
             return "a weight that is no leaf of the graph's own"
         if linear.out_dim != 0:
@@ -78,6 +82,7 @@ class QuantiseLinears:
         return [n for n in nodes if _is_float_leaf(n.args[0]) and self._divides(n.args[0]) and _is_input(n.args[1])]
 
     def _embed(self, gm: GraphModule, node: Node, codes_of: Make) -> None:
+        """Replace the look-up of tokens in a table by one in its codes."""
         table, ids = node.args[:2]
         assert isinstance(table, Node), "a leaf"
         parts = self._parts(gm, node, table, codes_of)

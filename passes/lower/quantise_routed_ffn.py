@@ -26,9 +26,8 @@ from ltepass.kernels.weight_formats import quantise_int8
 from ltepass.passes.graph.edit import add_leaf, erase_upstream, once_a_tensor
 from ltepass.passes.graph.leaves_and_linears import held
 from ltepass.passes.graph.node_kinds import is_movement, op_name, tensor_inputs
-from ltepass.passes.graph.pipeline import GraphJob, Tier
+from ltepass.passes.graph.pipeline import GraphJob, Tier, told
 from ltepass.passes.graph.run_node import call
-from ltepass.passes.lower.lower_linears import told
 from ltepass.passes.lower.quantise_linears import Format
 
 Make = Callable[[Tensor], tuple[Tensor, Tensor]]

@@ -26,7 +26,9 @@ class Stub:
 
 
 def one_token_will_do(owner: nn.Module, ups: Iterable[str], down: str) -> bool:
-    """ups, down: paths below the owner. False where its forward cannot be read."""
+    """Whether up linears may hand on zeros of one token: nothing else is read between the linears. False where the
+    owner's forward cannot be read.
+    """
     paths = {*ups, down}
     parents = {".".join(path.split(".")[:i]) for path in paths for i in range(1, path.count(".") + 1)}
     if any(m._forward_hooks or m._forward_pre_hooks for m in map(owner.get_submodule, parents)):
@@ -36,7 +38,9 @@ def one_token_will_do(owner: nn.Module, ups: Iterable[str], down: str) -> bool:
 
 
 def _apart(graph: Graph, ups: set[str], down: str) -> bool:
-    """Whether what lies between these calls reads nothing else, and nothing else reads it."""
+    """Whether zeros of one token can go from the up linears to down: what lies between reads nothing else, and nothing
+    else reads it.
+    """
     called = {str(n.target): n for n in graph.nodes if n.op == "call_module"}
     if not {*ups, down} <= called.keys():
         return False

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Node
 
 from ltepass.kernels.linear_checks import FLOATS
 from ltepass.kernels.weight_formats import BLOCK
 from ltepass.passes.capture.replaced_forwards import is_replaced
 from ltepass.passes.graph.leaves_and_linears import Flow, Linear
-from ltepass.passes.graph.node_kinds import shape, tensor_inputs, value
+from ltepass.passes.graph.node_kinds import is_gate, shape, tensor_inputs, value
+from ltepass.passes.graph.walk import strip_identity
 
 
 def not_plain(module: nn.Module) -> str | None:
@@ -45,7 +47,7 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def parameters_of(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """(weight, bias), without nn.Module.__getattr__, which costs more than the rest of a small FFN's call."""
+    """(weight, bias) of a linear, without nn.Module.__getattr__, which costs more than a small FFN's call."""
     own = linear._parameters
     weight = own.get("weight")
     if weight is None:  # a DataParallel replica keeps plain tensors as attributes
@@ -97,6 +99,7 @@ def _why_not_int4(weight: Tensor) -> str | None:
 
 
 def _why_not_codes(weight: Tensor) -> str | None:
+    """Of both kinds of torchao's tensors: what they may hold that no op of ours computes with."""
     if getattr(weight, "act_pre_scale", None) is not None:
         return "its inputs are scaled first"
     zero = getattr(weight, "zero_point", None)
@@ -106,7 +109,7 @@ def _why_not_codes(weight: Tensor) -> str | None:
 
 
 def why_not_node(flow: Flow, linear: Linear) -> str | None:
-    """The same of a linear in a graph."""
+    """Why a linear in a graph stays as it is, or None."""
     tensors = [value(n) for n in (linear.x, linear.weight, linear.node, linear.bias) if n is not None]
     if not all(isinstance(t, Tensor) and is_ordinary(t) for t in tensors):
         return "a tensor of another class"
@@ -121,6 +124,13 @@ def why_not_node(flow: Flow, linear: Linear) -> str | None:
     if linear.bias is not None and shape(linear.bias) != (linear.width,):
         return "a bias that is not one number an output"
     return None
+
+
+def linears_with_reasons(flow: Flow) -> list[tuple[Linear, str | None]]:
+    """A graph's linears in order, each with the reason why the op does not stand for it, or None."""
+    scores = {strip_identity(n.args[1]) for n in flow.nodes() if is_gate(n) and isinstance(n.args[1], Node)}
+    found = [linear for linear in map(flow.linear, list(flow.nodes())) if linear is not None]
+    return [(x, "gives a gate its scores" if x.node in scores else why_not_node(flow, x)) for x in found]
 
 
 def _reads_weight_through_cast(flow: Flow, linear: Linear) -> bool:

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import ltepass
-from ltepass.calibration.initialise import fit_energies
+from ltepass.calibration.energy import fit_energies
 from ltepass.errors import ConcurrencyError
 from ltepass.passes.capture import trace_owner
 from ltepass.passes.insert import generated_forwards

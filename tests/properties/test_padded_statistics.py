@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import ltepass
-from ltepass.calibration.energy import down_energy
-from ltepass.calibration.initialise import fit_energies
+from ltepass.calibration.energy import down_energy, fit_energies
 from ltepass.measure.sparsity import measure_union
 from ltepass.routed.routed import router_of
 from ltepass.sparsity.thresholds import update_table

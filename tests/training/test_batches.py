@@ -23,8 +23,7 @@ from ltepass.calibration.ridge import RidgeSums
 from ltepass.calibration.sensitivity import loss_sensitivity
 from ltepass.config import ROUTERS
 from ltepass.errors import CalibrationError, LoweredError
-from ltepass.measure.quality import sparsity_curve
-from ltepass.measure.sparsity import measure_union, sparsity_of_tail
+from ltepass.measure.sparsity import measure_union, sparsity_curve, sparsity_of_tail
 from ltepass.routed.batches import inputs_of
 from ltepass.routed.routed import routers_of
 from ltepass.routed.samples import Reservoir, Tally

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import ltepass
 from ltepass.calibration import initialise
+from ltepass.calibration.energy import fit_energies
 from ltepass.calibration.refit_down import warm_start
 from ltepass.calibration.sensitivity import loss_sensitivity, sensitivities
 from ltepass.errors import CalibrationError, ConfigError
@@ -167,7 +168,7 @@ def test_routers_start_from_what_the_loss_hears() -> None:
 def test_sites_compare_by_their_log_cost_whichever_inputs_they_are_fitted_to(monkeypatch: pytest.MonkeyPatch) -> None:
     """Mean logits on the inputs of the last fit differ between sites by the scale times the log cost, and no more."""
     last: list[Any] = []
-    fit = initialise.fit_energies
+    fit = fit_energies
 
     def keep(model: Any, batches: Any, weights: Any, mode: Any) -> Any:
         before = copy.deepcopy(model)

@@ -31,7 +31,8 @@ from examples.compare.measured import measure_lte
 from examples.compare.study import load_data
 from examples.compare.tuning import tune_dense
 from ltepass.corpora import corpora
-from ltepass.measure.quality import perplexity, sparsity_curve
+from ltepass.measure.quality import perplexity
+from ltepass.measure.sparsity import sparsity_curve
 from ltepass.routed.routed import routers_of
 from tests.training.learning_cases import copied_text, trained
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import ltepass
 from ltepass.calibration import initialise
-from ltepass.calibration.energy import down_energy, expert_energy, log_energy
+from ltepass.calibration.energy import down_energy, expert_energy, fit_energies, log_energy
 from ltepass.calibration.ridge import RIDGE, RidgeSums
 from ltepass.errors import CalibrationError, ConfigError
 from ltepass.grouping_methods import AUTO, GROUPINGS, Grouping
@@ -245,7 +245,7 @@ def test_routers_are_fitted_on_every_token_that_the_model_gives_them(
 ) -> None:
     """By hand, from the model as it was before the last fit, in the mode that was asked for."""
     before: list[tuple[Any, str]] = []
-    fit = initialise.fit_energies
+    fit = fit_energies
 
     def keep(model: Any, batches: Any, weights: Any, mode: Any) -> Any:
         before.append((copy.deepcopy(model), mode))

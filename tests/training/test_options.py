@@ -15,7 +15,8 @@ from ltepass.kernels import backward
 from ltepass.measure.sparsity import measure_union
 from ltepass.routed.modes import mode_of
 from ltepass.routed.routed import router_of, routers_of
-from ltepass.routed.soft_losses import kl_from, union_per_token
+from ltepass.routed.soft_losses import union_per_token
+from ltepass.training.distillation import kl_from
 from ltepass.training.lora import ffn_linears
 from ltepass.training.settings import LTESettings
 from ltepass.training.stages import begin_stage, settle

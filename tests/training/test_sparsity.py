@@ -11,13 +11,15 @@ from transformers import BioGptConfig, BioGptForSequenceClassification
 from transformers.models.gemma4 import Gemma4ForCausalLM, Gemma4TextConfig
 
 import ltepass
-from ltepass.calibration import calibrate_model, initialise
-from ltepass.calibration.initialise import fit_energies
+from ltepass.calibration import initialise
+from ltepass.calibration.energy import fit_energies
 from ltepass.errors import CalibrationError, ConfigError, LoweredError, NotTransformedError
+from ltepass.passes.group import group_neurons
 from ltepass.routed.batches import every, run_batches
-from ltepass.routed.logits import SomeRows, record_logits
+from ltepass.routed.logits import record_logits
 from ltepass.routed.modes import mode_of
 from ltepass.routed.routed import router_of, routers_of
+from ltepass.routed.samples import SomeRows
 from ltepass.sparsity.thresholds import update_table
 from ltepass.training.stages import settle
 from tests.models.zoo import llama
@@ -144,7 +146,7 @@ def test_what_needs_few_tokens_gets_some_from_everywhere() -> None:
 def test_a_start_with_groups_in_place_takes_no_pass_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
     m = model()
     before = [r.permutation.clone() for r in routers_of(m)]
-    monkeypatch.setattr(calibrate_model, "collect", lambda *_: pytest.fail("sampled for groups that stay"))
+    monkeypatch.setattr(group_neurons, "collect", lambda *_: pytest.fail("sampled for groups that stay"))
     ltepass.calibrate(m, [ids(1), ids(2)])
     assert all(torch.equal(r.permutation, b) for r, b in zip(routers_of(m), before, strict=True))
     for budget in ("layer", "model"):

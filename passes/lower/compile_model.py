@@ -71,7 +71,7 @@ class _SeenFirst:
 
 
 def _with_our_settings(trace: Callable[..., object]) -> Callable[..., object]:
-    """Dynamo's own callback, which traces what no compiled code fits, with two settings that it has for the process.
+    """Dynamo's callback of a compiled model, which traces what no compiled code fits, with two settings of the process.
 
     They are changed under the lock that Dynamo traces under: no other trace sees them.
     specialize_float: dynamic=True is meant for sizes. It makes symbols of floats too, and every norm's eps and every
