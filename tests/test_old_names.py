@@ -108,6 +108,10 @@ def test_an_unknown_old_name_stays_an_import_error() -> None:
         "routed.proxy.ProxyRouter",
         "sparsity.modes.set_mode",
         "demo.folder.Folder",
+        "passes.insert.guard_forwards.guarded",
+        "passes.insert.watch_forwards.Watch",
+        "passes.capture.partial_capture.Parts",
+        "passes.lower.compiled.compile_model",
     ],
 )
 def test_what_stood_in_a_merged_or_renamed_file_is_found_by_its_old_name(old: str) -> None:

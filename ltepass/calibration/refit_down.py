@@ -187,7 +187,7 @@ class _Fit:
         return fixed
 
     def finish(self) -> None:
-        """Where the batch's forward had fewer calls than its first sequence's."""
+        """The refit, where the batch's forward had fewer calls than its first sequence's."""
         if self.left and self.sums:
             self.left = 0
             self.fitted(self.sites, self._solve()[1])

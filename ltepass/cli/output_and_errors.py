@@ -10,7 +10,7 @@ from ltepass.errors import LTEError
 
 
 def pass_on(context: typer.Context, command: str, module: str) -> None:
-    """Hands all arguments to an example, and ends as it ends."""
+    """A command whose arguments go to an example, and that ends as the example ends."""
     from ltepass.commands.workshop import run_example
 
     raise typer.Exit(run_example(command, module, context.args))

@@ -147,7 +147,9 @@ class _Object:
 
 
 def refill(container: Any, content: Any) -> None:
-    """Only what changed, key by key: an attribute may be watched, and another thread may read it meanwhile."""
+    """Undo what changed in a container, key by key: an attribute may be watched, and another thread may read it
+    meanwhile.
+    """
     if isinstance(container, dict):
         for key in [k for k in container if k not in content]:
             del container[key]

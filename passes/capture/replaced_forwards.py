@@ -236,7 +236,9 @@ def check_forwards(model: nn.Module) -> None:
 
 
 def _caller(model: nn.Module, owner: str) -> str:
-    """Path of the module that calls an owner's block: above the outermost list of blocks, or what holds the owner."""
+    """Where a `Watch` hangs: path of the module that calls an owner's block, above the outermost list of blocks, or
+    what holds the owner.
+    """
     parts = owner.split(".") if owner else []
     for i in range(len(parts)):
         if isinstance(model.get_submodule(".".join(parts[:i])), _LISTS):
