@@ -20,7 +20,7 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
 
 
 def check_int8(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
-    """The same for `linear_int8`."""
+    """What no path of `linear_int8` can make sense of."""
     _check_input(x)
     _check_matrix("codes", codes, torch.int8)
     if x.dim() == 0 or x.shape[-1] != codes.shape[1]:
@@ -31,7 +31,7 @@ def check_int8(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None = No
 
 
 def check_int4(x: Tensor, codes: Tensor, scale: Tensor, minimum: Tensor | None, bias: Tensor | None = None) -> None:
-    """The same for `linear_int4`."""
+    """What no path of `linear_int4` can make sense of."""
     _check_input(x)
     _check_matrix("codes", codes, torch.uint8)
     d_in = 2 * codes.shape[1]

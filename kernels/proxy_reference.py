@@ -127,7 +127,9 @@ def gradients(
     activation: str,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Of (x, weight, bias), where wanted; grad: [..., n_experts]. The rounding of x and of the score is passed by."""
+    """Gradients of a proxy's scores by (x, weight, bias), where wanted, as if nothing were rounded; grad: [...,
+    n_experts].
+    """
     z = units(x, proxy)
     hidden = ACTIVATIONS[activation](z[0])
     t = hidden * z[1] if len(z) == 2 else hidden

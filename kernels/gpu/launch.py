@@ -33,7 +33,7 @@ def routed_ffn(*args: Any) -> Tensor:
 
 
 def routed_ffn_with_mask(*args: Any) -> tuple[Tensor, Tensor]:
-    """The same, and the decision that the kernels took: bool [..., n_experts]."""
+    """The op on a GPU, and the decision that its kernels took: bool [..., n_experts]."""
     if args[0].dtype == torch.float64:
         return reference.routed_ffn(*args), reference.mask(*args[:4])
     y, wanted = _eager(args)

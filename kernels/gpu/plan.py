@@ -25,7 +25,9 @@ def plan_size(n_experts: int, n_tiles: int) -> int:
 
 @jit
 def zero_tickets(plan, n_experts, n_tickets):
-    """By one program of the router kernel, so that the down kernel needs no memset and no persistent buffer."""
+    """The plan's tickets, by one program of the router kernel: the down kernel needs no memset and no persistent
+    buffer.
+    """
     for start in range(0, n_tickets, 128):
         ticket = start + tl.arange(0, 128)
         tl.store(plan + 2 * n_experts + 1 + ticket, tl.zeros([128], tl.int32), mask=ticket < n_tickets)

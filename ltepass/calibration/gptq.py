@@ -55,7 +55,9 @@ Rounding = Callable[[int, Tensor], Tensor]  # (i, the weights as they are now [n
 
 
 def codes_along_inputs(weights: Tensor, moment: Tensor) -> Codes:
-    """Of linears whose inputs are what the blocks lie along (gate, up). weights: [k, f, d]; moment: [d, d]."""
+    """GPTQ's codes of linears whose inputs are what the blocks lie along (gate, up). weights: [k, f, d]; moment: [d,
+    d].
+    """
     shape = weights.shape[:2]
     rows = weights.float().flatten(0, 1)
     rounding = _AlongBlocks(rows)
@@ -66,7 +68,7 @@ def codes_along_inputs(weights: Tensor, moment: Tensor) -> Codes:
 
 
 def codes_by_input(weights: Tensor, moment: Tensor) -> Codes:
-    """Of a linear whose blocks lie within one input's weights (down). weights: [1, f, d], f inputs; moment: [f, f]."""
+    """GPTQ's codes of a linear whose blocks lie in one input's weights (down). weights: [1, f, d]; moment: [f, f]."""
     rounding = _WholeRows()
     feed_back(weights[0].float(), moment, rounding)
     return Codes(*(torch.cat(parts, 1) for parts in zip(*rounding.rows, strict=True)))

@@ -44,7 +44,9 @@ class _Scores(Observer):
 
 
 def fresh_proxies(routed: Routed, found: dict[str, Sensitivity] | None) -> None:
-    """As they were made, of what the weights are now; scores are in the FFN's own unit. found: of budget "model"."""
+    """Proxies as they were made, of what the weights are now; scores are in the FFN's own unit. found: of budget
+    "model".
+    """
     for site, router in routed:
         assert isinstance(router, ProxyRouter)
         done = encode(routed.model, site, router)

@@ -60,7 +60,7 @@ def loss_sensitivity(model: nn.Module, batches: Iterable[Batch], *, seed: int = 
 
 
 def sensitivities(routed: Routed, batches: Iterable[Batch], *, seed: int = 0) -> dict[str, Sensitivity]:
-    """Of `loss_sensitivity`."""
+    """What `loss_sensitivity` returns: how much each FFN matters to the loss, by site name."""
     model = routed.model
     taps = [_Tap(model, site, router) for site, router in routed]
     flags = {m: m.training for m in model.modules()}

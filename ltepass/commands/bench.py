@@ -101,6 +101,7 @@ def bench(folder: str, text: str, out: Path | None, options: BenchOptions, plot:
 
 
 def _text(text: str, tokenizer_folder: str, options: BenchOptions) -> Text:
+    """The tokens that every side is timed on, and blocks for the perplexity."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
@@ -138,6 +139,7 @@ def _sides(folder: str, options: BenchOptions) -> Iterator[list[Side]]:
 
 
 def _format_of(model: PreTrainedModel) -> str:
+    """Without --formats: what the tables call the dtype of the model's weights."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     if model.dtype not in names:
         raise ConfigError(f"the model's weights are {model.dtype}; expected one of {', '.join(map(str, names))}")

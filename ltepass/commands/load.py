@@ -49,7 +49,7 @@ def load(name: str, device: str = "cpu", dtype: torch.dtype | None = None) -> Pr
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:
-    """Of "bfloat16", torch.bfloat16. Raises ConfigError."""
+    """A dtype by the name that a user gives: of "bfloat16", torch.bfloat16. Raises ConfigError."""
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name is not None and name not in known:
         raise ConfigError(f"dtype is {name!r}; expected one of {', '.join(known)}")

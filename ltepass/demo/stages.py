@@ -186,7 +186,7 @@ def quality(demo: Demo) -> Quality:
 
 
 def measure_speed(demo: Demo) -> Speed:
-    """The same checkpoints as in `quality`; p is measured on the very tokens that are timed."""
+    """Time per token of the same checkpoints as in `quality`; p is measured on the very tokens that are timed."""
     plain, routed = demo.saved_model("dense"), demo.saved_model("lte")
     sites = ltepass.report(routed).sites
     text = demo.task.test.flatten()[: PROMPT_TOKENS + TIMED_TOKENS].to(demo.options.device)

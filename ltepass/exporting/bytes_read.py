@@ -13,7 +13,9 @@ GATHERED = ("up", "gate", "down", "up_scale", "gate_scale")  # by neuron
 
 
 def bytes_read(graph: GraphModule) -> tuple[int, int]:
-    """Of weights: of all that a token reads whole, and of those that it reads an active neuron at a time."""
+    """Bytes of an exported step's weights: of those that a token reads whole, and of those that it reads an active
+    neuron at a time.
+    """
     whole, gated = 0, 0
     for leaf in graph.graph.find_nodes(op="get_attr"):
         tensor = held(graph, leaf)

@@ -44,7 +44,9 @@ class ExportedDecoder:
         self.position = 0
 
     def _graph(self, file: Path) -> AOTICompiledModel:
-        """A package with its weights, which it reads unasked: a shape that it does not expect would be other memory."""
+        """A compiled graph with its weights, which it reads unasked: a shape that it does not expect would be other
+        memory.
+        """
         from torch._inductor import aoti_load_package
 
         try:

@@ -166,7 +166,7 @@ def bytes_read(path: Path) -> int:
 
 
 def formats(path: Path) -> tuple[str, str]:
-    """Of the first layer's FFN and of the head, as the file has them."""
+    """Of a GGUF file: the formats of the first layer's FFN and of the head."""
     import gguf
 
     kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}

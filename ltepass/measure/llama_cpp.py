@@ -100,7 +100,7 @@ class LlamaCpp:
             raise ConfigError(f"llama.cpp returned {status} for {batch.n_tokens} tokens; expected 0")
 
     def _logits(self, rows: int) -> Tensor:
-        """A view of the last call's, which the next call overwrites."""
+        """A view of the logits of llama.cpp's last call, which the next call overwrites."""
         pointer = self._c.llama_get_logits(self._context)
         array = ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float * (rows * self.vocabulary))).contents
         return torch.frombuffer(array, dtype=torch.float32).view(rows, self.vocabulary)

@@ -17,7 +17,7 @@ def machine() -> str:
 
 
 def facts() -> dict[str, str | int | None]:
-    """The same and more, by name."""
+    """The machine by name: CPU, GPU, cores, threads, system and versions."""
     return {
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -31,7 +31,7 @@ def facts() -> dict[str, str | int | None]:
 
 
 def cpu_name() -> str:
-    """As /proc/cpuinfo tells it, where there is one."""
+    """The CPU's name as /proc/cpuinfo tells it, where there is one."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

@@ -84,7 +84,7 @@ class ProxyRouter(Router):
         self.register_buffer("sizes", fp32(self.d_ff))
 
     def _start(self, generator: torch.Generator) -> None:
-        """Of a neuron that is known to be 0, until `encode` and calibration tell more."""
+        """A proxy of a neuron that is known to be 0, until `encode` and calibration tell more."""
         self.weight.fill_(1.0)
         self.bias.zero_()
         self.codes.fill_(proxy_codes.ZERO * 17)
@@ -129,7 +129,7 @@ def require_known(sites: list[FFNSite]) -> None:
 
 
 def proxy_of(site: FFNSite, config: LTEConfig, device: torch.device | str | None, kind: type[Kind]) -> Kind:
-    """A router of this kind for this site."""
+    """A proxy router of this kind for a site."""
     return kind(
         site.d_model,
         site.d_ff,

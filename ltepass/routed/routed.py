@@ -28,7 +28,9 @@ class Routed:
 
     @staticmethod
     def of(model: nn.Module, what: str) -> Routed:
-        """Of the model itself or what wraps it, lowered or not. Raises NotTransformedError, AmbiguousModelError."""
+        """The transformed model in `model` or in what wraps it, lowered or not. Raises NotTransformedError,
+        AmbiguousModelError.
+        """
         root = root_of(model, what)
         state = state_of(root)
         assert state is not None

@@ -62,7 +62,7 @@ def read_site(value: object, where: str = "a site", version: int | None = None) 
 
 
 def _name(entry: Entry) -> str:
-    """A path, with a number where an owner has several sites."""
+    """A site's name: a path, with a number where an owner has several sites."""
     name = entry.text("name")
     path, several, number = name.partition("#")
     good = is_path(path) and (not several or (number.isdecimal() and number.isascii()))

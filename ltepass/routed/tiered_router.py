@@ -89,14 +89,14 @@ class TieredRouter(ProxyRouter):
 
 
 def tiered_of(site: FFNSite, config: LTEConfig, device: torch.device | str | None) -> TieredRouter:
-    """A router for this site."""
+    """A tiered router for a site."""
     router = proxy_of(site, config, device, TieredRouter)
     router.low_bit_sparsity = config.low_bit_sparsity
     return router
 
 
 def why_no_tiers(site: FFNSite) -> str | None:
-    """Why a site cannot have them, or None."""
+    """Why a site's inactive neurons cannot keep low bits, or None."""
     if site.kind == "inline":
         return "its FFN lies inline in a bigger module"
     if site.group_size != 1:

@@ -111,7 +111,7 @@ def token_mask(mask: object, length: int | None) -> tuple[Tensor, ...]:
 
 
 def masks_of(given: Mapping[str, object], *, decoder: bool) -> dict[Part, tuple[Tensor, ...]]:
-    """Of the inputs of a call, what each part of the model goes by. decoder: they are an encoder's and a decoder's."""
+    """Masks of the tokens in a call's inputs, by part of the model. decoder: they are an encoder's and a decoder's."""
     own = token_mask(given.get("attention_mask"), _length(given, TOKENS))
     if not decoder:
         return dict.fromkeys(("whole", "encoder", "decoder"), own)

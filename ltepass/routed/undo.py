@@ -55,6 +55,7 @@ def all_or_nothing(model: nn.Module, work: Callable[[], T]) -> T:
 
 
 def _all_or_nothing(model: nn.Module, work: Callable[[], T]) -> T:
+    """Run `work`; where it fails, all inverses that it left are run, the last first, and the snapshot is restored."""
     before, inverses, context = Snapshot(model), _inverses.get(), copy_context()
     if inverses is None:
         inverses = []
@@ -72,7 +73,7 @@ def _all_or_nothing(model: nn.Module, work: Callable[[], T]) -> T:
 
 
 def keep(*tensors: Tensor | None) -> None:
-    """These are about to be overwritten: a call that fails gives them their values back. A copy of each, meanwhile."""
+    """These are about to be overwritten: an undo gives them their values back. A copy of each, meanwhile."""
     inverses = _inverses.get()
     if inverses is not None:
         inverses.extend(functools.partial(_fill, t, t.detach().clone()) for t in tensors if t is not None)
@@ -89,6 +90,7 @@ class Snapshot:
     """All that is small of a model, and what puts it back."""
 
     def __init__(self, model: nn.Module) -> None:
+        """What an undo puts back of a model."""
         self.random = (torch.get_rng_state(), random.getstate())
         self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         self.objects = [_Object(thing) for thing in _objects(model)]
@@ -128,6 +130,7 @@ class _Object:
     """Its class, its attributes, and what the containers among them hold."""
 
     def __init__(self, thing: Any) -> None:
+        """What an undo puts back of one object."""
         self.thing, self.cls = thing, type(thing)
         self.attributes = dict(thing.__dict__)
         containers = [v for v in self.attributes.values() if isinstance(v, (dict, list, set))]

@@ -32,7 +32,7 @@ _AGAIN = "expected a directory written by save_pretrained of a transformed model
 
 
 def read_header(files: Iterable[str | Path]) -> Header:
-    """Of all files together. Raises CheckpointError for what is no safetensors file, or not whole."""
+    """The headers of all weight files. Raises CheckpointError for what is no safetensors file, or not whole."""
     header: Header = {}
     for file in files:
         if not str(file).endswith(".safetensors"):
@@ -67,7 +67,7 @@ def router_header(site: FFNSite, config: Mapping[str, object]) -> Header:
 
 
 def _constants(site: FFNSite, *, blocks: bool) -> Header:
-    """Those of a proxy."""
+    """The tensors of a proxy router in the header."""
     k, n = 1 if site.gate_rows is None else 2, blocks_of(site.d_model)
     header: Header = {
         "codes": ("U8", (k, site.d_ff, HALF * n)),
@@ -82,7 +82,7 @@ def _constants(site: FFNSite, *, blocks: bool) -> Header:
 
 
 def _planes(site: FFNSite) -> Header:
-    """Of what inactive neurons keep."""
+    """The tensors of a router whose inactive neurons keep low bits, in the header."""
     n, header = blocks_of(site.d_model), Header()
     for plane, k in (("down", 1), ("low", 2 if site.gate_rows is None else 3)):
         header[f"{plane}_codes"] = ("U8", (k, site.d_ff, HALF * n))

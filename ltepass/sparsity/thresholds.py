@@ -51,7 +51,7 @@ def set_sparsity(model: nn.Module, sparsity: float) -> None:
 
 
 def place_thresholds(routed: Routed, sparsity: float) -> None:
-    """Where the tables have this sparsity. Raises CalibrationError where a router has none."""
+    """Thresholds where the tables have this sparsity. Raises CalibrationError where a router has none."""
     if not is_calibrated(routed):
         raise CalibrationError(
             "the model has no calibrated sparsity table; set_sparsity expects one; call "

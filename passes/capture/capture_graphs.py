@@ -181,7 +181,9 @@ class Parts:
 
 
 def _holds_blocks(module: nn.Module) -> bool:
-    """A stack of blocks exports no better than the model did; each block may. A tower makes its own inputs."""
+    """Such a module is captured block by block: the stack exports no better than the model did. A tower makes its own
+    inputs.
+    """
     if hasattr(module, "main_input_name") and module.main_input_name != "input_ids":
         return False
     return any(isinstance(m, nn.ModuleList) and len(m) > 1 and count_matrices(m[0]) > 1 for m in module.modules())

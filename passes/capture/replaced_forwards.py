@@ -60,7 +60,6 @@ guarded._lte_guard = True  # type: ignore[attr-defined]
 
 
 def guard_failed(module: nn.Module) -> DisplacedHookError:
-    """For a forward that was replaced and ended without its gate."""
     return DisplacedHookError(
         f"{type(module).__name__}.forward was replaced after ltepass.transform, and the new one runs without the gate "
         "of its FFN; expected one that calls the forward it replaces; put that one back, or call "
@@ -213,7 +212,6 @@ def watch(model: nn.Module, owners: Iterable[str]) -> None:
 
 
 def watches(model: nn.Module) -> Iterator[tuple[nn.Module, int, Watch]]:
-    """Every `Watch` below a model: the module that it is a hook of, and the hook's key."""
     for module in model.modules():
         for handle, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, Watch):
@@ -236,9 +234,7 @@ def check_forwards(model: nn.Module) -> None:
 
 
 def _caller(model: nn.Module, owner: str) -> str:
-    """Where a `Watch` hangs: path of the module that calls an owner's block, above the outermost list of blocks, or
-    what holds the owner.
-    """
+    """Where a `Watch` hangs: the module that calls an owner's block, above the outermost list of blocks."""
     parts = owner.split(".") if owner else []
     for i in range(len(parts)):
         if isinstance(model.get_submodule(".".join(parts[:i])), _LISTS):

@@ -123,7 +123,9 @@ def trace_owner(owner: nn.Module, *, defaults: bool = False, through: Collection
 
 
 def _at_defaults(original: type[nn.Module]) -> type[nn.Module]:
-    """A class whose forward takes one input, and calls the original's, below its decorators, with its defaults."""
+    """A class to trace whose forward takes one input, and calls the original's, below its decorators, with its
+    defaults.
+    """
     inner = inspect.unwrap(original.forward)
     others = list(inspect.signature(inner).parameters.values())[2:]
     needed = [p.name for p in others if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -145,7 +147,9 @@ def _stand_in(owner: nn.Module, original: type[nn.Module], *, training: bool) ->
 
 
 def _resolves(owner: nn.Module, path: str) -> bool:
-    """Not for a tensor that the forward makes out of nothing: the tracer hangs it on the module for a while."""
+    """Whether what a traced graph reads is the owner's: no tensor that the forward makes, which the tracer hangs on it
+    for a while.
+    """
     try:
         operator.attrgetter(path)(owner)
     except AttributeError:

@@ -27,7 +27,7 @@ _PICKING = frozenset("getitem index index_select gather embedding take_along_dim
 
 
 def refuse_computed_weights(captured: Captured) -> list[Refusal]:
-    """One for each such linear of an FFN, under its own name."""
+    """A refusal for each linear of an FFN whose weight is computed at each call, under its own name."""
     flow = captured.flow
     computed = {n: weight for n in flow.nodes() if (weight := _computed_weight(flow, n)) is not None}
     if not computed:

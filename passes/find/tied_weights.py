@@ -15,7 +15,7 @@ from ltepass.routed.sites import FFNSite, NeuronRows, Refusal
 
 
 def refuse_tied(found: Iterable[Found], captured: list[Captured]) -> tuple[list[FFNSite], list[Refusal]]:
-    """One site for each module of an FFN, however often it is called; refused where others read its parameters.
+    """One site for each module of an FFN, however often called; FFNs whose parameters others read too are refused.
 
     Else permuting its neurons, or gating them in one place, would change what the other place computes. Modules that
     share all of an FFN's weights (Zamba's blocks) are a site each, with a router each and one order of the neurons.

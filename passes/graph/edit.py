@@ -28,7 +28,7 @@ def once_a_tensor(make: Callable[[Tensor], T]) -> Callable[[Tensor], T]:
 
 
 def add_leaf(gm: GraphModule, name: str, tensor: Tensor) -> Node:
-    """A new buffer of the graph's module, and the node that reads it, where nodes are being inserted."""
+    """Write a new buffer of the graph's module and the node that reads it, where nodes are being inserted."""
     gm.register_buffer(name, tensor)
     node = gm.graph.get_attr(name)
     node.meta["val"] = tensor
@@ -36,7 +36,7 @@ def add_leaf(gm: GraphModule, name: str, tensor: Tensor) -> Node:
 
 
 def transposed(gm: GraphModule, leaf: Node) -> Node:
-    """Its transposed view, where nodes are being inserted."""
+    """A weight's transposed view, written where nodes are being inserted."""
     new = gm.graph.call_function(torch.ops.aten.t.default, (leaf,))
     new.meta["example_value"] = value(leaf).t()
     return new

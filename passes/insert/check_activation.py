@@ -156,7 +156,7 @@ def parents_of(site: FFNSite) -> list[str]:
 
 
 def idle_values(model: nn.Module, site: FFNSite) -> list[str]:
-    """Of an inline site: functions and names beside its linears that may say which activation its forward calls."""
+    """Functions and names beside an inline site's linears that may say which activation its forward calls."""
     found = []
     for parent in parents_of(site):
         module = model.get_submodule(parent)

@@ -101,7 +101,7 @@ def _tokens(owner: nn.Module, site: FFNSite) -> Tensor:
 
 
 def _run(module: nn.Module, x: Tensor) -> object:
-    """The same random numbers each time, and those of the process as before."""
+    """Try a module on x, with the same random numbers each time, and those of the process as before."""
     devices = [x.device] if x.is_cuda else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(0)
@@ -151,7 +151,7 @@ def _copy(module: nn.Module, copies: dict[int, nn.Module]) -> nn.Module:
 
 
 def _rebound(forward: object, old: nn.Module, new: nn.Module) -> object:
-    """A forward of an instance, of its copy."""
+    """A forward that stands on an instance, for the instance's copy."""
     if isinstance(forward, MethodType) and forward.__self__ is old:
         return MethodType(forward.__func__, new)
     if isinstance(forward, functools.partial):

@@ -54,7 +54,7 @@ def _around(site: FFNSite) -> list[str]:
 
 
 def called_modules(called: Graph | nn.Module) -> set[str]:
-    """By a graph, or by a user's GraphModule."""
+    """Paths of the modules that a graph, or a user's GraphModule, calls."""
     assert isinstance(called, (Graph, GraphModule))
     graph = called if isinstance(called, Graph) else called.graph
     return {str(n.target) for n in graph.nodes if n.op == "call_module"}
@@ -139,7 +139,7 @@ def check_bypassed(
 
 
 def _is_copy(now: object, was: object) -> bool:
-    """The same again: in a replica of DataParallel, whose plans are the model's own, or read from a pickle."""
+    """Whether what a bypassed place holds now is the same again: a replica of DataParallel's, or read from a pickle."""
     if type(now) is not type(was):
         return False
     if isinstance(now, nn.Module) and isinstance(was, nn.Module):

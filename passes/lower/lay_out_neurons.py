@@ -87,7 +87,7 @@ def lay_out(routed: Routed, site: FFNSite) -> dict[str, tuple[int, ...]]:
 
 
 def give_back_strides(routed: Routed) -> None:
-    """Of the weights that still lie as `lay_out` stored them: others were replaced meanwhile."""
+    """Strides as before `lay_out`, of weights that still lie as it stored them: others were replaced meanwhile."""
     parameters = dict(routed.model.named_parameters(remove_duplicate=False))
     for name, stride in routed.state.strides.items():
         parameter = parameters.get(name)

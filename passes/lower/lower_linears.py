@@ -25,7 +25,7 @@ from ltepass.passes.graph.pipeline import GraphJob, Tier, told
 from ltepass.passes.lower.lower_linear_modules import FloatCall as FloatCall
 from ltepass.passes.lower.lower_linear_modules import Int4Call as Int4Call
 from ltepass.passes.lower.lower_linear_modules import Int8Call as Int8Call
-from ltepass.passes.lower.why_not_linear import linears_with_reasons
+from ltepass.passes.lower.why_not_linear import read_linears
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +37,7 @@ class LowerLinears:
     def __call__(self, job: GraphJob) -> str:
         flow = Flow(job.gm, parameters(job.gm))
         left: Counter[str] = Counter()
-        for product, reason in reversed(
-            linears_with_reasons(flow)
-        ):  # a later one may read an earlier one's result as it is
+        for product, reason in reversed(read_linears(flow)):  # a later one may read an earlier one's result as it is
             if reason is None:
                 _lower(flow, product)
                 job.linears += 1

@@ -21,7 +21,7 @@ from ltepass.passes.graph.edit import add_leaf, erase_upstream
 from ltepass.passes.graph.leaves_and_linears import Flow, Linear, held, parameters
 from ltepass.passes.graph.node_kinds import value
 from ltepass.passes.graph.pipeline import GraphJob, Tier
-from ltepass.passes.lower.why_not_linear import linears_with_reasons
+from ltepass.passes.lower.why_not_linear import read_linears
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class MergeLinears:
     def __call__(self, job: GraphJob) -> str:
         flow = Flow(job.gm, parameters(job.gm))
         groups: dict[tuple[Node, bool], list[Linear]] = {}
-        for linear, reason in linears_with_reasons(flow):
+        for linear, reason in read_linears(flow):
             own = linear.weight.op == "get_attr" and (linear.bias is None or linear.bias.op == "get_attr")
             if reason is None and own:
                 groups.setdefault((linear.x, linear.bias is None), []).append(linear)

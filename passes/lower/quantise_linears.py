@@ -32,7 +32,7 @@ from ltepass.passes.graph.node_kinds import is_movement, shape, value
 from ltepass.passes.graph.pipeline import GraphJob, Tier, told
 from ltepass.passes.graph.walk import strip_identity
 from ltepass.passes.lower.lower_linears import put_op
-from ltepass.passes.lower.why_not_linear import linears_with_reasons
+from ltepass.passes.lower.why_not_linear import read_linears
 
 Format = Literal["int8", "int4", "int4_minimum"]
 Codes = tuple[Tensor | None, ...]
@@ -50,9 +50,7 @@ class QuantiseLinears:
         if self.format is None:
             return "unchanged"
         flow, left, codes_of = Flow(job.gm, parameters(job.gm)), Counter[str](), once_a_tensor(self._codes)
-        for linear, unread in reversed(
-            linears_with_reasons(flow)
-        ):  # a later one may read an earlier one's result as it is
+        for linear, unread in reversed(read_linears(flow)):  # a later one may read an earlier one's result as it is
             reason = unread or self._why_not(linear)
             if reason is not None:
                 left[reason] += 1
@@ -113,7 +111,7 @@ def _is_float_leaf(node: object) -> bool:
 
 
 def _is_input(node: object) -> bool:
-    """Whether it is one of the graph's inputs, in this shape or another."""
+    """Whether it is one of the graph's inputs, in this shape or another: then a look-up by it is one of tokens."""
     while isinstance(node, Node) and (is_movement(node) or node is not strip_identity(node)):
         node = node.all_input_nodes[0]
     return isinstance(node, Node) and node.op == "placeholder"

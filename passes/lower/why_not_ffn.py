@@ -61,7 +61,9 @@ def why_not(routed: Routed, site: FFNSite) -> str | None:
 
 
 def why_not_region(region: Region, scored: Node | None, soft: bool) -> str | None:
-    """The same of a region in Dynamo's graph; scored: what its router reads, None where nothing known decides."""
+    """Why a region in Dynamo's graph stays masked-dense, or None; scored: what its router reads, None where nothing
+    known decides.
+    """
     standard = {region.up.rows, region.up.bias, down_rows(region.down)}
     standard |= {region.gate.rows, region.gate.bias} if region.gate else set()
     x, source = region.up.linear.x, region.x

@@ -126,7 +126,7 @@ def why_not_node(flow: Flow, linear: Linear) -> str | None:
     return None
 
 
-def linears_with_reasons(flow: Flow) -> list[tuple[Linear, str | None]]:
+def read_linears(flow: Flow) -> list[tuple[Linear, str | None]]:
     """A graph's linears in order, each with the reason why the op does not stand for it, or None."""
     scores = {strip_identity(n.args[1]) for n in flow.nodes() if is_gate(n) and isinstance(n.args[1], Node)}
     found = [linear for linear in map(flow.linear, list(flow.nodes())) if linear is not None]
