@@ -56,7 +56,7 @@ class RoutedOp:
 
     @property
     def proxied(self) -> bool:
-        return self.router is not _ROUTER
+        return self.router is proxy.ROUTER
 
     @property
     def n_tensors(self) -> int:
@@ -76,6 +76,10 @@ class RoutedOp:
             _check_int8(c.x, up, gate, down, *scales)
         if not self.proxied:
             check(c.x, c.router[0], up, gate, down, c.activation)
+            if self.int8:
+                _check_codes("router", *c.router[:2])
+                if c.x.shape[-1] > routed_int8_reference.MOST_INPUTS:
+                    raise LTEError(f"d_model is {c.x.shape[-1]}; expected at most {routed_int8_reference.MOST_INPUTS}")
             return c
         proxy.checked((c.x, *c.router, c.activation))
         _check_neurons(c.x, up, gate, down, self.n_experts(c))
@@ -90,9 +94,11 @@ class RoutedOp:
 
     def mask(self, c: Call) -> Tensor:
         """bool [..., n_experts]: the definition of the decision."""
-        if not self.proxied:
-            return reference.mask(*[c.x, *c.router, c.threshold])
-        return proxy_reference.scores(*proxy.call((c.x, *c.router, c.activation))) > c.threshold
+        if self.proxied:
+            return proxy_reference.scores(*proxy.call((c.x, *c.router, c.activation))) > c.threshold
+        if self.int8:
+            return routed_int8_reference.scores(c.x, Int8Linear(*c.router)) > c.threshold
+        return reference.mask(*[c.x, *c.router, c.threshold])
 
     def masked_ffn(self, c: Call, active: Tensor) -> Tensor:
         """y, with the decision given."""
@@ -103,10 +109,11 @@ class RoutedOp:
 
 
 _ROUTER = "Tensor router_weight, Tensor? router_bias"
+_INT8_ROUTER = "Tensor router_codes, Tensor router_scale, Tensor? router_bias"
 SCALES = "Tensor up_scale, Tensor? gate_scale, Tensor down_scale, "
 LINEAR = RoutedOp("routed_ffn", _ROUTER, 2, "_plain")
 PROXY = RoutedOp("routed_proxy_ffn", proxy.ROUTER, proxy.N_ROUTER, "_plain_proxy")
-LINEAR_INT8 = replace(LINEAR, name="routed_ffn_int8", int8=True)
+LINEAR_INT8 = replace(LINEAR, name="routed_ffn_int8", router=_INT8_ROUTER, n_router=3, int8=True)
 PROXY_INT8 = replace(PROXY, name="routed_proxy_ffn_int8", int8=True)
 OPS = (LINEAR, PROXY, LINEAR_INT8, PROXY_INT8)
 
@@ -137,12 +144,15 @@ def _check_int8(
     if (gate is None) != (gate_scale is None):
         raise LTEError("one of gate and gate_scale is None; expected both or neither")
     for name, codes, scale in (("up", up, up_scale), ("gate", gate, gate_scale), ("down", down, down_scale)):
-        if codes is None or scale is None:
-            continue
-        if codes.dtype != torch.int8 or codes.dim() != 2:
-            raise LTEError(f"{name} is {words(codes)}; expected a matrix of int8")
-        if scale.dtype != torch.float32 or scale.shape != codes.shape[:1]:
-            raise LTEError(f"{name}_scale is {words(scale)}; expected float32 [{codes.shape[0]}], one an output")
+        if codes is not None and scale is not None:
+            _check_codes(name, codes, scale)
+
+
+def _check_codes(name: str, codes: Tensor, scale: Tensor) -> None:
+    if codes.dtype != torch.int8 or codes.dim() != 2:
+        raise LTEError(f"{name} is {words(codes)}; expected a matrix of int8")
+    if scale.dtype != torch.float32 or scale.shape != codes.shape[:1]:
+        raise LTEError(f"{name}_scale is {words(scale)}; expected float32 [{codes.shape[0]}], one an output")
 
 
 def _check_neurons(x: Tensor, up: Tensor, gate: Tensor | None, down: Tensor, n_experts: int) -> None:

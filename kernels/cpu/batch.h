@@ -5,7 +5,7 @@
 // Each number is computed by one thread in one order: bitwise repeatable for any thread count.
 #pragma once
 
-#include "chunk.h"
+#include "hidden.h"
 #include "pool.h"
 
 namespace {
@@ -18,9 +18,7 @@ constexpr int64_t DENSE_TOKENS = 33;  // from here the library's GEMM is worth a
 
 template <class O>
 inline void route_block(const Problem& p, const Chunk<O>& c, int64_t e0, int64_t e1, Local& local) {
-  if (p.proxy) {
-    proxy_scan(*p.proxy, *c.proxied, e0, e1, 0, c.tokens, local.up, NEURON_BLOCK);
-  } else {
+  if (!c.scores->scan(e0, e1, c.tokens, local.up, NEURON_BLOCK)) {
     for (int64_t i = 0; i < c.tokens; i++) local.rows[i] = c.x.row(i);
     project_rows<F32>(p.router, e0, e1 - e0, c.x, local.rows, c.tokens, local.up, local.block);
   }
@@ -34,29 +32,6 @@ inline void route_block(const Problem& p, const Chunk<O>& c, int64_t e0, int64_t
       n += on;
     }
     c.count[e] = n;
-  }
-}
-
-// Hidden units [j0, j1) of expert e, for the tokens that chose it. next: the neuron that is likely to follow.
-template <class E>
-inline void hidden_block(const Problem& p, const Chunk<typename E::Operand>& c, int64_t e, int64_t j0, int64_t j1,
-                         int64_t next, Local& local) {
-  using O = typename E::Operand;
-  const int64_t tokens = c.count[e], rows = j1 - j0, neuron = e * p.group + j0;
-  for (int64_t i = 0; i < tokens; i++) local.rows[i] = c.operands.row(c.list[e * c.tokens + i]);
-  auto rows_at = [](const Matrix& m, int64_t row) { return lies_ready<E>(m) ? words_at<E>(m, row, 0) : nullptr; };
-  const float *then = rows_at(p.up, next), *gate = p.gate.data ? rows_at(p.gate, neuron) : then;
-  project_rows<E>(p.up, neuron, rows, c.operands, local.rows, tokens, local.up, local.block, gate);
-  if (p.gate.data) project_rows<E>(p.gate, neuron, rows, c.operands, local.rows, tokens, local.gate, local.block, then);
-  for (int64_t i = 0; i < tokens; i++) {
-    float *u = local.up + i * NEURON_BLOCK, *g = p.gate.data ? local.gate + i * NEURON_BLOCK : nullptr;
-    for (int64_t j = 0; j < rows; j++) {
-      u[j] += bias_at<E>(p.up_bias, neuron + j);
-      if (g) g[j] += bias_at<E>(p.gate_bias, neuron + j);
-    }
-    activate_row(p.act, g, u, rows);
-    leave_out_small(p.cut, u, rows);
-    lay<F32, O>(u, c.hidden + (c.offset[e] + i) * words<O>(p.group) + words<O>(j0), rows, words<O>(rows));
   }
 }
 
@@ -90,27 +65,37 @@ inline void add_experts(const Problem& p, const Chunk<typename E::Operand>& c, i
 template <class E>
 inline void write_out(const Problem& p, float* sums, int parts, int64_t step, int64_t c0, int64_t cols, typename E::T* y) {
   add_parts(sums, parts, step, cols);
-  for (int64_t k = 0; k < cols; k++) y[c0 + k] = E::from_float(bias_at<E>(p.down_bias, c0 + k) + sums[k]);
+  for (int64_t k = 0; k < cols; k++) {
+    const float sum = p.down_scale ? sums[k] * p.down_scale[c0 + k] : sums[k];
+    y[c0 + k] = E::from_float(bias_at<E>(p.down_bias, c0 + k) + sum);
+  }
 }
 
 // Memory of a chunk, and its decision: token lists per expert. Returns the number of (token, expert) pairs.
-template <class E>
-inline int64_t route_chunk(const Problem& p, int64_t first, Chunk<typename E::Operand>& c, std::vector<Local>& locals) {
-  using O = typename E::Operand;
+template <class E, class Q>
+inline int64_t route_chunk(const Problem& p, int64_t first, Chunk<typename Q::Operand>& c, std::vector<Local>& locals) {
+  using O = typename Q::Operand;
   const auto* x = static_cast<const typename E::T*>(p.x) + first * p.x_stride;
   const int64_t run = (c.tokens + 4 * p.threads - 1) / (4 * p.threads);  // tokens in a piece
-  by_pieces((c.tokens + run - 1) / run, p.threads, [&](int64_t piece, int) {
+  by_pieces((c.tokens + run - 1) / run, p.threads, [&](int64_t piece, int slot) {
     for (int64_t i = piece * run; i < std::min((piece + 1) * run, c.tokens); i++) {
-      c.x.template fill<E>(i, x + i * p.x_stride);
-      if (p.proxy) c.proxied->template lay<E>(i, x + i * p.x_stride);
-      if (!std::is_same_v<O, F32>) c.operands.template fill<E>(i, x + i * p.x_stride);
+      c.scores->template lay<E>(i, x + i * p.x_stride);
+      if (!std::is_same_v<Q, I8>) {
+        c.x.template fill<E>(i, x + i * p.x_stride);
+        if (!std::is_same_v<O, F32>) c.operands.template fill<E>(i, x + i * p.x_stride);
+        continue;
+      }
+      float* row = locals[size_t(slot)].x;
+      widen<E>(x + i * p.x_stride, row, p.d_model);
+      leave_out_small(p.input_cut, row, p.d_model);
+      c.up->template lay<F32>(i, row);
     }
   });
   by_pieces((p.n_experts + NEURON_BLOCK - 1) / NEURON_BLOCK, p.threads, [&](int64_t block, int slot) {
     const int64_t e = block * NEURON_BLOCK;
     route_block(p, c, e, std::min(e + NEURON_BLOCK, p.n_experts), locals[size_t(slot)]);
   });
-  if (p.input_cut >= 0.0f) {  // routers have seen all of x; up and gate do not
+  if (p.input_cut >= 0.0f && !std::is_same_v<Q, I8>) {  // routers have seen all of x; up and gate do not
     auto* v = reinterpret_cast<typename O::T*>(c.operands.data);
     const int64_t n = c.operands.size() * O::PER_WORD;
     for (int64_t i = 0; i < n; i++) v[i] = std::fabs(O::to_float(v[i])) <= p.input_cut ? typename O::T(0) : v[i];
@@ -124,8 +109,8 @@ inline int64_t route_chunk(const Problem& p, int64_t first, Chunk<typename E::Op
   return c.offset[p.n_experts];
 }
 
-template <class E>
-inline void expert_gemms(const Problem& p, const Chunk<typename E::Operand>& c, int64_t columns, typename E::T* y,
+template <class E, class Q>
+inline void expert_gemms(const Problem& p, const Chunk<typename Q::Operand>& c, int64_t columns, typename E::T* y,
                          std::vector<Local>& locals) {
   const int64_t blocks = (p.group + NEURON_BLOCK - 1) / NEURON_BLOCK, spans = (p.d_out + columns - 1) / columns;
   const int64_t tasks = c.n_active * blocks;
@@ -136,7 +121,7 @@ inline void expert_gemms(const Problem& p, const Chunk<typename E::Operand>& c, 
     for (int64_t task = piece * together; task < std::min((piece + 1) * together, tasks); task++) {
       const int64_t j = task % blocks * NEURON_BLOCK, next = neuron(std::min(task + 1, tasks - 1));
       const int64_t end = std::min(j + NEURON_BLOCK, p.group);
-      hidden_block<E>(p, c, c.active[task / blocks], j, end, next, locals[size_t(slot)]);
+      hidden_block<E, Q>(p, c, c.active[task / blocks], j, end, next, locals[size_t(slot)]);
     }
   });
   by_pieces(c.parts * spans, p.threads, [&](int64_t task, int slot) {
@@ -145,10 +130,10 @@ inline void expert_gemms(const Problem& p, const Chunk<typename E::Operand>& c, 
     const int64_t c0 = task % spans * columns, cols = std::min(columns, p.d_out - c0);
     if (c.sums) {
       float* sums = c.sums + part * c.tokens * c.sums_stride + c0;
-      add_experts<E>(p, c, part, c0, cols, sums, c.sums_stride, local);
+      add_experts<Q>(p, c, part, c0, cols, sums, c.sums_stride, local);
     } else {
       const int64_t padded = round_up(cols, W);
-      add_experts<E>(p, c, part, c0, cols, local.y, padded, local);
+      add_experts<Q>(p, c, part, c0, cols, local.y, padded, local);
       for (int64_t i = 0; i < c.tokens; i++) write_out<E>(p, local.y + i * padded, 1, 0, c0, cols, y + i * p.d_out);
     }
   });
@@ -158,17 +143,21 @@ inline void expert_gemms(const Problem& p, const Chunk<typename E::Operand>& c, 
 }
 
 // dense(first, tokens, mask) computes tokens with the library's own GEMMs; it is asked where too few pairs are skipped,
-// for neighbouring chunks together.
-template <class E, class Dense>
+// for neighbouring chunks together. E: the type of x, biases and y; Q: of the weights, E or I8.
+template <class E, class Q, class Dense>
 void batch(const Problem& p, Dense&& dense) {
-  using O = typename E::Operand;
+  using O = typename Q::Operand;
   Scratch& s = scratch();
   const int64_t most = std::min(TOKEN_CHUNK, p.tokens), span = std::min(DENSE_SPAN, p.tokens);
   const bool keep_mask = !p.mask && p.dense_above < 1;
   const int64_t hidden = most * p.n_experts * words<O>(p.group);
-  const auto [parts, columns] = DownTasks::of<E>(p, most);
+  const auto [parts, columns] = DownTasks::of<Q>(p, most);
   const int64_t sums_stride = round_up(p.d_out, W) + W, sums = parts > 1 ? parts * most * sums_stride : 0;
+  constexpr bool CODES = std::is_same_v<Q, I8>;
+  Int8Linear up = codes_of(p, p.up, p.up_scale), gate = codes_of(p, p.gate, p.gate_scale);
+  IntegerScores scores(p, most);
   Chunk<O> c{};
+  c.up = &up, c.gate = &gate;
   c.x = {nullptr, most, p.d_model, depth_block(most)};
   c.operands = {nullptr, most, p.d_model, depth_block(most)};
   s.reserve(Scratch::bytes_for<float>(c.x.size()) + Scratch::bytes_for<float>(c.operands.size()) +
@@ -176,7 +165,7 @@ void batch(const Problem& p, Dense&& dense) {
             Scratch::bytes_for<int32_t>(p.n_experts + 1) + Scratch::bytes_for<int64_t>(p.n_experts + 1) +
             Scratch::bytes_for<float>(hidden) + Scratch::bytes_for<float>(sums) +
             Scratch::bytes_for<uint8_t>(keep_mask ? span * p.n_experts : 0) +
-            p.threads * Local::bytes(p, most, columns) + proxy_bytes(p, most));
+            p.threads * Local::bytes(p, most, columns) + scores.bytes() + (CODES ? up.bytes(most) : 0));
   c.x.data = s.take<float>(c.x.size());
   c.operands.data = std::is_same_v<O, F32> ? c.x.data : s.take<float>(c.operands.size());
   c.list = s.take<int32_t>(p.n_experts * most);
@@ -188,8 +177,9 @@ void batch(const Problem& p, Dense&& dense) {
   c.sums = sums ? s.take<float>(sums) : nullptr;
   c.sums_stride = sums_stride;
   uint8_t* own_mask = keep_mask ? s.take<uint8_t>(span * p.n_experts) : nullptr;
-  const ProxyInputs proxied = proxy_inputs(p, most, s);
-  c.proxied = &proxied;
+  scores.reserve(s);
+  c.scores = &scores;
+  if (CODES) up.reserve(most), gate.inputs = up.inputs;
   std::vector<Local> locals;
   for (int t = 0; t < p.threads; t++) locals.emplace_back(s, p, most, columns);
   for (int64_t start = 0; start < p.tokens; start += DENSE_SPAN) {
@@ -205,10 +195,10 @@ void batch(const Problem& p, Dense&& dense) {
     for (int64_t first = start; first < end; first += TOKEN_CHUNK) {
       c.tokens = c.x.tokens = c.operands.tokens = std::min(TOKEN_CHUNK, end - first);
       c.mask = mask(first);
-      const int64_t pairs = route_chunk<E>(p, first, c, locals);
+      const int64_t pairs = route_chunk<E, Q>(p, first, c, locals);
       if (double(pairs) > p.dense_above * double(c.tokens * p.n_experts)) continue;
       flush(first);
-      expert_gemms<E>(p, c, columns, static_cast<typename E::T*>(p.y) + first * p.d_out, locals);
+      expert_gemms<E, Q>(p, c, columns, static_cast<typename E::T*>(p.y) + first * p.d_out, locals);
       waiting = first + c.tokens;
     }
     flush(end);

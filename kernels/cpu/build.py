@@ -35,6 +35,7 @@ HEADERS = (
     "operands.h",
     "gemm.h",
     "chunk.h",
+    "hidden.h",
     "batch.h",
     "dense.h",
     "dense_int8.h",
@@ -45,7 +46,9 @@ HEADERS = (
     "quantised_inputs.h",
     "quantised.h",
     "read_pass.h",
+    "token_codes.h",
     "proxy.h",
+    "integer_scores.h",
     "proxy_tensors.h",
     "routed_tensors.h",
 )

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "gemm.h"
-#include "proxy.h"
+#include "integer_scores.h"
 
 namespace {
 
@@ -21,7 +21,8 @@ struct Chunk {
   uint8_t* mask;        // [tokens, n_experts] or null
   int parts;            // of the active experts, in the down phase
   float* sums;          // [parts, tokens, sums_stride] where there are several, else null
-  const ProxyInputs* proxied;
+  const IntegerScores* scores;
+  const Int8Linear *up, *gate;  // of weights in int8, with x as they see it
   int64_t sums_stride;  // against rows of a whole number of pages, as in Blocked
 };
 
@@ -34,7 +35,7 @@ struct DownTasks {
   static DownTasks of(const Problem& p, int64_t tokens) {
     const Matrix turned{p.down.data, p.down.col, p.down.row};
     const bool in_place = lies_ready<E>(turned) && E::Operand::PER_WORD == 1;
-    if (tokens <= FEW_TOKENS && in_place) {
+    if (tokens <= FEW_TOKENS && (in_place || std::is_same_v<E, I8>)) {
       const int64_t blocks = down_blocks(p.threads);
       return {DOWN_PARTS, std::max<int64_t>(round_up((p.d_out + blocks - 1) / blocks, 64), 256)};
     }
@@ -49,10 +50,11 @@ struct DownTasks {
 struct Local {
   const float** rows;  // [tokens]
   float** out_rows;    // [tokens]
-  float *block, *up, *gate, *y;
+  float *block, *up, *gate, *y, *x;  // x: of one token
   static size_t bytes(const Problem& p, int64_t tokens, int64_t columns) {
     return 2 * Scratch::bytes_for<float*>(tokens) + Scratch::bytes_for<float>(block_size(p, tokens, columns)) +
-           2 * Scratch::bytes_for<float>(tokens * NEURON_BLOCK) + Scratch::bytes_for<float>(tokens * columns);
+           2 * Scratch::bytes_for<float>(tokens * NEURON_BLOCK) + Scratch::bytes_for<float>(tokens * columns) +
+           Scratch::bytes_for<float>(p.d_model);
   }
   static int64_t block_size(const Problem& p, int64_t tokens, int64_t columns) {
     return std::max(NEURON_BLOCK * (depth_block(tokens) + W), p.group * (columns + W));
@@ -63,7 +65,8 @@ struct Local {
         block(s.take<float>(block_size(p, tokens, columns))),
         up(s.take<float>(tokens * NEURON_BLOCK)),
         gate(s.take<float>(tokens * NEURON_BLOCK)),
-        y(s.take<float>(tokens * columns)) {}
+        y(s.take<float>(tokens * columns)),
+        x(s.take<float>(p.d_model)) {}
 };
 
 }  // namespace

@@ -6,7 +6,7 @@
 
 #include "active.h"
 #include "pool.h"
-#include "proxy.h"
+#include "integer_scores.h"
 
 namespace {
 
@@ -59,14 +59,12 @@ void decode(const Problem& p) {
   const int parts = p.down.row == 1 && p.d_out * p.d_ff >= LARGE ? DOWN_PARTS : 1;
   const int64_t stride = padded_out + W;  // of the parts' sums
   const int64_t padded_ff = by_inputs ? round_up(p.d_ff, STEP<S>) : 0;
-  auto codes = [&](const Matrix& m, const float* scale) {
-    return Int8Linear({static_cast<const char*>(m.data), m.row, p.d_model, p.d_ff}, p.d_model, scale);
-  };
-  Int8Linear up = codes(p.up, p.up_scale), gate = codes(p.gate, p.gate_scale);
+  Int8Linear up = codes_of(p, p.up, p.up_scale), gate = codes_of(p, p.gate, p.gate_scale);
+  IntegerScores scores(p, 1);
   s.reserve(3 * Scratch::bytes_for<float>(padded) + Scratch::bytes_for<int32_t>(p.d_model) +
             Scratch::bytes_for<float>(p.n_experts) + 2 * Scratch::bytes_for<float>(p.d_ff) +
             Scratch::bytes_for<float>(padded_out) + Scratch::bytes_for<float>(parts * stride) +
-            Active::bytes(p) + proxy_bytes(p, 1) + (CODES ? up.bytes(1) : 0) +
+            Active::bytes(p) + scores.bytes() + (CODES ? up.bytes(1) : 0) +
             p.threads * (Scratch::bytes_for<float>(padded_ff) + Scratch::bytes_for<int32_t>(padded_ff)));
   float* x = s.take<float>(padded);  // as routers see it
   Input in{x, x, s.take<int32_t>(p.d_model)};
@@ -78,8 +76,8 @@ void decode(const Problem& p) {
   char* lists = s.take<char>(int64_t(Active::bytes(p)));
   float* wides = s.take<float>(p.threads * padded_ff);
   int32_t* steps = s.take<int32_t>(p.threads * padded_ff);
-  const ProxyInputs proxied = proxy_inputs(p, 1, s);
-  if (p.proxy) proxied.lay<E>(0, static_cast<const typename E::T*>(p.x));
+  scores.reserve(s);
+  scores.template lay<E>(0, static_cast<const typename E::T*>(p.x));
 
   widen<E>(static_cast<const typename E::T*>(p.x), x, p.d_model);
   std::fill(x + p.d_model, x + padded, 0.0f);
@@ -109,9 +107,9 @@ void decode(const Problem& p) {
       if (end > begin) f(begin, end, slot);
     });
   };
-  const int64_t read = p.proxy ? p.proxy->codes.bytes * p.proxy->codes.count : p.n_experts * p.d_model * 4;
+  const int64_t read = p.proxy ? p.proxy->codes.bytes * p.proxy->codes.count : p.n_experts * p.d_model * (CODES ? 1 : 4);
   stage(p.n_experts, ROWS, pieces_of(read, p.threads), [&](int64_t begin, int64_t end, int) {
-    if (p.proxy) return proxy_scan(*p.proxy, proxied, begin, end, 0, 1, logits + begin, p.n_experts);
+    if (scores.scan(begin, end, 1, logits + begin, p.n_experts)) return;
     dot_list<F32>([&](int64_t e) { return p.router.at<F32>(e, 0); }, begin, end, x, p.d_model, logits);
   });
   Active active(p, logits, lists);

@@ -1,4 +1,4 @@
-// Several tokens with weights in int8: the decision, then all neurons as linears of few bits, then the mask.
+// With weights in int8, where too few pairs are skipped: all neurons as linears of few bits, then the mask.
 #pragma once
 
 #include "dense.h"
@@ -16,27 +16,19 @@ Tensor linear_of_codes(const Tensor& x, const Tensor& codes, const float* scale,
   return apply(Int8Linear(kept.rows(), x.size(-1), scale), x, bias ? OptionalTensor(as_float(*bias)) : std::nullopt);
 }
 
-// p.mask is not null.
 template <class E>
-void dense_int8(Problem p, const Tensor& x, const Weights& w) {
-  p.dense_above = -1;  // no chunk is for the experts' GEMMs
-  batch<E>(p, [](int64_t, int64_t, const uint8_t*) {});
-  const Tensor down = as_float(w.down);
-  for (int64_t first = 0; first < p.tokens; first += DENSE_SPAN) {
-    const int64_t tokens = std::min(DENSE_SPAN, p.tokens - first);
-    const Tensor rows = as_float(seen<E>(p, x, first, tokens));
-    const Tensor h = linear_of_codes(rows, w.up, p.up_scale, w.up_bias);
-    OptionalTensor gate;
-    if (w.gate) gate = linear_of_codes(rows, *w.gate, p.gate_scale, w.gate_bias);
-    activate_and_mask<F32>(p, static_cast<float*>(h.data_ptr()), gate ? static_cast<const float*>(gate->data_ptr()) : nullptr,
-                           p.mask + first * p.n_experts, tokens);
-    const Tensor sums = aten_linear(h, down, std::nullopt);
-    by_pieces(tokens, p.threads, [&](int64_t i, int) {
-      const float* from = static_cast<const float*>(sums.data_ptr()) + i * p.d_out;
-      auto* to = static_cast<typename E::T*>(p.y) + (first + i) * p.d_out;
-      for (int64_t o = 0; o < p.d_out; o++) to[o] = E::from_float(from[o] * p.down_scale[o] + bias_at<E>(p.down_bias, o));
-    });
-  }
+void dense_int8(const Problem& p, const Tensor& x, const Weights& w, int64_t first, int64_t tokens, const uint8_t* mask) {
+  const Tensor rows = as_float(seen<E>(p, x, first, tokens));
+  const Tensor h = linear_of_codes(rows, w.up, p.up_scale, w.up_bias);
+  OptionalTensor gate;
+  if (w.gate) gate = linear_of_codes(rows, *w.gate, p.gate_scale, w.gate_bias);
+  activate_and_mask<F32>(p, static_cast<float*>(h.data_ptr()), gate ? static_cast<const float*>(gate->data_ptr()) : nullptr,
+                         mask, tokens);
+  const Tensor sums = aten_linear(h, as_float(w.down), std::nullopt);
+  by_pieces(tokens, p.threads, [&](int64_t i, int) {
+    float* from = static_cast<float*>(sums.data_ptr()) + i * p.d_out;
+    write_out<E>(p, from, 1, 0, 0, p.d_out, static_cast<typename E::T*>(p.y) + (first + i) * p.d_out);
+  });
 }
 
 }  // namespace

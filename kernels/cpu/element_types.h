@@ -117,6 +117,7 @@ struct F16 {
 struct I8 {
   using T = int8_t;
   using Stream = I8;
+  using Operand = F32;
   static constexpr int PARTS = 1;
   static vf load(const T* p) {
 #if defined(__AVX512F__)
@@ -130,6 +131,7 @@ struct I8 {
     return __builtin_convertvector(wide, vf);
   }
   static void load_parts(const T* p, vf* out) { out[0] = load(p); }
+  static float to_float(T v) { return v; }
 };
 
 // The last n < W elements of a row, zeros behind them: never reads past the end of a tensor.

@@ -24,6 +24,7 @@ struct Matrix {
 };
 
 struct Proxy;
+struct Int8Router;
 
 struct Problem {
   int64_t tokens, d_model, d_ff, d_out, n_experts, group;
@@ -31,7 +32,9 @@ struct Problem {
   int64_t x_stride;          // elements from one token to the next
   Matrix router;             // fp32 [n_experts, d_model], col == 1
   const float* router_bias;  // or null
-  const Proxy* proxy;        // what decides in the router's place, or null
+  // What decides in its place, or null both.
+  const Proxy* proxy;
+  const Int8Router* int8_router;
   float threshold;
   Matrix up, gate, down;  // [d_ff, d_model] twice, [d_out, d_ff]; gate.data is null in a plain FFN
   const void *up_bias, *gate_bias, *down_bias;

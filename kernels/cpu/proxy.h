@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "quantised.h"
+#include "token_codes.h"
 
 namespace {
 
@@ -18,19 +19,6 @@ struct Proxy {
   Act act;
   int64_t blocks() const { return codes.bytes / (BLOCK / 2); }
 };
-
-// A product that no compiler may contract with the sum after it.
-inline vf product(vf a, vf b) {
-  vf p = a * b;
-#if defined(__x86_64__)
-  asm("" : "+v"(p));
-#elif defined(__aarch64__)
-  asm("" : "+w"(p));
-#else
-  asm("" : "+m"(p));
-#endif
-  return p;
-}
 
 template <size_t N>
 inline vf cdf(vf z, float limit, const float (&coefficients)[N]) {
@@ -58,16 +46,6 @@ inline vf proxy_act(Act act, vf z) {
   }
 }
 
-inline int32_t hsum(vi v) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_epi32(reinterpret_cast<__m512i>(v));
-#else
-  for (int half = W / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) v[i] += v[i + half];
-  return v[0];
-#endif
-}
-
 // One multiplier for each block of a vector of codes, in the four lanes of its block.
 inline vi spread_bytes(uint32_t bytes) {
 #if defined(__AVX512F__)
@@ -81,64 +59,6 @@ inline vi spread_bytes(uint32_t bytes) {
   for (int i = 0; i < W; i++) out[i] = int32_t(bytes >> (8 * (i / 4)) & 255);
   return out;
 #endif
-}
-
-// Tokens as codes: of each vector of weights the inputs of its low and of its high halves, and each lane's start of the
-// sum, which takes the 8 off that codes are stored higher.
-class ProxyInputs {
- public:
-  explicit ProxyInputs(const Proxy& p, int64_t tokens)
-      : d_model_(p.d_model), chunks_((p.codes.bytes + VB - 1) / VB), tokens_(tokens) {}
-  size_t bytes() const { return Scratch::bytes_for<char>(tokens_ * chunks_ * CHUNK) + Scratch::bytes_for<float>(tokens_); }
-  void reserve(Scratch& s) {
-    data_ = s.take<char>(tokens_ * chunks_ * CHUNK);
-    scales_ = s.take<float>(tokens_);
-  }
-  float scale(int64_t token) const { return scales_[token]; }
-  const char* row(int64_t token) const { return data_ + token * chunks_ * CHUNK; }
-
-  template <class E>
-  void lay(int64_t token, const typename E::T* x) const {
-    char* to = data_ + token * chunks_ * CHUNK;
-    std::memset(to, 0, size_t(chunks_ * CHUNK));
-    auto value = [&](int64_t i) { return i + W <= d_model_ ? E::load(x + i) : load_part<E>(x + i, d_model_ - i); };
-    vi most = {};  // sizes of floats are ordered as their bits are, NaN above all
-    for (int64_t i = 0; i < d_model_; i += W) {
-      const vi size = reinterpret_cast<vi>(value(i)) & 0x7fffffff;
-      most = size > most ? size : most;
-    }
-    const int32_t bits = most_of(most);
-    float size;
-    std::memcpy(&size, &bits, 4);
-    const float scale = scales_[token] = size / 127;
-    if (!(scale >= 0x1p-126f && scale <= 0x1.fffffep127f)) return;  // codes stay 0
-    const vf inverse = splat(1 / scale);
-    for (int64_t i = 0; i < d_model_; i += W) {
-      const narrow codes = __builtin_convertvector(nearest(product(value(i), inverse)), narrow);
-      const int64_t at = i / BLOCK * (BLOCK / 2) + i % (BLOCK / 2), half = i / (BLOCK / 2) % 2;
-      std::memcpy(to + at / VB * CHUNK + half * VB + at % VB, &codes, W);
-    }
-    for (int64_t c = 0; c < chunks_; c++, to += CHUNK) {
-      vi sum = {};
-      for (int half = 0; half < 2; half++) sum = add_products<false>(sum, vb{} + int8_t(1), load_bytes(to + half * VB));
-      sum *= -8;
-      std::memcpy(to + 2 * VB, &sum, VB);
-    }
-  }
-  static constexpr int64_t CHUNK = 3 * VB;
-
- private:
-  int64_t d_model_, chunks_, tokens_;
-  char* data_ = nullptr;
-  float* scales_ = nullptr;
-};
-
-// Of an op's call; none where a linear decides.
-inline size_t proxy_bytes(const Problem& p, int64_t tokens) { return p.proxy ? ProxyInputs(*p.proxy, tokens).bytes() : 0; }
-inline ProxyInputs proxy_inputs(const Problem& p, int64_t tokens, Scratch& s) {
-  ProxyInputs in(p.proxy ? *p.proxy : Proxy{}, p.proxy ? tokens : 0);
-  if (p.proxy) in.reserve(s);
-  return in;
 }
 
 constexpr int64_t SCAN = 16;            // neurons whose codes are read by all tokens before the next
@@ -156,7 +76,7 @@ inline int32_t proxy_sum(const Proxy& p, int64_t row, const char* x) {
     sum = add_products<false>(sum, low, load_bytes(x));
     sum = add_products<false>(sum, high, load_bytes(x + VB));
     all += m ? sum * spread_bytes(multipliers) : sum;
-    x += ProxyInputs::CHUNK;
+    x += TokenCodes<2>::CHUNK;
   };
   int64_t i = 0;
   for (; i + VB <= p.codes.bytes; i += VB) {
@@ -200,7 +120,7 @@ inline void proxy_neurons(const Proxy& p, int64_t first, int64_t n, const char* 
 }
 
 // logits[token * stride + e] of experts [e0, e1), for tokens [t0, t1) of the inputs
-inline void proxy_scan(const Proxy& p, const ProxyInputs& in, int64_t e0, int64_t e1, int64_t t0, int64_t t1, float* logits,
+inline void proxy_scan(const Proxy& p, const TokenCodes<2>& in, int64_t e0, int64_t e1, int64_t t0, int64_t t1, float* logits,
                        int64_t stride) {
   const int64_t end = e1 * p.group;
   for (int64_t first = e0 * p.group; first < end; first += SCAN) {

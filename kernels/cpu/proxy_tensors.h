@@ -58,7 +58,7 @@ constexpr int64_t SCORED_TOKENS = 64;  // and tokens
 template <class E>
 void score(const Proxy& p, const void* x, int64_t tokens, int64_t n_experts, float* logits) {
   Scratch& s = scratch();
-  ProxyInputs in(p, tokens);
+  TokenCodes<2> in(p.d_model, p.codes.bytes, tokens);
   s.reserve(in.bytes());
   in.reserve(s);
   const int threads = threads_here();

@@ -25,11 +25,16 @@ struct Int8Linear {
   void lay(int64_t token, const typename E::T* from) const { inputs.template lay<E>(token, from, d_in, -ADDED<true>); }
 
   template <int M>
-  ALONE void tile(int64_t token, int64_t row, int64_t gap, const Fetch& fetch, float* sums) const {
-    const char *rows[LANES], *xs[M];
-    weight.at(row, gap, rows);
-#pragma GCC unroll 16
+  void tile(int64_t token, int64_t row, int64_t gap, const Fetch& fetch, float* sums) const {
+    const char* xs[M];
     for (int m = 0; m < M; m++) xs[m] = inputs.row(token + m);
+    tile_of<M>(xs, row, gap, fetch, sums);
+  }
+  // xs: any M rows of the inputs
+  template <int M>
+  ALONE void tile_of(const char* const* xs, int64_t row, int64_t gap, const Fetch& fetch, float* sums) const {
+    const char* rows[LANES];
+    weight.at(row, gap, rows);
     vf acc[M][LANES] = {};
     auto add = [&](int64_t chunk, auto&& bytes) INLINE {
       vb w[LANES];
@@ -55,6 +60,11 @@ struct Int8Linear {
   }
   float finish(float sum, int64_t row) const { return sum * scale[weight.place(row)]; }
 };
+
+// Up or gate of a call.
+inline Int8Linear codes_of(const Problem& p, const Matrix& m, const float* scale) {
+  return {{static_cast<const char*>(m.data), m.row, p.d_model, p.d_ff}, p.d_model, scale};
+}
 
 // fp16 scales of the blocks of a vector of 4-bit codes, each in the lanes of its block.
 inline vf spread(uint64_t halves) {

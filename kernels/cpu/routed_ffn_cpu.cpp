@@ -17,8 +17,11 @@ void run(const Problem& p, const Tensor& x, const Weights& w, const Tensor& y) {
   if (p.tokens == 1) return p.up_scale ? decode<E, I8>(p) : decode<E>(p);
   const bool narrow = std::min(p.d_ff, p.d_out) < NARROW && p.threads > 1;
   auto alone = [&](auto&& work) { narrow ? in_one_thread(work) : work(); };
-  if (p.up_scale) return alone([&] { dense_int8<E>(p, x, w); });
-  batch<E>(p, [&](int64_t first, int64_t tokens, const uint8_t* mask) {
+  if (p.up_scale)
+    return batch<E, I8>(p, [&](int64_t first, int64_t tokens, const uint8_t* mask) {
+      alone([&] { dense_int8<E>(p, x, w, first, tokens, mask); });
+    });
+  batch<E, E>(p, [&](int64_t first, int64_t tokens, const uint8_t* mask) {
     alone([&] { dense<E>(p, x, w, y, first, tokens, mask); });
   });
 }
@@ -50,6 +53,7 @@ std::tuple<Tensor, OptionalTensor> forward(const Tensor& x_in, const Deciding& d
                                            const OptionalTensor& input_cut, bool with_mask,
                                            const Scales* scales = nullptr) {
   const ScalarType dtype = x_in.scalar_type(), stored = scales ? ScalarType::Char : dtype;
+  const ScalarType stored_router = deciding.scale ? ScalarType::Char : ScalarType::Float;
   STD_TORCH_CHECK(!scales || is_float(dtype), "x is ", words_of(x_in), "; expected float32, bfloat16 or float16");
   const Weights weights{up, up_bias, gate, gate_bias, down, down_bias};
   if (dtype == ScalarType::Double) return plain(x_in, deciding, threshold, weights, activation, cut, input_cut);
@@ -61,6 +65,7 @@ std::tuple<Tensor, OptionalTensor> forward(const Tensor& x_in, const Deciding& d
   p.act = act_from_name(activation.c_str());
   STD_TORCH_CHECK(p.act != Act::unknown, "unknown activation ", activation);
   OptionalTensor router;
+  Int8Router int8_router{};
   std::optional<KeptProxy> proxy;
   if (deciding.proxy) {
     proxy.emplace(*deciding.proxy, p.d_model, p.act);
@@ -76,7 +81,7 @@ std::tuple<Tensor, OptionalTensor> forward(const Tensor& x_in, const Deciding& d
   STD_TORCH_CHECK(p.n_experts > 0 && p.d_ff % p.n_experts == 0, "d_ff is ", p.d_ff, " and there are ", p.n_experts,
                   " experts; expected a whole number of neurons each");
   p.group = p.d_ff / p.n_experts;
-  if (router) check_weight(*router, ScalarType::Float, p.n_experts, p.d_model, "router_weight");
+  if (router) check_weight(*router, stored_router, p.n_experts, p.d_model, deciding.scale ? "router_codes" : "router_weight");
   check_weight(up, stored, p.d_ff, p.d_model, "up");
   check_weight(down, stored, p.d_out, p.d_ff, "down");
   if (gate) check_weight(*gate, stored, p.d_ff, p.d_model, "gate");
@@ -87,6 +92,11 @@ std::tuple<Tensor, OptionalTensor> forward(const Tensor& x_in, const Deciding& d
   p.x = x.data_ptr(), p.x_stride = p.d_model;
   if (router) {
     p.router = {router->data_ptr(), router->stride(0), 1};
+    if (deciding.scale) {
+      STD_TORCH_CHECK(p.d_model <= MOST_INPUTS, "d_model is ", p.d_model, "; expected at most ", MOST_INPUTS);
+      int8_router = {Kept(*router).rows(), scale_data(*deciding.scale, p.n_experts, "router_scale")};
+      p.int8_router = &int8_router;
+    }
     p.router_bias = static_cast<const float*>(bias_data(*deciding.bias, ScalarType::Float, p.n_experts, "router_bias"));
   }
   p.threshold = *static_cast<const float*>(threshold.data_ptr());
@@ -103,14 +113,14 @@ std::tuple<Tensor, OptionalTensor> forward(const Tensor& x_in, const Deciding& d
   }
   p.cut = cut_of(cut, "cut");
   p.input_cut = cut_of(input_cut, "input_cut");
-  p.dense_above = dense_above(dtype, p.tokens, p.group);
+  p.dense_above = dense_above(stored, p.tokens, p.group);
   p.threads = threads_here();
 
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = p.d_out;
   const Tensor y = empty(sizes, dtype_code(x));
   OptionalTensor mask;
-  if (with_mask || (scales && p.tokens > 1)) {
+  if (with_mask) {
     sizes.back() = p.n_experts;
     mask = empty(sizes, aoti_torch_dtype_bool());
   }
@@ -169,15 +179,15 @@ auto routed_proxy_ffn(const Tensor& x, const Tensor& codes, const OptionalTensor
                                    down_bias, activation, cut, input_cut, WITH_MASK));
 }
 
-Tensor routed_ffn_int8(const Tensor& x, const Tensor& router_weight, const OptionalTensor& router_bias,
-                       const Tensor& threshold, const Tensor& up, const OptionalTensor& up_bias,
+Tensor routed_ffn_int8(const Tensor& x, const Tensor& router_codes, const Tensor& router_scale,
+                       const OptionalTensor& router_bias, const Tensor& threshold, const Tensor& up, const OptionalTensor& up_bias,
                        const OptionalTensor& gate, const OptionalTensor& gate_bias, const Tensor& down,
                        const OptionalTensor& down_bias, const Tensor& up_scale, const OptionalTensor& gate_scale,
                        const Tensor& down_scale, const std::string& activation, const OptionalTensor& cut,
                        const OptionalTensor& input_cut) {
   const Scales scales{up_scale, gate_scale, down_scale};
-  return std::get<0>(forward(x, {&router_weight, &router_bias}, threshold, up, up_bias, gate, gate_bias, down,
-                             down_bias, activation, cut, input_cut, false, &scales));
+  return std::get<0>(forward(x, {&router_codes, &router_bias, nullptr, &router_scale}, threshold, up, up_bias, gate,
+                             gate_bias, down, down_bias, activation, cut, input_cut, false, &scales));
 }
 
 Tensor routed_proxy_ffn_int8(const Tensor& x, const Tensor& codes, const OptionalTensor& multipliers,

@@ -51,11 +51,12 @@ struct Scales {
   const Tensor& down;
 };
 
-// What decides: a linear, or a proxy.
+// What decides: a linear, in int8 where it has scales, or a proxy.
 struct Deciding {
   const Tensor* weight = nullptr;
   const OptionalTensor* bias = nullptr;
   const ProxyArguments* proxy = nullptr;
+  const Tensor* scale = nullptr;
 };
 
 }  // namespace

@@ -9,10 +9,12 @@ from ltepass.kernels.cpu.build import isa
 
 
 def which_path(T: int, d_model: int, d_ff: int, n_experts: int, dtype: torch.dtype) -> str:
-    """In words, what a call of T tokens does; the active share, known during the call, decides the rest."""
+    """In words, what a call of T tokens does; the active share, known during the call, decides the rest. dtype: of the
+    weights.
+    """
     if not loading.load():
         return "masked dense (PyTorch)"
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.int8):
         return f"masked dense (PyTorch): no kernel for {str(dtype).removeprefix('torch.')}"
     if T == 1:
         return f"C++ {isa()}: active neurons only"

@@ -6,8 +6,8 @@
 
 Not the same numbers: that is what was asked for. kernels/linear_reference.py says what each means. The codes are new
 leaves, so this is for a graph that has its weights to itself: one that is being exported. A table of tokens has its
-codes from the same rule, and shares them with a head that it is tied to. Routers stay as they are, where rounding could
-flip an expert; so do tables of positions, which are small, and rows that no block of 32 divides. Sparse ops have a pass
+codes from the same rule, and shares them with a head that it is tied to. Routers that score for a gate stay
+as they are; so do tables of positions, which are small, and rows that no block of 32 divides. Sparse ops have a pass
 of their own, quantise_routed_ffn.
 """
 

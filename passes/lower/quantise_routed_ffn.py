@@ -1,12 +1,12 @@
 """quantise_routed_ffn: a sparse op's weights become int8 codes with a scale an output, and the op one that reads them.
 
     before:  y = ltepass::routed_ffn(x, Wr, br, t, Wu, bu, Wg, bg, Wd, bd, "silu")
-    after:   y = ltepass::routed_ffn_int8(x, Wr, br, t, Cu, bu, Cg, bg, Cd, bd, su, sg, sd, "silu")
+    after:   y = ltepass::routed_ffn_int8(x, Cr, sr, br, t, Cu, bu, Cg, bg, Cd, bd, su, sg, sd, "silu")
 
-The same for a proxy's op. Not the same numbers: that is what was asked for; kernels/routed_int8_reference.py says what
-they mean. What decides keeps its own weights, so that no expert flips for the same x. Codes of down lie a neuron after
-the other, those of up and gate a row a neuron, as the op reads them. They are new leaves, so this is for a graph that
-is being exported. Of 4 bits no sparse op reads weights: such FFNs stay in floats, and the pass says so.
+The same for a proxy's op, whose router holds codes already and stays. Not the same numbers: that is what was asked for;
+kernels/routed_int8_reference.py says what they mean. Codes of down lie a neuron after the other, those of the others a
+row an output, as the op reads them. They are new leaves, so this is for a graph that is being exported. Of 4 bits no
+sparse op reads weights: such FFNs stay in floats, and the pass says so.
 """
 
 from __future__ import annotations
@@ -57,22 +57,23 @@ def _quantise(gm: GraphModule, node: Node, rows: Make, columns: Make) -> str | N
     """Replace one op, or say why not."""
     op = _OPS[str(op_name(node))]
     args = list(node.args)
-    at = {name: 1 + op.n_router + i for name, i in (("up", 1), ("gate", 3), ("down", 5))}
+    at = {"router": 1} if op is LINEAR else {}
+    at |= {name: 1 + op.n_router + i for name, i in (("up", 1), ("gate", 3), ("down", 5))}
     weights = {name: None if args[i] is None else _fixed(gm, args[i]) for name, i in at.items()}
     if any(weights[name] is None and args[i] is not None for name, i in at.items()):
         return "a weight that is no leaf of the graph's own"
-    scales: list[Argument] = []
+    scales: dict[str, Argument] = {}
     with gm.graph.inserting_before(node):
         for name, weight in weights.items():
             parts = (None, None) if weight is None else (columns if name == "down" else rows)(weight)
             source = args[at[name]]
-            leaves = [
+            args[at[name]], scales[name] = (
                 None if t is None else add_leaf(gm, f"{source}_{part}", t)
                 for part, t in zip(("neuron_codes", "neuron_scale"), parts, strict=True)
-            ]
-            args[at[name]] = leaves[0]
-            scales.append(leaves[1])
-        args[op.n_tensors : op.n_tensors] = scales
+            )
+        args[op.n_tensors : op.n_tensors] = [scales[name] for name in ("up", "gate", "down")]
+        if op is LINEAR:
+            args.insert(2, scales["router"])
         new = gm.graph.call_function(getattr(torch.ops.ltepass, f"{op.name}_int8").default, tuple(args))
         new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
