@@ -17,10 +17,12 @@ void run(const Problem& p, const Tensor& x, const Weights& w, const Tensor& y) {
   if (p.tokens == 1) return p.up_scale ? decode<E, I8>(p) : decode<E>(p);
   const bool narrow = std::min(p.d_ff, p.d_out) < NARROW && p.threads > 1;
   auto alone = [&](auto&& work) { narrow ? in_one_thread(work) : work(); };
-  if (p.up_scale)
-    return batch<E, I8>(p, [&](int64_t first, int64_t tokens, const uint8_t* mask) {
-      alone([&] { dense_int8<E>(p, x, w, first, tokens, mask); });
-    });
+  if (p.up_scale) {
+    std::vector<std::pair<int64_t, int64_t>> spans;  // afterwards: linears work in the scratch memory that a batch holds
+    batch<E, I8>(p, [&](int64_t first, int64_t tokens, const uint8_t*) { spans.emplace_back(first, tokens); });
+    for (const auto& [first, tokens] : spans) alone([&, f = first, n = tokens] { dense_int8<E>(p, x, w, f, n); });
+    return;
+  }
   batch<E, E>(p, [&](int64_t first, int64_t tokens, const uint8_t* mask) {
     alone([&] { dense<E>(p, x, w, y, first, tokens, mask); });
   });
@@ -120,7 +122,7 @@ std::tuple<Tensor, OptionalTensor> forward(const Tensor& x_in, const Deciding& d
   sizes.back() = p.d_out;
   const Tensor y = empty(sizes, dtype_code(x));
   OptionalTensor mask;
-  if (with_mask) {
+  if (with_mask || (scales && p.dense_above < 1)) {
     sizes.back() = p.n_experts;
     mask = empty(sizes, aoti_torch_dtype_bool());
   }
