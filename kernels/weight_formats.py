@@ -8,19 +8,41 @@ block holds weight j in its low and weight j + 16 in its high half, as GGUF's Q4
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 -- the name everybody uses
 
+Format = Literal["int8", "int4", "int4_minimum"]
 BLOCK = 32  # inputs that share a scale
 HALF = BLOCK // 2
 _LEAST = torch.finfo(torch.float32).tiny  # a scale below it has no inverse: the block counts as 0
 _MOST = torch.finfo(torch.float32).max
 
 
+def quantise(weight: Tensor, format: Format) -> tuple[Tensor | None, ...]:
+    """weight: [d_out, d_in] -> codes and scale, and of 4 bits the minimum, or None: what the format's linear takes."""
+    if format == "int8":
+        return quantise_int8(weight)
+    return quantise_int4(weight, with_minimum=format == "int4_minimum")
+
+
 def quantise_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """weight: [d_out, d_in] -> codes int8 of its shape, scale fp32 [d_out]."""
     return to_int8(weight.float())
+
+
+def int8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, codes stored a row an output."""
+    codes, scale = quantise_int8(weight)
+    return codes.contiguous(), scale
+
+
+def int8_columns(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, codes stored an input after the other."""
+    codes, scale = quantise_int8(weight)
+    return codes.t().contiguous().t(), scale
 
 
 def to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from ltepass.routed.undo import all_or_nothing, verb
 from ltepass.routed.which_sites import Selection, Which
 
 if TYPE_CHECKING:
-    from ltepass.passes.lower.quantise_linears import Format
+    from ltepass.kernels.weight_formats import Format
 
 
 def transform(
@@ -116,7 +116,7 @@ def remove(model: nn.Module, undo_grouping: bool = False) -> nn.Module:
     return model
 
 
-def lower(model: nn.Module, scope: Scope = "ffn", *, ffn: bool = True) -> nn.Module:
+def lower(model: nn.Module, scope: Scope = "ffn", *, ffn: bool = True, linears: Format | None = None) -> nn.Module:
     """Make every FFN that can be lowered call the sparse op, and every other linear one that reads at memory's speed.
 
     On a CPU. The linears are attention projections, the head and FFNs that stay dense: fp32, bf16 and fp16, and the
@@ -127,6 +127,10 @@ def lower(model: nn.Module, scope: Scope = "ffn", *, ffn: bool = True) -> nn.Mod
         model: a transformed model in hard mode; with ffn=False any model.
         scope: "ffn" (nothing is compiled) or "model" (torch.compile with the backend "lte").
         ffn: False lowers linears alone, so that a dense model is as fast as it can be.
+        linears: as `export` has it: None leaves weights in floats; "int8", "int4" or "int4_minimum" quantises every
+            linear, and "int8" gated FFNs with their routers, of which a token reads the active share of a byte a
+            weight. Scope "ffn" alone. Codes are held beside the weights, which `unlower` goes back to; a table of
+            tokens stays as it is.
     Returns: the model. What cannot be lowered stays as it is, exact, and stands in `ltepass.report(model).notes`.
     Raises: NotTransformedError, LoweredError (lowered already), LoweringError (a router is not in hard mode, or no site
         can be lowered), ShardedError, ConfigError.
@@ -138,7 +142,7 @@ def lower(model: nn.Module, scope: Scope = "ffn", *, ffn: bool = True) -> nn.Mod
     """
     from ltepass.passes.lower.lower_model import lower_model  # which needs the kernels: transform does not
 
-    return lower_model(model, scope, ffn=ffn)
+    return lower_model(model, scope, ffn=ffn, linears=linears)
 
 
 def unlower(model: nn.Module) -> nn.Module:

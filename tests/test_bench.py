@@ -12,8 +12,9 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from examples.bench import backward, op, op_cases, single_neurons, speed_page, table, ways
+from examples.bench import backward, op, op_cases, single_neurons, speed_page, table, ways, whole_token
 from examples.bench.op_cases import CASES, TARGETS, Case
+from examples.bench.sparse_int8 import sparse_int8
 from examples.bench.ways import Shape
 from examples.results.demo_table import with_table
 from ltepass.kernels import reference
@@ -75,6 +76,8 @@ def test_every_contender_computes_what_it_claims(gated: bool) -> None:
     same["small units cut"] = (ways.routed(shape, weights, 0.5, hidden=0.6), (h * largest) @ w.down.T)
     for name, (call, expected) in same.items():
         torch.testing.assert_close(call(1), expected, rtol=1e-4, atol=1e-5, msg=prefixed(name))
+    int8: Any = sparse_int8(shape, weights, 0.5)(1)
+    assert (int8 - sparse).norm() < 0.02 * sparse.norm()
 
 
 @pytest.mark.slow
@@ -152,6 +155,7 @@ def test_the_command_appends_whole_rows_and_draws(tiny_case: Case, tmp_path: Pat
     names = {(r.contender, r.sparsity) for r in records}
     assert {("dense eager", 0.0), ("dense compiled", 0.0), ("index_select", 0.9), ("gate-first", 0.5)} <= names
     assert {s for name, s in names if name == "routed"} == set(op_cases.SPARSITIES)
+    assert {s for name, s in names if name == op.INT8} == set(op_cases.INT8_SPARSITIES) >= {0.5, 0.8}
     assert len(records) == 2 * len(names)
     for r in records:
         assert all(getattr(r, f.name) not in ("", None) for f in fields(r) if f.name not in ("path", "case"))
@@ -164,10 +168,20 @@ def test_the_command_appends_whole_rows_and_draws(tiny_case: Case, tmp_path: Pat
     per_ms = 1e6 * routed.bandwidth_gbs
     assert routed.byte_ideal_ms == pytest.approx((weight_bytes / 2 + router_bytes) / per_ms, rel=1e-3)
     cats = next(r for r in records if (r.contender, r.sparsity) == ("gate-first", 0.5))
+    int8 = next(r for r in records if (r.contender, r.sparsity) == (op.INT8, 0.5))
+    assert int8.byte_ideal_ms == pytest.approx((weight_bytes / 8 + router_bytes / 4) / per_ms, rel=1e-3)
     call = next(r for r in records if r.contender == op_cases.CALL)
     assert call.byte_ideal_ms == call.bound_ms == 0
     assert cats.byte_ideal_ms == pytest.approx(weight_bytes * 2 / 3 / (1e6 * cats.bandwidth_gbs), rel=1e-3)
     assert "<svg" in plot.read_text()
+
+
+def test_whole_tokens_are_exported_in_int8_at_both_sparsities() -> None:
+    for model in whole_token.MODELS:
+        options = model.exports()
+        for sparsity in ("0.5", "0.8"):
+            wanted = ["gated", "--linears", "int8", "--dtype", model.dtypes[0], "--sparsity", sparsity]
+            assert options[f"int8-{sparsity}"] == wanted
 
 
 def test_a_case_that_does_not_exist_is_refused(tiny_case: Case, tmp_path: Path) -> None:

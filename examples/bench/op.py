@@ -12,7 +12,8 @@ import torch
 import typer
 
 from examples.bench import ways
-from examples.bench.op_cases import CALL, CASES, SPARSITIES, Case
+from examples.bench.op_cases import CALL, CASES, INT8_SPARSITIES, SPARSITIES, Case
+from examples.bench.sparse_int8 import sparse_int8
 from examples.bench.table import describe, op_table
 from examples.bench.ways import Shape
 from ltepass.cli.output_and_errors import run_command
@@ -23,6 +24,8 @@ from ltepass.measure.records import Environment, OpRecord, append, read
 from ltepass.measure.timing import Contender, copies_needed, interleaved
 
 ROUTED = "routed"
+INT8 = "sparse int8"
+INT8_TOKENS = 32  # at most: rounding keeps the decisions that a router was made for
 READ = "plain read"
 UPCAST_TOKENS = 16  # below, widening the weights costs more than it saves
 
@@ -124,6 +127,8 @@ def _measure(case: Case, seconds: float, min_repeats: int, sparsities: Sequence[
 
 def bytes_read(contender: str, shape: Shape, sparsity: float, union: float) -> float:
     """Weight bytes that a contender cannot do without. CATS reads the whole gate, then a share of up and down."""
+    if contender == INT8:
+        return union * shape.int8_bytes + shape.n_experts * shape.d_model
     shares = {ROUTED: union + shape.router_share, "gate-first": (1 + 2 * (1 - sparsity)) / 3, CALL: 0.0}
     return shares.get(contender, 1 - sparsity) * shape.weight_bytes
 
@@ -137,7 +142,8 @@ def make_contenders(case: Case, sparsities: Sequence[float]) -> dict[tuple[str, 
     """By name and sparsity. Dense ones have sparsity 0."""
     shape = case.shape
     some = [s for s in sparsities if s < 1]
-    least = shape.weight_bytes * (1 - max(some))
+    int8 = INT8_SPARSITIES if shape.tokens <= INT8_TOKENS else ()
+    least = min([shape.weight_bytes * (1 - max(some)), *(shape.int8_bytes * (1 - s) for s in int8)])
     weights = ways.make_weights(shape, copies_needed(least, len(sparsities) + 2))
     out: dict[tuple[str, float], Contender] = {("dense eager", 0.0): ways.dense_eager(shape, weights)}
     if case.compiled:
@@ -145,6 +151,7 @@ def make_contenders(case: Case, sparsities: Sequence[float]) -> dict[tuple[str, 
     if shape.dtype == torch.bfloat16 and shape.tokens >= UPCAST_TOKENS:
         out["dense upcast", 0.0] = ways.dense_upcast(shape, weights)
     out |= {(ROUTED, s): ways.routed(shape, weights, s) for s in sparsities}
+    out |= {(INT8, s): sparse_int8(shape, weights, s) for s in int8}
     if shape.tokens == 1:
         out[CALL, 0.0] = ways.call_alone()
     if case.peers:

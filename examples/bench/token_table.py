@@ -13,10 +13,11 @@ NOT_MEASURED = "not measured"
 OURS = ("ltepass, dense", "ltepass", "ltepass, exported")
 THEIRS = {"int8": "Q8_0", "int4": "Q4_0", "int4_minimum": "Q4_1"}  # llama.cpp's format of as many bits
 # Of ours, by format and sparsity: share of the byte ideal, and llama.cpp's dense token in the same format over it.
-TARGETS = {
+TARGETS: dict[tuple[str, float], tuple[float | None, float]] = {
     ("F32", 0.0): (0.75, 1.15),
     ("BF16", 0.0): (0.70, 1.15),
     ("int8", 0.0): (0.50, 1.15),
+    ("int8", 0.5): (None, 1.25),
     ("int4", 0.0): (0.40, 1.15),
     ("int4_minimum", 0.0): (0.40, 1.15),
     ("F32", 0.5): (0.70, 1.4),

@@ -10,7 +10,7 @@ import logging
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,12 @@ from ltepass.exporting.folder import ABOUT, DECODE, FORMAT, PREFILL, WEIGHTS, Ab
 from ltepass.exporting.ops_library import write_ops
 from ltepass.kernels.cpu import build, loading
 from ltepass.kernels.linear_checks import FLOATS
+from ltepass.kernels.weight_formats import Format
 from ltepass.passes import EXPORT
 from ltepass.passes.capture.decoder_step import DecoderStep, capture_step
 from ltepass.passes.graph.pipeline import GraphJob, Pass, run_passes
-from ltepass.passes.lower.lower_model import is_lowered, require_hard
-from ltepass.passes.lower.quantise_linears import Format, QuantiseLinears
+from ltepass.passes.lower.lower_model import check_format, is_lowered, require_hard
+from ltepass.passes.lower.quantise_linears import QuantiseLinears
 from ltepass.passes.lower.quantise_routed_ffn import QuantiseRoutedFFN
 from ltepass.passes.lower.why_not_linear import is_ordinary
 from ltepass.routed.routed import Routed, is_transformed, unwrapped
@@ -97,8 +98,7 @@ def _checked(model: nn.Module, linears: Format | None, cache_dtype: torch.dtype 
         if not is_ordinary(tensor) or tensor.device.type != "cpu":
             seen = f"{name} is a {type(tensor).__name__} on {tensor.device}"
             raise ExportError(f"{seen}; export expects plain weights on the CPU, and quantises them itself (linears=)")
-    if linears not in (None, *get_args(Format)):
-        raise ConfigError(f"linears is {linears!r}; expected None or one of {', '.join(get_args(Format))}")
+    check_format(linears)
     if cache_dtype not in (None, *FLOATS):
         raise ConfigError(
             f"cache_dtype is {cache_dtype}; expected None, torch.float32, torch.bfloat16 or torch.float16"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ltepass.passes.lower.lower_linear_modules import weights_read as read_by_linears
-from ltepass.routed.ffn_bits import unread
+from ltepass.routed.ffn_bits import bytes_by_neuron, unread
 from ltepass.routed.routed import Routed, is_transformed, routers_of
 from ltepass.routed.router import Router
 from ltepass.routed.sites import FFNSite
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 def buffers(model: PreTrainedModel) -> list[Tensor]:
     """What a token reads as a whole, in its order of use: parameters, or what lowered linears read in their place."""
-    tables, stored = {id(table) for table in _tables(model)}, read_by_linears(model)
+    tables = {id(table) for table in _tables(model)}
+    stored: dict[Tensor, tuple[Tensor, ...]] = {p: read for p, read in read_by_linears(model).items()}
+    stored |= {weight: () for router in routers_of(model) if router.int8 for weight in router.int8.weights_left()}
     read = (tensor for p in model.parameters() if id(p) not in tables for tensor in stored.get(p, (p,)))
     return [tensor.detach() for tensor in read] + [
         codes for router in routers_of(model) for codes in _constants(router)
@@ -34,7 +36,8 @@ def held(model: PreTrainedModel) -> int:
 
 def _constants(router: Router) -> list[Tensor]:
     """What tokens read of it that is no parameter."""
-    tensors = (*router.operands(), *router.planes_of_down(), *router.low_planes())
+    codes = [] if router.int8 is None else router.int8.tensors()
+    tensors = (*router.operands(), *codes, *router.planes_of_down(), *router.low_planes())
     return [t for t in tensors if t is not None and not isinstance(t, nn.Parameter)]
 
 
@@ -50,7 +53,8 @@ def _unread(model: PreTrainedModel, active: float) -> Iterator[float]:
         return
     routed = Routed.of(model, "bench model")
     for site, router in routed:
-        nbytes = {rows: rows.of(model, site.d_ff).nbytes for rows in site.neurons}
+        nbytes = bytes_by_neuron(routed, site, router)
+        assert nbytes is not None, "a model that decodes holds its weights as parameters"
         yield unread(routed, site, router, nbytes, active)
 
 

@@ -34,16 +34,25 @@ def ffn_bits(routed: Routed) -> FFNBits | None:
     """None where no table says how many neurons are active, or a weight is no parameter any more."""
     read, held, weights = 0.0, 0, 0
     for site, router in routed:
-        own = [read_rows(routed.model, site, rows) for rows in site.neurons]
-        if router.density is None or any(rows is None for rows in own):
+        nbytes = bytes_by_neuron(routed, site, router)
+        if router.density is None or nbytes is None:
             return None
-        nbytes = {rows: t.nbytes for rows, t in zip(site.neurons, own, strict=True) if t is not None}
         everything = [t for t in (*router.operands(), *router.planes_of_down(), *router.low_planes()) if t is not None]
+        everything += [] if router.int8 is None else [router.int8.down[1]]
         all_held = sum(t.nbytes for t in everything) + sum(nbytes.values())
         read += all_held - unread(routed, site, router, nbytes, router.density)
         held += all_held - (sum(nbytes.values()) if router.tiered else 0)
         weights += (2 if site.gate_rows is None else 3) * site.d_ff * site.d_model
     return FFNBits(8 * read / weights, 8 * held / weights)
+
+
+def bytes_by_neuron(routed: Routed, site: FFNSite, router: Router) -> dict[NeuronRows, int] | None:
+    """Of what is read for active neurons alone, by the rows that it stands for; None where one is no parameter."""
+    own = {rows: read_rows(routed.model, site, rows) for rows in site.neurons}
+    nbytes = {rows: t.nbytes for rows, t in own.items() if t is not None}
+    if len(nbytes) < len(own):
+        return None
+    return nbytes if router.int8 is None else nbytes | router.int8.by_neuron(site)
 
 
 def unread(routed: Routed, site: FFNSite, router: Router, nbytes: Mapping[NeuronRows, int], active: float) -> float:

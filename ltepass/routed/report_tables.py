@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from ltepass.routed.ffn_bits import FFNBits, ffn_bits
@@ -109,7 +110,8 @@ def _paths(routed: Routed) -> list[str]:
         return []
     tokens: dict[str, list[int]] = {}
     for T in (1, 2, 8, 32, 128, 512, 2048):
-        path = which_path(T, site.d_model, site.d_ff, site.n_experts, parameter.dtype)
+        dtype = parameter.dtype if routed.routers[0].int8 is None else torch.int8
+        path = which_path(T, site.d_model, site.d_ff, site.n_experts, dtype)
         tokens.setdefault(path, []).append(T)
     return [
         f"{' '.join(map(str, counts))} token{'s' if counts[-1] > 1 else ''}: {path}" for path, counts in tokens.items()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from ltepass.routed.gate import seen_inputs as seen_inputs
 from ltepass.routed.quantile_table import N_QUANTILES
 from ltepass.routed.recorded_calls import Recorder
 from ltepass.threads import require_own
+
+if TYPE_CHECKING:
+    from ltepass.routed.int8_ffn import Int8FFN
 
 _RECORDED = ("kept", "rows", "count_inactive", "share_neighbours")  # a router's own attributes, once
 
@@ -46,6 +49,7 @@ class Router(nn.Module):
     cut: Tensor | None
     input_cut: Tensor | None
     tiered = False  # whether its FFN's inactive neurons keep low bits (tiered_router.py)
+    int8: Int8FFN | None = None  # what a lowered site reads in the place of its weights, where it reads int8
     watched = (
         False  # whether the gate tells that it was applied: a forward around it was replaced (replaced_forwards.py)
     )
@@ -114,6 +118,8 @@ class Router(nn.Module):
         """What the sparse op takes of it, and a token reads."""
         own = self._parameters
         weight = own.get("weight")
+        if self.int8 is not None and self.int8.router is not None:
+            return (*self.int8.router, self.bias)
         # a DataParallel replica keeps plain tensors as attributes
         return (self.weight, self.bias) if weight is None else (weight, own.get("bias"))
 

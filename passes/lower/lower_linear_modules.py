@@ -8,6 +8,7 @@ moved, cast or replaced meanwhile.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,8 @@ from torch.nn import Parameter
 
 from ltepass.kernels.linear import linear, linear_int4, linear_int8
 from ltepass.kernels.linear_checks import FLOATS
-from ltepass.kernels.weight_formats import pack_int4
+from ltepass.kernels.weight_formats import BLOCK, Format, pack_int4, quantise
+from ltepass.passes.graph.edit import once_a_tensor
 from ltepass.passes.lower.why_not_linear import (
     int8_parts,
     is_conv1d,
@@ -25,6 +27,7 @@ from ltepass.passes.lower.why_not_linear import (
     parameters_of,
     why_not_linear,
 )
+from ltepass.routed.int8_ffn import Source
 from ltepass.routed.undo import lay_as
 
 
@@ -99,6 +102,24 @@ class Int4Call(LinearCall):
         return self.packed, self.scale
 
 
+class QuantisedCall(LinearCall):
+    """Weights in floats, whose codes were made when they were lowered. Another weight goes to the module itself."""
+
+    def __init__(self, module: nn.Module, parts: tuple[Tensor | None, ...]) -> None:
+        super().__init__(module)
+        self.source, self.parts = Source(parameters_of(module)[0]), parts
+
+    def __call__(self, x: Tensor) -> Tensor:
+        weight, bias = parameters_of(self.module)
+        if not _served(x) or not self.source.is_still(weight):
+            return self.own(x)
+        op = linear_int8 if len(self.parts) == 2 else linear_int4
+        return op(x, *self.parts, None if bias is None else bias.to(x.dtype))
+
+    def weights(self) -> tuple[Tensor, ...]:
+        return tuple(t for t in self.parts if t is not None)
+
+
 def _served(x: Tensor) -> bool:
     """Whether the ops take this input at all: autocast means another dtype."""
     return type(x) is Tensor and x.is_cpu and x.dtype in FLOATS and not torch.is_autocast_enabled("cpu")
@@ -111,14 +132,15 @@ def calls(model: nn.Module) -> Iterator[LinearCall]:
 
 
 def lower_linear_modules(
-    model: nn.Module, bypassed: Iterable[nn.Module], *, quantised_only: bool = False
+    model: nn.Module, bypassed: Iterable[nn.Module], *, quantised_only: bool = False, format: Format | None = None
 ) -> dict[str, str]:
     """Every plain linear on the CPU calls its op, but for those that a lowered FFN passes by (`bypassed`).
 
-    quantised_only: for a model that is compiled, where the backend finds the others. Returns the paths of those that
-    were left, and why.
+    quantised_only: for a model that is compiled, where the backend finds the others. format: what weights in floats are
+    quantised to; None leaves them. Returns the paths of those that were left, and why.
     """
     skipped, left = set(bypassed), {}
+    make = None if format is None else once_a_tensor(partial(quantise, format=format))
     for path, module in model.named_modules():
         if module in skipped or not is_product(module) or not parameters_of(module)[0].is_cpu:
             continue
@@ -126,8 +148,20 @@ def lower_linear_modules(
         if reason is not None:
             left[path] = reason
         elif not (quantised_only and is_ordinary(parameters_of(module)[0])):
-            module.forward = _call(module)
+            rows = _rows(module)
+            if make is not None and format != "int8" and is_ordinary(rows) and rows.shape[1] % BLOCK:
+                left[path] = f"d_in is no multiple of {BLOCK}"
+            elif make is not None and is_ordinary(rows):
+                module.forward = QuantisedCall(module, make(rows))
+            else:
+                module.forward = _call(module)
     return left
+
+
+def _rows(module: nn.Module) -> Tensor:
+    """The weight, a row an output."""
+    weight, _ = parameters_of(module)
+    return weight.detach().t() if is_conv1d(module) else weight.detach() if is_ordinary(weight) else weight
 
 
 def _call(module: nn.Module) -> LinearCall:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from typing import get_args
 
 from torch import nn
 
 from ltepass.config import Scope
 from ltepass.errors import ConfigError, LoweredError, LoweringError
+from ltepass.kernels.weight_formats import Format
 from ltepass.passes.capture.replaced_forwards import check_forwards
 from ltepass.passes.insert.check_activation import other_activation
 from ltepass.passes.lower.compile_model import compile_model, is_compiled, uncompile_model
@@ -21,6 +23,7 @@ from ltepass.passes.lower.lay_out_neurons import give_back_strides, lay_out
 from ltepass.passes.lower.lower_linear_modules import lower_linear_modules, lowered_linears, unlower_linear_modules
 from ltepass.passes.lower.lower_sites import lower_sites, unlower_sites
 from ltepass.passes.lower.why_not_ffn import why_not, why_not_alone
+from ltepass.routed.int8_ffn import int8_ffn
 from ltepass.routed.modes import remember_densities
 from ltepass.routed.routed import Routed, is_transformed, unwrapped
 from ltepass.routed.sharding import require_whole
@@ -31,20 +34,20 @@ from ltepass.threads import unshared
 log = logging.getLogger("ltepass")
 
 
-def lower_model(model: nn.Module, scope: Scope, *, ffn: bool) -> nn.Module:
+def lower_model(model: nn.Module, scope: Scope, *, ffn: bool, linears: Format | None = None) -> nn.Module:
     """What `ltepass.lower` does."""
     if ffn or is_transformed(model):
-        return _lower(model, scope, ffn)
+        return _lower(model, scope, ffn, linears)
     root = unwrapped(model)
-    all_or_nothing(root, lambda: _lower_dense(root, scope))
+    all_or_nothing(root, lambda: _lower_dense(root, scope, linears))
     return model
 
 
 @verb
-def _lower(model: nn.Module, scope: Scope, ffn: bool) -> nn.Module:
+def _lower(model: nn.Module, scope: Scope, ffn: bool, linears: Format | None) -> nn.Module:
     routed = Routed.trained(model, "lower")
     state = routed.state
-    _check(model, scope)
+    _check(model, scope, linears)
     reasons: dict[str, str | None] = dict.fromkeys((s.name for s in state.sites), "ffn is False")
     if ffn:
         require_hard(routed)
@@ -59,7 +62,12 @@ def _lower(model: nn.Module, scope: Scope, ffn: bool) -> nn.Module:
     if ffn and not sites:
         raise LoweringError("no site can be lowered:\n" + "\n".join(state.notes))
     for site in sites:
+        if linears == "int8":
+            routed.router(site).int8 = int8_ffn(model, site, routed.router(site))
+            continue
         state.strides = lay_out(routed, site) | state.strides  # what the first of those that share a parameter found
+        if linears is not None:
+            state.notes.append(f"{site.name}: stays in floats: no sparse op reads 4 bits")
     remember_densities(routed)
     with unshared(routed.all_routers()):
         if scope == "ffn":
@@ -67,7 +75,7 @@ def _lower(model: nn.Module, scope: Scope, ffn: bool) -> nn.Module:
         else:
             compile_model(model, state, ffn=ffn)
     bypassed = [model.get_submodule(path) for path in _linears_of(sites)]
-    left = lower_linear_modules(model, bypassed, quantised_only=scope == "model")
+    left = lower_linear_modules(model, bypassed, quantised_only=scope == "model", format=linears)
     told = _linears_of(state.sites)  # why an FFN stays as it is says why its linears do
     state.notes += [f"{path}: calls torch's linear: {reason}" for path, reason in left.items() if path not in told]
     state.linears = lowered_linears(model)
@@ -75,20 +83,31 @@ def _lower(model: nn.Module, scope: Scope, ffn: bool) -> nn.Module:
     return model
 
 
-def _lower_dense(model: nn.Module, scope: Scope) -> None:
-    _check(model, scope)
+def _lower_dense(model: nn.Module, scope: Scope, linears: Format | None) -> None:
+    _check(model, scope, linears)
     if is_lowered(model):
         raise LoweredError("the model's linears are lowered already; call ltepass.unlower(model) first")
     if scope == "model":
         compile_model(model, None, ffn=False)
-    for path, reason in lower_linear_modules(model, (), quantised_only=scope == "model").items():
+    for path, reason in lower_linear_modules(model, (), quantised_only=scope == "model", format=linears).items():
         log.info("lower: %s calls torch's linear: %s", path, reason)
 
 
-def _check(model: nn.Module, scope: Scope) -> None:
+def _check(model: nn.Module, scope: Scope, linears: Format | None) -> None:
     require_whole(model, "lower")
+    check_format(linears)
     if scope not in ("ffn", "model"):
         raise ConfigError(f'scope is {scope!r}; expected "ffn" or "model"')
+    if linears is not None and scope == "model":
+        raise ConfigError(f'linears is {linears!r} and scope "model"; expected scope "ffn", which quantises')
+    if linears is not None and any(p.device.type != "cpu" for p in model.parameters()):
+        raise ConfigError(f"linears is {linears!r} and not all of the model is on the CPU, which alone has the kernels")
+
+
+def check_format(linears: Format | None) -> None:
+    """Raises ConfigError."""
+    if linears not in (None, *get_args(Format)):
+        raise ConfigError(f"linears is {linears!r}; expected None or one of {', '.join(get_args(Format))}")
 
 
 def require_hard(routed: Routed) -> None:

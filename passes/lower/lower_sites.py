@@ -54,7 +54,7 @@ def unlower_sites(routed: Routed) -> None:
     """Forwards, hooks and graph of the sites as before `lower_sites`."""
     model, state = routed.model, routed.state
     for site, router in routed:
-        router.plan = None
+        router.plan = router.int8 = None
         if site.kind == "inline":
             for path in {site.up, site.gate or site.up, site.down}:
                 model.get_submodule(path).__dict__.pop("forward", None)

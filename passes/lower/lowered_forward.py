@@ -17,6 +17,7 @@ from torch.nn import Parameter
 from ltepass.errors import LoweredError
 from ltepass.kernels.gpu.which_path import assume_density
 from ltepass.kernels.routed_ffn import routed_ffn, routed_proxy_ffn
+from ltepass.kernels.routed_schema import LINEAR_INT8, PROXY_INT8, RoutedOp
 from ltepass.passes.lower.bypassed_modules import Settings, check_bypassed
 from ltepass.passes.lower.why_not_linear import is_ordinary, parameters_of
 from ltepass.routed.gate import applied
@@ -114,20 +115,18 @@ def lowered_call(
         raise interfered()
     if router.watched:
         applied()
-    f = plan.d_ff
-    args = (
-        x,
-        *router.operands(),
-        router._buffers["threshold"],
-        _take(plan.up, up, f),
-        _take(plan.up_bias, up_bias, f),
-        _take(plan.gate, gate, f),
-        _take(plan.gate_bias, gate_bias, f),
-        down.t() if plan.down_transposed else down,
-        down_bias,
-        plan.activation,
-        *_cuts(router),
-    )
+    f, int8 = plan.d_ff, router.int8
+    biases = (_take(plan.up_bias, up_bias, f), _take(plan.gate_bias, gate_bias, f), down_bias)
+    weights: tuple[Tensor | None, ...]
+    if int8 is not None:
+        int8.require_sources(up, gate, down, router)
+        weights = int8.weights(*biases)
+    else:
+        taken = (_take(plan.up, up, f), _take(plan.gate, gate, f), down.t() if plan.down_transposed else down)
+        weights = tuple(t for pair in zip(taken, biases, strict=True) for t in pair)
+    args = (x, *router.operands(), router._buffers["threshold"], *weights, plan.activation, *_cuts(router))
+    if int8 is not None:
+        return _int8(router, args)
     if router.recorder.count_inactive and torch.is_grad_enabled():
         ops = torch.ops.ltepass
         with_mask = ops.routed_proxy_ffn_with_mask if isinstance(router, ProxyRouter) else ops.routed_ffn_with_mask
@@ -140,6 +139,17 @@ def lowered_call(
         with assume_density(router.density):
             return routed_ffn(*args)
     return routed_ffn(*args)
+
+
+def _int8(router: Router, args: tuple[Any, ...]) -> Tensor:
+    op = PROXY_INT8 if isinstance(router, ProxyRouter) else LINEAR_INT8
+    if router.recorder.count_inactive and torch.is_grad_enabled():
+        router.recorder.record((~op.mask(op.checked(args))).float().mean(-1))
+    return call_int8(op, args)
+
+
+def call_int8(op: RoutedOp, args: tuple[Any, ...]) -> Tensor:
+    return getattr(torch.ops.ltepass, op.name)(*args)  # type: ignore[no-any-return]
 
 
 def _cuts(router: Router) -> tuple[Tensor | None, ...]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,7 +25,8 @@ from torch.fx import GraphModule, Node
 from ltepass.kernels import linear as _linear  # noqa: F401 -- registers the ops that the pass emits
 from ltepass.kernels.linear_checks import FLOATS
 from ltepass.kernels.linear_reference import embedding_int4, embedding_int8
-from ltepass.kernels.weight_formats import BLOCK, quantise_int4, quantise_int8
+from ltepass.kernels.weight_formats import BLOCK, quantise
+from ltepass.kernels.weight_formats import Format as Format
 from ltepass.passes.graph.edit import add_leaf, erase_upstream, once_a_tensor
 from ltepass.passes.graph.leaves_and_linears import Flow, Linear, held, parameters
 from ltepass.passes.graph.node_kinds import is_movement, shape, value
@@ -34,7 +35,6 @@ from ltepass.passes.graph.walk import strip_identity
 from ltepass.passes.lower.lower_linears import put_op
 from ltepass.passes.lower.why_not_linear import read_linears
 
-Format = Literal["int8", "int4", "int4_minimum"]
 Codes = tuple[Tensor | None, ...]
 Make = Callable[[Tensor], Codes]
 
@@ -49,7 +49,8 @@ class QuantiseLinears:
     def __call__(self, job: GraphJob) -> str:
         if self.format is None:
             return "unchanged"
-        flow, left, codes_of = Flow(job.gm, parameters(job.gm)), Counter[str](), once_a_tensor(self._codes)
+        flow, left = Flow(job.gm, parameters(job.gm)), Counter[str]()
+        codes_of = once_a_tensor(partial(quantise, format=self.format))
         for linear, unread in reversed(read_linears(flow)):  # a later one may read an earlier one's result as it is
             reason = unread or self._why_not(linear)
             if reason is not None:
@@ -99,11 +100,6 @@ class QuantiseLinears:
                 None if codes is None else add_leaf(gm, f"{name}_{part}", codes)
                 for part, codes in zip(("codes", "scale", "minimum"), codes_of(held(gm, weight)), strict=False)
             ]
-
-    def _codes(self, weight: Tensor) -> Codes:
-        if self.format == "int8":
-            return quantise_int8(weight)
-        return quantise_int4(weight, with_minimum=self.format == "int4_minimum")
 
 
 def _is_float_leaf(node: object) -> bool:

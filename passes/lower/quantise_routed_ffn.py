@@ -22,13 +22,12 @@ from torch.fx.node import Argument
 
 from ltepass.kernels import routed_ffn as _routed_ffn  # noqa: F401 -- registers the ops that the pass emits
 from ltepass.kernels.routed_schema import LINEAR, PROXY
-from ltepass.kernels.weight_formats import quantise_int8
+from ltepass.kernels.weight_formats import Format, int8_columns, int8_rows
 from ltepass.passes.graph.edit import add_leaf, erase_upstream, once_a_tensor
 from ltepass.passes.graph.leaves_and_linears import held
 from ltepass.passes.graph.node_kinds import is_movement, op_name, tensor_inputs
 from ltepass.passes.graph.pipeline import GraphJob, Tier, told
 from ltepass.passes.graph.run_node import call
-from ltepass.passes.lower.quantise_linears import Format
 
 Make = Callable[[Tensor], tuple[Tensor, Tensor]]
 _OPS = {op.name: op for op in (LINEAR, PROXY)}
@@ -44,7 +43,7 @@ class QuantiseRoutedFFN:
     def __call__(self, job: GraphJob) -> str:
         if self.format is None:
             return "unchanged"
-        done, left, rows, columns = 0, Counter[str](), once_a_tensor(_rows), once_a_tensor(_columns)
+        done, left, rows, columns = 0, Counter[str](), once_a_tensor(int8_rows), once_a_tensor(int8_columns)
         for node in [n for n in job.gm.graph.nodes if op_name(n) in _OPS]:
             reason = "no sparse op reads 4 bits" if self.format != "int8" else _quantise(job.gm, node, rows, columns)
             done += reason is None
@@ -92,15 +91,3 @@ def _fixed(gm: GraphModule, node: Argument) -> Tensor | None:
     source = _fixed(gm, tensor_inputs(node)[0])
     seen = None if source is None else call(node, (source, *node.args[1:]), dict(node.kwargs))
     return seen if isinstance(seen, Tensor) else None
-
-
-def _rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes that lie a row an output, and their scale."""
-    codes, scale = quantise_int8(weight)
-    return codes.contiguous(), scale
-
-
-def _columns(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The same with an input after the other."""
-    codes, scale = quantise_int8(weight)
-    return codes.t().contiguous().t(), scale

@@ -201,6 +201,7 @@ VERBS: dict[str, Verb] = {
     "remove, groups stay": ltepass.remove,
     "lower, linears alone": lambda m: ltepass.lower(m, ffn=False),
     "lower, the whole model": lambda m: ltepass.lower(m, scope="model"),
+    "lower, to int8": lambda m: ltepass.lower(m, linears="int8"),
     "measure_sparsity": lambda m: ltepass.measure_sparsity(m, BATCHES),
     "measure_union": lambda m: ltepass.measure_union(m, BATCHES),
     "save": lambda m: ltepass.save(m, saved(m)),

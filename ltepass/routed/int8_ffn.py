@@ -1,0 +1,97 @@
+"""An FFN and its linear router in int8, as a lowered site holds them beside the model's own weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ltepass.errors import LoweredError
+from ltepass.kernels.weight_formats import int8_columns, int8_rows
+from ltepass.routed.proxy_router import ProxyRouter
+from ltepass.routed.router import Router
+from ltepass.routed.sites import FFNSite, NeuronRows
+
+Int8Weight = tuple[Tensor, Tensor]
+"""codes int8 [d_out, d_in], and their scale fp32 [d_out]"""
+
+
+class Source:
+    """A weight as it was when something was made of it. A copy or a pickle of the model takes its own for unchanged."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+        self.seen = _state(weight)
+
+    def is_still(self, weight: Tensor | None) -> bool:
+        """Whether this is the weight, and nobody wrote to it since. What is written through `.data` is not seen."""
+        return weight is self.weight and _state(self.weight) == self.seen
+
+    def __setstate__(self, state: dict[str, Tensor]) -> None:
+        self.__init__(state["weight"])  # type: ignore[misc]  # versions are counted anew
+
+
+def _state(weight: Tensor) -> tuple[object, ...]:
+    return weight.dtype, weight.device, 0 if weight.is_inference() else weight._version
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8FFN:
+    """As `ltepass::routed_ffn_int8` reads them; down's codes lie a neuron after the other.
+
+    router: of a linear one; a proxy's codes are its own, and stay with it. sources: what was quantised.
+    """
+
+    router: Int8Weight | None
+    up: Int8Weight
+    gate: Int8Weight | None
+    down: Int8Weight
+    sources: tuple[Source, ...]
+
+    def require_sources(self, up: Tensor, gate: Tensor | None, down: Tensor, router: Router) -> None:
+        """Raises LoweredError where a weight is another one now, or was written to."""
+        now = [up, *([] if gate is None else [gate]), down, *([] if self.router is None else [router.weight])]
+        for source, weight in zip(self.sources, now, strict=True):
+            if not source.is_still(weight):
+                raise LoweredError(
+                    "a weight of a lowered FFN was changed after its int8 codes were made; call "
+                    "ltepass.unlower(model) before changing weights, then lower again"
+                )
+
+    def weights(
+        self, up_bias: Tensor | None, gate_bias: Tensor | None, down_bias: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """In the op's order."""
+        gate, gate_scale = (None, None) if self.gate is None else self.gate
+        return self.up[0], up_bias, gate, gate_bias, self.down[0], down_bias, self.up[1], gate_scale, self.down[1]
+
+    def weights_left(self) -> list[Tensor]:
+        """What no token reads any more."""
+        return [source.weight for source in self.sources]
+
+    def tensors(self) -> list[Tensor]:
+        """Of the FFN; the router's are its operands."""
+        return [t for pair in (self.up, self.gate, self.down) if pair is not None for t in pair]
+
+    def by_neuron(self, site: FFNSite) -> dict[NeuronRows, int]:
+        """Bytes that are read where a neuron is active, in the place of those of a weight's rows."""
+        up_and_gate = ((site.up_rows, self.up), (site.gate_rows, self.gate))
+        read = {rows: sum(t.nbytes for t in pair) for rows, pair in up_and_gate if rows and pair}
+        return read | {site.down_rows: self.down[0].nbytes}
+
+
+def int8_ffn(model: nn.Module, site: FFNSite, router: Router) -> Int8FFN:
+    """Of the weights as they are."""
+
+    def rows_of(rows: NeuronRows) -> Tensor:
+        return rows.of(model, site.d_ff).detach()
+
+    linear = None if isinstance(router, ProxyRouter) else router.weight
+    own = [model.get_parameter(rows.param) for rows in (site.up_rows, site.gate_rows, site.down_rows) if rows]
+    return Int8FFN(
+        router=None if linear is None else int8_rows(linear.detach()),
+        up=int8_rows(rows_of(site.up_rows)),
+        gate=None if site.gate_rows is None else int8_rows(rows_of(site.gate_rows)),
+        down=int8_columns(rows_of(site.down_rows).t()),
+        sources=tuple(Source(p) for p in (*own, *([] if linear is None else [linear]))),
+    )

@@ -1,0 +1,210 @@
+"""`ltepass.lower(model, linears="int8")`: masks are the definition's bit by bit, and unlower gives back what was."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ltepass
+from ltepass.config import RouterKind
+from ltepass.errors import ConfigError, LoweredError
+from ltepass.kernels import linear_reference
+from ltepass.kernels.routed_int8_reference import Int8Linear, scores
+from ltepass.kernels.routed_schema import RoutedOp
+from ltepass.kernels.weight_formats import quantise_int4, quantise_int8
+from ltepass.measure import token_bytes
+from ltepass.passes.lower import lower_linear_modules, lowered_forward
+from ltepass.passes.lower.lower_linear_modules import lowered_linears
+from ltepass.routed.proxy_router import ProxyRouter
+from ltepass.routed.routed import routers_of
+from tests.kernels.int8_cases import same_decision
+from tests.models.zoo import VOCAB, build, gpt2, ids, llama, logits, mlp, transformed
+
+FORMS = ("llama", "phi3", "gpt2", "gpt_neox", "opt")
+
+
+def sparse(name: str, router: RouterKind = "linear") -> Any:
+    """Calibrated, half of the neurons active."""
+    model = transformed(name, router=router)
+    ltepass.calibrate(model, [torch.randint(0, VOCAB, (4, 32), generator=torch.Generator().manual_seed(0))])
+    ltepass.set_sparsity(model, 0.5)
+    return model
+
+
+@contextmanager
+def as_defined(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[RoutedOp, tuple[Any, ...]]]]:
+    """Lowered FFNs and linears compute what they mean, in plain PyTorch; what the FFNs' ops got."""
+    got = []
+
+    def ffn(op: RoutedOp, args: tuple[Any, ...]) -> Tensor:
+        got.append((op, args))
+        c = op.checked(args)
+        return op.masked_ffn(c, op.mask(c))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lowered_forward, "call_int8", ffn)
+        patch.setattr(lower_linear_modules, "linear_int8", linear_reference.linear_int8)
+        patch.setattr(lower_linear_modules, "linear_int4", linear_reference.linear_int4)
+        yield got
+
+
+@pytest.mark.parametrize("router", ["linear", "proxy"])
+@pytest.mark.parametrize("name", FORMS)
+def test_a_lowered_model_computes_what_its_codes_mean(
+    name: str, router: RouterKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = sparse(name, router)
+    expected, strides = logits(model), [p.stride() for p in model.parameters()]
+    ltepass.lower(model, linears="int8")
+    with as_defined(monkeypatch) as got:
+        meant = logits(model)
+    for op, args in got:
+        same_decision(op, args)
+        assert 0.2 < op.mask(op.checked(args)).float().mean() < 0.8
+    assert len(got) == len(ltepass.report(model).sites)
+    torch.testing.assert_close(logits(model), meant, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(meant, expected)
+    assert (meant - expected).norm() < 0.1 * expected.norm()
+    assert [p.stride() for p in model.parameters()] == strides, "the model's own weights lie as they did"
+    ltepass.unlower(model)
+    assert torch.equal(logits(model), expected)
+    assert all(r.int8 is None for r in routers_of(model))
+
+
+def test_hard_mode_with_a_quantised_router_decides_as_the_lowered_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In eager: the same codes, scored by the definition, in the first FFN, whose input is equal in both."""
+    model = sparse("llama")
+    router, seen = next(routers_of(model)), list[Any]()
+    hook: Any = router.register_forward_hook(lambda m, args, out: seen.append((args[0], out)))
+    logits(model)
+    hook.remove()
+    x = seen[0][0]
+    assert isinstance(router.bias, Tensor)
+    quantised = Int8Linear(*quantise_int8(router.weight.detach()), router.bias)
+    eager = scores(x, quantised) > router.threshold
+    rounded = (eager != (seen[0][1] > router.threshold)).float().mean()
+    assert rounded < 0.02, "of decisions that rounding the router changes"
+    ltepass.lower(model, linears="int8")
+    with as_defined(monkeypatch) as got:
+        logits(model)
+    op, args = got[0]
+    same_decision(op, (x, *args[1:]))
+    assert torch.equal(op.mask(op.checked((x, *args[1:]))), eager)
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_linears_of_a_dense_model_are_quantised(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make().eval()
+    expected = logits(model)
+    ltepass.lower(model, ffn=False, linears="int8")
+    assert lowered_linears(model) > 8
+    with as_defined(monkeypatch):
+        meant = logits(model)
+    torch.testing.assert_close(logits(model), meant, rtol=1e-4, atol=1e-4)
+    assert torch.equal(logits(ltepass.unlower(model)), expected)
+
+
+def test_4_bits_of_linears_are_those_of_their_format() -> None:
+    fits, left = nn.Linear(64, 9), nn.Linear(9, 3)
+    linear = nn.Sequential(fits, left).requires_grad_(False)
+    x = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    codes, scale, minimum = quantise_int4(fits.weight, with_minimum=True)
+    meant = linear_reference.linear_int4(x, codes, scale, minimum, fits.bias)
+    ltepass.lower(linear, ffn=False, linears="int4_minimum")
+    torch.testing.assert_close(linear(x), left(meant))
+
+
+def test_of_4_bits_ffns_stay_in_floats_and_the_report_says_so() -> None:
+    model = sparse("llama")
+    ltepass.lower(model, linears="int4")
+    notes = ltepass.report(model).notes
+    assert "model.layers.0.mlp: stays in floats: no sparse op reads 4 bits" in notes
+    assert all(r.int8 is None for r in routers_of(model))
+
+
+def test_copies_and_pickles_compute_the_same() -> None:
+    model = sparse("llama")
+    ltepass.lower(model, linears="int8")
+    expected = logits(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(other), expected)
+        with torch.no_grad():
+            mlp(other, 1).down_proj.weight.mul_(2)  # type: ignore[union-attr, operator]
+        with pytest.raises(LoweredError, match="changed after its int8 codes were made"):
+            logits(other)
+    assert torch.equal(logits(model), expected)
+
+
+def test_a_linear_whose_weight_changed_runs_its_own_forward() -> None:
+    linear = nn.Linear(8, 8).requires_grad_(False)
+    model = nn.Sequential(linear)
+    ltepass.lower(model, ffn=False, linears="int8")
+    linear.weight.fill_(1.0)
+    assert torch.equal(model(torch.ones(1, 8)), 8 + linear.bias[None])
+
+
+@pytest.mark.parametrize("router", ["linear", "proxy"])
+def test_bytes_are_counted_from_the_tensors(router: RouterKind) -> None:
+    model = sparse("llama", router)
+    before = ltepass.report(model).bits
+    ltepass.lower(model, linears="int8")
+    report, (site, _) = ltepass.report(model), ltepass.report(model).sites
+    assert report.bits is not None
+    assert before is not None
+    gathered, whole, weights = 0.0, 0.0, 3 * site.d_ff * site.d_model
+    for made in routers_of(model):
+        assert made.int8 is not None
+        density = made.density or 0.0
+        parts = [t for pair in (made.int8.up, made.int8.gate, made.int8.down) if pair for t in pair]
+        whole += sum(t.nbytes for t in made.operands() if t is not None) + parts[-1].nbytes
+        gathered += density * sum(t.nbytes for t in parts[:-1])
+        if not isinstance(made, ProxyRouter):
+            codes = made.operands()[0]
+            assert codes is not None
+            assert codes.nbytes == site.n_experts * site.d_model
+    assert report.bits.read == pytest.approx(8 * (gathered + whole) / (2 * weights))
+    assert report.bits.read < before.read / 2
+    active = next(made.density or 0.0 for made in routers_of(model))
+    all_of_it = token_bytes.weights_read(model, 1.0)
+    ffns = sum(t.nbytes for r in routers_of(model) if r.int8 for t in r.int8.tensors()[:-1])
+    assert token_bytes.weights_read(model, active) == pytest.approx(all_of_it - (1 - active) * ffns)
+
+
+def test_gradients_are_refused_by_name() -> None:
+    model = sparse("llama")
+    ltepass.lower(model, linears="int8")
+    out = model(ids()).logits
+    with pytest.raises(NotImplementedError, match="routed_ffn_int8 has no gradient"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"linears": "int2"}, "linears is 'int2'; expected None or one of int8, int4, int4_minimum"),
+        ({"linears": "int8", "scope": "model"}, 'linears is \'int8\' and scope "model"; expected scope "ffn"'),
+    ],
+)
+def test_what_cannot_be_is_refused_and_nothing_changes(how: dict[str, Any], words: str) -> None:
+    for model in (sparse("llama"), build("llama")):
+        expected = logits(model)
+        with pytest.raises(ConfigError, match=words):
+            ltepass.lower(model, ffn=holds_routers(model), **how)
+        assert torch.equal(logits(model), expected)
+        assert lowered_linears(model) == 0
+
+
+def holds_routers(model: nn.Module) -> bool:
+    return any(True for _ in routers_of(model))
+
+
+def test_another_device_is_refused() -> None:
+    with pytest.raises(ConfigError, match="not all of the model is on the CPU"):
+        ltepass.lower(build("llama").to("meta"), ffn=False, linears="int8")
