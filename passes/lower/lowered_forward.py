@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ltepass.errors import LoweredError
+from ltepass.kernels.dispatch import Args
 from ltepass.kernels.gpu.which_path import assume_density
 from ltepass.kernels.routed_ffn import routed_ffn, routed_proxy_ffn
 from ltepass.kernels.routed_schema import LINEAR_INT8, PROXY_INT8, RoutedOp
@@ -141,14 +142,14 @@ def lowered_call(
     return routed_ffn(*args)
 
 
-def _int8(router: Router, args: tuple[Any, ...]) -> Tensor:
+def _int8(router: Router, args: Args) -> Tensor:
     op = PROXY_INT8 if isinstance(router, ProxyRouter) else LINEAR_INT8
     if router.recorder.count_inactive and torch.is_grad_enabled():
         router.recorder.record((~op.mask(op.checked(args))).float().mean(-1))
     return call_int8(op, args)
 
 
-def call_int8(op: RoutedOp, args: tuple[Any, ...]) -> Tensor:
+def call_int8(op: RoutedOp, args: Args) -> Tensor:
     return getattr(torch.ops.ltepass, op.name)(*args)  # type: ignore[no-any-return]
 
 
