@@ -10,7 +10,7 @@ FLOORS := 5.17.0 5.19.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint $(CONSTRAINTS)
-SOURCES := ltepass kernels passes tests examples setup.py
+SOURCES := ltepass ltepass_autoload.py kernels passes tests examples setup.py
 
 FLOOR_RUNS := $(FLOORS:%=floor-%)
 

@@ -13,10 +13,10 @@ import importlib
 from typing import TYPE_CHECKING
 
 from ltepass import old_names as _old_names
-from ltepass import transformers_hook as _transformers_hook
 from ltepass.kernels import routed_ffn as _ops  # noqa: F401  # registers what a saved program calls (torch.export.load)
 from ltepass.routed import gate as _gate  # noqa: F401  # likewise
 from ltepass.version import __version__
+from ltepass_autoload import install as _install
 
 if TYPE_CHECKING:
     from ltepass.calibration.calibrate_model import calibrate
@@ -120,5 +120,5 @@ def __dir__() -> list[str]:
     return __all__
 
 
-_transformers_hook.register("ltepass.saving.quantizer")
+_install()
 _old_names.register()

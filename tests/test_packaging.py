@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SITE = sysconfig.get_paths()["purelib"]
 HEAVY = ("transformers", "triton", "matplotlib", "networkx", "peft", "typer", "torch._dynamo", "torch._inductor")
 BUILDS = ("wheel", "wheel from sdist", "editable")
-TREE = ("ltepass", "kernels", "passes", "pyproject.toml", "setup.py", "README.md", "LICENSE")
+TREE = ("ltepass", "ltepass_autoload.py", "kernels", "passes", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 
 pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="runs in a source tree only")
 
@@ -100,7 +100,7 @@ def test_the_wheel_holds_nothing_of_the_workshop_and_all_that_runs(source: Path,
     """From it the C++ compiles, and the tuning table is found."""
     target = tmp_path / "target"
     shutil.unpack_archive(build("wheel", source, tmp_path), target, "zip")
-    assert {path.name for path in target.iterdir() if path.suffix != ".dist-info"} == {"ltepass"}
+    assert {path.name for path in target.iterdir() if path.suffix != ".dist-info"} == {"ltepass", "ltepass_autoload.py"}
     names = file_names(target, "*")
     for word in ("examples", "tests", "zoo", "census", "aot", "coverage", "op_cases", "speed_page", "demo_table"):
         assert not [name for name in names if word in name], word

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from ltepass.config import Mode
 from ltepass.errors import CheckpointError
 from ltepass.routed.routed import routers_of, state_of
 from ltepass.routed.router import Router
+from tests.child import environment
 from tests.models.zoo import build
 
 IDS = torch.arange(3, 24)[None]
@@ -83,30 +85,45 @@ def test_files_are_safetensors_and_keep_the_dense_names(saved: Path) -> None:
     assert len(entry["sites"]) == 2
 
 
-def test_without_ltepass_transformers_loads_the_dense_model(saved: Path) -> None:
-    model = transformed(mode="dense")
-    code = (
-        "import sys, torch; from transformers import AutoModelForCausalLM\n"
-        f"model = AutoModelForCausalLM.from_pretrained({str(saved)!r})\n"
-        "assert 'ltepass' not in sys.modules\n"
-        "with torch.no_grad(): print(model(input_ids=torch.arange(3, 24)[None]).logits.double().sum().item())"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout.splitlines()[-1]) == pytest.approx(logits(model).double().sum().item(), rel=1e-6)
+LOAD = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+with torch.no_grad(): total = model(input_ids=torch.arange(3, 24)[None]).logits.double().sum().item()
+print(total, "ltepass" in sys.modules)
+"""
 
 
-@pytest.mark.parametrize("first", ["ltepass", "transformers"])
-def test_a_new_process_finds_the_quantizer_in_either_import_order(saved: Path, first: str) -> None:
-    code = (
-        f"import {first}\nimport torch, ltepass\nfrom transformers import AutoModelForCausalLM\n"
-        f"model = AutoModelForCausalLM.from_pretrained({str(saved)!r})\n"
-        "with torch.no_grad(): print(model(input_ids=torch.arange(3, 24)[None]).logits.double().sum().item())"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+def loaded(saved: Path, metadata: Path, first: str, autoload: str) -> tuple[float, bool]:
+    """(sum of the logits, whether ltepass was imported) of a new process that begins with an import."""
+    about = metadata / "ltepass-9.dist-info"  # as an install writes it; before all others on the path
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: ltepass\nVersion: 9\n")
+    (about / "entry_points.txt").write_text("[torch.backends]\nlte = ltepass_autoload:install\n")
+    env = environment(TORCH_DEVICE_BACKEND_AUTOLOAD=autoload)
+    env["PYTHONPATH"] = os.pathsep.join([str(metadata), env["PYTHONPATH"]])
+    command = [sys.executable, "-c", f"import {first}\n{LOAD}", str(saved)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
+    total, ours = done.stdout.splitlines()[-1].split()
+    return float(total), ours == "True"
+
+
+def test_with_autoload_switched_off_transformers_loads_the_dense_model(saved: Path, tmp_path: Path) -> None:
+    total, ours = loaded(saved, tmp_path, "transformers", "0")
+    assert not ours
+    assert total == pytest.approx(logits(transformed(mode="dense")).double().sum().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("first", "autoload"), [("transformers", "1"), ("transformers.quantizers.auto", "1"), ("ltepass", "0")]
+)
+def test_a_new_process_loads_a_folder_by_its_name(saved: Path, tmp_path: Path, first: str, autoload: str) -> None:
+    """transformers imports torch before its table of methods; the second order has torch imported by the table."""
+    total, ours = loaded(saved, tmp_path, first, autoload)
+    assert ours
     expected = logits(AutoModelForCausalLM.from_pretrained(saved)).double().sum().item()
-    assert float(done.stdout.splitlines()[-1]) == pytest.approx(expected, rel=1e-6)
+    assert total == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_config_that_built_several_models_is_left_alone() -> None:
@@ -116,13 +133,6 @@ def test_a_config_that_built_several_models_is_left_alone() -> None:
     assert not hasattr(other.config, "quantization_config")
     assert model.config.quantization_config.quant_method == "lte"
     assert model.model.config is model.config, "settings such as use_cache still reach every part"
-
-
-def test_registering_twice_is_harmless() -> None:
-    from ltepass.transformers_hook import register
-
-    for _ in range(2):
-        register("ltepass.saving.quantizer")
 
 
 def test_bf16_keeps_routers_and_tables_in_fp32(saved: Path) -> None:

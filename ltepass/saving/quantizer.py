@@ -2,7 +2,7 @@
 
 `save_pretrained` writes safetensors (dense names kept, routers beside them) and puts the sites into config.json as
 `quantization_config`; `from_pretrained` rebuilds the routers from that list before the weights load, with no capture.
-Without `import ltepass` transformers warns and loads the dense model: names and neuron order make that right as well.
+Where ltepass is not installed transformers warns and loads the dense model: names and neuron order make that right too.
 """
 
 from __future__ import annotations
@@ -15,12 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    AUTO_QUANTIZER_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -226,7 +221,5 @@ def detach(model: PreTrainedModel) -> None:
             del model.config.quantization_config
 
 
-if METHOD not in AUTO_QUANTIZER_MAPPING:
-    register_quantizer(METHOD)(LTEQuantizer)
-if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-    register_quantization_config(METHOD)(LTEQuantizationConfig)
+AUTO_QUANTIZER_MAPPING[METHOD] = LTEQuantizer
+AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = LTEQuantizationConfig

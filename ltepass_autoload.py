@@ -1,0 +1,80 @@
+"""Makes transformers know the method "lte", so that a folder loads by its name, without `import ltepass`.
+
+`AutoModelForCausalLM.from_pretrained` looks a checkpoint's method up in a table of `transformers.quantizers.auto`,
+which transformers fills in its own source; it has no entry point for others. `import torch` calls `install` by the entry
+point group `torch.backends`; where `TORCH_DEVICE_BACKEND_AUTOLOAD=0` switches that off, `import ltepass` still calls it.
+
+A module of the standard library alone, outside the package: torch is not whole yet when it calls, and every program
+that imports torch pays for what stands here. The package is imported when the first checkpoint of ours is read.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+METHOD = "lte"
+TABLES = "transformers.quantizers.auto"
+QUANTIZER = "ltepass.saving.quantizer"  # its import puts the real entries in
+
+
+class FirstRead:
+    """In transformers' table until the first config of ours is read."""
+
+    @staticmethod
+    def from_dict(entry: dict[str, object]) -> object:
+        return importlib.import_module(QUANTIZER).LTEQuantizationConfig.from_dict(entry)
+
+
+def install() -> None:
+    """Idempotent. It raises nothing, for no `import torch` would outlive that; without it, folders load as dense ones."""
+    try:
+        if not _filled() and not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+            sys.meta_path.insert(0, _AfterImport())
+    except Exception:  # the contract above
+        return
+
+
+def _filled() -> bool:
+    """Puts our entry into the table, once that is there."""
+    table = getattr(sys.modules.get(TABLES), "AUTO_QUANTIZATION_CONFIG_MAPPING", None)
+    if table is None:
+        return False
+    table.setdefault(METHOD, FirstRead)
+    return True
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Finds only TABLES, through the other finders, to fill the table after it has run."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        try:
+            return self._spec() if fullname == TABLES else self._late()
+        except Exception:  # the import goes on without us
+            return None
+
+    def _late(self) -> None:
+        """Where torch was imported by TABLES itself, whose run began before there was a finder."""
+        if TABLES in sys.modules and _filled():
+            sys.meta_path.remove(self)
+
+    def _spec(self) -> importlib.machinery.ModuleSpec | None:
+        sys.meta_path.remove(self)  # once, and so that the look-up below does not come back here
+        spec = importlib.util.find_spec(TABLES)
+        if spec is None or spec.loader is None:
+            return None
+        run = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            run(module)
+            install()
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
