@@ -1,8 +1,8 @@
 """Makes transformers know the method "lte", so that a folder loads by its name, without `import ltepass`.
 
 `AutoModelForCausalLM.from_pretrained` looks a checkpoint's method up in a table of `transformers.quantizers.auto`,
-which transformers fills in its own source; it has no entry point for others. `import torch` calls `install` by the entry
-point group `torch.backends`; where `TORCH_DEVICE_BACKEND_AUTOLOAD=0` switches that off, `import ltepass` still calls it.
+which transformers fills in its own source; it has no entry point for others. `import torch` calls `install` by the
+entry point group `torch.backends`, which `TORCH_DEVICE_BACKEND_AUTOLOAD=0` switches off; `import ltepass` calls it too.
 
 A module of the standard library alone, outside the package: torch is not whole yet when it calls, and every program
 that imports torch pays for what stands here. The package is imported when the first checkpoint of ours is read.
@@ -32,7 +32,7 @@ class FirstRead:
 
 
 def install() -> None:
-    """Idempotent. It raises nothing, for no `import torch` would outlive that; without it, folders load as dense ones."""
+    """Idempotent. It raises nothing, which would end `import torch` in every program; folders then load dense."""
     try:
         if not _filled() and not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
             sys.meta_path.insert(0, _AfterImport())
