@@ -56,9 +56,12 @@ class _AfterImport(importlib.abc.MetaPathFinder):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         try:
-            return self._spec() if fullname == TABLES else self._late()
+            if fullname == TABLES:
+                return self._spec()
+            self._late()
         except Exception:  # the import goes on without us
             return None
+        return None
 
     def _late(self) -> None:
         """Where torch was imported by TABLES itself, whose run began before there was a finder."""

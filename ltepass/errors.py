@@ -92,6 +92,11 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of others says, for a message of ours."""
+    return one_line((str(error).strip() or type(error).__name__).splitlines()[0])
+
+
 def shown(value: object, limit: int = 60) -> str:
     """The repr of something foreign, for a message: unprintable characters escaped, cut short."""
     try:

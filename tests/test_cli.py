@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,11 @@ def test_every_promised_command_is_there_and_has_help() -> None:
     commands = {command.name or getattr(command.callback, "__name__", None) for command in app.registered_commands}
     assert commands | {group.name for group in app.registered_groups} == COMMANDS
     for name in COMMANDS - {"coverage"}:
-        assert run(name, "--help").strip()
+        shown = run(name, "--help", columns=80)
+        assert shown.strip()
+        assert name in ("bench", "serve") or f"Example: ltepass {name}" in " ".join(shown.split()), name
+    assert "--port" in run("serve", "--help"), "the options of transformers' server"
+    assert run("--version") == f"ltepass {ltepass.__version__}\n"
 
 
 @pytest.mark.parametrize("command", [("coverage",), ("bench", "op")], ids=" ".join)
@@ -107,7 +112,11 @@ def test_inspect_reads_a_directory_without_weights(tmp_path: Path) -> None:
 
 def test_inspect_and_report_show_a_saved_model(saved: Path) -> None:
     for command in ("inspect", "report"):
-        assert "2 FFN sites" in run(command, str(saved)), command
+        done = CliRunner(env={"COLUMNS": "80"}).invoke(app, [command, str(saved)], catch_exceptions=False)
+        assert "2 FFN sites" in done.stdout, command
+        assert max(map(len, done.stdout.splitlines())) <= 80
+        done = CliRunner().invoke(app, [command, str(saved), "--json"])
+        assert [site["d_ff"] for site in json.loads(done.stdout)["sites"]] == [60, 60], command
 
 
 def test_inspect_calls_a_function_by_name() -> None:
@@ -178,9 +187,9 @@ def test_train_eval_and_generate_follow_each_other(dense_folder: Path, tmp_path:
     common = ["--length", "20"]
     options = ["--steps", "4", "--group-size", "12", "--router", router]
     shown = run("train", str(dense_folder), str(text), "--out", str(out), *options, *common)
-    assert "left out of the down projection" not in shown
-    assert "2 FFN sites" in shown
+    assert "trained, sparse" in shown
     assert "not measured" not in shown
+    assert "left out of the down projection" not in run("report", str(out))
     shown = run("eval", str(out), str(text), "--limit", "3", *common)
     assert "3 x 20 tokens" in shown
     assert "hard mode" in shown
@@ -235,14 +244,27 @@ def test_the_size_of_experts_follows_the_router(dense_folder: Path, tmp_path: Pa
     text.write_text(" ".join(f"w{(i * 7 + i // 9) % 61}" for i in range(800)))
     sizes = {}
     for router in ([], ["--router", "linear"], ["--router", "proxy"]):
-        out, options = tmp_path / "".join(router), ["--length", "20", "--steps", "0", "--no-warm-start", *router]
+        out, options = (
+            tmp_path / "-".join(["out", *router]),
+            ["--length", "20", "--steps", "0", "--no-warm-start", *router],
+        )
         run("train", str(dense_folder), str(text), "--out", str(out), *options)
         model: Any = load(str(out))
         sizes[model._lte.config["router"], len(router)] = {site.group_size for site in ltepass.report(model).sites}
         assert all(isinstance(r, ProxyRouter) == ("proxy" in router) for r in routers_of(model))
     assert sizes == {("linear", 0): {30}, ("linear", 2): {30}, ("proxy", 2): {1}}
     with pytest.raises(ConfigError, match="router is 'both'; expected one of linear, proxy"):
-        run("train", str(dense_folder), str(text), "--out", str(out), "--length", "20", "--router", "both")
+        run(
+            "train",
+            str(dense_folder),
+            str(text),
+            "--out",
+            str(tmp_path),
+            "--overwrite",
+            "--router",
+            "both",
+            *options[:2],
+        )
 
 
 @pytest.mark.parametrize("start", ["--warm-start", "--no-warm-start"])
@@ -278,9 +300,9 @@ def test_each_stage_takes_the_steps_that_were_asked_for(
     common = [str(dense_folder), str(text), "--out", str(tmp_path / "out"), "--length", "20", "--group-size", "12"]
     run("train", *common, "--steps", "0", "--soft-steps", "2")
     assert taken == ["soft", "soft"]
-    run("train", *common, "--steps", "1", "--soft-steps", "1")
+    run("train", *common, "--steps", "1", "--soft-steps", "1", "--overwrite")
     assert taken[2:] == ["soft", "hard"]
-    run("train", *common, "--steps", "0")
+    run("train", *common, "--steps", "0", "--overwrite")
     assert len(taken) == 4
 
 
@@ -298,7 +320,8 @@ def test_train_takes_the_stages_options_and_eval_shows_the_curve(dense_folder: P
     assert "set_sparsity 0.2" in shown
     assert "set_sparsity 0.8" in shown
     cut = ["--hidden-sparsity", "0.4", "--input-sparsity", "0.3", *options]
-    shown = run("train", str(dense_folder), str(text), "--out", str(out / "cut"), "--group-size", "12", *cut)
+    run("train", str(dense_folder), str(text), "--out", str(out / "cut"), "--group-size", "12", *cut)
+    shown = run("report", str(out / "cut"))
     assert "the smallest 40% are left out of the down projection" in " ".join(shown.split())
     assert "the smallest 30% of each FFN's inputs are left out of up and gate" in " ".join(shown.split())
     assert all((router.cut or 0) > 0 and (router.input_cut or 0) > 0 for router in routers_of(load(str(out / "cut"))))

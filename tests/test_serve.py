@@ -41,6 +41,7 @@ def test_the_server_answers_with_the_lowered_model(saved: Path, tmp_path: Path) 
     ids = torch.tensor([[1, 2, 3]])
     expected = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=60)[0, 3:]
     assert answer.split() == [f"w{i}" for i in expected.tolist()]
+    assert f"{saved}: lowered 2 FFNs\n" in (tmp_path / "log.txt").read_text()
     assert int((tmp_path / "calls").read_text()) == 5 * 2  # each layer in each of the five steps
 
 

@@ -42,6 +42,7 @@ def model(
 ) -> None:
     """Decode speed: dense, lowered and other programs in turns, beside the time that reading their bytes would take."""
     from ltepass.commands import bench
+    from ltepass.commands.load import text_of
 
     options = bench.BenchOptions(
         tokens=tokens,
@@ -58,7 +59,7 @@ def model(
         name=name,
         device=device,
     )
-    show(bench.bench(str(folder), text.read_text(), out, options, plot))
+    show(bench.bench(str(folder), text_of(text), out, options, plot))
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -15,5 +15,6 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 GroupSize = Annotated[int | None, typer.Option(help="Neurons per expert; without it, chosen per site.")]
 Router = Annotated[str, typer.Option(help="linear (the paper's, of groups) or proxy (of single neurons).")]
 Seed = Annotated[int, typer.Option(help="Seed of grouping, router start and batches.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 # Of a command whose arguments, --help too, another program reads.
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}

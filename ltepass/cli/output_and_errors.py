@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from dataclasses import asdict, is_dataclass
+from json import dumps
 
 import typer
 
-from ltepass.errors import LTEError
+from ltepass.errors import LTEError, first_line
 
 
 def pass_on(context: typer.Context, command: str, module: str) -> None:
@@ -16,10 +19,20 @@ def pass_on(context: typer.Context, command: str, module: str) -> None:
     raise typer.Exit(run_example(command, module, context.args))
 
 
-def show(what: object) -> None:
+def show(what: object, *, json: bool = False) -> None:
+    """A table, or anything that rich prints; as JSON: a mapping or a dataclass."""
+    if json:
+        typer.echo(dumps(asdict(what) if is_dataclass(what) and not isinstance(what, type) else what, default=str))
+        return
     from rich.console import Console
 
     Console().print(what)
+
+
+def say_when() -> Callable[[str], None]:
+    """What a long command says of its steps, on stderr, with the seconds since it began."""
+    start = time.perf_counter()
+    return lambda text: typer.echo(f"{time.perf_counter() - start:6.0f} s  {text}", err=True)
 
 
 def run_command(function: Callable[..., None]) -> None:
@@ -35,4 +48,7 @@ def run(program: typer.Typer) -> None:
         program()
     except LTEError as error:
         typer.echo(f"{type(error).__name__}: {error}", err=True)
+        raise SystemExit(2) from None
+    except OSError as error:  # a folder that cannot be written, a disk that is full
+        typer.echo(f"{type(error).__name__}: {first_line(error)}", err=True)
         raise SystemExit(2) from None

@@ -7,18 +7,33 @@ from typing import Annotated
 
 import typer
 
-from ltepass.cli import bench
-from ltepass.cli.options import PASSED_ON, Device, Folder, GroupSize, Model, Out, Router, Seed, Sparsity
+from ltepass.cli import bench, train
+from ltepass.cli.options import PASSED_ON, AsJson, Device, Folder, GroupSize, Model, Out, Router, Seed, Sparsity
 from ltepass.cli.output_and_errors import pass_on, run, show
 from ltepass.errors import ConfigError
-from ltepass.grouping_methods import AUTO, GROUPINGS
+from ltepass.version import __version__
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Make a transformer decoder learn to be efficient.")
+app = typer.Typer(no_args_is_help=True, add_completion=False)
 app.add_typer(bench.app, name="bench")
-METHODS = "; ".join(f"{name}: {grouping.doc}" for name, grouping in GROUPINGS.items())
+app.command(epilog=train.EXAMPLE)(train.train)
 
 
-@app.command()
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"ltepass {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """Make a transformer decoder learn to be efficient."""
+
+
+@app.command(epilog="Example: ltepass demo --model tiny")
 def demo(
     model: Annotated[str, typer.Option(help="smollm2, or tiny to try the demo itself in a minute.")] = "smollm2",
     target_sparsity: Sparsity = 0.5,
@@ -48,10 +63,11 @@ def demo(
         raise typer.Exit(130) from None
 
 
-@app.command()
+@app.command(epilog="Example: ltepass inspect HuggingFaceTB/SmolLM2-135M")
 def inspect(
     model: Model,
     group_size: GroupSize = None,
+    json: AsJson = False,
 ) -> None:
     """Show the FFN sites that transform would find, and why other candidates are refused. Needs no weights."""
     import time
@@ -60,8 +76,9 @@ def inspect(
     from ltepass.measure.memory import peak_memory
 
     start = time.perf_counter()
-    show(inspect_model(model, group_size=group_size))
-    typer.echo(f"found in {time.perf_counter() - start:.1f} s; peak memory of the process {peak_memory() / 1e9:.2f} GB")
+    show(inspect_model(model, group_size=group_size), json=json)
+    took = f"found in {time.perf_counter() - start:.1f} s; peak memory of the process {peak_memory() / 1e9:.2f} GB"
+    typer.echo(took, err=True)
 
 
 @app.command(context_settings=PASSED_ON)
@@ -70,74 +87,16 @@ def coverage(context: typer.Context) -> None:
     pass_on(context, "ltepass coverage", "coverage.census")
 
 
-@app.command()
-def report(folder: Folder) -> None:
+@app.command(epilog="Example: ltepass report lte-model --json")
+def report(folder: Folder, json: AsJson = False) -> None:
     """Show the sites of a saved model."""
     import ltepass
     from ltepass.commands.load import load
 
-    show(ltepass.report(load(str(folder))))
+    show(ltepass.report(load(str(folder))), json=json)
 
 
-@app.command()
-def train(
-    model: Model,
-    text: Annotated[Path, typer.Argument(help="A text file; its last tenth is held out.")],
-    out: Out = Path("lte-model"),
-    target_sparsity: Sparsity = 0.5,
-    router: Router = "linear",
-    group_size: GroupSize = None,
-    steps: Annotated[int, typer.Option(help="Optimizer steps of the hard stage; 0: none.")] = 100,
-    batch: Annotated[int, typer.Option(help="Blocks of one step.")] = 4,
-    grouping: Annotated[str, typer.Option(help=f"Which neurons make an expert. {METHODS}.")] = AUTO,
-    length: Annotated[int, typer.Option(help="Tokens of one block.")] = 512,
-    learning_rate: Annotated[float, typer.Option(help="Of both stages.")] = 1e-4,
-    soft_steps: Annotated[int, typer.Option(help="Of the paper's soft stage before it; for long trainings.")] = 0,
-    warm_start: Annotated[bool, typer.Option(help="Refit each FFN before the first step.")] = True,
-    trainable: Annotated[str, typer.Option(help="all, lora (on the FFNs) or routers.")] = "all",
-    straight_through: Annotated[bool, typer.Option("--straight-through", help="Routers learn in both stages.")] = False,
-    distill: Annotated[float, typer.Option(help="Weight of the KL to the dense model, instead of labels.")] = 0.0,
-    union: Annotated[float, typer.Option(help="Coefficient by which neighbouring tokens share experts.")] = 0.0,
-    budget: Annotated[str, typer.Option(help="layer (each meets the target) or model (their mean).")] = "layer",
-    hidden_sparsity: Annotated[
-        float, typer.Option(help="Share of active neurons that the down projection leaves out too.")
-    ] = 0.0,
-    input_sparsity: Annotated[
-        float, typer.Option(help="Share of an FFN's inputs that its up and gate projections leave out.")
-    ] = 0.0,
-    seed: Seed = 0,
-    device: Device = "cpu",
-) -> None:
-    """Transform a dense model, calibrate its routers and train it on a text, and save it."""
-    from ltepass.commands import train as command
-
-    options = command.TrainOptions(
-        target_sparsity=target_sparsity,
-        router=router,  # type: ignore[arg-type]  # checked by LTEConfig
-        group_size=group_size,
-        grouping=grouping,
-        steps=steps,
-        batch=batch,
-        length=length,
-        learning_rate=learning_rate,
-        seed=seed,
-        device=device,
-        soft_steps=soft_steps,
-        warm_start=warm_start,
-        budget=budget,  # type: ignore[arg-type]  # checked by LTEConfig
-        hidden_sparsity=hidden_sparsity,
-        input_sparsity=input_sparsity,
-        stages={
-            "trainable": trainable,
-            "straight_through": straight_through,
-            "distill": distill,
-            "union": union,
-        },
-    )
-    show(command.train(model, text.read_text(), out, options))
-
-
-@app.command("eval")
+@app.command("eval", epilog="Example: ltepass eval lte-model other.txt --sparsities 0.3,0.5,0.7")
 def evaluate(
     folder: Folder,
     text: Annotated[Path, typer.Argument(help="A text file that the model was not trained on.")],
@@ -150,9 +109,11 @@ def evaluate(
     sparsities: Annotated[str, typer.Option(help="Others, comma-separated: this checkpoint's curve.")] = "",
     continuations: Annotated[int, typer.Option(help="Greedy ones, for the share of 4-grams that they repeat.")] = 0,
     device: Device = "cpu",
+    json: AsJson = False,
 ) -> None:
     """Perplexity and sparsity of a saved model on texts, and what it costs over dense models."""
     from ltepass.commands import evaluate as command
+    from ltepass.commands.load import text_of
 
     options = command.EvalOptions(
         sparsities=[float(s) for s in sparsities.split(",") if s],
@@ -162,10 +123,11 @@ def evaluate(
         continuations=continuations,
         device=device,
     )
-    show(command.evaluate(str(folder), {str(path): path.read_text() for path in (text, *(others or ()))}, options))
+    columns = command.evaluate(str(folder), {str(path): text_of(path) for path in (text, *(others or ()))}, options)
+    show(columns if json else command.eval_table(columns), json=json)
 
 
-@app.command()
+@app.command(epilog='Example: ltepass generate lte-model "Once upon a time" --new-tokens 32')
 def generate(
     folder: Folder,
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
@@ -175,6 +137,7 @@ def generate(
         bool, typer.Option("--exported", help="FOLDER is one of `ltepass export`: run the code in it.")
     ] = False,
     device: Device = "cpu",
+    json: AsJson = False,
 ) -> None:
     """Continue a prompt with a saved model, lowered."""
     from ltepass.commands import generate as command
@@ -182,10 +145,10 @@ def generate(
     continued = command.generate(
         str(folder), prompt, new_tokens=new_tokens, sparsity=sparsity, device=device, exported=exported
     )
-    typer.echo(continued)
+    show({"text": continued}, json=True) if json else typer.echo(continued)
 
 
-@app.command()
+@app.command(epilog="Example: ltepass export lte-model lte-exported --linears int8")
 def export(
     model: Model,
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
@@ -208,7 +171,7 @@ def export(
     typer.echo(command.export(model, out, options))
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(context_settings=PASSED_ON)
 def serve(context: typer.Context) -> None:
     """`transformers serve` for saved models, lowered as they load; all arguments go to it."""
     try:
@@ -219,7 +182,7 @@ def serve(context: typer.Context) -> None:
     except ImportError as error:
         raise ConfigError(f"transformers' server cannot start ({error}); pip install 'ltepass[serve]'") from error
     with checked_server(), lowered_as_loaded():
-        transformers_app(["serve", *context.args])
+        transformers_app(["serve", *context.args], prog_name="ltepass")
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ltepass.commands.bench_tables import token_plot, token_tables
-from ltepass.commands.load import load
+from ltepass.commands.load import load, tokenizer_of
 from ltepass.corpora import token_blocks
 from ltepass.errors import ConfigError
 from ltepass.exporting.folder import is_gated
@@ -102,9 +102,7 @@ def bench(folder: str, text: str, out: Path | None, options: BenchOptions, plot:
 
 def _text(text: str, tokenizer_folder: str, options: BenchOptions) -> Text:
     """The tokens that every side is timed on, and blocks for the perplexity."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer = tokenizer_of(tokenizer_folder)
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
     blocks = token_blocks(tokenizer, text, min(BLOCK, len(ids)), limit=BLOCKS)
     kept = ids[: max(PREFILL_TOKENS, options.prompt_tokens + options.tokens)]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import ltepass
-from ltepass.commands.load import load
+from ltepass.commands.load import load, tokenizer_of
 from ltepass.corpora import token_blocks
 from ltepass.errors import ConfigError
 from ltepass.measure.paired import compare, require_enough
@@ -40,16 +40,14 @@ class EvalOptions:
     device: str = "cpu"
 
 
-def evaluate(folder: str, texts: Mapping[str, str], options: EvalOptions) -> Table:
-    """A rich table with a column a text, by name: perplexity of a saved model in hard and in dense mode, its sparsity,
+def evaluate(folder: str, texts: Mapping[str, str], options: EvalOptions) -> dict[str, Cells]:
+    """A column a text, by name: perplexity of a saved model in hard and in dense mode, its sparsity,
     and the comparison with dense models where some are given.
 
     Raises ConfigError where a text is too short, before anything is measured.
     """
-    from transformers import AutoTokenizer
-
     model = load(folder, options.device)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = tokenizer_of(folder)
     blocks = {name: token_blocks(tokenizer, text, options.length, options.limit) for name, text in texts.items()}
     for name, found in blocks.items():
         if not len(found):
@@ -59,7 +57,7 @@ def evaluate(folder: str, texts: Mapping[str, str], options: EvalOptions) -> Tab
         if options.against:
             require_enough(len(found))
     dense = {name: load(name, options.device) for name in options.against}
-    return _table({name: _column(model, found, dense, options) for name, found in blocks.items()})
+    return {name: _column(model, found, dense, options) for name, found in blocks.items()}
 
 
 def _column(
@@ -107,7 +105,7 @@ def _repetition(
     return {name: f"{repetition(side, prompts, NEW_TOKENS):.1%}" for name, side in sides.items()}
 
 
-def _table(columns: Mapping[str, Cells]) -> Table:
+def eval_table(columns: Mapping[str, Cells]) -> Table:
     """A row a figure, a column a text."""
     from rich.table import Table
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ltepass
-from ltepass.commands.load import dtype_of, load
+from ltepass.commands.load import dtype_of, load, tokenizer_of
 from ltepass.routed.routed import routers_of
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ class ExportOptions:
 
 def export(model: str, out: Path, options: ExportOptions) -> str:
     """Writes the folder with the tokenizer in it; returns what a user may want to know."""
-    from transformers import AutoTokenizer
-
     loaded = load(model, dtype=dtype_of(options.dtype))
     if any(routers_of(loaded)):
         if options.sparsity is not None:
@@ -40,6 +38,6 @@ def export(model: str, out: Path, options: ExportOptions) -> str:
         loaded, out, length=options.length, linears=options.linears, cache_dtype=dtype_of(options.cache_dtype)
     )
     seconds = time.perf_counter() - start
-    AutoTokenizer.from_pretrained(model).save_pretrained(out)
+    tokenizer_of(model).save_pretrained(out)
     size = sum(file.stat().st_size for file in out.iterdir()) / 1e6
     return f"{out}: {size:.0f} MB, exported in {seconds:.0f} s"

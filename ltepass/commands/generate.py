@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ltepass
-from ltepass.commands.load import load
+from ltepass.commands.load import load, tokenizer_of
 from ltepass.errors import ConfigError
 from ltepass.exporting.folder import ABOUT
 
@@ -27,10 +27,8 @@ def generate(
 
     exported: the folder is one of `ltepass export`, whose machine code then runs.
     """
-    from transformers import AutoTokenizer
-
     _check(Path(folder), sparsity, device, exported=exported)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = tokenizer_of(folder)
     if exported:
         return _exported(Path(folder), tokenizer, prompt, new_tokens)
     model = load(folder, device)

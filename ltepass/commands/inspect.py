@@ -10,7 +10,7 @@ import torch
 import ltepass
 from ltepass.commands.load import call_by_name, load
 from ltepass.config import LTEConfig
-from ltepass.errors import ConfigError
+from ltepass.errors import ConfigError, first_line
 from ltepass.routed.report_tables import Report
 from ltepass.routed.routed import state_of
 
@@ -42,7 +42,7 @@ def _skeleton(name: str) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{name!r} is no model directory and no model of the hub that can be reached: {error}"
+            f"{name!r} is no model directory and no model of the hub that can be reached: {first_line(error)}"
         ) from error
     if (getattr(config, "quantization_config", None) or {}).get("quant_method") == "lte":
         return load(name)

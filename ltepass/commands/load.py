@@ -5,15 +5,16 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from ltepass.errors import ConfigError
+from ltepass.errors import ConfigError, first_line
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def call_by_name(name: str) -> tuple[nn.Module, object]:
@@ -36,6 +37,7 @@ def call_by_name(name: str) -> tuple[nn.Module, object]:
 
 def load(name: str, device: str = "cpu", dtype: torch.dtype | None = None) -> PreTrainedModel:
     """A model from a directory, a hub name or `module:function`, in eval mode. dtype: None takes that of the file."""
+    require_device(device)
     if ":" in name and not os.path.exists(name):
         return call_by_name(name)[0].to(device=device, dtype=dtype).eval()
     from transformers import AutoModelForCausalLM
@@ -44,8 +46,43 @@ def load(name: str, device: str = "cpu", dtype: torch.dtype | None = None) -> Pr
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto").to(device).eval()
     except OSError as error:
         raise ConfigError(
-            f"{name!r} is no model directory and no model of the hub that can be reached: {error}"
+            f"{name!r} is no model directory and no model of the hub that can be reached: {first_line(error)}"
         ) from error
+
+
+def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
+    """Of a model's directory or hub name. Raises ConfigError."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{name!r} has no tokenizer that can be read ({first_line(error)}); expected a model directory or hub name"
+        ) from error
+
+
+def text_of(path: Path) -> str:
+    """Of a UTF-8 file. Raises ConfigError."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path} is no UTF-8 text ({error.reason} at byte {error.start}); expected UTF-8; convert it, as by iconv"
+        ) from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}; expected a text file") from error
+
+
+def require_device(name: str) -> None:
+    """Raises ConfigError where this machine lacks it."""
+    try:
+        kind = torch.device(name).type
+    except RuntimeError as error:
+        raise ConfigError(f"--device is {name!r}; expected cpu, cuda, cuda:1, ...") from error
+    there = torch.accelerator.current_accelerator(check_available=True)
+    if kind not in ("cpu", "meta", there.type if there else "cpu"):
+        raise ConfigError(f"--device is {name!r}, and torch finds no such device here; expected cpu")
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 import ltepass
-from ltepass.commands.load import load
+from ltepass.commands.load import load, require_device, tokenizer_of
+from ltepass.commands.trained import ROWS, Trained, measured
+from ltepass.commands.training_data import Columns, read_rows, tokenised
+from ltepass.commands.training_run import TrainingRun, digest
 from ltepass.config import Budget, LTEConfig, RouterKind
-from ltepass.corpora import token_blocks
 from ltepass.errors import ConfigError
 from ltepass.grouping_methods import AUTO
-from ltepass.routed.report_tables import Report
+from ltepass.training.settings import LTESettings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 START_TOKENS = 49_152  # that routers and the warm start are fitted on, at most
 START_BYTES = 512_000_000  # of one FFN's hidden units, of which the warm start holds several copies
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +32,8 @@ class TrainOptions:
 
     steps: optimizer steps of the hard stage; soft_steps: of the soft stage before it; warm_start: refit each FFN before
     the first step. With no steps of either stage nothing is trained: routers and warm start are all. router, budget,
-    hidden_sparsity, input_sparsity: as in `LTEConfig`; length: tokens of a block; stages: what `LTESettings` takes
-    beside these.
+    hidden_sparsity, input_sparsity: as in `LTEConfig`; length: tokens of a block; split: of a data set; stages: what
+    `LTESettings` takes beside these.
     """
 
     target_sparsity: float = 0.5
@@ -41,6 +43,7 @@ class TrainOptions:
     steps: int = 100
     batch: int = 4
     length: int = 512
+    split: str = "train"
     learning_rate: float = 1e-4
     seed: int = 0
     device: str = "cpu"
@@ -51,66 +54,119 @@ class TrainOptions:
     input_sparsity: float = 0.0
     stages: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.steps < 0 or self.soft_steps < 0:
+            raise ConfigError(
+                f"steps is {self.steps} and soft_steps is {self.soft_steps}; expected 0 (no such stage) or more"
+            )
+        for name in ("batch", "length"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name} is {getattr(self, name)}; expected 1 or more")
+
     @property
     def trains(self) -> bool:
         return self.steps + self.soft_steps > 0
 
 
-def train(name: str, text: str, out: Path, options: TrainOptions) -> Report:
+@dataclass(frozen=True, kw_only=True)
+class Keeping:
+    """How a training is kept, which changes nothing of its result. save_every: steps from a checkpoint to the next."""
+
+    save_every: int = 50
+    resume: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.save_every < 1:
+            raise ConfigError(f"--save-every is {self.save_every}; expected 1 or more")
+
+
+def train(
+    name: str, source: str, out: Path, options: TrainOptions, keeping: Keeping | None = None, say: Say = lambda _: None
+) -> Trained:
     """Transform a dense model, calibrate on the text, train both stages on it, save to `out` with the tokenizer.
 
-    The last tenth of the blocks is held out: the stages' thresholds are settled on it. Returns the report with the
-    sparsity measured there. Raises ConfigError where the text is too short, and what transform and the trainer raise.
+    The last tenth of the blocks is held out: the stages' thresholds are settled on it, and what came out is measured
+    there. A call that was killed goes on from its last checkpoint when it is made again, to the same bits; one that was
+    finished gives what was measured. source: see `read_rows`; say: hears what begins.
+    Raises ConfigError where there is too little text, and what transform and the trainer raise.
     """
-    from transformers import AutoTokenizer, TrainingArguments
-
-    from ltepass.training.settings import LTESettings
-    from ltepass.training.stages import settle
-
-    if options.steps < 0 or options.soft_steps < 0:
+    keeping, stages = keeping or Keeping(), _stages(options)
+    require_device(options.device)
+    tokenizer = tokenizer_of(name)
+    data = tokenised(read_rows(source, options.split), tokenizer, options.length)
+    n = len(data["labels"])
+    if n < 2:
         raise ConfigError(
-            f"steps is {options.steps} and soft_steps is {options.soft_steps}; expected 0 (no such stage) or more"
+            f"{source} makes {n} whole blocks of {options.length} tokens; expected at least 2; pass more text or a "
+            "smaller --length"
         )
-    lte = LTESettings(soft_steps=options.soft_steps, hard_steps=options.steps, **options.stages)
-    model, tokenizer = load(name, options.device), AutoTokenizer.from_pretrained(name)
-    blocks = token_blocks(tokenizer, text, options.length)
-    held_out = max(1, len(blocks) // 10)
-    if len(blocks) < 2:
-        raise ConfigError(
-            f"the text has {len(blocks)} whole blocks of {options.length} tokens; expected at least 2; pass more text "
-            "or a smaller --length"
-        )
-    data = [{"input_ids": block, "labels": block} for block in blocks]
-    _start(model, blocks[:-held_out][: max(1, START_TOKENS // options.length)].to(model.device), options)
-    train, held = data[:-held_out], data[-held_out:]
-    if not options.trains:
-        settle(model, torch.split(blocks[-held_out:].to(model.device), options.batch), options.target_sparsity)
-        return _saved(model, tokenizer, blocks[-held_out:], out)
+    asked = {"model": name, "data": source, "data_digest": digest(data), **dataclasses.asdict(options)}
+    run = TrainingRun(out, asked, resume=keeping.resume, overwrite=keeping.overwrite)
+    if run.result is not None:
+        say(f"{out} holds this training, finished; --overwrite trains anew")
+        return run.result
+    held = max(1, n // 10)
+    learned, held_out = _rows(data, 0, n - held), _rows(data, n - held, n)
+    say(f"loading {name}")
+    model = load(name, options.device)
+    _start(model, learned, options, say)
+    run.begin()
+    if options.trains:
+        _train(model, (learned, held_out), options, stages, run.checkpoints, keeping.save_every)
+    else:
+        ltepass.settle(model, _batches(held_out, options.batch), options.target_sparsity)
+    ltepass.set_mode(model, "hard")
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    say(f"saved to {out}; measuring it")
+    measurable = {key: column.to(model.device) for key, column in _rows(held_out, 0, ROWS).items()}
+    return run.finish(measured(model, load(name, options.device), measurable))
+
+
+def _stages(options: TrainOptions) -> LTESettings:
+    return LTESettings(soft_steps=options.soft_steps, hard_steps=options.steps, **options.stages)
+
+
+def _rows(columns: Columns, start: int, stop: int) -> Columns:
+    return {name: column[start:stop] for name, column in columns.items()}
+
+
+def _batches(columns: Columns, size: int) -> list[Columns]:
+    """What a model reads of it."""
+    inputs = {name: column for name, column in columns.items() if name != "labels"}
+    return [_rows(inputs, i, i + size) for i in range(0, len(columns["labels"]), size)]
+
+
+def _train(
+    model: PreTrainedModel,
+    data: tuple[Columns, Columns],
+    options: TrainOptions,
+    stages: LTESettings,
+    folder: Path,
+    save_every: int,
+) -> None:
+    """Both stages, from the newest checkpoint in `folder` where there is one. data: learned, and held out."""
+    from transformers import TrainingArguments
+
     args = TrainingArguments(
-        str(out / "training"),
+        str(folder),
         per_device_train_batch_size=options.batch,
         learning_rate=options.learning_rate,
         seed=options.seed,
         use_cpu=options.device == "cpu",
-        save_strategy="no",
+        save_strategy="steps",
+        save_steps=save_every,
+        save_total_limit=2,  # a kill may leave the newest in parts
         report_to="none",
     )
-    trainer = ltepass.LTETrainer(model=model, args=args, lte=lte, train_dataset=train, eval_dataset=held)
-    trainer.fit()
-    return _saved(model, tokenizer, blocks[-held_out:], out)
+    train, held = ([{k: v[i] for k, v in part.items()} for i in range(len(part["labels"]))] for part in data)
+    trainer = ltepass.LTETrainer(model=model, args=args, lte=stages, train_dataset=train, eval_dataset=held)
+    trainer.fit(resume_from_checkpoint=True)
 
 
-def _saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: torch.Tensor, out: Path) -> Report:
-    """Save in hard mode; the report on held-out blocks [n, length]."""
-    ltepass.set_mode(model, "hard")
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    model.eval()
-    return ltepass.report(model, ltepass.measure_sparsity(model, held_out[:, None].to(model.device)))
-
-
-def _start(model: PreTrainedModel, blocks: torch.Tensor, options: TrainOptions) -> None:
-    """Transform, and fit the routers and the warm start to blocks [n, length] of training text."""
+def _start(model: PreTrainedModel, learned: Columns, options: TrainOptions, say: Say) -> None:
+    """Transform, and fit the routers and the warm start to the first blocks that are learned."""
     from ltepass.calibration.refit_down import warm_start
 
     config = LTEConfig(
@@ -123,10 +179,14 @@ def _start(model: PreTrainedModel, blocks: torch.Tensor, options: TrainOptions) 
         input_sparsity=options.input_sparsity,
         seed=options.seed,
     )
-    batches = torch.split(blocks, options.batch)
+    start = _rows(learned, 0, max(1, START_TOKENS // options.length))
+    batches = _batches(start, options.batch)
+    say(f"fitting routers on {len(start['labels'])} blocks of {options.length} tokens")
     ltepass.transform(model, config=config, calibration=batches)
     if options.warm_start:
         widest = max(site.d_ff for site in ltepass.report(model).sites)
-        warm_start(model, blocks[: max(1, START_BYTES // (4 * widest * options.length))])
+        (refit,) = _batches(_rows(start, 0, fit := max(1, START_BYTES // (4 * widest * options.length))), fit)
+        say(f"refitting FFNs on {len(refit['input_ids'])} blocks")
+        warm_start(model, refit)
     elif not options.trains:
         ltepass.calibrate(model, batches, inputs="hard")  # nothing else will bring the inputs back
