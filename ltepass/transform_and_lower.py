@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
@@ -23,6 +23,8 @@ from ltepass.routed.which_sites import Selection, Which
 
 if TYPE_CHECKING:
     from ltepass.kernels.weight_formats import Format
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def transform(
@@ -116,7 +118,7 @@ def remove(model: nn.Module, undo_grouping: bool = False) -> nn.Module:
     return model
 
 
-def lower(model: nn.Module, scope: Scope = "ffn", *, ffn: bool = True, linears: Format | None = None) -> nn.Module:
+def lower(model: Model, scope: Scope = "ffn", *, ffn: bool = True, linears: Format | None = None) -> Model:
     """Make every FFN that can be lowered call the sparse op, and every other linear one that reads at memory's speed.
 
     On a CPU. The linears are attention projections, the head and FFNs that stay dense: fp32, bf16 and fp16, and the
@@ -142,10 +144,11 @@ def lower(model: nn.Module, scope: Scope = "ffn", *, ffn: bool = True, linears: 
     """
     from ltepass.passes.lower.lower_model import lower_model  # which needs the kernels: transform does not
 
-    return lower_model(model, scope, ffn=ffn, linears=linears)
+    lower_model(model, scope, ffn=ffn, linears=linears)
+    return model
 
 
-def unlower(model: nn.Module) -> nn.Module:
+def unlower(model: Model) -> Model:
     """Undo `lower`: forwards and weight layout as before.
 
     Arguments:
@@ -159,7 +162,8 @@ def unlower(model: nn.Module) -> nn.Module:
     """
     from ltepass.passes.lower.lower_model import unlower_model
 
-    return unlower_model(model)
+    unlower_model(model)
+    return model
 
 
 def export(

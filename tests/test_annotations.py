@@ -7,6 +7,11 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import assert_type
+
+from torch import nn
+
+import ltepass
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 87  # the count of the day
@@ -54,3 +59,11 @@ def test_no_module_is_left_out_of_the_type_check() -> None:
     assert checked["strict"]
     assert {"ltepass", "examples", "tests"} <= set(checked["packages"])
     assert [o["module"] for o in checked["overrides"] if o.get("ignore_errors")] == []
+
+
+def test_lower_keeps_the_type_of_the_model() -> None:
+    model = nn.Sequential(nn.Linear(32, 32))
+    assert (
+        assert_type(ltepass.unlower(assert_type(ltepass.lower(model, ffn=False), nn.Sequential)), nn.Sequential)
+        is model
+    )

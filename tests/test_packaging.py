@@ -13,6 +13,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ltepass.kernels.cpu import build as kernel
 
@@ -171,6 +172,16 @@ def test_importing_ltepass_is_light(tmp_path: Path) -> None:
         "import torch; print(torch.cuda.is_initialized())"
     )
     assert run(code, cwd=tmp_path).splitlines() == ["[]", "False"]
+
+
+def test_the_citation_and_the_workflow_are_of_this_version_and_its_ci() -> None:
+    import ltepass
+
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == ltepass.__version__
+    assert citation["license"] == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["license"]
+    steps = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["run"]["steps"]
+    assert {"run": "bash .ci/run"} in steps
 
 
 PUBLIC = [
