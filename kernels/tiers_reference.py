@@ -3,22 +3,28 @@
 Its weights are two planes of 4 bits (`planes.py`), and a score for each neuron (`proxy_reference.scores`, from the
 high plane of gate and up) says how much of it is read:
 
-    best    score > threshold           z = (high + low) x, in both of gate and up;  y += h (high + low) of down
-    kept    floor < score <= threshold  z = high x;                                  y += h high of down
+    best    score > threshold           z = (high + low) x', in both of gate and up;  y += h (high + low) of down
+    kept    floor < score <= threshold  z = high x';                                  y += h high of down
     rest    score <= floor              y += 0
 
-with h = act(z_gate) z_up, or act(z_up) without a gate. A decision has bits that no kernel may change; a value has not.
+with h = act(z_gate) z_up, or act(z_up) without a gate. x' is x in the int8 codes that the score is taken of: what the
+score sums up is then the hidden unit itself, and a neuron that is kept reads no more of gate and up than one that is
+not. Against x as it is, perplexity is x0.999 to 1.002 of SmolLM2-135M off its grid, and x1.010 (1.004 .. 1.016) of the
+model as it comes, on the text of its codes (p .05, q 1, rounded codes, 4,096 tokens a text).
+A decision has bits that no kernel may change; a value has not.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 -- the name everybody uses
 
 from ltepass.kernels.planes import dequantise
 from ltepass.kernels.proxy_codes import Codes
+from ltepass.kernels.proxy_reference import quantise_token
 from ltepass.kernels.reference import ACTIVATIONS
 
 
@@ -35,22 +41,40 @@ class Planes(NamedTuple):
     biases: Tensor | None
 
 
-def tiered_ffn(x: Tensor, logits: Tensor, threshold: Tensor, floor: Tensor, planes: Planes, activation: str) -> Tensor:
-    """x: [..., d_model] any float dtype -> [..., d_model] of x's; down's bias is the caller's. Sums in fp32.
+def tiered_ffn(
+    x: Tensor,
+    logits: Tensor,
+    threshold: Tensor,
+    floor: Tensor,
+    planes: Planes,
+    activation: str,
+    *,
+    wide: torch.dtype = torch.float32,
+) -> Tensor:
+    """x: [..., d_model] any float dtype -> [..., d_model] of x's, or fp64 where sums are in `wide` fp64, the judge;
+    down's bias is the caller's.
 
-    logits: fp32 [..., f]; threshold, floor: fp32 []. Gradients reach x as if nothing were decided; codes are constants.
+    logits: fp32 [..., f]; threshold, floor: fp32 []. Gradients reach x as if nothing were decided or rounded; codes are
+    constants.
     """
-    d_model, wide = x.shape[-1], x.float()
     best = logits > threshold
     kept = best | (logits > floor)
-    *rest, down_rest = dequantise(planes.low, d_model)
+    high, down, low = (dequantise(codes, x.shape[-1]).to(wide) for codes in planes[:3])
+    *rest, down_rest = low
+    seen = rounded(x).to(wide)
     z = [
-        F.linear(wide, weight) + F.linear(wide, left).masked_fill(~best, 0.0)
-        for weight, left in zip(dequantise(planes.high, d_model), rest, strict=True)
+        F.linear(seen, weight) + F.linear(seen, left).masked_fill(~best, 0.0)
+        for weight, left in zip(high, rest, strict=True)
     ]
     if planes.biases is not None:
         z = [unit + bias for unit, bias in zip(z, planes.biases, strict=True)]
     hidden = ACTIVATIONS[activation](z[0])
     h = hidden * z[1] if len(z) == 2 else hidden
-    y: Tensor = h.masked_fill(~kept, 0.0) @ dequantise(planes.down, d_model)[0] + h.masked_fill(~best, 0.0) @ down_rest
-    return y.to(x.dtype)
+    y: Tensor = h.masked_fill(~kept, 0.0) @ down[0] + h.masked_fill(~best, 0.0) @ down_rest
+    return y if wide == torch.float64 else y.to(x.dtype)
+
+
+def rounded(x: Tensor) -> Tensor:
+    """x: [..., d_model] -> fp32, what its codes stand for; the gradient is x's own."""
+    codes, scale = quantise_token(x.detach())
+    return codes * scale[..., None] + (x.float() - x.detach().float())

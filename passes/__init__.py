@@ -11,6 +11,7 @@ from ltepass.passes.lower.compile_backend import BACKEND as BACKEND
 from ltepass.passes.lower.lay_out_neurons import LayOutNeurons
 from ltepass.passes.lower.lower_linears import LowerLinears
 from ltepass.passes.lower.lower_routed_ffn import LowerRoutedFFN
+from ltepass.passes.lower.lower_tiers import LowerTiers
 from ltepass.passes.lower.merge_linears import MergeLinears
 from ltepass.passes.lower.quantise_linears import QuantiseLinears
 from ltepass.passes.lower.quantise_routed_ffn import QuantiseRoutedFFN
@@ -26,6 +27,7 @@ TRANSFORM: tuple[Pass[TransformJob], ...] = (
 # What `ltepass.export` does to a captured step, whose weights are its own.
 EXPORT: tuple[Pass[GraphJob], ...] = (
     LowerRoutedFFN(),
+    LowerTiers(),
     QuantiseRoutedFFN(),
     LayOutNeurons(),
     MergeLinears(),

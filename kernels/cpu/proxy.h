@@ -9,15 +9,21 @@
 
 namespace {
 
-struct Proxy {
-  Rows codes;                // of k * d_ff rows, gate's before up's
-  const uint8_t* multipliers;  // [k, d_ff, blocks] or null: 1
-  const float *scales, *biases, *sizes;  // [k, d_ff], the same or null, [d_ff]
-  const float* weight;       // [n_experts]
+// Rows of 4-bit codes: of one linear after the other, a row for each neuron.
+struct Plane {
+  Rows codes;
+  const uint8_t* multipliers;  // [rows, blocks] or null: 1
+  const float* scales;         // [rows]
+  int64_t blocks() const { return codes.bytes / (BLOCK / 2); }
+};
+
+// Of k linears of d_ff neurons, gate's rows before up's.
+struct Proxy : Plane {
+  const float *biases, *sizes;  // [k, d_ff] or null, [d_ff]
+  const float* weight;          // [n_experts]
   float bias;
   int64_t k, d_model, d_ff, group;
   Act act;
-  int64_t blocks() const { return codes.bytes / (BLOCK / 2); }
 };
 
 template <size_t N>
@@ -65,7 +71,7 @@ constexpr int64_t SCAN = 16;            // neurons whose codes are read by all t
 constexpr int64_t SCAN_AHEAD = 4096;    // bytes of codes that are asked for ahead of their use
 
 // The sum of one row's products, exactly.
-inline int32_t proxy_sum(const Proxy& p, int64_t row, const char* x) {
+inline int32_t proxy_sum(const Plane& p, int64_t row, const char* x) {
   const char* w = p.codes.data + row * p.codes.stride;
   const uint8_t* m = p.multipliers ? p.multipliers + row * p.blocks() : nullptr;
   constexpr int64_t BLOCKS = W / 4;  // in a vector of codes
@@ -93,10 +99,8 @@ inline int32_t proxy_sum(const Proxy& p, int64_t row, const char* x) {
   return hsum(all);
 }
 
-// neurons[0 .. n): the sizes of the hidden units of neurons [first, first + n) for one token, n <= SCAN
-inline void proxy_neurons(const Proxy& p, int64_t first, int64_t n, const char* x, float scale, float* neurons) {
-  float z[2][SCAN] = {}, sizes[SCAN] = {};
-  std::copy(p.sizes + first, p.sizes + first + n, sizes);
+// z[k][0 .. n): hidden units of neurons [first, first + n) before the activation, for one token; n <= SCAN
+inline void proxy_units(const Proxy& p, int64_t first, int64_t n, const char* x, float scale, float (*z)[SCAN]) {
   for (int64_t k = 0; k < p.k; k++) {
     int32_t sums[SCAN] = {};
     float scales[SCAN] = {}, biases[SCAN] = {};
@@ -110,6 +114,12 @@ inline void proxy_neurons(const Proxy& p, int64_t first, int64_t n, const char* 
       store(z[k] + i, p.biases ? v + load(biases + i) : v);
     }
   }
+}
+
+// neurons[0 .. n): the sizes of those hidden units
+inline void proxy_neurons(const Proxy& p, int64_t first, int64_t n, const float (*z)[SCAN], float* neurons) {
+  float sizes[SCAN] = {};
+  std::copy(p.sizes + first, p.sizes + first + n, sizes);
   for (int64_t i = 0; i < SCAN; i += W) {
     vf t = proxy_act(p.act, load(z[0] + i));
     if (p.k == 2) t = product(t, load(z[1] + i));
@@ -119,6 +129,11 @@ inline void proxy_neurons(const Proxy& p, int64_t first, int64_t n, const char* 
   }
 }
 
+inline float proxy_logit(const Proxy& p, int64_t expert, float size) {
+  const float logit = product(splat(size), splat(p.weight[expert]))[0] + p.bias;
+  return std::isnan(logit) ? std::numeric_limits<float>::infinity() : logit;
+}
+
 // logits[token * stride + e] of experts [e0, e1), for tokens [t0, t1) of the inputs
 inline void proxy_scan(const Proxy& p, const TokenCodes<2>& in, int64_t e0, int64_t e1, int64_t t0, int64_t t1, float* logits,
                        int64_t stride) {
@@ -126,8 +141,9 @@ inline void proxy_scan(const Proxy& p, const TokenCodes<2>& in, int64_t e0, int6
   for (int64_t first = e0 * p.group; first < end; first += SCAN) {
     const int64_t n = std::min(SCAN, end - first);
     for (int64_t token = t0; token < t1; token++) {
-      float neurons[SCAN];
-      proxy_neurons(p, first, n, in.row(token), in.scale(token), neurons);
+      float z[2][SCAN] = {}, neurons[SCAN];
+      proxy_units(p, first, n, in.row(token), in.scale(token), z);
+      proxy_neurons(p, first, n, z, neurons);
       float* out = logits + token * stride;
       for (int64_t i = 0; i < n; i++) {
         const int64_t e = (first + i) / p.group, j = (first + i) % p.group;
@@ -136,9 +152,7 @@ inline void proxy_scan(const Proxy& p, const TokenCodes<2>& in, int64_t e0, int6
         float& sum = out[e - e0];
         sum = p.group == 1 ? neurons[i] : j == 0 ? square : sum + square;
         if (j + 1 < p.group) continue;
-        const float size = p.group == 1 ? sum : std::sqrt(sum);
-        const float logit = product(splat(size), splat(p.weight[e]))[0] + p.bias;
-        sum = std::isnan(logit) ? std::numeric_limits<float>::infinity() : logit;
+        sum = proxy_logit(p, e, p.group == 1 ? sum : std::sqrt(sum));
       }
     }
   }

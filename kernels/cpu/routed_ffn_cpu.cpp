@@ -224,7 +224,6 @@ STABLE_TORCH_LIBRARY_IMPL(ltepass, CPU, m) {
   m.impl("routed_proxy_ffn_with_mask", TORCH_BOX(&routed_proxy_ffn<true>));
   m.impl("routed_ffn_int8", TORCH_BOX(&routed_ffn_int8));
   m.impl("routed_proxy_ffn_int8", TORCH_BOX(&routed_proxy_ffn_int8));
-  m.impl("proxy_scores", TORCH_BOX(&proxy_scores));
   m.impl("_dense_above", TORCH_BOX(&dense_above_op));
   m.impl("_read_pass", TORCH_BOX(&read_pass_op));
 }

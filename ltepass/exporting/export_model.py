@@ -92,7 +92,6 @@ def _checked(model: nn.Module, linears: Format | None, cache_dtype: torch.dtype 
         raise LoweredError("the model is lowered; export does that itself; call ltepass.unlower(model) first")
     if is_transformed(model):
         routed = Routed.of(model, "export")
-        routed.require_gates("export")
         require_hard(routed)
     for name, tensor in model.named_parameters():
         if not is_ordinary(tensor) or tensor.device.type != "cpu":
@@ -106,8 +105,13 @@ def _checked(model: nn.Module, linears: Format | None, cache_dtype: torch.dtype 
     return model
 
 
+def _kept(model: nn.Module) -> float:
+    """The share of neurons whose high bits of down a token reads, where inactive ones keep low bits."""
+    return 1.0 - float(Routed.of(model, "export").config.get("low_bit_sparsity", 0.0)) if is_transformed(model) else 1.0
+
+
 def _write(step: DecoderStep, folder: Path, model: PreTrainedModel, linears: Format | None) -> None:
-    token_bytes, gated_bytes = bytes_read(step.graph)
+    token_bytes, gated_bytes = bytes_read(step.graph, kept=_kept(model))
     programs = {DECODE: _decode(step), PREFILL: _prefill(step)}
     state = {**programs[DECODE].constants, **programs[DECODE].state_dict}
     about = About(

@@ -29,7 +29,8 @@ FORMAT = 1  # of the folder; a later one that means something else counts on
 class About:
     """decoder.json. cache: its shape, [layers, 2, 1, kv_heads, length, size]. isa: what the kernels assume of a CPU.
 
-    token_bytes: of weights that every token reads; gated_bytes: of those whose neurons are read where they are active.
+    token_bytes: of weights that every token reads; gated_bytes: of those whose neurons are read where they are active,
+    of tiers of bits the low plane.
     """
 
     format: int

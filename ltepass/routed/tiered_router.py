@@ -17,7 +17,8 @@ from ltepass.config import LTEConfig
 from ltepass.errors import ConfigError
 from ltepass.kernels.planes import split
 from ltepass.kernels.proxy_codes import Codes, blocks_of
-from ltepass.kernels.tiers_reference import Planes, tiered_ffn
+from ltepass.kernels.tiers import tiers
+from ltepass.kernels.tiers_reference import Planes
 from ltepass.kernels.weight_formats import HALF
 from ltepass.routed.proxy_router import ProxyRouter, proxy_of, read_weights
 from ltepass.routed.quantile_table import interpolate
@@ -68,13 +69,19 @@ class TieredRouter(ProxyRouter):
     def low_planes(self) -> tuple[Tensor, ...]:
         return tuple(getattr(self, name) for name in PLANES[3:])
 
+    def tiers(self) -> tuple[Tensor | None, ...]:
+        """What `ltepass::tiered_ffn` takes of it."""
+        return (*self.operands(), self.threshold, self.floor, *self.planes_of_down(), *self.low_planes())
+
     def from_planes(self, x: Tensor, logits: Tensor) -> Tensor:
         """x: [..., d_model], logits: what this router gave for it -> [..., d_model] fp32, without down's bias."""
-        args = (x.float(), logits, self.threshold, self.floor, self.planes(), self.activation)
+        planes = self.planes()
+        high, written = planes.high, (*self.planes_of_down(), *self.low_planes())
+        args = (x, logits, self.threshold, self.floor, *high, *written, planes.biases, self.activation)
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
-                return tiered_ffn(*args)
-        return tiered_ffn(*args)
+                return tiers(*args)  # type: ignore[no-any-return]
+        return tiers(*args)  # type: ignore[no-any-return]
 
     def reorder(self, order: Tensor) -> None:
         """As every router's order of neurons, that of the planes."""

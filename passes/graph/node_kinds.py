@@ -106,6 +106,10 @@ def is_proxy(node: Node) -> bool:
     return node.op == "call_function" and node.target is torch.ops.ltepass.proxy_scores.default
 
 
+def is_tiers(node: Node) -> bool:
+    return node.op == "call_function" and node.target is torch.ops.ltepass.tiers.default
+
+
 def is_movement(node: Node) -> bool:
     return op_name(node) in _MOVEMENT
 

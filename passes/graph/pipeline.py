@@ -38,6 +38,7 @@ NAMES = (
     "group_neurons",
     "insert_routers",
     "lower_routed_ffn",
+    "lower_tiers",
     "lower_linears",
     "quantise_routed_ffn",
     "lay_out_neurons",

@@ -21,10 +21,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ltepass.kernels import dispatch, routed_ffn  # noqa: F401 -- routed_ffn registers the op that the pass emits
 from ltepass.kernels.gpu import which_path
-from ltepass.passes.graph.node_kinds import is_gate
+from ltepass.passes.graph.node_kinds import is_gate, is_tiers
 from ltepass.passes.graph.pipeline import GraphJob, Pass, run_passes
 from ltepass.passes.lower.lower_linears import LowerLinears
 from ltepass.passes.lower.lower_routed_ffn import LowerRoutedFFN, holds_ffn, router_path
+from ltepass.passes.lower.lower_tiers import LowerTiers
 from ltepass.routed import gate as _gate  # noqa: F401  # registers ltepass::gate, whose name graphs carry
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("ltepass")
 
 
-BACKEND: tuple[Pass[GraphJob], ...] = (LowerRoutedFFN(), LowerLinears())
+BACKEND: tuple[Pass[GraphJob], ...] = (LowerRoutedFFN(), LowerTiers(), LowerLinears())
 
 _warned: MutableMapping[Parameter, str] = (
     WeakIdKeyDictionary()
@@ -56,7 +57,7 @@ def lte(
     """
     from torch._inductor.compile_fx import compile_fx
 
-    gates = [n for n in gm.graph.nodes if is_gate(n)]
+    gates = [n for n in gm.graph.nodes if is_gate(n) or is_tiers(n)]
     job, trains = GraphJob(gm), _trains(example_inputs)
     if gates and trains:
         job.notes = {router_path(n): "the graph is traced with gradients" for n in gates}
@@ -64,7 +65,7 @@ def lte(
     elif ffn and not gates and not _holds_op(gm) and holds_ffn(gm):
         _warn_of_no_gate(example_inputs)
     if not trains:
-        run_passes([p for p in BACKEND if ffn or p.name != "lower_routed_ffn"], job)
+        run_passes([p for p in BACKEND if ffn or p.name == "lower_linears"], job)
     if kept is not None:
         for path, reason in job.notes.items():
             kept(path, reason)
@@ -93,7 +94,7 @@ def _below_autograd(compiled: Callable[..., object]) -> Callable[..., object]:
 
 
 def _warn_of_gradients(gates: Iterable[Node], example_inputs: Sequence[InputType]) -> None:
-    hard = [router_path(n) for n in gates if n.args[3] is False]
+    hard = [router_path(n) for n in gates if is_tiers(n) or n.args[3] is False]
     if hard:
         _warn_once(
             example_inputs,
@@ -134,8 +135,9 @@ def _trains(example_inputs: Sequence[InputType]) -> bool:
 
 
 def _holds_op(gm: GraphModule) -> bool:
-    ops = (torch.ops.ltepass.routed_ffn.default, torch.ops.ltepass.routed_proxy_ffn.default)
-    return any(n.target in ops for n in gm.graph.nodes)
+    ops = torch.ops.ltepass
+    ours = (ops.routed_ffn.default, ops.routed_proxy_ffn.default, ops.tiered_ffn.default)
+    return any(n.target in ours for n in gm.graph.nodes)
 
 
 def _patches(mode: str | None, options: dict[str, object] | None) -> dict[str, object]:

@@ -25,6 +25,7 @@ from ltepass.passes.lower.bypassed_modules import called_between, called_modules
 from ltepass.passes.lower.lowered_forward import Plan, lowered_ffn, lowered_in_graph, plan_of
 from ltepass.passes.lower.stubs import Stub, one_token_will_do
 from ltepass.passes.lower.why_not_linear import is_conv1d
+from ltepass.routed.gate import add_tiers
 from ltepass.routed.gate import gate as gate_call
 from ltepass.routed.routed import Routed, deciding
 from ltepass.routed.sites import FFNSite, LTEState
@@ -91,6 +92,7 @@ def _call_op(root: nn.Module, graph: Graph, site: FFNSite) -> None:
         n for n in graph.nodes if n.op == "call_function" and n.target is gate_call and n.args[0].target == router
     )
     (down,) = gated.users
+    down = next((user for user in down.users if user.target is add_tiers), down)
     x, called = gated.args[2].args[0], called_modules(graph)
     inputs = {node: node.all_input_nodes for node in graph.nodes}
     paths = [None if p is None else relative(site, p) for p in (site.up, site.gate, site.down)]

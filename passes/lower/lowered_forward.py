@@ -19,12 +19,14 @@ from ltepass.kernels.dispatch import Args
 from ltepass.kernels.gpu.which_path import assume_density
 from ltepass.kernels.routed_ffn import routed_ffn, routed_proxy_ffn
 from ltepass.kernels.routed_schema import LINEAR_INT8, PROXY_INT8, RoutedOp
+from ltepass.kernels.tiers import tiered_ffn
 from ltepass.passes.lower.bypassed_modules import Settings, check_bypassed
 from ltepass.passes.lower.why_not_linear import is_ordinary, parameters_of
 from ltepass.routed.gate import applied
 from ltepass.routed.proxy_router import ProxyRouter
 from ltepass.routed.router import Router
 from ltepass.routed.sites import FFNSite, NeuronRows
+from ltepass.routed.tiered_router import TieredRouter
 from ltepass.threads import interfered, require_own
 
 
@@ -116,6 +118,8 @@ def lowered_call(
         raise interfered()
     if router.watched:
         applied()
+    if isinstance(router, TieredRouter):
+        return tiered_ffn(x, *router.tiers(), down_bias, plan.activation)
     f, int8 = plan.d_ff, router.int8
     biases = (_take(plan.up_bias, up_bias, f), _take(plan.gate_bias, gate_bias, f), down_bias)
     weights: tuple[Tensor | None, ...]

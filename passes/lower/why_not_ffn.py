@@ -20,7 +20,7 @@ from ltepass.passes.lower.why_not_linear import not_plain
 from ltepass.routed.routed import Routed
 from ltepass.routed.sites import FFNSite
 
-TIERS = "tiers of bits have no kernel yet"
+TIERS_ON_GPU = "tiers of bits have no kernel for GPUs yet"
 SMALL_INPUTS_ON_GPU = "small inputs are left out, which no GPU kernel does"
 
 
@@ -35,8 +35,8 @@ def also_scales(parameter: str) -> str:
 def why_not(routed: Routed, site: FFNSite) -> str | None:
     """Why a site stays masked-dense, or None where the op computes just what the site computes."""
     model, router = routed.model, routed.router(site)
-    if router.tiered:
-        return TIERS
+    if router.tiered and router.weight.is_cuda:
+        return TIERS_ON_GPU
     if site.activation.startswith("custom"):
         return unknown_activation(site.activation)
     rows = {site.up_rows, site.gate_rows, site.up_bias, site.gate_bias, site.down_rows}
