@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from ltepass.kernels.cpu import build as kernel
+from tests.child import quick_compiler
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = sysconfig.get_paths()["purelib"]
@@ -82,7 +83,7 @@ def test_every_kind_of_install_imports_every_package(kind: str, source: Path, tm
 @pytest.mark.skipif(kernel.compiler() is None, reason="needs a C++ compiler")
 def test_a_wheel_built_beside_torch_brings_the_kernel_along(source: Path, tmp_path: Path) -> None:
     """It runs where there is no compiler and nothing in the cache."""
-    wheel = build("wheel", source, tmp_path, prebuild=kernel.isa())
+    wheel = build("wheel", source, tmp_path, prebuild=kernel.isa(), CXX=quick_compiler(tmp_path))
     assert not wheel.stem.endswith("any")
     target = tmp_path / "target"
     shutil.unpack_archive(wheel, target, "zip")
@@ -110,7 +111,8 @@ def test_the_wheel_holds_nothing_of_the_workshop_and_all_that_runs(source: Path,
         "from ltepass.kernels.cpu import loading; from ltepass.kernels.gpu import tuning\n"
         "print(loading._prebuilt() is None and loading.load(), tuning.TABLE.exists(), loading.__file__)"
     )
-    out = run(code, cwd=tmp_path, flags=("-S",), LTEPASS_CACHE_DIR=str(tmp_path / "cache"))
+    env = {"LTEPASS_CACHE_DIR": str(tmp_path / "cache"), "CXX": quick_compiler(tmp_path)}
+    out = run(code, cwd=tmp_path, flags=("-S",), **env)
     assert out.split()[:2] == ["True", "True"]
     assert Path(out.split()[2]).is_relative_to(target)
 

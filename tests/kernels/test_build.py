@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ltepass.kernels.cpu import build, loading
-from tests.child import environment
+from tests.child import environment, quick_compiler
 
 x86 = pytest.mark.skipif(build.isa() not in build.X86_LEVELS, reason="x86-64 only")
 RUN = """
@@ -49,12 +49,9 @@ def finish(process: subprocess.Popen[str]) -> str:
 @x86
 def test_two_processes_build_once(tmp_path: Path) -> None:
     """The compiler is a script that counts its calls. The object is the baseline one, which any x86-64 runs."""
-    log, real = tmp_path / "calls", build.compiler()
-    counting = tmp_path / "counting-g++"
-    counting.write_text(f'#!/bin/sh\necho call >> "{log}"\nexec "{real}" "$@"\n')
-    counting.chmod(0o755)
-    cache = tmp_path / "cache"
-    runs = [start(cache, CXX=str(counting), LTEPASS_ISA="x86-64") for _ in range(2)]
+    log, cache = tmp_path / "calls", tmp_path / "cache"
+    counting = quick_compiler(tmp_path, log)
+    runs = [start(cache, CXX=counting, LTEPASS_ISA="x86-64") for _ in range(2)]
     for run in runs:
         assert "loaded True" in finish(run)
     assert log.read_text().count("call") == 1
