@@ -129,7 +129,7 @@ def caches_of(model: hf.PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> lis
 
 
 def test_scope_model_leaves_the_users_generation_config_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model: hf.PreTrainedModel = transformed("llama")
+    model: hf.PreTrainedModel = transformed("llama", layers=1)
     draft: hf.PreTrainedModel = build("llama", layers=1)
     model.generation_config.eos_token_id = draft.generation_config.eos_token_id = None
     expected, before = generate(model, ids(1, 5), 4), model.generation_config.to_dict()

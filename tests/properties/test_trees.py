@@ -38,7 +38,7 @@ def found(model: nn.Module, graph: Captured | None = None) -> set[int]:
     return {model.get_parameter(s.down_rows.param).data_ptr() for s in job.sites}
 
 
-@examples(330)
+@examples(200)
 @given(trees, st.integers(0, 99))
 def test_exactly_the_planted_are_found_whatever_order_and_names(tree: Any, seed: int) -> None:
     model, planted = build(tree, seed)
@@ -114,14 +114,14 @@ def check_life(model: nn.Module, planted: set[int]) -> None:
     assert torch.equal(model(X), expected)
 
 
-@examples(60)
+@examples(40)
 @given(trees, st.integers(0, 99))
 def test_the_life_of_a_graph_module(tree: Any, seed: int) -> None:
     model, planted = build(tree, seed)
     check_life(graph_of(model), planted)
 
 
-@examples(30)
+@examples(20)
 @given(trees, st.integers(0, 99))
 def test_the_life_of_a_module(tree: Any, seed: int) -> None:
     model, planted = build(tree, seed)

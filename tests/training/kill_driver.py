@@ -1,7 +1,7 @@
 """Run by test_robust in a process of its own: trains in forked children that kill themselves, and resumes them.
 
-python -m tests.training.kill_driver FOLDER: FOLDER/CASE/final.pt holds the weights that each case ended with.
-python -m tests.training.kill_driver FOLDER N: the same for `whole` and for N runs, each killed at a random moment.
+python -m tests.training.kill_driver FOLDER N: FOLDER/CASE/final.pt holds the weights that each case ended with, and
+FOLDER/random I/final.pt those of N runs, each killed at a random moment.
 """
 
 from __future__ import annotations
@@ -113,7 +113,6 @@ def kill_at_random(out: Path, n: int) -> None:
         return time.monotonic() - begun[-1]
 
     torch.set_num_threads(1)
-    assert in_child(out / "whole", None) == 0
     length, rng = timed(out / "timed"), random.Random(n)
     for i in range(n):
         seconds = length * 0.9 * (i + rng.random()) / n
@@ -128,14 +127,13 @@ def main() -> None:
     TqdmDefaultWriteLock.mp_lock = None
     tqdm.monitor_interval = 0
     out = Path(sys.argv[1])
-    if len(sys.argv) > 2:
-        return kill_at_random(out, int(sys.argv[2]))
     for name, kill in CASES.items():
         if kill:
             status = in_child(out / name, kill)
             assert os.WIFSIGNALED(status), (name, status)
             assert os.WTERMSIG(status) == signal.SIGKILL
         assert in_child(out / name, None) == 0, name
+    kill_at_random(out, int(sys.argv[2]))
 
 
 if __name__ == "__main__":
