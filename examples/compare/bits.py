@@ -120,7 +120,7 @@ def methods(dense: Any, calibration: list[Tensor]) -> Iterator[Made]:
             for router in routers_of(gated):
                 router.threshold.fill_(math.inf)
         bits = tier_bits(gated, p, q)
-        yield Made(f"tiers of inactive units, p {p:g}, q {q:g}" if p else "GPTQ of inactive units alone", gated, *bits)
+        yield Made(f"tiers of int8 x, p {p:g}, q {q:g}" if p else "GPTQ of inactive units, int8 x", gated, *bits)
 
 
 @torch.no_grad()
@@ -203,7 +203,8 @@ def page(rows: list[dict[str, str]]) -> str:
         "Made by `examples/compare/bits.py` from the CSV beside it; nothing here is typed. Perplexity over dense fp32, "
         "with the 95 % interval of paired differences per block. Codes and tables come from text of the calibration "
         "domain. Rows `tiers, p ..` are of codes of down that make up for what all units lose, as calibration made "
-        "them once; now inactive units make up for each other alone.",
+        "them once; now inactive units make up for each other alone. Both were made with x in floats; rows `of int8 x` "
+        "take a token as codes of 8 bits, as tiers are defined now.",
     ]
     for model in dict.fromkeys(r["model"] for r in rows):
         here = [r for r in rows if r["model"] == model]

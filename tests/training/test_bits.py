@@ -71,7 +71,7 @@ def test_the_smoke_preset_measures_every_method_once_and_makes_the_page(
     bits.main()
     first = out.read_text()
     page = out.with_suffix(".md").read_text()
-    assert page.count("tiers of inactive units, p 0.1, q 0.6") == 1
+    assert page.count("tiers of int8 x, p 0.1, q 0.6") == 1
     assert page.count("Q4_1") == 1
     bits.main()
     assert out.read_text() == first  # nothing is measured twice
