@@ -144,8 +144,7 @@ def lower(model: Model, scope: Scope = "ffn", *, ffn: bool = True, linears: Form
     """
     from ltepass.passes.lower.lower_model import lower_model  # which needs the kernels: transform does not
 
-    lower_model(model, scope, ffn=ffn, linears=linears)
-    return model
+    return lower_model(model, scope, ffn=ffn, linears=linears)  # at once: nothing undoes what fails after it
 
 
 def unlower(model: Model) -> Model:
@@ -162,8 +161,7 @@ def unlower(model: Model) -> Model:
     """
     from ltepass.passes.lower.lower_model import unlower_model
 
-    unlower_model(model)
-    return model
+    return unlower_model(model)
 
 
 def export(

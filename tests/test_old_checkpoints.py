@@ -52,7 +52,7 @@ def test_an_old_folder_can_be_used(folder: Path) -> None:
     ltepass.set_sparsity(model, 0.7)
     assert not torch.allclose(logits(model, expected["ids"]), want)
     hard = logits(model, expected["ids"])
-    ltepass.lower(model, ffn=folder.name != "tiers")  # which have no kernel yet
+    ltepass.lower(model)
     torch.testing.assert_close(logits(model, expected["ids"]), hard, rtol=1e-4, atol=1e-5)
     ltepass.unlower(model)
     assert torch.equal(logits(model, expected["ids"]), hard)

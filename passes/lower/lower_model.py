@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from typing import get_args
+from typing import TypeVar, get_args
 
 from torch import nn
 
@@ -32,9 +32,10 @@ from ltepass.routed.undo import all_or_nothing, verb
 from ltepass.threads import unshared
 
 log = logging.getLogger("ltepass")
+Model = TypeVar("Model", bound=nn.Module)
 
 
-def lower_model(model: nn.Module, scope: Scope, *, ffn: bool, linears: Format | None = None) -> nn.Module:
+def lower_model(model: Model, scope: Scope, *, ffn: bool, linears: Format | None = None) -> Model:
     """What `ltepass.lower` does."""
     if ffn or is_transformed(model):
         return _lower(model, scope, ffn, linears)
@@ -44,7 +45,7 @@ def lower_model(model: nn.Module, scope: Scope, *, ffn: bool, linears: Format | 
 
 
 @verb
-def _lower(model: nn.Module, scope: Scope, ffn: bool, linears: Format | None) -> nn.Module:
+def _lower(model: Model, scope: Scope, ffn: bool, linears: Format | None) -> Model:
     routed = Routed.trained(model, "lower")
     state = routed.state
     _check(model, scope, linears)
@@ -124,7 +125,7 @@ def _linears_of(sites: Iterable[FFNSite]) -> set[str]:
     return {path for site in sites for path in (site.up, site.gate, site.down) if path is not None}
 
 
-def unlower_model(model: nn.Module) -> nn.Module:
+def unlower_model(model: Model) -> Model:
     """What `ltepass.unlower` does."""
     root = unwrapped(model)
     if not is_transformed(root) and is_lowered(root):
@@ -144,7 +145,7 @@ def _unlower_dense(model: nn.Module) -> None:
 
 
 @verb
-def _unlower(model: nn.Module) -> nn.Module:
+def _unlower(model: Model) -> Model:
     routed = Routed.of(model, "unlower")
     state = routed.state
     if state.lowered is not None:
