@@ -18,7 +18,7 @@ from torch.nn import functional as F  # noqa: N812 -- the name everybody uses
 
 from ltepass.errors import LTEError
 from ltepass.kernels.dispatch import any_device
-from ltepass.kernels.linear_checks import FLOATS, words
+from ltepass.kernels.linear import FLOATS, words
 
 _library = torch.library.Library("ltepass", "FRAGMENT")
 _library.define(

@@ -16,7 +16,7 @@ from torch import Tensor
 from ltepass.errors import LTEError
 from ltepass.kernels import dispatch, proxy_codes, proxy_reference, reference
 from ltepass.kernels.dispatch import Args, any_device, vmap_over_x
-from ltepass.kernels.linear_checks import words
+from ltepass.kernels.linear import words
 from ltepass.kernels.proxy_reference import Proxy
 from ltepass.kernels.weight_formats import HALF
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ltepass.errors import LTEError
 from ltepass.kernels import proxy, proxy_reference, reference, routed_int8_reference
 from ltepass.kernels.dispatch import Args
-from ltepass.kernels.linear_checks import FLOATS, words
+from ltepass.kernels.linear import FLOATS, words
 from ltepass.kernels.routed_int8_reference import Int8Linear
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ltepass.errors import LTEError
 from ltepass.kernels import dispatch, proxy, proxy_reference, tiers_reference
 from ltepass.kernels.dispatch import Args, any_device, vmap_over_x
-from ltepass.kernels.linear_checks import words
+from ltepass.kernels.linear import words
 from ltepass.kernels.proxy_codes import Codes
 from ltepass.kernels.tiers_reference import Planes
 from ltepass.kernels.weight_formats import HALF

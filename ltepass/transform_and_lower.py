@@ -16,8 +16,7 @@ from ltepass.passes import TRANSFORM
 from ltepass.passes.graph.pipeline import TransformJob, run_passes
 from ltepass.passes.insert.remove_routers import remove_routers
 from ltepass.routed.batches import Batch
-from ltepass.routed.routed import Routed, routers_of, state_of, unwrapped
-from ltepass.routed.sharding import require_whole
+from ltepass.routed.routed import Routed, require_whole, routers_of, state_of, unwrapped
 from ltepass.routed.undo import all_or_nothing, verb
 from ltepass.routed.which_sites import Selection, Which
 

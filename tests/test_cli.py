@@ -19,10 +19,8 @@ from ltepass.commands.load import call_by_name, load
 from ltepass.config import ROUTERS
 from ltepass.corpora import token_blocks
 from ltepass.errors import ConfigError
-from ltepass.measure.paired import compare
-from ltepass.measure.quality import perplexity
+from ltepass.measure.quality import compare, perplexity, repetition
 from ltepass.measure.records import TokenRecord, read
-from ltepass.measure.repetition import repetition
 from ltepass.measure.sparsity import sparsity_curve
 from ltepass.routed.proxy_router import ProxyRouter
 from ltepass.routed.report_tables import span

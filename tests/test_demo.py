@@ -29,10 +29,9 @@ from ltepass.demo.run import STAGES, run_demo
 from ltepass.demo.table import markdown, rows
 from ltepass.demo.task import load_task
 from ltepass.errors import ConfigError, TrainingError
-from ltepass.measure import decoding_speed
-from ltepass.measure.paired import compare
-from ltepass.measure.quality import perplexity
+from ltepass.measure.quality import compare, perplexity
 from ltepass.measure.sparsity import sparsity_of_tail
+from ltepass.measure.timing import summary, time_decoding, without_ffns
 from ltepass.measure.token_bytes import router_share
 from ltepass.routed.routed import routers_of
 from tests.models.zoo import build
@@ -173,7 +172,7 @@ def test_other_options_do_not_mix_into_a_folder(tmp_path: Path) -> None:
 def test_the_summary_says_how_much_faster_and_what_the_ffns_take() -> None:
     """Worked by hand: 10 ms dense, 4 ms bare, so the FFNs take 6."""
     times = {"dense": [0.010] * 4, "lowered": [0.008] * 4, "bare": [0.004] * 4}
-    out = decoding_speed.summary(times, active=0.4, router=0.1)
+    out = summary(times, active=0.4, router=0.1)
     assert out["speedup"] == pytest.approx(1.25)
     assert out["ffn_share_of_time"] == pytest.approx(0.6)
     assert out["tokens_per_s"]["dense"]["median"] == pytest.approx(100)
@@ -183,7 +182,7 @@ def test_bare_model_shares_weights_and_leaves_the_dense_one_alone() -> None:
     dense = model()
     sites = ltepass.report(routed()).sites
     before = dense(torch.arange(9)[None]).logits
-    bare = decoding_speed.without_ffns(dense, sites)
+    bare = without_ffns(dense, sites)
     assert isinstance(bare.get_submodule("model.layers.0.mlp"), nn.Identity)
     assert bare.get_parameter("lm_head.weight") is dense.lm_head.weight
     assert torch.equal(dense(torch.arange(9)[None]).logits, before)
@@ -197,7 +196,7 @@ def test_router_share_counts_bytes() -> None:
 
 
 def test_timing_gives_every_side_every_token_but_the_warm_up() -> None:
-    times = decoding_speed.time_decoding({"a": model(), "b": model()}, torch.arange(7), torch.arange(11), warmup=3)
+    times = time_decoding({"a": model(), "b": model()}, torch.arange(7), torch.arange(11), warmup=3)
     assert {name: len(values) for name, values in times.items()} == {"a": 8, "b": 8}
 
 

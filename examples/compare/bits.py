@@ -33,8 +33,7 @@ from examples.compare.off_grid import off_grid
 from ltepass.corpora import other_texts, python_docs, token_blocks
 from ltepass.kernels.weight_formats import dequantise_int4, dequantise_int8, quantise_int4, quantise_int8
 from ltepass.measure.machine import machine
-from ltepass.measure.paired import Ratio, ratio_of_perplexities
-from ltepass.measure.quality import token_losses
+from ltepass.measure.quality import Ratio, ratio_of_perplexities, token_losses
 from ltepass.routed.routed import routers_of
 from ltepass.routed.sites import FFNSite
 

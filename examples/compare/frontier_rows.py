@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor
 
 from examples.compare.measured import Measured
-from ltepass.measure.paired import FEWEST_BLOCKS, ratio_of_perplexities
+from ltepass.measure.quality import FEWEST_BLOCKS, ratio_of_perplexities
 
 FIELDS = (
     "preset model method deployable trained_tokens group_size target_sparsity seed text ffn_sparsity bytes_share "

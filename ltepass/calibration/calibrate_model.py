@@ -13,8 +13,7 @@ from torch import nn
 from ltepass.calibration.initialise import Inputs, initialise_routers
 from ltepass.errors import ConfigError, MetaWeightsError
 from ltepass.passes.group.group_neurons import group_by
-from ltepass.routed.routed import Routed
-from ltepass.routed.sharding import require_whole
+from ltepass.routed.routed import Routed, require_whole
 from ltepass.routed.undo import verb
 from ltepass.sparsity.cuts import place_cuts
 

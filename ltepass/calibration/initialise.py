@@ -11,27 +11,40 @@ common: with `inputs="hard"` thresholds are placed, routers fitted again and thr
 itself makes of the text. The layer-wise warm start mends the inputs by its own means, and wants routers that know the
 dense model's. What each gives before any training stands in `examples/results/frontier.md`, as lte-calibrated and
 lte-warm; what a start costs, in `examples/results/start_cost.md`.
+
+Of proxies nothing is regressed, since they hold what they are to predict. Their codes are made of the weights as they
+are, and one dense pass says in which unit a site's scores are logits: their quartiles are LOGIT_IQR apart, so that a
+sigmoid is neither flat nor a step. With budget "model" the loss's own metric stands for |down_j|: a site's scores mean
+what leaving an expert out costs, and all have one unit.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from ltepass.calibration.energy import MAX_LOG_OFFSET, EnergyFit, down_energy, fit_energies
 from ltepass.calibration.gptq import quantise_planes
-from ltepass.calibration.proxy_scale import fresh_proxies, scale_proxies
 from ltepass.calibration.sensitivity import Sensitivity, sensitivities
 from ltepass.config import Mode
-from ltepass.routed.batches import every, on_every
+from ltepass.errors import ShardedError
+from ltepass.routed.batches import Batch, every, on_every, require_finite
 from ltepass.routed.modes import mode_of
-from ltepass.routed.quantile_table import table_of
+from ltepass.routed.proxy_router import ProxyRouter, encode
+from ltepass.routed.quantile_table import quantiles, table_of
 from ltepass.routed.routed import Routed
+from ltepass.routed.router import Router
+from ltepass.routed.samples import Reservoir
+from ltepass.routed.sites import FFNSite
+from ltepass.routed.tiered_router import TieredRouter, encode_planes
 from ltepass.routed.undo import keep
-from ltepass.sparsity.thresholds import move_biases, update_table
+from ltepass.routed.watching import Observer, watch
+from ltepass.sparsity.thresholds import move_biases, table_tokens, update_table
 
 Inputs = Literal["dense", "hard"]
 FIRST_FIT_STRIDE = 4  # every fourth batch, for a fit that only leads to the next
@@ -42,7 +55,7 @@ LOGIT_STD = 2.0  # spread of the starting logits: a quarter of the scores lie wi
 def initialise_routers(routed: Routed, batches: Sequence[Any], inputs: Inputs) -> None:
     """Routers that predict log energy, times a scale, with their thresholds at the target; fills the table.
 
-    Proxies hold what they predict, and only find their unit (`proxy_scale.py`).
+    Proxies hold what they predict, and only find their unit.
 
     With budget "model" sites compete: they get one scale and one threshold, and a site's mean logit stands for its log
     cost in the dense model, whichever inputs it is fitted to. A site whose inputs shrink in hard mode would give up
@@ -111,3 +124,72 @@ def _recalibrate(routed: Routed, batches: Sequence[Any], target: float) -> None:
     with mode_of(routed, "hard"):
         update_table(routed, batches)
     move_biases(routed, target)
+
+
+LOGIT_IQR = 2.7  # between the quartiles of the starting logits: what a normal distribution of deviation 2 has
+
+
+class _Scores(Observer):
+    """A sample of one site's scores in a dense pass."""
+
+    def __init__(self, site: FFNSite, router: Router) -> None:
+        super().__init__(site, router)
+        self.kept = Reservoir(table_tokens(site.n_experts))
+
+    def on_input(self, x: Tensor) -> None:
+        self.kept.add(self.router.logits(x.float()))
+
+
+def fresh_proxies(routed: Routed, found: dict[str, Sensitivity] | None) -> None:
+    """Proxies as they were made, of what the weights are now; scores are in the FFN's own unit. found: of budget
+    "model".
+    """
+    for site, router in routed:
+        assert isinstance(router, ProxyRouter)
+        done = encode(routed.model, site, router)
+        if isinstance(router, TieredRouter):
+            done = done and encode_planes(routed.model, site, router)
+        if not done:
+            raise ShardedError(
+                f"{site.name}: its weights are no whole parameters of the model any more (an adapter or a shard holds "
+                "them), and a proxy is made of them; call ltepass.calibrate(model, batches) before wrapping"
+            )
+        keep(router.weight, router.bias)
+        with torch.no_grad():
+            router.weight.fill_(1.0)
+            router.bias.zero_()
+        neurons = down_energy(routed.model, site) if found is None else found[site.name].neurons
+        router.sizes.copy_(neurons.sqrt())
+
+
+def scale_proxies(routed: Routed, batches: Sequence[Batch], found: dict[str, Sensitivity] | None) -> None:
+    """Sizes and tables of fresh ones; thresholds stay for the caller."""
+    observers = [_Scores(site, router) for site, router in routed]
+    watch(routed, batches, observers)
+    samples = {o.site.name: o.kept.rows() for o in observers}
+    for name, scores in samples.items():
+        require_finite(name, scores)
+    factors = dict.fromkeys(samples, 1.0)
+    if found is not None:
+        factors = {name: _factor(found[name].log_cost, scores) for name, scores in samples.items()}
+    spreads = {name: factors[name] * _spread(scores) for name, scores in samples.items()}
+    if found is not None:
+        spreads = dict.fromkeys(spreads, math.exp(sum(map(math.log, spreads.values())) / len(spreads)))
+    for site, router in routed:
+        scale = factors[site.name] * LOGIT_IQR / spreads[site.name]
+        router.sizes.mul_(scale)  # type: ignore[operator]
+        router.quantiles.copy_(table_of(samples[site.name]) * scale)
+
+
+def _spread(scores: Tensor) -> float:
+    """Between the quartiles; of experts that are mostly 0, as a ReLU leaves them, the mean; 1 where all are."""
+    low, high = quantiles(scores.flatten(), scores.new_tensor([0.25, 0.75])).tolist()
+    usual = high - low or float(scores.mean())
+    return usual if math.isfinite(usual) and usual > 0 else 1.0
+
+
+def _factor(log_cost: float, scores: Tensor) -> float:
+    """What makes the mean of log score^2, of the scores that are not 0, the site's log cost."""
+    logs = 2 * scores[scores > 0].double().log()
+    offset = log_cost - float(logs.mean()) if logs.numel() else 0.0
+    return math.exp(min(max(offset, -MAX_LOG_OFFSET), MAX_LOG_OFFSET) / 2)

@@ -26,12 +26,10 @@ from ltepass.errors import CalibrationError
 from ltepass.routed.batches import mapping_of, require_finite, require_seen, run_batches
 from ltepass.routed.modes import mode_of
 from ltepass.routed.quantile_table import interpolate, table_of
-from ltepass.routed.routed import Routed
+from ltepass.routed.routed import Routed, require_whole
 from ltepass.routed.router import Router
-from ltepass.routed.sharding import require_whole
 from ltepass.routed.sites import FFNSite, NeuronRows
-from ltepass.routed.token_hooks import telling_tokens
-from ltepass.routed.token_masks import tokens_of
+from ltepass.routed.token_masks import telling_tokens, tokens_of
 from ltepass.routed.undo import keep, verb
 from ltepass.sparsity.thresholds import is_calibrated, place_threshold
 from ltepass.threads import one_thread

@@ -33,8 +33,7 @@ from ltepass.routed.modes import mode_of
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
 from ltepass.routed.sites import FFNSite
-from ltepass.routed.token_hooks import TokenHooks, telling_tokens
-from ltepass.routed.token_masks import tokens_of
+from ltepass.routed.token_masks import TokenHooks, telling_tokens, tokens_of
 from ltepass.routed.undo import verb
 
 TOKENS = 2048  # enough for a mean over tokens and experts

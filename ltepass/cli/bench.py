@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ltepass.cli.options import PASSED_ON, Device, Model
-from ltepass.cli.output_and_errors import pass_on, show
+from ltepass.cli.output_and_errors import PASSED_ON, Device, Model, pass_on, show
 from ltepass.errors import ConfigError
 
 app = typer.Typer(no_args_is_help=True, help="Timings of a saved model.")

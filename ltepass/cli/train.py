@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ltepass.cli.options import AsJson, Device, GroupSize, Model, Out, Router, Seed, Sparsity
-from ltepass.cli.output_and_errors import say_when, show
+from ltepass.cli.output_and_errors import AsJson, Device, GroupSize, Model, Out, Router, Seed, Sparsity, say_when, show
 from ltepass.grouping_methods import AUTO, GROUPINGS
 
 METHODS = "; ".join(f"{name}: {grouping.doc}" for name, grouping in GROUPINGS.items())
@@ -62,7 +61,7 @@ def train(
     from contextlib import redirect_stdout
 
     from ltepass.commands import train as command
-    from ltepass.commands.trained import trained_table
+    from ltepass.commands.training_run import trained_table
 
     options = command.TrainOptions(
         target_sparsity=target_sparsity,

@@ -8,8 +8,21 @@ from typing import Annotated
 import typer
 
 from ltepass.cli import bench, train
-from ltepass.cli.options import PASSED_ON, AsJson, Device, Folder, GroupSize, Model, Out, Router, Seed, Sparsity
-from ltepass.cli.output_and_errors import pass_on, run, show
+from ltepass.cli.output_and_errors import (
+    PASSED_ON,
+    AsJson,
+    Device,
+    Folder,
+    GroupSize,
+    Model,
+    Out,
+    Router,
+    Seed,
+    Sparsity,
+    pass_on,
+    run,
+    show,
+)
 from ltepass.errors import ConfigError
 from ltepass.version import __version__
 
@@ -73,7 +86,7 @@ def inspect(
     import time
 
     from ltepass.commands.inspect import inspect_model
-    from ltepass.measure.memory import peak_memory
+    from ltepass.measure.machine import peak_memory
 
     start = time.perf_counter()
     show(inspect_model(model, group_size=group_size), json=json)

@@ -10,9 +10,7 @@ import ltepass
 from ltepass.commands.load import load, tokenizer_of
 from ltepass.corpora import token_blocks
 from ltepass.errors import ConfigError
-from ltepass.measure.paired import compare, require_enough
-from ltepass.measure.quality import perplexity, token_losses
-from ltepass.measure.repetition import repetition
+from ltepass.measure.quality import compare, perplexity, repetition, require_enough, token_losses
 from ltepass.measure.sparsity import counting_inactive, sparsity_curve
 from ltepass.routed.report_tables import span
 from ltepass.routed.routed import Routed, state_of

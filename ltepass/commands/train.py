@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import ltepass
 from ltepass.commands.load import load, require_device, tokenizer_of
-from ltepass.commands.trained import ROWS, Trained, measured
 from ltepass.commands.training_data import Columns, read_rows, tokenised
-from ltepass.commands.training_run import TrainingRun, digest
+from ltepass.commands.training_run import ROWS, Trained, TrainingRun, digest, measured
 from ltepass.config import Budget, LTEConfig, RouterKind
 from ltepass.errors import ConfigError
 from ltepass.grouping_methods import AUTO

@@ -13,8 +13,8 @@ from typing import Literal, NotRequired, TypedDict, get_args
 
 from ltepass.demo.options import DemoOptions, Options
 from ltepass.errors import ConfigError
-from ltepass.measure.decoding_speed import Summary
 from ltepass.measure.machine import facts
+from ltepass.measure.timing import Summary
 
 StageName = Literal["prepare", "dense", "tune_dense", "calibrate", "train", "quality", "speed", "generate", "reload"]
 STAGE_NAMES: tuple[StageName, ...] = get_args(StageName)

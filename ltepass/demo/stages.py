@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,7 +16,6 @@ from torch import Tensor
 
 import ltepass
 from ltepass.demo import reload, training_loop
-from ltepass.demo.on_text import on_text
 from ltepass.demo.options import DemoOptions
 from ltepass.demo.plain_formats import plain_formats
 from ltepass.demo.results import (
@@ -24,6 +24,7 @@ from ltepass.demo.results import (
     Folder,
     Generated,
     Losses,
+    OnText,
     Prepared,
     Quality,
     Reloaded,
@@ -32,15 +33,16 @@ from ltepass.demo.results import (
     TunedDense,
 )
 from ltepass.demo.task import Task, load_dense, load_task
-from ltepass.measure import decoding_speed
-from ltepass.measure.quality import logits_on_cpu, perplexity
-from ltepass.measure.sparsity import sparsity_of_tail
+from ltepass.measure.quality import logits_on_cpu, perplexity, ratio_of_perplexities, token_losses
+from ltepass.measure.sparsity import counting_inactive, sparsity_of_tail
+from ltepass.measure.timing import summary, time_decoding, without_ffns
 from ltepass.measure.token_bytes import router_share
-from ltepass.routed.routed import routers_of
+from ltepass.routed.routed import Routed, routers_of
 from ltepass.training.stages import settle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
 
 PROMPT_TOKENS = 64  # of held-out text in the KV cache before the first timed token
 TIMED_TOKENS = 160
@@ -192,10 +194,10 @@ def measure_speed(demo: Demo) -> Speed:
     text = demo.task.test.flatten()[: PROMPT_TOKENS + TIMED_TOKENS].to(demo.options.device)
     active = 1 - sparsity_of_tail(routed, text, PROMPT_TOKENS)
     ltepass.lower(routed, scope="ffn")
-    sides = {"dense": plain, "lowered": routed, "bare": decoding_speed.without_ffns(plain, sites)}
-    times = decoding_speed.time_decoding(sides, text[:PROMPT_TOKENS], text[PROMPT_TOKENS:])
+    sides = {"dense": plain, "lowered": routed, "bare": without_ffns(plain, sites)}
+    times = time_decoding(sides, text[:PROMPT_TOKENS], text[PROMPT_TOKENS:])
     return {
-        **decoding_speed.summary(times, active, router_share(routed, sites)),
+        **summary(times, active, router_share(routed, sites)),
         "compile_mode": COMPILE_MODE,
         "dtype": str(plain.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
@@ -224,3 +226,24 @@ def reload_elsewhere(demo: Demo) -> Reloaded:
     return reload.compare(
         path / "lte", path / "reference.safetensors", path / "reloaded.safetensors", demo.options.device
     )
+
+
+def on_text(
+    model: PreTrainedModel, rivals: Sequence[PreTrainedModel], blocks: Tensor
+) -> tuple[OnText, dict[str, float]]:
+    """(figures, sparsity by site name) of a transformed model in hard mode, over the dense model that is best on blocks
+    [n, T] int64: tuned on another kind of text, it may be worse than as it came."""
+    with counting_inactive(Routed.trained(model, "on_text")) as shares:
+        losses = token_losses(model, blocks)
+    dense = min((token_losses(rival, blocks) for rival in rivals), key=lambda found: float(found.mean()))
+    ratio, sparsity = ratio_of_perplexities(losses, dense), shares()
+    found: OnText = {
+        "tokens": blocks.numel(),
+        "perplexity": math.exp(float(losses.mean())),
+        "dense": math.exp(float(dense.mean())),
+        "ratio": ratio.value,
+        "low": ratio.low,
+        "high": ratio.high,
+        "sparsity": sum(sparsity.values()) / len(sparsity),
+    }
+    return found, sparsity

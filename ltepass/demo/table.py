@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ltepass.demo.options import Options, command_line
 from ltepass.demo.results import STAGE_NAMES, Cost, Results, StageName, Stages
-from ltepass.measure.paired import Ratio
+from ltepass.measure.quality import Ratio
 from ltepass.routed.report_tables import span
 
 if TYPE_CHECKING:

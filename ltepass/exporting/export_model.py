@@ -1,6 +1,7 @@
 """Write the folder of `ltepass.export`: a decode step and a prefill, compiled ahead of time, with one set of weights.
 
-`folder.py` says what lies in it.
+`folder.py` says what lies in it. The kernels go there as libraries for a process without Python: ops.so names our ops,
+kernels.so computes them. Python names the ops itself (ltepass/kernels): a process that imports ltepass loads neither.
 """
 
 from __future__ import annotations
@@ -16,11 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ltepass.errors import ConfigError, ExportError, LoweredError
-from ltepass.exporting.bytes_read import bytes_read
-from ltepass.exporting.folder import ABOUT, DECODE, FORMAT, PREFILL, WEIGHTS, About, layout
-from ltepass.exporting.ops_library import write_ops
+from ltepass.exporting.folder import ABOUT, DECODE, FORMAT, PREFILL, WEIGHTS, About, bytes_read, layout
 from ltepass.kernels.cpu import build, loading
-from ltepass.kernels.linear_checks import FLOATS
+from ltepass.kernels.linear import FLOATS
 from ltepass.kernels.weight_formats import Format
 from ltepass.passes import EXPORT
 from ltepass.passes.capture.decoder_step import DecoderStep, capture_step
@@ -29,12 +28,12 @@ from ltepass.passes.lower.lower_model import check_format, is_lowered, require_h
 from ltepass.passes.lower.quantise_linears import QuantiseLinears
 from ltepass.passes.lower.quantise_routed_ffn import QuantiseRoutedFFN
 from ltepass.passes.lower.why_not_linear import is_ordinary
-from ltepass.routed.routed import Routed, is_transformed, unwrapped
-from ltepass.routed.sharding import require_whole
+from ltepass.routed.routed import Routed, is_transformed, require_whole, unwrapped
 from ltepass.version import __version__
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+import subprocess
 
 log = logging.getLogger("ltepass")
 
@@ -165,3 +164,33 @@ def _compile(program: torch.export.ExportedProgram, target: Path, more: dict[str
 def _eos(model: PreTrainedModel) -> list[int]:
     eos = getattr(model.generation_config, "eos_token_id", None)
     return [] if eos is None else list(eos) if isinstance(eos, (list, tuple)) else [int(eos)]
+
+
+OPS, KERNELS = "ops.so", "kernels.so"
+
+
+def write_ops(folder: Path) -> None:
+    """Raises ExportError where the compiler fails."""
+    (folder / KERNELS).write_bytes(loading.object_path().read_bytes())
+    with tempfile.TemporaryDirectory() as made:
+        source = Path(made) / "ops.cpp"
+        source.write_text(_source())
+        # Loaded first, and found beside it by its name alone: the folder may move.
+        link = ["-Wl,--no-as-needed", f"-L{folder}", f"-l:{KERNELS}", "-Wl,-rpath,$ORIGIN"]
+        command = [*build.compile_command(), "-O1", "-std=c++20", "-fPIC", "-shared", f"-I{_torch() / 'include'}"]
+        command += [f"-DTORCH_TARGET_VERSION={build.STABLE_ABI}", str(source), "-o", str(folder / OPS)]
+        command += [f"-L{_torch() / 'lib'}", "-ltorch_cpu", *link]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ExportError(f"{command[0]} failed with exit status {done.returncode}: {done.stderr[-800:]}")
+
+
+def _torch() -> Path:
+    return Path(torch.__file__).parent
+
+
+def _source() -> str:
+    """The schemas of all our ops, as Python has registered them."""
+    schemas = [s for s in torch._C._jit_get_all_schemas() if s.name.startswith("ltepass::")]
+    lines = "".join(f'  m.def(R"({str(s).removeprefix("ltepass::")})");\n' for s in schemas)
+    return f"#include <torch/csrc/stable/library.h>\n\nSTABLE_TORCH_LIBRARY(ltepass, m) {{\n{lines}}}\n"

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from torch import nn
 
 from ltepass.config import Mode, check_mode
-from ltepass.routed import token_hooks
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
+from ltepass.routed.token_masks import attach_token_hooks, detach_token_hooks
 from ltepass.routed.undo import verb
 from ltepass.threads import unshared
 
@@ -42,9 +42,9 @@ def switch(routed: Routed, mode: Mode) -> None:
         router.mode = mode
         router.recorder.calls.clear()
     if mode == "soft":
-        token_hooks.attach(routed)  # what a forward leaves for the losses begins anew with the next
+        attach_token_hooks(routed)  # what a forward leaves for the losses begins anew with the next
     else:
-        token_hooks.detach(routed.model)
+        detach_token_hooks(routed.model)
     remember_densities(routed)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule
 
-from ltepass.errors import AmbiguousModelError, ConfigError, LoweredError, NotTransformedError
+from ltepass.errors import AmbiguousModelError, ConfigError, LoweredError, NotTransformedError, ShardedError
 from ltepass.routed.router import Router
 from ltepass.routed.sites import FFNSite, LTEState
 
@@ -186,3 +186,14 @@ def deciding(found: Any) -> Router:
         copied = names and not found.disable_adapters and all(name in found.modules_to_save for name in names)
         found = found.modules_to_save[names[0]] if copied else found.original_module
     return next(m for m in found.modules() if isinstance(m, Router))
+
+
+def require_whole(model: nn.Module, what: str, *, flat_only: bool = False) -> None:
+    """Raises ShardedError where FSDP has cut parameters up, or (flat_only) put them into one that has no names."""
+    for path, module in model.named_modules():
+        own = module.__dict__
+        if own.get("_is_fsdp_managed_module") and not (flat_only and own.get("_fsdp_use_orig_params")):
+            raise ShardedError(
+                f"{path or type(module).__name__} was wrapped by FullyShardedDataParallel or fully_shard, and holds a "
+                f"share of its weights only; {what} expects whole ones; call it before wrapping"
+            )

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from ltepass.config import LTEConfig
 from ltepass.errors import AlreadyTransformedError, CheckpointError, MetaWeightsError, NotTransformedError
 from ltepass.passes.insert.insert_routers import insert_routers
-from ltepass.routed.routed import Routed, routers_of, set_state, state_of, unwrapped
-from ltepass.routed.sharding import require_whole
+from ltepass.routed.routed import Routed, require_whole, routers_of, set_state, state_of, unwrapped
 from ltepass.routed.undo import all_or_nothing, undo_by
 from ltepass.saving.forward_checks import as_gated_now, check_forwards, try_gates
 from ltepass.saving.site_checks import check_sites

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ltepass.errors import TrainingError
-from ltepass.routed.model_parts import Part
+from ltepass.routed.batches import Part
 from ltepass.routed.recorded_calls import RecordedCall, Recorder
 from ltepass.routed.routed import Routed
 

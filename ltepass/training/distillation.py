@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ltepass.routed.batches import inputs_of
 from ltepass.routed.routed import routers_of
-from ltepass.routed.token_hooks import hooks_of
+from ltepass.routed.token_masks import hooks_of
 
 
 def dense_teacher(model: nn.Module, teacher: nn.Module | None) -> nn.Module:

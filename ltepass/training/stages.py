@@ -15,9 +15,8 @@ from ltepass.config import Budget, Mode
 from ltepass.measure.sparsity import hard_sparsity
 from ltepass.routed.modes import switch
 from ltepass.routed.proxy_router import ProxyRouter, encode
-from ltepass.routed.routed import Routed, routers_of
+from ltepass.routed.routed import Routed, require_whole, routers_of
 from ltepass.routed.router import Router
-from ltepass.routed.sharding import require_whole
 from ltepass.routed.undo import all_or_nothing, undisturbed, verb
 from ltepass.sparsity.cuts import place_cuts
 from ltepass.sparsity.thresholds import place_thresholds, update_table

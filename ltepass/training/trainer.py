@@ -22,7 +22,7 @@ from transformers import Trainer, TrainerCallback, set_seed
 from ltepass.errors import TrainingError
 from ltepass.routed.batches import Batch
 from ltepass.routed.routed import Routed, root_of
-from ltepass.routed.token_hooks import telling_tokens
+from ltepass.routed.token_masks import telling_tokens
 from ltepass.sparsity.thresholds import hold
 from ltepass.training.auxiliary_loss import clear_auxiliary, inactive_shares, take_auxiliary
 from ltepass.training.checkpoints import (

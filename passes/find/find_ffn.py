@@ -22,8 +22,7 @@ from ltepass.passes.find.group_size import check_group_size, with_group_size
 from ltepass.passes.find.match import Miss, Region, match_down
 from ltepass.passes.find.match_types import Found
 from ltepass.passes.find.moe_stacks import refuse_expert_stacks
-from ltepass.passes.find.region_to_site import one_kind_an_owner, place
-from ltepass.passes.find.site_names import name_routers, number_sites
+from ltepass.passes.find.region_to_site import name_routers, number_sites, one_kind_an_owner, place
 from ltepass.passes.find.tied_weights import refuse_tied
 from ltepass.passes.graph.captured import Captured
 from ltepass.passes.graph.pipeline import Tier, TransformJob

@@ -11,16 +11,16 @@ from ltepass.passes.capture.replaced_forwards import release, unwatch
 from ltepass.passes.capture.trace_owner import original_class
 from ltepass.passes.group.group_neurons import permute_routed
 from ltepass.passes.insert.hooks import detach
-from ltepass.routed import token_hooks
 from ltepass.routed.gate import add_tiers, gate, seen_inputs
 from ltepass.routed.routed import Routed, drop_state
 from ltepass.routed.sites import FFNSite
+from ltepass.routed.token_masks import detach_token_hooks
 
 
 def remove_routers(routed: Routed, *, undo_grouping: bool) -> None:
     """What `ltepass.remove` does. undo_grouping: neurons too go back to their places."""
     model, sites = routed.model, routed.sites
-    token_hooks.detach(model)
+    detach_token_hooks(model)
     for site in {s.neurons: s for s in sites}.values():  # sites that share their weights share their order
         if undo_grouping:
             permute_routed(routed, site, torch.argsort(routed.router(site).permutation))

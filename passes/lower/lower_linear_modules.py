@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from ltepass.kernels.linear import linear, linear_int4, linear_int8
-from ltepass.kernels.linear_checks import FLOATS
+from ltepass.kernels.linear import FLOATS, linear, linear_int4, linear_int8
 from ltepass.kernels.weight_formats import BLOCK, Format, pack_int4, quantise
 from ltepass.passes.graph.edit import once_a_tensor
 from ltepass.passes.lower.why_not_linear import (

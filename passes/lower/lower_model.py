@@ -18,15 +18,14 @@ from ltepass.errors import ConfigError, LoweredError, LoweringError
 from ltepass.kernels.weight_formats import Format
 from ltepass.passes.capture.replaced_forwards import check_forwards
 from ltepass.passes.insert.check_activation import other_activation
-from ltepass.passes.lower.compile_model import compile_model, is_compiled, uncompile_model
+from ltepass.passes.lower.compile_backend import compile_model, is_compiled, uncompile_model
 from ltepass.passes.lower.lay_out_neurons import give_back_strides, lay_out
 from ltepass.passes.lower.lower_linear_modules import lower_linear_modules, lowered_linears, unlower_linear_modules
 from ltepass.passes.lower.lower_sites import lower_sites, unlower_sites
 from ltepass.passes.lower.why_not_ffn import why_not, why_not_alone
 from ltepass.routed.int8_ffn import int8_ffn
 from ltepass.routed.modes import remember_densities
-from ltepass.routed.routed import Routed, is_transformed, unwrapped
-from ltepass.routed.sharding import require_whole
+from ltepass.routed.routed import Routed, is_transformed, require_whole, unwrapped
 from ltepass.routed.sites import FFNSite
 from ltepass.routed.undo import all_or_nothing, verb
 from ltepass.threads import unshared

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ltepass.kernels import linear as _linear  # noqa: F401 -- registers the ops that the pass emits
-from ltepass.kernels.linear_checks import FLOATS
+from ltepass.kernels.linear import FLOATS
 from ltepass.kernels.linear_reference import embedding_int4, embedding_int8
 from ltepass.kernels.weight_formats import BLOCK, quantise
 from ltepass.kernels.weight_formats import Format as Format

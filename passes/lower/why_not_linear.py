@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from ltepass.kernels.linear_checks import FLOATS
+from ltepass.kernels.linear import FLOATS
 from ltepass.kernels.weight_formats import BLOCK
 from ltepass.passes.capture.replaced_forwards import is_replaced
 from ltepass.passes.graph.leaves_and_linears import Flow, Linear

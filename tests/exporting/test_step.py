@@ -12,8 +12,8 @@ from torch import Tensor
 
 import ltepass
 from ltepass.errors import ConfigError, ExportError, LoweredError, LoweringError, LTEError
-from ltepass.exporting.bytes_read import bytes_read
 from ltepass.exporting.export_model import passes
+from ltepass.exporting.folder import bytes_read
 from ltepass.measure import token_bytes
 from ltepass.passes.capture.decoder_step import capture_step
 from ltepass.passes.graph.pipeline import GraphJob, run_passes

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ltepass
-from ltepass.measure.repetition import repeated_share, repetition
+from ltepass.measure.quality import repeated_share, repetition
 from tests.models.zoo import llama
 
 

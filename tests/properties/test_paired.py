@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ltepass.errors import ConfigError
-from ltepass.measure.paired import FEWEST_BLOCKS, compare, ratio_of_perplexities, t_quantile
-from ltepass.measure.quality import perplexity, token_losses
+from ltepass.measure.quality import FEWEST_BLOCKS, compare, perplexity, ratio_of_perplexities, t_quantile, token_losses
 
 VOCABULARY = 13
 # Two-sided 95 %, as statistical tables have it.

@@ -16,7 +16,7 @@ from ltepass.calibration.refit_down import warm_start
 from ltepass.calibration.sensitivity import loss_sensitivity
 from ltepass.routed.modes import mode_of
 from ltepass.routed.routed import routers_of
-from ltepass.routed.token_hooks import telling_tokens
+from ltepass.routed.token_masks import telling_tokens
 from ltepass.training.auxiliary_loss import clear_auxiliary, inactive_shares, take_auxiliary
 from ltepass.training.stages import begin_stage
 from tests.typed import grad, present, routed
