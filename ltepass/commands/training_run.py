@@ -20,8 +20,8 @@ from torch import Tensor
 import ltepass
 from ltepass.errors import ConfigError
 from ltepass.measure.timing import time_decoding
+from ltepass.routed.json_entry import Json
 from ltepass.routed.report_tables import span
-from ltepass.routed.site_json import Json
 from ltepass.training.stages import held_out_perplexity
 
 if TYPE_CHECKING:

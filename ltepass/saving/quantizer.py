@@ -21,8 +21,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ltepass.config import LTEConfig
 from ltepass.errors import CheckpointError
+from ltepass.routed.json_entry import Json
 from ltepass.routed.routed import Routed, set_state, state_of
-from ltepass.routed.site_json import Json
 from ltepass.routed.sites import FFNSite, LTEState
 from ltepass.saving.forward_checks import as_gated_now, check_forwards, try_gates
 from ltepass.saving.renaming import as_loaded, fit_prefix

@@ -19,7 +19,8 @@ from typing import Any
 from ltepass.config import BUDGETS, INACTIVE, PROXY_SCALES, QUANTISERS, ROUTERS, SEEDS, LTEConfig
 from ltepass.errors import CheckpointError, ConfigError, shown
 from ltepass.grouping_methods import AUTO, GROUPINGS
-from ltepass.routed.site_json import ADVICE, LARGEST, VERSION, Entry, Json, read_site, write_site
+from ltepass.routed.json_entry import ADVICE, LARGEST, Entry, Json
+from ltepass.routed.site_json import VERSION, read_site, write_site
 from ltepass.routed.sites import LTEState, Refusal
 from ltepass.routed.tiered_router import why_no_tiers
 from ltepass.version import __version__

@@ -9,11 +9,13 @@ Changes nothing. A site is legal to gate because y = sum_i h_i Wd[:, i] is a sum
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from ltepass.errors import NoFFNFoundError
 from ltepass.passes.capture.trace_owner import OwnerGraphs
@@ -22,11 +24,11 @@ from ltepass.passes.find.group_size import check_group_size, with_group_size
 from ltepass.passes.find.match import Miss, Region, match_down
 from ltepass.passes.find.match_types import Found
 from ltepass.passes.find.moe_stacks import refuse_expert_stacks
-from ltepass.passes.find.region_to_site import name_routers, number_sites, one_kind_an_owner, place
+from ltepass.passes.find.region_to_site import one_kind_an_owner, place
 from ltepass.passes.find.tied_weights import refuse_tied
 from ltepass.passes.graph.captured import Captured
 from ltepass.passes.graph.pipeline import Tier, TransformJob
-from ltepass.routed.sites import Refusal
+from ltepass.routed.sites import FFNSite, Refusal, site_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,3 +94,24 @@ def _refusal(captured: Captured, down: Node, miss: Miss) -> Refusal:
     return Refusal(
         module=captured.stack(down)[-1], node=down.name, check=miss.check, reason=miss.reason, nearest=miss.nearest
     )
+
+
+def number_sites(sites: Iterable[FFNSite]) -> list[FFNSite]:
+    """With a number in the name where an owner has several sites."""
+    sites = list(sites)
+    several, seen, named = Counter(s.owner for s in sites), Counter[str](), []
+    for s in sites:
+        named.append(s if several[s.owner] == 1 else replace(s, name=site_name(s, str(seen[s.owner]))))
+        seen[s.owner] += 1
+    return named
+
+
+def name_routers(root: nn.Module, sites: Iterable[FFNSite]) -> list[FFNSite]:
+    """A free attribute of the owner for each router: `router`, or `lte_router`, numbered as the site is."""
+    named = []
+    for s in sites:
+        owner = root.get_submodule(s.owner)
+        base = "lte_router" if hasattr(owner, "router") or isinstance(root, GraphModule) else "router"
+        name = base if s.name == site_name(s, None) else f"{base}_{s.number}"
+        named.append(replace(s, router=".".join(p for p in (s.owner, name) if p)))
+    return named

@@ -4,12 +4,11 @@ The region lies between one or more "streams" (outputs of up linears) and the in
   on index tensors (neuron_rows.py), which tells neuron i's row of every parameter and that no two tokens are mixed;
   on sample values (identify_activation.py), which tells the activation: compared with every one that a kernel knows.
 The checks around it (region_checks.py) ask whether a gate before the down projection switches a neuron off and nothing
-else. A linear that fails one is worth a line where what stands behind it is nearly an FFN.
+else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch.fx import Node
@@ -24,23 +23,20 @@ from ltepass.passes.find.region_checks import (
     check_output,
     check_private,
     check_tokens_in,
+    is_near,
     one_source,
-    without_adapters,
 )
 from ltepass.passes.graph.leaves_and_linears import Flow, Linear
 from ltepass.passes.graph.node_kinds import (
     is_gate,
     is_movement,
-    is_nonlinear,
     is_plain_tensor,
     is_pointwise,
-    is_reduction,
     numel,
     op_name,
     shape,
-    tensor_inputs,
 )
-from ltepass.passes.graph.walk import breadth_first, consumers, strip_views
+from ltepass.passes.graph.walk import breadth_first, strip_views
 
 __all__ = ["Miss", "Piece", "Region", "Rows", "down_rows", "match_down"]
 
@@ -97,7 +93,7 @@ def match_down(flow: Flow, down: Linear) -> Region | Miss:
             node=e.node,
             check=e.check,
             reason=e.reason,
-            near=_is_near(flow, down, walk.sources, walk.inner, e.check),
+            near=is_near(flow, down, walk.sources, walk.inner, e.check),
             nearest=seen,
             gate_op=next(iter(walk.gates), None),
         )
@@ -154,55 +150,3 @@ def _match(flow: Flow, down: Linear, walk: _Walk) -> Region:
         d_ff=down.in_width,
         neurons=neurons,
     )
-
-
-def _is_near(flow: Flow, down: Linear, sources: set[Node], inner: set[Node], check: str) -> bool:
-    """Worth a line: up linears of one source and an activation behind this linear, whatever check failed then.
-
-    Everything behind a residual stream has several sources; attention has a product of two computed tensors between.
-    """
-    if check in ("norm", "elementwise", "size"):
-        sources, inner, ended = _relaxed(flow, down)
-        if ended:
-            return False
-    if not 0 < len(sources) <= MAX_SOURCES or not any(_activates(n, down) for n in inner):
-        return False
-    if check == "one source":
-        product = any(op_name(n) == "mul" for n in inner)
-        return len(without_adapters(flow, sources)) == 1 or (len(sources) == 2 and product)
-    return len(sources) == 1 and (check == "residual width" or down.width == shape(next(iter(sources)))[-1])
-
-
-def _activates(node: Node, down: Linear) -> bool:
-    """An activation of the hidden units, not a step of a statistic over them (the square, the root of an RMS norm)."""
-    if not is_nonlinear(node) or not is_plain_tensor(node) or numel(node) < numel(down.x):
-        return False
-    return not all(is_reduction(u) and is_plain_tensor(u) and numel(u) < numel(node) for u in consumers(node))
-
-
-def _may_stand(node: Node) -> bool:
-    """In what is nearly an FFN: also statistics, and a convolution over tokens (SegFormer's)."""
-    return is_pointwise(node) or is_movement(node) or is_reduction(node) or "conv" in (op_name(node) or "")
-
-
-def _relaxed(flow: Flow, down: Linear) -> tuple[set[Node], set[Node], bool]:
-    """The region behind `down` when statistics may stand in it: (sources, inner nodes, ended at something else)."""
-    sources: set[Node] = set()
-    inner: set[Node] = set()
-
-    def behind(node: Node) -> Iterable[Node]:
-        return tensor_inputs(node) if node in inner else ()
-
-    for node in breadth_first(down.x, behind):
-        linear = flow.linear(node)
-        if node in flow.leaves or not node.all_input_nodes:
-            continue
-        if linear is not None:
-            sources.add(strip_views(linear.x))
-        elif _may_stand(node) and len(inner) < MAX_REGION:
-            inner.add(node)
-        else:
-            return sources, inner, True
-        if len(sources) > MAX_SOURCES:
-            return sources, inner, True
-    return sources, inner, False

@@ -8,7 +8,6 @@ nothing else, or nodes of the user's own graph.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import replace
 
 from torch import nn
@@ -21,7 +20,7 @@ from ltepass.passes.graph.captured import Captured
 from ltepass.passes.graph.leaves_and_linears import Linear
 from ltepass.passes.graph.node_kinds import is_movement
 from ltepass.passes.graph.walk import strip_identity
-from ltepass.routed.sites import FFNSite, NeuronRows, Refusal, site_name
+from ltepass.routed.sites import FFNSite, NeuronRows, Refusal
 
 
 def place(
@@ -179,24 +178,3 @@ def _calls_once(graph: Graph, site: FFNSite) -> bool:
     cut = len(site.owner) + 1 if site.owner else 0
     targets = Counter(str(n.target) for n in graph.nodes if n.op == "call_module")
     return all(targets[path[cut:]] == 1 for path in (site.up, site.down))
-
-
-def number_sites(sites: Iterable[FFNSite]) -> list[FFNSite]:
-    """With a number in the name where an owner has several sites."""
-    sites = list(sites)
-    several, seen, named = Counter(s.owner for s in sites), Counter[str](), []
-    for s in sites:
-        named.append(s if several[s.owner] == 1 else replace(s, name=site_name(s, str(seen[s.owner]))))
-        seen[s.owner] += 1
-    return named
-
-
-def name_routers(root: nn.Module, sites: Iterable[FFNSite]) -> list[FFNSite]:
-    """A free attribute of the owner for each router: `router`, or `lte_router`, numbered as the site is."""
-    named = []
-    for s in sites:
-        owner = root.get_submodule(s.owner)
-        base = "lte_router" if hasattr(owner, "router") or isinstance(root, GraphModule) else "router"
-        name = base if s.name == site_name(s, None) else f"{base}_{s.number}"
-        named.append(replace(s, router=".".join(p for p in (s.owner, name) if p)))
-    return named
