@@ -10,7 +10,7 @@ from examples.bench import token_table
 from examples.bench.old_rows import ModelRecord
 from examples.bench.op_cases import BASELINES, CALL, CASES, STOCK, TARGETS, Target
 from examples.bench.token_table import NOT_MEASURED
-from ltepass.commands.bench import threads_of
+from ltepass.commands.bench_tables import threads_of
 from ltepass.measure.records import OpRecord, TokenRecord
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from examples.bench.old_rows import ModelRecord
-from ltepass.commands.bench import threads_of
+from ltepass.commands.bench_tables import threads_of
 from ltepass.measure.records import TokenRecord
 
 NOT_MEASURED = "not measured"

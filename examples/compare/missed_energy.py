@@ -26,10 +26,10 @@ from examples.compare.study import DEVICE, Recipe, transform
 from examples.compare.workshop import Workshop
 from ltepass.calibration.energy import down_energy, expert_energy
 from ltepass.calibration.ridge import RidgeSums
+from ltepass.routed.observers import Observer, watch
 from ltepass.routed.routed import Routed
 from ltepass.routed.samples import SAMPLE_TOKENS
 from ltepass.routed.sites import FFNSite
-from ltepass.routed.watching import Observer, watch
 
 FIELDS = "preset site chooser sparsity missed train_tokens test_tokens".split()
 HIDDEN, EPOCHS, BATCH, RATE = 1024, 20, 512, 1e-3

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from ltepass.calibration.ridge import RidgeSums
 from ltepass.config import Mode
 from ltepass.routed.batches import require_finite
+from ltepass.routed.observers import Observer, watch
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
 from ltepass.routed.samples import SAMPLE_TOKENS, Reservoir
 from ltepass.routed.sites import FFNSite
-from ltepass.routed.watching import Observer, watch
 
 MAX_LOG_OFFSET = 70.0  # between a log cost and the mean of log energies: an FFN that the output does not hear has none
 

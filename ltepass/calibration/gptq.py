@@ -37,12 +37,12 @@ from ltepass.kernels.proxy_codes import (
 )
 from ltepass.kernels.weight_formats import BLOCK
 from ltepass.routed.batches import Batch
+from ltepass.routed.observers import Observer, watch
 from ltepass.routed.proxy_router import encode, read_weights
 from ltepass.routed.routed import Routed
 from ltepass.routed.samples import BUDGET_BYTES
 from ltepass.routed.sites import FFNSite, read_rows
 from ltepass.routed.tiered_router import TieredRouter, encode_planes
-from ltepass.routed.watching import Observer, watch
 from ltepass.threads import one_thread
 
 DAMPING = 0.01  # of the mean diagonal of H

@@ -35,6 +35,7 @@ from ltepass.config import Mode
 from ltepass.errors import ShardedError
 from ltepass.routed.batches import Batch, every, on_every, require_finite
 from ltepass.routed.modes import mode_of
+from ltepass.routed.observers import Observer, watch
 from ltepass.routed.proxy_router import ProxyRouter, encode
 from ltepass.routed.quantile_table import quantiles, table_of
 from ltepass.routed.routed import Routed
@@ -43,7 +44,6 @@ from ltepass.routed.samples import Reservoir
 from ltepass.routed.sites import FFNSite
 from ltepass.routed.tiered_router import TieredRouter, encode_planes
 from ltepass.routed.undo import keep
-from ltepass.routed.watching import Observer, watch
 from ltepass.sparsity.thresholds import move_biases, table_tokens, update_table
 
 Inputs = Literal["dense", "hard"]

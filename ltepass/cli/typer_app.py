@@ -86,7 +86,7 @@ def inspect(
     import time
 
     from ltepass.commands.inspect import inspect_model
-    from ltepass.measure.machine import peak_memory
+    from ltepass.measure.memory import peak_memory
 
     start = time.perf_counter()
     show(inspect_model(model, group_size=group_size), json=json)

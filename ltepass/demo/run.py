@@ -15,7 +15,7 @@ from ltepass.demo.page import page
 from ltepass.demo.results import Folder, Results, StageName
 from ltepass.demo.stages import Demo
 from ltepass.demo.table import rich_table
-from ltepass.measure.machine import peak_memory
+from ltepass.measure.memory import peak_memory
 
 Stage = tuple[StageName, str, Callable[[Demo], Mapping[str, object]]]
 

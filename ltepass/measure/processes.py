@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ltepass.errors import LTEError
-from ltepass.measure.machine import gemm_rate, resident
+from ltepass.measure.machine import gemm_rate
+from ltepass.measure.memory import resident
 from ltepass.measure.sides.side import Facts, Side
 
 REST = 0.02  # seconds

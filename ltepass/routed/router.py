@@ -50,9 +50,7 @@ class Router(nn.Module):
     input_cut: Tensor | None
     tiered = False  # whether its FFN's inactive neurons keep low bits (tiered_router.py)
     int8: Int8FFN | None = None  # what a lowered site reads in the place of its weights, where it reads int8
-    watched = (
-        False  # whether the gate tells that it was applied: a forward around it was replaced (replaced_forwards.py)
-    )
+    watched = False  # whether the gate tells that it was applied: a forward around it is guarded
 
     def __init__(
         self,

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ltepass.routed.batches import Batch, require_finite
+from ltepass.routed.observers import Observer, watch
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
 from ltepass.routed.sites import FFNSite
-from ltepass.routed.watching import Observer, watch
 
 
 class Reservoir:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.fx import Graph
 
 from ltepass.errors import CheckpointError, LTEError
-from ltepass.passes.capture.replaced_forwards import is_replaced
+from ltepass.passes.capture.guard_replaced_forwards import is_replaced
 from ltepass.passes.capture.straight_forward import is_straight
 from ltepass.passes.capture.trace_owner import linears, original_class, own_graphs, times_called
 from ltepass.passes.graph.walk import upstream

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from ltepass.config import check_sparsity
 from ltepass.routed.batches import Batch, require_finite
+from ltepass.routed.observers import Observer, watch
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
 from ltepass.routed.samples import Reservoir
 from ltepass.routed.sites import FFNSite
 from ltepass.routed.undo import verb
-from ltepass.routed.watching import Observer, watch
 
 # Entries of a site that a cut is placed by, in whole rows drawn at random from all tokens: features differ in size,
 # and a stride meets their number (with d_model 576 and 2,048 tokens it saw 4 of them).

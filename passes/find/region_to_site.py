@@ -13,7 +13,7 @@ from dataclasses import replace
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from ltepass.passes.capture.replaced_forwards import is_replaced
+from ltepass.passes.capture.guard_replaced_forwards import is_replaced
 from ltepass.passes.capture.trace_owner import OwnerGraphs, trace_owner
 from ltepass.passes.find.match import Region, Rows, down_rows
 from ltepass.passes.graph.captured import Captured

@@ -21,7 +21,7 @@ from torch import nn
 from torch.fx import Graph
 
 from ltepass.errors import SourceNameError, shown
-from ltepass.passes.capture.replaced_forwards import guard
+from ltepass.passes.capture.guard_replaced_forwards import guard
 from ltepass.passes.capture.trace_owner import call as call  # forwards that were pickled earlier name it here
 from ltepass.passes.capture.trace_owner import original_class
 from ltepass.paths import is_path

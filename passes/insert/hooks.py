@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ltepass.errors import DisplacedHookError
-from ltepass.passes.capture.replaced_forwards import guard, guard_failed, release, replaced_forward
+from ltepass.passes.capture.guard_replaced_forwards import guard, guard_failed, release, replaced_forward
 from ltepass.passes.capture.trace_owner import original_class
 from ltepass.passes.insert.generated_forwards import shared_class, subclass
 from ltepass.routed.gate import gate, seen_inputs

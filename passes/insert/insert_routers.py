@@ -23,7 +23,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from ltepass.config import LTEConfig
 from ltepass.errors import CheckpointError
-from ltepass.passes.capture.replaced_forwards import remember, watch
+from ltepass.passes.capture.guard_replaced_forwards import remember, watch
 from ltepass.passes.capture.trace_owner import OwnerGraphs, trace_owner
 from ltepass.passes.graph.pipeline import Tier, TransformJob
 from ltepass.passes.graph.walk import breadth_first

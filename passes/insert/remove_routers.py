@@ -7,7 +7,7 @@ import copy
 import torch
 from torch.fx import Graph, GraphModule
 
-from ltepass.passes.capture.replaced_forwards import release, unwatch
+from ltepass.passes.capture.guard_replaced_forwards import release, unwatch
 from ltepass.passes.capture.trace_owner import original_class
 from ltepass.passes.group.group_neurons import permute_routed
 from ltepass.passes.insert.hooks import detach

@@ -11,7 +11,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn.modules.module import _has_any_global_hook
 
 from ltepass.errors import LoweredError
-from ltepass.passes.capture.replaced_forwards import is_replaced
+from ltepass.passes.capture.guard_replaced_forwards import is_replaced
 from ltepass.passes.capture.straight_forward import attributes
 from ltepass.passes.graph.shared_names import join
 from ltepass.passes.insert.check_activation import (

@@ -40,7 +40,7 @@ from torch import nn
 from torch.compiler import is_compiling
 from torch.nn.modules.module import _has_any_global_hook
 
-from ltepass.passes.capture.replaced_forwards import watches
+from ltepass.passes.capture.guard_replaced_forwards import watches
 from ltepass.routed.sites import LTEState
 
 log = logging.getLogger("ltepass")

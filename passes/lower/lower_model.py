@@ -16,7 +16,7 @@ from torch import nn
 from ltepass.config import Scope
 from ltepass.errors import ConfigError, LoweredError, LoweringError
 from ltepass.kernels.weight_formats import Format
-from ltepass.passes.capture.replaced_forwards import check_forwards
+from ltepass.passes.capture.guard_replaced_forwards import check_forwards
 from ltepass.passes.insert.check_activation import other_activation
 from ltepass.passes.lower.compile_backend import compile_model, is_compiled, uncompile_model
 from ltepass.passes.lower.lay_out_neurons import give_back_strides, lay_out

@@ -11,7 +11,7 @@ from torch import nn
 from torch.fx import Node
 from torch.nn.modules.module import _has_any_global_hook
 
-from ltepass.passes.capture.replaced_forwards import is_replaced
+from ltepass.passes.capture.guard_replaced_forwards import is_replaced
 from ltepass.passes.find.match import Region, down_rows
 from ltepass.passes.graph.node_kinds import is_input_cut, is_plain_tensor, shape, value
 from ltepass.passes.graph.walk import strip_views

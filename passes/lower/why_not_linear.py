@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from ltepass.kernels.linear import FLOATS
 from ltepass.kernels.weight_formats import BLOCK
-from ltepass.passes.capture.replaced_forwards import is_replaced
+from ltepass.passes.capture.guard_replaced_forwards import is_replaced
 from ltepass.passes.graph.leaves_and_linears import Flow, Linear
 from ltepass.passes.graph.node_kinds import is_gate, shape, tensor_inputs, value
 from ltepass.passes.graph.walk import strip_identity

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import ltepass
 from examples.bench import token_table
-from ltepass.commands.bench import token_plot, token_tables
+from ltepass.commands.bench_tables import token_plot, token_tables
 from ltepass.commands.load import load
 from ltepass.errors import ConfigError
 from ltepass.measure.bench_tokens import Text, bench_tokens

@@ -3,7 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from ltepass.measure.machine import peak_memory, resident
+from ltepass.measure.memory import peak_memory, resident
 from tests.child import ROOT, environment
 
 

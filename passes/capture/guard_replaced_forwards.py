@@ -90,6 +90,7 @@ def guard(module: nn.Module, gates: int = 1) -> None:
 
 
 def set_guard(module: nn.Module, gates: int, found: Callable[..., object] | None) -> None:
+    """From now on `found`, which replaced the class's forward (None: the class's own), runs inside a guard."""
     own, function = module.__dict__, getattr(type(module), "_lte_guarded", guarded)
     now = own.get("forward")
     if is_guard(now) and now.__func__ is function and (own["_lte_forward"], own["_lte_gates"]) == (found, gates):
@@ -234,7 +235,9 @@ def check_forwards(model: nn.Module) -> None:
 
 
 def _caller(model: nn.Module, owner: str) -> str:
-    """Where a `Watch` hangs: the module that calls an owner's block, above the outermost list of blocks."""
+    """Where the hook hangs that looks for replaced forwards: the module that calls an owner's block, above the
+    outermost list of blocks.
+    """
     parts = owner.split(".") if owner else []
     for i in range(len(parts)):
         if isinstance(model.get_submodule(".".join(parts[:i])), _LISTS):
