@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ltepass.calibration.calibrate_model import calibrate
     from ltepass.calibration.refit_down import warm_start
     from ltepass.config import LTEConfig
-    from ltepass.exporting.generation import exported_loop
+    from ltepass.exporting.run_exported import exported_loop
     from ltepass.measure.quality import perplexity
     from ltepass.measure.sparsity import measure_sparsity, measure_union
     from ltepass.routed.modes import set_mode
@@ -49,7 +49,7 @@ _PUBLIC = {
     "calibrate": "ltepass.calibration.calibrate_model",
     "warm_start": "ltepass.calibration.refit_down",
     "LTEConfig": "ltepass.config",
-    "exported_loop": "ltepass.exporting.generation",
+    "exported_loop": "ltepass.exporting.run_exported",
     "perplexity": "ltepass.measure.quality",
     "measure_sparsity": "ltepass.measure.sparsity",
     "measure_union": "ltepass.measure.sparsity",

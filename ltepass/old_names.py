@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 
 MOVED = {
+    "ltepass.exporting.decoder": "ltepass.exporting.run_exported",
+    "ltepass.exporting.generation": "ltepass.exporting.run_exported",
     "ltepass.routed.watching": "ltepass.routed.observers",
     "ltepass.passes.capture.replaced_forwards": "ltepass.passes.capture.guard_replaced_forwards",
     "ltepass.commands.trained": "ltepass.commands.training_run",
@@ -31,7 +33,7 @@ MOVED = {
     "ltepass.measure.decoding_speed": "ltepass.measure.timing",
     "ltepass.demo.on_text": "ltepass.demo.stages",
     "ltepass.calibration.proxy_scale": "ltepass.calibration.initialise",
-    "ltepass.routed.logits": "ltepass.routed.observers",
+    "ltepass.routed.logits": "ltepass.routed.samples",
     "ltepass.passes.find.site_names": "ltepass.passes.find.find_ffn",
     "ltepass.energy": "ltepass.calibration.energy",
     "ltepass.ridge": "ltepass.calibration.ridge",

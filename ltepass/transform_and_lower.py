@@ -174,7 +174,7 @@ def export(
     """Write a folder that decodes by itself on CPUs like this one, without Python: compiled graphs, weights, kernels.
 
     A decode step and a prefill of one sequence over a static cache, compiled by AOTInductor with our ops in them.
-    `examples/exported` has the loops, in Python and in C++; `ltepass.exporting.decoder.ExportedDecoder` is one of ours.
+    `examples/exported` has the loops, in Python and in C++; `ltepass.exporting.run_exported` has one of ours.
 
     Arguments:
         model: a language model of transformers on the CPU, transformed (in hard mode) or dense, not lowered. Its

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ltepass.exporting.decoder import ExportedDecoder
+from ltepass.exporting.run_exported import ExportedDecoder
 from ltepass.kernels.read_pass import read_pass
 from ltepass.measure.machine import gemm_rate
 from ltepass.measure.records import Environment, append

@@ -52,7 +52,7 @@ def _check(folder: Path, sparsity: float | None, device: str, *, exported: bool)
 
 
 def _exported(folder: Path, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int) -> str:
-    from ltepass.exporting.decoder import ExportedDecoder
+    from ltepass.exporting.run_exported import ExportedDecoder
 
     ids = tokenizer(prompt)["input_ids"]
     new = list(ExportedDecoder(folder).generate(ids, new_tokens))

@@ -13,10 +13,9 @@ from ltepass.measure.quality import perplexity
 from ltepass.routed import token_masks
 from ltepass.routed.batches import Batch, require_seen, run_batches
 from ltepass.routed.modes import mode_of
-from ltepass.routed.observers import on_logits, record_logits
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
-from ltepass.routed.samples import Tally
+from ltepass.routed.samples import Tally, on_logits, record_logits
 from ltepass.routed.sites import FFNSite
 from ltepass.routed.undo import verb
 from ltepass.sparsity.thresholds import set_sparsity

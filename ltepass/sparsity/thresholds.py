@@ -13,11 +13,10 @@ from ltepass.errors import CalibrationError
 from ltepass.routed import token_masks
 from ltepass.routed.batches import Batch, require_finite, run_batches
 from ltepass.routed.modes import mode_of, remember_densities
-from ltepass.routed.observers import on_logits
 from ltepass.routed.quantile_table import interpolate, quantiles, table_of
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router, logit
-from ltepass.routed.samples import Reservoir
+from ltepass.routed.samples import Reservoir, on_logits
 from ltepass.routed.sites import FFNSite
 from ltepass.routed.undo import keep, verb
 

@@ -23,7 +23,7 @@ import ltepass
 from examples.bench import token_profile
 from ltepass.commands.generate import generate as command
 from ltepass.errors import ConfigError, ExportError
-from ltepass.exporting.decoder import ExportedDecoder
+from ltepass.exporting.run_exported import ExportedDecoder
 from ltepass.kernels.cpu import build
 from ltepass.measure.records import TokenRecord, read
 from tests.child import ROOT, environment

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import ltepass
-from ltepass.exporting.decoder import ExportedDecoder
 from ltepass.exporting.export_model import passes
+from ltepass.exporting.run_exported import ExportedDecoder
 from ltepass.passes.capture.decoder_step import capture_step
 from ltepass.passes.graph.pipeline import GraphJob, run_passes
 from tests.child import environment

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import ltepass
-from ltepass.exporting.decoder import ExportedDecoder
+from ltepass.exporting.run_exported import ExportedDecoder
 from ltepass.routed.routed import routers_of
 from tests.models.test_tiers import tiered
 

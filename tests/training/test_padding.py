@@ -21,8 +21,8 @@ from ltepass.calibration.refit_down import warm_start
 from ltepass.calibration.sensitivity import loss_sensitivity
 from ltepass.errors import TrainingError
 from ltepass.routed.batches import run_batches
-from ltepass.routed.observers import record_logits
 from ltepass.routed.routed import router_of, routers_of
+from ltepass.routed.samples import record_logits
 from ltepass.routed.token_masks import Forward, hooks_of, telling_tokens, token_mask
 from ltepass.sparsity.thresholds import hold
 from ltepass.training.auxiliary_loss import clear_auxiliary, inactive_shares, take_auxiliary

@@ -29,8 +29,8 @@ from transformers import (
 
 import ltepass
 from ltepass.routed.batches import run_batches
-from ltepass.routed.observers import record_logits
 from ltepass.routed.routed import router_of, routers_of
+from ltepass.routed.samples import record_logits
 from ltepass.training.auxiliary_loss import take_auxiliary
 from ltepass.training.labels import label_mask
 from ltepass.training.settings import LTESettings

@@ -17,9 +17,8 @@ from ltepass.errors import CalibrationError, ConfigError, LoweredError, NotTrans
 from ltepass.passes.group import group_neurons
 from ltepass.routed.batches import every, run_batches
 from ltepass.routed.modes import mode_of
-from ltepass.routed.observers import record_logits
 from ltepass.routed.routed import router_of, routers_of
-from ltepass.routed.samples import SomeRows
+from ltepass.routed.samples import SomeRows, record_logits
 from ltepass.sparsity.thresholds import update_table
 from ltepass.training.stages import settle
 from tests.models.zoo import llama

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ltepass.exporting.decoder import ExportedDecoder, greedy
+from ltepass.exporting.run_exported import ExportedDecoder, greedy
 from ltepass.kernels.read_pass import read_pass
 from ltepass.measure.quality import perplexity_of
 from ltepass.measure.sides.side import DTYPES, Engine, Facts, Sparse
