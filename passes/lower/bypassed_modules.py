@@ -19,7 +19,7 @@ from ltepass.passes.insert.check_activation import (
     called_before_gate,
 )
 from ltepass.passes.insert.hooks import Hook, SparseDown
-from ltepass.passes.lower.lower_sites import Stub
+from ltepass.passes.lower.stubs import Stub
 from ltepass.passes.lower.why_not_linear import is_product, not_plain
 from ltepass.routed.router import Router
 from ltepass.routed.sites import FFNSite

@@ -3,20 +3,16 @@
 aligned: y = down(gate(act(up(x)), router(x)))  ->  y = lowered_ffn(router, up, None, down, x), in the owner's forward
 inline:  up hands zeros on, the hook of down notes x and runs lowered_ffn
 graph:   as aligned, on the model's own graph, with the parameters that its nodes name
-
-The op computes the whole FFN where down is called, so that of an inline site's up one token of zeros will do (`Stub`),
-where the owner's code between the linears reads nothing but them: it then takes every size from them too. Else zeros of
-the whole shape.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import groupby
 from operator import attrgetter
 
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from ltepass.passes.capture.trace_owner import trace_owner
@@ -27,6 +23,7 @@ from ltepass.passes.insert.hooks import SparseDown, attach
 from ltepass.passes.insert.insert_routers import inline_site, insert_gates, relative
 from ltepass.passes.lower.bypassed_modules import called_between, called_modules, idle, settings
 from ltepass.passes.lower.lowered_forward import Plan, lowered_ffn, lowered_in_graph, plan_of
+from ltepass.passes.lower.stubs import Stub, one_token_will_do
 from ltepass.passes.lower.why_not_linear import is_conv1d
 from ltepass.routed.gate import add_tiers
 from ltepass.routed.gate import gate as gate_call
@@ -150,50 +147,3 @@ def _lower_inline(model: nn.Module, owner: str, sites: list[FFNSite], lowered: s
         _note_skipped(model, site.router, skipped, runs=True)
         model.get_submodule(site.down).forward = sparse
     attach(module, inline)
-
-
-class Stub:
-    """Stands for a linear's forward; width: its output features."""
-
-    def __init__(self, width: int, *, one_token: bool) -> None:
-        self.width, self.one_token = width, one_token
-
-    def __call__(self, x: Tensor) -> Tensor:
-        tokens = (1,) * (x.dim() - 1) if self.one_token else x.shape[:-1]
-        return x.new_zeros((*tokens, self.width))
-
-
-def one_token_will_do(owner: nn.Module, ups: Iterable[str], down: str) -> bool:
-    """Whether up linears may hand on zeros of one token: nothing else is read between the linears. False where the
-    owner's forward cannot be read.
-    """
-    paths = {*ups, down}
-    parents = {".".join(path.split(".")[:i]) for path in paths for i in range(1, path.count(".") + 1)}
-    if any(m._forward_hooks or m._forward_pre_hooks for m in map(owner.get_submodule, parents)):
-        return False  # a trace would run them
-    graphs = trace_owner(owner, defaults=True, through=paths)
-    return graphs is not None and all(_apart(graph, paths - {down}, down) for graph in graphs)
-
-
-def _apart(graph: Graph, ups: set[str], down: str) -> bool:
-    """Whether zeros of one token can go from the up linears to down: what lies between reads nothing else, and nothing
-    else reads it.
-    """
-    called = {str(n.target): n for n in graph.nodes if n.op == "call_module"}
-    if not {*ups, down} <= called.keys():
-        return False
-    end, starts = called[down], {called[path] for path in ups}
-    between, todo = set(starts), list(starts)
-    while todo:
-        for user in todo.pop().users:
-            if user is not end and user not in between:
-                between.add(user)
-                todo.append(user)
-    inner = between - starts
-    return (
-        end not in between and all(_reads_only(n, between) for n in inner) and not any(n.op == "output" for n in inner)
-    )
-
-
-def _reads_only(node: Node, between: set[Node]) -> bool:
-    return all(source in between or source.op == "get_attr" for source in node.all_input_nodes)
