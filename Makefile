@@ -42,7 +42,7 @@ demo: $(STAMP)
 
 # One thread a process: teams of threads that share cores wait for each other.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow" $(ARGS)
 
 # Each in an environment of its own; add_adapter of a transformers takes the PEFT named beside it, and no older one.
 floor: $(FLOOR_RUNS)

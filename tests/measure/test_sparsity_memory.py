@@ -12,7 +12,7 @@ PROGRAM = """
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 import ltepass
-from ltepass.measure.machine import peak_memory
+from ltepass.measure.memory import peak_memory
 
 torch.manual_seed(0)
 torch.set_num_threads(1)

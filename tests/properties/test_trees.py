@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -85,13 +86,14 @@ def check_life(model: nn.Module, planted: set[int]) -> None:
     assert_same(model, gated)
     for router in routers_of(model):
         router.mode = "hard"
-    hard = model(X)
+    hard, exact = model(X), copy.deepcopy(model).double()(X.double())
     try:
         ltepass.lower(model)
     except LoweringError:
         assert all(s.activation.startswith("custom(") for s in lte_state(model).sites)
     else:
-        torch.testing.assert_close(model(X), hard, rtol=1e-4, atol=1e-4)
+        # A norm of nearly equal values makes much of the last bit: eager fp32's own distance from fp64 is the measure.
+        assert (model(X) - exact).abs().max() <= 1e-4 + 4 * (hard - exact).abs().max()
         ltepass.unlower(model)
     sites = list(lte_state(model).sites)
     permutations = {s.name: router_of(model, s).permutation.clone() for s in sites}
