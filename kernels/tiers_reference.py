@@ -58,20 +58,32 @@ def tiered_ffn(
     constants.
     """
     best = logits > threshold
-    kept = best | (logits > floor)
+    return shared_ffn(x, best, best | (logits > floor), planes, activation, wide=wide)
+
+
+def shared_ffn(
+    x: Tensor, best: Tensor, kept: Tensor, planes: Planes, activation: str, *, wide: torch.dtype = torch.float32
+) -> Tensor:
+    """As `tiered_ffn`, of what was decided: best, kept: [..., f], bool, or shares of both planes and of down's high one
+    from 0 to 1, as a soft gate has them.
+    """
     high, down, low = (dequantise(codes, x.shape[-1]).to(wide) for codes in planes[:3])
     *rest, down_rest = low
     seen = rounded(x).to(wide)
     z = [
-        F.linear(seen, weight) + F.linear(seen, left).masked_fill(~best, 0.0)
-        for weight, left in zip(high, rest, strict=True)
+        F.linear(seen, weight) + _share_of(F.linear(seen, left), best) for weight, left in zip(high, rest, strict=True)
     ]
     if planes.biases is not None:
         z = [unit + bias for unit, bias in zip(z, planes.biases, strict=True)]
     hidden = ACTIVATIONS[activation](z[0])
     h = hidden * z[1] if len(z) == 2 else hidden
-    y: Tensor = h.masked_fill(~kept, 0.0) @ down[0] + h.masked_fill(~best, 0.0) @ down_rest
+    y: Tensor = _share_of(h, kept) @ down[0] + _share_of(h, best) @ down_rest
     return y if wide == torch.float64 else y.to(x.dtype)
+
+
+def _share_of(values: Tensor, share: Tensor) -> Tensor:
+    """A decision also keeps what is not finite away."""
+    return values.masked_fill(~share, 0.0) if share.dtype == torch.bool else values * share.to(values.dtype)
 
 
 def rounded(x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 Paper section 4.2: soft y = sum_i G_i E_i(x); hard y = sum_i 1[G_i > tau] E_i(x), unscaled.
 The gate multiplies the FFN's hidden units just before the down projection, which is the same sum. Where inactive
-neurons keep low bits, it lets none through in hard mode, so that down gives its bias alone; `add_tiers` adds the rest.
+neurons keep low bits, it lets none through, so that down gives its bias alone; `add_tiers` adds the rest.
 """
 
 from __future__ import annotations
@@ -41,10 +41,15 @@ def _gate(h: Tensor, logits: Tensor, threshold: Tensor, soft: bool, cut: Tensor 
 
 def _straight_through(h: Tensor, logits: Tensor, threshold: Tensor, cut: Tensor | None) -> Tensor:
     """The hard gate's value, with the gradient of a sigmoid around the threshold."""
-    scores = torch.sigmoid(logits - threshold)
-    mask = (logits > threshold).to(scores.dtype) + (scores - scores.detach())
+    mask = straight_through(logits, threshold)
     gated: Tensor = h.unflatten(-1, (logits.shape[-1], -1)) * mask.to(h.dtype).unsqueeze(-1)
     return leave_out_small(gated.flatten(-2), cut)
+
+
+def straight_through(logits: Tensor, threshold: Tensor) -> Tensor:
+    """The hard decision, 0 or 1 in the logits' dtype, with that gradient."""
+    scores = torch.sigmoid(logits - threshold)
+    return (logits > threshold).to(scores.dtype) + (scores - scores.detach())
 
 
 # One op in Dynamo's graph, so that a pass finds it without guessing; plain ATen ops for autograd, export and inductor.
@@ -89,7 +94,7 @@ def gate(router: Router, h: Tensor, logits: Tensor | None) -> Tensor:
 
 
 def add_tiers(router: Router, y: Tensor, logits: Tensor | None, x: Tensor) -> Tensor:
-    """y: [..., d_model], what down gave; x: the router's input -> y and what the tiers of bits write, in hard mode."""
+    """y: [..., d_model], what down gave; x: the router's input -> y and what the tiers of bits write."""
     if isinstance(y, torch.fx.Proxy):
         return y.tracer.create_proxy("call_function", add_tiers, (router, y, logits, x), {})
     if logits is None:

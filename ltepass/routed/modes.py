@@ -23,7 +23,7 @@ def set_mode(model: nn.Module, mode: Mode) -> None:
         model: a transformed model, not lowered.
         mode: "soft" and "hard" as the paper has them; "dense" leaves the gates open.
     Returns: None.
-    Raises: ConfigError, NotTransformedError, LoweredError.
+    Raises: ConfigError (no such mode), NotTransformedError, LoweredError.
     Example:
         >>> ltepass.set_mode(model, "hard")
         >>> set(ltepass.report(model).modes.values())
@@ -31,8 +31,6 @@ def set_mode(model: nn.Module, mode: Mode) -> None:
     """
     check_mode(mode)
     routed = Routed.trained(model, "set_mode")
-    if mode == "soft":
-        routed.require_gates("soft mode")
     switch(routed, mode)
 
 

@@ -65,7 +65,7 @@ class Routed:
         if self.tiered:
             raise ConfigError(
                 f'{what} does not serve inactive="low_bit", whose 4-bit planes stay as calibration made them; expected '
-                'inactive="zero"; train and change the model before it is transformed with "low_bit"'
+                'inactive="zero"; change the model before it is transformed with "low_bit", or train what is no FFN'
             )
 
     @cached_property

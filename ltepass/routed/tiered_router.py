@@ -2,8 +2,9 @@
 
 Its proxy's codes are the high plane of gate and up. Beside them it holds the high plane of down and the low plane of
 all three; `kernels/tiers_reference.py` says what is read of them for which neuron. In hard mode the gate lets nothing
-of the linears' own hidden units through, and `add_tiers`, behind the down projection, adds what the planes give. The
-linears' own weights serve dense mode, and are what new planes are made of.
+of the linears' own hidden units through, and `add_tiers`, behind the down projection, adds what the planes give; in
+soft mode a neuron's sigmoid is the share of its low plane. The linears' own weights serve dense mode, and are what new
+planes are made of; a training stage freezes them, for they do not reach the output.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from ltepass.errors import ConfigError
 from ltepass.kernels.planes import split
 from ltepass.kernels.proxy_codes import Codes, blocks_of
 from ltepass.kernels.tiers import tiers
-from ltepass.kernels.tiers_reference import Planes
+from ltepass.kernels.tiers_reference import Planes, shared_ffn
 from ltepass.kernels.weight_formats import HALF
+from ltepass.routed.gate import straight_through
 from ltepass.routed.proxy_router import ProxyRouter, proxy_of, read_weights
 from ltepass.routed.quantile_table import interpolate
 from ltepass.routed.sites import FFNSite, read_rows
@@ -75,12 +77,22 @@ class TieredRouter(ProxyRouter):
 
     def from_planes(self, x: Tensor, logits: Tensor) -> Tensor:
         """x: [..., d_model], logits: what this router gave for it -> [..., d_model] fp32, without down's bias."""
-        planes = self.planes()
-        high, written = planes.high, (*self.planes_of_down(), *self.low_planes())
-        args = (x, logits, self.threshold, self.floor, *high, *written, planes.biases, self.activation)
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
-                return tiers(*args)  # type: ignore[no-any-return]
+                return self._from_planes(x, logits)
+        return self._from_planes(x, logits)
+
+    def _from_planes(self, x: Tensor, logits: Tensor) -> Tensor:
+        planes, learns = self.planes(), self.straight_through and torch.is_grad_enabled()
+        if self.mode == "soft":  # of the low planes a share; what adds nothing in hard mode adds nothing here
+            kept = logits > self.floor
+            return shared_ffn(x.float(), torch.sigmoid(logits) * kept, kept, planes, self.activation)
+        if learns:
+            best = straight_through(logits, self.threshold)
+            kept = (logits > self.threshold) | (logits > self.floor)
+            return shared_ffn(x.float(), best, kept, planes, self.activation)
+        written = (*self.planes_of_down(), *self.low_planes())
+        args = (x, logits, self.threshold, self.floor, *planes.high, *written, planes.biases, self.activation)
         return tiers(*args)  # type: ignore[no-any-return]
 
     def reorder(self, order: Tensor) -> None:

@@ -27,10 +27,10 @@ class LTESettings:
         hold: in the hard stage, thresholds follow the measured sparsity step by step, so that settling is a small move.
         budget: "layer" brings every FFN to the target, "model" their mean, by one threshold for all; None: the
             config's.
-        trainable: "all" (the paper), "lora" (low-rank updates of the FFNs' linears, merged after each stage; needs
-            peft) or "routers". The routers learn in the soft stage; in the hard stage they are frozen, except with
-            "routers", where nothing else is left to learn, or with `straight_through`: the hard decision's value, a
-            sigmoid's gradient.
+        trainable: "all" (the paper; with inactive="low_bit" all but the FFNs' linears, whose place codes take), "lora"
+            (low-rank updates of the FFNs' linears, merged after each stage; needs peft) or "routers". The routers learn
+            in the soft stage; in the hard stage they are frozen, except with "routers", where nothing else is left to
+            learn, or with `straight_through`: the hard decision's value, a sigmoid's gradient.
         through_op: the hard stage computes the active (token, expert) pairs alone, by the sparse op and its backward.
             What that saves of an FFN is in kernels/README.md, of whole steps in examples/results/step_time.csv.
         lora_rank: of "lora".

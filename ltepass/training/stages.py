@@ -37,10 +37,11 @@ def begin_stage(
     Arguments:
         model: a transformed model, not lowered.
         stage: "soft", where everything learns, or "hard": routers frozen, so the task loss trains what is left.
-        trainable: "all" leaves the flags of what is no router as they are; "routers" and "lora" freeze it.
+        trainable: "all" leaves the flags of what is no router as they are; "routers" and "lora" freeze it. With
+            inactive="low_bit" the FFNs' own weights are frozen too: codes stand in their place.
         straight_through: routers learn in the hard stage too, as they do with "routers".
     Returns: None.
-    Raises: NotTransformedError, LoweredError, ShardedError, ConfigError (inactive="low_bit").
+    Raises: NotTransformedError, LoweredError, ShardedError, ConfigError (inactive="low_bit" with "lora").
     Example:
         >>> ltepass.begin_stage(model, "hard")
         >>> model.model.layers[0].mlp.router.weight.requires_grad
@@ -48,11 +49,15 @@ def begin_stage(
     """
     routed = Routed.trained(model, f"the {stage} stage")
     require_whole(model, f"the {stage} stage", flat_only=True)
-    routed.require_gates(f"the {stage} stage")
+    if trainable == "lora":  # adds to linears
+        routed.require_gates('trainable="lora"')
     switch(routed, stage)
     learns_hard = straight_through or trainable == "routers"
     if trainable != "all":
         model.requires_grad_(False)
+    elif routed.tiered:
+        for rows in (rows for site in routed.sites for rows in site.neurons):
+            routed.model.get_parameter(rows.param).requires_grad_(False)
     for router in routed.routers:  # alone: what PEFT keeps beside it stays frozen
         router.straight_through = stage == "hard" and learns_hard
         router.requires_grad_(stage == "soft" or learns_hard)
@@ -65,7 +70,7 @@ def settle(
     """End a stage: new sparsity table, thresholds at `sparsity`, hard mode.
 
     The routers' weights stay; only their thresholds move, and the cuts of hidden units where the model has them. A
-    proxy's codes are made anew of what the weights have become.
+    proxy's codes are made anew of what the weights have become; those of tiers, whose weights do not learn, stay.
 
     Arguments:
         model: a transformed model, not lowered.
@@ -82,11 +87,11 @@ def settle(
     """
     batches = list(batches)
     routed = Routed.trained(model, "settle")
-    routed.require_gates("settle")
     routed.config["budget"] = budget or routed.config["budget"]
     switch(routed, "hard")
     for site, router in routed:
-        if isinstance(router, ProxyRouter):  # where an adapter stands in the weights' place, codes stay as they are
+        # Where an adapter stands in the weights' place, codes stay as they are; tiers' weights have not learned.
+        if isinstance(router, ProxyRouter) and not router.tiered:
             encode(routed.model, site, router)
     for _ in range(2):  # the second pass sees the inputs that the moved thresholds make
         update_table(routed, batches)
@@ -122,6 +127,8 @@ def stage_options(model: nn.Module, lte: LTESettings, stage: Stage) -> Iterator[
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     modes = [(router, router.mode) for router in routers_of(model)]
     through_op = lte.through_op and stage == "hard"
+    if through_op:
+        Routed.of(model, "stage options").require_gates("through_op")
     begun = False
     try:
         begun = all_or_nothing(model, partial(_begin, model, lte, stage, through_op))

@@ -255,10 +255,7 @@ def test_an_ffn_that_cannot_have_tiers_is_refused_by_name() -> None:
 def test_what_does_not_serve_it_says_so() -> None:
     model, batch = tiered(), zoo.ids(8, 16)
     for call in (
-        lambda: ltepass.set_mode(model, "soft"),
-        lambda: ltepass.begin_stage(model, "soft"),
-        lambda: ltepass.begin_stage(model, "hard"),
-        lambda: ltepass.settle(model, [batch], 0.5),
+        lambda: ltepass.begin_stage(model, "soft", trainable="lora"),
         lambda: ltepass.set_hidden_sparsity(model, 0.1, [batch]),
         lambda: ltepass.set_input_sparsity(model, 0.1, [batch]),
         lambda: ltepass.warm_start(model, batch),
