@@ -1,4 +1,4 @@
-"""Bits of FFN weights that a token reads, against quality, before any training.
+"""Bits of FFN weights that a token reads, against quality, before any training and after a little.
 
     python -m examples.compare.bits --preset smoke       a minute: the tiny model
     python -m examples.compare.bits --preset smollm2     SmolLM2-135M off its grid (`off_grid.py`); half an hour
@@ -9,6 +9,10 @@ each, the best of a few clips; int8 and Q4_1 are what llama.cpp and others have.
 plane of down, and p = 0 is its quantiser, GPTQ, alone. Codes and tables come from text of one domain; columns say what
 each text costs over dense, with the 95 % interval of paired differences per block. Rows go to bits.csv as they are
 measured, the page is made from them.
+
+Trained tiers: one hard stage at TRAINED_AT, on text of the calibration's domain, that learns the dense model's own
+logits and no label: codes stay, what is no FFN learns around them. Dense as it is stays what they are measured against,
+and one checkpoint serves all points.
 """
 
 from __future__ import annotations
@@ -42,22 +46,27 @@ FIELDS = "model method bits held text domain ratio low high tokens machine torch
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8)
 BLOCK = 32
 MOST = 0.99  # a sparsity
+TRAINED_AT = (0.05, 0.6)
+LEARNING_RATE = 1e-4
 TIERS = ((0.0, 1.0), (0.05, 0.6), (0.05, 1.0), (0.1, 0.6), (0.1, 1.0), (0.2, 0.6), (0.2, 1.0))  # (p, q)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """blocks of `length` tokens of each text; calibration: blocks of training text for codes and tables."""
+    """blocks of `length` tokens of each text; calibration: blocks of training text for codes and tables; steps: of
+    training, a block each, of text behind the calibration's.
+    """
 
     model: str
     blocks: int
     length: int
     calibration: int
+    steps: int
 
 
 PRESETS = {
-    "smoke": Preset(model="tiny", blocks=8, length=64, calibration=16),
-    "smollm2": Preset(model="smollm2", blocks=8, length=512, calibration=16),
+    "smoke": Preset(model="tiny", blocks=8, length=64, calibration=16, steps=4),
+    "smollm2": Preset(model="smollm2", blocks=8, length=512, calibration=16, steps=60),
 }
 
 
@@ -101,7 +110,7 @@ class Made:
     held: float
 
 
-def methods(dense: Any, calibration: list[Tensor]) -> Iterator[Made]:
+def methods(dense: Any, calibration: list[Tensor], train: Tensor, work: Path) -> Iterator[Made]:
     gated = ltepass.transform(
         copy.deepcopy(dense),
         config=ltepass.LTEConfig(router="proxy", inactive="low_bit", target_sparsity=0.9),
@@ -112,14 +121,42 @@ def methods(dense: Any, calibration: list[Tensor]) -> Iterator[Made]:
         yield Made(name, _changed(dense, sites, change), size, size)
     ltepass.set_mode(gated, "hard")
     for p, q in TIERS:
-        for router in routers_of(gated):
-            router.low_bit_sparsity = 1.0 - q  # type: ignore[assignment]  # a TieredRouter's
-        ltepass.set_sparsity(gated, min(1.0 - p, MOST))
-        if p == 0.0:
-            for router in routers_of(gated):
-                router.threshold.fill_(math.inf)
-        bits = tier_bits(gated, p, q)
+        bits = _set_tiers(gated, p, q)
         yield Made(f"tiers of int8 x, p {p:g}, q {q:g}" if p else "GPTQ of inactive units, int8 x", gated, *bits)
+    _distil(gated, dense, train, work)
+    for p, q in TIERS[1:]:
+        yield Made(f"tiers trained on {train.numel():,} tokens, p {p:g}, q {q:g}", gated, *_set_tiers(gated, p, q))
+
+
+def _set_tiers(gated: Any, p: float, q: float) -> tuple[float, float]:
+    """Both shares, from the tables; (read, held) bits."""
+    for router in routers_of(gated):
+        router.low_bit_sparsity = 1.0 - q  # type: ignore[assignment]  # a TieredRouter's
+    ltepass.set_sparsity(gated, min(1.0 - p, MOST))
+    if p == 0.0:
+        for router in routers_of(gated):
+            router.threshold.fill_(math.inf)
+    return tier_bits(gated, p, q)
+
+
+def _distil(gated: Any, dense: Any, train: Tensor, work: Path) -> None:
+    """A hard stage at TRAINED_AT on the blocks of train [n, T], taught by the dense model alone."""
+    _set_tiers(gated, *TRAINED_AT)
+    options: Any = {"learning_rate": LEARNING_RATE, "lr_scheduler_type": "cosine", "warmup_steps": 0.1}
+    args = transformers.TrainingArguments(
+        str(work / "tiers"),
+        per_device_train_batch_size=1,
+        max_steps=len(train),
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        **options,
+    )
+    rows = [{"input_ids": block, "labels": block} for block in train]
+    lte = ltepass.LTESettings(soft_steps=0, distill=1.0, target_sparsity=1.0 - TRAINED_AT[0])
+    ltepass.LTETrainer(model=gated, args=args, train_dataset=rows, lte=lte, teacher=dense).fit()
+    gated.eval()
 
 
 @torch.no_grad()
@@ -145,26 +182,27 @@ def tier_bits(gated: Any, p: float, q: float) -> tuple[float, float]:
     return 8 * read / weights, 8 * held / weights
 
 
-def texts_of(preset: Preset, tokenizer: Any) -> tuple[list[Tensor], dict[tuple[str, str], Tensor]]:
-    """Calibration batches, and blocks by (text, domain)."""
+def texts_of(preset: Preset, tokenizer: Any) -> tuple[list[Tensor], Tensor, dict[tuple[str, str], Tensor]]:
+    """Calibration batches, blocks to train on, and blocks by (text, domain)."""
     train, held_out = python_docs()
     texts = {("Python reference", "calibration"): held_out, **{(n, "outside"): t for n, t in other_texts().items()}}
-    calibration = token_blocks(tokenizer, train, preset.length, preset.calibration)
+    read = token_blocks(tokenizer, train, preset.length, preset.calibration + preset.steps)
+    calibration, more = read[: preset.calibration], read[preset.calibration :]
     blocks = {key: token_blocks(tokenizer, text, preset.length, preset.blocks) for key, text in texts.items()}
-    return list(calibration.split(4)), blocks
+    return list(calibration.split(4)), more, blocks
 
 
 def measure(preset: Preset, work: Path, out: Path) -> None:
     rows = Rows(out).read()
     tokenizer = models.tokenizer(preset.model)
-    calibration, blocks = texts_of(preset, tokenizer)
+    calibration, train, blocks = texts_of(preset, tokenizer)
     dense = models.load(preset.model, work, torch.cat(calibration))
     name = preset.model
     if preset.model == "smollm2":
         dense, name = off_grid(dense), "smollm2, off its grid"
     base = {key: token_losses(dense, some) for key, some in blocks.items()}
     known = {r["method"] for r in rows if r["model"] == name}
-    for made in methods(dense, calibration):
+    for made in methods(dense, calibration, train, work):
         if made.method in known:
             continue
         for (text, domain), some in blocks.items():
@@ -197,13 +235,14 @@ def _ratio(row: dict[str, str]) -> str:
 
 def page(rows: list[dict[str, str]]) -> str:
     lines = [
-        "# Bits of FFN weights against quality, before any training",
+        "# Bits of FFN weights against quality, before any training and after a little",
         "",
         "Made by `examples/compare/bits.py` from the CSV beside it; nothing here is typed. Perplexity over dense fp32, "
         "with the 95 % interval of paired differences per block. Codes and tables come from text of the calibration "
         "domain. Rows `tiers, p ..` are of codes of down that make up for what all units lose, as calibration made "
         "them once; now inactive units make up for each other alone. Both were made with x in floats; rows `of int8 x` "
-        "take a token as codes of 8 bits, as tiers are defined now.",
+        "take a token as codes of 8 bits, as tiers are defined now. Rows `tiers trained` are one checkpoint that "
+        "learned the dense model's logits, and no label, on other text of the calibration domain.",
     ]
     for model in dict.fromkeys(r["model"] for r in rows):
         here = [r for r in rows if r["model"] == model]
