@@ -59,8 +59,8 @@ class LTEConfig:
         proxy_scales: of the copy: "blocks" of 32 inputs have a multiplier each (4.25 bits a weight), or "rows" share
             one scale (4 bits, less exact).
         inactive: "zero", or "low_bit" (proxies of single neurons alone): neurons that are not active keep the value
-            that 4-bit weights give them, and active ones have 8 bits, as two planes of 4. Hard and dense mode only: no
-            stage trains it, and no kernel runs it yet.
+            that 4-bit weights give them, and active ones have 8 bits, as two planes of 4. Training stages leave the
+            codes as calibration made them: what is no FFN learns around them. CPUs alone have a kernel for it.
         low_bit_sparsity: of inactive="low_bit": share of neurons, those that score least, that add nothing at all:
             their columns of down are not read.
         low_bit_quantiser: of inactive="low_bit": how calibration makes the 4-bit codes. "gptq" makes later inputs'

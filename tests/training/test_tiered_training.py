@@ -18,7 +18,7 @@ from ltepass.routed.tiered_router import TieredRouter
 from tests.models import zoo
 from tests.training.learning_cases import copied_text, dense_model, fit, perplexity_of, weights
 
-TIERS: Any = {"router": "proxy", "inactive": "low_bit", "low_bit_quantiser": "nearest"}
+TIERS: Any = {"router": "proxy", "inactive": "low_bit"}
 
 
 def tiered(name: str = "llama", **settings: Any) -> Any:
@@ -77,6 +77,8 @@ def test_the_hard_stage_computes_what_hard_mode_does_and_learns_through_the_deci
         seen = [router.weight.grad is not None and bool(router.weight.grad.any()) for router in routers(model)]
         assert seen == [through, through]
         assert bool(model.model.embed_tokens.weight.grad.any())
+        linears = [model.get_parameter(rows.param) for site in ltepass.report(model).sites for rows in site.neurons]
+        assert not any(weight.requires_grad for weight in linears)  # DDP waits for what learns
 
 
 def test_both_stages_learn_around_the_codes_to_the_target(tmp_path: Path) -> None:
