@@ -17,6 +17,7 @@ from torch import nn
 import ltepass
 from ltepass.config import ROUTERS, RouterKind
 from ltepass.routed.routed import routers_of
+from tests.models import zoo
 from tests.models.zoo import ALL, build, ids, layers, logits, mlp, transformed
 from tests.typed import lte_state
 
@@ -28,9 +29,7 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dynamo traces and our backend lowers; inductor, which would take a minute, hands the graph on."""
-    torch._dynamo.reset()
-    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda gm, inputs, config_patches: gm.forward)
+    zoo.fresh_dynamo(monkeypatch, inductor=False)
 
 
 @pytest.mark.parametrize("router", ROUTERS)

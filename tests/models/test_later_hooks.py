@@ -15,6 +15,7 @@ from torch.nn.modules.module import register_module_forward_hook
 import ltepass
 from ltepass.errors import LoweredError, LoweringError
 from ltepass.routed.routed import router_of
+from tests.models import zoo
 from tests.models.test_bypassed import linear, steering
 from tests.models.zoo import ids, logits, transformed
 from tests.typed import lte_state
@@ -148,9 +149,7 @@ class Removed:
 
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dynamo traces and our backend lowers; inductor, which would take a minute, hands the graph on."""
-    torch._dynamo.reset()
-    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda gm, inputs, config_patches: gm.forward)
+    zoo.fresh_dynamo(monkeypatch, inductor=False)
 
 
 @pytest.mark.parametrize("kind", HOOKS)

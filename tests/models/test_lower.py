@@ -17,6 +17,7 @@ from ltepass.kernels import reference
 from ltepass.passes import BACKEND
 from ltepass.passes.graph.pipeline import GraphJob, run_passes
 from ltepass.routed.routed import router_of, routers_of
+from tests.models import zoo
 from tests.models.zoo import ALL, HF, CountOp, Graphs, generate, ids, logits, transformed
 from tests.typed import grad, lte_state, present
 
@@ -86,8 +87,10 @@ def test_generate_calls_the_op_once_a_layer_and_step_and_gives_the_same_tokens(n
 
 
 @pytest.mark.parametrize("name", ["llama", "opt"])
-def test_scope_model_compiles_with_the_backend_and_gives_the_same_tokens(name: str) -> None:
-    torch._dynamo.reset()
+def test_scope_model_compiles_with_the_backend_and_gives_the_same_tokens(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zoo.fresh_dynamo(monkeypatch, inductor=name == "llama")
     layers, new = 3, 6
     model = transformed(name, layers=layers)
     expected = generate(model, ids(1, 5), new)
@@ -106,8 +109,8 @@ def test_scope_model_compiles_with_the_backend_and_gives_the_same_tokens(name: s
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "own"])
-def test_torch_compile_with_the_backend_lowers_every_gate(name: str) -> None:
-    torch._dynamo.reset()
+def test_torch_compile_with_the_backend_lowers_every_gate(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    zoo.fresh_dynamo(monkeypatch, inductor=name == "llama")
     model = transformed(name)
     expected = logits(model)
     compiled = torch.compile(model, backend="lte", fullgraph=True)

@@ -266,11 +266,11 @@ def test_what_does_not_serve_it_says_so() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("scope", ["ffn", "model"])
-def test_lowered_is_hard_eager(name: str, scope: Any) -> None:
+def test_lowered_is_hard_eager(name: str, scope: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiered(name, low_bit_sparsity=0.4, target_sparsity=0.8)
     ltepass.set_mode(model, "hard")
     expected = zoo.logits(model)
-    torch._dynamo.reset()
+    zoo.fresh_dynamo(monkeypatch, inductor=name == "llama")
     ltepass.lower(model, scope=scope)
     for T in (12, 1):
         x = zoo.ids()[:, :T] if name in zoo.HF else None
@@ -312,11 +312,11 @@ def test_lowered_reads_planes_and_thresholds_as_they_are() -> None:
     assert torch.allclose(zoo.logits(ltepass.unlower(model)), nothing, atol=1e-6)
 
 
-def test_what_keeps_the_op_out_of_a_graph_is_said() -> None:
+def test_what_keeps_the_op_out_of_a_graph_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiered()
     ltepass.set_mode(model, "hard")
     expected = zoo.logits(model)
-    torch._dynamo.reset()
+    zoo.fresh_dynamo(monkeypatch, inductor=False)
     ltepass.lower(model, scope="model")
     with torch.autocast("cpu", torch.bfloat16):
         y = zoo.logits(model)

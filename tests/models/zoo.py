@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable
 from typing import Any, Self, cast
 
+import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
@@ -103,6 +104,15 @@ def logits(model: Callable[..., Any], x: Tensor | None = None) -> Tensor:
         out = model(ids() if x is None else x)
     first: Tensor = out if isinstance(out, Tensor) else out[0]
     return first
+
+
+def fresh_dynamo(monkeypatch: pytest.MonkeyPatch, *, inductor: bool) -> None:
+    """Nothing is compiled yet. Without inductor, which takes a minute, Dynamo traces, our backend lowers, and the graph
+    runs as it is.
+    """
+    torch._dynamo.reset()
+    if not inductor:
+        monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda gm, inputs, config_patches: gm.forward)
 
 
 def generate(model: hf.PreTrainedModel, x: Tensor, new: int, **how: Any) -> Tensor:

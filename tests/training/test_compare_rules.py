@@ -70,7 +70,7 @@ def test_with_every_expert_kept_it_is_the_dense_model(name: str) -> None:
     torch.testing.assert_close(logits(r, x), dense)
 
 
-@pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.75])
+@pytest.mark.parametrize("sparsity", [pytest.param(0.25, marks=pytest.mark.slow), 0.5, 0.75])
 @pytest.mark.parametrize("name", [*EXACT_COUNT, *BY_THRESHOLD])
 def test_measured_sparsity_is_what_was_asked_for(name: str, sparsity: float) -> None:
     r = ruled(name, sparsity)
