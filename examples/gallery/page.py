@@ -1,0 +1,108 @@
+"""README.md beside this file: what was written by hand, with the tables of the rows between two marks.
+
+python -m examples.gallery.page
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from examples.gallery.rows import Row, read
+
+PAGE = Path(__file__).parent / "README.md"
+BEGIN, END = "<!-- tables: written by `python -m examples.gallery.page` -->", "<!-- end of tables -->"
+ROUTERS = ("linear", "proxy")
+
+
+def spread(rows: Sequence[Row]) -> str:
+    """The mean, and over several seeds the least and the largest."""
+    values = [row.value for row in rows]
+    if not values:
+        return "not measured"
+    digits = 1 if max(map(abs, values)) >= 100 else 3
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} .. {max(values):.{digits}f})"
+
+
+def task_table(rows: Sequence[Row]) -> list[str]:
+    """Dense beside each router and sparsity, trained; a line for each model of each example."""
+    columns = [(router, target) for router in ROUTERS for target in (0.5, 0.8)]
+    heads = [f"{router} {target:.0%}" for router, target in columns]
+    table = [
+        "| example | data | model | metric | beside | dense | " + " | ".join(heads) + " | lowered | seeds | s a seed |",
+        "|---" * (9 + len(columns)) + "|",
+    ]
+    for example, model in dict.fromkeys((row.example, row.model) for row in rows):
+        mine = [row for row in rows if (row.example, row.model) == (example, model)]
+        data, metric = mine[0].data, mine[0].metric
+        others = [row for row in rows if row.example == example and row.side not in ("dense", *ROUTERS)]
+        beside = f"{others[0].side}: {spread(others)}" if others else ""
+        dense = [row for row in mine if row.side == "dense"]
+        cells = [
+            spread([row for row in mine if (row.side, row.target, row.stage) == (router, target, "trained")])
+            if not dense[0].note
+            else "refused"
+            for router, target in columns
+        ]
+        seeds = {row.seed for row in mine}
+        table.append(
+            f"| [{example}]({example}.py) | {data} | {model} | {metric} | {beside} | {spread(dense)} | "
+            f"{' | '.join(cells)} | {lowered(mine)} | {len(seeds)} | "
+            f"{sum(row.seconds for row in mine) / len(seeds):.0f} |"
+        )
+    return table
+
+
+def lowered(rows: Sequence[Row]) -> str:
+    """Sites that were lowered, of those found, and on how many inputs the answer was hard eager's, at the least."""
+    routed = [row for row in rows if row.sites]
+    if not routed:
+        return "no site"
+    return f"{routed[0].lowered} of {routed[0].sites} sites, equal on {min(row.equal for row in routed):.1%} of inputs"
+
+
+def calibrated_table(rows: Sequence[Row]) -> list[str]:
+    """The same models before any training of routers."""
+    rows = [row for row in rows if row.stage == "calibrated"]
+    columns = [(router, target) for router in ROUTERS for target in (0.5, 0.8)]
+    heads = [f"{router} {target:.0%}" for router, target in columns]
+    table = ["| example, calibrated alone | " + " | ".join(heads) + " |", "|---" * (1 + len(columns)) + "|"]
+    for example in dict.fromkeys(row.example for row in rows):
+        cells = [
+            spread([row for row in rows if (row.example, row.side, row.target) == (example, router, target)])
+            for router, target in columns
+        ]
+        table.append(f"| {example} | {' | '.join(cells)} |")
+    return table
+
+
+def reasons(rows: Iterable[Row]) -> list[str]:
+    noted = dict.fromkeys((row.model, row.note) for row in rows if row.note)
+    return [f"- {model}: {note}" for model, note in noted]
+
+
+def tables(rows: Sequence[Row]) -> str:
+    made_on = sorted({row.machine for row in rows})
+    versions = sorted({version for row in rows for version in row.versions.split("; ")})
+    parts = [task_table(rows), calibrated_table(rows)]
+    refused = reasons(rows)
+    if refused:
+        parts.append(["Refused:", "", *refused])
+    parts.append([f"Made on {'; '.join(made_on)}, with {', '.join(versions)}."])
+    return "\n\n".join("\n".join(part) for part in parts)
+
+
+def with_tables(page: str, rows: Sequence[Row]) -> str:
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{tables(rows)}\n{END}{after}"
+
+
+def main() -> None:
+    PAGE.write_text(with_tables(PAGE.read_text(), read()))
+
+
+if __name__ == "__main__":
+    main()
