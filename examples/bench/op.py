@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -16,12 +16,13 @@ from examples.bench.op_cases import CALL, CASES, INT8_SPARSITIES, SPARSITIES, Ca
 from examples.bench.sparse_int8 import sparse_int8
 from examples.bench.table import describe, op_table
 from examples.bench.ways import Shape
-from ltepass.cli.output_and_errors import run_command
+from ltepass.cli.output_and_errors import AsJson, run_command, show
 from ltepass.errors import ConfigError
 from ltepass.kernels.cpu.which_path import which_path
 from ltepass.measure.machine import gemm_rate, plain_reads
 from ltepass.measure.records import Environment, OpRecord, append, read
 from ltepass.measure.timing import Contender, copies_needed, interleaved
+from ltepass.progress import steps
 
 ROUTED = "routed"
 INT8 = "sparse int8"
@@ -30,20 +31,8 @@ READ = "plain read"
 UPCAST_TOKENS = 16  # below, widening the weights costs more than it saves
 
 
-def bench(
-    patterns: Sequence[str] | None,
-    *,
-    threads: int | None,
-    seconds: float,
-    repeats: int,
-    out: Path,
-    plot: Path | None,
-    only_list: bool = False,
-) -> Any:
-    """Times the cases whose names match, one by one, each appended to the CSV `out` when it is done.
-
-    Returns a rich table of them, or of the cases there are. Raises ConfigError where no case matches.
-    """
+def cases_named(patterns: Sequence[str] | None, threads: int | None) -> list[Case]:
+    """Those whose names match. Raises ConfigError where none does."""
     chosen = [
         case
         for case in CASES
@@ -53,10 +42,15 @@ def bench(
         raise ConfigError(
             f"no case matches {' '.join(patterns or [])!r} on {threads} threads; see ltepass bench op --list"
         )
-    if only_list:
-        return "\n".join(f"{case.name}: {describe(case.name)}" for case in chosen)
+    return chosen
+
+
+def bench(
+    chosen: Sequence[Case], *, seconds: float, repeats: int, out: Path, plot: Path | None = None
+) -> list[OpRecord]:
+    """Times the cases one by one, each appended to the CSV `out` when it is done."""
     done: list[OpRecord] = []
-    for case in chosen:
+    for case in steps("cases", chosen):
         records = measure(case, seconds=seconds, min_repeats=repeats)
         append(out, records)
         done += records
@@ -64,7 +58,7 @@ def bench(
         from examples.bench.plot import draw
 
         draw(plot, read(out, OpRecord))
-    return op_table(done)
+    return done
 
 
 def measure(
@@ -170,12 +164,17 @@ def main(
     repeats: Annotated[int, typer.Option(help="Turns at least.")] = 15,
     out: Annotated[Path, typer.Option(help="Where results go.")] = Path("lte-bench/op.csv"),
     plot: Annotated[Path | None, typer.Option(help="An SVG of everything in OUT: time against sparsity.")] = None,
-    show: Annotated[bool, typer.Option("--list", help="Name the cases and stop.")] = False,
+    only_list: Annotated[bool, typer.Option("--list", help="Name the cases and stop.")] = False,
+    json: AsJson = False,
 ) -> None:
     """Time the sparse op against dense and against other ways to skip neurons; appends to a CSV."""
-    from rich.console import Console
-
-    Console().print(bench(cases, threads=threads, seconds=seconds, repeats=repeats, out=out, plot=plot, only_list=show))
+    chosen = cases_named(cases, threads)
+    if only_list:
+        names = {case.name: describe(case.name) for case in chosen}
+        show({"cases": names} if json else "\n".join(f"{name}: {what}" for name, what in names.items()), json=json)
+        return
+    records = bench(chosen, seconds=seconds, repeats=repeats, out=out, plot=plot)
+    show({"rows": records} if json else op_table(records), json=json)
 
 
 if __name__ == "__main__":

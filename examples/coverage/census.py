@@ -19,8 +19,9 @@ from examples.coverage.architectures import entries
 from examples.coverage.examine import Row, examine
 from examples.coverage.lacking import summary_lines, unexplained
 from examples.coverage.page import write_table
-from ltepass.cli.output_and_errors import run_command
+from ltepass.cli.output_and_errors import AsJson, run_command, show
 from ltepass.errors import ConfigError
+from ltepass.progress import tell
 
 TIMEOUT_S = 180.0
 MEMORY_BYTES = 8 << 30  # address space of one check; torch alone maps about 2 GB
@@ -41,9 +42,11 @@ def take_census(
     context = get_context("forkserver")
     context.set_forkserver_preload(list(PRELOAD))
     todo = list(names or known)[::-1]
+    total = len(todo)
     running: dict[Connection, tuple[str, Any, float]] = {}
     try:
         while todo or running:
+            tell("architectures", total - len(todo) - len(running), total)
             while todo and len(running) < jobs:
                 name = todo.pop()
                 ours, theirs = context.Pipe(duplex=False)
@@ -53,6 +56,7 @@ def take_census(
                 running[ours] = name, process, time.monotonic() + timeout
             yield from _finished(running, timeout)
     finally:
+        tell("architectures", total, total)
         for _, process, _ in running.values():
             process.kill()
 
@@ -104,19 +108,22 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Where coverage.csv and coverage.md go.")] = None,
     jobs: Annotated[int, typer.Option(help="Processes at a time, one thread each.")] = 1,
     timeout: Annotated[float, typer.Option(help="Seconds that one architecture may take.")] = TIMEOUT_S,
+    json: AsJson = False,
 ) -> None:
     """Transform, gate and lower a tiny model of every architecture, and compare what each computes."""
     rows = []
     for row in take_census(names or (), jobs=jobs, timeout=timeout):
-        typer.echo(line_of(row))
+        typer.echo(line_of(row), err=json)
         rows.append(row)
         if out is not None:
             write_table(rows, out)  # after each: a run that is stopped keeps what it has
     for line in summary_lines(rows):
-        typer.echo(line)
+        typer.echo(line, err=json)
     lacking = {row.name: missing for row in rows if (missing := unexplained(row))}
     for name, missing in lacking.items():
         typer.echo(f"{name}: no reason is known for {', '.join(missing)}", err=True)
+    if json:
+        show({"rows": rows, "unexplained": lacking}, json=True)
     if lacking:
         raise typer.Exit(1)
 

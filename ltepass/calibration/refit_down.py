@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ltepass.errors import CalibrationError
+from ltepass.progress import tell
 from ltepass.routed.batches import mapping_of, require_finite, require_seen, run_batches
 from ltepass.routed.modes import mode_of
 from ltepass.routed.quantile_table import interpolate, table_of
@@ -79,6 +80,7 @@ def warm_start(
     def fitted(sites: list[FFNSite], error: float) -> None:
         for site in sites:
             errors[site.name] = error
+            tell("refitting FFNs", len(errors), len(routed.sites))
             if on_site is not None:
                 on_site(len(errors), error)
         if len(errors) == len(routed.sites):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ltepass.cli.output_and_errors import PASSED_ON, Device, Model, pass_on, show
+from ltepass.cli.output_and_errors import PASSED_ON, AsJson, Device, Model, pass_on, show
 from ltepass.errors import ConfigError
 
 app = typer.Typer(no_args_is_help=True, help="Timings of a saved model.")
@@ -38,9 +40,11 @@ def model(
     out: Annotated[Path | None, typer.Option(help="A CSV to append to.")] = None,
     plot: Annotated[Path | None, typer.Option(help="An SVG of the times.")] = None,
     device: Device = "cpu",
+    json: AsJson = False,
 ) -> None:
     """Decode speed: dense, lowered and other programs in turns, beside the time that reading their bytes would take."""
     from ltepass.commands import bench
+    from ltepass.commands.bench_tables import token_tables
     from ltepass.commands.load import text_of
 
     options = bench.BenchOptions(
@@ -58,7 +62,9 @@ def model(
         name=name,
         device=device,
     )
-    show(bench.bench(str(folder), text_of(text), out, options, plot))
+    with redirect_stdout(sys.stderr):
+        records = bench.bench(str(folder), text_of(text), out, options, plot)
+    show({"rows": records} if json else token_tables(records), json=json)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, is_dataclass
 from json import dumps
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from ltepass.cli.progress_bars import progress_bars
 from ltepass.errors import LTEError, first_line
 
 Model = Annotated[str, typer.Argument(help="A model directory, a hub name, or module:function that returns a model.")]
@@ -21,7 +23,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 GroupSize = Annotated[int | None, typer.Option(help="Neurons per expert; without it, chosen per site.")]
 Router = Annotated[str, typer.Option(help="linear (the paper's, of groups) or proxy (of single neurons).")]
 Seed = Annotated[int, typer.Option(help="Seed of grouping, router start and batches.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs; all else on stderr.")]
 # Of a command whose arguments, --help too, another program reads.
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
@@ -36,11 +38,22 @@ def pass_on(context: typer.Context, command: str, module: str) -> None:
 def show(what: object, *, json: bool = False) -> None:
     """A table, or anything that rich prints; as JSON: a mapping or a dataclass."""
     if json:
-        typer.echo(dumps(asdict(what) if is_dataclass(what) and not isinstance(what, type) else what, default=str))
+        typer.echo(dumps(_plain(what), default=str, allow_nan=False))
         return
     from rich.console import Console
 
     Console().print(what)
+
+
+def _plain(value: object) -> object:
+    """As JSON has it, which knows no NaN and no infinity: such a number is null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if is_dataclass(value) and not isinstance(value, type):
+        return _plain(asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def say_when() -> Callable[[str], None]:
@@ -59,7 +72,8 @@ def run_command(function: Callable[..., None]) -> None:
 def run(program: typer.Typer) -> None:
     """Errors that a user can put right are shown as text, without a traceback."""
     try:
-        program()
+        with progress_bars():
+            program()
     except LTEError as error:
         typer.echo(f"{type(error).__name__}: {error}", err=True)
         raise SystemExit(2) from None

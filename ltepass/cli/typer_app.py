@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ltepass.cli import bench, train
+from ltepass.cli import bench, evaluate, train
 from ltepass.cli.output_and_errors import (
     PASSED_ON,
     AsJson,
@@ -29,6 +31,7 @@ from ltepass.version import __version__
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 app.add_typer(bench.app, name="bench")
 app.command(epilog=train.EXAMPLE)(train.train)
+app.command("eval", epilog=evaluate.EXAMPLE)(evaluate.evaluate)
 
 
 def _show_version(asked: bool) -> None:
@@ -56,8 +59,11 @@ def demo(
     device: Device = "cpu",
     out: Out = Path("lte-demo"),
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over where OUT holds a run.")] = False,
+    json: AsJson = False,
 ) -> None:
     """A real model gets faster: train, lower, time, save, load, and one table of what came out."""
+    from rich.console import Console
+
     from ltepass.demo.options import DemoOptions
     from ltepass.demo.run import run_demo
 
@@ -70,10 +76,13 @@ def demo(
         device=device,
     )
     try:
-        run_demo(options, out, fresh=fresh)
+        with redirect_stdout(sys.stderr if json else sys.stdout):
+            results = run_demo(options, out, fresh=fresh, console=Console(stderr=json))
     except KeyboardInterrupt:
         typer.echo(f"\nstopped; what is finished lies in {out}; the same command goes on from there", err=True)
         raise typer.Exit(130) from None
+    if json:
+        show(results, json=True)
 
 
 @app.command(epilog="Example: ltepass inspect HuggingFaceTB/SmolLM2-135M")
@@ -109,37 +118,6 @@ def report(folder: Folder, json: AsJson = False) -> None:
     show(ltepass.report(load(str(folder))), json=json)
 
 
-@app.command("eval", epilog="Example: ltepass eval lte-model other.txt --sparsities 0.3,0.5,0.7")
-def evaluate(
-    folder: Folder,
-    text: Annotated[Path, typer.Argument(help="A text file that the model was not trained on.")],
-    others: Annotated[list[Path] | None, typer.Option("--text", help="More texts, a column each.")] = None,
-    against: Annotated[
-        list[str] | None, typer.Option(help="A dense model to compare with; of several, the best on each text.")
-    ] = None,
-    length: Annotated[int, typer.Option(help="Tokens of one block.")] = 512,
-    limit: Annotated[int, typer.Option(help="At most so many blocks; 64 of 512 tokens for narrow intervals.")] = 16,
-    sparsities: Annotated[str, typer.Option(help="Others, comma-separated: this checkpoint's curve.")] = "",
-    continuations: Annotated[int, typer.Option(help="Greedy ones, for the share of 4-grams that they repeat.")] = 0,
-    device: Device = "cpu",
-    json: AsJson = False,
-) -> None:
-    """Perplexity and sparsity of a saved model on texts, and what it costs over dense models."""
-    from ltepass.commands import evaluate as command
-    from ltepass.commands.load import text_of
-
-    options = command.EvalOptions(
-        sparsities=[float(s) for s in sparsities.split(",") if s],
-        against=against or (),
-        length=length,
-        limit=limit,
-        continuations=continuations,
-        device=device,
-    )
-    columns = command.evaluate(str(folder), {str(path): text_of(path) for path in (text, *(others or ()))}, options)
-    show(columns if json else command.eval_table(columns), json=json)
-
-
 @app.command(epilog='Example: ltepass generate lte-model "Once upon a time" --new-tokens 32')
 def generate(
     folder: Folder,
@@ -170,6 +148,7 @@ def export(
     sparsity: Annotated[float | None, typer.Option(help="Another sparsity, from the calibrated table.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as saved if none.")] = None,
     cache_dtype: Annotated[str | None, typer.Option(help="The same, of keys and values.")] = None,
+    json: AsJson = False,
 ) -> None:
     """Write a folder that decodes by itself, sparse or dense: compiled graphs, weights, kernels and the tokenizer."""
     from ltepass.commands import export as command
@@ -181,7 +160,9 @@ def export(
         dtype=dtype,
         cache_dtype=cache_dtype,
     )
-    typer.echo(command.export(model, out, options))
+    with redirect_stdout(sys.stderr):
+        done = command.export(model, out, options)
+    show(done, json=True) if json else typer.echo(command.export_line(done))
 
 
 @app.command(context_settings=PASSED_ON)

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ltepass.commands.bench_tables import token_plot, token_tables
+from ltepass.commands.bench_tables import token_plot
 from ltepass.commands.load import load, tokenizer_of
 from ltepass.corpora import token_blocks
 from ltepass.errors import ConfigError
 from ltepass.exporting.folder import is_gated
 from ltepass.measure import gguf_file, llama_cpp
 from ltepass.measure.bench_tokens import PREFILL_TOKENS, PROMPT_TOKENS, Text, bench_tokens
-from ltepass.measure.records import append
+from ltepass.measure.records import TokenRecord, append
 from ltepass.measure.sides import onnxruntime_side
 from ltepass.measure.sides.exported_side import Exported
 from ltepass.measure.sides.llama_cpp_side import under_llama_cpp
@@ -31,7 +31,6 @@ from ltepass.routed.routed import is_transformed
 from ltepass.transform_and_lower import remove
 
 if TYPE_CHECKING:
-    from rich.console import Group
     from transformers import PreTrainedModel
 
 QUANTISED: dict[str, Quantised] = {"Q8_0": "int8", "Q4_0": "int4"}  # what we have of llama.cpp's formats
@@ -74,8 +73,10 @@ class BenchOptions:
             raise ConfigError(f"--formats has {odd[0]!r}; expected some of {', '.join(known)}")
 
 
-def bench(folder: str, text: str, out: Path | None, options: BenchOptions, plot: Path | None = None) -> Group:
-    """Rich tables of the time of one token, a row a side, on the first tokens of `text`.
+def bench(
+    folder: str, text: str, out: Path | None, options: BenchOptions, plot: Path | None = None
+) -> list[TokenRecord]:
+    """The time of one token, a row a side, on the first tokens of `text`.
 
     The rows are appended to the CSV file `out`, and drawn into the SVG file `plot`. Raises ConfigError where the text
     is too short, and where another program is not installed or cannot run this model in one of the formats.
@@ -97,7 +98,7 @@ def bench(folder: str, text: str, out: Path | None, options: BenchOptions, plot:
         append(out, records)
     if plot is not None:
         plot.write_text(token_plot(records))
-    return token_tables(records)
+    return records
 
 
 def _text(text: str, tokenizer_folder: str, options: BenchOptions) -> Text:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import ltepass
 from ltepass.commands.load import dtype_of, load, tokenizer_of
+from ltepass.exporting.folder import read_about
 from ltepass.routed.routed import routers_of
 
 if TYPE_CHECKING:
@@ -26,7 +27,17 @@ class ExportOptions:
     cache_dtype: str | None = None
 
 
-def export(model: str, out: Path, options: ExportOptions) -> str:
+class Exported(TypedDict):
+    """bytes: of all files; token_bytes, gated_bytes: as in `exporting.folder.About`."""
+
+    folder: str
+    bytes: int
+    seconds: float
+    token_bytes: int
+    gated_bytes: int
+
+
+def export(model: str, out: Path, options: ExportOptions) -> Exported:
     """Writes the folder with the tokenizer in it; returns what a user may want to know."""
     loaded = load(model, dtype=dtype_of(options.dtype))
     if any(routers_of(loaded)):
@@ -39,5 +50,15 @@ def export(model: str, out: Path, options: ExportOptions) -> str:
     )
     seconds = time.perf_counter() - start
     tokenizer_of(model).save_pretrained(out)
-    size = sum(file.stat().st_size for file in out.iterdir()) / 1e6
-    return f"{out}: {size:.0f} MB, exported in {seconds:.0f} s"
+    about = read_about(out)
+    return {
+        "folder": str(out),
+        "bytes": sum(file.stat().st_size for file in out.iterdir()),
+        "seconds": seconds,
+        "token_bytes": about.token_bytes,
+        "gated_bytes": about.gated_bytes,
+    }
+
+
+def export_line(done: Exported) -> str:
+    return f"{done['folder']}: {done['bytes'] / 1e6:.0f} MB, exported in {done['seconds']:.0f} s"

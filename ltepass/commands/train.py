@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import ltepass
 from ltepass.commands.load import load, require_device, tokenizer_of
 from ltepass.commands.training_data import Columns, read_rows, tokenised
-from ltepass.commands.training_run import ROWS, Trained, TrainingRun, digest, measured
+from ltepass.commands.training_run import ROWS, TrainingRun, digest, measured
 from ltepass.config import Budget, LTEConfig, RouterKind
 from ltepass.errors import ConfigError
 from ltepass.grouping_methods import AUTO
+from ltepass.saving.model_card import Measured, write_card
 from ltepass.training.settings import LTESettings
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class Keeping:
 
 def train(
     name: str, source: str, out: Path, options: TrainOptions, keeping: Keeping | None = None, say: Say = lambda _: None
-) -> Trained:
+) -> Measured:
     """Transform a dense model, calibrate on the text, train both stages on it, save to `out` with the tokenizer.
 
     The last tenth of the blocks is held out: the stages' thresholds are settled on it, and what came out is measured
@@ -120,7 +121,9 @@ def train(
     tokenizer.save_pretrained(out)
     say(f"saved to {out}; measuring it")
     measurable = {key: column.to(model.device) for key, column in _rows(held_out, 0, ROWS).items()}
-    return run.finish(measured(model, load(name, options.device), measurable))
+    found = measured(model, load(name, options.device), measurable)
+    write_card(model, out, found)
+    return run.finish(found)
 
 
 def _stages(options: TrainOptions) -> LTESettings:

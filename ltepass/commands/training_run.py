@@ -7,22 +7,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 import ltepass
 from ltepass.errors import ConfigError
+from ltepass.measure.machine import machine
 from ltepass.measure.timing import time_decoding
 from ltepass.routed.json_entry import Json
 from ltepass.routed.report_tables import span
+from ltepass.saving.model_card import Measured
 from ltepass.training.stages import held_out_perplexity
+from ltepass.whole_file import whole_file
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -43,7 +45,7 @@ class TrainingRun:
         self.checkpoints = out / CHECKPOINTS
         self._file = self.checkpoints / RECORD
         self.asked: Entry = json.loads(json.dumps(asked))  # as a later call will read it
-        self.result: Trained | None = None
+        self.result: Measured | None = None
         self.resumes = self._file.is_file() and not overwrite
         if resume and not self.resumes:
             raise ConfigError(f"{out} holds no training to resume; leave out --resume to start one")
@@ -71,7 +73,7 @@ class TrainingRun:
         """Nothing failed before the first step: from now on the folder is this training's."""
         self._write()
 
-    def finish(self, result: Trained) -> Trained:
+    def finish(self, result: Measured) -> Measured:
         """The model lies in the folder: the checkpoints of its stages go."""
         self.result = result
         self._write()
@@ -80,10 +82,8 @@ class TrainingRun:
         return result
 
     def _write(self) -> None:
-        """In one step, so that a kill leaves the last whole file."""
-        scratch = self._file.with_suffix(".tmp")
-        scratch.write_text(json.dumps({"asked": self.asked, "result": self.result}, indent=2) + "\n")
-        os.replace(scratch, self._file)
+        with whole_file(self._file) as file:
+            file.write_text(json.dumps({"asked": self.asked, "result": self.result}, indent=2) + "\n")
 
 
 def digest(columns: Mapping[str, Tensor]) -> str:
@@ -99,27 +99,18 @@ ROWS = 16  # that are measured, at most
 NEW_TOKENS, WARMUP = 40, 8  # decoded, and of them not timed
 
 
-class Trained(TypedDict):
-    """Perplexities over label tokens of held-out rows; sparsity: by site; tokens_per_s: None where rows are short."""
-
-    held_out: str
-    dense_perplexity: float | None
-    perplexity: float | None
-    sparsity: dict[str, float]
-    tokens_per_s: dict[str, float] | None
-
-
-def measured(model: PreTrainedModel, dense: PreTrainedModel, held_out: Mapping[str, Tensor]) -> Trained:
+def measured(model: PreTrainedModel, dense: PreTrainedModel, held_out: Mapping[str, Tensor]) -> Measured:
     """model: in hard mode, and lowered afterwards. held_out: columns [n, T], on the models' device."""
     rows = [{name: column[i : i + 1] for name, column in held_out.items()} for i in range(len(held_out["labels"]))]
     n, length = held_out["labels"].shape
     model.eval()
-    found: Trained = {
+    found: Measured = {
         "held_out": f"{n} x {length} tokens",
         "dense_perplexity": held_out_perplexity(dense, rows),
         "perplexity": held_out_perplexity(model, rows),
         "sparsity": ltepass.measure_sparsity(model, rows),
         "tokens_per_s": None,
+        "machine": f"{machine()}, {torch.get_num_threads()} threads",
     }
     row = rows[0]
     ids = row["input_ids"][0, : int(row["attention_mask"].sum()) if "attention_mask" in row else length]
@@ -131,7 +122,7 @@ def measured(model: PreTrainedModel, dense: PreTrainedModel, held_out: Mapping[s
     return found
 
 
-def trained_table(found: Trained) -> Table:
+def trained_table(found: Measured) -> Table:
     from rich.table import Table
 
     table = Table(title=f"measured on {found['held_out']} of held-out text", title_justify="left")

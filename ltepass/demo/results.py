@@ -5,7 +5,6 @@ holds it, so that an interrupted run goes on where it stopped.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,7 @@ from ltepass.demo.options import DemoOptions, Options
 from ltepass.errors import ConfigError
 from ltepass.measure.machine import facts
 from ltepass.measure.timing import Summary
+from ltepass.whole_file import whole_file
 
 StageName = Literal["prepare", "dense", "tune_dense", "calibrate", "train", "quality", "speed", "generate", "reload"]
 STAGE_NAMES: tuple[StageName, ...] = get_args(StageName)
@@ -159,7 +159,5 @@ class Folder:
         self._write()
 
     def _write(self) -> None:
-        """In one step, so that an interruption leaves the last whole file."""
-        scratch = self.file.with_suffix(".tmp")
-        scratch.write_text(json.dumps(self.results, indent=2) + "\n")
-        os.replace(scratch, self.file)
+        with whole_file(self.file) as file:
+            file.write_text(json.dumps(self.results, indent=2) + "\n")

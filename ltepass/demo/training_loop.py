@@ -6,7 +6,6 @@ the same call goes on from there.
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from ltepass.demo.results import Losses
 from ltepass.errors import TrainingError
+from ltepass.whole_file import whole_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -112,9 +112,8 @@ def schedule(step: int, steps: int) -> float:
 
 
 def save_state(file: Path, state: Mapping[str, object]) -> None:
-    scratch = file.with_suffix(".tmp")
-    torch.save(state, scratch)
-    os.replace(scratch, file)
+    with whole_file(file) as scratch:
+        torch.save(state, scratch)
 
 
 def _resume(model: PreTrainedModel, optimizer: torch.optim.Optimizer, state_file: Path) -> Losses:

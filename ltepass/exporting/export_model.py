@@ -28,6 +28,7 @@ from ltepass.passes.lower.lower_model import check_format, is_lowered, require_h
 from ltepass.passes.lower.quantise_linears import QuantiseLinears
 from ltepass.passes.lower.quantise_routed_ffn import QuantiseRoutedFFN
 from ltepass.passes.lower.why_not_linear import is_ordinary
+from ltepass.progress import tell
 from ltepass.routed.routed import Routed, is_transformed, require_whole, unwrapped
 from ltepass.version import __version__
 
@@ -37,6 +38,7 @@ import subprocess
 
 log = logging.getLogger("ltepass")
 
+STEP, STEPS = "exporting", 5  # captured, passes run, two programs compiled, written
 MOST = 2048  # tokens of a cache that nobody asked a length for
 
 
@@ -62,14 +64,18 @@ def export_model(
         raise ConfigError(f"length is {length}; expected at least 2 tokens")
     if not loading.load():
         raise ExportError("the CPU kernels could not be built (the warning says why), and a package needs them")
+    tell(STEP, 0, STEPS)
     step = capture_step(language_model, length, cache_dtype)
+    tell(STEP, 1, STEPS)
     job = run_passes(passes(linears), GraphJob(step.graph))
+    tell(STEP, 2, STEPS)
     for router, reason in job.notes.items():
         log.warning("export: %s: kept masked-dense: %s", router, reason)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as made:
         _write(step, Path(made), language_model, linears)
         _put(Path(made), folder)
+    tell(STEP, STEPS, STEPS)
     return folder
 
 
@@ -131,8 +137,9 @@ def _write(step: DecoderStep, folder: Path, model: PreTrainedModel, linears: For
     # One token's own loops are short: a team of threads for them costs more than it gains, and takes our pool's cores.
     threads = {DECODE: 1, PREFILL: -1}
     names: set[str] = set()
-    for target, program in programs.items():
+    for done, (target, program) in enumerate(programs.items(), 3):
         names |= _compile(program, folder / target, {"aot_inductor.metadata": metadata, "cpp.threads": threads[target]})
+        tell(STEP, done, STEPS)
     torch.save({name: state[name].detach() for name in sorted(names)}, folder / WEIGHTS)
     write_ops(folder)
     (folder / ABOUT).write_text(json.dumps(asdict(about), indent=1) + "\n")

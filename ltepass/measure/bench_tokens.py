@@ -16,6 +16,7 @@ from ltepass.measure.records import Environment, TokenRecord
 from ltepass.measure.sides.llama_cpp_side import LlamaCpp
 from ltepass.measure.sides.side import Facts, Side
 from ltepass.measure.timing import Timing
+from ltepass.progress import steps
 
 PROMPT_TOKENS = 64
 PREFILL_TOKENS = 512  # at most
@@ -153,13 +154,13 @@ def _turns(
 ) -> list[list[list[float]]]:
     """The seconds of each counted call of each side. after: what ends a counted round."""
     calls: list[list[list[float]]] = [[] for _ in opened]
-    for turn in range(1 + rounds):
-        for k in range(len(opened)):
-            i = (turn + k) % len(opened)
-            times = opened[i].ask(partial(Seat.times, prompt=prompt, tokens=tokens))
-            if turn:
-                calls[i].append(times)
-        if turn:
+    n = len(opened)
+    for turn in steps(f"turns of {n} sides, {len(tokens)} tokens each", range(n * (1 + rounds))):
+        counted, i = turn >= n, (turn // n + turn) % n
+        times = opened[i].ask(partial(Seat.times, prompt=prompt, tokens=tokens))
+        if counted:
+            calls[i].append(times)
+        if counted and turn % n == n - 1:
             after()
     return calls
 

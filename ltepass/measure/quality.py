@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ltepass.errors import ConfigError
 from ltepass.old_names import held_by
+from ltepass.progress import steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,7 +56,8 @@ def token_losses(model: PreTrainedModel, blocks: Tensor) -> Tensor:
 
 def losses_of(logits_of: Callable[[Tensor], Tensor], blocks: Tensor) -> Tensor:
     """`token_losses` of any program."""
-    return torch.stack([next_token_losses(logits_of(block)[:-1], block) for block in blocks]).cpu()
+    told = steps("losses of blocks", blocks)
+    return torch.stack([next_token_losses(logits_of(block)[:-1], block) for block in told]).cpu()
 
 
 def next_token_losses(logits: Tensor, block: Tensor) -> Tensor:
@@ -105,7 +107,7 @@ def compare(model: PreTrainedModel, dense: PreTrainedModel, blocks: Tensor) -> C
     Raises ConfigError where there are fewer than 8 blocks, before either model runs, or two vocabularies.
     """
     require_enough(len(blocks))
-    seen = [_compared(model, dense, block[None].to(model.device)) for block in blocks]
+    seen = [_compared(model, dense, block[None].to(model.device)) for block in steps("losses of blocks", blocks)]
     losses, dense_losses, divergence, same = (torch.stack(rows) for rows in zip(*seen, strict=True))
     return Comparison(
         perplexity=math.exp(float(losses.mean())),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ltepass.errors import CalibrationError
+from ltepass.progress import steps
 
 Part = Literal["whole", "encoder", "decoder"]  # of a model
 DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
@@ -153,7 +154,7 @@ def run_batches(model: nn.Module, batches: Iterable[Batch]) -> None:
         module.training = False  # an exported module has no eval()
     try:
         with torch.no_grad():
-            for batch in batches:
+            for batch in steps("passing text through the model", batches):
                 if is_empty(batch):
                     continue
                 args, named = inputs_of(model, batch)

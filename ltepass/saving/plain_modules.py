@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from ltepass.saving.forward_checks import as_gated_now, check_forwards, try_gate
 from ltepass.saving.site_checks import check_sites
 from ltepass.saving.state_json import read_state, write_state
 from ltepass.saving.tensor_checks import check_all, check_routers, check_values, read_header
+from ltepass.whole_file import whole_file
 
 SITES, WEIGHTS = "lte.json", "model.safetensors"
 
@@ -58,7 +57,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with _replacing(folder / WEIGHTS) as weights, _replacing(folder / SITES) as sites:
+    with whole_file(folder / WEIGHTS) as weights, whole_file(folder / SITES) as sites:
         try:
             save_file(_tensors(model), weights, metadata={"format": "pt"})
         except RuntimeError as error:  # parameters that share a part of their memory, which safetensors cannot say
@@ -71,17 +70,6 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     first = {id(tensor): name for name, tensor in reversed(model.state_dict(keep_vars=True).items())}
     names = set(first.values())
     return {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name in names}
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A file beside `path` that takes its place at the end, and goes where writing it failed."""
-    written = path.with_name(path.name + ".tmp")
-    try:
-        yield written
-        written.replace(path)
-    finally:
-        written.unlink(missing_ok=True)
 
 
 def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:

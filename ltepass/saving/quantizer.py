@@ -25,6 +25,7 @@ from ltepass.routed.json_entry import Json
 from ltepass.routed.routed import Routed, set_state, state_of
 from ltepass.routed.sites import FFNSite, LTEState
 from ltepass.saving.forward_checks import as_gated_now, check_forwards, try_gates
+from ltepass.saving.model_card import write_cards
 from ltepass.saving.renaming import as_loaded, fit_prefix
 from ltepass.saving.site_checks import check_sites
 from ltepass.saving.state_json import METHOD, read_state, write_state
@@ -223,3 +224,4 @@ def detach(model: PreTrainedModel) -> None:
 
 AUTO_QUANTIZER_MAPPING[METHOD] = LTEQuantizer
 AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = LTEQuantizationConfig
+write_cards()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
+from ltepass.whole_file import whole_file
 
 STATE_FILE = "lte_state.json"
 APART_FILE = "lte_trained.safetensors"
@@ -19,9 +19,8 @@ APART_FILE = "lte_trained.safetensors"
 
 def mark_complete(folder: Path, state: Mapping[str, object]) -> None:
     """Written after everything else of a checkpoint, so that a folder without it was cut short."""
-    scratch = folder / f"{STATE_FILE}.tmp"
-    scratch.write_text(json.dumps(state))
-    os.replace(scratch, folder / STATE_FILE)
+    with whole_file(folder / STATE_FILE) as file:
+        file.write_text(json.dumps(state))
 
 
 def last_complete(folder: str | Path) -> str | None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from ltepass.config import Budget, Mode
 from ltepass.measure.sparsity import hard_sparsity
+from ltepass.progress import steps
 from ltepass.routed.modes import switch
 from ltepass.routed.proxy_router import ProxyRouter, encode
 from ltepass.routed.routed import Routed, require_whole, routers_of
@@ -108,7 +109,7 @@ def held_out_perplexity(model: Any, batches: Iterable[Any]) -> float | None:
     model.eval()
     total = count = 0.0
     with torch.no_grad():
-        for batch in batches:
+        for batch in steps("losses of batches", batches):
             if not isinstance(batch, Mapping) or "labels" not in batch or batch["labels"].dim() < 2:
                 continue
             tokens = float(label_mask(batch["labels"], shifted=shifts_labels(model)).sum())

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -23,6 +23,7 @@ from ltepass.errors import TrainingError
 from ltepass.routed.batches import Batch
 from ltepass.routed.routed import Routed, root_of
 from ltepass.routed.token_masks import telling_tokens
+from ltepass.saving.model_card import Measured, is_saved_routed, write_card
 from ltepass.sparsity.thresholds import hold
 from ltepass.training.auxiliary_loss import clear_auxiliary, inactive_shares, take_auxiliary
 from ltepass.training.checkpoints import (
@@ -88,6 +89,7 @@ class LTETrainerMixin(Behind):  # type: ignore[misc]  # mypy does not read trans
         self._pending: list[tuple[Tensor, Tensor]] = []
         self._shares: list[Tensor] = []
         self._task: list[Tensor] = []
+        self._measured: tuple[list[float], Measured] | None = None  # at these thresholds, when a stage ended
         self.add_callback(_Guard(self))
         if saved_apart(self.model, self._routed):
             warnings.warn(
@@ -169,7 +171,20 @@ class LTETrainerMixin(Behind):  # type: ignore[misc]  # mypy does not read trans
         if perplexity is not None:
             end["held_out_perplexity"] = perplexity
         self.log({f"lte_{stage}_stage_{k}": v for k, v in end.items()})
+        self._measured = (
+            self._thresholds(),
+            {
+                "held_out": f"{len(batches)} batches",
+                "dense_perplexity": None,
+                "perplexity": perplexity,
+                "sparsity": shares,
+                "tokens_per_s": None,
+            },
+        )
         return shares
+
+    def _thresholds(self) -> list[float]:
+        return [float(router.threshold) for router in self._routed.routers]
 
     def _held_out(self) -> list[dict[str, Tensor]]:
         """What a stage is settled on: batches of the evaluation set, or of each in turn, else of the training set."""
@@ -183,6 +198,7 @@ class LTETrainerMixin(Behind):  # type: ignore[misc]  # mypy does not read trans
         self, resume_from_checkpoint: bool | str | None = None, trial: object = None, **kwargs: object
     ) -> TrainOutput | None:
         refuse_reentrant(self.args)
+        self._measured = None
         with (
             self._one_model(trial),
             stage_options(self.lte_model, self.lte, self._next_stage or self.stage),
@@ -195,6 +211,26 @@ class LTETrainerMixin(Behind):  # type: ignore[misc]  # mypy does not read trans
                 self._load_from_checkpoint(str(resume_from_checkpoint))
                 return None
             return super().train(resume_from_checkpoint=resume_from_checkpoint, trial=trial, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        self._write_card(output_dir)
+
+    def create_model_card(
+        self, *args: object, license: str | None = None, tags: str | list[str] | None = None, **kwargs: object
+    ) -> None:
+        """Of a routed model: ours in place of Trainer's, which Trainer asks for before it pushes to the hub."""
+        if is_saved_routed(self.model):
+            self._write_card(license=license, tags=[tags] if isinstance(tags, str) else tags or ())
+        else:
+            super().create_model_card(*args, license=license, tags=tags, **kwargs)
+
+    def _write_card(self, folder: str | None = None, *, license: str | None = None, tags: Sequence[str] = ()) -> None:
+        """With what the last stage's end measured, where nothing has moved the thresholds since."""
+        if self.args.should_save and is_saved_routed(self.model):
+            at, measured = self._measured or ([], None)
+            still = measured if at == self._thresholds() else None
+            write_card(self.model, folder or self.args.output_dir, still, license=license, tags=tags)
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         super()._save_checkpoint(model, trial)

@@ -21,6 +21,7 @@ from ltepass.errors import CalibrationError, ConfigError, MetaWeightsError
 from ltepass.grouping_methods import AUTO, AUTO_WITH_DATA, GROUPINGS, Neurons
 from ltepass.passes.graph.pipeline import Tier, TransformJob
 from ltepass.passes.group.balanced_kmeans import balanced_kmeans
+from ltepass.progress import steps
 from ltepass.routed.routed import Routed
 from ltepass.routed.samples import Sample, collect
 from ltepass.routed.sites import FFNSite
@@ -169,7 +170,7 @@ def group_by(routed: Routed, batches: Sequence[Any], grouping: str | None) -> No
     if method != routed.state.grouping or by_rows:
         samples = collect(routed, batches)
         orders: dict[Any, Tensor] = {}  # sites that share their weights share their order
-        for site in routed.sites:
+        for site in steps("grouping neurons", routed.sites):
             if site.neurons not in orders:
                 sample, seed = samples[site.name], routed.config["seed"]
                 orders[site.neurons] = site_permutation(routed.model, site, method, sample, seed)
