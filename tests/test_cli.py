@@ -157,7 +157,8 @@ def test_coverage_writes_a_table_and_adds_to_it(tmp_path: Path, capfd: pytest.Ca
     output = capfd.readouterr().out
     assert "opt" in output
     assert "1 causal LMs; 1 instantiate and run; of these 1 have a dense FFN, and 1 (100.0%) get every one" in output
-    run("coverage", "gpt2", "nanoGPT style", "--out", str(tmp_path))
+    run("coverage", "gpt2", "nanoGPT style", "--out", str(tmp_path), "--json")
+    assert [row["name"] for row in json.loads(capfd.readouterr().out)["rows"]] == ["gpt2", "nanoGPT style"]
     assert [r.name for r in read_table(tmp_path)] == ["gpt2", "opt", "nanoGPT style"]
     written = (tmp_path / "coverage.md").read_text()
     assert "2 causal LMs; 2 instantiate and run" in written

@@ -20,6 +20,7 @@ from ltepass.commands.training_data import read_rows, tokenised
 from ltepass.errors import ConfigError, GroupSizeError
 from ltepass.routed.token_masks import IGNORED
 from tests.models.zoo import llama
+from tests.training.test_robust import drive
 
 WORDS = " ".join(f"w{(i * 7 + i // 9) % 61}" for i in range(400))
 OPTIONS = TrainOptions(length=20, group_size=12, grouping="identity", steps=5, warm_start=False)
@@ -85,6 +86,22 @@ def test_a_call_that_was_cut_goes_on_to_the_same_bits(
     heard: list[str] = []
     assert train(str(dense), str(text), out, OPTIONS, keeping, heard.append) == again
     assert heard == [f"{out} holds this training, finished; --overwrite trains anew"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(5000)  # beyond the driver's, which says what it was doing
+def test_the_command_killed_at_random_moments_ends_with_the_same_weights(
+    dense: Path, text: Path, tmp_path: Path
+) -> None:
+    """From its first moment to its last: while it fits routers, trains, writes a checkpoint or the model, measures."""
+    n = 20
+    options = ["--length", "20", "--group-size", "12", "--steps", "5", "--soft-steps", "4", "--save-every", "2"]
+    arguments = [str(dense), str(text), *options]
+    shown = drive("kill_command_driver", tmp_path, str(n), *arguments, timeout=600 + 200 * n)
+    print(shown)
+    assert {weights(tmp_path / f"random {i}") for i in range(n)} == {weights(tmp_path / "whole")}
+    results = [json.loads((tmp_path / f"random {i}/training/run.json").read_text())["result"] for i in range(n)]
+    assert len({result["perplexity"] for result in results}) == 1
 
 
 def test_a_folder_of_something_else_is_refused_and_overwritten_where_asked(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from examples.compare.measured import Measured
 from ltepass.measure.quality import FEWEST_BLOCKS, ratio_of_perplexities
+from ltepass.whole_file import whole_file
 
 FIELDS = (
     "preset model method deployable trained_tokens group_size target_sparsity seed text ffn_sparsity bytes_share "
@@ -103,12 +104,10 @@ def _over(losses: Tensor, dense: Tensor) -> Row:
 def write_rows(path: Path, fields: Sequence[str], rows: Sequence[Row]) -> None:
     """The whole CSV at once: a run that is stopped leaves the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".tmp")
-    with scratch.open("w", newline="") as file:
+    with whole_file(path) as scratch, scratch.open("w", newline="") as file:
         writer = csv.DictWriter(file, fields, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    scratch.replace(path)
 
 
 def ratios(rows: Sequence[Row]) -> dict[tuple[str, str, str], dict[str, list[tuple[float, float, float]]]]:

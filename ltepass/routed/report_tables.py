@@ -126,10 +126,17 @@ def _tables(report: Report) -> Iterator[Table | Text]:
     lowered = f"lowered: {report.lowered}" if report.lowered else "not lowered"
     lowered += f", {report.linears} linears beside" if report.linears else ""
     table = Table(
-        title=f"{len(report.sites)} FFN site{plural}, grouping {report.grouping}, {lowered}", title_justify="left"
+        title=f"{len(report.sites)} FFN site{plural}, grouping {report.grouping}, {lowered}",
+        title_justify="left",
+        box=None,
+        padding=(0, 1, 0, 0),
     )
-    for heading in ("site", "kind", "activation", "d_model", "d_ff", "group", "experts", "mode", "sparsity"):
-        table.add_column(heading, justify="right" if heading in _NUMBERS else "left", overflow="fold")
+    for heading in ("site", "kind", "activation", "d_model", "d_ff", "group", "experts", "mode"):
+        left = heading in ("site", "kind", "activation", "mode")
+        # Names give way where the terminal is narrow: they can be read in two lines.
+        table.add_column(heading, justify="left" if left else "right", overflow="fold", no_wrap=heading != "site")
+    if report.sparsity:
+        table.add_column("sparsity", justify="right", no_wrap=True)
     for alike in alike_sites(report.sites, report.modes):
         table.add_row(*_row(alike, report))
     yield table
@@ -151,9 +158,6 @@ def _tables(report: Report) -> Iterator[Table | Text]:
         yield Text(line)
 
 
-_NUMBERS = {"d_model", "d_ff", "group", "experts", "sparsity"}
-
-
 def _row(alike: Sequence[FFNSite], report: Report) -> tuple[str, ...]:
     site = alike[0]
     shares = [report.sparsity[s.name] for s in alike if s.name in report.sparsity]
@@ -166,7 +170,7 @@ def _row(alike: Sequence[FFNSite], report: Report) -> tuple[str, ...]:
         str(site.group_size or "-"),
         str(site.n_experts) if site.group_size else "-",
         report.modes.get(site.name, "-"),
-        span(shares) if shares else "not measured",
+        *([span(shares) if shares else "not measured"] if report.sparsity else []),
     )
 
 
@@ -206,7 +210,7 @@ def refusals_table(refusals: Sequence[Refusal]) -> Table:
 
     table = Table(title=f"{len(refusals)} candidate{'s' if len(refusals) != 1 else ''} refused", title_justify="left")
     for heading in ("module", "node", "check", "reason", "nearest miss"):
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, overflow="fold", min_width=max(map(len, heading.split())))
     rows: dict[tuple[str, ...], list[Refusal]] = {}
     for refusal in refusals:
         key = (re.sub(r"\d+", "#", refusal.module), refusal.check, *_unnumbered(refusal))

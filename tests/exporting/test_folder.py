@@ -48,7 +48,8 @@ def exported(tmp_path_factory: Any) -> tuple[Path, Path, list[int]]:
     words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
     words.pre_tokenizer = WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(base / "saved")
-    run(["-m", "ltepass", "export", base / "saved", base / "out", "--length", "128"])
+    said = run(["-m", "ltepass", "export", base / "saved", base / "out", "--length", "128", "--json"])
+    (base / "said.json").write_text(said)
     return base / "saved", base / "out", expected
 
 
@@ -61,6 +62,15 @@ def run(words: list[Any], **env: str) -> str:
 
 def text(ids: list[int]) -> str:
     return " ".join(f"w{i}" for i in ids)
+
+
+def test_the_command_says_what_it_wrote(exported: Any) -> None:
+    saved, folder, _ = exported
+    said = json.loads((saved.parent / "said.json").read_text())
+    about = json.loads((folder / "decoder.json").read_text())
+    assert said["folder"] == str(folder)
+    assert said["bytes"] == sum(file.stat().st_size for file in folder.iterdir())
+    assert (said["token_bytes"], said["gated_bytes"]) == (about["token_bytes"], about["gated_bytes"])
 
 
 def test_our_loop_says_what_generate_says_and_again_after_a_reset(exported: Any) -> None:

@@ -71,13 +71,13 @@ def run(folder: Path, kill: tuple[str, int, str] | None, begins: Callable[[], No
     torch.save(model.state_dict(), folder / "final.pt")
 
 
-def start(*args: Any) -> int:
-    """The id of a forked child that calls `run`; nothing has used threads before."""
+def start(call: Callable[..., None], *args: Any) -> int:
+    """The id of a forked child that makes the call; nothing has used threads before."""
     pid = os.fork()
     if pid == 0:
         try:
             torch.set_num_threads(1)
-            run(*args)
+            call(*args)
         except BaseException:
             import traceback
 
@@ -89,13 +89,13 @@ def start(*args: Any) -> int:
 
 def in_child(*args: Any) -> int:
     """The exit status of `run` in a forked child."""
-    return os.waitpid(start(*args), 0)[1]
+    return os.waitpid(start(run, *args), 0)[1]
 
 
 def kill_after(folder: Path, seconds: float) -> bool:
     """Starts a run, and kills it so long after its training began; False where it was over by then."""
     here, there = os.pipe()
-    pid = start(folder, None, lambda: os.write(there, b"x"))
+    pid = start(run, folder, None, lambda: os.write(there, b"x"))
     os.read(here, 1)
     time.sleep(seconds)
     os.kill(pid, signal.SIGKILL)

@@ -25,7 +25,8 @@ from tests.typed import present
 RANDOM = ("random 0", "random 1")
 
 
-def drive(driver: str, folder: Path, *args: str, timeout: float = 240) -> None:
+def drive(driver: str, folder: Path, *args: str, timeout: float = 240) -> str:
+    """What the driver said on stderr."""
     env = environment(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
     done = subprocess.run(
         [sys.executable, "-m", f"tests.training.{driver}", str(folder), *args],
@@ -35,6 +36,7 @@ def drive(driver: str, folder: Path, *args: str, timeout: float = 240) -> None:
         timeout=timeout,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stderr
 
 
 @pytest.fixture(scope="module")
