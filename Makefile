@@ -15,7 +15,7 @@ SOURCES := ltepass ltepass_autoload.py kernels passes tests examples setup.py
 
 FLOOR_RUNS := $(FLOORS:%=floor-%)
 
-.PHONY: help install demo test floor $(FLOOR_RUNS) deep properties check readme clean
+.PHONY: help install demo test floor $(FLOOR_RUNS) deep properties check readme wheel clean
 
 help:
 	@echo "make demo     a real model gets faster (about 10 minutes on 2 cores; ARGS='--model tiny' takes a minute)"
@@ -25,6 +25,7 @@ help:
 	@echo "make deep     the slow test profiles"
 	@echo "make properties   20,000 hypothesis examples; the count is printed"
 	@echo "make readme   write the demo's table into README.md (after make demo)"
+	@echo "make wheel    dist/ltepass-*.whl with the CPU kernel's objects for every ISA level of this architecture"
 	@echo "make clean    remove the virtual environment and everything built"
 
 install: $(STAMP)
@@ -65,6 +66,13 @@ check: $(STAMP)
 
 readme: $(STAMP)
 	$(BIN)/python -m examples.results.demo_table $(ARGS)
+
+# Beside the environment's torch, whose headers the objects need; without a compiler there are none.
+wheel: $(STAMP)
+	rm -f dist/ltepass-*.whl
+	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	@$(BIN)/python -m zipfile -l dist/ltepass-*.whl | grep -o 'ltepass/kernels/cpu/prebuilt/[^ ]*' \
+		|| { echo "the wheel holds no objects; expected a C++ compiler (CXX) beside torch" >&2; exit 1; }
 
 clean:
 	rm -rf $(VENV) $(FLOORS:%=.venv-floor-%) build dist *.egg-info lte-demo

@@ -113,6 +113,7 @@ def test_inspect_and_report_show_a_saved_model(saved: Path) -> None:
         done = CliRunner(env={"COLUMNS": "80"}).invoke(app, [command, str(saved)], catch_exceptions=False)
         assert "2 FFN sites" in done.stdout, command
         assert max(map(len, done.stdout.splitlines())) <= 80
+        assert "site kind activation d_model d_ff group experts mode" in " ".join(done.stdout.split())
         done = CliRunner().invoke(app, [command, str(saved), "--json"])
         assert [site["d_ff"] for site in json.loads(done.stdout)["sites"]] == [60, 60], command
 

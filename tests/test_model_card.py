@@ -115,6 +115,7 @@ def test_a_copy_has_one_and_a_dense_model_has_none(copied: Callable[[Any], Any],
         model.save_pretrained(tmp_path / name)
         assert not (tmp_path / name / "README.md").exists(), name
     routed().save_pretrained(tmp_path / "second", is_main_process=False)
+    routed().save_pretrained(tmp_path / "second", False, None)
     assert not (tmp_path / "second" / "README.md").exists()
 
 
@@ -150,8 +151,11 @@ def test_the_base_model_and_its_licence_follow_the_model(tmp_path: Path, monkeyp
     (tmp_path / "first/README.md").write_text("---\nlicense: apache-2.0\nbase_model: other/model\n---\n")
     data = metadata(card_text(AutoModelForCausalLM.from_pretrained(tmp_path / "first")))
     assert (data.base_model, data.license) == (None, "apache-2.0"), "a folder of somebody else's: no name of the hub"
-    (tmp_path / "first/README.md").write_text("---\n: [\n---\n")
-    assert metadata(card_text(AutoModelForCausalLM.from_pretrained(tmp_path / "first"))).license == "unknown"
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+    for odd in (": [", "tags: 3\nlicense: [a]", "tags: [{a: b}]\nbase_model: {a: b}", "7"):
+        (tmp_path / "first/README.md").write_text(f"---\n{odd}\n---\n")
+        data = metadata(card_text(again))
+        assert (data.base_model, data.license) == (None, "unknown"), odd
 
 
 def trainer(folder: Path, **more: Any) -> Any:

@@ -228,6 +228,13 @@ def test_public_names_are_frozen() -> None:
     assert all(hasattr(ltepass, name) for name in PUBLIC)
 
 
+def test_what_an_extra_installs_is_pinned() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    pinned = set(re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    for name, lines in extras.items():
+        assert {re.match(r"[\w-]+", line)[0] for line in lines} <= pinned, name  # type: ignore[index]
+
+
 def test_the_floor_is_what_pyproject_names_at_its_lowest() -> None:
     """torch aside: its floor runs where a GPU is."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

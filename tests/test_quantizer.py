@@ -75,7 +75,7 @@ def test_hard_mode_is_what_was_compared(saved: Path) -> None:
 
 
 def test_files_are_safetensors_and_keep_the_dense_names(saved: Path) -> None:
-    assert sorted(path.suffix for path in saved.iterdir()) == [".json", ".json", ".safetensors"]
+    assert sorted(path.suffix for path in saved.iterdir()) == [".json", ".json", ".md", ".safetensors"]
     names = set(load_file(saved / "model.safetensors"))
     dense = set(build("llama").state_dict())
     assert names > dense

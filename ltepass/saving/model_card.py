@@ -116,8 +116,7 @@ def _base(model: PreTrainedModel) -> Base:
     source = str(model.config.name_or_path or "")
     if source and os.path.isdir(source):
         held = _metadata(Path(source) / CARD)
-        again = held.base_model if "ltepass" in (held.tags or []) else None  # saved before, by us
-        hub_name = again if isinstance(again, str) else None
+        hub_name = _word(held.base_model) if "ltepass" in _tags(held) else None  # saved before, by us
         return Base(name=hub_name or Path(source).resolve().name, hub_name=hub_name, license=_word(held.license))
     try:
         validate_repo_id(source)
@@ -139,7 +138,11 @@ def _metadata(path: Path | None) -> ModelCardData:
 
 
 def _word(value: object) -> str | None:
-    return value if isinstance(value, str) else None
+    return one_line(value)[:LONGEST] if isinstance(value, str) else None
+
+
+def _tags(data: ModelCardData) -> list[str]:
+    return [tag for tag in data.tags if isinstance(tag, str)] if isinstance(data.tags, list) else []
 
 
 def _what(model: PreTrainedModel, routed: Routed, base: str | None, license: str) -> list[str]:
@@ -263,10 +266,11 @@ def write_cards() -> None:
 def _with_card(save: Callable[..., None]) -> Callable[..., None]:
     @wraps(save)
     def save_pretrained(
-        self: PreTrainedModel, save_directory: str | os.PathLike[str], is_main_process: bool = True, **kwargs: object
+        self: PreTrainedModel, save_directory: str | os.PathLike[str], *args: object, **kwargs: object
     ) -> None:
-        save(self, save_directory, is_main_process=is_main_process, **kwargs)
-        if is_main_process and _is_first_process() and os.path.isdir(save_directory) and is_saved_routed(self):
+        save(self, save_directory, *args, **kwargs)
+        writes = args[0] if args else kwargs.get("is_main_process", True)
+        if writes and _is_first_process() and os.path.isdir(save_directory) and is_saved_routed(self):
             write_card(self, save_directory)
 
     save_pretrained.writes_card = True  # type: ignore[attr-defined]
@@ -291,7 +295,7 @@ def _with_card_uploaded(upload: Callable[..., object]) -> Callable[..., object]:
     ) -> object:
         path = Path(working_dir) / CARD
         if is_saved_routed(self) and (_is_ours(path) or not _on_hub(repo_id, token)):
-            tags = _metadata(path).tags or []  # the call's
+            tags = _tags(_metadata(path))  # the call's
             path.unlink(missing_ok=True)
             write_card(self, working_dir, tags=tags)
         return upload(self, working_dir, repo_id, *args, token=token, **kwargs)
