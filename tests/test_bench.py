@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import time
 from dataclasses import fields, replace
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
 from examples.bench import backward, op, op_cases, single_neurons, speed_page, table, ways, whole_token
@@ -148,10 +151,11 @@ def program() -> typer.Typer:
 def test_the_command_appends_whole_rows_and_draws(tiny_case: Case, tmp_path: Path) -> None:
     out, plot = tmp_path / "op.csv", tmp_path / "op.svg"
     common = ["7b-*", "--out", str(out), "--seconds", "1", "--repeats", "2"]
-    for _ in range(2):
-        result = CliRunner().invoke(program(), [*common, "--plot", str(plot)], catch_exceptions=False)
+    for more in (["--plot", str(plot)], ["--json"]):
+        result = CliRunner().invoke(program(), [*common, *more], catch_exceptions=False)
         assert result.exit_code == 0, result.output
     records = read(out, OpRecord)
+    assert len(json.loads(result.stdout)["rows"]) == len(records) / 2
     names = {(r.contender, r.sparsity) for r in records}
     assert {("dense eager", 0.0), ("dense compiled", 0.0), ("index_select", 0.9), ("gate-first", 0.5)} <= names
     assert {s for name, s in names if name == "routed"} == set(op_cases.SPARSITIES)
@@ -310,3 +314,15 @@ def test_the_bench_of_single_neurons_chooses_and_stores_what_it_says(experts: in
         assert active == round(share * experts)
         results.append(y)
     assert torch.equal(*results)
+
+
+def test_the_table_of_the_op_fits_a_terminal_of_80_columns() -> None:
+    records = read(ROOT / "examples/results/bench_op.csv", OpRecord)
+    console = Console(width=80, file=io.StringIO())
+    console.print(table.op_table(records))
+    assert isinstance(console.file, io.StringIO)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert not any("…" in line for line in lines), "nothing is cut off"
+    head = " ".join(" ".join(lines[:3]).split())
+    assert {"case", "contender", "sparsity", "ideal", "bound,"} <= set(head.split())

@@ -1,4 +1,4 @@
-"""--json prints one object and nothing else on stdout; lm-eval's tasks pass through; long steps show their time left."""
+"""--json prints one object and nothing else; lm-eval's tasks pass through; long steps show their time left."""
 
 from __future__ import annotations
 

@@ -15,8 +15,13 @@ def test_what_was_written_takes_its_place_and_what_failed_leaves_nothing(tmp_pat
         file.write_text("one")
         assert not path.exists()
     assert path.read_text() == "one"
-    with pytest.raises(KeyboardInterrupt), whole_file(path) as file:
-        file.write_text("tw")
-        raise KeyboardInterrupt
+
+    def cut() -> None:
+        with whole_file(path) as file:
+            file.write_text("tw")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cut()
     assert path.read_text() == "one"
     assert list(tmp_path.iterdir()) == [path]

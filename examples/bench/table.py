@@ -58,7 +58,7 @@ def op_table(records: Sequence[OpRecord]) -> Any:
     """A rich table for the terminal: every contender of the newest run of every case."""
     from rich.table import Table
 
-    table = Table(title_justify="left")
+    table = Table(box=None, padding=(0, 1, 0, 0))
     for heading in (
         "case",
         "contender",
@@ -69,7 +69,8 @@ def op_table(records: Sequence[OpRecord]) -> Any:
         "of byte ideal",
         "bound, ms",
     ):
-        table.add_column(heading, justify="left" if heading in ("case", "contender") else "right")
+        name = heading in ("case", "contender")  # these give way where the terminal is narrow
+        table.add_column(heading, justify="left" if name else "right", overflow="fold", min_width=8 if name else 6)
     for case, run in latest(records).items():
         dense = min((r.median_ms for r in run if r.contender in STOCK), default=float("nan"))
         for r in run:

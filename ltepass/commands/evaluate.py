@@ -106,8 +106,11 @@ def _repetition(
 def eval_table(columns: Mapping[str, Cells]) -> Table:
     """A row a figure, a column a text."""
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table("", *columns)
+    table = Table("")
+    for name in columns:
+        table.add_column(Text(name), overflow="fold")
     for what in next(iter(columns.values())):
         table.add_row(what, *(cells[what] for cells in columns.values()))
     return table

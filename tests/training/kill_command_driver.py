@@ -1,7 +1,7 @@
 """Run by test_cli_train in a process of its own: `ltepass train` in forked children, each killed at a random moment.
 
-python -m tests.training.kill_command_driver FOLDER N ARGUMENTS: FOLDER/whole is what a run that nobody killed wrote with
-these arguments, FOLDER/random I what the same command ended with after one of N kills. A line each says when it came.
+python -m tests.training.kill_command_driver FOLDER N ARGUMENTS: FOLDER/whole is what a run with these arguments wrote
+that nobody killed, FOLDER/random I what the same command ended with after one of N kills. A line each says when.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def main() -> None:
         while not killed(arguments, out / f"random {i}", seconds):  # a machine is not always as quick
             shutil.rmtree(out / f"random {i}")
             seconds *= 0.9
-        left = sorted(path.name for path in (out / f"random {i}").rglob("*") if path.is_dir() or path.suffix == ".safetensors")
+        left = sorted(
+            path.name for path in (out / f"random {i}").rglob("*") if path.is_dir() or path.suffix == ".safetensors"
+        )
         assert os.waitpid(start(train, arguments, out / f"random {i}"), 0)[1] == 0, i
         print(f"killed after {seconds:.2f} of {length:.2f} s, leaving {' '.join(left) or 'nothing'}", file=sys.stderr)
 
