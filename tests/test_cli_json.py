@@ -6,7 +6,6 @@ import json
 import math
 import sys
 import types
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +69,7 @@ def test_the_cases_of_bench_op_too() -> None:
 
 
 @pytest.fixture
-def lm_eval(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+def lm_eval(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The three names of lm-eval 0.4.13 that are called, and what they were called with."""
     asked: dict[str, Any] = {"models": []}
 
@@ -92,7 +91,7 @@ def lm_eval(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
         figures = {"alias": "arc", "acc,none": share, "acc_stderr,none": 0.1, "sample_len": 3}
         return {"results": {"arc": figures}, "config": {}}
 
-    modules = {
+    modules: dict[str, dict[str, object]] = {
         "lm_eval": {"simple_evaluate": simple_evaluate},
         "lm_eval.models": {},
         "lm_eval.models.huggingface": {"HFLM": HFLM},

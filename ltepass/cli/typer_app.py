@@ -64,6 +64,7 @@ def demo(
     """A real model gets faster: train, lower, time, save, load, and one table of what came out."""
     from rich.console import Console
 
+    from ltepass.commands.load import require_device
     from ltepass.demo.options import DemoOptions
     from ltepass.demo.run import run_demo
 
@@ -75,6 +76,7 @@ def demo(
         seed=seed,
         device=device,
     )
+    require_device(device)
     try:
         with redirect_stdout(sys.stderr if json else sys.stdout):
             results = run_demo(options, out, fresh=fresh, console=Console(stderr=json))

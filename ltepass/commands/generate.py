@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ltepass
-from ltepass.commands.load import load, tokenizer_of
+from ltepass.commands.load import load, require_device, tokenizer_of
 from ltepass.errors import ConfigError
 from ltepass.exporting.folder import ABOUT
 
@@ -43,6 +43,7 @@ def generate(
 
 def _check(folder: Path, sparsity: float | None, device: str, *, exported: bool) -> None:
     """A folder runs as a program only where the user says that it is one."""
+    require_device(device)
     if not exported and (folder / ABOUT).exists() and not (folder / "config.json").exists():
         raise ConfigError(f"{folder} was exported: it holds machine code; where you trust it, add --exported to run it")
     if exported and sparsity is not None:
