@@ -7,6 +7,8 @@ CONSTRAINTS ?= constraints.txt
 EXTRA ?=
 # Of transformers: the oldest that is supported, and one between it and the newest.
 FLOORS := 5.17.0 5.19.0
+# What pyproject's extra `docs` names, without the package and its torch.
+DOCS := mkdocs-material 'mkdocstrings[python]' mkdocs-include-markdown-plugin
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Not compiled: of what is installed a part is imported, and that is compiled then. It takes half of the minutes.
@@ -15,7 +17,7 @@ SOURCES := ltepass ltepass_autoload.py kernels passes tests examples setup.py
 
 FLOOR_RUNS := $(FLOORS:%=floor-%)
 
-.PHONY: help install demo test floor $(FLOOR_RUNS) deep properties check readme wheel clean
+.PHONY: help install demo test floor $(FLOOR_RUNS) deep properties check readme wheel docs clean
 
 help:
 	@echo "make demo     a real model gets faster (about 10 minutes on 2 cores; ARGS='--model tiny' takes a minute)"
@@ -26,6 +28,7 @@ help:
 	@echo "make properties   20,000 hypothesis examples; the count is printed"
 	@echo "make readme   write the demo's table into README.md (after make demo)"
 	@echo "make wheel    dist/ltepass-*.whl with the CPU kernel's objects for every ISA level of this architecture"
+	@echo "make docs     the documentation, into site/; a warning fails"
 	@echo "make clean    remove the virtual environment and everything built"
 
 install: $(STAMP)
@@ -74,5 +77,14 @@ wheel: $(STAMP)
 	@$(BIN)/python -m zipfile -l dist/ltepass-*.whl | grep -o 'ltepass/kernels/cpu/prebuilt/[^ ]*' \
 		|| { echo "the wheel holds no objects; expected a C++ compiler (CXX) beside torch" >&2; exit 1; }
 
+# In an environment of its own: it reads the sources and imports nothing of ours.
+docs: $(VENV)-docs/.installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict
+
+$(VENV)-docs/.installed: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip --disable-pip-version-check install --quiet --constraint $(CONSTRAINTS) $(DOCS)
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(FLOORS:%=.venv-floor-%) build dist *.egg-info lte-demo
+	rm -rf $(VENV) $(VENV)-docs $(FLOORS:%=.venv-floor-%) build dist site *.egg-info lte-demo

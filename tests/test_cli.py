@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ from ltepass.routed.routed import routers_of
 from tests.models.zoo import llama
 
 COMMANDS = {"demo", "inspect", "coverage", "train", "eval", "bench", "export", "generate", "serve", "report"}
+
+
+MEASURED = ["Training", "Frontier", "Speed"]  # on a report's page
 
 
 class Plain(nn.Module):
@@ -128,6 +132,8 @@ def test_inspect_calls_a_function_by_name() -> None:
         (["inspect", "tests.test_cli:no_ffn"], "NoFFNFoundError"),
         (["inspect", "tests.test_cli:missing"], "cannot be called"),
         (["inspect", "/no/such/folder"], "no model directory"),
+        (["report", "/no/such/folder", "--sparsities", "0.3"], "expected --text with it"),
+        (["report", "/no/such/folder", "--bench", "/no/such/rows"], "/no/such/rows is not there"),
         (["demo", "--target-sparsity", "1.0"], "--target-sparsity is 1.0"),
         (["demo", "--steps", "0"], "--steps is 0"),
         (["demo", "--model", "gpt9"], "--model is 'gpt9'"),
@@ -203,6 +209,12 @@ def test_train_eval_and_generate_follow_each_other(dense_folder: Path, tmp_path:
         ("ltepass, dense", 1, 0.0),
         ("ltepass", 1, 0.5),
     ]
+    page, given = tmp_path / "page.html", ["--text", str(text), "--sparsities", "0.2,0.8", "--bench", str(csv)]
+    run("report", str(out), "--html", str(page), *given, *common)
+    headings = re.findall("<h2>(.*?)</h2>", page.read_text())
+    used = "Use of experts"
+    assert headings == ["Sites", "Sparsity of each layer", "Scores around the threshold", used, *MEASURED]
+    assert "ltepass F32 50% sparse, 1 thread" in page.read_text()
     assert "hard mode" not in run("eval", str(dense_folder), str(text), *common)
 
 

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Bottom to top. A folder, or a module of `ltepass/` itself, imports from floors below its own, and from itself.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "version", "old_names", "grouping_methods"),
-    ("config", "paths", "whole_file", "progress", "corpora", "threads", "cache", "transformers_hook"),
+    ("config", "paths", "whole_file", "progress", "corpora", "threads", "cache", "transformers_hook", "pages"),
     ("kernels",),
     ("routed",),
     ("sparsity", "passes.graph"),

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from examples.bench.op_cases import CASES, STOCK
 from examples.bench.table import describe, latest
-from ltepass.demo.plots import BLUE, GREY, INK, ORANGE
 from ltepass.measure.records import OpRecord
+from ltepass.pages.plots import BLUE, GREY, INK, ORANGE
 
 DENSE_STYLES = dict(zip((*STOCK, "dense upcast"), (":", "--", "-."), strict=True))
 PEER_COLOURS = {"index_select": "#059669", "gate-first": ORANGE, "single neurons": "#a855f7"}

@@ -37,14 +37,14 @@ from ltepass.routed.batches import Batch, every, on_every, require_finite
 from ltepass.routed.modes import mode_of
 from ltepass.routed.observers import Observer, watch
 from ltepass.routed.proxy_router import ProxyRouter, encode
-from ltepass.routed.quantile_table import quantiles, table_of
+from ltepass.routed.quantile_table import quantiles, table_of, table_tokens
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
 from ltepass.routed.samples import Reservoir
 from ltepass.routed.sites import FFNSite
 from ltepass.routed.tiered_router import TieredRouter, encode_planes
 from ltepass.routed.undo import keep
-from ltepass.sparsity.thresholds import move_biases, table_tokens, update_table
+from ltepass.sparsity.thresholds import move_biases, update_table
 
 Inputs = Literal["dense", "hard"]
 FIRST_FIT_STRIDE = 4  # every fourth batch, for a fit that only leads to the next

@@ -111,13 +111,34 @@ def coverage(context: typer.Context) -> None:
     pass_on(context, "ltepass coverage", "coverage.census")
 
 
-@app.command(epilog="Example: ltepass report lte-model --json")
-def report(folder: Folder, json: AsJson = False) -> None:
-    """Show the sites of a saved model."""
-    import ltepass
-    from ltepass.commands.load import load
+@app.command(epilog="Example: ltepass report lte-model --html report.html --text other.txt --sparsities 0.3,0.5,0.7")
+def report(
+    folder: Folder,
+    html: Annotated[Path | None, typer.Option(help="A page to write: one file, no script.")] = None,
+    text: Annotated[Path | None, typer.Option(help="A text file, to measure scores, use and sparsity on.")] = None,
+    length: Annotated[int, typer.Option(help="Tokens of one block.")] = 512,
+    limit: Annotated[int, typer.Option(help="At most so many blocks.")] = 16,
+    sparsities: Annotated[str, typer.Option(help="Comma-separated: the page's frontier, on the text.")] = "",
+    training: Annotated[Path | None, typer.Option(help="Where a training wrote, if not FOLDER.")] = None,
+    bench: Annotated[Path | None, typer.Option(help="Rows of `ltepass bench model --out`, for the page.")] = None,
+    device: Device = "cpu",
+    json: AsJson = False,
+) -> None:
+    """Show the sites of a saved model, and write a page of what was found and measured."""
+    from ltepass.commands import report as command
 
-    show(ltepass.report(load(str(folder))), json=json)
+    options = command.ReportOptions(
+        text=text,
+        length=length,
+        limit=limit,
+        sparsities=[float(s) for s in sparsities.split(",") if s],
+        training=training,
+        bench=bench,
+        device=device,
+    )
+    show(command.report(str(folder), options, html), json=json)
+    if html is not None:
+        typer.echo(f"page: {html}", err=True)
 
 
 @app.command(epilog='Example: ltepass generate lte-model "Once upon a time" --new-tokens 32')

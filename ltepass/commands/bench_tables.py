@@ -77,7 +77,7 @@ def _caption(records: Sequence[TokenRecord]) -> str:
 
 def token_plot(records: Sequence[TokenRecord]) -> str:
     """An SVG: the time of one token of each row, and the least that reading its bytes would take."""
-    from ltepass.demo.plots import bars
+    from ltepass.pages.plots import bars
 
     return bars({label(r): (r.ms, r.byte_ideal_ms) for r in records}, "ms per token", "byte ideal")
 

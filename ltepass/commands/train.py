@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import ltepass
 from ltepass.commands.load import load, require_device, tokenizer_of
 from ltepass.commands.training_data import Columns, read_rows, tokenised
-from ltepass.commands.training_run import ROWS, TrainingRun, digest, measured
+from ltepass.commands.training_run import ROWS, Trained, TrainingRun, digest, losses_of, measured
 from ltepass.config import Budget, LTEConfig, RouterKind
 from ltepass.errors import ConfigError
 from ltepass.grouping_methods import AUTO
-from ltepass.saving.model_card import Measured, write_card
+from ltepass.saving.model_card import write_card
 from ltepass.training.settings import LTESettings
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class Keeping:
 
 def train(
     name: str, source: str, out: Path, options: TrainOptions, keeping: Keeping | None = None, say: Say = lambda _: None
-) -> Measured:
+) -> Trained:
     """Transform a dense model, calibrate on the text, train both stages on it, save to `out` with the tokenizer.
 
     The last tenth of the blocks is held out: the stages' thresholds are settled on it, and what came out is measured
@@ -121,7 +121,10 @@ def train(
     tokenizer.save_pretrained(out)
     say(f"saved to {out}; measuring it")
     measurable = {key: column.to(model.device) for key, column in _rows(held_out, 0, ROWS).items()}
-    found = measured(model, load(name, options.device), measurable)
+    found: Trained = {
+        **measured(model, load(name, options.device), measurable),
+        "losses": losses_of(run.checkpoints),
+    }
     write_card(model, out, found)
     return run.finish(found)
 
@@ -160,11 +163,17 @@ def _train(
         save_strategy="steps",
         save_steps=save_every,
         save_total_limit=2,  # a kill may leave the newest in parts
+        logging_steps=_steps_of_a_log(save_every, max(options.soft_steps, options.steps)),
         report_to="none",
     )
     train, held = ([{k: v[i] for k, v in part.items()} for i in range(len(part["labels"]))] for part in data)
     trainer = ltepass.LTETrainer(model=model, args=args, lte=stages, train_dataset=train, eval_dataset=held)
     trainer.fit(resume_from_checkpoint=True)
+
+
+def _steps_of_a_log(save_every: int, steps: int) -> int:
+    """For 20 logs or more; every checkpoint ends one, so that a loss is of the same steps after a kill."""
+    return max(n for n in range(1, save_every + 1) if save_every % n == 0 and n <= max(1, steps // 20))
 
 
 def _start(model: PreTrainedModel, learned: Columns, options: TrainOptions, say: Say) -> None:

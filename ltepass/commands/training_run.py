@@ -11,7 +11,7 @@ import shutil
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NotRequired
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 CHECKPOINTS, RECORD = "training", "run.json"
 Entry = dict[str, Json]
+Losses = list[tuple[int, float]]  # (step, nats per token), of the logs
 
 
 class TrainingRun:
@@ -45,7 +46,7 @@ class TrainingRun:
         self.checkpoints = out / CHECKPOINTS
         self._file = self.checkpoints / RECORD
         self.asked: Entry = json.loads(json.dumps(asked))  # as a later call will read it
-        self.result: Measured | None = None
+        self.result: Trained | None = None
         self.resumes = self._file.is_file() and not overwrite
         if resume and not self.resumes:
             raise ConfigError(f"{out} holds no training to resume; leave out --resume to start one")
@@ -73,17 +74,31 @@ class TrainingRun:
         """Nothing failed before the first step: from now on the folder is this training's."""
         self._write()
 
-    def finish(self, result: Measured) -> Measured:
+    def finish(self, result: Trained) -> Trained:
         """The model lies in the folder: the checkpoints of its stages go."""
-        self.result = result
+        found: Trained = json.loads(json.dumps(result))  # as a later call will read it
+        self.result = found
         self._write()
         for stage in ("soft", "hard"):
             shutil.rmtree(self.checkpoints / stage, ignore_errors=True)
-        return result
+        return found
 
     def _write(self) -> None:
         with whole_file(self._file) as file:
             file.write_text(json.dumps({"asked": self.asked, "result": self.result}, indent=2) + "\n")
+
+
+def losses_of(checkpoints: Path) -> dict[str, Losses]:
+    """Task losses by stage, as the newest checkpoint of each in LTETrainer's folder has them."""
+    found: dict[str, Losses] = {}
+    for stage in ("soft", "hard"):
+        files = (checkpoints / stage).glob("checkpoint-*/trainer_state.json")
+        states = [json.loads(file.read_text()) for file in files]
+        history = max(states, key=lambda state: int(state["global_step"]))["log_history"] if states else []
+        losses = [(int(log["step"]), log.get("lte_task_loss", log.get("loss"))) for log in history]
+        if logged := [(step, float(loss)) for step, loss in losses if loss is not None]:
+            found[stage] = logged
+    return found
 
 
 def digest(columns: Mapping[str, Tensor]) -> str:
@@ -97,6 +112,12 @@ def digest(columns: Mapping[str, Tensor]) -> str:
 
 ROWS = 16  # that are measured, at most
 NEW_TOKENS, WARMUP = 40, 8  # decoded, and of them not timed
+
+
+class Trained(Measured):
+    """And the losses of each stage; older records have none."""
+
+    losses: NotRequired[dict[str, Losses]]
 
 
 def measured(model: PreTrainedModel, dense: PreTrainedModel, held_out: Mapping[str, Tensor]) -> Measured:

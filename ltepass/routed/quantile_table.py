@@ -6,6 +6,14 @@ import torch
 from torch import Tensor
 
 N_QUANTILES = 101
+TABLE_TOKENS = 8192  # of which a site's table is made: a share is then off by half a point over sqrt(n_experts)
+TABLE_LOGITS = 2**21  # at most, where experts are many: so few tokens are as good then
+LEAST_TOKENS = 256  # tokens differ too
+
+
+def table_tokens(n_experts: int) -> int:
+    """How many of the tokens make a table."""
+    return min(TABLE_TOKENS, max(LEAST_TOKENS, TABLE_LOGITS // n_experts))
 
 
 def table_of(logits: Tensor) -> Tensor:

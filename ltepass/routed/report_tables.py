@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from ltepass.routed.batches import Batch
 from ltepass.routed.ffn_bits import FFNBits, ffn_bits
 from ltepass.routed.routed import Routed
+from ltepass.routed.site_scores import SiteScores, calibrated_scores, measured_scores
 from ltepass.routed.sites import FFNSite, Refusal
 from ltepass.routed.undo import verb
 
@@ -23,7 +25,7 @@ if TYPE_CHECKING:  # rich is imported when a report is shown
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What transform found and did; prints as tables.
+    """What transform found and did; prints as tables, and a notebook shows it as a page.
 
     Arguments:
         sites: every FFN that has a router. refusals: every candidate left alone, with the reason.
@@ -34,6 +36,8 @@ class Report:
         bits: of FFN weights that a token reads, and that are held; None before calibration.
         modes: router mode by site name. sparsity: measured share of inactive neurons by site name, empty until
             measured.
+        scores: by site name, how its router's logits lie around the threshold: of the batches that `report` was given,
+            else of the calibration; empty before one.
     Raises: nothing.
     Example:
         >>> print(str(ltepass.report(model)).splitlines()[0].strip())
@@ -52,6 +56,24 @@ class Report:
     bits: FFNBits | None = None
     modes: dict[str, str] = field(default_factory=dict)
     sparsity: dict[str, float] = field(default_factory=dict)
+    scores: dict[str, SiteScores] = field(default_factory=dict)
+
+    def to_html(self, title: str = "ltepass report", more: Sequence[str] = ()) -> str:
+        """One page of HTML: no script, nothing fetched, dark where the reader's system is. Plots need matplotlib.
+
+        more: sections of HTML to add at the end, as `ltepass report --html` adds training, frontier and speed.
+        """
+        from ltepass.pages.html import document
+        from ltepass.routed.report_page import sections
+
+        return document(title, [*sections(self), *more])
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from ltepass.pages.html import block
+        from ltepass.routed.report_page import sections
+
+        return block(sections(self))
 
     def __rich__(self) -> Group:
         from rich.console import Group
@@ -68,19 +90,25 @@ class Report:
 
 
 @verb
-def report(model: nn.Module, sparsity: dict[str, float] | None = None) -> Report:
+def report(
+    model: nn.Module, sparsity: dict[str, float] | None = None, *, batches: Iterable[Batch] | None = None
+) -> Report:
     """What transform found and did to a model.
 
     Arguments:
         model: a transformed model.
         sparsity: measured share of inactive neurons by site name, shown beside each site where given.
-    Returns: a Report.
-    Raises: NotTransformedError.
+        batches: model inputs, or token id tensors, on which sparsity, scores and the use of experts are measured in
+            hard mode; the model must not be lowered.
+    Returns: a Report; `to_html()` of it is a page.
+    Raises: NotTransformedError; with batches LoweredError, and CalibrationError where a site sees no token.
     Example:
         >>> ltepass.report(model, ltepass.measure_sparsity(model, batches)).modes
         {'model.layers.0.mlp': 'dense', 'model.layers.1.mlp': 'dense'}
     """
-    routed = Routed.of(model, "report")
+    routed = Routed.of(model, "report") if batches is None else Routed.trained(model, "report of batches")
+    scores = calibrated_scores(routed) if batches is None else measured_scores(routed, batches)
+    measured = {name: site.inactive for name, site in scores.items() if site.use is not None}
     state = routed.state
     return Report(
         sites=list(state.sites),
@@ -94,7 +122,8 @@ def report(model: nn.Module, sparsity: dict[str, float] | None = None) -> Report
         paths=_paths(routed) if state.lowered else [],
         bits=ffn_bits(routed),
         modes={site.name: router.mode for site, router in routed},
-        sparsity=dict(sparsity or {}),
+        sparsity=measured | (sparsity or {}),
+        scores=scores,
     )
 
 

@@ -13,7 +13,7 @@ from ltepass.errors import CalibrationError
 from ltepass.routed import token_masks
 from ltepass.routed.batches import Batch, require_finite, run_batches
 from ltepass.routed.modes import mode_of, remember_densities
-from ltepass.routed.quantile_table import interpolate, quantiles, table_of
+from ltepass.routed.quantile_table import interpolate, quantiles, table_of, table_tokens
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router, logit
 from ltepass.routed.samples import Reservoir, on_logits
@@ -21,9 +21,6 @@ from ltepass.routed.sites import FFNSite
 from ltepass.routed.undo import keep, verb
 
 BIAS_MARGIN = 2.0  # below the least calibration logit, for a bias that leaves every expert active
-TABLE_TOKENS = 8192  # of which a site's table is made: a share is then off by half a point over sqrt(n_experts)
-TABLE_LOGITS = 2**21  # at most, where experts are many: so few tokens are as good then
-LEAST_TOKENS = 256  # tokens differ too
 SHARED_POINTS = 4096  # values that stand for one site's logits where sites share a threshold
 
 
@@ -103,11 +100,6 @@ def update_table(routed: Routed, batches: Iterable[Batch]) -> None:
             table = table_of(samples[site.name].rows())
             require_finite(site.name, table)
             router.quantiles.copy_(table)
-
-
-def table_tokens(n_experts: int) -> int:
-    """How many of the tokens make a table."""
-    return min(TABLE_TOKENS, max(LEAST_TOKENS, TABLE_LOGITS // n_experts))
 
 
 def place_threshold(router: Router, table: Tensor, threshold: Tensor) -> None:

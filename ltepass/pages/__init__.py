@@ -1,0 +1,1 @@
+"""Pages and plots: HTML that needs no other file, no script and no request."""
