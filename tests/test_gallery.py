@@ -55,14 +55,18 @@ def test_what_answers_otherwise_once_lowered_is_seen(monkeypatch: pytest.MonkeyP
     ltepass.settle(task.model, task.held_out, 0.5)
     task.model.eval()
     lower = ltepass.lower
+    changed = list(task.model.parameters())[-1]  # the classifier's bias, and then that of an FFN
 
     def wrong(model: torch.nn.Module) -> torch.nn.Module:
         with torch.no_grad():
-            list(model.parameters())[-1].add_(1.0)  # the classifier's bias
+            changed.add_(1.0)
         return lower(model)
 
     monkeypatch.setattr(ltepass, "lower", wrong)
     assert lowered_equal(task.model, task.held_out[0])[0] == 0.0
+    changed = task.model.get_parameter(str(ltepass.report(task.model).sites[0].down_bias))
+    with pytest.raises(AssertionError, match="from hard eager"):
+        lowered_equal(task.model, task.held_out[0])
 
 
 def test_data_is_in_the_package() -> None:
