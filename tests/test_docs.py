@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,7 @@ from ltepass.cli import app
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 INCLUDED = re.compile(r'\{% include-markdown "(.*?)" start="(.*?)"(?: end="(.*?)")? %\}')
+NOTEBOOK = ROOT / "examples" / "11_notebook.ipynb"
 
 
 def blocks(page: Path, kind: str) -> list[str]:
@@ -55,3 +60,15 @@ def test_what_a_page_includes_or_names_is_there(page: Path) -> None:
         assert (ROOT / path).exists(), path
     for name in re.findall(r"`ltepass\.(\w+)", text):
         assert hasattr(ltepass, name), name
+
+
+def test_the_cells_of_the_notebook_run(tmp_path: Path) -> None:
+    """As a script: each cell's last line shows something, a report as HTML."""
+    cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells), "no results are committed"
+    code = "\n".join("".join(cell["source"]) for cell in cells)
+    shown = re.sub(r"^(ltepass\.report\(.*\))$", r"print('<table' in (\1)._repr_html_())", code, flags=re.MULTILINE)
+    env = os.environ | {"OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", shown], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["True", "True"]

@@ -12,9 +12,12 @@ import pytest
 
 FOLDER = Path(__file__).resolve().parent.parent / "examples"
 EXAMPLES = sorted(FOLDER.glob("[0-9]*.py"))
+# test_cli, test_serve and tests/exporting take the same steps; the last compiles for a minute
+SLOW = ("06_train_on_your_text", "09_serve_and_ask", "10_without_python")
+CASES = [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in SLOW)) for path in EXAMPLES]
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("example", CASES)
 def test_it_runs_without_a_word_on_stderr(example: Path, tmp_path: Path) -> None:
     env = os.environ | {"OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-W", "error::UserWarning:ltepass", str(example)]
