@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 from typer.testing import CliRunner
@@ -26,7 +28,7 @@ from ltepass.measure.sparsity import sparsity_curve
 from ltepass.routed.proxy_router import ProxyRouter
 from ltepass.routed.report_tables import span
 from ltepass.routed.routed import routers_of
-from tests.models.zoo import llama
+from tests.models.zoo import llama, transformed
 
 COMMANDS = {"demo", "inspect", "coverage", "train", "eval", "bench", "export", "generate", "serve", "report"}
 
@@ -120,6 +122,17 @@ def test_inspect_and_report_show_a_saved_model(saved: Path) -> None:
         assert "site kind activation d_model d_ff group experts mode" in " ".join(done.stdout.split())
         done = CliRunner().invoke(app, [command, str(saved), "--json"])
         assert [site["d_ff"] for site in json.loads(done.stdout)["sites"]] == [60, 60], command
+
+
+def test_beside_measured_sparsity_names_break_where_they_have_a_dot() -> None:
+    model = transformed("llama")
+    shares = {site.name: share for site, share in zip(ltepass.report(model).sites, (0.25, 0.75), strict=True)}
+    console = Console(width=80, file=io.StringIO())
+    console.print(ltepass.report(model, shares))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert any(line.startswith("model.layers. ") for line in lines), lines
+    assert max(map(len, lines)) <= 80
+    assert "75.0%" in " ".join(lines)
 
 
 def test_inspect_calls_a_function_by_name() -> None:

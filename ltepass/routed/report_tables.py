@@ -162,10 +162,13 @@ def _tables(report: Report) -> Iterator[Table | Text]:
     )
     for heading in ("site", "kind", "activation", "d_model", "d_ff", "group", "experts", "mode"):
         left = heading in ("site", "kind", "activation", "mode")
-        # Names give way where the terminal is narrow: they can be read in two lines.
-        table.add_column(heading, justify="left" if left else "right", overflow="fold", no_wrap=heading != "site")
+        # Names and shares give way where the terminal is narrow: they can be read in several lines.
+        least = 13 if heading == "site" else None
+        table.add_column(
+            heading, justify="left" if left else "right", overflow="fold", no_wrap=heading != "site", min_width=least
+        )
     if report.sparsity:
-        table.add_column("sparsity", justify="right", no_wrap=True)
+        table.add_column("sparsity", justify="right", min_width=len("sparsity"))
     for alike in alike_sites(report.sites, report.modes):
         table.add_row(*_row(alike, report))
     yield table
