@@ -18,7 +18,7 @@ from ltepass.cli import app
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 INCLUDED = re.compile(r'\{% include-markdown "(.*?)" start="(.*?)"(?: end="(.*?)")? %\}')
-NOTEBOOK = ROOT / "examples" / "11_notebook.ipynb"
+NOTEBOOK = ROOT / "examples" / "12_notebook.ipynb"
 
 
 def blocks(page: Path, kind: str) -> list[str]:

@@ -12,8 +12,8 @@ import pytest
 
 FOLDER = Path(__file__).resolve().parent.parent / "examples"
 EXAMPLES = sorted(FOLDER.glob("[0-9]*.py"))
-# test_cli, test_serve and tests/exporting take the same steps; the last compiles for a minute
-SLOW = ("06_train_on_your_text", "09_serve_and_ask", "10_without_python")
+# test_cli, test_serve, tests/exporting and test_robust take the same steps
+SLOW = ("06_train_on_your_text", "09_serve_and_ask", "10_without_python", "11_two_processes")
 CASES = [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in SLOW)) for path in EXAMPLES]
 
 

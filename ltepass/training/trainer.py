@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate.utils import broadcast, broadcast_object_list
+from accelerate.utils import broadcast, broadcast_object_list, gather_object, send_to_device
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, set_seed
 
@@ -156,7 +156,7 @@ class LTETrainerMixin(Behind):  # type: ignore[misc]  # mypy does not read trans
     def finish_stage(self, batches: Iterable[Batch] | None = None) -> dict[str, float]:
         """Settle thresholds on `batches` (None: up to 8 of the evaluation set, else of the training set), and log.
 
-        Of several evaluation sets in turn. Of several processes the first one's batches count, for all of them.
+        Of several evaluation sets in turn. Of several processes the first one's result counts, for all of them.
         """
         if not self.lte.settle:
             return {}
@@ -187,12 +187,16 @@ class LTETrainerMixin(Behind):  # type: ignore[misc]  # mypy does not read trans
         return [float(router.threshold) for router in self._routed.routers]
 
     def _held_out(self) -> list[dict[str, Tensor]]:
-        """What a stage is settled on: batches of the evaluation set, or of each in turn, else of the training set."""
+        """What a stage is settled on: batches of the evaluation set, or of each in turn, else of the training set. Of
+        several processes each has read a part, and all get the whole: what one process would settle on.
+        """
         sets = self.eval_dataset
         names = list(sets) if isinstance(sets, dict) else [] if sets is None else [None]
         loaders = [self.get_eval_dataloader(name) for name in names] or [self.get_train_dataloader()]
         in_turn = (batch for row in zip_longest(*loaders) for batch in row if batch is not None)
-        return [self._prepare_inputs(batch) for batch in islice(in_turn, max(HELD_OUT, len(loaders)))]
+        most = -(-max(HELD_OUT, len(loaders)) // self.accelerator.num_processes)
+        mine = [send_to_device(batch, "cpu") for batch in islice(in_turn, most)]  # tensors travel in pickles
+        return [self._prepare_inputs(batch) for batch in gather_object(mine)]
 
     def train(
         self, resume_from_checkpoint: bool | str | None = None, trial: object = None, **kwargs: object

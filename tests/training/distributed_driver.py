@@ -1,7 +1,7 @@
 """Run by test_robust in a process of its own: gradients of one soft step, by one process, by DDP and by FSDP2 of two.
 
 python -m tests.training.distributed_driver FOLDER ROUTER: FOLDER/{single,ddp,fsdp}.pt hold gradients by parameter name,
-FOLDER/rank{0,1}.pt the routers of each process after a `fit` of two.
+FOLDER/rank{0,1}.pt the routers of each process after a `fit` of two, FOLDER/alone.pt those after one process's.
 """
 
 from __future__ import annotations
@@ -69,15 +69,17 @@ def settled(config: ltepass.LTEConfig, folder: Path) -> dict[str, torch.Tensor]:
     model, _, _ = model_and_rows(config)
     ltepass.set_hidden_sparsity(model, 0.2, copied_text(16, 7).split(8))
     args = TrainingArguments(
-        str(folder / "log"), max_steps=2, per_device_train_batch_size=2, per_device_eval_batch_size=2, use_cpu=True,
-        report_to=[], save_strategy="no", disable_tqdm=True, learning_rate=1e-2, ddp_backend="gloo",
+        str(folder / "log"), max_steps=2, per_device_train_batch_size=4 // dist_size(), per_device_eval_batch_size=2,
+        use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True, learning_rate=1e-2,
+        **({"ddp_backend": "gloo"} if dist_size() > 1 else {}),
     )  # fmt: skip
     train, held_out = ([{"input_ids": a, "labels": a} for a in copied_text(32, seed)] for seed in (3, 4))
     trainer = LTETrainer(model=model, args=args, train_dataset=train, eval_dataset=held_out, lte=LTESettings())
     trainer.fit()
     ended = {f"{i}.{n}": t for i, r in enumerate(routers_of(model)) for n, t in r.state_dict().items()}
     ended["log"] = torch.tensor([v for entry in trainer.state.log_history for k, v in entry.items() if "held_out" in k])
-    torch.save(ended, folder / f"rank{os.environ['RANK']}.pt")
+    if dist_size() > 1:
+        torch.save(ended, folder / f"rank{os.environ['RANK']}.pt")
     return ended
 
 
@@ -140,6 +142,7 @@ def main() -> None:
     in_children(2, out / "ddp.pt", lambda: by_trainer(config, out, ROWS // 2))
     in_children(2, out / "fsdp.pt", lambda: by_fsdp(config))
     in_children(2, out / "settled.pt", lambda: settled(config, out))
+    in_children(1, out / "alone.pt", lambda: settled(config, out))
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def distributed(
 ) -> dict[str, dict[str, torch.Tensor]]:
     folder = tmp_path_factory.mktemp("distributed")
     drive("distributed_driver", folder, request.param)
-    return {name: torch.load(folder / f"{name}.pt") for name in ("single", "ddp", "fsdp", "rank0", "rank1")}
+    return {name: torch.load(folder / f"{name}.pt") for name in ("single", "ddp", "fsdp", "rank0", "rank1", "alone")}
 
 
 def test_two_processes_give_the_gradients_of_one(distributed: Any) -> None:
@@ -104,6 +104,15 @@ def test_two_processes_end_a_fit_with_bitwise_the_same_routers(distributed: Any)
     assert len(first["log"]) == 2  # sparsity and perplexity
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
+
+
+def test_two_processes_end_a_fit_where_one_does(distributed: Any) -> None:
+    """At the same global batch, and settled on the same held-out batches."""
+    alone, together = distributed["alone"], distributed["rank0"]
+    assert alone.keys() == together.keys()
+    assert any("threshold" in name for name in alone)
+    for name, value in alone.items():
+        assert (together[name] - value).abs().max() <= 1e-5 * value.abs().max().clamp_min(1.0), name
 
 
 def assert_close(expected: dict[str, torch.Tensor], got: dict[str, torch.Tensor], tolerance: float) -> None:
