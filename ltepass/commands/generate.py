@@ -43,13 +43,13 @@ def generate(
 
 def _check(folder: Path, sparsity: float | None, device: str, *, exported: bool) -> None:
     """A folder runs as a program only where the user says that it is one."""
-    require_device(device)
     if not exported and (folder / ABOUT).exists() and not (folder / "config.json").exists():
         raise ConfigError(f"{folder} was exported: it holds machine code; where you trust it, add --exported to run it")
     if exported and sparsity is not None:
         raise ConfigError("--sparsity was given, and an exported folder has the one it was exported with")
     if exported and device != "cpu":
         raise ConfigError(f"--device is {device!r}, and an exported folder runs on the CPU; expected cpu")
+    require_device(device)
 
 
 def _exported(folder: Path, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int) -> str:
