@@ -105,6 +105,8 @@ def examine(name: str, make: Callable[[], Example]) -> Row:
         row = replace(row, model=type(example.model).__name__, named=len(named_downs(example.model)))
         row = _transformed(row, example)
         row = _compared(row, example, before) if row.status == "ok" else row
+    except MemoryError as e:
+        row = replace(row, status="stopped", detail=f"{type(e).__name__}: it needs more than a check may take")
     except Exception as e:
         said = str(e).strip().splitlines() or [""]
         where = traceback.extract_tb(e.__traceback__)[-1]

@@ -51,6 +51,8 @@ def export_module(
         with untouched(root), torch.no_grad():
             bring_back(root)
             program = torch.export.export(part, tuple(args), dict(kwargs), strict=False)
+    except MemoryError:
+        raise  # other inputs would not help
     except Exception as e:
         said = str(e).strip().splitlines()
         raise CaptureError(
@@ -244,6 +246,8 @@ def recorded_calls(
         try:
             fake = torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, (tuple(args), dict(kwargs)))
             model(*fake[0], **fake[1])
+        except MemoryError:
+            raise
         except Exception as e:  # what was called before is known
             failure = e
         finally:

@@ -55,7 +55,7 @@ def capture_step(model: PreTrainedModel, length: int, cache_dtype: torch.dtype |
         with untouched(step), _attention_of(step), torch.no_grad():
             step.eval()
             program = torch.export.export(step, inputs, dynamic_shapes=shapes, strict=False)
-    except ExportError:
+    except (ExportError, MemoryError):
         raise
     except Exception as e:
         said = next((line for line in str(e).splitlines() if line.strip()), "")

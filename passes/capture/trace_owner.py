@@ -111,6 +111,8 @@ def trace_owner(owner: nn.Module, *, defaults: bool = False, through: Collection
         with interrupts_wait(), tracing():  # torch.fx patches nn.Module: half taken back, no model would run any more
             for flag in (True, False):
                 graphs.append(_OwnerTracer(through, reads=not defaults).trace(_stand_in(owner, read, training=flag)))
+    except MemoryError:
+        raise
     except Exception:  # any failure of the tracer means the same: this forward is left alone, hooks serve it
         return None
     for graph in graphs:

@@ -85,6 +85,8 @@ def capture_user_graph(gm: GraphModule, args: Sequence[object], kwargs: Mapping[
         values = _bind(placeholders, args, kwargs)
         with torch.no_grad():
             FakeTensorProp(flat, mode).propagate(*values)
+    except MemoryError:
+        raise  # other inputs would not help
     except Exception as e:
         raise CaptureError(
             f"the GraphModule could not be run on fake tensors with {described(args, kwargs)}: "

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
 
+import ltepass
 from examples.coverage import census, known_reasons, lacking, page
 from examples.coverage.architectures import entries
 from examples.coverage.examine import TOLERANCE, Example, Row, examine
 from ltepass.errors import ConfigError
+from tests.models import zoo
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "examples" / "results"
@@ -112,6 +115,20 @@ def test_a_check_that_takes_too_long_or_too_much_is_stopped_and_the_rest_goes_on
     assert (late.status, late.sites) == ("stopped", 0)
     (big,) = census.take_census(["gpt2"], memory=1 << 20)
     assert big.status in ("build", "stopped")
+
+
+def test_memory_that_is_not_there_is_no_fault_of_the_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    def example() -> Example:
+        return Example(model=zoo.llama(), inputs={"input_ids": zoo.ids()})
+
+    monkeypatch.setattr("torch.export.export", full)
+    with pytest.raises(MemoryError):
+        ltepass.transform(example().model)
+    row = examine("llama", example)
+    assert (row.status, row.detail) == ("stopped", "MemoryError: it needs more than a check may take")
 
 
 def test_an_error_is_a_row() -> None:

@@ -27,6 +27,7 @@ BOUNDARY = {  # where a model comes in that may have no routers, or is not yet k
     "ltepass/routed/undo.py",
     "ltepass/transform_and_lower.py",
     "ltepass/saving/plain_modules.py",
+    "ltepass/saving/model_card.py",
     "ltepass/saving/quantizer.py",
     "ltepass/serving/lowered_server.py",
     "ltepass/commands/evaluate.py",
