@@ -57,8 +57,8 @@ def tiered_ffn(
     logits: fp32 [..., f]; threshold, floor: fp32 []. Gradients reach x as if nothing were decided or rounded; codes are
     constants.
     """
-    best = logits > threshold
-    return shared_ffn(x, best, best | (logits > floor), planes, activation, wide=wide)
+    kept = logits > torch.minimum(threshold, floor)
+    return shared_ffn(x, logits > threshold, kept, planes, activation, wide=wide)
 
 
 def shared_ffn(

@@ -43,9 +43,10 @@ constexpr int64_t LARGE = 1 << 22;  // weights of down from which parts pay for 
 constexpr int64_t STRETCH = 1 << 20;  // bytes of weights in a piece at least: less is no long stream
 constexpr int PIECES_EACH = 4;         // at most, so that a thread which comes late finds some left
 
-// How many pieces a stage that reads `bytes` of weights is cut into: one a thread, or more where it is large.
+// How many pieces a stage that reads `bytes` of weights is cut into: as many for each thread, or one would wait for the
+// other's odd piece; more than one where the stage is large.
 inline int pieces_of(int64_t bytes, int threads) {
-  return threads == 1 ? 1 : int(std::clamp<int64_t>(bytes / STRETCH, threads, PIECES_EACH * threads));
+  return threads == 1 ? 1 : threads * int(std::clamp<int64_t>(bytes / (STRETCH * threads), 1, PIECES_EACH));
 }
 
 // E: the type of x, biases and y; Q: of the weights, E or I8

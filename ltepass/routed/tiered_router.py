@@ -83,13 +83,12 @@ class TieredRouter(ProxyRouter):
         return self._from_planes(x, logits)
 
     def _from_planes(self, x: Tensor, logits: Tensor) -> Tensor:
-        planes, learns = self.planes(), self.straight_through and torch.is_grad_enabled()
+        planes = self.planes()
+        kept = logits > torch.minimum(self.threshold, self.floor)
         if self.mode == "soft":  # of the low planes a share; what adds nothing in hard mode adds nothing here
-            kept = logits > self.floor
             return shared_ffn(x.float(), torch.sigmoid(logits) * kept, kept, planes, self.activation)
-        if learns:
+        if self.straight_through and torch.is_grad_enabled():
             best = straight_through(logits, self.threshold)
-            kept = (logits > self.threshold) | (logits > self.floor)
             return shared_ffn(x.float(), best, kept, planes, self.activation)
         written = (*self.planes_of_down(), *self.low_planes())
         args = (x, logits, self.threshold, self.floor, *planes.high, *written, planes.biases, self.activation)

@@ -12,12 +12,14 @@ import torch
 from torch import nn
 
 from ltepass.config import Budget, Mode
+from ltepass.errors import ConfigError
 from ltepass.measure.sparsity import hard_sparsity
 from ltepass.progress import steps
 from ltepass.routed.modes import switch
 from ltepass.routed.proxy_router import ProxyRouter, encode
 from ltepass.routed.routed import Routed, require_whole, routers_of
 from ltepass.routed.router import Router
+from ltepass.routed.sites import read_rows
 from ltepass.routed.undo import all_or_nothing, undisturbed, verb
 from ltepass.sparsity.cuts import place_cuts
 from ltepass.sparsity.thresholds import place_thresholds, update_table
@@ -42,7 +44,8 @@ def begin_stage(
             inactive="low_bit" the FFNs' own weights are frozen too: codes stand in their place.
         straight_through: routers learn in the hard stage too, as they do with "routers".
     Returns: None.
-    Raises: NotTransformedError, LoweredError, ShardedError, ConfigError (inactive="low_bit" with "lora").
+    Raises: NotTransformedError, LoweredError, ShardedError, ConfigError (inactive="low_bit" with "lora", or with an
+        adapter on an FFN's linears).
     Example:
         >>> ltepass.begin_stage(model, "hard")
         >>> model.model.layers[0].mlp.router.weight.requires_grad
@@ -52,6 +55,8 @@ def begin_stage(
     require_whole(model, f"the {stage} stage", flat_only=True)
     if trainable == "lora":  # adds to linears
         routed.require_gates('trainable="lora"')
+    if routed.tiered:
+        _require_bare_linears(routed)
     switch(routed, stage)
     learns_hard = straight_through or trainable == "routers"
     if trainable != "all":
@@ -62,6 +67,17 @@ def begin_stage(
     for router in routed.routers:  # alone: what PEFT keeps beside it stays frozen
         router.straight_through = stage == "hard" and learns_hard
         router.requires_grad_(stage == "soft" or learns_hard)
+
+
+def _require_bare_linears(routed: Routed) -> None:
+    everything = [(site, rows) for site in routed.sites for rows in site.neurons]
+    for site, rows in everything:
+        if read_rows(routed.model, site, rows) is None:
+            raise ConfigError(
+                f'{rows.param} is no parameter any more: an adapter stands in its place. With inactive="low_bit" the '
+                "router's codes compute the FFN, so that what is added to its linears has no effect; expected adapters "
+                'beside the FFNs, as on attention, or inactive="zero"'
+            )
 
 
 @verb

@@ -108,3 +108,17 @@ def test_what_reads_or_adds_to_linears_is_refused_and_the_model_stays(tmp_path: 
         fit(model, tmp_path, ltepass.LTESettings(through_op=True, soft_steps=0), max_steps=1)
     assert {router.mode for router in routers(model)} == {"dense"}
     assert all(torch.equal(value.nan_to_num(), weights(model)[name].nan_to_num()) for name, value in before.items())
+
+
+@pytest.mark.parametrize("targets", [["down_proj"], ["q_proj"]])
+def test_an_adapter_that_would_have_no_effect_is_refused(targets: list[str]) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = tiered()
+    adapted: Any = get_peft_model(model, LoraConfig(target_modules=targets))
+    if targets == ["q_proj"]:
+        ltepass.begin_stage(adapted, "hard")
+        return
+    with pytest.raises(ConfigError, match=r"mlp\.down_proj\.weight is no parameter any more: an adapter"):
+        ltepass.begin_stage(adapted, "hard")
+    assert {router.mode for router in routers(model)} == {"dense"}
