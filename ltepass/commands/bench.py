@@ -78,7 +78,8 @@ def bench(
 ) -> list[TokenRecord]:
     """The time of one token, a row a side, on the first tokens of `text`.
 
-    The rows are appended to the CSV file `out`, and drawn into the SVG file `plot`. Raises ConfigError where the text
+    The rows are appended to the CSV file `out`, those of a number of threads as soon as they are measured, and drawn
+    into the SVG file `plot`. Raises ConfigError where the text
     is too short, and where another program is not installed or cannot run this model in one of the formats.
     """
     if LLAMA_CPP in options.against:
@@ -86,16 +87,13 @@ def bench(
     if ONNXRUNTIME in options.against:
         onnxruntime_side.library()
     read = _text(text, options.tokenizer or folder, options)
+    name, threads = options.name or Path(folder).resolve().name, options.threads or (torch.get_num_threads(),)
+    records: list[TokenRecord] = []
     with _sides(folder, options) as sides:
-        records = bench_tokens(
-            sides,
-            read,
-            model=options.name or Path(folder).resolve().name,
-            threads=options.threads or (torch.get_num_threads(),),
-            rounds=options.rounds,
-        )
-    if out is not None:
-        append(out, records)
+        for some in bench_tokens(sides, read, model=name, threads=threads, rounds=options.rounds):
+            records += some
+            if out is not None:
+                append(out, some)
     if plot is not None:
         plot.write_text(token_plot(records))
     return records

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -64,14 +64,16 @@ class Text:
 
 def bench_tokens(
     sides: Sequence[Side], text: Text, *, model: str, threads: Sequence[int], rounds: int
-) -> list[TokenRecord]:
-    """One record a side and number of threads; a side of ours must be among them: its weights give the bandwidth.
+) -> Iterator[list[TokenRecord]]:
+    """For each number of threads, as soon as it is measured, a record a side; a side of ours must be among them: its
+    weights give the bandwidth.
 
     A round is one call of each side, in an order that rotates, and one reading of the weights; the first round is not
     counted. model: what the rows call it.
     """
     run = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S}"
-    return [record for n in threads for record in _on(n, sides, text, model=model, rounds=rounds, run=run)]
+    for n in threads:
+        yield _on(n, sides, text, model=model, rounds=rounds, run=run)
 
 
 def _on(threads: int, sides: Sequence[Side], text: Text, *, model: str, rounds: int, run: str) -> list[TokenRecord]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def rows() -> list[TokenRecord]:
     sides: list[Any] = [Stub("transformers"), Stub("ltepass")]
-    return bench_tokens(sides, TEXT, model="m", threads=(1, 2), rounds=3)
+    return list(chain.from_iterable(bench_tokens(sides, TEXT, model="m", threads=(1, 2), rounds=3)))
 
 
 def test_a_row_has_the_median_of_its_turns_and_the_ideal_of_its_bytes(calls: list[str]) -> None:
@@ -115,6 +116,13 @@ def test_turns_rotate_and_the_weights_that_are_read_are_ours(calls: list[str]) -
     assert [call.split()[1] for call in first[-2:]] == ["facts", "facts"]
 
 
+def test_rows_of_few_threads_are_there_before_those_of_more(calls: list[str]) -> None:
+    sides: list[Any] = [Stub("ltepass")]
+    first = next(bench_tokens(sides, TEXT, model="m", threads=(1, 2), rounds=1))
+    assert [r.threads for r in first] == [1]
+    assert "threads 2" not in calls
+
+
 def test_too_short_a_text_is_refused() -> None:
     with pytest.raises(ConfigError, match="70 tokens were given, of which 6 are to be timed; expected at least 72"):
         Text(ids=torch.arange(70), tokens=20, blocks=torch.arange(60).view(2, 30))
@@ -129,7 +137,8 @@ def test_rows_survive_the_file(calls: list[str], tmp_path: Path) -> None:
 def wide_rows() -> list[TokenRecord]:
     """As on a model of 1B, where every figure is long."""
     sides: list[Any] = [Stub("transformers"), Stub("ltepass")]
-    base = bench_tokens(sides, TEXT, model="m", threads=(1,), rounds=1)[1]
+    (records,) = bench_tokens(sides, TEXT, model="m", threads=(1,), rounds=1)
+    base = records[1]
     big: dict[str, Any] = {
         "ms": 312.34,
         "p99_ms": 1234.56,
