@@ -22,12 +22,13 @@ from ltepass.errors import CheckpointError
 from ltepass.routed.routed import routers_of, state_of
 from ltepass.routed.router import Router
 from tests.child import environment
-from tests.models.zoo import build
+from tests.models.zoo import build, made_once
 
 IDS = torch.arange(3, 24)[None]
 FAMILIES = ("llama", "phi3", "gpt_neox", "opt")
 
 
+@made_once
 def transformed(family: str = "llama", mode: Mode = "hard") -> Any:
     model = build(family)
     ltepass.transform(model, config=ltepass.LTEConfig(group_size=5, grouping="random", seed=1))

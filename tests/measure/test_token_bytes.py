@@ -14,10 +14,12 @@ from ltepass.measure import token_bytes
 from ltepass.passes.lower.lower_linear_modules import lower_linear_modules, unlower_linear_modules
 from tests.measure.tiny import made
 from tests.models.test_lower_linears import int4, int8
+from tests.models.zoo import made_once
 
 FFN = 3 * 64 * 96 * 4  # bytes of one
 
 
+@made_once
 def routed(**more: Any) -> Any:
     model = made("llama")
     ids = [torch.randint(0, 61, (2, 16))]

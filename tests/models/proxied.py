@@ -13,6 +13,7 @@ from ltepass.routed.router import Router
 from tests.models import zoo
 
 
+@zoo.made_once
 def proxied(name: str = "llama", **settings: Any) -> nn.Module:
     model = zoo.build(name)
     config = ltepass.LTEConfig(router="proxy", **settings)

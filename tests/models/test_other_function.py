@@ -16,7 +16,7 @@ from transformers.activations import ACT2FN
 
 import ltepass
 from ltepass.errors import LoweredError
-from tests.models.zoo import build, llama, logits, mlp
+from tests.models.zoo import build, llama, logits, made_once, mlp
 from tests.typed import lte_state
 
 
@@ -181,6 +181,7 @@ def test_what_an_op_does_not_pass_by_may_change() -> None:
     assert torch.equal(logits(model), expected)
 
 
+@made_once
 def llama_in_hard_mode() -> nn.Module:
     model = ltepass.transform(llama().eval(), None, ltepass.LTEConfig(group_size=4))
     ltepass.set_mode(model, "hard")

@@ -1,9 +1,11 @@
 """Tiny random models of the styles that the tests name, and small helpers. Odd sizes on purpose."""
 
 # No future annotations: torch.fx cannot pickle a graph whose annotations are strings.
+import copy
 import logging
 from collections.abc import Callable
-from typing import Any, Self, cast
+from functools import cache, wraps
+from typing import Any, ParamSpec, Self, TypeVar, cast
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ from ltepass.config import Mode, RouterKind
 from ltepass.routed.routed import routers_of
 
 VOCAB = 61
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def _sizes(layers: int, more: dict[str, Any], width: str = "intermediate_size") -> dict[str, Any]:
@@ -88,12 +92,33 @@ def build(name: str, **kwargs: Any) -> nn.Module:
     return model if name == "export" else model.eval()
 
 
+def made_once(make: Callable[P, T]) -> Callable[P, T]:
+    """As `make`, with a copy of what it first made of these arguments: transform traces for a second, a copy takes a
+    hundredth of it. It is made of seed 0, and torch's random state stays as it is.
+    """
+    prototype: Callable[P, T] = cache(make)  # type: ignore[assignment]  # arguments that have a hash
+
+    @wraps(make)
+    def copy_of(*args: P.args, **kwargs: P.kwargs) -> T:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return copy.deepcopy(prototype(*args, **kwargs))
+
+    return copy_of
+
+
+@made_once
+def _transformed(name: str, grouping: str, router: RouterKind, **kwargs: Any) -> nn.Module:
+    model = build(name, **kwargs)
+    example = None if name in HF else ids()
+    config = ltepass.LTEConfig(group_size=4, grouping=grouping, router=router, seed=3)
+    return ltepass.transform(model, example, config)
+
+
 def transformed(
     name: str, mode: Mode = "hard", grouping: str = "identity", router: RouterKind = "linear", **kwargs: Any
 ) -> nn.Module:
-    model = build(name, **kwargs)
-    example = None if name in HF else ids()
-    ltepass.transform(model, example, ltepass.LTEConfig(group_size=4, grouping=grouping, router=router, seed=3))
+    model = _transformed(name, grouping, router, **kwargs)
     for made in routers_of(model):
         made.mode = mode
     return model

@@ -17,6 +17,7 @@ from ltepass.routed.modes import mode_of
 from ltepass.routed.routed import router_of
 from ltepass.training.settings import LTESettings
 from ltepass.training.trainer import LTETrainer
+from tests.models.zoo import made_once
 from tests.typed import routed
 
 VOCAB = 61
@@ -44,12 +45,14 @@ def tokens(n: int, length: int = 21, seed: int = 1) -> Tensor:
     return torch.randint(0, VOCAB, (n, length), generator=torch.Generator().manual_seed(seed))
 
 
+@made_once
 def transformed(target: float = 0.5, *, group_size: int = 4, **config: Any) -> Any:
     """Transformed and not calibrated."""
     settings = {"group_size": group_size, "target_sparsity": target, "grouping": "identity", **config}
     return ltepass.transform(dense_model(), config=ltepass.LTEConfig(**settings))
 
 
+@made_once
 def calibrated(target: float = 0.5, *, group_size: int = 4, n: int = 60, **config: Any) -> Any:
     settings = {"group_size": group_size, "target_sparsity": target, **config}
     return ltepass.transform(dense_model(), config=ltepass.LTEConfig(**settings), calibration=tokens(n).split(7))
@@ -122,6 +125,7 @@ def _trained_weights() -> dict[str, Tensor]:
     return weights
 
 
+@made_once
 def trained(target: float = 0.5, **config: Any) -> Any:
     """Trained, transformed and calibrated; in dense mode."""
     state = torch.random.get_rng_state()

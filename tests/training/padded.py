@@ -17,6 +17,7 @@ from transformers import (
 )
 
 import ltepass
+from tests.models.zoo import made_once
 
 FAMILIES = ("llama", "opt", "t5")
 PAD = 7  # a token as any other, so that padding is something to see
@@ -38,6 +39,7 @@ def dense(family: str) -> Any:
     return model.eval()
 
 
+@made_once
 def transformed(family: str, **config: Any) -> Any:
     settings = ltepass.LTEConfig(group_size=4, **{"grouping": "identity", **config})
     return ltepass.transform(dense(family), config=settings)

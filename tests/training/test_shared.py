@@ -19,6 +19,7 @@ from ltepass.routed.routed import routers_of
 from ltepass.routed.token_masks import telling_tokens
 from ltepass.training.auxiliary_loss import clear_auxiliary, inactive_shares, take_auxiliary
 from ltepass.training.stages import begin_stage
+from tests.models.zoo import made_once
 from tests.typed import grad, present, routed
 
 LOOPS = 3
@@ -59,6 +60,7 @@ class Output:
         self.logits = logits
 
 
+@made_once
 def model(*, copies: bool = False, checkpointing: bool = False) -> Any:
     torch.manual_seed(0)
     built, ids = Loop(copies, checkpointing).eval(), tokens(4)

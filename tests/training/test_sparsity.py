@@ -21,7 +21,7 @@ from ltepass.routed.routed import router_of, routers_of
 from ltepass.routed.samples import SomeRows, record_logits
 from ltepass.sparsity.thresholds import update_table
 from ltepass.training.stages import settle
-from tests.models.zoo import llama
+from tests.models.zoo import llama, made_once
 from tests.training.learning_cases import dense_model, router_inputs, tokens
 from tests.typed import lte_state, routed
 
@@ -30,6 +30,7 @@ def ids(seed: int, batch: int = 16, length: int = 32) -> torch.Tensor:
     return torch.randint(0, 61, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
+@made_once
 def model(calibrated: bool = True, **config: Any) -> Any:
     torch.manual_seed(0)
     m = llama(intermediate_size=64).eval()

@@ -21,6 +21,7 @@ from tests.training.learning_cases import copied_text, dense_model, fit, perplex
 TIERS: Any = {"router": "proxy", "inactive": "low_bit"}
 
 
+@zoo.made_once
 def tiered(name: str = "llama", **settings: Any) -> Any:
     config = ltepass.LTEConfig(**TIERS, low_bit_sparsity=0.3, target_sparsity=0.8, **settings)
     return ltepass.transform(zoo.build(name), config=config, calibration=[zoo.ids(8, 16)])

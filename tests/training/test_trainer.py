@@ -20,6 +20,7 @@ from ltepass.training.controller import SparsityController
 from ltepass.training.labels import label_mask
 from ltepass.training.stages import begin_stage
 from ltepass.training.trainer import LTESettings, LTETrainer
+from tests.models.zoo import made_once
 from tests.training.learning_cases import copied_text, fit, perplexity_of, trained
 
 VOCAB, LENGTH = 37, 24
@@ -35,6 +36,7 @@ def text(n: int, seed: int) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": r, "labels": r.clone()} for r in rows]
 
 
+@made_once
 def model(target: float = 0.5, calibrate: bool = True) -> Any:
     torch.manual_seed(0)
     config = LlamaConfig(
