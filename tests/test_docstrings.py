@@ -16,6 +16,7 @@ import ltepass
 from tests.models.zoo import build
 
 CALLABLES = [name for name in ltepass.__all__ if callable(getattr(ltepass, name))]
+EXPORTS = ("export", "exported_loop")  # compile a package, for a minute
 PARTS = ("Arguments", "Returns", "Raises", "Example")
 
 
@@ -53,7 +54,9 @@ def test_arguments_are_those_there_are(name: str) -> None:
         assert argument in ("args", "kwargs") or re.search(rf"\b{argument}\b", said), argument
 
 
-@pytest.mark.parametrize("name", CALLABLES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in EXPORTS else name for name in CALLABLES]
+)
 def test_its_example_runs(name: str, models: tuple[Any, Any, torch.Tensor], tmp_path: Path) -> None:
     """dense: a model; model: one that is transformed and calibrated; ids: [4, 32]; batches: a list of ids."""
     dense, model, ids = models

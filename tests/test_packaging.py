@@ -21,7 +21,7 @@ from tests.child import quick_compiler
 ROOT = Path(__file__).resolve().parent.parent
 SITE = sysconfig.get_paths()["purelib"]
 HEAVY = ("transformers", "triton", "matplotlib", "networkx", "peft", "typer", "torch._dynamo", "torch._inductor")
-BUILDS = ("wheel", "wheel from sdist", "editable")
+BUILDS = ("wheel", pytest.param("wheel from sdist", marks=pytest.mark.slow), "editable")
 TREE = ("ltepass", "ltepass_autoload.py", "kernels", "passes", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 
 pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="runs in a source tree only")
@@ -80,6 +80,7 @@ def test_every_kind_of_install_imports_every_package(kind: str, source: Path, tm
         assert (target / "ltepass/py.typed").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(kernel.compiler() is None, reason="needs a C++ compiler")
 def test_a_wheel_built_beside_torch_brings_the_kernel_along(source: Path, tmp_path: Path) -> None:
     """It runs where there is no compiler and nothing in the cache."""

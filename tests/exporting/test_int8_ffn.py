@@ -59,6 +59,7 @@ def test_tokens_are_those_of_the_graph_in_plain_pytorch(exported: tuple[Any, Pat
     assert {t.dtype for name, t in decoder._weights.items() if name.endswith("neuron_codes")} == {torch.int8}
 
 
+@pytest.mark.slow
 def test_a_program_without_ltepass_runs_it(exported: tuple[Any, Path]) -> None:
     """Through ops.so and kernels.so, as examples/exported do."""
     model, folder = exported

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 import ltepass
@@ -15,6 +16,7 @@ from tests.models.test_tiers import tiered
 PROMPT, NEW = [5, 17, 9, 33, 21], 12
 
 
+@pytest.mark.slow
 def test_tokens_are_those_of_plain_pytorch(tmp_path: Path) -> None:
     model: Any = tiered(low_bit_sparsity=0.4, target_sparsity=0.8)
     ltepass.set_mode(model, "hard")

@@ -251,7 +251,7 @@ def cases(draw: st.DrawFn) -> tuple[Case, float | None]:
     return Case(T=T, activation=activation, gated=gated, bias=bias, **sizes, **more), density
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
 @given(cases())
 def test_any_ffn(drawn: tuple[Case, float | None]) -> None:
     check(*drawn)

@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 FOLDER = Path(run_all.__file__).parent
 
 
+@pytest.mark.slow
 @needs_interpreter
 def test_dry_run(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}

@@ -86,7 +86,7 @@ def test_generate_calls_the_op_once_a_layer_and_step_and_gives_the_same_tokens(n
         ltepass.lower(model)
 
 
-@pytest.mark.parametrize("name", ["llama", "opt"])
+@pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.slow), "opt"])
 def test_scope_model_compiles_with_the_backend_and_gives_the_same_tokens(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

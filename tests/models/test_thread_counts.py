@@ -44,9 +44,9 @@ torch.save(out, sys.argv[2])
 """
 
 
-def test_everything_is_bitwise_the_same_with_1_2_and_3_threads(tmp_path: Path) -> None:
+def test_everything_is_bitwise_the_same_with_1_and_3_threads(tmp_path: Path) -> None:
     results = []
-    for threads in (1, 2, 3):
+    for threads in (1, 3):
         env = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-c", CODE, str(threads), str(tmp_path / f"{threads}.pt")]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)

@@ -116,14 +116,14 @@ def check_life(model: nn.Module, planted: set[int]) -> None:
     assert torch.equal(model(X), expected)
 
 
-@examples(40)
+@examples(15)
 @given(trees, st.integers(0, 99))
 def test_the_life_of_a_graph_module(tree: Any, seed: int) -> None:
     model, planted = build(tree, seed)
     check_life(graph_of(model), planted)
 
 
-@examples(20)
+@examples(10)
 @given(trees, st.integers(0, 99))
 def test_the_life_of_a_module(tree: Any, seed: int) -> None:
     model, planted = build(tree, seed)

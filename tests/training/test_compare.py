@@ -59,6 +59,7 @@ def run_frontier(folder: Path, work: Path, **kwargs: Any) -> list[dict[str, str]
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_the_frontier_has_a_row_for_every_method_and_text_and_goes_on_where_it_stopped(
     tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
@@ -93,6 +94,7 @@ def test_the_frontier_has_a_row_for_every_method_and_text_and_goes_on_where_it_s
     assert run_frontier(tmp_path, shared) == rows
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_starts_are_timed_on_the_same_tokens_and_only_their_own_rows_are_replaced(
     tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch

@@ -70,7 +70,7 @@ def test_with_every_expert_kept_it_is_the_dense_model(name: str) -> None:
     torch.testing.assert_close(logits(r, x), dense)
 
 
-@pytest.mark.parametrize("sparsity", [pytest.param(0.25, marks=pytest.mark.slow), 0.5, 0.75])
+@pytest.mark.parametrize("sparsity", [0.5, *(pytest.param(share, marks=pytest.mark.slow) for share in (0.25, 0.75))])
 @pytest.mark.parametrize("name", [*EXACT_COUNT, *BY_THRESHOLD])
 def test_measured_sparsity_is_what_was_asked_for(name: str, sparsity: float) -> None:
     r = ruled(name, sparsity)
@@ -128,6 +128,7 @@ def test_the_oracle_keeps_the_experts_with_most_energy() -> None:
     torch.testing.assert_close(by_hand(r, x), out, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_oracle_loses_least_and_random_experts_most() -> None:
     lost = {}
     for name in ("oracle", "moefication", "random"):
@@ -137,7 +138,9 @@ def test_the_oracle_loses_least_and_random_experts_most() -> None:
     assert lost["oracle"] < lost["moefication"] < lost["random"], lost
 
 
-@pytest.mark.parametrize("sparsity", [0.3, 0.5])  # above, 12 inputs are too few for any linear router on this toy
+@pytest.mark.parametrize(
+    "sparsity", [pytest.param(0.3, marks=pytest.mark.slow), 0.5]
+)  # above, 12 inputs are too few for any linear router on this toy
 def test_a_calibrated_start_is_within_five_percent_of_a_post_hoc_mlp_router(sparsity: float) -> None:
     """At the same active experts; the start costs a few passes, the MLP 600 steps of Adam at every FFN."""
     predicted = ruled("moefication", sparsity)
@@ -152,6 +155,7 @@ def test_a_calibrated_start_is_within_five_percent_of_a_post_hoc_mlp_router(spar
     assert perplexity(model, copied_text(64, 2)) < 1.05 * after
 
 
+@pytest.mark.slow
 def test_predictors_know_more_than_chance() -> None:
     """Overlap of the chosen with the truly most important ones, half of all: chance is a half."""
     for name in ("moefication", "dejavu"):

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from ltepass.config import ROUTERS
 from ltepass.errors import TrainingError
 from ltepass.routed.routed import routers_of
 from ltepass.training.auxiliary_loss import take_auxiliary
@@ -76,7 +75,7 @@ def test_a_checkpoint_that_was_cut_short_is_not_taken(tmp_path: Path) -> None:
     assert last_complete(tmp_path) == str(tmp_path / "checkpoint-10")
 
 
-@pytest.fixture(scope="module", params=ROUTERS)
+@pytest.fixture(scope="module", params=["linear", pytest.param("proxy", marks=pytest.mark.slow)])
 def distributed(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, torch.Tensor]]:
