@@ -203,6 +203,7 @@ class _SeenFirst:
     def __init__(self, model: nn.Module, compiled: Callable[..., object]) -> None:
         self.model, self.compiled = model, compiled
         self.looks = [(module, hook) for module, _, hook in watches(model)]
+        self.warned = False
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         if not is_compiling():
@@ -210,7 +211,30 @@ class _SeenFirst:
                 hook.check(module)
             if _has_any_global_hook():
                 return self.model._call_impl(*args, **kwargs)  # masked-dense, which is exact, and every hook runs
+            if type(kwargs.get("cache")).__name__ == "PagedAttentionCache":
+                self._warn_of_paging()
+                return self.model._call_impl(*args, **kwargs)
+            _pack(kwargs.get("past_key_values"))
         return self.compiled(*args, **kwargs)
+
+    def _warn_of_paging(self) -> None:
+        if not self.warned:
+            warnings.warn(
+                'continuous batching of a model lowered with scope "model" got a paged cache, which breaks the graph '
+                "in every layer; nothing is compiled, and FFNs stay masked-dense, which is exact and no faster; "
+                'lower(model) with scope "ffn" is sparse there',
+                stacklevel=3,
+            )
+        self.warned = True
+
+
+def _pack(cache: object) -> None:
+    """Keys and values that assisted generation rolled back, which are views then: graphs are made for strides too."""
+    for layer in getattr(cache, "layers", ()):
+        for name in ("keys", "values"):
+            held = getattr(layer, name, None)
+            if isinstance(held, Tensor) and not held.is_contiguous():
+                setattr(layer, name, held.contiguous())
 
 
 def _with_our_settings(trace: Callable[..., object]) -> Callable[..., object]:
@@ -239,7 +263,7 @@ class _StaticCaches:
     """`generate` gets a cache of fixed size, whose steps share one graph, where nobody asked for another.
 
     Stands on the instance and not in its generation config, which is the user's and is saved. Assisted generation rolls
-    its cache back, which a static one cannot.
+    its cache back, which a static one cannot; so does what an assistant generates.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -247,7 +271,7 @@ class _StaticCaches:
 
     def __call__(self, config: Any, inputs: dict[str, object], mode: object, *args: object, **kwargs: object) -> object:
         given = config.cache_implementation is not None or inputs.get("past_key_values") is not None
-        assisted = str(getattr(mode, "value", mode)) == "assisted_generation"
+        assisted = str(getattr(mode, "value", mode)) == "assisted_generation" or config.is_assistant
         if self.model._compiled_call_impl is not None and not given and not assisted:
             config.cache_implementation = "static"  # of the copy that `generate` made for this call
         return getattr(type(self.model), CACHES)(self.model, config, inputs, mode, *args, **kwargs)
