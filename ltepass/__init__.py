@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ltepass.routed.sites import FFNSite, Refusal
     from ltepass.saving.plain_modules import load, save
     from ltepass.sparsity.cuts import set_hidden_sparsity, set_input_sparsity
+    from ltepass.sparsity.draft_model import draft
     from ltepass.sparsity.thresholds import set_sparsity
     from ltepass.training.auxiliary_loss import take_auxiliary
     from ltepass.training.controller import SparsityController
@@ -61,6 +62,7 @@ _PUBLIC = {
     "save": "ltepass.saving.plain_modules",
     "set_hidden_sparsity": "ltepass.sparsity.cuts",
     "set_input_sparsity": "ltepass.sparsity.cuts",
+    "draft": "ltepass.sparsity.draft_model",
     "set_mode": "ltepass.routed.modes",
     "set_sparsity": "ltepass.sparsity.thresholds",
     "SparsityController": "ltepass.training.controller",
@@ -85,6 +87,7 @@ __all__ = [
     "__version__",
     "begin_stage",
     "calibrate",
+    "draft",
     "export",
     "exported_loop",
     "label_mask",

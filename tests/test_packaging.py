@@ -199,6 +199,7 @@ PUBLIC = [
     "__version__",
     "begin_stage",
     "calibrate",
+    "draft",
     "export",
     "exported_loop",
     "label_mask",
