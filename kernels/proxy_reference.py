@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 -- the name everybody uses
 
-from ltepass.kernels.backward import ACTIVATION_GRADS
 from ltepass.kernels.proxy_codes import integers
 from ltepass.kernels.reference import ACTIVATIONS
+from ltepass.kernels.routed_ffn_backward import ACTIVATION_GRADS
 from ltepass.kernels.weight_formats import to_int8
 
 

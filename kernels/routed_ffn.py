@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ltepass.kernels import dispatch
-from ltepass.kernels.backward import hard_ffn
 from ltepass.kernels.dispatch import any_device, vmap_over_x
+from ltepass.kernels.routed_ffn_backward import hard_ffn
 from ltepass.kernels.routed_schema import LINEAR, LINEAR_INT8, PROXY, PROXY_INT8, RoutedOp
 
 _library = torch.library.Library("ltepass", "FRAGMENT")

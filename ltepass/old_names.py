@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 
 MOVED = {
+    "ltepass.kernels.backward": "ltepass.kernels.routed_ffn_backward",
     "ltepass.exporting.decoder": "ltepass.exporting.run_exported",
     "ltepass.exporting.generation": "ltepass.exporting.run_exported",
     "ltepass.routed.watching": "ltepass.routed.observers",
@@ -43,7 +44,6 @@ MOVED = {
     "ltepass.demo.plots": "ltepass.pages.plots",
     "ltepass.plots": "ltepass.pages.plots",
     "ltepass.smollm": "ltepass.demo.smollm",
-    "ltepass.kernels.routed_ffn_backward": "ltepass.kernels.backward",
     "ltepass.ops": "ltepass.kernels.routed_ffn",
     "ltepass.kernels.routed_ffn_cpu": "ltepass.kernels.cpu.build",
     "ltepass.kernels.routed_ffn_triton": "ltepass.kernels.gpu.launch",
@@ -126,7 +126,7 @@ MOVED = {
     "ltepass.measure.text_blocks": "ltepass.corpora",
     "ltepass.passes.capture.inline_leaves": "ltepass.passes.capture.user_graph",
     "ltepass.passes.capture.export": "ltepass.passes.capture.capture_graphs",
-    "ltepass.kernels.hard_ffn": "ltepass.kernels.backward",
+    "ltepass.kernels.hard_ffn": "ltepass.kernels.routed_ffn_backward",
     "ltepass.names": "ltepass.paths",
     "ltepass.training.training_step": "ltepass.training.trainer",
     "ltepass.passes.graph.leaves": "ltepass.passes.graph.leaves_and_linears",

@@ -9,12 +9,10 @@ what was set before or after.
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from types import FrameType
 from typing import Protocol, TextIO
 from weakref import WeakKeyDictionary
 
@@ -107,22 +105,6 @@ def quiet_stderr() -> Iterator[None]:
     finally:
         if sys.stderr is ours:
             sys.stderr = before
-
-
-@contextmanager
-def interrupts_wait() -> Iterator[None]:
-    """A Ctrl-C inside is heard at the end: for what is short, and would leave something broken behind."""
-    if threading.current_thread() is not threading.main_thread():  # which hears none
-        yield
-        return
-    heard: list[tuple[int, FrameType | None]] = []
-    before = signal.signal(signal.SIGINT, lambda *call: heard.append(call))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
-        if heard and callable(before):
-            before(*heard[0])
 
 
 @contextmanager

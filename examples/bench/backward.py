@@ -1,6 +1,6 @@
 """`python -m examples.bench.backward`: a training step of one FFN, in eager and in the two forms of the op's backward.
 
-The thresholds in kernels/backward.py come from this table; it runs on one thread.
+The thresholds in kernels/routed_ffn_backward.py come from this table; it runs on one thread.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 
 from examples.bench.ways import Shape, decide, make_weights
 from ltepass.kernels import reference
-from ltepass.kernels.backward import masked_dense, per_expert
+from ltepass.kernels.routed_ffn_backward import masked_dense, per_expert
 from ltepass.measure.timing import Contender, Timing, interleaved
 
 SHAPES = ((576, 1536, 8, 864), (576, 1536, 32, 864), (2048, 5632, 32, 512))  # d_model, d_ff, group size, tokens

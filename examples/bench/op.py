@@ -16,7 +16,8 @@ from examples.bench.op_cases import CALL, CASES, INT8_SPARSITIES, SPARSITIES, Ca
 from examples.bench.sparse_int8 import sparse_int8
 from examples.bench.table import describe, op_table
 from examples.bench.ways import Shape
-from ltepass.cli.output_and_errors import AsJson, run_command, show
+from ltepass.cli.output_and_errors import AsJson, show
+from ltepass.cli.typer_app import run_command
 from ltepass.errors import ConfigError
 from ltepass.kernels.cpu.which_path import which_path
 from ltepass.measure.machine import gemm_rate, plain_reads

@@ -19,7 +19,8 @@ from examples.coverage.architectures import entries
 from examples.coverage.examine import Row, examine
 from examples.coverage.lacking import summary_lines, unexplained
 from examples.coverage.page import write_table
-from ltepass.cli.output_and_errors import AsJson, run_command, show
+from ltepass.cli.output_and_errors import AsJson, show
+from ltepass.cli.typer_app import run_command
 from ltepass.errors import ConfigError
 from ltepass.progress import tell
 

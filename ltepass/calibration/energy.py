@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from ltepass.calibration.ridge import RidgeSums
 from ltepass.config import Mode
-from ltepass.routed.batches import require_finite
-from ltepass.routed.observers import Observer, watch
+from ltepass.routed.observers import Observer, require_finite, watch
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
 from ltepass.routed.samples import SAMPLE_TOKENS, Reservoir

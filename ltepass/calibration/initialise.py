@@ -33,9 +33,9 @@ from ltepass.calibration.gptq import quantise_planes
 from ltepass.calibration.sensitivity import Sensitivity, sensitivities
 from ltepass.config import Mode
 from ltepass.errors import ShardedError
-from ltepass.routed.batches import Batch, every, on_every, require_finite
+from ltepass.routed.batches import Batch, every, on_every
 from ltepass.routed.modes import mode_of
-from ltepass.routed.observers import Observer, watch
+from ltepass.routed.observers import Observer, require_finite, watch
 from ltepass.routed.proxy_router import ProxyRouter, encode
 from ltepass.routed.quantile_table import quantiles, table_of, table_tokens
 from ltepass.routed.routed import Routed

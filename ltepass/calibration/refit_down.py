@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from ltepass.errors import CalibrationError
 from ltepass.progress import tell
-from ltepass.routed.batches import mapping_of, require_finite, require_seen, run_batches
+from ltepass.routed.batches import mapping_of, run_batches
 from ltepass.routed.modes import mode_of
+from ltepass.routed.observers import require_finite, require_seen
 from ltepass.routed.quantile_table import interpolate, table_of
 from ltepass.routed.routed import Routed, require_whole
 from ltepass.routed.router import Router

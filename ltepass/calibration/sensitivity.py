@@ -28,8 +28,9 @@ from torch import Tensor, nn
 
 from ltepass.calibration.energy import down_energy
 from ltepass.errors import CalibrationError
-from ltepass.routed.batches import Batch, inputs_of, is_empty, require_finite, require_seen
+from ltepass.routed.batches import Batch, inputs_of, is_empty
 from ltepass.routed.modes import mode_of
+from ltepass.routed.observers import require_finite, require_seen
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
 from ltepass.routed.sites import FFNSite

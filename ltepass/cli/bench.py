@@ -45,7 +45,7 @@ def model(
     """Decode speed: dense, lowered and other programs in turns, beside the time that reading their bytes would take."""
     from ltepass.commands import bench
     from ltepass.commands.bench_tables import token_tables
-    from ltepass.commands.load import text_of
+    from ltepass.whole_file import text_of
 
     options = bench.BenchOptions(
         tokens=tokens,

@@ -56,7 +56,7 @@ def evaluate(
             shown: object = found if json else task_table(found)
         else:
             from ltepass.commands import evaluate as command
-            from ltepass.commands.load import text_of
+            from ltepass.whole_file import text_of
 
             options = command.EvalOptions(
                 sparsities=_shares(sparsities),

@@ -62,13 +62,6 @@ def say_when() -> Callable[[str], None]:
     return lambda text: typer.echo(f"{time.perf_counter() - start:6.0f} s  {text}", err=True)
 
 
-def run_command(function: Callable[..., None]) -> None:
-    """One function as a program of its own, with its options and errors shown as those of `ltepass`."""
-    program = typer.Typer(add_completion=False)
-    program.command()(function)
-    run(program)
-
-
 def run(program: typer.Typer) -> None:
     """Errors that a user can put right are shown as text, without a traceback."""
     try:

@@ -61,7 +61,7 @@ def train(
     from contextlib import redirect_stdout
 
     from ltepass.commands import train as command
-    from ltepass.commands.training_run import trained_table
+    from ltepass.commands.train import trained_table
 
     options = command.TrainOptions(
         target_sparsity=target_sparsity,

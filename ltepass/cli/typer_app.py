@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated
@@ -94,7 +96,6 @@ def inspect(
     json: AsJson = False,
 ) -> None:
     """Show the FFN sites that transform would find, and why other candidates are refused. Needs no weights."""
-    import time
 
     from ltepass.commands.inspect import inspect_model
     from ltepass.measure.memory import peak_memory
@@ -204,3 +205,10 @@ def serve(context: typer.Context) -> None:
 
 def main() -> None:
     run(app)
+
+
+def run_command(function: Callable[..., None]) -> None:
+    """One function as a program of its own, with its options and errors shown as those of `ltepass`."""
+    program = typer.Typer(add_completion=False)
+    program.command()(function)
+    run(program)

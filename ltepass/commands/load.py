@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -60,18 +59,6 @@ def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
         raise ConfigError(
             f"{name!r} has no tokenizer that can be read ({first_line(error)}); expected a model directory or hub name"
         ) from error
-
-
-def text_of(path: Path) -> str:
-    """Of a UTF-8 file. Raises ConfigError."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{path} is no UTF-8 text ({error.reason} at byte {error.start}); expected UTF-8; convert it, as by iconv"
-        ) from error
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}; expected a text file") from error
 
 
 def require_device(name: str) -> None:

@@ -12,7 +12,7 @@ import torch
 
 import ltepass
 from ltepass.commands.bench_tables import label, token_plot
-from ltepass.commands.load import load, text_of, tokenizer_of
+from ltepass.commands.load import load, tokenizer_of
 from ltepass.commands.training_run import CHECKPOINTS, RECORD, Losses, Trained, losses_of
 from ltepass.corpora import token_blocks
 from ltepass.errors import ConfigError
@@ -22,6 +22,7 @@ from ltepass.measure.token_bytes import weights_read
 from ltepass.pages import plots
 from ltepass.pages.html import note, plot, section, table
 from ltepass.routed.report_tables import Report, span
+from ltepass.whole_file import text_of
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,17 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 import ltepass
 from ltepass.commands.load import load, require_device, tokenizer_of
-from ltepass.commands.training_data import Columns, read_rows, tokenised
-from ltepass.commands.training_run import ROWS, Trained, TrainingRun, digest, losses_of, measured
+from ltepass.commands.training_data import Columns, digest, read_rows, tokenised
+from ltepass.commands.training_run import ROWS, Trained, TrainingRun, losses_of, measured
 from ltepass.config import Budget, LTEConfig, RouterKind
 from ltepass.errors import ConfigError
 from ltepass.grouping_methods import AUTO
-from ltepass.saving.model_card import write_card
+from ltepass.routed.report_tables import span
+from ltepass.saving.model_card import Measured, write_card
 from ltepass.training.settings import LTESettings
 
 if TYPE_CHECKING:
+    from rich.table import Table
     from transformers import PreTrainedModel
 
 START_TOKENS = 49_152  # that routers and the warm start are fitted on, at most
@@ -201,3 +205,24 @@ def _start(model: PreTrainedModel, learned: Columns, options: TrainOptions, say:
         warm_start(model, refit)
     elif not options.trains:
         ltepass.calibrate(model, batches, inputs="hard")  # nothing else will bring the inputs back
+
+
+def trained_table(found: Measured) -> Table:
+    from rich.table import Table
+
+    table = Table(title=f"measured on {found['held_out']} of held-out text", title_justify="left")
+    for heading in ("", "dense, as it came", "trained, sparse", "ratio"):
+        table.add_column(heading, overflow="fold")
+    table.add_row("perplexity", *_pair(found["dense_perplexity"], found["perplexity"], 3))
+    table.add_row("inactive neurons, min / mean / max", "0%", span(list(found["sparsity"].values())), "")
+    speed = found["tokens_per_s"]
+    if speed is not None:
+        what = f"tokens/s of decoding, eager, {torch.get_num_threads()} threads"
+        table.add_row(what, *_pair(speed["dense"], speed["lowered"], 1))
+    return table
+
+
+def _pair(dense: float | None, ours: float | None, digits: int) -> tuple[str, str, str]:
+    if dense is None or ours is None:
+        return "not measured", "not measured", ""
+    return f"{dense:.{digits}f}", f"{ours:.{digits}f}", f"x{ours / dense:.3f}"

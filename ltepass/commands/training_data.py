@@ -9,19 +9,20 @@ These are the rows that TRL's trainers take, in the same columns.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ltepass.commands.load import text_of
 from ltepass.corpora import token_blocks
 from ltepass.errors import ConfigError, first_line, shown
 from ltepass.routed.token_masks import IGNORED
+from ltepass.whole_file import text_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -163,3 +164,12 @@ def _templated(
         )
     except Exception as error:  # whatever a template raises
         raise ConfigError(f"the chat template refuses {shown(messages)}: {error}") from error
+
+
+def digest(columns: Mapping[str, Tensor]) -> str:
+    """Of all numbers of a training's data."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(columns.items()):
+        found.update(f"{name} {tuple(tensor.shape)}".encode())
+        found.update(tensor.numpy().tobytes())
+    return found.hexdigest()[:16]

@@ -5,7 +5,6 @@ What came out is quality and speed beside the dense model that it began with, me
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import statistics
@@ -21,13 +20,11 @@ from ltepass.errors import ConfigError
 from ltepass.measure.machine import machine
 from ltepass.measure.timing import time_decoding
 from ltepass.routed.json_entry import Json
-from ltepass.routed.report_tables import span
 from ltepass.saving.model_card import Measured
 from ltepass.training.stages import held_out_perplexity
 from ltepass.whole_file import whole_file
 
 if TYPE_CHECKING:
-    from rich.table import Table
     from transformers import PreTrainedModel
 
 
@@ -101,15 +98,6 @@ def losses_of(checkpoints: Path) -> dict[str, Losses]:
     return found
 
 
-def digest(columns: Mapping[str, Tensor]) -> str:
-    """Of all numbers of a training's data."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(columns.items()):
-        found.update(f"{name} {tuple(tensor.shape)}".encode())
-        found.update(tensor.numpy().tobytes())
-    return found.hexdigest()[:16]
-
-
 ROWS = 16  # that are measured, at most
 NEW_TOKENS, WARMUP = 40, 8  # decoded, and of them not timed
 
@@ -141,24 +129,3 @@ def measured(model: PreTrainedModel, dense: PreTrainedModel, held_out: Mapping[s
         times = time_decoding(sides, prompt, tokens, warmup=min(WARMUP, len(tokens) // 2))
         found["tokens_per_s"] = {side: 1 / statistics.median(seconds) for side, seconds in times.items()}
     return found
-
-
-def trained_table(found: Measured) -> Table:
-    from rich.table import Table
-
-    table = Table(title=f"measured on {found['held_out']} of held-out text", title_justify="left")
-    for heading in ("", "dense, as it came", "trained, sparse", "ratio"):
-        table.add_column(heading, overflow="fold")
-    table.add_row("perplexity", *_pair(found["dense_perplexity"], found["perplexity"], 3))
-    table.add_row("inactive neurons, min / mean / max", "0%", span(list(found["sparsity"].values())), "")
-    speed = found["tokens_per_s"]
-    if speed is not None:
-        what = f"tokens/s of decoding, eager, {torch.get_num_threads()} threads"
-        table.add_row(what, *_pair(speed["dense"], speed["lowered"], 1))
-    return table
-
-
-def _pair(dense: float | None, ours: float | None, digits: int) -> tuple[str, str, str]:
-    if dense is None or ours is None:
-        return "not measured", "not measured", ""
-    return f"{dense:.{digits}f}", f"{ours:.{digits}f}", f"x{ours / dense:.3f}"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from html import escape
 
 from ltepass.demo.options import command_line
-from ltepass.demo.results import Generated, Results
-from ltepass.demo.table import machine_line, rows
+from ltepass.demo.results import Generated, Results, machine_line
+from ltepass.demo.table import rows
 from ltepass.pages import plots
 from ltepass.pages.html import document, figure, grid, note, section, table
 

@@ -161,3 +161,17 @@ class Folder:
     def _write(self) -> None:
         with whole_file(self.file) as file:
             file.write_text(json.dumps(self.results, indent=2) + "\n")
+
+
+def machine_line(results: Results) -> str:
+    """One sentence: where, with what, how long, how much memory."""
+    at, stages = results["machine"], results["stages"]
+    costs: list[Cost] = [stages[name] for name in STAGE_NAMES if name in stages]
+    minutes = sum(cost["seconds"] for cost in costs) / 60
+    memory = max((cost.get("peak_gb", 0.0) for cost in costs), default=0.0)
+    device = results["options"]["device"]
+    gpu = f", {at['gpu']}" if device.startswith("cuda") else ""
+    return (
+        f"{at['cpu']}, {at['cores']} cores, {at['isa']}{gpu}, torch {at['torch']}, Python {at['python']}; "
+        f"device {device}, seed {results['options']['seed']}; {minutes:.1f} minutes, at most {memory:.1f} GB"
+    )

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ltepass.demo.options import Options, command_line
-from ltepass.demo.results import STAGE_NAMES, Cost, Results, StageName, Stages
+from ltepass.demo.results import Results, StageName, Stages, machine_line
 from ltepass.measure.quality import Ratio
 from ltepass.routed.report_tables import span
 
@@ -117,20 +117,6 @@ _ROWS: tuple[tuple[StageName, Callable[[Stages, Options], Rows]], ...] = (
     ("speed", lambda stages, _: _instead(stages)),
     ("reload", _reload),
 )
-
-
-def machine_line(results: Results) -> str:
-    """One sentence: where, with what, how long, how much memory."""
-    at, stages = results["machine"], results["stages"]
-    costs: list[Cost] = [stages[name] for name in STAGE_NAMES if name in stages]
-    minutes = sum(cost["seconds"] for cost in costs) / 60
-    memory = max((cost.get("peak_gb", 0.0) for cost in costs), default=0.0)
-    device = results["options"]["device"]
-    gpu = f", {at['gpu']}" if device.startswith("cuda") else ""
-    return (
-        f"{at['cpu']}, {at['cores']} cores, {at['isa']}{gpu}, torch {at['torch']}, Python {at['python']}; "
-        f"device {device}, seed {results['options']['seed']}; {minutes:.1f} minutes, at most {memory:.1f} GB"
-    )
 
 
 def rich_table(results: Results) -> Table:

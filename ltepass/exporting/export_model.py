@@ -24,7 +24,8 @@ from ltepass.kernels.weight_formats import Format
 from ltepass.passes import EXPORT
 from ltepass.passes.capture.decoder_step import DecoderStep, capture_step
 from ltepass.passes.graph.pipeline import GraphJob, Pass, run_passes
-from ltepass.passes.lower.lower_model import check_format, is_lowered, require_hard
+from ltepass.passes.lower.lower_model import check_format, is_lowered
+from ltepass.passes.lower.lower_sites import require_hard
 from ltepass.passes.lower.quantise_linears import QuantiseLinears
 from ltepass.passes.lower.quantise_routed_ffn import QuantiseRoutedFFN
 from ltepass.passes.lower.why_not_linear import is_ordinary

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from ltepass.measure.quality import perplexity
 from ltepass.routed import token_masks
-from ltepass.routed.batches import Batch, require_seen, run_batches
+from ltepass.routed.batches import Batch, run_batches
 from ltepass.routed.modes import mode_of
+from ltepass.routed.observers import on_logits, require_seen
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
-from ltepass.routed.samples import Tally, on_logits, record_logits
+from ltepass.routed.samples import Tally, record_logits
 from ltepass.routed.sites import FFNSite
 from ltepass.routed.undo import verb
 from ltepass.sparsity.thresholds import set_sparsity

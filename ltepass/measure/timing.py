@@ -1,6 +1,7 @@
 """Timing that a sceptic accepts: contenders interleaved, caches emptied before every call, medians with p20 and p80.
 
-Of a call (`interleaved`), and of each token of models that take turns in one process (`time_decoding`).
+Of a call (`interleaved`), of each token of models that take turns in one process (`time_decoding`), and of those of
+`generate` (`time_generate`).
 """
 
 from __future__ import annotations
@@ -11,13 +12,17 @@ import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypedDict, TypeVar
+from itertools import pairwise
+from typing import TYPE_CHECKING, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ltepass.measure.machine import last_level_cache
 from ltepass.routed.sites import FFNSite
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Contender = Callable[[int], object]
 
@@ -167,3 +172,47 @@ def summary(times: Mapping[str, Sequence[float]], active: float, router: float) 
 def _spread(seconds: Sequence[float]) -> Spread:
     slow, middle, fast = sorted(1 / q for q in statistics.quantiles(seconds, n=4))
     return {"median": middle, "low": slow, "high": fast}
+
+
+class _Given:
+    """A logits processor that makes greedy decoding choose the given tokens, so that every side does the same work."""
+
+    def __init__(self, tokens: Tensor, prompt_tokens: int) -> None:
+        self._tokens, self._prompt_tokens = tokens, prompt_tokens
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores[:, self._tokens[input_ids.shape[1] - self._prompt_tokens]] = torch.inf
+        return scores
+
+
+class _Clock:
+    """A stopping criterion that never stops: `generate` asks it once a token, when the token is known."""
+
+    def __init__(self) -> None:
+        self.stamps = [time.perf_counter()]
+
+    def __call__(self, input_ids: Tensor, *_: object, **__: object) -> Tensor:
+        input_ids[0, -1].item()  # waits for the device
+        self.stamps.append(time.perf_counter())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+@torch.no_grad()
+def time_generate(model: PreTrainedModel, prompt: Tensor, tokens: Tensor) -> list[float]:
+    """Seconds that each token took in `generate`, the first of which comes out of the prompt. prompt: [P], tokens: [N]
+    int64.
+    """
+    from transformers import LogitsProcessorList, StoppingCriteriaList
+
+    clock = _Clock()
+    out = model.generate(
+        prompt[None],
+        attention_mask=torch.ones_like(prompt[None]),
+        max_new_tokens=len(tokens),
+        min_new_tokens=len(tokens),
+        do_sample=False,
+        logits_processor=LogitsProcessorList([_Given(tokens, len(prompt))]),
+        stopping_criteria=StoppingCriteriaList([clock]),
+    )
+    assert torch.equal(out[0, len(prompt) :], tokens), "generate did not take the given tokens"
+    return [b - a for a, b in pairwise(clock.stamps)]

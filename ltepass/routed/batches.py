@@ -164,25 +164,6 @@ def run_batches(model: nn.Module, batches: Iterable[Batch]) -> None:
             module.training = flag
 
 
-def require_seen(counts: dict[str, int]) -> None:
-    """counts: by site name, of tokens or batches that it saw. Raises CalibrationError where that is none."""
-    missed = [name for name, count in counts.items() if not count]
-    if missed:
-        raise CalibrationError(
-            f"no token reached {missed[0]} ({len(missed)} of {len(counts)} sites); expected at least one "
-            "batch that runs through every FFN; pass batches of token ids"
-        )
-
-
-def require_finite(name: str, *made: Tensor) -> None:
-    """made: of what the FFN of this name saw. Raises CalibrationError where that held NaN or infinite values."""
-    if not all(bool(tensor.isfinite().all()) for tensor in made):
-        raise CalibrationError(
-            f"{name} saw values that are not finite; expected finite weights and hidden states on every batch; load "
-            "the model in bfloat16 or float32, or leave out the batch that overflows"
-        )
-
-
 def every(nth: int, batches: Sequence[Any]) -> Sequence[Any]:
     """Every nth of the batches, or more of them where those hold fewer than MIN_TOKENS."""
     parts = (batches[::step] for step in range(nth, 1, -1))

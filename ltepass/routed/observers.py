@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from ltepass.config import Mode
-from ltepass.routed.batches import Batch, require_seen, run_batches
+from ltepass.errors import CalibrationError
+from ltepass.routed.batches import Batch, run_batches
 from ltepass.routed.modes import mode_of
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
 from ltepass.routed.sites import FFNSite
 from ltepass.routed.token_masks import telling_tokens, tokens_of
-from ltepass.threads import require_own
+from ltepass.threads import require_own, unshared
 
 
 def watch(routed: Routed, batches: Iterable[Batch], observers: Sequence[Observer], *, mode: Mode = "dense") -> None:
@@ -61,3 +63,42 @@ class Observer(ABC):
         if self.handle is not None:  # it was opened before the pass was interrupted
             self.handle.remove()
         self.router.observer = None
+
+
+@contextmanager
+def on_logits(routed: Routed, see: Callable[[FFNSite, Router, Tensor], None]) -> Iterator[None]:
+    """While the block runs, calls see(site, router, logits [..., n_experts]) after every router, without gradients."""
+
+    def hook(site: FFNSite) -> Callable[[Router, object, Tensor | None], None]:
+        def run(router: Router, args: object, logits: Tensor | None) -> None:
+            if logits is not None:
+                see(site, router, logits.detach())
+
+        return run
+
+    handles = [router.register_forward_hook(hook(site)) for site, router in routed]
+    try:
+        with telling_tokens(routed), unshared(routed.all_routers()):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def require_seen(counts: dict[str, int]) -> None:
+    """counts: by site name, of tokens or batches that it saw. Raises CalibrationError where that is none."""
+    missed = [name for name, count in counts.items() if not count]
+    if missed:
+        raise CalibrationError(
+            f"no token reached {missed[0]} ({len(missed)} of {len(counts)} sites); expected at least one "
+            "batch that runs through every FFN; pass batches of token ids"
+        )
+
+
+def require_finite(name: str, *made: Tensor) -> None:
+    """made: of what the FFN of this name saw. Raises CalibrationError where that held NaN or infinite values."""
+    if not all(bool(tensor.isfinite().all()) for tensor in made):
+        raise CalibrationError(
+            f"{name} saw values that are not finite; expected finite weights and hidden states on every batch; load "
+            "the model in bfloat16 or float32, or leave out the batch that overflows"
+        )

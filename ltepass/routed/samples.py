@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
@@ -10,14 +10,12 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
-from ltepass.routed import token_masks
-from ltepass.routed.batches import Batch, require_finite
-from ltepass.routed.observers import Observer, watch
+from ltepass.routed.batches import Batch
+from ltepass.routed.observers import Observer, on_logits, require_finite, watch
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
 from ltepass.routed.sites import FFNSite
-from ltepass.routed.token_masks import telling_tokens
-from ltepass.threads import unshared
+from ltepass.routed.token_masks import tokens_of
 
 
 class Reservoir:
@@ -142,28 +140,8 @@ def record_logits(routed: Routed, keep: int | None = None, *, flat: bool = True)
     draws = {name: SomeRows(keep) for name in seen}
 
     def see(site: FFNSite, router: Router, logits: Tensor) -> None:
-        rows = draws[site.name](token_masks.tokens_of(router, logits)) if flat else logits.clone()
+        rows = draws[site.name](tokens_of(router, logits)) if flat else logits.clone()
         seen[site.name].append(rows)
 
     with on_logits(routed, see):
         yield seen
-
-
-@contextmanager
-def on_logits(routed: Routed, see: Callable[[FFNSite, Router, Tensor], None]) -> Iterator[None]:
-    """While the block runs, calls see(site, router, logits [..., n_experts]) after every router, without gradients."""
-
-    def hook(site: FFNSite) -> Callable[[Router, object, Tensor | None], None]:
-        def run(router: Router, args: object, logits: Tensor | None) -> None:
-            if logits is not None:
-                see(site, router, logits.detach())
-
-        return run
-
-    handles = [router.register_forward_hook(hook(site)) for site, router in routed]
-    try:
-        with telling_tokens(routed), unshared(routed.all_routers()):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from ltepass.routed import token_masks
-from ltepass.routed.batches import Batch, require_seen, run_batches
+from ltepass.routed.batches import Batch, run_batches
 from ltepass.routed.modes import mode_of
+from ltepass.routed.observers import on_logits, require_seen
 from ltepass.routed.quantile_table import table_of, table_tokens
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
-from ltepass.routed.samples import Reservoir, on_logits
+from ltepass.routed.samples import Reservoir
 from ltepass.routed.sites import FFNSite
 
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ltepass.config import check_sparsity
-from ltepass.routed.batches import Batch, require_finite
-from ltepass.routed.observers import Observer, watch
+from ltepass.routed.batches import Batch
+from ltepass.routed.observers import Observer, require_finite, watch
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
 from ltepass.routed.samples import Reservoir

@@ -8,15 +8,16 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ltepass.config import Budget, check_sparsity
+from ltepass.config import check_sparsity
 from ltepass.errors import CalibrationError
 from ltepass.routed import token_masks
-from ltepass.routed.batches import Batch, require_finite, run_batches
+from ltepass.routed.batches import Batch, run_batches
 from ltepass.routed.modes import mode_of, remember_densities
+from ltepass.routed.observers import on_logits, require_finite
 from ltepass.routed.quantile_table import interpolate, quantiles, table_of, table_tokens
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router, logit
-from ltepass.routed.samples import Reservoir, on_logits
+from ltepass.routed.samples import Reservoir
 from ltepass.routed.sites import FFNSite
 from ltepass.routed.undo import keep, verb
 
@@ -114,18 +115,6 @@ def place_threshold(router: Router, table: Tensor, threshold: Tensor) -> None:
         router.bias.add_(shift)
         router.quantiles.copy_(table + shift)
         router.threshold.fill_(logit(router.tau))
-
-
-def hold(routed: Routed, shares: Tensor, sparsity: float, *, budget: Budget | None = None, gain: float = 1.0) -> None:
-    """Move thresholds a little towards a sparsity. shares: [n_sites], inactive share of each in the last step.
-
-    budget: None takes the config's. gain: logits per unit of error; at logits of unit spread the error shrinks by about
-    gain / 3 a step.
-    """
-    budget = budget or routed.config["budget"]
-    error = sparsity - (shares.mean().expand_as(shares) if budget == "model" else shares)
-    for router, missing in zip(routed.routers, error, strict=True):
-        router.threshold.add_((gain * missing).to(router.threshold.device))
 
 
 def move_biases(routed: Routed, sparsity: float) -> None:

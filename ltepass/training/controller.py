@@ -10,6 +10,11 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torch import Tensor
+
+from ltepass.config import Budget
+from ltepass.routed.routed import Routed
+
 
 @dataclass
 class SparsityController:
@@ -55,3 +60,15 @@ class SparsityController:
     @staticmethod
     def from_state(state: dict[str, Any]) -> SparsityController:
         return SparsityController(**state)
+
+
+def hold(routed: Routed, shares: Tensor, sparsity: float, *, budget: Budget | None = None, gain: float = 1.0) -> None:
+    """Move thresholds a little towards a sparsity. shares: [n_sites], inactive share of each in the last step.
+
+    budget: None takes the config's. gain: logits per unit of error; at logits of unit spread the error shrinks by about
+    gain / 3 a step.
+    """
+    budget = budget or routed.config["budget"]
+    error = sparsity - (shares.mean().expand_as(shares) if budget == "model" else shares)
+    for router, missing in zip(routed.routers, error, strict=True):
+        router.threshold.add_((gain * missing).to(router.threshold.device))

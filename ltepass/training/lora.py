@@ -11,6 +11,7 @@ from torch import nn
 
 from ltepass.errors import ConfigError
 from ltepass.routed.routed import Routed
+from ltepass.routed.sites import read_rows
 
 ADAPTER = "ltepass"  # the name that tells our layers from the user's
 
@@ -69,3 +70,15 @@ def merge_lora(model: nn.Module) -> None:
             if layer is not None and ADAPTER in layer._modules.get("lora_A", ()):  # type: ignore[operator]
                 layer.merge()  # type: ignore[operator]  # a second time, where sites share it, does nothing
                 parent._modules[child] = layer.base_layer  # type: ignore[assignment]
+
+
+def require_bare_linears(routed: Routed) -> None:
+    """Of FFNs whose inactive neurons keep low bits. Raises ConfigError where an adapter stands in a linear's place."""
+    everything = [(site, rows) for site in routed.sites for rows in site.neurons]
+    for site, rows in everything:
+        if read_rows(routed.model, site, rows) is None:
+            raise ConfigError(
+                f'{rows.param} is no parameter any more: an adapter stands in its place. With inactive="low_bit" the '
+                "router's codes compute the FFN, so that what is added to its linears has no effect; expected adapters "
+                'beside the FFNs, as on attention, or inactive="zero"'
+            )

@@ -12,19 +12,17 @@ import torch
 from torch import nn
 
 from ltepass.config import Budget, Mode
-from ltepass.errors import ConfigError
 from ltepass.measure.sparsity import hard_sparsity
 from ltepass.progress import steps
 from ltepass.routed.modes import switch
 from ltepass.routed.proxy_router import ProxyRouter, encode
 from ltepass.routed.routed import Routed, require_whole, routers_of
 from ltepass.routed.router import Router
-from ltepass.routed.sites import read_rows
 from ltepass.routed.undo import all_or_nothing, undisturbed, verb
 from ltepass.sparsity.cuts import place_cuts
 from ltepass.sparsity.thresholds import place_thresholds, update_table
 from ltepass.training.labels import label_mask, shifts_labels
-from ltepass.training.lora import add_lora, merge_lora
+from ltepass.training.lora import add_lora, merge_lora, require_bare_linears
 from ltepass.training.settings import LTESettings, Trainable
 from ltepass.transform_and_lower import lower, unlower
 
@@ -56,7 +54,7 @@ def begin_stage(
     if trainable == "lora":  # adds to linears
         routed.require_gates('trainable="lora"')
     if routed.tiered:
-        _require_bare_linears(routed)
+        require_bare_linears(routed)
     switch(routed, stage)
     learns_hard = straight_through or trainable == "routers"
     if trainable != "all":
@@ -67,17 +65,6 @@ def begin_stage(
     for router in routed.routers:  # alone: what PEFT keeps beside it stays frozen
         router.straight_through = stage == "hard" and learns_hard
         router.requires_grad_(stage == "soft" or learns_hard)
-
-
-def _require_bare_linears(routed: Routed) -> None:
-    everything = [(site, rows) for site in routed.sites for rows in site.neurons]
-    for site, rows in everything:
-        if read_rows(routed.model, site, rows) is None:
-            raise ConfigError(
-                f'{rows.param} is no parameter any more: an adapter stands in its place. With inactive="low_bit" the '
-                "router's codes compute the FFN, so that what is added to its linears has no effect; expected adapters "
-                'beside the FFNs, as on attention, or inactive="zero"'
-            )
 
 
 @verb

@@ -24,7 +24,6 @@ from ltepass.routed.batches import Batch
 from ltepass.routed.routed import Routed, root_of
 from ltepass.routed.token_masks import telling_tokens
 from ltepass.saving.model_card import Measured, is_saved_routed, write_card
-from ltepass.sparsity.thresholds import hold
 from ltepass.training.auxiliary_loss import clear_auxiliary, inactive_shares, take_auxiliary
 from ltepass.training.checkpoints import (
     STATE_FILE,
@@ -35,7 +34,7 @@ from ltepass.training.checkpoints import (
     save_apart,
     saved_apart,
 )
-from ltepass.training.controller import SparsityController
+from ltepass.training.controller import SparsityController, hold
 from ltepass.training.distillation import dense_teacher, divergence
 from ltepass.training.labels import label_mask, shifts_labels
 from ltepass.training.lora import merge_lora

@@ -13,13 +13,12 @@ training flag, RNG state, hooks, buffers and caches of the model are as before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import fake_tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
@@ -31,8 +30,8 @@ from ltepass.passes.capture.example_inputs import (
     inputs_of,
     make_example_inputs,
     one_tensor,
+    recorded_calls,
     split_inputs,
-    without_fakes,
 )
 from ltepass.passes.capture.leave_untouched import bring_back, untouched
 from ltepass.passes.capture.user_graph import capture_user_graph
@@ -223,34 +222,3 @@ def _holds_blocks(module: nn.Module) -> bool:
     if hasattr(module, "main_input_name") and module.main_input_name != "input_ids":
         return False
     return any(isinstance(m, nn.ModuleList) and len(m) > 1 and count_matrices(m[0]) > 1 for m in module.modules())
-
-
-def recorded_calls(
-    model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]
-) -> tuple[dict[str, Call], Exception | None]:
-    """What each module was called with in a run under fake tensors, which compute nothing, and how the run failed."""
-    calls: dict[str, Call] = {}
-    handles = []
-    failure = None
-
-    def recorder(path: str) -> Callable[..., None]:
-        def record(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-            calls.setdefault(path, (args, kwargs))
-
-        return record
-
-    with untouched(model), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        bring_back(model)
-        for path, module in model.named_modules():
-            handles.append(module.register_forward_pre_hook(recorder(path), with_kwargs=True))
-        try:
-            fake = torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, (tuple(args), dict(kwargs)))
-            model(*fake[0], **fake[1])
-        except MemoryError:
-            raise
-        except Exception as e:  # what was called before is known
-            failure = e
-        finally:
-            for handle in handles:
-                handle.remove()
-    return {path: without_fakes(call) for path, call in calls.items()}, failure

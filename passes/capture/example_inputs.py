@@ -5,14 +5,16 @@ right shape, for tracing under fake tensors.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 
 from ltepass.errors import CaptureError
+from ltepass.passes.capture.leave_untouched import bring_back, untouched
 
 TOKENS = 8  # length of the made-up prompt; long enough for token mixing to show
 
@@ -116,3 +118,34 @@ def without_fakes(call: Call) -> Call:
 
     plain: Call = torch.utils._pytree.tree_map(one, call)
     return plain
+
+
+def recorded_calls(
+    model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]
+) -> tuple[dict[str, Call], Exception | None]:
+    """What each module was called with in a run under fake tensors, which compute nothing, and how the run failed."""
+    calls: dict[str, Call] = {}
+    handles = []
+    failure = None
+
+    def recorder(path: str) -> Callable[..., None]:
+        def record(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+            calls.setdefault(path, (args, kwargs))
+
+        return record
+
+    with untouched(model), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        bring_back(model)
+        for path, module in model.named_modules():
+            handles.append(module.register_forward_pre_hook(recorder(path), with_kwargs=True))
+        try:
+            fake = torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, (tuple(args), dict(kwargs)))
+            model(*fake[0], **fake[1])
+        except MemoryError:
+            raise
+        except Exception as e:  # what was called before is known
+            failure = e
+        finally:
+            for handle in handles:
+                handle.remove()
+    return {path: without_fakes(call) for path, call in calls.items()}, failure

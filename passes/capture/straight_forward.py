@@ -169,3 +169,11 @@ def _is_torch_function(called: object) -> bool:
     if name.startswith("is_") or not isinstance(called, (FunctionType, BuiltinFunctionType, MethodDescriptorType)):
         return False
     return name in vars(math) or getattr(torch, name, None) is called or hasattr(nn.functional, name)
+
+
+def traceable(original: type[nn.Module]) -> bool:
+    """Symbolic tracing reads a forward right only where it takes tensors and nothing optional."""
+    parameters = list(inspect.signature(original.forward).parameters.values())[1:]
+    return bool(parameters) and all(
+        p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty and p.name != "kwargs" for p in parameters
+    )

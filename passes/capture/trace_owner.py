@@ -12,11 +12,12 @@ import torch
 from torch import nn
 from torch.fx import Graph, Proxy, Tracer
 
-from ltepass.passes.capture.straight_forward import attributes, is_straight
+from ltepass.passes.capture.straight_forward import attributes, is_straight, traceable
 from ltepass.paths import is_path
 from ltepass.routed.router import Router
 from ltepass.routed.sites import FFNSite
-from ltepass.threads import interrupts_wait, tracing
+from ltepass.routed.undo import interrupts_wait
+from ltepass.threads import tracing
 
 T = TypeVar("T")
 OwnerGraphs = tuple[Graph, Graph]  # of one forward: in training, in evaluation
@@ -83,14 +84,6 @@ class _InThisThread:
 
     def __bool__(self) -> bool:
         return threading.get_ident() == self.thread
-
-
-def traceable(original: type[nn.Module]) -> bool:
-    """Symbolic tracing reads a forward right only where it takes tensors and nothing optional."""
-    parameters = list(inspect.signature(original.forward).parameters.values())[1:]
-    return bool(parameters) and all(
-        p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty and p.name != "kwargs" for p in parameters
-    )
 
 
 def trace_owner(owner: nn.Module, *, defaults: bool = False, through: Collection[str] = ()) -> OwnerGraphs | None:

@@ -21,7 +21,7 @@ from ltepass.passes.insert.check_activation import other_activation
 from ltepass.passes.lower.compile_backend import compile_model, is_compiled, uncompile_model
 from ltepass.passes.lower.lay_out_neurons import give_back_strides, lay_out
 from ltepass.passes.lower.lower_linear_modules import lower_linear_modules, lowered_linears, unlower_linear_modules
-from ltepass.passes.lower.lower_sites import lower_sites, unlower_sites
+from ltepass.passes.lower.lower_sites import lower_sites, require_hard, unlower_sites
 from ltepass.passes.lower.why_not_ffn import why_not, why_not_alone
 from ltepass.routed.int8_ffn import int8_ffn
 from ltepass.routed.modes import remember_densities
@@ -108,16 +108,6 @@ def check_format(linears: Format | None) -> None:
     """Raises ConfigError."""
     if linears not in (None, *get_args(Format)):
         raise ConfigError(f"linears is {linears!r}; expected None or one of {', '.join(get_args(Format))}")
-
-
-def require_hard(routed: Routed) -> None:
-    """Raises LoweringError."""
-    soft = [site.name for site, router in routed if router.mode != "hard"]
-    if soft:
-        raise LoweringError(
-            f"{len(soft)} of {len(routed.sites)} routers are in {routed.routers[0].mode!r} mode; lowering expects "
-            '"hard"; call ltepass.set_mode(model, "hard")'
-        )
 
 
 def _linears_of(sites: Iterable[FFNSite]) -> set[str]:

@@ -15,6 +15,7 @@ from operator import attrgetter
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
+from ltepass.errors import LoweringError
 from ltepass.passes.capture.trace_owner import trace_owner
 from ltepass.passes.graph.edit import erase_upstream
 from ltepass.passes.insert.check_activation import idle_values
@@ -147,3 +148,13 @@ def _lower_inline(model: nn.Module, owner: str, sites: list[FFNSite], lowered: s
         _note_skipped(model, site.router, skipped, runs=True)
         model.get_submodule(site.down).forward = sparse
     attach(module, inline)
+
+
+def require_hard(routed: Routed) -> None:
+    """Raises LoweringError."""
+    soft = [site.name for site, router in routed if router.mode != "hard"]
+    if soft:
+        raise LoweringError(
+            f"{len(soft)} of {len(routed.sites)} routers are in {routed.routers[0].mode!r} mode; lowering expects "
+            '"hard"; call ltepass.set_mode(model, "hard")'
+        )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import ltepass.kernels.routed_ffn  # noqa: F401 -- defines the op
-from ltepass.kernels import backward, reference
+from ltepass.kernels import reference, routed_ffn_backward
 from tests.kernels.routed_cases import ARGUMENTS, LAYOUTS, Recipe, make, with_grad
 from tests.typed import prefixed
 
@@ -72,9 +72,9 @@ def test_active_pairs_alone_give_the_same_gradients(dtype: torch.dtype, gated: b
         ours, stock, exact = (
             form(*given)
             for form, given in (
-                (backward.per_expert, plain),
-                (backward.masked_dense, plain),
-                (backward.masked_dense, wide),
+                (routed_ffn_backward.per_expert, plain),
+                (routed_ffn_backward.masked_dense, plain),
+                (routed_ffn_backward.masked_dense, wide),
             )
         )
         names = ("x", "up", "up_bias", "gate", "gate_bias", "down", "down_bias")
@@ -95,13 +95,13 @@ def test_active_pairs_are_used_in_eager_only(monkeypatch: pytest.MonkeyPatch) ->
         used.append(len(args[0]))
         return per_expert(*args)
 
-    per_expert = backward.per_expert
-    monkeypatch.setattr(backward, "per_expert", noting)
+    per_expert = routed_ffn_backward.per_expert
+    monkeypatch.setattr(routed_ffn_backward, "per_expert", noting)
     args = make(Recipe(T=6))
     op(args[0].detach().requires_grad_(), *args[1:]).sum().backward()
     assert used == []  # six tokens do not pay
     for name, value in (("LEAST_TOKENS", 0), ("LEAST_GROUP", 1), ("MOST_ACTIVE", 1.0)):
-        monkeypatch.setattr(backward, name, value)
+        monkeypatch.setattr(routed_ffn_backward, name, value)
     x = args[0].detach().requires_grad_()
     op(x, *args[1:]).sum().backward()
     assert used == [6]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import ltepass.kernels.routed_ffn  # noqa: F401 -- defines the op
-from ltepass.kernels import backward, reference
+from ltepass.kernels import reference, routed_ffn_backward
 from tests.kernels.routed_cases import ARGUMENTS, LAYOUTS, Recipe, doubled, hidden, make, size_of_terms
 from tests.typed import present
 
@@ -137,9 +137,9 @@ def test_active_pairs_alone_give_the_same_gradients(gated: bool) -> None:
     x, *router, up, up_bias, gate, gate_bias, down, _, activation, cut = args
     rest = (x, reference.mask(x, *router), up, up_bias, gate, gate_bias, down, activation, (True,) * 7)
     grad = torch.randn(23, 60, dtype=torch.float64)
-    pairs = backward.per_expert(grad, *rest, cut)
-    dense = backward.masked_dense(grad, *rest, cut)
-    without = backward.masked_dense(grad, *rest)
+    pairs = routed_ffn_backward.per_expert(grad, *rest, cut)
+    dense = routed_ffn_backward.masked_dense(grad, *rest, cut)
+    without = routed_ffn_backward.masked_dense(grad, *rest)
     for a, b in zip(pairs, dense, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
     assert not torch.allclose(present(dense[1]), present(without[1]))

@@ -11,7 +11,7 @@ from torch import nn
 
 import ltepass
 from ltepass.errors import ConfigError
-from ltepass.kernels import backward
+from ltepass.kernels import routed_ffn_backward
 from ltepass.measure.sparsity import measure_union
 from ltepass.routed.modes import mode_of
 from ltepass.routed.routed import router_of, routers_of
@@ -163,14 +163,14 @@ def test_the_hard_stage_through_the_op_ends_where_the_masked_form_does(
 ) -> None:
     """The same thresholds, held by the same measured shares, and weights equal but for the order of sums."""
     calls: list[int] = []
-    per_expert = backward.per_expert
+    per_expert = routed_ffn_backward.per_expert
 
     def counted(*args: Any) -> Any:
         calls.append(1)
         return per_expert(*args)
 
-    monkeypatch.setattr(backward, "per_expert", counted)
-    monkeypatch.setattr(backward, "LEAST_TOKENS", 1)
+    monkeypatch.setattr(routed_ffn_backward, "per_expert", counted)
+    monkeypatch.setattr(routed_ffn_backward, "LEAST_TOKENS", 1)
     ends = []
     for through_op in (False, True):
         model = trained(0.75, group_size=32)

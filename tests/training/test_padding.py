@@ -24,8 +24,8 @@ from ltepass.routed.batches import run_batches
 from ltepass.routed.routed import router_of, routers_of
 from ltepass.routed.samples import record_logits
 from ltepass.routed.token_masks import Forward, hooks_of, telling_tokens, token_mask
-from ltepass.sparsity.thresholds import hold
 from ltepass.training.auxiliary_loss import clear_auxiliary, inactive_shares, take_auxiliary
+from ltepass.training.controller import hold
 from ltepass.training.labels import label_mask
 from ltepass.training.settings import LTESettings
 from ltepass.training.stages import begin_stage, settle

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
@@ -20,6 +19,7 @@ from ltepass.measure import token_bytes
 from ltepass.measure.quality import perplexity
 from ltepass.measure.sides.side import DTYPES, Engine, Facts, Sparse
 from ltepass.measure.sparsity import sparsity_of_tail
+from ltepass.measure.timing import time_generate
 from ltepass.routed.modes import remember_densities
 from ltepass.routed.routed import Routed, is_transformed
 from ltepass.sparsity.thresholds import set_sparsity
@@ -135,47 +135,3 @@ def quantise(model: PreTrainedModel, weights: Quantised) -> None:
         "int4": partial(IntxWeightOnlyConfig, weight_dtype=torch.int4, granularity=PerGroup(BLOCK)),  # type: ignore[attr-defined]
     }
     quantize_(model, configs[weights]())
-
-
-class _Given:
-    """A logits processor that makes greedy decoding choose the given tokens, so that every side does the same work."""
-
-    def __init__(self, tokens: Tensor, prompt_tokens: int) -> None:
-        self._tokens, self._prompt_tokens = tokens, prompt_tokens
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scores[:, self._tokens[input_ids.shape[1] - self._prompt_tokens]] = torch.inf
-        return scores
-
-
-class _Clock:
-    """A stopping criterion that never stops: `generate` asks it once a token, when the token is known."""
-
-    def __init__(self) -> None:
-        self.stamps = [time.perf_counter()]
-
-    def __call__(self, input_ids: Tensor, *_: object, **__: object) -> Tensor:
-        input_ids[0, -1].item()  # waits for the device
-        self.stamps.append(time.perf_counter())
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-
-@torch.no_grad()
-def time_generate(model: PreTrainedModel, prompt: Tensor, tokens: Tensor) -> list[float]:
-    """Seconds that each token took in `generate`, the first of which comes out of the prompt. prompt: [P], tokens: [N]
-    int64.
-    """
-    from transformers import LogitsProcessorList, StoppingCriteriaList
-
-    clock = _Clock()
-    out = model.generate(
-        prompt[None],
-        attention_mask=torch.ones_like(prompt[None]),
-        max_new_tokens=len(tokens),
-        min_new_tokens=len(tokens),
-        do_sample=False,
-        logits_processor=LogitsProcessorList([_Given(tokens, len(prompt))]),
-        stopping_criteria=StoppingCriteriaList([clock]),
-    )
-    assert torch.equal(out[0, len(prompt) :], tokens), "generate did not take the given tokens"
-    return [b - a for a, b in pairwise(clock.stamps)]
