@@ -152,8 +152,11 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     zoo.fresh_dynamo(monkeypatch, inductor=False)
 
 
-@pytest.mark.parametrize("kind", HOOKS)
-@pytest.mark.parametrize("name", ["llama", "opt"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("llama", HOOKS[0]), ("opt", HOOKS[1])]
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in (("llama", HOOKS[1]), ("opt", HOOKS[0]))],
+)
 def test_a_hook_that_is_added_to_a_compiled_model_runs_and_is_gone_again(name: str, kind: str, eager: None) -> None:
     model = ltepass.lower(transformed(name, layers=1), scope="model")
     expected = [logits(model) for _ in range(3)][-1]  # Dynamo remembers what it has found unchanged
