@@ -128,7 +128,7 @@ def _match(flow: Flow, down: Linear, walk: _Walk) -> Region:
         raise MissError(down.node, "up", "no linear feeds this one through elementwise operations")
     if not any(is_pointwise(n) and op_name(n) not in ("to", "dropout") for n in walk.inner):
         raise MissError(down.node, "activation", "two linears with no activation between them: a low-rank pair")
-    x = one_source(flow, down, walk.sources)
+    x = one_source(flow, down, walk.sources, walk.inner)
     inner = tuple(sorted(walk.inner))
     check_private(walk.streams, inner, down)
     pieces, neurons = trace_rows(flow, down, walk.streams, walk.leaves, walk.scales, inner)

@@ -49,13 +49,21 @@ def blocked(node: Node) -> tuple[str, str]:
     return "elementwise", f"{what} stands between the up and the down projection"
 
 
-def one_source(flow: Flow, down: Linear, sources: set[Node]) -> Node:
+def one_source(flow: Flow, down: Linear, sources: set[Node], inner: Iterable[Node]) -> Node:
     """The input that all up projections of a region read. Raises MissError where there are several."""
     if len(sources) != 1:
         what = ": an adapter adds to one of them" if len(without_adapters(flow, sources)) == 1 else ""
+        if not what and _merges(flow, inner):
+            what = f" and are added: a merge of several things to width {down.width}, as a link predictor, not an FFN"
         raise MissError(down.node, "one source", f"the up projections read {len(sources)} different inputs{what}")
     (source,) = sources
     return source
+
+
+def _merges(flow: Flow, inner: Iterable[Node]) -> bool:
+    """Whether the outputs of two linears are added, and nothing else is, before the activation."""
+    adds = [node for node in inner if op_name(node) == "add"]
+    return len(adds) == 1 and all(flow.linear(strip_views(n)) is not None for n in adds[0].all_input_nodes)
 
 
 def check_private(streams: Sequence[Linear], inner: Sequence[Node], down: Linear) -> None:
@@ -153,8 +161,8 @@ def is_near(flow: Flow, down: Linear, sources: set[Node], inner: set[Node], chec
     if not 0 < len(sources) <= MAX_SOURCES or not any(_activates(n, down) for n in inner):
         return False
     if check == "one source":
-        product = any(op_name(n) == "mul" for n in inner)
-        return len(without_adapters(flow, sources)) == 1 or (len(sources) == 2 and product)
+        meet = any(op_name(n) == "mul" for n in inner) or _merges(flow, inner)
+        return len(without_adapters(flow, sources)) == 1 or (len(sources) == 2 and meet)
     return len(sources) == 1 and (check == "residual width" or down.width == shape(next(iter(sources)))[-1])
 
 

@@ -149,6 +149,17 @@ class CrossGated(nn.Module):
         return self.o(F.silu(self.a(x)) * self.b(self.norm(x)))
 
 
+class Merge(nn.Module):
+    """A score of two things, as TGN's link predictor makes one."""
+
+    def __init__(self, width: int = 1) -> None:
+        super().__init__()
+        self.a, self.b, self.o, self.norm = nn.Linear(D, H), nn.Linear(D, H), nn.Linear(H, width), nn.LayerNorm(D)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.o(F.relu(self.a(x) + self.b(self.norm(x))))
+
+
 class Watched(Plain):
     """Somebody else reads the hidden units: their order is not free."""
 
