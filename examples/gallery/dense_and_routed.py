@@ -10,6 +10,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +19,15 @@ from torch import Tensor, nn
 import ltepass
 from examples.gallery.rows import Row
 from ltepass.config import RouterKind
+from ltepass.routed.proxy_router import ProxyRouter
+from ltepass.routed.routed import Routed
+from ltepass.routed.router import Router
+from ltepass.routed.samples import record_logits
 
 Inputs = Mapping[str, Tensor]  # of a model
 LAMBDA = 1e-4  # weight of the separability loss; the controller finds that of the efficiency loss
 TOLERANCE = 1e-4  # of lowered to hard eager, over the largest output: other orders of the same fp32 sums
+ROUNDING = 1e-6  # of a score, over the largest one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,27 +139,40 @@ def scored(
 def lowered_equal(model: nn.Module, inputs: Inputs) -> tuple[float, int]:
     """Share of inputs to which lowered answers as hard eager does, and how many sites were lowered.
 
-    On what it gets in eager each lowered FFN has to answer as it does there (AssertionError). A whole model's need not:
-    rounding in one FFN may bring a score of the next over its threshold.
+    On what it gets in eager each lowered FFN has to answer as it does there (AssertionError), but for tokens with a
+    score within rounding of its threshold, at most one in a hundred: thresholds are placed at scores. A whole model's
+    answer need not: rounding in one FFN may bring a score of the next over its threshold.
     """
-    calls: list[tuple[nn.Module, Any, Any, Tensor]] = []
-    owners = {site.owner: model.get_submodule(site.owner) for site in ltepass.report(model).sites}
-    hooks = [
-        owner.register_forward_hook(lambda *call: calls.append((*call[:3], first(call[3]))), with_kwargs=True)
-        for owner in owners.values()
-    ]
-    expected = model(**inputs)[0]
+    calls: list[tuple[str, Any, Any, Tensor]] = []
+    routed = Routed.of(model, "lowered_equal")
+    owners = {site.owner: model.get_submodule(site.owner) for site in routed.sites}
+
+    def see(name: str, owner: nn.Module, *call: Any) -> None:
+        calls.append((name, call[0], call[1], first(call[2])))
+
+    hooks = [owner.register_forward_hook(partial(see, name), with_kwargs=True) for name, owner in owners.items()]
+    with record_logits(routed, flat=False) as logits:
+        expected = model(**inputs)[0]
     for hook in hooks:
         hook.remove()
     report = ltepass.report(ltepass.lower(model))
-    for owner, args, kwargs, answer in calls:
-        gap = (first(owner(*args, **kwargs)) - answer).abs().max() / answer.abs().max()
-        assert gap <= TOLERANCE, f"a lowered {type(owner).__name__} is {gap:.1e} from hard eager; see TOLERANCE"
+    for name, args, kwargs, answer in calls:
+        near = torch.stack([at_threshold(logits[s.name].pop(0), r) for s, r in routed if s.owner == name]).any(0)
+        apart = (first(owners[name](*args, **kwargs)) - answer).abs().flatten(0, -2)[~near]
+        assert near.sum() <= 1 + len(near) // 100, f"{near.sum()} of {len(near)} tokens have a score at its threshold"
+        gap = apart.max() / answer.abs().max()
+        assert gap <= TOLERANCE, f"a lowered {type(owners[name]).__name__} is {gap:.1e} from hard eager; see TOLERANCE"
     found = model(**inputs)[0]
     ltepass.unlower(model)
     kept = sum(any(site.name in note for note in report.notes) for site in report.sites)
     apart = (found - expected).abs().flatten(1).amax(1)
     return (apart <= TOLERANCE * expected.abs().max()).float().mean().item(), len(report.sites) - kept
+
+
+def at_threshold(logits: Tensor, router: Router) -> Tensor:
+    """Which tokens [n] have a score that rounding may bring over its threshold; a proxy's scores are the same bits."""
+    apart = (logits - router.threshold).abs().flatten(0, -2).amin(1)
+    return (apart <= ROUNDING * logits.abs().max()) & (not isinstance(router, ProxyRouter))
 
 
 def first(answer: Tensor | tuple[Tensor, ...]) -> Tensor:

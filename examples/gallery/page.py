@@ -14,30 +14,32 @@ from examples.gallery.rows import Row, read
 PAGE = Path(__file__).parent / "README.md"
 BEGIN, END = "<!-- tables: written by `python -m examples.gallery.page` -->", "<!-- end of tables -->"
 ROUTERS = ("linear", "proxy")
+NOVELTY = "AUROC"
 
 
-def spread(rows: Sequence[Row]) -> str:
+def spread(rows: Sequence[Row], digits: int = 3) -> str:
     """The mean, and over several seeds the least and the largest."""
     values = [row.value for row in rows]
     if not values:
         return "not measured"
-    digits = 1 if max(map(abs, values)) >= 100 else 3
+    digits = 1 if max(map(abs, values)) >= 100 else digits
     mean = f"{statistics.fmean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} .. {max(values):.{digits}f})"
 
 
 def task_table(rows: Sequence[Row]) -> list[str]:
-    """Dense beside each router and sparsity, trained; a line for each model of each example."""
+    """Dense beside each router and sparsity, trained; a line for each model and metric of each example."""
+    rows = [row for row in rows if row.metric != NOVELTY]
     columns = [(router, target) for router in ROUTERS for target in (0.5, 0.8)]
     heads = [f"{router} {target:.0%}" for router, target in columns]
     table = [
         "| example | data | model | metric | beside | dense | " + " | ".join(heads) + " | lowered | seeds | s a seed |",
         "|---" * (9 + len(columns)) + "|",
     ]
-    for example, model in dict.fromkeys((row.example, row.model) for row in rows):
-        mine = [row for row in rows if (row.example, row.model) == (example, model)]
-        data, metric = mine[0].data, mine[0].metric
-        others = [row for row in rows if row.example == example and row.side not in ("dense", *ROUTERS)]
+    for example, model, metric in dict.fromkeys((row.example, row.model, row.metric) for row in rows):
+        mine = [row for row in rows if (row.example, row.model, row.metric) == (example, model, metric)]
+        data = mine[0].data
+        others = [row for row in mine if row.side not in ("dense", *ROUTERS)]
         beside = f"{others[0].side}: {spread(others)}" if others else ""
         dense = [row for row in mine if row.side == "dense"]
         cells = [
@@ -69,12 +71,21 @@ def calibrated_table(rows: Sequence[Row]) -> list[str]:
     columns = [(router, target) for router in ROUTERS for target in (0.5, 0.8)]
     heads = [f"{router} {target:.0%}" for router, target in columns]
     table = ["| example, calibrated alone | " + " | ".join(heads) + " |", "|---" * (1 + len(columns)) + "|"]
-    for example in dict.fromkeys(row.example for row in rows):
-        cells = [
-            spread([row for row in rows if (row.example, row.side, row.target) == (example, router, target)])
-            for router, target in columns
-        ]
-        table.append(f"| {example} | {' | '.join(cells)} |")
+    for example, metric in dict.fromkeys((row.example, row.metric) for row in rows):
+        mine = [row for row in rows if (row.example, row.metric) == (example, metric)]
+        cells = [spread([row for row in mine if (row.side, row.target) == column]) for column in columns]
+        table.append(f"| {example}, {metric} | {' | '.join(cells)} |")
+    return table
+
+
+def novelty_table(rows: Sequence[Row]) -> list[str]:
+    """A line for what was told apart, a column for each signal."""
+    rows = [row for row in rows if row.metric == NOVELTY]
+    signals = list(dict.fromkeys(row.side for row in rows))
+    table = [f"| told apart, {NOVELTY} | " + " | ".join(signals) + " |", "|---" * (1 + len(signals)) + "|"]
+    for data in dict.fromkeys(row.data for row in rows):
+        cells = [[row for row in rows if (row.data, row.side) == (data, signal)] for signal in signals]
+        table.append(f"| {data} | {' | '.join(spread(cell, 2) for cell in cells)} |")
     return table
 
 
@@ -87,6 +98,8 @@ def tables(rows: Sequence[Row]) -> str:
     made_on = sorted({row.machine for row in rows})
     versions = sorted({version for row in rows for version in row.versions.split("; ")})
     parts = [task_table(rows), calibrated_table(rows)]
+    if any(row.metric == NOVELTY for row in rows):
+        parts.append(novelty_table(rows))
     refused = reasons(rows)
     if refused:
         parts.append(["Refused:", "", *refused])
