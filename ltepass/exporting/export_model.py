@@ -28,9 +28,9 @@ from ltepass.passes.lower.lower_model import check_format, is_lowered
 from ltepass.passes.lower.lower_sites import require_hard
 from ltepass.passes.lower.quantise_linears import QuantiseLinears
 from ltepass.passes.lower.quantise_routed_ffn import QuantiseRoutedFFN
-from ltepass.passes.lower.why_not_linear import is_ordinary
 from ltepass.progress import tell
 from ltepass.routed.routed import Routed, is_transformed, require_whole, unwrapped
+from ltepass.routed.sites import is_ordinary
 from ltepass.version import __version__
 
 if TYPE_CHECKING:

@@ -80,18 +80,39 @@ class Int8FFN:
         return read | {site.down_rows: self.down[0].nbytes}
 
 
-def int8_ffn(model: nn.Module, site: FFNSite, router: Router) -> Int8FFN:
-    """Of the weights as they are."""
+def holds_int8(weight: Tensor) -> bool:
+    """Whether it is torchao's Int8Tensor, which is not imported for it."""
+    return type(weight).__name__ == "Int8Tensor"
 
-    def rows_of(rows: NeuronRows) -> Tensor:
-        return rows.of(model, site.d_ff).detach()
+
+def int8_parts(weight: Tensor) -> Int8Weight:
+    """Of torchao's Int8Tensor."""
+    return weight.qdata, weight.scale.reshape(-1).float()  # type: ignore[attr-defined]
+
+
+def int8_ffn(model: nn.Module, site: FFNSite, router: Router) -> Int8FFN:
+    """Of the weights as they are: rounded where they are floats, and codes that torchao made as they stand."""
+
+    def rows_of(rows: NeuronRows) -> Int8Weight:
+        weight = model.get_parameter(rows.param).detach()
+        if not holds_int8(weight):
+            return int8_rows(rows.take(weight, site.d_ff))
+        codes, scale = int8_parts(weight)
+        return rows.take(codes, site.d_ff).contiguous(), rows.take(scale, site.d_ff).contiguous()
+
+    def columns_of(rows: NeuronRows) -> Int8Weight:
+        weight = model.get_parameter(rows.param).detach()
+        if not holds_int8(weight):
+            return int8_columns(rows.take(weight, site.d_ff).t())
+        codes, scale = int8_parts(weight)
+        return rows.take(codes, site.d_ff).contiguous().t(), scale
 
     linear = None if isinstance(router, ProxyRouter) else router.weight
     own = [model.get_parameter(rows.param) for rows in (site.up_rows, site.gate_rows, site.down_rows) if rows]
     return Int8FFN(
         router=None if linear is None else int8_rows(linear.detach()),
-        up=int8_rows(rows_of(site.up_rows)),
-        gate=None if site.gate_rows is None else int8_rows(rows_of(site.gate_rows)),
-        down=int8_columns(rows_of(site.down_rows).t()),
+        up=rows_of(site.up_rows),
+        gate=None if site.gate_rows is None else rows_of(site.gate_rows),
+        down=columns_of(site.down_rows),
         sources=tuple(Source(p) for p in (*own, *([] if linear is None else [linear]))),
     )

@@ -42,15 +42,15 @@ class NeuronRows:
 
 
 def read_rows(model: nn.Module, site: FFNSite, rows: NeuronRows | None) -> Tensor | None:
-    """The neurons' rows of one parameter [d_ff, ...], or None where no parameter of that name holds all of them: an
-    adapter or a shard stands there.
+    """The neurons' rows of one parameter [d_ff, ...], or None where no parameter of that name holds all of them as
+    numbers: an adapter, a shard or quantised weights stand there.
     """
     path, _, name = (rows.param if rows else "").rpartition(".")
     try:
         held = model.get_submodule(path)._parameters.get(name)
     except AttributeError:
         return None
-    if rows is None or held is None or held.is_meta or held.dim() <= rows.dim:
+    if rows is None or held is None or held.is_meta or held.dim() <= rows.dim or not is_ordinary(held):
         return None
     return rows.take(held, site.d_ff) if rows.indices(site.d_ff)[-1] < held.shape[rows.dim] else None
 
@@ -186,3 +186,9 @@ class LTEState:
             return self.__dict__
         note = 'this is a copy of a compiled model and is not compiled; call ltepass.lower(model, scope="model")'
         return {**self.__dict__, "lowered": None, "notes": [*self.notes, note]}
+
+
+def is_ordinary(tensor: Tensor) -> bool:
+    """No subclass with operations of its own (quantised, distributed); fake tensors stand for ordinary ones."""
+    cls = type(tensor)
+    return cls is nn.Parameter or cls is Tensor or cls.__module__.startswith("torch._subclasses.")

@@ -45,6 +45,7 @@ class FindFFN:
             job.refusals += refusals
         kept, tied = refuse_tied(found, job.captured)
         job.refusals += tied
+        job.refusals = told_as_quantised(job.model, job.refusals)
         kept, left_out = job.selection.split(number_sites(one_kind_an_owner(kept)))
         job.refusals += left_out
         sizes = job.selection.group_sizes(kept, job.config.group_size)
@@ -83,6 +84,21 @@ def find_in(
         else:
             found.append(Found(site, captured, _products(match)))
     return found, refusals + refuse_expert_stacks(captured) + refuse_computed_weights(captured)
+
+
+def told_as_quantised(model: nn.Module, refusals: list[Refusal]) -> list[Refusal]:
+    """With one refusal for all linears of torchao's weights, whose graph shows how they are computed and no linear."""
+    held = {path: m.weight for path, m in model.named_modules() if isinstance(m, nn.Linear)}
+    quantised = {path: type(w).__name__ for path, w in held.items() if type(w).__module__.startswith("torchao.")}
+    if not quantised:
+        return refusals
+    first, kind = next(iter(quantised.items()))
+    reason = (
+        f"its weight is torchao's {kind}, as those of {len(quantised)} linears, which were quantised before the "
+        'transform; transform the model first and quantise it then: lower(linears="int8") reads an Int8Tensor'
+    )
+    rest = [r for r in refusals if r.module not in quantised]
+    return [*rest, Refusal(module=first, node="", check="weight", reason=reason)]
 
 
 def _products(region: Region) -> frozenset[Node]:

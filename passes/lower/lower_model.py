@@ -52,7 +52,7 @@ def _lower(model: Model, scope: Scope, ffn: bool, linears: Format | None) -> Mod
     if ffn:
         require_hard(routed)
         check_forwards(model)
-        reasons = {s.name: why_not(routed, s) for s in state.sites}
+        reasons = {s.name: why_not(routed, s, int8=linears == "int8") for s in state.sites}
         if scope == "ffn":
             reasons = {
                 s.name: reasons[s.name] or why_not_alone(model, s) or other_activation(model, s) for s in state.sites

@@ -21,11 +21,11 @@ from ltepass.kernels.routed_ffn import routed_ffn, routed_proxy_ffn
 from ltepass.kernels.routed_schema import LINEAR_INT8, PROXY_INT8, RoutedOp
 from ltepass.kernels.tiers import tiered_ffn
 from ltepass.passes.lower.bypassed_modules import Settings, check_bypassed
-from ltepass.passes.lower.why_not_linear import is_ordinary, parameters_of
+from ltepass.passes.lower.why_not_linear import parameters_of
 from ltepass.routed.gate import applied
 from ltepass.routed.proxy_router import ProxyRouter
 from ltepass.routed.router import Router
-from ltepass.routed.sites import FFNSite, NeuronRows
+from ltepass.routed.sites import FFNSite, NeuronRows, is_ordinary
 from ltepass.routed.tiered_router import TieredRouter
 from ltepass.threads import interfered, require_own
 
@@ -76,7 +76,7 @@ def lowered_ffn(
     check_bypassed((up, down) if gate_linear is None else (up, gate_linear, down), skipped, *_noted(router))
     gate: tuple[Tensor | None, Tensor | None] = (None, None) if gate_linear is None else parameters_of(gate_linear)
     weights = (*parameters_of(up), *gate, *parameters_of(down))
-    for weight in weights:
+    for weight in weights if router.int8 is None else ():  # whose codes know their source
         if type(weight) is not Parameter and weight is not None and not is_ordinary(weight):
             raise LoweredError(
                 f"a weight of a lowered FFN is now a {type(weight).__module__}.{type(weight).__name__}, which the op "

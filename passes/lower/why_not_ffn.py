@@ -16,7 +16,8 @@ from ltepass.passes.find.match import Region, down_rows
 from ltepass.passes.graph.node_kinds import is_input_cut, is_plain_tensor, shape, value
 from ltepass.passes.graph.walk import strip_views
 from ltepass.passes.lower.bypassed_modules import GLOBAL_HOOK, bypassed_code, called_modules, idle
-from ltepass.passes.lower.why_not_linear import not_plain
+from ltepass.passes.lower.why_not_linear import is_product, not_plain, parameters_of, why_not_linear
+from ltepass.routed.int8_ffn import holds_int8
 from ltepass.routed.routed import Routed
 from ltepass.routed.sites import FFNSite
 
@@ -32,8 +33,10 @@ def also_scales(parameter: str) -> str:
     return f"{parameter} also scales its neurons"
 
 
-def why_not(routed: Routed, site: FFNSite) -> str | None:
-    """Why a site stays masked-dense, or None where the op computes just what the site computes."""
+def why_not(routed: Routed, site: FFNSite, *, int8: bool = False) -> str | None:
+    """Why a site stays masked-dense, or None where the op computes just what the site computes. int8: whether it is the
+    op of int8 weights, which reads torchao's as well.
+    """
     model, router = routed.model, routed.router(site)
     if router.tiered and router.weight.is_cuda:
         return TIERS_ON_GPU
@@ -54,10 +57,20 @@ def why_not(routed: Routed, site: FFNSite) -> str | None:
     for path in linears:
         if site.kind == "graph" and path not in called_modules(model):
             continue  # the graph itself holds the product
-        reason = not_plain(model.get_submodule(path))
+        reason = _why_not_read(model.get_submodule(path), int8 and not router.tiered)
         if reason is not None:
             return f"{path} {reason}"
     return _why_not_held(model, site)
+
+
+def _why_not_read(linear: nn.Module, int8: bool) -> str | None:
+    reason = not_plain(linear)
+    if reason is None or not is_product(linear) or not holds_int8(parameters_of(linear)[0]):
+        return reason
+    left = why_not_linear(linear)
+    if left is not None:
+        return f"is left in int8: {left}"
+    return None if int8 else f'{reason}; lower(linears="int8") reads it'
 
 
 def why_not_region(region: Region, scored: Node | None, soft: bool) -> str | None:

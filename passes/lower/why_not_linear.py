@@ -12,6 +12,8 @@ from ltepass.passes.capture.guard_replaced_forwards import is_replaced
 from ltepass.passes.graph.leaves_and_linears import Flow, Linear
 from ltepass.passes.graph.node_kinds import is_gate, shape, tensor_inputs, value
 from ltepass.passes.graph.walk import strip_identity
+from ltepass.routed.int8_ffn import int8_parts
+from ltepass.routed.sites import is_ordinary
 
 
 def not_plain(module: nn.Module) -> str | None:
@@ -30,12 +32,6 @@ def is_product(module: nn.Module) -> bool:
     """A linear whose forward is the matrix product and nothing else: no subclass."""
     cls = type(module)
     return cls is nn.Linear or is_conv1d(module) or f"{cls.__module__}.{cls.__name__}" in _SAME_AS_LINEAR
-
-
-def is_ordinary(tensor: Tensor) -> bool:
-    """No subclass with operations of its own (quantised, distributed); fake tensors stand for ordinary ones."""
-    cls = type(tensor)
-    return cls is nn.Parameter or cls is Tensor or cls.__module__.startswith("torch._subclasses.")
 
 
 # Subclasses of nn.Linear whose forward is the same product spelled out.
@@ -72,10 +68,6 @@ def why_not_linear(module: nn.Module) -> str | None:
 
 def kind(weight: Tensor) -> str:
     return type(weight).__name__
-
-
-def int8_parts(weight: Tensor) -> tuple[Tensor, Tensor]:
-    return weight.qdata, weight.scale.reshape(-1).float()  # type: ignore[attr-defined]
 
 
 def _why_not_int8(weight: Tensor) -> str | None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import ltepass
 from ltepass.config import RouterKind
-from ltepass.errors import ConfigError, LoweredError
+from ltepass.errors import ConfigError, LoweredError, LoweringError, NoFFNFoundError
 from ltepass.kernels import linear_reference
 from ltepass.kernels.routed_int8_reference import Int8Linear, scores
 from ltepass.kernels.routed_schema import RoutedOp
@@ -22,6 +22,7 @@ from ltepass.kernels.weight_formats import quantise_int4, quantise_int8
 from ltepass.measure import token_bytes
 from ltepass.passes.lower import lower_linear_modules, lowered_forward
 from ltepass.passes.lower.lower_linear_modules import lowered_linears
+from ltepass.routed.int8_ffn import int8_parts
 from ltepass.routed.proxy_router import ProxyRouter
 from ltepass.routed.routed import routers_of
 from tests.kernels.int8_cases import same_decision
@@ -208,3 +209,48 @@ def holds_routers(model: nn.Module) -> bool:
 def test_another_device_is_refused() -> None:
     with pytest.raises(ConfigError, match="not all of the model is on the CPU"):
         ltepass.lower(build("llama").to("meta"), ffn=False, linears="int8")
+
+
+def by_torchao(model: Any, config: str = "Int8WeightOnlyConfig") -> Any:
+    quantization = pytest.importorskip("torchao.quantization")
+    how = {"version": 2} if config.startswith("Int8") else {"weight_dtype": torch.int4}  # type: ignore[attr-defined]
+    quantization.quantize_(model, getattr(quantization, config)(**how))
+    return model
+
+
+@pytest.mark.parametrize("router", ["linear", "proxy"])
+def test_codes_that_torchao_made_are_read_as_they_stand(router: RouterKind, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = by_torchao(sparse("llama", router))
+    expected = logits(model)
+    with pytest.raises(LoweringError, match=r'up_proj holds a .*Int8Tensor.*; lower\(linears="int8"\) reads it'):
+        ltepass.lower(model)
+    ltepass.lower(model, linears="int8")
+    assert "kept masked-dense" not in str(ltepass.report(model))
+    with as_defined(monkeypatch) as got:
+        assert (logits(model) - expected).norm() < 0.03 * expected.norm(), "inputs have 8 bits"
+    op, args = got[0]
+    weights = op.checked(args).weights
+    (up, up_scale), (down, down_scale) = (
+        int8_parts(mlp(model, 0).get_parameter(f"{name}_proj.weight")) for name in ("up", "down")
+    )
+    read = (weights[0], weights[6], weights[4], weights[8])
+    for ours, theirs in zip(read, (up, up_scale, down, down_scale), strict=True):
+        assert ours is not None
+        assert torch.equal(ours, theirs)
+    ltepass.unlower(model)
+    assert torch.equal(logits(model), expected)
+
+
+def test_what_torchao_quantised_before_the_transform_is_named() -> None:
+    with pytest.raises(
+        NoFFNFoundError, match=r"torchao's Int8Tensor, as those of 15 linears, .* transform the model first"
+    ):
+        ltepass.transform(by_torchao(build("llama")))
+
+
+def test_4_bits_of_torchao_stay_masked_dense_and_are_reported() -> None:
+    model = sparse("llama")
+    model = by_torchao(model, "IntxWeightOnlyConfig")
+    with pytest.raises(LoweringError, match=r"holds a .*IntxUnpackedToInt8Tensor, which the op does not read"):
+        ltepass.lower(model, linears="int8")
+    assert ltepass.report(model).sites
