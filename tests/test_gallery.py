@@ -21,6 +21,7 @@ from examples.gallery import page
 from examples.gallery.dense_and_routed import Options, Task, at_threshold, compare, lowered_equal
 from examples.gallery.rows import PATH, Row, keep, read
 from ltepass.config import RouterKind
+from ltepass.errors import NoFFNFoundError
 from ltepass.routed.routed import Routed
 
 FOLDER = PATH.parent
@@ -50,6 +51,38 @@ def series_task() -> Task:
     return task
 
 
+class Memory(nn.Module):
+    """Stands in for torch_geometric's: counts a node's events."""
+
+    def __init__(self, nodes: int) -> None:
+        super().__init__()
+        self.seen = nn.Buffer(torch.zeros(nodes, 64))
+        self.time_enc = nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (-1, 1)), nn.Linear(1, 16))
+
+    def forward(self, nodes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.seen[nodes], nodes
+
+    def reset_state(self) -> None:
+        self.seen.zero_()
+
+    def update_state(self, planes: torch.Tensor, airports: torch.Tensor, *_: torch.Tensor) -> None:
+        self.seen.index_add_(0, torch.cat([planes, airports]), torch.ones(2 * len(planes), 64))
+
+
+def flights(planes: int = 4, airports: int = 3, n: int = 40) -> Any:
+    to = planes + torch.randint(airports, (n,))
+    to[-1] = planes + airports - 1
+    return module("temporal_graph").Events(torch.randint(planes, (n,)), to, torch.arange(n), torch.rand(n, 4))
+
+
+def events_task(memory: nn.Module | None = None) -> Task:
+    graph, events = module("temporal_graph"), flights()
+    near = [graph.Near(torch.randint(7, (7, 10)), torch.randint(-1, 4 * i, (7, 10))) for i in range(10)]
+    stream = graph.Stream(events, near, 4, 0)
+    task: Task = graph.task(graph.TGN(memory or Memory(7), 7, 4), stream, training=4, held_out=2)
+    return replace(task, score=lambda model: 0.0)
+
+
 @pytest.fixture(autouse=True)
 def versions_are_not_asked_of_packages_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in EXAMPLES:
@@ -58,14 +91,14 @@ def versions_are_not_asked_of_packages_that_are_missing(monkeypatch: pytest.Monk
         )
 
 
-@pytest.mark.parametrize("task", [images_task, control_task, series_task])
+@pytest.mark.parametrize("task", [images_task, control_task, series_task, events_task])
 def test_dense_and_routed_have_rows_and_lowered_answers_as_hard_eager(task: Callable[[], Task]) -> None:
     rows = list(compare(task(), SMALL))
     assert [(row.side, row.stage) for row in rows] == [
         ("dense", "trained"), ("linear", "calibrated"), ("linear", "trained"),
     ]  # fmt: skip
     for row in rows[1:]:
-        assert row.sites == row.lowered > 1
+        assert row.sites == row.lowered > 0
         assert row.sparsity == pytest.approx(0.5, abs=0.05)
         assert row.equal == 1.0
 
@@ -155,6 +188,63 @@ def test_windows_are_of_every_airport_and_the_day_follows_the_week() -> None:
     week, day = module("weather_patchtst").windows(series, torch.tensor([3, 100]))
     assert week[:, [0, -1], 0].tolist() == [[3, 170], [100, 267], [1003, 1170], [1100, 1267]]
     assert day[:, [0, -1], 0].tolist() == [[171, 194], [268, 291], [1171, 1194], [1268, 1291]]
+
+
+def test_a_link_predictor_is_refused_with_the_reason() -> None:
+    model, inputs = module("temporal_graph").link_predictor()
+    with pytest.raises(
+        NoFFNFoundError, match="2 different inputs and are added: a merge of several things to width 1,"
+    ):
+        ltepass.transform(model, inputs)
+
+
+def test_a_batch_is_foretold_from_what_was_before_it() -> None:
+    graph, task = module("temporal_graph"), events_task()
+    memory = Memory(7)
+    task.model.memory = memory
+    told = []
+    memory.register_forward_pre_hook(lambda *_: told.append(int(memory.seen[:4, 0].sum())))
+    for step in range(6):
+        task.loss(task.model, step)
+    assert told == [0, 4, 8, 12, 0, 4], "each event is told once, after its batch, and memory starts again"
+    given = task.batches[1]
+    assert (given["age"] >= 0).all(), "neighbours are of earlier events"
+    assert graph.inputs(flights(), graph.Near(torch.zeros(7, 10).long(), torch.full((7, 10), -1)),
+                        torch.arange(4), torch.full((4,), 5))["known"].sum() == 12  # fmt: skip
+
+
+def test_what_is_no_neighbour_says_nothing() -> None:
+    task = events_task()
+    given, model = task.batches[1], task.model.eval()
+    assert not given["known"].all()
+    other = {**given, "messages": given["messages"] + 9.0 * ~given["known"][..., None]}
+    assert torch.allclose(model(**other)[0], model(**given)[0])
+
+
+def test_airports_that_were_not_flown_to_are_others() -> None:
+    graph, events = module("temporal_graph"), flights(airports=2)
+    near = graph.Near(torch.zeros(6, 10).long(), torch.full((6, 10), -1))
+    given = graph.Stream(events, [near] * 10, 4, 0).given(3, draw=0)
+    _, flown, other = given["nodes"][given["places"][:, 0]].chunk(3)
+    assert flown.tolist() == events.airports[12:16].tolist()
+    assert (flown + other).tolist() == [9] * 4
+
+
+def test_torch_geometrics_memory_and_neighbours_serve() -> None:
+    pytest.importorskip("torch_geometric")
+    pytest.importorskip("sklearn")
+    graph, events = module("temporal_graph"), flights()
+    near = graph.neighbourhoods(events, 4)
+    assert (near[0].events < 0).all()
+    last = int((events.planes[:8] == events.planes[0]).nonzero().max())
+    assert near[2].events[events.planes[0]].max() == last
+    stream = graph.Stream(events, near, 4, 0)
+    task = graph.task(graph.tgn(7, 4), stream, training=4, held_out=2)
+    task.loss(task.model.train(), 0).backward()
+    rows = list(compare(task, SMALL))
+    assert [row.equal for row in rows] == [1.0] * 3
+    assert all(0 < row.value <= 1 for row in rows)
+    assert 0 < graph.seen_before(stream, 6) <= 1
 
 
 def a_row(**given: Any) -> Row:
