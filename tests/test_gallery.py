@@ -83,6 +83,27 @@ def events_task(memory: nn.Module | None = None) -> Task:
     return replace(task, score=lambda model: 0.0)
 
 
+class Sum(nn.Module):
+    """Stands in for an aggregation of torch_geometric's."""
+
+    def forward(self, said: torch.Tensor, at: torch.Tensor, dim_size: int) -> torch.Tensor:
+        return said.new_zeros(dim_size, said.shape[1]).index_add(0, at, said)
+
+
+def knowledge() -> Any:
+    graph, pairs = module("knowledge_graph"), torch.cartesian_prod(torch.arange(5), torch.arange(2))
+    tails = (pairs.sum(1) + 1) % 5
+    some = torch.cat([torch.cat([pairs, tails[:, None]], 1), torch.tensor([[0, 0, 3], [0, 1, 4]])])
+    return graph.Triples(torch.cat([some, graph.inverse(some, 2)]), some[3:6], some[:3], 5, 2)
+
+
+def triples_task() -> Task:
+    graph, triples = module("knowledge_graph"), knowledge()
+    model = graph.EvidenceGraph(triples, [Sum() for _ in range(3)])
+    task: Task = graph.task(triples, model, 0, SMALL, lambda model: 0.0)
+    return task
+
+
 @pytest.fixture(autouse=True)
 def versions_are_not_asked_of_packages_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in EXAMPLES:
@@ -91,7 +112,7 @@ def versions_are_not_asked_of_packages_that_are_missing(monkeypatch: pytest.Monk
         )
 
 
-@pytest.mark.parametrize("task", [images_task, control_task, series_task, events_task])
+@pytest.mark.parametrize("task", [images_task, control_task, series_task, events_task, triples_task])
 def test_dense_and_routed_have_rows_and_lowered_answers_as_hard_eager(task: Callable[[], Task]) -> None:
     rows = list(compare(task(), SMALL))
     assert [(row.side, row.stage) for row in rows] == [
@@ -247,6 +268,34 @@ def test_torch_geometrics_memory_and_neighbours_serve() -> None:
     assert 0 < graph.seen_before(stream, 6) <= 1
 
 
+def test_what_is_asked_for_is_not_gathered_in_training_in_either_direction(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, triples = module("knowledge_graph"), knowledge()
+    monkeypatch.setattr(graph, "SHARE", 1.0)
+    model = graph.EvidenceGraph(triples, [Sum() for _ in range(3)])
+    asked = triples.training[:2]
+    assert model.eval().known(asked[:, 0], asked[:, 1]) is model.triples
+    kept = model.train().known(asked[:, 0], asked[:, 1])
+    pairs, turned = asked[:, :2].tolist(), graph.inverse(triples.training, 2)
+    both = zip(triples.training.tolist(), turned.tolist(), strict=True)
+    assert kept.tolist() == [one for one, other in both if one[:2] not in pairs and other[:2] not in pairs]
+
+
+def test_ranks_leave_out_other_right_answers() -> None:
+    pytest.importorskip("pykeen")
+    graph, triples = module("knowledge_graph"), knowledge()
+
+    def knows(heads: torch.Tensor, relations: torch.Tensor) -> tuple[torch.Tensor]:
+        """The same score for every right answer."""
+        scores = torch.zeros(len(heads), 5)
+        for i, asked in enumerate(torch.stack([heads, relations], 1)):
+            scores[i, triples.training[(triples.training[:, :2] == asked).all(1), 2]] = 1.0
+        return (scores,)
+
+    ranks = graph.Ranks(triples)
+    assert ranks(knows) == ranks.hits == 1.0
+    assert ranks(lambda *asked: (-knows(*asked)[0],)) < 0.8
+
+
 def a_row(**given: Any) -> Row:
     fields = {"example": "01_a", "data": "d", "model": "M", "metric": "m", "side": "dense", "stage": "trained"}
     numbers = {"target": 0.0, "seed": 0, "value": 0.5, "seconds": 1.0}
@@ -271,6 +320,12 @@ def test_a_table_has_means_and_what_was_refused() -> None:
     assert "3 of 3 sites, equal on 99.0% of inputs" in text
     assert text.count("refused |") == 4
     assert "- N: no FFN" in text
+
+
+def test_metrics_of_an_example_have_lines_of_their_own() -> None:
+    text = page.tables([a_row(value=0.25), a_row(metric="other", value=0.75)])
+    assert "| m |  | 0.250 |" in text
+    assert "| other |  | 0.750 |" in text
 
 
 def test_the_page_is_what_its_command_makes_of_the_rows() -> None:
