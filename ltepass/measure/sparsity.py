@@ -13,7 +13,7 @@ from ltepass.measure.quality import perplexity
 from ltepass.routed import token_masks
 from ltepass.routed.batches import Batch, run_batches
 from ltepass.routed.modes import mode_of
-from ltepass.routed.observers import on_logits, require_seen
+from ltepass.routed.observers import not_finite, on_logits, require_seen
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
 from ltepass.routed.samples import Tally, record_logits
@@ -33,7 +33,7 @@ def measure_sparsity(model: nn.Module, batches: Iterable[Batch]) -> dict[str, fl
         model: a transformed model, not lowered.
         batches: mappings of model inputs, or token id tensors; padding is not counted.
     Returns: share of inactive neurons in [0, 1], by site name.
-    Raises: NotTransformedError, LoweredError, CalibrationError (no tokens seen).
+    Raises: NotTransformedError, LoweredError, CalibrationError (no tokens seen, or scores not finite).
     Example:
         >>> ltepass.set_sparsity(model, 0.0)
         >>> ltepass.measure_sparsity(model, batches)
@@ -52,13 +52,15 @@ def hard_sparsity(routed: Routed, batches: Iterable[Batch]) -> dict[str, float]:
 @contextmanager
 def counting_inactive(routed: Routed) -> Iterator[Callable[[], dict[str, float]]]:
     """Hard mode while the block runs; the function gives what `measure_sparsity` does, of the forwards in it."""
-    active = {site.name: Tally() for site in routed.sites}
+    active, odd = ({site.name: Tally() for site in routed.sites} for _ in range(2))
 
     def see(site: FFNSite, router: Router, logits: Tensor) -> None:
-        active[site.name].add(token_masks.tokens_of(router, logits) > router.threshold)
+        scores = token_masks.tokens_of(router, logits)
+        active[site.name].add(scores > router.threshold)
+        odd[site.name].add(~scores.isfinite())
 
     def shares() -> dict[str, float]:
-        require_seen({name: tally.count for name, tally in active.items()})
+        _require_finite(active, odd)
         return {name: 1.0 - tally.share() for name, tally in active.items()}
 
     with mode_of(routed, "hard"), on_logits(routed, see):
@@ -75,25 +77,34 @@ def measure_union(model: nn.Module, batches: Iterable[Batch], window: int = 2) -
             padding.
         window: how many neighbouring tokens.
     Returns: the share in [0, 1], by site name.
-    Raises: NotTransformedError, LoweredError, CalibrationError (no window of tokens seen).
+    Raises: NotTransformedError, LoweredError, CalibrationError (no window of tokens seen, or scores not finite).
     Example:
         >>> one, four = (ltepass.measure_union(model, batches, window) for window in (1, 4))
         >>> all(four[name] <= one[name] for name in one)
         True
     """
     routed = Routed.trained(model, "measure_union")
-    unused = {site.name: Tally() for site in routed.sites}
+    unused, odd = ({site.name: Tally() for site in routed.sites} for _ in range(2))
 
     def see(site: FFNSite, router: Router, logits: Tensor) -> None:
         logits, real = token_masks.sequences_of(router, logits)
         if logits.shape[-2] >= window:
             nobody = (logits <= router.threshold).unfold(-2, window, 1).all(-1)
             unused[site.name].add(nobody[real.unfold(-1, window, 1).all(-1)])
+            odd[site.name].add(~logits[real].isfinite())
 
     with mode_of(routed, "hard"), on_logits(routed, see):
         run_batches(routed.model, batches)
-    require_seen({name: tally.count for name, tally in unused.items()})
+    _require_finite(unused, odd)
     return {name: tally.share() for name, tally in unused.items()}
+
+
+def _require_finite(seen: dict[str, Tally], odd: dict[str, Tally]) -> None:
+    """A NaN is above no threshold, and would count as inactive; in a proxy's scores it is +Inf."""
+    require_seen({name: tally.count for name, tally in seen.items()})
+    for name, tally in odd.items():
+        if int(tally.true):
+            raise not_finite(name)
 
 
 @verb

@@ -98,7 +98,12 @@ def require_seen(counts: dict[str, int]) -> None:
 def require_finite(name: str, *made: Tensor) -> None:
     """made: of what the FFN of this name saw. Raises CalibrationError where that held NaN or infinite values."""
     if not all(bool(tensor.isfinite().all()) for tensor in made):
-        raise CalibrationError(
-            f"{name} saw values that are not finite; expected finite weights and hidden states on every batch; load "
-            "the model in bfloat16 or float32, or leave out the batch that overflows"
-        )
+        raise not_finite(name)
+
+
+def not_finite(name: str) -> CalibrationError:
+    """Of an FFN by its name."""
+    return CalibrationError(
+        f"{name} saw values that are not finite; expected finite weights and hidden states on every batch; load "
+        "the model in bfloat16 or float32, or leave out the batch that overflows"
+    )

@@ -13,6 +13,7 @@ from transformers.models.gemma4 import Gemma4ForCausalLM, Gemma4TextConfig
 import ltepass
 from ltepass.calibration import initialise
 from ltepass.calibration.energy import fit_energies
+from ltepass.config import ROUTERS, RouterKind
 from ltepass.errors import CalibrationError, ConfigError, LoweredError, NotTransformedError
 from ltepass.passes.group import group_neurons
 from ltepass.routed.batches import every, run_batches
@@ -34,7 +35,7 @@ def ids(seed: int, batch: int = 16, length: int = 32) -> torch.Tensor:
 def model(calibrated: bool = True, **config: Any) -> Any:
     torch.manual_seed(0)
     m = llama(intermediate_size=64).eval()
-    settings = ltepass.LTEConfig(group_size=8, **config)
+    settings = ltepass.LTEConfig(**{"group_size": 8, **config})
     return ltepass.transform(m, config=settings, calibration=[ids(1), ids(2)] if calibrated else None)
 
 
@@ -271,3 +272,14 @@ def test_calibrated_groupings_are_permutations_that_keep_the_function(method: st
     ltepass.set_mode(m, "dense")
     with torch.no_grad():
         assert torch.allclose(m(ids(3)).logits, plain(ids(3)).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("measure", [ltepass.measure_sparsity, ltepass.measure_union])
+def test_a_score_of_nan_is_an_error_and_no_inactive_expert(measure: Any, router: RouterKind) -> None:
+    m = model(router=router, group_size="auto")
+    measure(m, [ids(1)])
+    with torch.no_grad():
+        m.get_input_embeddings().weight[int(ids(1)[0, 3])] = torch.nan
+    with pytest.raises(CalibrationError, match=r"layers\.0\.mlp saw values that are not finite"):
+        measure(m, [ids(1)])
