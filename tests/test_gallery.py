@@ -296,6 +296,26 @@ def test_ranks_leave_out_other_right_answers() -> None:
     assert ranks(lambda *asked: (-knows(*asked)[0],)) < 0.8
 
 
+def test_router_signals_are_larger_for_what_routers_decide_otherwise() -> None:
+    novelty, task = module("novelty"), images_task()
+    ltepass.transform(task.model, task.batches[0], ltepass.LTEConfig(group_size=8), task.batches)
+    ltepass.settle(task.model, task.held_out, 0.5)
+    known, other = {"pixel_values": torch.rand(20, 1, 8, 8)}, {"pixel_values": 5 * torch.rand(20, 1, 8, 8) - 9}
+    near, far = (novelty.router_signals(task.model.eval(), known, inputs) for inputs in (known, other))
+    assert set(near) == {"share active", "distance", "expert use"}
+    assert all(far[name].mean() > 3 * near[name].mean() for name in near)
+
+
+def test_novelty_has_a_row_for_each_kind_and_signal() -> None:
+    pytest.importorskip("sklearn")
+    novelty, images = module("novelty"), torch.rand(80, 1, 8, 8)
+    assert novelty.auroc(torch.tensor([0.0, 1.0]), torch.tensor([2.0, 3.0])) == 1.0
+    rows = list(novelty.rows_of(images, torch.arange(80) % 10, 0, SMALL, {"far": 9 + torch.rand(9, 1, 8, 8)}))
+    assert len(rows) == 6 * 5 == len({(row.data, row.side) for row in rows})
+    assert all(row.sites == row.lowered == 3 for row in rows)
+    assert {row.value for row in rows if row.data == "far, linear" and row.side == "distance"} == {1.0}
+
+
 def a_row(**given: Any) -> Row:
     fields = {"example": "01_a", "data": "d", "model": "M", "metric": "m", "side": "dense", "stage": "trained"}
     numbers = {"target": 0.0, "seed": 0, "value": 0.5, "seconds": 1.0}
@@ -326,6 +346,15 @@ def test_metrics_of_an_example_have_lines_of_their_own() -> None:
     text = page.tables([a_row(value=0.25), a_row(metric="other", value=0.75)])
     assert "| m |  | 0.250 |" in text
     assert "| other |  | 0.750 |" in text
+
+
+def test_novelty_has_a_table_of_its_own() -> None:
+    rows = [a_row(), a_row(example="06_n", metric=page.NOVELTY, side="energy", data="noise")]
+    text = page.tables(rows)
+    assert "06_n" not in text
+    assert "| told apart, AUROC | energy |" in text
+    assert "| noise | 0.50 |" in text
+    assert "told apart" not in page.tables(rows[:1])
 
 
 def test_the_page_is_what_its_command_makes_of_the_rows() -> None:

@@ -1,0 +1,152 @@
+"""Novelty: do routers tell images of another kind from the model's own better than the model's outputs do?
+
+python -m examples.gallery.06_novelty          about two minutes of one core a seed
+
+The ViT of `01_digits_vit.py` learns eight digits. What it has not seen: the two others, its own digits turned by a
+quarter, inverted, with noise and with their pixels shuffled, and patches of scikit-learn's two photographs. Signals of
+its outputs are one minus the largest softmax, and the energy; three are the routers': how far the share of active
+experts, the scores' distance from the threshold and the use of each expert lie from what they are on inputs that
+thresholds were placed on. Each row is an AUROC, of one trained routed model in hard mode.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import ltepass
+from examples.gallery.dense_and_routed import Inputs, Options, Task, later, lowered_equal, row, train
+from examples.gallery.rows import Row, keep
+from ltepass.config import RouterKind
+from ltepass.routed.routed import Routed
+from ltepass.routed.samples import record_logits
+
+OPTIONS = Options(dense=400, soft=0, hard=80, batch=32, rate=2e-3, targets=(0.5,))
+digits_vit: Any = import_module("examples.gallery.01_digits_vit")
+
+
+def router_features(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
+    """By signal [n, features]: means over each input's tokens of what every site's router decides."""
+    routed = Routed.of(model, "router_features")
+    with record_logits(routed, flat=False) as seen, torch.no_grad():
+        model(**inputs)
+    share, distance, use = [], [], []
+    for site, router in routed:
+        logits = seen[site.name][0]
+        margins = logits.reshape(len(logits), -1, router.n_experts) - router.threshold  # [n, tokens, experts]
+        active = (margins > 0).float()
+        share.append(active.mean((1, 2)))
+        distance.append(margins.abs().mean((1, 2)))
+        use.append(active.mean(1))
+    return {
+        "share active": torch.stack(share, 1), "distance": torch.stack(distance, 1), "expert use": torch.cat(use, 1),
+    }  # fmt: skip
+
+
+def router_signals(model: nn.Module, known: Inputs, inputs: Inputs) -> dict[str, Tensor]:
+    """By signal [n], larger for what is less like `known`: the mean square of how many deviations features are off."""
+    usual, found = router_features(model, known), router_features(model, inputs)
+    return {
+        name: ((found[name] - of.mean(0)) / (of.std(0) + 1e-3)).square().mean(1)  # what never varies says little
+        for name, of in usual.items()
+    }
+
+
+@torch.no_grad()
+def signals(model: nn.Module, known: Inputs, inputs: Inputs) -> dict[str, Tensor]:
+    """Those of the outputs, and the routers'."""
+    logits = model(**inputs).logits
+    outputs = {"max-softmax": 1 - logits.softmax(-1).amax(-1), "energy": -logits.logsumexp(-1)}
+    return outputs | router_signals(model, known, inputs)
+
+
+def auroc(known: Tensor, novel: Tensor) -> float:
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score([0] * len(known) + [1] * len(novel), torch.cat([known, novel]).tolist()))
+
+
+def photographs(n: int, seed: int) -> Tensor:
+    """Patches [n, 1, 8, 8] of scikit-learn's two photographs, in grey and -1..1, an eighth of their size."""
+    from sklearn.datasets import load_sample_images
+
+    patches = []
+    for image in load_sample_images().images:
+        grey = torch.tensor(image, dtype=torch.float32).mean(-1) / 127.5 - 1
+        small = nn.functional.avg_pool2d(grey[None], 8)[0]
+        patches.append(small.unfold(0, 8, 4).unfold(1, 8, 4).reshape(-1, 1, 8, 8))
+    every = torch.cat(patches)
+    return every[torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))[:n]]
+
+
+def changed(images: Tensor, seed: int) -> dict[str, Tensor]:
+    """The same digits [n, 1, 8, 8] as the model has not seen them, by what was done."""
+    g = torch.Generator().manual_seed(seed)
+    order = torch.randperm(images[0].numel(), generator=g)
+    return {
+        "turned digits": images.rot90(1, (2, 3)),
+        "inverted digits": -images,
+        "noisy digits": (images + torch.randn(images.shape, generator=g)).clamp(-1, 1),
+        "shuffled digits": images.flatten(1)[:, order].reshape(images.shape),
+    }
+
+
+def trained(model: nn.Module, task: Task, options: Options, router: RouterKind) -> nn.Module:
+    """Through the hard stage alone: what is compared is the signals of one model."""
+    target, size = options.targets[0], options.group_size if router == "linear" else 1
+    config = ltepass.LTEConfig(router=router, group_size=size, target_sparsity=target)
+    ltepass.transform(model, task.batches[0], config, task.batches)
+    ltepass.settle(model, task.held_out, target)
+    ltepass.begin_stage(model, "hard")
+    train(model, task, later(options, options.hard), options.rate / 2)
+    ltepass.settle(model, task.held_out, target)
+    return model.eval()
+
+
+def rows_of(images: Tensor, digits: Tensor, seed: int, options: Options, far: Mapping[str, Tensor]) -> Iterable[Row]:
+    """far: images that are no digits."""
+    unseen = (digits == (2 * seed) % 10) | (digits == (2 * seed + 1) % 10)
+    known = (~unseen).nonzero()[:, 0]
+    parts = tuple(known[part] for part in digits_vit.split(len(known), seed, len(known) // 8, len(known) // 4))
+    task: Task = digits_vit.task(images, digits, seed, options, parts)
+    start = time.perf_counter()
+    train(task.model, task, range(options.dense), options.rate)
+    test, held_out = images[parts[2]], {"pixel_values": images[parts[1]]}
+    novel = {"unseen digits": images[unseen], **changed(test, seed), **far}
+    for router in options.routers:
+        model = trained(copy.deepcopy(task.model), task, options, router)
+        equal, lowered = lowered_equal(model, task.held_out[0])
+        own = signals(model, held_out, {"pixel_values": test})
+        for kind, others in novel.items():
+            facts = {**task.facts, "example": "06_novelty", "data": f"{kind}, {router}", "metric": "AUROC"}
+            about = {
+                "target": options.targets[0],
+                "equal": equal,
+                "sites": len(Routed.of(model, "rows_of").sites),
+                "lowered": lowered,
+            }
+            for name, values in signals(model, held_out, {"pixel_values": others}).items():
+                seconds, start = time.perf_counter() - start, time.perf_counter()
+                value = auroc(own[name], values)
+                yield row(replace(task, facts=facts), side=name, value=value, seconds=seconds, **about)
+
+
+def main(options: Options = OPTIONS) -> None:
+    images, digits = digits_vit.load()
+    rows: list[Row] = []
+    for seed in options.seeds:
+        for found in rows_of(images, digits, seed, options, {"photographs": photographs(400, seed)}):
+            print(f"seed {seed} {found.data} by {found.side}: {found.value:.3f}", flush=True)
+            rows.append(found)
+        keep(rows)
+
+
+if __name__ == "__main__":
+    main()
