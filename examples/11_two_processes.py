@@ -1,6 +1,10 @@
 """Two processes (DDP): torchrun trains to the routers that one process trains, at the same global batch.
 
 The file starts torchrun on itself; by hand: torchrun --nproc_per_node 2 11_two_processes.py FOLDER
+or: accelerate launch --multi_gpu --num_processes 2 11_two_processes.py FOLDER (which works on a CPU too)
+
+With FSDP2 each process holds a share of the weights. Save the transformed model, then in `train` take
+AutoModelForCausalLM.from_pretrained(saved, distributed_config=DistributedConfig(fsdp_size=2)) in its place.
 """
 
 from __future__ import annotations

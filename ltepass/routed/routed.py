@@ -188,8 +188,22 @@ def deciding(found: Any) -> Router:
     return next(m for m in found.modules() if isinstance(m, Router))
 
 
+def refuse_tensor_parallel(model: nn.Module, what: str) -> None:
+    """Raises ShardedError for a model of transformers whose layers are split over processes."""
+    size = getattr(model, "tp_size", None) or 1
+    if size > 1:
+        raise ShardedError(
+            f"{type(model).__name__} is split over {size} processes by a tensor parallel plan, which cuts experts "
+            f"apart; {what} expects whole layers; load it without tp_plan (several processes train under DDP, "
+            "fully_shard or DistributedConfig(fsdp_size=...))"
+        )
+
+
 def require_whole(model: nn.Module, what: str, *, flat_only: bool = False) -> None:
-    """Raises ShardedError where FSDP has cut parameters up, or (flat_only) put them into one that has no names."""
+    """Raises ShardedError where tensor parallelism or FSDP has cut parameters up, or (flat_only) FSDP has put them into
+    one that has no names.
+    """
+    refuse_tensor_parallel(model, what)
     for path, module in model.named_modules():
         own = module.__dict__
         if own.get("_is_fsdp_managed_module") and not (flat_only and own.get("_fsdp_use_orig_params")):

@@ -22,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ltepass.config import LTEConfig
 from ltepass.errors import CheckpointError
 from ltepass.routed.json_entry import Json
-from ltepass.routed.routed import Routed, set_state, state_of
+from ltepass.routed.routed import Routed, refuse_tensor_parallel, set_state, state_of
 from ltepass.routed.sites import FFNSite, LTEState
 from ltepass.saving.forward_checks import as_gated_now, check_forwards, try_gates
 from ltepass.saving.model_card import write_cards
@@ -104,6 +104,7 @@ class LTEQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
         # The weights are plain: with these flags transformers would refuse .half() and .float().
         model.is_quantized = False
         del model.quantization_method
+        refuse_tensor_parallel(model, "a routed model")
         check_shapes(model, self._built)
         state = state_of(model)
         if state is None:

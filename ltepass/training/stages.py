@@ -51,6 +51,7 @@ def begin_stage(
     """
     routed = Routed.trained(model, f"the {stage} stage")
     require_whole(model, f"the {stage} stage", flat_only=True)
+    _reshard(model)
     if trainable == "lora":  # adds to linears
         routed.require_gates('trainable="lora"')
     if routed.tiered:
@@ -65,6 +66,16 @@ def begin_stage(
     for router in routed.routers:  # alone: what PEFT keeps beside it stays frozen
         router.straight_through = stage == "hard" and learns_hard
         router.requires_grad_(stage == "soft" or learns_hard)
+
+
+def _reshard(model: nn.Module) -> None:
+    """After a forward the root of a model that `fully_shard` cut up holds whole parameters for a time: flags that are
+    set then, and an optimizer that is made then, would be about those.
+    """
+    for module in model.modules():
+        reshard = getattr(module, "reshard", None)
+        if module.__dict__.get("_is_fsdp_managed_module") and callable(reshard):
+            reshard()
 
 
 @verb

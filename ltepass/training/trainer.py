@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback, set_seed
 
 from ltepass.errors import TrainingError
 from ltepass.routed.batches import Batch
-from ltepass.routed.routed import Routed, root_of
+from ltepass.routed.routed import Routed, require_whole, root_of
 from ltepass.routed.token_masks import telling_tokens
 from ltepass.saving.model_card import Measured, is_saved_routed, write_card
 from ltepass.training.auxiliary_loss import clear_auxiliary, inactive_shares, take_auxiliary
@@ -100,6 +100,9 @@ class LTETrainerMixin(Behind):  # type: ignore[misc]  # mypy does not read trans
     def _adopt(self, model: nn.Module) -> None:
         """Take what belongs to one model from it."""
         self.model, self.lte_model = model, root_of(model, "LTETrainer")
+        if not (getattr(self, "is_distributed_loading_by_transformers", False) or self.args.fsdp):
+            name = type(self).__name__  # accelerate would wrap shards in DDP, which cannot hold them
+            require_whole(model, f"{name}, unless from_pretrained sharded it (DistributedConfig(fsdp_size=...)),")
         config, target = self._routed.config, self.lte.target_sparsity
         self.target_sparsity: float = config["target_sparsity"] if target is None else target
         self.controller = SparsityController(target=self.target_sparsity, eta=self.lte.eta)

@@ -16,6 +16,7 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from transformers import TrainingArguments
 
 import ltepass
 from ltepass.calibration.refit_down import warm_start
@@ -140,6 +141,8 @@ def test_a_sharded_model_does_what_needs_no_whole_weights_and_refuses_the_rest(n
         for what, verb in WHOLE.items():
             with pytest.raises(ShardedError, match=f"{what} expects whole"):
                 verb(wrapped)
+        with pytest.raises(ShardedError, match=r"LTETrainer, unless .*DistributedConfig.* expects whole"):
+            ltepass.LTETrainer(wrapped, TrainingArguments(use_cpu=True, report_to=[]))
         assert torch.equal(logits(wrapped), expected)
         ltepass.set_sparsity(wrapped, 0.3)
         ltepass.set_hidden_sparsity(wrapped, 0.2, batches)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from tests.training.kill_driver import CASES
 from tests.training.learning_cases import copied_text, fit, trained
 from tests.typed import present
 
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "11_two_processes.py"
 RANDOM = ("random 0", "random 1")
 
 
@@ -81,7 +83,7 @@ def distributed(
 ) -> dict[str, dict[str, torch.Tensor]]:
     folder = tmp_path_factory.mktemp("distributed")
     drive("distributed_driver", folder, request.param)
-    return {name: torch.load(folder / f"{name}.pt") for name in ("single", "ddp", "fsdp", "rank0", "rank1", "alone")}
+    return {file.stem: torch.load(file) for file in folder.glob("*.pt")}
 
 
 def test_two_processes_give_the_gradients_of_one(distributed: Any) -> None:
@@ -107,11 +109,42 @@ def test_two_processes_end_a_fit_with_bitwise_the_same_routers(distributed: Any)
 
 def test_two_processes_end_a_fit_where_one_does(distributed: Any) -> None:
     """At the same global batch, and settled on the same held-out batches."""
-    alone, together = distributed["alone"], distributed["rank0"]
-    assert alone.keys() == together.keys()
-    assert any("threshold" in name for name in alone)
-    for name, value in alone.items():
-        assert (together[name] - value).abs().max() <= 1e-5 * value.abs().max().clamp_min(1.0), name
+    assert_ended(distributed["alone"], distributed["rank0"])
+
+
+@pytest.mark.parametrize(("one", "two"), [("alone", "loaded"), ("looped1", "looped2")])
+def test_two_processes_of_half_the_weights_end_a_fit_where_one_does(one: str, two: str, distributed: Any) -> None:
+    """FSDP2, by the Trainer of a model that `from_pretrained` shards, and by a loop of one's own."""
+    if distributed["rank0"]["0.bias"].dim() == 0:
+        assert any("scalar" in name for name in distributed[two])
+    else:
+        assert_ended(distributed[one], distributed[two])
+
+
+def test_tensor_parallelism_is_refused_by_name(distributed: Any) -> None:
+    (refusal,) = distributed["split"]
+    assert "split over 2 processes" in refusal
+    assert "load it without tp_plan" in refusal
+
+
+@pytest.mark.slow
+def test_accelerate_launch_trains_as_one_process_does(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    more = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    subprocess.run(
+        [*command, *more, str(EXAMPLE), str(tmp_path)], check=True, env=environment(OMP_NUM_THREADS="1"), timeout=600
+    )
+    two = torch.load(tmp_path / "thresholds.pt")
+    one = runpy.run_path(str(EXAMPLE))["train"](tmp_path, 1)
+    assert one.keys() == two.keys()
+    assert all(abs(two[name] - threshold) < 1e-5 for name, threshold in one.items())
+
+
+def assert_ended(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == two.keys()
+    assert any("threshold" in name for name in one)
+    for name, value in one.items():
+        assert (two[name] - value).abs().max() <= 1e-5 * value.abs().max().clamp_min(1.0), name
 
 
 def assert_close(expected: dict[str, torch.Tensor], got: dict[str, torch.Tensor], tolerance: float) -> None:
