@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("fastapi", reason="needs the extra 'serve'")
 pytest.importorskip("uvicorn", reason="needs the extra 'serve'")
 
-from tests.serving import CHAT, JSON, TEXT, ask, bad, good, save_model, serving
+from tests.serving import CHAT, JSON, RESPONSES, TEXT, ask, bad, good, save_model, serving
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +65,26 @@ def test_what_is_wrong_is_named(port: int, model: str) -> None:
     ):
         message = json.loads(ask(port, CHAT, body)[1])["error"]["message"]
         assert all(word in message for word in words), message
+
+
+def test_a_prompt_and_its_answer_have_to_fit_into_the_context(port: int, model: str) -> None:
+    """2,048 tokens. An answer whose length nobody asked for ends where the context does."""
+    words = " ".join(["w1"] * 2040)
+    said = [{"role": "user", "content": words}]
+    for path, body, name in (
+        (CHAT, {"messages": said}, "max_tokens"),
+        (CHAT, {"messages": said, "stream": True}, "max_completion_tokens"),
+        (TEXT, {"prompt": words}, "max_tokens"),
+        (RESPONSES, {"input": words}, "max_output_tokens"),
+    ):
+        status, text = ask(port, path, {"model": model, name: 9} | body)
+        assert_refused(status, text)
+        assert "2040 tokens and the answer may have 9; this model has room for 2048 together" in text
+        assert ask(port, path, {"model": model, name: 8} | body)[0] == 200, path
+    assert_refused(*ask(port, TEXT, {"model": model, "prompt": f"{words} {words}"}))
+    status, text = ask(port, CHAT, {"model": model, "messages": said})
+    assert status == 200
+    assert json.loads(text)["usage"]["completion_tokens"] <= 8
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", None])

@@ -8,9 +8,11 @@ handler becomes a 4xx here, and a stream's status is held back until its first w
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
@@ -21,10 +23,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ltepass.serving.request_schema import MOST_TOKENS, SCHEMAS, BadRequestError, parsed, refused
 
 if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
     from transformers.cli.serving.model_manager import ModelManager
 
 MOST_BYTES = 32 << 20  # of a request
 STREAM = "text/event-stream"
+ASKED: ContextVar[bool] = ContextVar("ASKED", default=False)  # whether this request says how long its answer may be
 OF_THE_REQUEST = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
@@ -32,8 +37,10 @@ OF_THE_REQUEST = (ValueError, TypeError, LookupError, AttributeError, Arithmetic
 def checked_server() -> Iterator[None]:
     """Servers that transformers builds inside check their requests first."""
     from transformers.cli.serving import server
+    from transformers.cli.serving.utils import CBGenerateManager, GenerateManager
 
-    build = server.build_server
+    build, names = server.build_server, ("generate_streaming", "generate_non_streaming")
+    methods = [(cls, name, getattr(cls, name)) for cls in (GenerateManager, CBGenerateManager) for name in names]
 
     def build_checked(manager: ModelManager, *args: object, **kwargs: object) -> Starlette:
         app: Starlette = build(manager, *args, **kwargs)
@@ -41,10 +48,42 @@ def checked_server() -> Iterator[None]:
         return app
 
     server.build_server = build_checked
+    for cls, name, method in methods:
+        setattr(cls, name, _within_context(method))
     try:
         yield
     finally:
         server.build_server = build
+        for cls, name, method in methods:
+            setattr(cls, name, method)
+
+
+def _within_context(generate: Callable[..., object]) -> Callable[..., object]:
+    """A prompt and its answer have to fit into the model's context; an answer whose length nobody asked for ends there.
+
+    The prompt's tokens are counted here: transformers has just made them.
+    """
+
+    @functools.wraps(generate)
+    def checked(
+        self: object,
+        model: PreTrainedModel,
+        processor: object,
+        inputs: dict[str, list[int] | Tensor],
+        config: GenerationConfig,
+        *args: object,
+        **kwargs: object,
+    ) -> object:
+        ids = inputs["input_ids"]
+        prompt, most = len(ids if isinstance(ids, list) else ids[0]), _context(model.config)
+        new = most if config.max_new_tokens is None else config.max_new_tokens
+        if prompt >= most or (ASKED.get() and prompt + new > most):
+            answer = f" and the answer may have {new}" if prompt < most else ""
+            raise ValueError(f"the prompt has {prompt} tokens{answer}; this model has room for {most} together")
+        config.max_new_tokens = min(new, most - prompt)
+        return generate(self, model, processor, inputs, config, *args, **kwargs)
+
+    return checked
 
 
 class CheckedRequests:
@@ -77,6 +116,7 @@ class CheckedRequests:
             request = SCHEMAS[scope["path"]].model_validate(content)
         except ValidationError as error:
             raise refused(error) from None
+        ASKED.set(bool(request.asked_tokens()))
         most = self._most_tokens(request.model)
         for name, asked in request.asked_tokens().items():
             if asked > most:
@@ -86,8 +126,12 @@ class CheckedRequests:
     def _most_tokens(self, model: str) -> int:
         loaded = self.manager.loaded_models.get(self.manager.process_model_name(model))
         config = getattr(getattr(loaded, "model", None), "config", None)
-        text = config.get_text_config() if config is not None else None
-        return getattr(text, "max_position_embeddings", None) or MOST_TOKENS
+        return MOST_TOKENS if config is None else _context(config)
+
+
+def _context(config: PreTrainedConfig) -> int:
+    """Tokens that a model has positions for."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or MOST_TOKENS
 
 
 async def _body(receive: Receive) -> bytes:
