@@ -204,6 +204,7 @@ VERBS: dict[str, Verb] = {
     "lower, to int8": lambda m: ltepass.lower(m, linears="int8"),
     "measure_sparsity": lambda m: ltepass.measure_sparsity(m, BATCHES),
     "measure_union": lambda m: ltepass.measure_union(m, BATCHES),
+    "draft": lambda m: ltepass.draft(m, 0.5),
     "save": lambda m: ltepass.save(m, saved(m)),
     "load": lambda m: ltepass.load(m, saved(m)),
     "perplexity": lambda m: ltepass.perplexity(m, ids(2)),
