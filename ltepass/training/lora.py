@@ -74,11 +74,11 @@ def merge_lora(model: nn.Module) -> None:
 
 def require_bare_linears(routed: Routed) -> None:
     """Of FFNs whose inactive neurons keep low bits. Raises ConfigError where an adapter stands in a linear's place."""
-    everything = [(site, rows) for site in routed.sites for rows in site.neurons]
-    for site, rows in everything:
-        if read_rows(routed.model, site, rows) is None:
-            raise ConfigError(
-                f'{rows.param} is no parameter any more: an adapter stands in its place. With inactive="low_bit" the '
-                "router's codes compute the FFN, so that what is added to its linears has no effect; expected adapters "
-                'beside the FFNs, as on attention, or inactive="zero"'
-            )
+    held = {rows.param: read_rows(routed.model, site, rows) for site in routed.sites for rows in site.neurons}
+    lost = [name for name, rows in held.items() if rows is None]
+    if lost:
+        raise ConfigError(
+            f'{lost[0]} is no parameter any more: an adapter stands in its place. With inactive="low_bit" the '
+            "router's codes compute the FFN, so that what is added to its linears has no effect; expected adapters "
+            'beside the FFNs, as on attention, or inactive="zero"'
+        )

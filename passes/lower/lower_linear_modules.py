@@ -17,8 +17,8 @@ from torch.nn import Parameter
 from ltepass.kernels.linear import FLOATS, linear, linear_int4, linear_int8
 from ltepass.kernels.weight_formats import BLOCK, Format, pack_int4, quantise
 from ltepass.passes.graph.edit import once_a_tensor
-from ltepass.passes.lower.why_not_linear import is_conv1d, is_product, kind, parameters_of, why_not_linear
-from ltepass.routed.int8_ffn import Source, int8_parts
+from ltepass.passes.lower.why_not_linear import is_conv1d, is_product, parameters_of, why_not_linear
+from ltepass.routed.int8_ffn import Source, holds_int8, int8_parts
 from ltepass.routed.sites import is_ordinary
 from ltepass.routed.undo import lay_as
 
@@ -160,7 +160,7 @@ def _call(module: nn.Module) -> LinearCall:
     """The call that a linear module's weight asks for."""
     weight, _ = parameters_of(module)
     if not is_ordinary(weight):
-        return Int8Call(module) if kind(weight) == "Int8Tensor" else Int4Call(module, weight)
+        return Int8Call(module) if holds_int8(weight) else Int4Call(module, weight)
     if not is_conv1d(module):
         return FloatCall(module)
     stride = weight.stride()

@@ -13,14 +13,13 @@ import transformers as hf
 from torch import nn
 
 import ltepass
-from tests.models.zoo import Graphs, build, generate, ids, logits, transformed
+from tests.models.zoo import Graphs, build, fresh_dynamo, generate, ids, logits, transformed
 
 
 @pytest.fixture(autouse=True)
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dynamo traces and our backend lowers; inductor, which would take a minute, hands the graph on."""
-    torch._dynamo.reset()
-    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda gm, inputs, config_patches: gm.forward)
+    fresh_dynamo(monkeypatch, inductor=False)
 
 
 def words_of(calls: Any) -> list[str]:
