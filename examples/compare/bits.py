@@ -48,7 +48,10 @@ BLOCK = 32
 MOST = 0.99  # a sparsity
 TRAINED_AT = (0.05, 0.6)
 LEARNING_RATE = 1e-4
-TIERS = ((0.0, 1.0), (0.05, 0.6), (0.05, 1.0), (0.1, 0.6), (0.1, 1.0), (0.2, 0.6), (0.2, 1.0))  # (p, q)
+TIERS = (  # (p, q); some for a round number of bits on SmolLM2: 3.5, 4.5, 5 and 6
+    *((0.0, 1.0), (0.05, 0.27), (0.05, 0.6), (0.05, 0.95), (0.05, 1.0), (0.1, 0.6), (0.1, 1.0)),
+    *((0.15, 1.0), (0.2, 0.6), (0.2, 1.0), (0.39, 1.0)),
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,7 +47,7 @@ from ltepass.measure.sides.exported_side import Exported
 from ltepass.measure.sides.llama_cpp_side import LlamaCpp
 from ltepass.measure.sides.side import Side
 from ltepass.measure.sides.transformers_side import Transformers
-from ltepass.routed.routed import routers_of
+from ltepass.routed.routed import Routed, routers_of
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedModel
@@ -70,6 +70,8 @@ class Point:
     @property
     def name(self) -> str:
         format = {None: "F32", "int4_minimum": "int4 with a minimum"}.get(self.linears, self.linears)
+        if self.source == "GPTQ":
+            return "FFNs by GPTQ in 4 bits, int8"
         share = "" if self.sparsity is None else f", {self.sparsity:.0%} inactive"
         return self.source if self.kind == "llama.cpp" else f"{self.source}{share}, {format}"
 
@@ -81,6 +83,7 @@ FORMATS: tuple[Format | None, ...] = (None, "int8", "int4", "int4_minimum")
 PRUNED = (20, 40)  # percent of the neurons of each FFN
 POINTS = (
     *(Point(kind="quantised", source="dense", linears=linears) for linears in FORMATS),
+    Point(kind="quantised", source="GPTQ", linears="int8", sparsity=bits.MOST),
     *(Point(kind="llama.cpp", source=name) for name in ("F32", "BF16", "Q8_0", "Q4_1", "Q4_0")),
     *(Point(kind="pruned", source=f"pruned {percent} %", linears="int8") for percent in PRUNED),
     Point(kind="routed", source="proxies", sparsity=0.5),
@@ -113,9 +116,10 @@ def make(preset: Preset, work: Path) -> None:
     dense: LlamaForCausalLM = models.load(texts.model, work, torch.cat(calibration))
     dense = off_grid(dense) if texts.model == "smollm2" else dense
     tiers = bits.calibrated_tiers(dense, calibration, work)
-    bits.trained_tiers(tiers, dense, train, work)
+    bits.trained_tiers(copy.deepcopy(tiers), dense, train, work)
     made: dict[str, Callable[[], PreTrainedModel]] = {
         "dense": lambda: dense,
+        "GPTQ": partial(_low_bits_alone, tiers),
         "proxies": partial(_proxies, dense, calibration),
         **{f"pruned {n} %": partial(pruned, dense, calibration, n / 100) for n in PRUNED},
     }
@@ -129,6 +133,17 @@ def make(preset: Preset, work: Path) -> None:
                 _export(point, work)
         elif not _gguf(point, work).exists():
             gguf_file.write(dense, _gguf(point, work), point.source)
+
+
+def _low_bits_alone(tiers: PreTrainedModel) -> PreTrainedModel:
+    """What GPTQ makes of FFNs in 4 bits: tiers whose neurons all read the high planes, and at most one in a hundred the
+    low planes.
+    """
+    model = copy.deepcopy(tiers)
+    Routed.of(model, "GPTQ").config["low_bit_sparsity"] = 0.0
+    for router in routers_of(model):
+        router.low_bit_sparsity = 0.0  # type: ignore[assignment]  # a TieredRouter's
+    return model
 
 
 def _proxies(dense: LlamaForCausalLM, calibration: list[Tensor]) -> PreTrainedModel:
