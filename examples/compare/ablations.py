@@ -79,6 +79,17 @@ VARIANTS: dict[str, dict[str, Recipe]] = {
         "distillation only": Recipe(settings={"distill": 1.0}),
         "thresholds not held": Recipe(settings={"hold": False}),
     },
+    "teacher": {
+        "labels alone": Recipe(),
+        "half labels, half the model as it came": Recipe(settings={"distill": 0.5}),
+        "the model as it came alone": Recipe(settings={"distill": 1.0}),
+        "half labels, half the tuned model": Recipe(settings={"distill": 0.5}, tuned_teacher=True),
+        "the tuned model alone": Recipe(settings={"distill": 1.0}, tuned_teacher=True),
+        "proxies, labels alone": Recipe(router="proxy"),
+        "proxies, half labels, half the tuned model": Recipe(
+            router="proxy", settings={"distill": 0.5}, tuned_teacher=True
+        ),
+    },
     "budget": {name: dataclasses.replace(BASE, budget=name) for name in ("layer", "model")},
     "union term": {f"{u:g}": dataclasses.replace(BASE, settings={"union": u}) for u in (0.0, 5.0)},
 }
@@ -106,7 +117,9 @@ class Study(Workshop):
         if recipe.oracle:
             measured, per_layer = self._oracle(model, data, seed), {"": self.sparsity}
         else:
-            model, _ = tune_lte(model, data, self.budget, self.work / "log", seed, recipe=recipe)
+            teacher = self.tuned(seed) if recipe.tuned_teacher else None
+            log = self.work / "log"
+            model, _ = tune_lte(model, data, self.budget, log, seed, recipe=recipe, teacher=teacher)
             measured = measure_lte(model, data.test)
             per_layer = ltepass.measure_sparsity(model, torch.cat(list(data.test.values()))[:, None].to(model.device))
         quality = geometric_mean([found.perplexity() for found in measured.values()])

@@ -115,40 +115,45 @@ def make(preset: Preset, work: Path) -> None:
     calibration, train, _ = bits.texts_of(texts, tokenizer)
     dense: LlamaForCausalLM = models.load(texts.model, work, torch.cat(calibration))
     dense = off_grid(dense) if texts.model == "smollm2" else dense
-    tiers = bits.calibrated_tiers(dense, calibration, work)
-    bits.trained_tiers(copy.deepcopy(tiers), dense, train, work)
-    made: dict[str, Callable[[], PreTrainedModel]] = {
-        "dense": lambda: dense,
-        "GPTQ": partial(_low_bits_alone, tiers),
-        "proxies": partial(_proxies, dense, calibration),
-        **{f"pruned {n} %": partial(pruned, dense, calibration, n / 100) for n in PRUNED},
+    calibrated = partial(bits.calibrated_tiers, dense, calibration, work)
+    written: dict[str, Callable[[Path], object]] = {
+        "dense": dense.save_pretrained,
+        "GPTQ": lambda folder: _low_bits_alone(calibrated()).save_pretrained(folder),
+        "proxies": lambda folder: _proxies(dense, calibration).save_pretrained(folder),
+        **{f"pruned {n} %": partial(_write_pruned, dense, calibration, n / 100) for n in PRUNED},
+        "tiers": lambda _: calibrated(),
+        "tiers-trained": lambda _: bits.trained_tiers(calibrated(), dense, train, work),
     }
-    for name, call in made.items():
-        if not (work / name / "config.json").exists():
-            call().save_pretrained(work / name)
     for point in preset.points:
-        if point.kind != "llama.cpp":
-            tokenizer.save_pretrained(work / point.source)
-            if not (point.exported(work) / "decoder.json").exists():
-                _export(point, work)
-        elif not _gguf(point, work).exists():
-            gguf_file.write(dense, _gguf(point, work), point.source)
+        folder = work / point.source
+        if point.kind == "llama.cpp":
+            if not _gguf(point, work).exists():
+                gguf_file.write(dense, _gguf(point, work), point.source)
+            continue
+        if not (folder / "config.json").exists():
+            written[point.source](folder)
+        tokenizer.save_pretrained(folder)
+        if not (point.exported(work) / "decoder.json").exists():
+            _export(point, work)
 
 
 def _low_bits_alone(tiers: PreTrainedModel) -> PreTrainedModel:
     """What GPTQ makes of FFNs in 4 bits: tiers whose neurons all read the high planes, and at most one in a hundred the
     low planes.
     """
-    model = copy.deepcopy(tiers)
-    Routed.of(model, "GPTQ").config["low_bit_sparsity"] = 0.0
-    for router in routers_of(model):
+    Routed.of(tiers, "GPTQ").config["low_bit_sparsity"] = 0.0
+    for router in routers_of(tiers):
         router.low_bit_sparsity = 0.0  # type: ignore[assignment]  # a TieredRouter's
-    return model
+    return tiers
 
 
 def _proxies(dense: LlamaForCausalLM, calibration: list[Tensor]) -> PreTrainedModel:
     config = ltepass.LTEConfig(router="proxy", target_sparsity=0.5)
     return ltepass.transform(copy.deepcopy(dense), config=config, calibration=calibration)
+
+
+def _write_pruned(dense: LlamaForCausalLM, calibration: list[Tensor], share: float, folder: Path) -> None:
+    pruned(dense, calibration, share).save_pretrained(folder)
 
 
 def pruned(dense: LlamaForCausalLM, calibration: list[Tensor], share: float) -> PreTrainedModel:

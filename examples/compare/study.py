@@ -92,7 +92,8 @@ def load_others(budget: Budget, texts: Mapping[str, str], tokenizer: Any, blocks
 class Recipe:
     """How LTE uses the budget: soft_share of the steps in the soft stage; warm: the layer-wise warm start; rate: its
     learning rate over the budget's; start: share of the calibration blocks that it starts from; oracle: no routers, but
-    the experts that turn out to have most energy, what better routers could reach at best."""
+    the experts that turn out to have most energy, what better routers could reach at best; tuned_teacher: `distill`
+    learns from the dense model tuned on the same tokens, and not from the model as it came."""
 
     name: str = "lte"
     soft_share: float = 0.0
@@ -106,6 +107,7 @@ class Recipe:
     rate: float = 1.0
     start: float = 1.0
     oracle: bool = False
+    tuned_teacher: bool = False
 
 
 def calibration_blocks(data: Data, budget: Budget, share: float = 1.0) -> Tensor:

@@ -92,11 +92,19 @@ def tune_dense(
 
 
 def tune_lte(
-    model: Any, data: Data, budget: Budget, folder: Path, seed: int, *, recipe: Recipe, cuts: Any = None
+    model: Any,
+    data: Data,
+    budget: Budget,
+    folder: Path,
+    seed: int,
+    *,
+    recipe: Recipe,
+    cuts: Any = None,
+    teacher: Any = None,
 ) -> tuple[Any, list[Any]]:
     """Train a calibrated model with this recipe to its target; returns (model in hard mode, log).
 
-    cuts: `cuts.Cuts`, what active experts leave out from the first step on.
+    cuts: `cuts.Cuts`, what active experts leave out from the first step on. teacher: as LTETrainer has it.
     """
     blocks = calibration_blocks(data, budget, recipe.start).to(model.device)
     if recipe.random_routers:
@@ -107,12 +115,19 @@ def tune_lte(
     held_out = data.held_out.to(model.device)
     if cuts is not None:
         cuts.apply(model, torch.split(held_out, budget.batch))
-    log = run_stages(model, examples(data.train), examples(held_out), budget, folder, seed, recipe)
+    log = run_stages(model, examples(data.train), examples(held_out), budget, folder, seed, recipe, teacher)
     return model, log
 
 
 def run_stages(
-    model: Any, rows: list[Any], held_out: list[Any], budget: Budget, folder: Path, seed: int, recipe: Recipe
+    model: Any,
+    rows: list[Any],
+    held_out: list[Any],
+    budget: Budget,
+    folder: Path,
+    seed: int,
+    recipe: Recipe,
+    teacher: Any = None,
 ) -> list[Any]:
     """Both stages, each on its own share of the rows, so that none is seen twice; thresholds settle on `held_out`;
     returns the log."""
@@ -125,7 +140,8 @@ def run_stages(
             soft_steps, hard_steps = (steps, 0) if stage == "soft" else (0, steps)
             lte = replace(LTESettings(**recipe.settings), soft_steps=soft_steps, hard_steps=hard_steps)
             args = arguments(budget, folder, seed, steps)
-            trainer = RoutedTrainer(model=model, args=args, train_dataset=part, eval_dataset=held_out, lte=lte)
+            sets = {"train_dataset": part, "eval_dataset": held_out}
+            trainer = RoutedTrainer(model=model, args=args, lte=lte, teacher=teacher, **sets)
             trainer.fit()
             log += trainer.state.log_history
     ltepass.set_mode(model, "hard")
