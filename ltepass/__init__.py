@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ltepass.exporting.run_exported import exported_loop
     from ltepass.measure.quality import perplexity
     from ltepass.measure.sparsity import measure_sparsity, measure_union
+    from ltepass.pruning.schedule import CubicSchedule
     from ltepass.routed.modes import set_mode
     from ltepass.routed.report_tables import Report, report
     from ltepass.routed.sites import FFNSite, Refusal
@@ -38,12 +39,13 @@ if TYPE_CHECKING:
     from ltepass.training.settings import LTESettings
     from ltepass.training.stages import begin_stage, settle
     from ltepass.training.trainer import LTETrainer, LTETrainerMixin
-    from ltepass.transform_and_lower import export, lower, remove, transform, unlower
+    from ltepass.transform_and_lower import export, lower, prune, remove, transform, unlower
 
 # name -> module; loaded on first use, so that importing ltepass is quick and touches neither transformers nor a GPU
 _PUBLIC = {
     "export": "ltepass.transform_and_lower",
     "lower": "ltepass.transform_and_lower",
+    "prune": "ltepass.transform_and_lower",
     "remove": "ltepass.transform_and_lower",
     "transform": "ltepass.transform_and_lower",
     "unlower": "ltepass.transform_and_lower",
@@ -54,6 +56,7 @@ _PUBLIC = {
     "perplexity": "ltepass.measure.quality",
     "measure_sparsity": "ltepass.measure.sparsity",
     "measure_union": "ltepass.measure.sparsity",
+    "CubicSchedule": "ltepass.pruning.schedule",
     "Report": "ltepass.routed.report_tables",
     "report": "ltepass.routed.report_tables",
     "FFNSite": "ltepass.routed.sites",
@@ -76,6 +79,7 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "CubicSchedule",
     "FFNSite",
     "LTEConfig",
     "LTESettings",
@@ -96,6 +100,7 @@ __all__ = [
     "measure_sparsity",
     "measure_union",
     "perplexity",
+    "prune",
     "remove",
     "report",
     "save",

@@ -79,6 +79,10 @@ class TrainingError(LTEError):
     """The training set-up would give wrong gradients, or training has diverged."""
 
 
+class PruningError(LTEError):
+    """Nothing can be pruned as asked, or what would be left does not run."""
+
+
 class CheckpointError(LTEError):
     """A checkpoint is corrupt or was not written by ltepass."""
 

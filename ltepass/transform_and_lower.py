@@ -1,22 +1,23 @@
-"""What a user calls to change a model: transform, lower, unlower, remove. Checks come before the first change."""
+"""What a user calls to change a model: transform, lower, unlower, prune, remove. Checks come before any change."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 from torch import nn
 
 from ltepass import transformers_hook
-from ltepass.config import LTEConfig, Scope
-from ltepass.errors import AlreadyTransformedError, LoweredError, MetaWeightsError
+from ltepass.config import LTEConfig, Scope, check_sparsity
+from ltepass.errors import AlreadyTransformedError, ConfigError, LoweredError, MetaWeightsError
 from ltepass.passes import TRANSFORM
 from ltepass.passes.graph.pipeline import TransformJob, run_passes
 from ltepass.passes.insert.remove_routers import remove_routers
 from ltepass.routed.batches import Batch
-from ltepass.routed.routed import Routed, require_whole, routers_of, state_of, unwrapped
+from ltepass.routed.routed import Routed, require_whole, root_of, routers_of, state_of, unwrapped
 from ltepass.routed.undo import all_or_nothing, verb
 from ltepass.routed.which_sites import Selection, Which
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from ltepass.kernels.weight_formats import Format
 
 Model = TypeVar("Model", bound=nn.Module)
+Pruning = Literal["inactive", "magnitude", "first_order"]
 
 
 def transform(
@@ -105,16 +107,99 @@ def remove(model: nn.Module, undo_grouping: bool = False) -> nn.Module:
         model: a transformed model.
         undo_grouping: also put every neuron back where it was; weights are then bitwise the original's.
     Returns: the model.
-    Raises: NotTransformedError, LoweredError, ShardedError.
+    Raises: NotTransformedError, LoweredError, ShardedError. Warns of a model of transformers whose FFNs `prune` made
+        narrower than its config says: dense, it saves as what nothing loads.
     Example:
         >>> ltepass.remove(model, undo_grouping=True) is model
         True
     """
     routed = Routed.trained(model, "remove")
     require_whole(model, "remove")
+    if routed.state.narrowed and hasattr(model, "save_pretrained"):
+        widths = ", ".join(map(str, sorted({site.d_ff for site in routed.sites})))
+        warnings.warn(
+            f"pruned FFNs of {widths} neurons are no width that {type(model.config).__name__} says of all: dense, the "
+            "model runs, and from_pretrained will not load what it saves; save it with its routers, or prune with "
+            "equal_widths=True",
+            stacklevel=5,
+        )
     remove_routers(routed, undo_grouping=undo_grouping)
     transformers_hook.detach(model)
     return model
+
+
+def prune(
+    model: Model,
+    batches: Iterable[Batch] = (),
+    *,
+    method: Pruning = "inactive",
+    sparsity: float | None = None,
+    equal_widths: bool = False,
+    only: str | Sequence[str] | None = None,
+    skip: str | Sequence[str] | None = None,
+    permanent: bool = False,
+) -> Model:
+    """Take out for good what a token never uses: experts of a transformed model, or single weights of any.
+
+    "inactive" makes FFNs smaller: experts that no token of the batches uses go, with their rows of every linear and of
+    the router. Routers stay for the others, so that hard mode computes what it did on those batches; `remove` then
+    gives a dense model, in which all that is left is always active. Parameters are new: make optimizers afterwards.
+
+    Arguments:
+        model: transformed and not lowered, in any mode; for masks any model that is not lowered.
+        batches: of "inactive": mappings of model inputs, or token id tensors, as many as show what is used; a table of
+            sparsities is made anew of them. Of "first_order": mappings with labels.
+        method: "inactive"; or masks of single weights through torch.nn.utils.prune, which leave every shape: those of
+            the smallest "magnitude", or to "first_order", by weight times gradient of the loss.
+        sparsity: of "inactive": share of each FFN's experts to take out, those used least, used or not; None: those
+            never used. Of masks: share of all chosen weights, together with those that are masked already.
+            `CubicSchedule` says it step by step.
+        equal_widths: of "inactive": all FFNs become as wide as the one that needs most, and the model's config says so:
+            then from_pretrained loads it anywhere, dense once `remove` was called. Without it each has its own width;
+            saved with its routers such a model loads where ltepass is installed.
+        only, skip: of masks: which linears, by name or pattern ("model.layers.*.mlp.*"; `*` stands for dots too), or
+            several; None: all, but one whose weight is a table of tokens as well.
+        permanent: of masks: zeros in plain weights; else masks stay on in training, until torch.nn.utils.prune.remove.
+    Returns: the model.
+    Raises: ConfigError, CalibrationError (no batches, no labels, a site that no token reaches), PruningError (adapters,
+        masks or quantised weights in an FFN; a forward that fixes its sizes), NotTransformedError, LoweredError,
+        MetaWeightsError, ShardedError. Warns where every expert is used.
+    Example:
+        >>> ltepass.set_mode(model, "hard")
+        >>> smaller = ltepass.prune(model, batches, sparsity=0.4, equal_widths=True)
+        >>> [site.d_ff for site in ltepass.report(smaller).sites], smaller.config.intermediate_size
+        ([36, 36], 36)
+        >>> sparse = ltepass.prune(dense, method="magnitude", sparsity=0.5, skip="lm_head", permanent=True)
+        >>> float((sparse.model.layers[0].mlp.up_proj.weight == 0).float().mean()) > 0.4
+        True
+    """
+    if method not in ("inactive", "magnitude", "first_order"):
+        raise ConfigError(f"method is {method!r}; expected inactive, magnitude or first_order; pass one of these")
+    of_masks = {"only": only is not None, "skip": skip is not None, "permanent": permanent}
+    refused = of_masks if method == "inactive" else {"equal_widths": equal_widths, "no sparsity": sparsity is None}
+    if any(refused.values()):
+        raise ConfigError(
+            f"method {method!r} got {', '.join(name for name, given in refused.items() if given)}; masks expect a "
+            "sparsity, and may have only, skip and permanent; equal_widths belongs to 'inactive'; give what belongs"
+        )
+    share = None if sparsity is None else check_sparsity(sparsity, "sparsity")
+    root = root_of(model, "prune") if method == "inactive" else unwrapped(model)
+
+    def work() -> Model:
+        if share is None or method == "inactive":
+            from ltepass.pruning.structured import remove_experts
+
+            remove_experts(root, list(batches), sparsity=share, equal_widths=equal_widths)
+        else:
+            from ltepass.pruning.unstructured import mask_weights  # needs the kernels, to tell what is lowered
+
+            first_order = method == "first_order"
+            mask_weights(
+                root, list(batches), first_order=first_order, sparsity=share, only=only, skip=skip, permanent=permanent
+            )
+        return model
+
+    return all_or_nothing(root, work)
 
 
 def lower(model: Model, scope: Scope = "ffn", *, ffn: bool = True, linears: Format | None = None) -> Model:

@@ -19,7 +19,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("passes.insert", "calibration"),
     ("passes.lower",),
     ("passes",),
-    ("exporting",),
+    ("exporting", "pruning"),
     ("transform_and_lower",),
     ("measure",),
     ("saving", "serving"),

@@ -188,6 +188,7 @@ def test_the_citation_and_the_workflow_are_of_this_version_and_its_ci() -> None:
 
 
 PUBLIC = [
+    "CubicSchedule",
     "FFNSite",
     "LTEConfig",
     "LTESettings",
@@ -208,6 +209,7 @@ PUBLIC = [
     "measure_sparsity",
     "measure_union",
     "perplexity",
+    "prune",
     "remove",
     "report",
     "save",

@@ -107,12 +107,22 @@ class ProxyRouter(Router):
             constant = getattr(self, name)
             if constant is not None:
                 keep(constant)
-                along = constant.dim() - 1 if constant.dim() < 3 else 1
-                constant.copy_(constant.index_select(along, order.to(constant.device)))
+                constant.copy_(_of_neurons(constant, order))
+
+    def of_experts(self, experts: Tensor) -> dict[str, Tensor]:
+        """As of every router, and the constants of the neurons that are left."""
+        neurons, own = self.neurons_of(experts), super().of_experts(experts)
+        return own | {name: _of_neurons(own[name], neurons) for name in CONSTANTS if name in own}
 
     def extra_repr(self) -> str:
         scales = f"blocks of {BLOCK}" if self.blocks else "rows"
         return f"{super().extra_repr()}, activation={self.activation!r}, scales={scales}"
+
+
+def _of_neurons(constant: Tensor, neurons: Tensor) -> Tensor:
+    """A constant's entries of these neurons, in this order."""
+    along = constant.dim() - 1 if constant.dim() < 3 else 1
+    return constant.index_select(along, neurons.to(constant.device))
 
 
 Kind = TypeVar("Kind", bound=ProxyRouter)

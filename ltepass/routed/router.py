@@ -133,6 +133,25 @@ class Router(nn.Module):
         """The FFN's neurons were put into another order: neuron i was neuron order[i]."""
         self.permutation.copy_(self.permutation[order.to(self.permutation.device)])
 
+    def of_experts(self, experts: Tensor) -> dict[str, Tensor]:
+        """Its tensors where these experts alone are left; experts: int64, ascending. `permutation` counts the neurons
+        that are left.
+        """
+        neurons = self.neurons_of(experts)
+        left = self.permutation[neurons.to(self.permutation.device)]
+        own = {name: tensor.detach().clone() for name, tensor in self.state_dict().items()}
+        own |= {name: own[name][experts.to(own[name].device)] for name in ("weight", "bias") if self._by_expert(name)}
+        return {**own, "permutation": left.argsort().argsort()}
+
+    def neurons_of(self, experts: Tensor) -> Tensor:
+        """experts: [n] int64 -> [n * group_size] int64."""
+        return (experts[:, None] * self.group_size + torch.arange(self.group_size)).flatten()
+
+    def _by_expert(self, name: str) -> bool:
+        """Whether this parameter has an entry for each expert."""
+        parameter = self._parameters.get(name)
+        return parameter is not None and parameter.dim() > 0
+
     def forward(self, x: Tensor) -> Tensor | None:
         """x: [..., d_model] any float dtype -> logits [..., n_experts] fp32; None in dense mode, which needs none."""
         mode = self.mode

@@ -177,6 +177,7 @@ class LTEState:
     notes: list[str] = field(default_factory=list)  # what lowering kept masked-dense, and why
     untried: list[str] = field(default_factory=list)  # owners that the self check could not run, and why
     strides: dict[str, tuple[int, ...]] = field(default_factory=dict)  # by parameter, before lowering laid it out anew
+    narrowed: bool = False  # whether FFNs are narrower than the model's config says
     linears: int = 0  # how many beside the FFNs call an op of ours
     graph: Graph | None = None  # a user's own, while the lowered one stands in its place
 

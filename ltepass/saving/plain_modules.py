@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ltepass.config import LTEConfig
 from ltepass.errors import AlreadyTransformedError, CheckpointError, MetaWeightsError, NotTransformedError
 from ltepass.passes.insert.insert_routers import insert_routers
+from ltepass.routed.narrowing import narrow_to
 from ltepass.routed.routed import Routed, require_whole, routers_of, set_state, state_of, unwrapped
 from ltepass.routed.undo import all_or_nothing, undo_by
 from ltepass.saving.forward_checks import as_gated_now, check_forwards, try_gates
@@ -76,7 +77,8 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     """Make a freshly built dense module what `save` wrote, in place.
 
     Arguments:
-        model: of the class and sizes that were saved, on any device, in any float dtype (routers stay fp32).
+        model: of the class and sizes that were saved, on any device, in any float dtype (routers stay fp32). FFNs may
+            be as wide as before `prune`: they become as narrow as what was saved, in new parameters.
         folder: what `save` wrote.
     Returns: the model, in hard mode.
     Raises: AlreadyTransformedError, MetaWeightsError, ShardedError, CheckpointError; the module is then as it was.
@@ -107,6 +109,7 @@ def _load(model: nn.Module, folder: Path) -> None:
     state = read_state(_read_json(folder / SITES))
     header = read_header([folder / WEIGHTS])
     check_routers(state.sites, state.config, header)
+    state.narrowed = narrow_to(model, state.sites)
     check_sites(model, state.sites)
     check_all(model, header, [site.router for site in state.sites])
     state.sites = as_gated_now(model, state.sites)

@@ -22,6 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ltepass.config import LTEConfig
 from ltepass.errors import CheckpointError
 from ltepass.routed.json_entry import Json
+from ltepass.routed.narrowing import narrow_to
 from ltepass.routed.routed import Routed, refuse_tensor_parallel, set_state, state_of
 from ltepass.routed.sites import FFNSite, LTEState
 from ltepass.saving.forward_checks import as_gated_now, check_forwards, try_gates
@@ -86,8 +87,10 @@ class LTEQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
     ) -> None:
         from ltepass.passes.insert.insert_routers import insert_routers
 
-        state = self.quantization_config.state
-        sites = checked_sites(model, state, read_header(checkpoint_files) if checkpoint_files else None)
+        state, header = self.quantization_config.state, read_header(checkpoint_files) if checkpoint_files else None
+        if header is None or has_routers(state.sites, header):
+            state.narrowed = narrow_to(model, fit_prefix(model, state.sites))
+        sites = checked_sites(model, state, header)
         self._built = shapes_of(model)
         if not sites:
             warnings.warn(

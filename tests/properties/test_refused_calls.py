@@ -202,6 +202,8 @@ VERBS: dict[str, Verb] = {
     "lower, linears alone": lambda m: ltepass.lower(m, ffn=False),
     "lower, the whole model": lambda m: ltepass.lower(m, scope="model"),
     "lower, to int8": lambda m: ltepass.lower(m, linears="int8"),
+    "prune": lambda m: ltepass.prune(m, BATCHES, sparsity=0.4),
+    "prune, zeros": lambda m: ltepass.prune(m, method="magnitude", sparsity=0.5, permanent=True),
     "measure_sparsity": lambda m: ltepass.measure_sparsity(m, BATCHES),
     "measure_union": lambda m: ltepass.measure_union(m, BATCHES),
     "draft": lambda m: ltepass.draft(m, 0.5),

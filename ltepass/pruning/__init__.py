@@ -1,0 +1,1 @@
+"""Pruning: what never fires goes for good, and masks of single weights that grow by a schedule."""
