@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ltepass.sparsity.draft_model import draft
     from ltepass.sparsity.thresholds import set_sparsity
     from ltepass.training.auxiliary_loss import take_auxiliary
+    from ltepass.training.contrastive import ContrastiveSettings, contrastive_loss
     from ltepass.training.controller import SparsityController
     from ltepass.training.labels import label_mask
     from ltepass.training.settings import LTESettings
@@ -68,6 +69,8 @@ _PUBLIC = {
     "draft": "ltepass.sparsity.draft_model",
     "set_mode": "ltepass.routed.modes",
     "set_sparsity": "ltepass.sparsity.thresholds",
+    "ContrastiveSettings": "ltepass.training.contrastive",
+    "contrastive_loss": "ltepass.training.contrastive",
     "SparsityController": "ltepass.training.controller",
     "LTESettings": "ltepass.training.settings",
     "begin_stage": "ltepass.training.stages",
@@ -79,6 +82,7 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "ContrastiveSettings",
     "CubicSchedule",
     "FFNSite",
     "LTEConfig",
@@ -91,6 +95,7 @@ __all__ = [
     "__version__",
     "begin_stage",
     "calibrate",
+    "contrastive_loss",
     "draft",
     "export",
     "exported_loop",

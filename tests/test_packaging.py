@@ -188,6 +188,7 @@ def test_the_citation_and_the_workflow_are_of_this_version_and_its_ci() -> None:
 
 
 PUBLIC = [
+    "ContrastiveSettings",
     "CubicSchedule",
     "FFNSite",
     "LTEConfig",
@@ -200,6 +201,7 @@ PUBLIC = [
     "__version__",
     "begin_stage",
     "calibrate",
+    "contrastive_loss",
     "draft",
     "export",
     "exported_loop",

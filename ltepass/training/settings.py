@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ltepass.config import BUDGETS, Budget, check_sparsity
 from ltepass.errors import ConfigError, TrainingError
+from ltepass.training.contrastive import ContrastiveSettings
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -35,6 +36,8 @@ class LTESettings:
             What that saves of an FFN is in kernels/README.md, of whole steps in examples/results/step_time.csv.
         lora_rank: of "lora".
         distill: weight of the KL to the dense model; the labels' loss gets 1 - distill.
+        contrastive: terms towards the pre-trained model, the dense one and earlier pruning steps (CAP), added to the
+            loss; None adds none.
         union: coefficient of the soft stage's term by which neighbouring tokens share experts.
     Raises: ConfigError.
     Example:
@@ -56,6 +59,7 @@ class LTESettings:
     through_op: bool = False
     lora_rank: int = 16
     distill: float = 0.0
+    contrastive: ContrastiveSettings | None = None
     union: float = 0.0
 
     def __post_init__(self) -> None:
@@ -66,6 +70,8 @@ class LTESettings:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(map(str, allowed))}")
         if not 0.0 <= self.distill <= 1.0:
             raise ConfigError(f"distill is {self.distill}; expected a share of the loss in [0, 1]")
+        if not isinstance(self.contrastive, ContrastiveSettings | None):
+            raise ConfigError(f"contrastive is {self.contrastive!r}; expected ltepass.ContrastiveSettings or None")
         for name in ("lam", "eta", "union"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected a coefficient of at least 0")

@@ -19,7 +19,7 @@ from accelerate.utils import broadcast, broadcast_object_list, gather_object, se
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, set_seed
 
-from ltepass.errors import TrainingError
+from ltepass.errors import ConfigError, TrainingError
 from ltepass.routed.batches import Batch
 from ltepass.routed.routed import Routed, require_whole, root_of
 from ltepass.routed.token_masks import telling_tokens
@@ -34,6 +34,7 @@ from ltepass.training.checkpoints import (
     save_apart,
     saved_apart,
 )
+from ltepass.training.contrastive import Contrast, last_hidden
 from ltepass.training.controller import SparsityController, hold
 from ltepass.training.distillation import dense_teacher, divergence
 from ltepass.training.labels import label_mask, shifts_labels
@@ -61,7 +62,10 @@ class LTETrainerMixin(Behind):  # type: ignore[misc]  # mypy does not read trans
 
     Arguments:
         lte: settings of the stages; None takes `LTESettings()`. All others go to the Trainer behind the mixin.
-        teacher: of `LTESettings.distill`; None takes a copy of the model with every neuron active, as it is now.
+        teacher: of `LTESettings.distill`, and the fine-tuned model of `contrastive`; None takes a copy of the model
+            with every neuron active, as it is now.
+        pretrained: of `LTESettings.contrastive`: the model before fine-tuning; it learns nothing from now on.
+        snapshots: of the same: the model after earlier pruning steps. `fit` adds a copy at the soft stage's end.
     Raises: NotTransformedError, LoweredError, TrainingError, ConfigError.
     Example:
         >>> from transformers import TrainingArguments, Trainer
@@ -78,11 +82,22 @@ class LTETrainerMixin(Behind):  # type: ignore[misc]  # mypy does not read trans
     _next_stage: Stage | None = None  # of `fit`; else the routers' mode says it
 
     def __init__(
-        self, *args: object, lte: LTESettings | None = None, teacher: nn.Module | None = None, **kwargs: object
+        self,
+        *args: object,
+        lte: LTESettings | None = None,
+        teacher: nn.Module | None = None,
+        pretrained: nn.Module | None = None,
+        snapshots: Sequence[nn.Module] = (),
+        **kwargs: object,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.lte = lte or LTESettings()
-        self._given_teacher = teacher
+        self._given_teacher, self._pretrained, self._earlier = teacher, pretrained, snapshots
+        if self.lte.contrastive is None and (pretrained is not None or snapshots):
+            raise ConfigError(
+                "pretrained or snapshots were given, and LTESettings has no contrastive terms that read them; pass "
+                "LTESettings(contrastive=ltepass.ContrastiveSettings())"
+            )
         self._adopt(self.model)
         self._seen: dict[str, Tensor | float] = {}
         self._pending: list[tuple[Tensor, Tensor]] = []
@@ -106,7 +121,17 @@ class LTETrainerMixin(Behind):  # type: ignore[misc]  # mypy does not read trans
         config, target = self._routed.config, self.lte.target_sparsity
         self.target_sparsity: float = config["target_sparsity"] if target is None else target
         self.controller = SparsityController(target=self.target_sparsity, eta=self.lte.eta)
-        self.teacher = dense_teacher(self.lte_model, self._given_teacher) if self.lte.distill else None
+        taught = self.lte.distill or self.lte.contrastive
+        self.teacher = dense_teacher(self.lte_model, self._given_teacher) if taught else None
+        self.contrast = self._contrast(self.teacher)
+
+    def _contrast(self, finetuned: nn.Module | None) -> Contrast | None:
+        if self.lte.contrastive is None or finetuned is None:
+            return None
+        contrast = Contrast(self.lte.contrastive, self._pretrained, finetuned)
+        for model in self._earlier:
+            contrast.add_snapshot(model)
+        return contrast
 
     @property
     def _routed(self) -> Routed:
@@ -152,6 +177,8 @@ class LTETrainerMixin(Behind):  # type: ignore[misc]  # mypy does not read trans
                     self.optimizer, self.lr_scheduler, self._next_stage = None, None, stage
                     self.train(resume_from_checkpoint=resume_from_checkpoint)
                     self.finish_stage()
+                    if stage == "soft" and self.contrast is not None:
+                        self.contrast.add_snapshot(self.lte_model)
         finally:
             self.args.output_dir, self.args.max_steps, self._next_stage = base, steps, None
 
@@ -265,6 +292,8 @@ class LTETrainerMixin(Behind):  # type: ignore[misc]  # mypy does not read trans
         if learns:
             clear_auxiliary(self._routed)
         wants_outputs = return_outputs or (learns and self.teacher is not None)
+        if learns and self.contrast is not None:
+            inputs = {**inputs, "output_hidden_states": True}  # type: ignore[dict-item]  # a flag among tensors
         out = super().compute_loss(
             model, inputs, return_outputs=wants_outputs, num_items_in_batch=num_items_in_batch, **kwargs
         )
@@ -290,10 +319,16 @@ class LTETrainerMixin(Behind):  # type: ignore[misc]  # mypy does not read trans
             mask = None if labels is None else label_mask(labels, shifted=shifted)
         else:  # one label a sequence: every token counts, and the items of the batch are no tokens
             mask = items = None
-        if self.teacher is not None:
+        if self.teacher is not None and self.lte.distill:
             self.teacher.to(self.args.device)
             kl = divergence(self.teacher, self.lte_model, inputs, outputs.logits, mask)
             loss = (1.0 - self.lte.distill) * loss + self._per_item(self.lte.distill * kl[0], kl[1], items)
+        if self.contrast is not None:
+            given = {name: value for name, value in inputs.items() if name != "output_hidden_states"}
+            term = self.contrast.loss(last_hidden(outputs), given, labels)
+            self._seen["contrastive"] = term.detach()
+            counted = term.new_tensor(float(len(outputs.logits)) if mask is None else float(mask.sum()))
+            loss = loss + self._per_item(term * counted, counted, items)
         if self.stage == "soft":
             loss = loss + self._auxiliary_loss(mask, items)
         elif self.lte.hold:

@@ -221,7 +221,7 @@ VERBS: dict[str, Verb] = {
 
 
 LANGUAGE_MODELS = ("perplexity", "export, its capture")
-CHANGE_NO_MODEL = {"exported_loop", "label_mask", "take_auxiliary"}  # of the last, tests/training/test_recorder.py
+CHANGE_NO_MODEL = {"contrastive_loss", "exported_loop", "label_mask", "take_auxiliary"}  # of it, test_recorder.py
 FOLDER = Path(tempfile.mkdtemp(prefix="ltepass-"))
 CASES = [
     (v, n)
