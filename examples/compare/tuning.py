@@ -140,7 +140,7 @@ def run_stages(
             soft_steps, hard_steps = (steps, 0) if stage == "soft" else (0, steps)
             lte = replace(LTESettings(**recipe.settings), soft_steps=soft_steps, hard_steps=hard_steps)
             args = arguments(budget, folder, seed, steps)
-            sets = {"train_dataset": part, "eval_dataset": held_out}
+            sets: dict[str, Any] = {"train_dataset": part, "eval_dataset": held_out}
             trainer = RoutedTrainer(model=model, args=args, lte=lte, teacher=teacher, **sets)
             trainer.fit()
             log += trainer.state.log_history
