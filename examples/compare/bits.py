@@ -21,7 +21,7 @@ import argparse
 import copy
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from ltepass.corpora import other_texts, python_docs, token_blocks
 from ltepass.kernels.weight_formats import dequantise_int4, dequantise_int8, quantise_int4, quantise_int8
 from ltepass.measure.machine import machine
 from ltepass.measure.quality import Ratio, ratio_of_perplexities, token_losses
-from ltepass.routed.routed import routers_of
+from ltepass.routed.routed import is_transformed, routers_of
 from ltepass.routed.sites import FFNSite
 
 CSV = Path("examples/results/bits.csv")
@@ -210,7 +210,8 @@ def texts_of(preset: Preset, tokenizer: Any) -> tuple[list[Tensor], Tensor, dict
     return list(calibration.split(4)), more, blocks
 
 
-def measure(preset: Preset, work: Path, out: Path) -> None:
+def measure(preset: Preset, work: Path, out: Path, only: str = "") -> None:
+    """only: in the names of the methods that are measured."""
     rows = Rows(out).read()
     tokenizer = models.tokenizer(preset.model)
     calibration, train, blocks = texts_of(preset, tokenizer)
@@ -219,12 +220,13 @@ def measure(preset: Preset, work: Path, out: Path) -> None:
     if preset.model == "smollm2":
         dense, name = off_grid(dense), "smollm2, off its grid"
     base = {key: token_losses(dense, some) for key, some in blocks.items()}
-    known = {r["method"] for r in rows if r["model"] == name}
+    tokens = str(min(some.numel() for some in blocks.values()))
+    known = {r["method"] for r in rows if (r["model"], r["tokens"]) == (name, tokens)}
     for made in methods(dense, calibration, train, work):
-        if made.method in known:
+        if made.method in known or only not in made.method:
             continue
         for (text, domain), some in blocks.items():
-            ratio = ratio_of_perplexities(token_losses(made.model, some), base[text, domain])
+            ratio = ratio_of_perplexities(losses(made.model, some), base[text, domain])
             rows.append(
                 {
                     "model": name,
@@ -236,7 +238,7 @@ def measure(preset: Preset, work: Path, out: Path) -> None:
                     "ratio": f"{ratio.value:.4f}",
                     "low": f"{ratio.low:.4f}",
                     "high": f"{ratio.high:.4f}",
-                    "tokens": str(some.numel()),
+                    "tokens": tokens,
                     "machine": f"{machine()}, {torch.get_num_threads()} thread(s)",
                     "torch": torch.__version__,
                     "transformers": transformers.__version__,
@@ -245,6 +247,16 @@ def measure(preset: Preset, work: Path, out: Path) -> None:
         write_rows(out, FIELDS, rows)
         out.with_suffix(".md").write_text(page(rows))
         print(f"{made.method}: {made.bits:.2f} bits", flush=True)
+
+
+def losses(model: Any, blocks: Tensor) -> Tensor:
+    """[n, T - 1] of blocks [n, T], through the kernel where there are routers: it takes a third of the time."""
+    if not is_transformed(model):
+        return token_losses(model, blocks)
+    try:
+        return token_losses(ltepass.lower(model), blocks)
+    finally:
+        ltepass.unlower(model)
 
 
 def _ratio(row: dict[str, str]) -> str:
@@ -262,12 +274,11 @@ def page(rows: list[dict[str, str]]) -> str:
         "take a token as codes of 8 bits, as tiers are defined now. Rows `tiers trained` are one checkpoint that "
         "learned the dense model's logits, and no label, on other text of the calibration domain.",
     ]
-    for model in dict.fromkeys(r["model"] for r in rows):
-        here = [r for r in rows if r["model"] == model]
+    for model, tokens in dict.fromkeys((r["model"], r["tokens"]) for r in rows):
+        here = [r for r in rows if (r["model"], r["tokens"]) == (model, tokens)]
         texts = dict.fromkeys((r["text"], r["domain"]) for r in here)
-        tokens = sorted({int(r["tokens"]) for r in here})
         head = " | ".join(f"{text} ({domain})" for text, domain in texts)
-        lines += ["", f"## {model}", "", f"{tokens[0]:,} tokens a text; {here[0]['machine']}.", ""]
+        lines += ["", f"## {model}", "", f"{int(tokens):,} tokens a text; {here[0]['machine']}.", ""]
         lines += [f"| method | bits read | bits held | {head} |", "|---|---|---|" + "---|" * len(texts)]
         order = dict.fromkeys(r["method"] for r in sorted(here, key=lambda r: -float(r["bits"])))
         for method in order:
@@ -283,8 +294,12 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, default="smoke")
     parser.add_argument("--work", type=Path, default=Path("bits"), help="where the tiny model is kept")
     parser.add_argument("--out", type=Path, default=CSV)
+    parser.add_argument("--blocks", type=int, help="of each text; the preset's without it")
+    parser.add_argument("--only", default="", help="methods with this in their names")
     asked = parser.parse_args()
-    measure(PRESETS[asked.preset], asked.work, asked.out)
+    preset = PRESETS[asked.preset]
+    preset = replace(preset, blocks=asked.blocks or preset.blocks)
+    measure(preset, asked.work, asked.out, asked.only)
 
 
 if __name__ == "__main__":
