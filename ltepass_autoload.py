@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 METHOD = "lte"
+TORCHAO = "torchao"  # the method under which a model in int8 is saved, for those who have no ltepass
 TABLES = "transformers.quantizers.auto"
 QUANTIZER = "ltepass.saving.quantizer"  # its import puts the real entries in
 
@@ -46,7 +47,18 @@ def _filled() -> bool:
     if table is None:
         return False
     table.setdefault(METHOD, FirstRead)
+    theirs = table.get(TORCHAO)
+    if isinstance(theirs, type) and not hasattr(theirs, "hands_on"):
+        table[TORCHAO] = type(theirs.__name__, (theirs,), {"from_dict": _from_dict, "hands_on": theirs})
     return True
+
+
+@classmethod  # type: ignore[misc]  # of the class above
+def _from_dict(cls: type, entry: dict[str, object], *args: object, **kwargs: object) -> object:
+    """An entry of torchao's that holds one of ours is read by us: it has routers beside its int8 weights."""
+    if METHOD in entry:
+        return FirstRead.from_dict(entry)
+    return cls.hands_on.from_dict(entry, *args, **kwargs)  # type: ignore[attr-defined]
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):

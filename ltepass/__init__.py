@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ltepass.measure.quality import perplexity
     from ltepass.measure.sparsity import measure_sparsity, measure_union
     from ltepass.pruning.schedule import CubicSchedule
+    from ltepass.quantise_weights import quantize
     from ltepass.routed.modes import set_mode
     from ltepass.routed.report_tables import Report, report
     from ltepass.routed.sites import FFNSite, Refusal
@@ -54,6 +55,7 @@ _PUBLIC = {
     "warm_start": "ltepass.calibration.refit_down",
     "LTEConfig": "ltepass.config",
     "exported_loop": "ltepass.exporting.run_exported",
+    "quantize": "ltepass.quantise_weights",
     "perplexity": "ltepass.measure.quality",
     "measure_sparsity": "ltepass.measure.sparsity",
     "measure_union": "ltepass.measure.sparsity",
@@ -106,6 +108,7 @@ __all__ = [
     "measure_union",
     "perplexity",
     "prune",
+    "quantize",
     "remove",
     "report",
     "save",

@@ -107,14 +107,17 @@ def remove(model: nn.Module, undo_grouping: bool = False) -> nn.Module:
         model: a transformed model.
         undo_grouping: also put every neuron back where it was; weights are then bitwise the original's.
     Returns: the model.
-    Raises: NotTransformedError, LoweredError, ShardedError. Warns of a model of transformers whose FFNs `prune` made
-        narrower than its config says: dense, it saves as what nothing loads.
+    Raises: NotTransformedError, LoweredError, ShardedError, ConfigError (undo_grouping of weights in int8). Warns of a
+        model of transformers whose FFNs `prune` made narrower than its config says: dense, it saves as what nothing
+        loads.
     Example:
         >>> ltepass.remove(model, undo_grouping=True) is model
         True
     """
     routed = Routed.trained(model, "remove")
     require_whole(model, "remove")
+    if undo_grouping:
+        routed.require_floats("remove(undo_grouping=True)")
     if routed.state.narrowed and hasattr(model, "save_pretrained"):
         widths = ", ".join(map(str, sorted({site.d_ff for site in routed.sites})))
         warnings.warn(
@@ -213,10 +216,10 @@ def lower(model: Model, scope: Scope = "ffn", *, ffn: bool = True, linears: Form
         model: a transformed model in hard mode; with ffn=False any model.
         scope: "ffn" (nothing is compiled) or "model" (torch.compile with the backend "lte").
         ffn: False lowers linears alone, so that a dense model is as fast as it can be.
-        linears: as `export` has it: None leaves weights in floats; "int8", "int4" or "int4_minimum" quantises every
-            linear, and "int8" gated FFNs with their routers, of which a token reads the active share of a byte a
-            weight. Scope "ffn" alone. Codes are held beside the weights, which `unlower` goes back to; a table of
-            tokens stays as it is.
+        linears: None takes weights as they are, in floats or in int8 (`ltepass.quantize`); "int8", "int4" or
+            "int4_minimum" quantises every linear, and "int8" gated FFNs with their routers, of which a token reads the
+            active share of a byte a weight. Scope "ffn" alone. Codes are held beside the weights, which `unlower` goes
+            back to; a table of tokens stays as it is.
     Returns: the model. What cannot be lowered stays as it is, exact, and stands in `ltepass.report(model).notes`.
     Raises: NotTransformedError, LoweredError (lowered already), LoweringError (a router is not in hard mode, or no site
         can be lowered), ShardedError, ConfigError.

@@ -16,6 +16,12 @@ def attach(model: nn.Module) -> None:
         importlib.import_module(QUANTIZER).attach(model)
 
 
+def attach_quantised(model: nn.Module) -> None:
+    """After quantize of a dense model: `save_pretrained` writes what torchao holds, as transformers has it."""
+    if hasattr(model, "save_pretrained") and hasattr(model, "config"):
+        importlib.import_module(QUANTIZER).attach_quantised(model)
+
+
 def detach(model: nn.Module) -> None:
     """After remove: the model saves as the dense model that it is again."""
     if QUANTIZER in sys.modules:

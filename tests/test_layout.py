@@ -20,7 +20,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("passes.lower",),
     ("passes",),
     ("exporting", "pruning"),
-    ("transform_and_lower",),
+    ("transform_and_lower", "quantise_weights"),
     ("measure",),
     ("saving", "serving"),
     ("training",),

@@ -212,6 +212,7 @@ PUBLIC = [
     "measure_union",
     "perplexity",
     "prune",
+    "quantize",
     "remove",
     "report",
     "save",

@@ -46,6 +46,7 @@ def calibrate(
     """
     routed = Routed.trained(model, "calibrate")
     require_whole(model, "calibrate")
+    routed.require_floats("calibrate")
     if inputs not in get_args(Inputs):
         raise ConfigError(f"inputs is {inputs!r}; expected one of {', '.join(get_args(Inputs))}; see calibrate's docs")
     biased = all(router.bias is not None for router in routed.routers)

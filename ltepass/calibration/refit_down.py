@@ -70,6 +70,7 @@ def warm_start(
     routed = Routed.trained(model, "warm_start")
     require_whole(model, "warm_start")
     routed.require_gates("warm_start")
+    routed.require_floats("warm_start")
     if not is_calibrated(routed):
         raise CalibrationError("warm_start needs started routers; call ltepass.calibrate(model, batches) first")
     given = {"input_ids": input_ids} if isinstance(input_ids, Tensor) else mapping_of(input_ids)

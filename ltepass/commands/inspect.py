@@ -44,7 +44,8 @@ def _skeleton(name: str) -> PreTrainedModel:
         raise ConfigError(
             f"{name!r} is no model directory and no model of the hub that can be reached: {first_line(error)}"
         ) from error
-    if (getattr(config, "quantization_config", None) or {}).get("quant_method") == "lte":
+    entry = getattr(config, "quantization_config", None) or {}
+    if entry.get("quant_method") == "lte" or "lte" in entry:  # alone, or beside torchao's
         return load(name)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config).eval()

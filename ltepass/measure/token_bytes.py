@@ -13,6 +13,7 @@ from ltepass.routed.ffn_bits import bytes_by_neuron, unread
 from ltepass.routed.routed import Routed, is_transformed, routers_of
 from ltepass.routed.router import Router
 from ltepass.routed.sites import FFNSite
+from ltepass.routed.torchao_weights import holds_int8, int8_parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,10 +24,15 @@ def buffers(model: PreTrainedModel) -> list[Tensor]:
     tables = {id(table) for table in _tables(model)}
     stored: dict[Tensor, tuple[Tensor, ...]] = {p: read for p, read in read_by_linears(model).items()}
     stored |= {weight: () for router in routers_of(model) if router.int8 for weight in router.int8.weights_left()}
-    read = (tensor for p in model.parameters() if id(p) not in tables for tensor in stored.get(p, (p,)))
+    read = (tensor for p in model.parameters() if id(p) not in tables for tensor in stored.get(p, _stored(p)))
     return [tensor.detach() for tensor in read] + [
         codes for router in routers_of(model) for codes in _constants(router)
     ]
+
+
+def _stored(parameter: nn.Parameter) -> tuple[Tensor, ...]:
+    """What is read of it: torchao's int8 passes for a float."""
+    return int8_parts(parameter) if holds_int8(parameter) else (parameter,)
 
 
 def held(model: PreTrainedModel) -> int:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
-from ltepass.routed.sites import FFNSite, NeuronRows, read_rows
+from ltepass.routed.sites import FFNSite, NeuronRows, find_parameter, read_rows
+from ltepass.routed.torchao_weights import holds_int8, int8_parts
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ def ffn_bits(routed: Routed) -> FFNBits | None:
         if router.density is None or nbytes is None:
             return None
         everything = [t for t in (*router.operands(), *router.planes_of_down(), *router.low_planes()) if t is not None]
+        everything += _scales_of_down(routed, site) if router.int8 is None else []
         everything += [] if router.int8 is None else [router.int8.down[1]]
         all_held = sum(t.nbytes for t in everything) + sum(nbytes.values())
         read += all_held - unread(routed, site, router, nbytes, router.density)
@@ -48,11 +50,29 @@ def ffn_bits(routed: Routed) -> FFNBits | None:
 
 def bytes_by_neuron(routed: Routed, site: FFNSite, router: Router) -> dict[NeuronRows, int] | None:
     """Of what is read for active neurons alone, by the rows that it stands for; None where one is no parameter."""
-    own = {rows: read_rows(routed.model, site, rows) for rows in site.neurons}
-    nbytes = {rows: t.nbytes for rows, t in own.items() if t is not None}
+    own = {rows: _held(routed, site, rows) for rows in site.neurons}
+    nbytes = {rows: _nbytes(held) for rows, held in own.items() if held}
     if len(nbytes) < len(own):
         return None
     return nbytes if router.int8 is None else nbytes | router.int8.by_neuron(site)
+
+
+def _held(routed: Routed, site: FFNSite, rows: NeuronRows) -> tuple[Tensor, ...]:
+    """The neurons' rows of one parameter; of one in int8 its codes, and the scales that are a neuron's own."""
+    floats = read_rows(routed.model, site, rows)
+    if floats is not None:
+        return (floats,)
+    held = find_parameter(routed.model, rows.param)
+    if held is None or not holds_int8(held):
+        return ()
+    codes, scale = int8_parts(held)
+    return (rows.take(codes, site.d_ff), *([rows.take(scale, site.d_ff)] if rows.dim == 0 else []))
+
+
+def _scales_of_down(routed: Routed, site: FFNSite) -> list[Tensor]:
+    """In int8: one an output, which every token reads."""
+    down = find_parameter(routed.model, site.down_rows.param)
+    return [int8_parts(down)[1]] if down is not None and holds_int8(down) else []
 
 
 def unread(routed: Routed, site: FFNSite, router: Router, nbytes: Mapping[NeuronRows, int], active: float) -> float:

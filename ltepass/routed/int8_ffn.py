@@ -11,9 +11,7 @@ from ltepass.kernels.weight_formats import int8_columns, int8_rows
 from ltepass.routed.proxy_router import ProxyRouter
 from ltepass.routed.router import Router
 from ltepass.routed.sites import FFNSite, NeuronRows
-
-Int8Weight = tuple[Tensor, Tensor]
-"""codes int8 [d_out, d_in], and their scale fp32 [d_out]"""
+from ltepass.routed.torchao_weights import Int8Weight, holds_int8, int8_parts
 
 
 class Source:
@@ -78,16 +76,6 @@ class Int8FFN:
         up_and_gate = ((site.up_rows, self.up), (site.gate_rows, self.gate))
         read = {rows: sum(t.nbytes for t in pair) for rows, pair in up_and_gate if rows and pair}
         return read | {site.down_rows: self.down[0].nbytes}
-
-
-def holds_int8(weight: Tensor) -> bool:
-    """Whether it is torchao's Int8Tensor, which is not imported for it."""
-    return type(weight).__name__ == "Int8Tensor"
-
-
-def int8_parts(weight: Tensor) -> Int8Weight:
-    """Of torchao's Int8Tensor."""
-    return weight.qdata, weight.scale.reshape(-1).float()  # type: ignore[attr-defined]
 
 
 def int8_ffn(model: nn.Module, site: FFNSite, router: Router) -> Int8FFN:

@@ -12,7 +12,8 @@ from torch.fx import GraphModule
 
 from ltepass.errors import AmbiguousModelError, ConfigError, LoweredError, NotTransformedError, ShardedError
 from ltepass.routed.router import Router
-from ltepass.routed.sites import FFNSite, LTEState
+from ltepass.routed.sites import FFNSite, LTEState, find_parameter
+from ltepass.routed.torchao_weights import holds_int8
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +68,16 @@ class Routed:
                 f'{what} does not serve inactive="low_bit", whose 4-bit planes stay as calibration made them; expected '
                 'inactive="zero"; change the model before it is transformed with "low_bit", or train what is no FFN'
             )
+
+    def require_floats(self, what: str) -> None:
+        """Raises ConfigError where torchao holds weights of FFNs in int8, which `what` would read or change."""
+        for name in dict.fromkeys(rows.param for site in self.sites for rows in site.neurons):
+            held = find_parameter(self.model, name)
+            if held is not None and holds_int8(held):
+                raise ConfigError(
+                    f"{name} is in int8, which {what} cannot change; expected weights in floats; call it before "
+                    "ltepass.quantize"
+                )
 
     @cached_property
     def routers(self) -> list[Router]:

@@ -41,15 +41,20 @@ class NeuronRows:
         return replace(self, param=rename(self.param))
 
 
+def find_parameter(model: nn.Module, name: str) -> nn.Parameter | None:
+    """A parameter by its name; None where pruning or a parametrisation computes it, or an adapter stands there."""
+    path, _, last = name.rpartition(".")
+    try:
+        return model.get_submodule(path)._parameters.get(last)
+    except AttributeError:
+        return None
+
+
 def read_rows(model: nn.Module, site: FFNSite, rows: NeuronRows | None) -> Tensor | None:
     """The neurons' rows of one parameter [d_ff, ...], or None where no parameter of that name holds all of them as
     numbers: an adapter, a shard or quantised weights stand there.
     """
-    path, _, name = (rows.param if rows else "").rpartition(".")
-    try:
-        held = model.get_submodule(path)._parameters.get(name)
-    except AttributeError:
-        return None
+    held = None if rows is None else find_parameter(model, rows.param)
     if rows is None or held is None or held.is_meta or held.dim() <= rows.dim or not is_ordinary(held):
         return None
     return rows.take(held, site.d_ff) if rows.indices(site.d_ff)[-1] < held.shape[rows.dim] else None
@@ -173,6 +178,7 @@ class LTEState:
     sites: list[FFNSite]
     refusals: list[Refusal]
     grouping: str = "identity"
+    weights: str | None = None  # "int8" where torchao holds the linears' weights as codes
     lowered: str | None = None  # None, "ffn" or "model"
     notes: list[str] = field(default_factory=list)  # what lowering kept masked-dense, and why
     untried: list[str] = field(default_factory=list)  # owners that the self check could not run, and why

@@ -16,8 +16,10 @@ from ltepass.errors import AlreadyTransformedError, CheckpointError, MetaWeights
 from ltepass.passes.insert.insert_routers import insert_routers
 from ltepass.routed.narrowing import narrow_to
 from ltepass.routed.routed import Routed, require_whole, routers_of, set_state, state_of, unwrapped
+from ltepass.routed.torchao_weights import is_quantised
 from ltepass.routed.undo import all_or_nothing, undo_by
 from ltepass.saving.forward_checks import as_gated_now, check_forwards, try_gates
+from ltepass.saving.int8_files import check_linears, check_scales, flat, joined, whole
 from ltepass.saving.site_checks import check_sites
 from ltepass.saving.state_json import read_state, write_state
 from ltepass.saving.tensor_checks import check_all, check_routers, check_values, read_header
@@ -60,17 +62,22 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with whole_file(folder / WEIGHTS) as weights, whole_file(folder / SITES) as sites:
         try:
-            save_file(_tensors(model), weights, metadata={"format": "pt"})
+            tensors, metadata = _tensors(model)
+            save_file(tensors, weights, metadata={**metadata, "format": "pt"})
         except RuntimeError as error:  # parameters that share a part of their memory, which safetensors cannot say
             raise CheckpointError(f"{type(model).__name__} cannot be written as safetensors ({error})") from error
         sites.write_text(json.dumps(entry, indent=2, sort_keys=True) + "\n")
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The module's state, what it holds under several names under the first, in the layout that lowering may change."""
+def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The module's state, what it holds under several names under the first, in the layout that lowering may change;
+    and what torchao says of weights in int8.
+    """
     first = {id(tensor): name for name, tensor in reversed(model.state_dict(keep_vars=True).items())}
     names = set(first.values())
-    return {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name in names}
+    state = {name: tensor for name, tensor in model.state_dict().items() if name in names}
+    tensors, metadata = flat(state) if is_quantised(model) else (state, {})
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}, metadata
 
 
 def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
@@ -107,20 +114,27 @@ def _load(model: nn.Module, folder: Path) -> None:
         )
     _check_real(model, "load")
     state = read_state(_read_json(folder / SITES))
-    header = read_header([folder / WEIGHTS])
+    header, packed = whole(read_header([folder / WEIGHTS]))
     check_routers(state.sites, state.config, header)
     state.narrowed = narrow_to(model, state.sites)
     check_sites(model, state.sites)
     check_all(model, header, [site.router for site in state.sites])
+    check_linears(model, {name: header[name] for name in packed})
     state.sites = as_gated_now(model, state.sites)
     check_forwards(model, state.sites)
     tensors = load_file(folder / WEIGHTS)
     for site in state.sites:
         prefix = site.router + "."
         check_values(site, {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    state.weights = "int8" if packed else None
     insert_routers(model, state.sites, LTEConfig(**state.config))
     set_state(model, state)
     _fill(model, tensors)
+    for name in packed:
+        linear = model.get_submodule(name.rpartition(".")[0])
+        own = linear.get_parameter("weight")
+        linear._parameters["weight"] = joined(name, tensors, own.dtype).to(own.device)  # type: ignore[assignment]
+    check_scales(model)
     for router in Routed.of(model, "load").routers:
         router.mode = "hard"
     state.untried = try_gates(model, state.sites)

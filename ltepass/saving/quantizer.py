@@ -3,6 +3,8 @@
 `save_pretrained` writes safetensors (dense names kept, routers beside them) and puts the sites into config.json as
 `quantization_config`; `from_pretrained` rebuilds the routers from that list before the weights load, with no capture.
 Where ltepass is not installed transformers warns and loads the dense model: names and neuron order make that right too.
+A model that torchao holds in int8 is saved as torchao's, with our entry inside that of method "torchao": there too,
+transformers loads the dense model where ltepass is not installed, and asks for torchao where that is missing.
 """
 
 from __future__ import annotations
@@ -10,11 +12,12 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -25,7 +28,9 @@ from ltepass.routed.json_entry import Json
 from ltepass.routed.narrowing import narrow_to
 from ltepass.routed.routed import Routed, refuse_tensor_parallel, set_state, state_of
 from ltepass.routed.sites import FFNSite, LTEState
+from ltepass.routed.torchao_weights import int8_config, is_quantised, torchao
 from ltepass.saving.forward_checks import as_gated_now, check_forwards, try_gates
+from ltepass.saving.int8_files import check_linears, check_scales, conversions, flat, is_ours, require_torchao, whole
 from ltepass.saving.model_card import write_cards
 from ltepass.saving.renaming import as_loaded, fit_prefix
 from ltepass.saving.site_checks import check_sites
@@ -51,16 +56,22 @@ class LTEQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]  # t
     """What config.json says of a transformed model. A live view of the model's `LTEState`, so it never goes stale."""
 
     def __init__(self, state: LTEState) -> None:
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # by which transformers finds our quantizer, whatever the file says
         self.state = state
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Json], *_: object, **__: object) -> LTEQuantizationConfig:
         """Raises CheckpointError where the entry was not written by this format."""
-        return cls(read_state(config_dict))
+        if METHOD not in config_dict:
+            return cls(read_state(config_dict))
+        require_torchao()
+        state = read_state(config_dict[METHOD])
+        state.weights = "int8"
+        return cls(state)
 
     def to_dict(self) -> dict[str, Json]:
-        return write_state(self.state)
+        entry = write_state(self.state)
+        return entry if self.state.weights is None else {**torchao_entry(), METHOD: entry}
 
     def get(self, key: str, default: Json = None) -> Json:
         """transformers reads a config given as an object like the dict it is in config.json."""
@@ -87,10 +98,12 @@ class LTEQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
     ) -> None:
         from ltepass.passes.insert.insert_routers import insert_routers
 
-        state, header = self.quantization_config.state, read_header(checkpoint_files) if checkpoint_files else None
+        state = self.quantization_config.state
+        header, packed = whole(read_header(checkpoint_files)) if checkpoint_files else (None, ())
+        state.weights = "int8" if packed else None
         if header is None or has_routers(state.sites, header):
             state.narrowed = narrow_to(model, fit_prefix(model, state.sites))
-        sites = checked_sites(model, state, header)
+        sites = checked_sites(model, state, header, packed)
         self._built = shapes_of(model)
         if not sites:
             warnings.warn(
@@ -109,6 +122,8 @@ class LTEQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
         del model.quantization_method
         refuse_tensor_parallel(model, "a routed model")
         check_shapes(model, self._built)
+        check_scales(model)
+        model._weight_conversions = [c for c in model._weight_conversions if not is_ours(c)]  # a save has its own way
         state = state_of(model)
         if state is None:
             detach(model)
@@ -120,6 +135,20 @@ class LTEQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
         state.untried = try_gates(model, state.sites)
         _watch_parents(model)
         return model
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        """How transformers reads what is no tensor under its own name."""
+        return [] if self.quantization_config.state.weights is None else conversions()
+
+    def get_new_dtype(self, converter: object, param: object, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Scales are not rounded to the model's dtype."""
+        return None if is_ours(converter) else super().get_new_dtype(converter, param, dtype)
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """What save_pretrained writes in the place of the state dict. The entry of the config is written after it."""
+        quantised = is_quantised(model)
+        self.quantization_config.state.weights = "int8" if quantised else None
+        return flat(model.state_dict()) if quantised else (None, {})
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> nn.Module:
         return remove(model)
@@ -143,10 +172,13 @@ class LTEQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
         return True
 
 
-def checked_sites(model: PreTrainedModel, state: LTEState, header: Header | None) -> list[FFNSite]:
+def checked_sites(
+    model: PreTrainedModel, state: LTEState, header: Header | None, packed: Sequence[str] = ()
+) -> list[FFNSite]:
     """The state's sites as this model has them, compared with it and with the files; none where those hold no router.
 
-    header: of all weight files; None where the weights come from elsewhere. Raises CheckpointError; changes nothing.
+    header: of all weight files, int8 weights in it as `whole` says; None where the weights come from elsewhere. packed:
+    names of those weights. Raises CheckpointError; changes nothing.
     """
     sites = fit_prefix(model, state.sites)
     if header is None:
@@ -158,6 +190,7 @@ def checked_sites(model: PreTrainedModel, state: LTEState, header: Header | None
         check_routers(sites, state.config, named)
         check_sites(model, sites)
         check_weights(model, named)
+        check_linears(model, as_loaded(model, sites, {name: header[name] for name in packed})[0])
         if not converted:
             check_present(model, sites, named)
     sites = as_gated_now(model, sites)
@@ -215,6 +248,23 @@ def _own_config(model: PreTrainedModel) -> None:
             module.config = own
 
 
+def torchao_entry() -> dict[str, Json]:
+    """What config.json holds of a dense model in int8: transformers' own entry of it."""
+    config = torchao("core.config").config_to_dict(int8_config())
+    return {"quant_method": "torchao", "quant_type": {"default": config}}
+
+
+def attach_quantised(model: PreTrainedModel) -> None:
+    """From now on a dense model in int8 saves as transformers saves torchao's, and loads without ltepass."""
+    from transformers import TorchAoConfig
+    from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
+
+    config = TorchAoConfig(int8_config())
+    _own_config(model)
+    model.config.quantization_config = config
+    model.hf_quantizer = TorchAoHfQuantizer(config, pre_quantized=True)
+
+
 def detach(model: PreTrainedModel) -> None:
     """The model saves as a dense model again. Nothing happens where `attach` was not called."""
     if isinstance(getattr(model, "hf_quantizer", None), LTEQuantizer):
@@ -224,6 +274,8 @@ def detach(model: PreTrainedModel) -> None:
             del model._state_dict_pre_hooks[key]
         if isinstance(getattr(model.config, "quantization_config", None), LTEQuantizationConfig):
             del model.config.quantization_config
+        if is_quantised(model):
+            attach_quantised(model)
 
 
 AUTO_QUANTIZER_MAPPING[METHOD] = LTEQuantizer

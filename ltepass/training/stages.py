@@ -42,8 +42,8 @@ def begin_stage(
             inactive="low_bit" the FFNs' own weights are frozen too: codes stand in their place.
         straight_through: routers learn in the hard stage too, as they do with "routers".
     Returns: None.
-    Raises: NotTransformedError, LoweredError, ShardedError, ConfigError (inactive="low_bit" with "lora", or with an
-        adapter on an FFN's linears).
+    Raises: NotTransformedError, LoweredError, ShardedError, ConfigError ("lora" with inactive="low_bit" or
+        with weights in int8, an adapter on an FFN's linears with inactive="low_bit").
     Example:
         >>> ltepass.begin_stage(model, "hard")
         >>> model.model.layers[0].mlp.router.weight.requires_grad
@@ -54,6 +54,7 @@ def begin_stage(
     _reshard(model)
     if trainable == "lora":  # adds to linears
         routed.require_gates('trainable="lora"')
+        routed.require_floats('trainable="lora"')
     if routed.tiered:
         require_bare_linears(routed)
     switch(routed, stage)

@@ -27,6 +27,7 @@ from ltepass.routed.int8_ffn import int8_ffn
 from ltepass.routed.modes import remember_densities
 from ltepass.routed.routed import Routed, is_transformed, require_whole, unwrapped
 from ltepass.routed.sites import FFNSite
+from ltepass.routed.torchao_weights import ffn_is_quantised
 from ltepass.routed.undo import all_or_nothing, verb
 from ltepass.threads import unshared
 
@@ -48,11 +49,13 @@ def _lower(model: Model, scope: Scope, ffn: bool, linears: Format | None) -> Mod
     routed = Routed.trained(model, "lower")
     state = routed.state
     _check(model, scope, linears)
+    int8 = set[str]()  # names of sites
     reasons: dict[str, str | None] = dict.fromkeys((s.name for s in state.sites), "ffn is False")
     if ffn:
         require_hard(routed)
         check_forwards(model)
-        reasons = {s.name: why_not(routed, s, int8=linears == "int8") for s in state.sites}
+        int8 = {s.name for s in state.sites if linears == "int8" or (scope == "ffn" and ffn_is_quantised(model, s))}
+        reasons = {s.name: why_not(routed, s, int8=s.name in int8) for s in state.sites}
         if scope == "ffn":
             reasons = {
                 s.name: reasons[s.name] or why_not_alone(model, s) or other_activation(model, s) for s in state.sites
@@ -62,7 +65,7 @@ def _lower(model: Model, scope: Scope, ffn: bool, linears: Format | None) -> Mod
     if ffn and not sites:
         raise LoweringError("no site can be lowered:\n" + "\n".join(state.notes))
     for site in [] if routed.tiered else sites:  # the planes lie as they are read
-        if linears == "int8":
+        if site.name in int8:
             routed.router(site).int8 = int8_ffn(model, site, routed.router(site))
             continue
         state.strides = lay_out(routed, site) | state.strides  # what the first of those that share a parameter found

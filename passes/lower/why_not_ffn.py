@@ -17,9 +17,9 @@ from ltepass.passes.graph.node_kinds import is_input_cut, is_plain_tensor, shape
 from ltepass.passes.graph.walk import strip_views
 from ltepass.passes.lower.bypassed_modules import GLOBAL_HOOK, bypassed_code, called_modules, idle
 from ltepass.passes.lower.why_not_linear import is_product, not_plain, parameters_of, why_not_linear
-from ltepass.routed.int8_ffn import holds_int8
 from ltepass.routed.routed import Routed
-from ltepass.routed.sites import FFNSite
+from ltepass.routed.sites import FFNSite, find_parameter
+from ltepass.routed.torchao_weights import holds_int8
 
 TIERS_ON_GPU = "tiers of bits have no kernel for GPUs yet"
 SMALL_INPUTS_ON_GPU = "small inputs are left out, which no GPU kernel does"
@@ -133,9 +133,3 @@ def _has_bias(model: nn.Module, path: str, name: str) -> bool:
         return True
     own = model.get_submodule(path)._parameters.get("bias")
     return own is not None and any(p is own for n, p in model.named_parameters(remove_duplicate=False) if n == name)
-
-
-def find_parameter(model: nn.Module, name: str) -> nn.Parameter | None:
-    """A parameter by its name; None where pruning or a parametrisation computes it from others."""
-    path, _, attribute = name.rpartition(".")
-    return model.get_submodule(path)._parameters.get(attribute)

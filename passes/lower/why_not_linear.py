@@ -12,8 +12,8 @@ from ltepass.passes.capture.guard_replaced_forwards import is_replaced
 from ltepass.passes.graph.leaves_and_linears import Flow, Linear
 from ltepass.passes.graph.node_kinds import is_gate, shape, tensor_inputs, value
 from ltepass.passes.graph.walk import strip_identity
-from ltepass.routed.int8_ffn import int8_parts
 from ltepass.routed.sites import is_ordinary
+from ltepass.routed.torchao_weights import int8_parts
 
 
 def not_plain(module: nn.Module) -> str | None:

@@ -18,15 +18,16 @@ from ltepass.errors import ConfigError, LoweredError, LoweringError, NoFFNFoundE
 from ltepass.kernels import linear_reference
 from ltepass.kernels.routed_int8_reference import Int8Linear, scores
 from ltepass.kernels.routed_schema import RoutedOp
-from ltepass.kernels.weight_formats import quantise_int4, quantise_int8
+from ltepass.kernels.weight_formats import Format, quantise_int4, quantise_int8
 from ltepass.measure import token_bytes
 from ltepass.passes.lower import lower_linear_modules, lowered_forward
 from ltepass.passes.lower.lower_linear_modules import lowered_linears
-from ltepass.routed.int8_ffn import int8_parts
 from ltepass.routed.proxy_router import ProxyRouter
 from ltepass.routed.routed import routers_of
+from ltepass.routed.torchao_weights import int8_parts
 from tests.kernels.int8_cases import same_decision
 from tests.models.zoo import VOCAB, build, gpt2, ids, llama, logits, mlp, transformed
+from tests.stand_in_torchao import put_in_place
 
 FORMS = ("llama", "phi3", "gpt2", "gpt_neox", "opt")
 
@@ -218,13 +219,16 @@ def by_torchao(model: Any, config: str = "Int8WeightOnlyConfig") -> Any:
     return model
 
 
-@pytest.mark.parametrize("router", ["linear", "proxy"])
-def test_codes_that_torchao_made_are_read_as_they_stand(router: RouterKind, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = by_torchao(sparse("llama", router))
+@pytest.mark.parametrize(("router", "linears"), [("linear", "int8"), ("proxy", None)])
+def test_codes_that_torchao_made_are_read_as_they_stand(
+    router: RouterKind, linears: Format | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_in_place(monkeypatch)
+    model = ltepass.quantize(sparse("llama", router))
     expected = logits(model)
     with pytest.raises(LoweringError, match=r'up_proj holds a .*Int8Tensor.*; lower\(linears="int8"\) reads it'):
-        ltepass.lower(model)
-    ltepass.lower(model, linears="int8")
+        ltepass.lower(model, "model")
+    ltepass.lower(model, linears=linears)
     assert "kept masked-dense" not in str(ltepass.report(model))
     with as_defined(monkeypatch) as got:
         assert (logits(model) - expected).norm() < 0.03 * expected.norm(), "inputs have 8 bits"

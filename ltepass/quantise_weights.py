@@ -1,0 +1,137 @@
+"""What a user calls to hold a model's weights in fewer bits. torchao rounds them; nothing here does."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from typing import Literal, TypeVar, get_args
+
+from torch import Tensor, nn
+
+from ltepass import transformers_hook
+from ltepass.errors import ConfigError, LoweredError, MetaWeightsError
+from ltepass.passes.lower.lower_model import is_lowered
+from ltepass.passes.lower.why_not_linear import is_conv1d, is_product
+from ltepass.routed.routed import Routed, is_transformed, require_whole, unwrapped
+from ltepass.routed.sites import is_ordinary
+from ltepass.routed.torchao_weights import int8_config, torchao
+from ltepass.routed.undo import all_or_nothing
+
+METHOD = "lte"  # of transformers' quantiser that is ours
+log = logging.getLogger("ltepass")
+Model = TypeVar("Model", bound=nn.Module)
+Weights = Literal["int8"]
+
+
+def quantize(model: Model, weights: Weights = "int8") -> Model:
+    """Hold the weights of linears as codes, in place: a quarter of fp32's bytes, in memory and in a saved folder.
+
+    torchao rounds them (`pip install 'ltepass[quantize]'`), with its `Int8WeightOnlyConfig`: a scale an output. Hard
+    mode in eager is then the model's definition; `lower` reads the same codes, and makes inputs int8 too.
+    `save_pretrained` and `ltepass.save` write the codes, and a folder loads as it was saved, bit for bit.
+
+    Arguments:
+        model: a transformed model or a dense one, not lowered, without adapters. Routers stay in floats, as do weights
+            that several modules share (a head that is tied to the embedding), embeddings, transformers' Conv1D, and
+            FFNs whose planes hold them already (inactive="low_bit").
+        weights: "int8".
+    Returns: the model. Quantised weights no longer learn; routers do.
+    Raises: ConfigError (torchao is missing, an adapter or another quantiser holds a weight, no linear is left to be
+        quantised), LoweredError, MetaWeightsError, ShardedError; the model is then as it was.
+    Example:
+        >>> ltepass.set_mode(model, "hard")
+        >>> ltepass.quantize(model, "int8").save_pretrained(folder)
+    """
+    root = unwrapped(model)
+
+    def work() -> Model:
+        _quantize(root, weights)
+        return model
+
+    return all_or_nothing(root, work)
+
+
+def _quantize(model: nn.Module, weights: Weights) -> None:
+    if weights not in get_args(Weights):
+        raise ConfigError(f"weights is {weights!r}; expected one of {', '.join(get_args(Weights))}")
+    require_whole(model, "quantize")
+    if is_lowered(model) or (is_transformed(model) and Routed.of(model, "quantize").state.lowered):
+        raise LoweredError("the model is lowered; quantize expects it as it was; call ltepass.unlower(model) first")
+    _require_plain(model)
+    chosen, left = _linears(model)
+    if not chosen:
+        reasons = "; ".join(f"{n} left: {reason}" for reason, n in left.items()) or "it has no linear"
+        raise ConfigError(f"no linear of {type(model).__name__} can be quantised to {weights}: {reasons}")
+    torchao("quantization").quantize_(model, int8_config(), lambda module, _: id(module) in chosen)
+    for module in chosen.values():
+        module.__dict__.pop("extra_repr", None)  # torchao's, which a model that is loaded has not
+    if is_transformed(model):
+        Routed.of(model, "quantize").state.weights = weights
+    else:
+        transformers_hook.attach_quantised(model)
+    log.info("quantize: %d linears in %s%s", len(chosen), weights, "".join(f"; {n} {why}" for why, n in left.items()))
+
+
+def _require_plain(model: nn.Module) -> None:
+    """Raises ConfigError where somebody else stands in a linear's place, MetaWeightsError where there is no weight."""
+    other = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    if other is not None and other.quant_method != METHOD:
+        raise ConfigError(
+            f"the model was loaded by the quantiser {other.quant_method}; quantize expects plain weights; load it "
+            "without quantization_config"
+        )
+    for path, module in model.named_modules():
+        if "base_layer" in module._modules or "modules_to_save" in module._modules:
+            raise ConfigError(
+                f"{path} carries an adapter ({type(module).__name__}), which would no longer merge into int8 codes; "
+                "merge it first (merge_and_unload()), or quantise the model before adding it"
+            )
+        for name, weight in module._parameters.items():
+            if weight is not None and weight.is_meta:
+                raise MetaWeightsError(f"{path}.{name} is on the meta device; quantize expects real weights")
+            if weight is not None and not is_ordinary(weight):
+                raise ConfigError(
+                    f"{path}.{name} is a {type(weight).__module__}.{type(weight).__name__}; quantize expects plain "
+                    "weights, and does it once; load a model in floats"
+                )
+
+
+def _linears(model: nn.Module) -> tuple[dict[int, nn.Linear], Counter[str]]:
+    """The linears to quantise by their ids, and how many others are left for which reason."""
+    uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    planes = _held_by_planes(model)
+    chosen, left = dict[int, nn.Linear](), Counter[str]()
+    for path, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if not isinstance(weight, Tensor) or not (is_product(module) or isinstance(module, nn.Linear)):
+            continue
+        reason = _why_not(module, weight, shared=uses[id(weight)] > 1, planes=path in planes)
+        if reason is None:
+            assert isinstance(module, nn.Linear)
+            chosen[id(module)] = module
+        else:
+            left[reason] += 1
+    return chosen, left
+
+
+def _why_not(module: nn.Module, weight: Tensor, *, shared: bool, planes: bool) -> str | None:
+    """Why a linear stays in floats, or None."""
+    if is_conv1d(module):
+        return "stored [d_in, d_out] (Conv1D), which torchao does not read"
+    if not is_product(module):
+        return f"of a class of its own ({type(module).__name__})"
+    if shared:
+        return "share their weight with another module"
+    if planes:
+        return "held by planes already"
+    return None if weight.is_floating_point() else f"hold {weight.dtype}"
+
+
+def _held_by_planes(model: nn.Module) -> set[str]:
+    """Paths of linears whose FFN is computed from its router's planes."""
+    if not is_transformed(model):
+        return set()
+    routed = Routed.of(model, "quantize")
+    prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is routed.model)
+    linears = {path for site in routed.sites for path in (site.up, site.gate, site.down) if path is not None}
+    return {prefix + path for path in linears} if routed.tiered else set()
