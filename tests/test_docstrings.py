@@ -14,6 +14,7 @@ import torch
 
 import ltepass
 from tests.models.zoo import build
+from tests.stand_in_torchao import put_in_place
 
 CALLABLES = [name for name in ltepass.__all__ if callable(getattr(ltepass, name))]
 EXPORTS = ("export", "exported_loop")  # compile a package, for a minute
@@ -57,8 +58,11 @@ def test_arguments_are_those_there_are(name: str) -> None:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in EXPORTS else name for name in CALLABLES]
 )
-def test_its_example_runs(name: str, models: tuple[Any, Any, torch.Tensor], tmp_path: Path) -> None:
+def test_its_example_runs(
+    name: str, models: tuple[Any, Any, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """dense: a model; model: one that is transformed and calibrated; ids: [4, 32]; batches: a list of ids."""
+    put_in_place(monkeypatch)
     dense, model, ids = models
     given = {"ltepass": ltepass, "torch": torch, "dense": copy.deepcopy(dense), "model": copy.deepcopy(model)}
     given |= {"ids": ids, "batches": [ids], "folder": tmp_path / "folder"}
