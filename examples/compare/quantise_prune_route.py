@@ -4,8 +4,8 @@
     python -m examples.compare.quantise_prune_route --preset smollm2 --work DIR     an hour on 2 cores
 
 SmolLM2-135M off its grid (`off_grid.py`), for its own weights come from a 4-bit file. Every point is made of it with
-the same calibration tokens, and no label; rows with `trained` in their name are the tiers that `bits.py` trains, whose
-folders are taken from --work where that has run there. Ours are folders of `ltepass export`; llama.cpp (`pip install
+the same calibration tokens, and nothing is trained: the tiers are those of `bits.py`, whose folder is taken from --work
+where that has run there. Ours are folders of `ltepass export`; llama.cpp (`pip install
 'ltepass[compare]'`) reads the same weights, and is left out where it is not installed. All take turns in one run, on
 one thread and on two. Perplexity is over dense fp32 on three texts, one of the calibration's domain and two outside it.
 Quality is kept as it is measured; times come at the end, all of them.
@@ -89,7 +89,6 @@ POINTS = (
     Point(kind="routed", source="proxies", sparsity=0.5),
     *(Point(kind="routed", source="proxies", linears="int8", sparsity=s) for s in (0.5, 0.7)),
     *(Point(kind="tiers", source="tiers", linears="int8", sparsity=s) for s in (0.8, 0.95)),
-    *(Point(kind="tiers, trained", source="tiers-trained", linears="int8", sparsity=s) for s in (0.8, 0.95)),
 )
 
 
@@ -112,7 +111,7 @@ def make(preset: Preset, work: Path) -> None:
     """What is not there yet: a folder of each source, and one of each export."""
     texts = preset.texts
     tokenizer = models.tokenizer(texts.model)
-    calibration, train, _ = bits.texts_of(texts, tokenizer)
+    calibration, _, _ = bits.texts_of(texts, tokenizer)
     dense: LlamaForCausalLM = models.load(texts.model, work, torch.cat(calibration))
     dense = off_grid(dense) if texts.model == "smollm2" else dense
     calibrated = partial(bits.calibrated_tiers, dense, calibration, work)
@@ -122,7 +121,6 @@ def make(preset: Preset, work: Path) -> None:
         "proxies": lambda folder: _proxies(dense, calibration).save_pretrained(folder),
         **{f"pruned {n} %": partial(_write_pruned, dense, calibration, n / 100) for n in PRUNED},
         "tiers": lambda _: calibrated(),
-        "tiers-trained": lambda _: bits.trained_tiers(calibrated(), dense, train, work),
     }
     for point in preset.points:
         folder = work / point.source

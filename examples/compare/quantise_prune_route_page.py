@@ -16,13 +16,13 @@ from ltepass.measure.quality import Ratio
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Kind = Literal["quantised", "llama.cpp", "pruned", "routed", "tiers", "tiers, trained"]
+Kind = Literal["quantised", "llama.cpp", "pruned", "routed", "tiers"]
 PLAIN: tuple[Kind, ...] = ("quantised", "llama.cpp")
 THREADS = 1, 2
 TEXTS = ("Python reference", *other_texts())
 PARTS = "value", "low", "high"
-COLOURS = dict(zip(get_args(Kind), ("#6b7280", "#1f2937", "#a855f7", "#2563eb", "#ea580c", "#059669"), strict=True))
-MARKERS = dict(zip(get_args(Kind), "osdv^*", strict=True))
+COLOURS = dict(zip(get_args(Kind), ("#6b7280", "#1f2937", "#a855f7", "#2563eb", "#ea580c"), strict=True))
+MARKERS = dict(zip(get_args(Kind), "osdv^", strict=True))
 HIGHEST = 1.6  # ratio on the plot
 
 
