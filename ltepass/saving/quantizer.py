@@ -123,7 +123,9 @@ class LTEQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
         refuse_tensor_parallel(model, "a routed model")
         check_shapes(model, self._built)
         check_scales(model)
-        model._weight_conversions = [c for c in model._weight_conversions if not is_ours(c)]  # a save has its own way
+        used = getattr(model, "_weight_conversions", None)  # none where another way loaded the weights
+        if used is not None:
+            model._weight_conversions = [conversion for conversion in used if not is_ours(conversion)]  # for a save
         state = state_of(model)
         if state is None:
             detach(model)
