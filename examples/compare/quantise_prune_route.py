@@ -69,18 +69,17 @@ class Point:
 
     @property
     def name(self) -> str:
-        format = {None: "F32", "int4_minimum": "int4 with a minimum"}.get(self.linears, self.linears)
         if self.source == "GPTQ":
             return "FFNs by GPTQ in 4 bits, int8"
         share = "" if self.sparsity is None else f", {self.sparsity:.0%} inactive"
-        return self.source if self.kind == "llama.cpp" else f"{self.source}{share}, {format}"
+        return self.source if self.kind == "llama.cpp" else f"{self.source}{share}, {self.linears or 'F32'}"
 
     def exported(self, work: Path) -> Path:
         return work / "exported" / self.name.replace(", ", "-").replace(" ", "-").replace("%", "")
 
 
-FORMATS: tuple[Format | None, ...] = (None, "int8", "int4", "int4_minimum")
-PRUNED = (20, 40)  # percent of the neurons of each FFN
+FORMATS: tuple[Format | None, ...] = (None, "int8", "int4")
+PRUNED = (20,)  # percent of the neurons of each FFN
 POINTS = (
     *(Point(kind="quantised", source="dense", linears=linears) for linears in FORMATS),
     Point(kind="quantised", source="GPTQ", linears="int8", sparsity=bits.MOST),
