@@ -12,11 +12,12 @@ from torch import nn
 
 from ltepass import transformers_hook
 from ltepass.config import LTEConfig, Scope, check_sparsity
-from ltepass.errors import AlreadyTransformedError, ConfigError, LoweredError, MetaWeightsError
+from ltepass.errors import AlreadyTransformedError, ConfigError, LoweredError
 from ltepass.passes import TRANSFORM
 from ltepass.passes.graph.pipeline import TransformJob, run_passes
 from ltepass.passes.insert.remove_routers import remove_routers
 from ltepass.routed.batches import Batch
+from ltepass.routed.offloaded import require_weights
 from ltepass.routed.routed import Routed, require_whole, root_of, routers_of, state_of, unwrapped
 from ltepass.routed.undo import all_or_nothing, verb
 from ltepass.routed.which_sites import Selection, Which
@@ -86,10 +87,8 @@ def _transform(
         raise LoweredError(
             "the model's linears are lowered; transform expects it as it was; call ltepass.unlower(model) first"
         )
-    if calibration is not None and any(p.is_meta for p in model.parameters()):
-        raise MetaWeightsError(
-            "calibration was given and the model is on the meta device; expected real weights; load them first"
-        )
+    if calibration is not None:
+        require_weights(model, "calibration")
     has = calibration is not None
     run_passes(TRANSFORM, TransformJob(model, config, example_inputs, has_calibration=has, selection=selection))
     transformers_hook.attach(model)

@@ -11,8 +11,9 @@ from typing import Any, get_args
 from torch import nn
 
 from ltepass.calibration.initialise import Inputs, initialise_routers
-from ltepass.errors import ConfigError, MetaWeightsError
+from ltepass.errors import ConfigError
 from ltepass.passes.group.group_neurons import group_by
+from ltepass.routed.offloaded import require_weights
 from ltepass.routed.routed import Routed, require_whole
 from ltepass.routed.undo import verb
 from ltepass.sparsity.cuts import place_cuts
@@ -35,7 +36,9 @@ def calibrate(
             `warm_start`; "hard", what they see once experts are left out (under the present cuts, if any), for a model
             that is used as it is. It passes over the batches 1.6 times from eight batches of 512 tokens on, and up to
             five times with fewer, where "dense" does once. Learned routers are replaced by either. To quantise for
-            `inactive="low_bit"` takes six passes more.
+            `inactive="low_bit"` takes six passes more, and a model whose sums over inputs are larger than 0.9 GB (4
+            d_model^2 bytes an FFN) a pass for each 0.9 GB. FFNs whose weights a device_map left on disk keep the order
+            of their neurons, with a warning.
     Returns: None; mode, training flags, RNG and hooks are as they were.
     Raises: NotTransformedError, LoweredError, ShardedError, ConfigError, MetaWeightsError, CalibrationError (no tokens
         seen).
@@ -52,8 +55,7 @@ def calibrate(
     biased = all(router.bias is not None for router in routed.routers)
     if routed.config["budget"] == "model" and not biased:
         raise ConfigError('budget "model" puts what an FFN matters into its router\'s bias; expected router_bias=True')
-    if any(p.is_meta for p in model.parameters()):
-        raise MetaWeightsError("calibration needs real weights and the model is on the meta device; load them first")
+    require_weights(model, "calibration")
     batches = list(batches)
     group_by(routed, batches, grouping)
     initialise_routers(routed, batches, inputs)

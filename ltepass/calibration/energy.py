@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from ltepass.calibration.ridge import RidgeSums
 from ltepass.config import Mode
 from ltepass.routed.observers import Observer, require_finite, watch
+from ltepass.routed.offloaded import fetched
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
-from ltepass.routed.samples import SAMPLE_TOKENS, Reservoir
+from ltepass.routed.samples import SAMPLE_TOKENS, Reservoir, turns
 from ltepass.routed.sites import FFNSite
 
 MAX_LOG_OFFSET = 70.0  # between a log cost and the mean of log energies: an FFN that the output does not hear has none
@@ -32,7 +33,8 @@ def log_energy(energy: Tensor) -> Tensor:
 
 def down_energy(model: nn.Module, site: FFNSite) -> Tensor:
     """[d_ff]: |down_j|^2, what a unit of h_j^2 adds to the energy of the FFN's output."""
-    return site.down_rows.of(model, site.d_ff).detach().float().square().sum(1)
+    with fetched(model, site):
+        return site.down_rows.of(model, site.d_ff).detach().float().square().sum(1)
 
 
 @dataclass
@@ -73,10 +75,11 @@ class _EnergySeen(Observer):
         self.count += (energy > 0).sum()
 
     def fit(self) -> EnergyFit:
-        """The regression's solution, and what it gives for the inputs that were kept."""
+        """The regression's solution, and what it gives for the inputs that were kept; once, for the sums go."""
         weight, bias = self.sums.solve()
         require_finite(self.site.name, weight, bias)
         logits = self.kept.rows().float() @ weight.T + bias
+        del self.sums, self.kept
         return EnergyFit(weight, bias, logits, float(self.log_sum / self.count.clamp_min(1)))
 
 
@@ -84,8 +87,16 @@ def fit_energies(
     routed: Routed, batches: Sequence[Any], weights: dict[str, Tensor], mode: Mode
 ) -> dict[str, EnergyFit]:
     """By site name: the log energies of its experts, fitted on every token of the batches as the FFNs see it in this
-    mode.
+    mode. Of a large model a few sites a pass, so that their sums fit into memory.
     """
-    observers = [_EnergySeen(site, router, weights[site.name]) for site, router in routed]
-    watch(routed, batches, observers, mode=mode)
-    return {o.site.name: o.fit() for o in observers}
+    fits: dict[str, EnergyFit] = {}
+    for turn in turns(list(routed), len(routed.sites), lambda one: _bytes(one[0])):
+        observers = [_EnergySeen(site, router, weights[site.name]) for site, router in turn]
+        watch(routed, batches, observers, mode=mode)
+        fits |= {o.site.name: o.fit() for o in observers}
+    return fits
+
+
+def _bytes(site: FFNSite) -> int:
+    """Of what is kept of one site: sums in fp32, and inputs in bfloat16."""
+    return 4 * site.d_model * (site.d_model + site.n_experts) + 2 * site.d_model * SAMPLE_TOKENS

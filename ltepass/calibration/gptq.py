@@ -38,9 +38,10 @@ from ltepass.kernels.proxy_codes import (
 from ltepass.kernels.weight_formats import BLOCK
 from ltepass.routed.batches import Batch
 from ltepass.routed.observers import Observer, watch
+from ltepass.routed.offloaded import fetched
 from ltepass.routed.proxy_router import encode, read_weights
 from ltepass.routed.routed import Routed
-from ltepass.routed.samples import BUDGET_BYTES
+from ltepass.routed.samples import turns
 from ltepass.routed.sites import FFNSite, read_rows
 from ltepass.routed.tiered_router import TieredRouter, encode_planes
 from ltepass.threads import one_thread
@@ -50,7 +51,7 @@ PANEL = 4 * BLOCK
 
 TURNS = 6
 
-Turn = list[tuple[FFNSite, TieredRouter]]
+Turn = Sequence[tuple[FFNSite, TieredRouter]]
 Rounding = Callable[[int, Tensor], Tensor]  # (i, the weights as they are now [n, m]) -> row i as it will stand
 
 
@@ -147,11 +148,12 @@ def quantise_planes(routed: Routed, batches: Sequence[Batch]) -> None:
         moments = [_Moments(site, router, active) for site, router in turn]
         watch(routed, batches, moments, mode="hard")
         for (site, router), seen in zip(turn, moments, strict=True):
-            weights, columns = read_weights(routed.model, site), read_rows(routed.model, site, site.down_rows)
-            assert weights is not None, "they were rounded"
-            assert columns is not None
-            encode(routed.model, site, router, codes_along_inputs(weights, seen.x))
-            encode_planes(routed.model, site, router, codes_by_input(columns[None], seen.h))
+            with fetched(routed.model, site):
+                weights, columns = read_weights(routed.model, site), read_rows(routed.model, site, site.down_rows)
+                assert weights is not None, "they were rounded"
+                assert columns is not None
+                encode(routed.model, site, router, codes_along_inputs(weights, seen.x))
+                encode_planes(routed.model, site, router, codes_by_input(columns[None], seen.h))
             router.threshold.fill_(math.inf)
     for (_, router), threshold in zip(sites, before, strict=True):
         router.threshold.copy_(threshold)
@@ -184,16 +186,5 @@ class _Moments(Observer):
 
 
 def _turns(sites: Turn) -> Iterator[Turn]:
-    """TURNS of them, or more where BUDGET_BYTES does not hold as many sites together; one at least."""
-    most = math.ceil(len(sites) / TURNS)
-    while sites:
-        room, n = BUDGET_BYTES, 0
-        while n < min(most, len(sites)) and (n == 0 or room >= _bytes(sites[n][0])):
-            room -= _bytes(sites[n][0])
-            n += 1
-        yield sites[:n]
-        sites = sites[n:]
-
-
-def _bytes(site: FFNSite) -> int:
-    return 4 * (site.d_model**2 + site.d_ff**2)
+    """TURNS of them, or more where a turn's sums would take too much."""
+    return turns(sites, math.ceil(len(sites) / TURNS), lambda one: 4 * (one[0].d_model ** 2 + one[0].d_ff ** 2))

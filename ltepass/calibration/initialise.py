@@ -36,6 +36,7 @@ from ltepass.errors import ShardedError
 from ltepass.routed.batches import Batch, every, on_every
 from ltepass.routed.modes import mode_of
 from ltepass.routed.observers import Observer, require_finite, watch
+from ltepass.routed.offloaded import fetched
 from ltepass.routed.proxy_router import ProxyRouter, encode
 from ltepass.routed.quantile_table import quantiles, table_of, table_tokens
 from ltepass.routed.routed import Routed
@@ -146,9 +147,10 @@ def fresh_proxies(routed: Routed, found: dict[str, Sensitivity] | None) -> None:
     """
     for site, router in routed:
         assert isinstance(router, ProxyRouter)
-        done = encode(routed.model, site, router)
-        if isinstance(router, TieredRouter):
-            done = done and encode_planes(routed.model, site, router)
+        with fetched(routed.model, site):
+            done = encode(routed.model, site, router)
+            if isinstance(router, TieredRouter):
+                done = done and encode_planes(routed.model, site, router)
         if not done:
             raise ShardedError(
                 f"{site.name}: its weights are no whole parameters of the model any more (an adapter or a shard holds "

@@ -31,6 +31,7 @@ from ltepass.errors import CalibrationError
 from ltepass.routed.batches import Batch, inputs_of, is_empty
 from ltepass.routed.modes import mode_of
 from ltepass.routed.observers import require_finite, require_seen
+from ltepass.routed.offloaded import fetched
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
 from ltepass.routed.sites import FFNSite
@@ -141,7 +142,8 @@ class _Tap:
     @torch.no_grad()
     def take(self, gradients: Sequence[Tensor | None]) -> None:
         """Adds log (g . E_e)^2, of what is not exactly 0, and (g . down_j)^2 / |g|^2, at every token of every call."""
-        down = self.site.down_rows.of(self.model, self.site.d_ff).float()  # [d_ff, d_out]
+        with fetched(self.model, self.site):
+            down = self.site.down_rows.of(self.model, self.site.d_ff).float()  # [d_ff, d_out]
         for (h, probe), gradient in zip(self.calls, gradients, strict=True):
             g = tokens_of(self.router, torch.zeros_like(probe) if gradient is None else gradient).float()
             self._add(tokens_of(self.router, h).float(), g, down)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -79,10 +80,22 @@ class Tally:
         return int(self.true) / self.count
 
 
-BUDGET_BYTES = 900_000_000  # of sampled activations, all sites together
+T = TypeVar("T")
+BUDGET_BYTES = 900_000_000  # of sampled activations, all sites together; of sums, of those that a pass sees
 
 
 SAMPLE_TOKENS = 2048  # for grouping and tables; the routers' regression sees every token
+
+
+def turns(sites: Sequence[T], most: int, size: Callable[[T], int]) -> Iterator[Sequence[T]]:
+    """`most` of them at a time, or fewer where BUDGET_BYTES does not hold as many; one at least. size: bytes of one."""
+    while sites:
+        room, n = BUDGET_BYTES, 0
+        while n < min(most, len(sites)) and (n == 0 or room >= size(sites[n])):
+            room -= size(sites[n])
+            n += 1
+        yield sites[:n]
+        sites = sites[n:]
 
 
 @dataclass
@@ -99,7 +112,7 @@ def collect(routed: Routed, batches: Iterable[Batch]) -> dict[str, Sample]:
     room = min(SAMPLE_TOKENS, max(256, BUDGET_BYTES // per_token))
     collectors = [_Collector(site, router, room) for site, router in routed]
     watch(routed, takewhile(lambda _: not all(c.full for c in collectors), batches), collectors)
-    samples = {c.site.name: Sample(torch.cat(c.x), torch.cat(c.h)) for c in collectors}
+    samples = {c.site.name: c.sample() for c in collectors}
     for name, sample in samples.items():
         require_finite(name, sample.x, sample.h)
     return samples
@@ -124,6 +137,12 @@ class _Collector(Observer):
         left = self.room - sum(len(r) for r in rows)
         if left > 0:
             rows.append(value[:left].to(torch.bfloat16, copy=True))
+
+    def sample(self) -> Sample:
+        """Its own parts go: of all sites they would be as much again."""
+        sample = Sample(torch.cat(self.x), torch.cat(self.h))
+        self.x, self.h = [], []
+        return sample
 
     @property
     def full(self) -> bool:

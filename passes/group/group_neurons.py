@@ -9,6 +9,7 @@ rows and columns changes, in place. Methods that use activations run in `ltepass
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ from ltepass.grouping_methods import AUTO, AUTO_WITH_DATA, GROUPINGS, Neurons
 from ltepass.passes.graph.pipeline import Tier, TransformJob
 from ltepass.passes.group.balanced_kmeans import balanced_kmeans
 from ltepass.progress import steps
+from ltepass.routed.offloaded import is_offloaded
 from ltepass.routed.routed import Routed
 from ltepass.routed.samples import Sample, collect
 from ltepass.routed.sites import FFNSite
@@ -170,9 +172,18 @@ def group_by(routed: Routed, batches: Sequence[Any], grouping: str | None) -> No
     if method != routed.state.grouping or by_rows:
         samples = collect(routed, batches)
         orders: dict[Any, Tensor] = {}  # sites that share their weights share their order
-        for site in steps("grouping neurons", routed.sites):
+        away = [site for site in routed.sites if is_offloaded(routed.model, site)]
+        for site in steps("grouping neurons", [site for site in routed.sites if site not in away]):
             if site.neurons not in orders:
                 sample, seed = samples[site.name], routed.config["seed"]
                 orders[site.neurons] = site_permutation(routed.model, site, method, sample, seed)
                 permute_routed(routed, site, orders[site.neurons])
+        if away:
+            warnings.warn(
+                f"{len(away)} FFNs keep the order of their neurons ({away[0].name} first): their weights are offloaded "
+                "and no other can be written there; calibrate where the model fits into memory, or pass "
+                "grouping='identity'",
+                stacklevel=2,
+            )
+            return  # so that a later call groups them
     routed.state.grouping = method

@@ -27,11 +27,11 @@ from ltepass.passes.capture.guard_replaced_forwards import remember, watch
 from ltepass.passes.capture.trace_owner import OwnerGraphs, trace_owner
 from ltepass.passes.graph.pipeline import Tier, TransformJob
 from ltepass.passes.graph.walk import breadth_first
-from ltepass.passes.group.group_neurons import check_real_weights
 from ltepass.passes.insert.generated_forwards import forwards_of, regenerate
 from ltepass.passes.insert.hooks import InlineSite, attach
 from ltepass.passes.insert.try_gated_copy import check_gated
 from ltepass.routed.gate import add_tiers, gate, seen_inputs
+from ltepass.routed.offloaded import fetched, require_weights
 from ltepass.routed.proxy_router import ProxyRouter, proxy_of, require_known, start_proxy
 from ltepass.routed.routed import set_state
 from ltepass.routed.router import Router
@@ -48,7 +48,7 @@ class InsertRouters:
     def __call__(self, job: TransformJob) -> str:
         if job.config.router == "proxy":
             require_known(job.sites)
-            check_real_weights(job.model, job.sites, 'router "proxy"')
+            require_weights(job.model, 'router "proxy"')
         if job.config.inactive == "low_bit":
             require_tierable(job.sites)
         insert_routers(job.model, job.sites, job.config, traced=job.owner_graphs)
@@ -57,10 +57,11 @@ class InsertRouters:
                 router = job.model.get_submodule(site.router)
                 assert isinstance(router, Router)
                 router.permutation.copy_(job.permutations[site.name])
-            if job.config.router == "proxy":
-                start_proxy(job.model, site)
-            if job.config.inactive == "low_bit":
-                start_planes(job.model, site)
+            with fetched(job.model, site):
+                if job.config.router == "proxy":
+                    start_proxy(job.model, site)
+                if job.config.inactive == "low_bit":
+                    start_planes(job.model, site)
         grouping = job.config.grouping if job.permutations else "identity"
         state = LTEState(job.config.to_dict(), job.sites, job.refusals, grouping=grouping)
         set_state(job.model, state)

@@ -23,6 +23,7 @@ from ltepass.kernels.planes import dequantise
 from ltepass.kernels.proxy_reference import quantise_token
 from ltepass.kernels.reference import ACTIVATIONS
 from ltepass.passes.group.group_neurons import permute_routed
+from ltepass.routed import samples
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
 from ltepass.routed.tiered_router import TieredRouter
@@ -406,7 +407,7 @@ def test_a_turn_is_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     sites = [(site, router) for site, router in zip(ltepass.report(tiered()).sites, routers(tiered()), strict=True)] * 4
     turns = [len(turn) for turn in gptq._turns(sites)]
     assert turns == [2, 2, 2, 2]
-    monkeypatch.setattr(gptq, "BUDGET_BYTES", 1)
+    monkeypatch.setattr(samples, "BUDGET_BYTES", 1)
     assert [len(turn) for turn in gptq._turns(sites)] == [1] * 8
     assert list(gptq._turns([])) == []
 

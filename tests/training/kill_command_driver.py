@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from ltepass.cli import main as ltepass
-from tests.training.kill_driver import start
+from tests.training.kill_driver import let_no_child_hold_a_lock, start
 
 
 def train(arguments: Sequence[str], out: Path) -> None:
@@ -41,6 +41,7 @@ def killed(arguments: Sequence[str], out: Path, seconds: float) -> bool:
 def main() -> None:
     out, n, arguments = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
     torch.set_num_threads(1)
+    let_no_child_hold_a_lock()
     train(arguments, out / "first")  # with all imports, which children then have
     began = time.monotonic()
     assert os.waitpid(start(train, arguments, out / "whole"), 0)[1] == 0

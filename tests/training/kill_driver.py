@@ -71,6 +71,15 @@ def run(folder: Path, kill: tuple[str, int, str] | None, begins: Callable[[], No
     torch.save(model.state_dict(), folder / "final.pt")
 
 
+def let_no_child_hold_a_lock() -> None:
+    """tqdm's default lock is shared with forked processes: one that was killed while it held it would stop all others.
+
+    Before anything shows a bar.
+    """
+    TqdmDefaultWriteLock.mp_lock = None
+    tqdm.monitor_interval = 0
+
+
 def start(call: Callable[..., None], *args: Any) -> int:
     """The id of a forked child that makes the call; nothing has used threads before."""
     pid = os.fork()
@@ -123,9 +132,7 @@ def kill_at_random(out: Path, n: int) -> None:
 
 
 def main() -> None:
-    # tqdm's default lock is shared with forked processes: one that was killed while it held it would stop all others.
-    TqdmDefaultWriteLock.mp_lock = None
-    tqdm.monitor_interval = 0
+    let_no_child_hold_a_lock()
     out = Path(sys.argv[1])
     for name, kill in CASES.items():
         if kill:
