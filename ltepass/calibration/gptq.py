@@ -38,7 +38,6 @@ from ltepass.kernels.proxy_codes import (
 from ltepass.kernels.weight_formats import BLOCK
 from ltepass.routed.batches import Batch
 from ltepass.routed.observers import Observer, watch
-from ltepass.routed.offloaded import fetched
 from ltepass.routed.proxy_router import encode, read_weights
 from ltepass.routed.routed import Routed
 from ltepass.routed.samples import turns
@@ -148,12 +147,11 @@ def quantise_planes(routed: Routed, batches: Sequence[Batch]) -> None:
         moments = [_Moments(site, router, active) for site, router in turn]
         watch(routed, batches, moments, mode="hard")
         for (site, router), seen in zip(turn, moments, strict=True):
-            with fetched(routed.model, site):
-                weights, columns = read_weights(routed.model, site), read_rows(routed.model, site, site.down_rows)
-                assert weights is not None, "they were rounded"
-                assert columns is not None
-                encode(routed.model, site, router, codes_along_inputs(weights, seen.x))
-                encode_planes(routed.model, site, router, codes_by_input(columns[None], seen.h))
+            weights, columns = read_weights(routed.model, site), read_rows(routed.model, site, site.down_rows)
+            assert weights is not None, "they were rounded"
+            assert columns is not None
+            encode(routed.model, site, router, codes_along_inputs(weights, seen.x))
+            encode_planes(routed.model, site, router, codes_by_input(columns[None], seen.h))
             router.threshold.fill_(math.inf)
     for (_, router), threshold in zip(sites, before, strict=True):
         router.threshold.copy_(threshold)

@@ -8,13 +8,17 @@ from contextlib import ExitStack, contextmanager
 from torch import nn
 
 from ltepass.errors import MetaWeightsError
+from ltepass.routed.router import Router
 from ltepass.routed.sites import FFNSite
 
 
 def require_weights(model: nn.Module, what: str) -> None:
-    """Raises MetaWeightsError where weights are on the meta device and nothing fetches them."""
+    """Raises MetaWeightsError where weights are on the meta device and nothing fetches them, or a router's are, which
+    are to be written.
+    """
     for path, module in model.named_modules():
-        if not is_fetched(module) and any(p.is_meta for p in module.parameters(recurse=False)):
+        readable = is_fetched(module) and not isinstance(module, Router)
+        if not readable and any(p.is_meta for p in module.parameters(recurse=False)):
             raise MetaWeightsError(
                 f"{what} needs real weights and those of {path or type(model).__name__} are on the meta device; load "
                 "them first"

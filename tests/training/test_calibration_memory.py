@@ -79,7 +79,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "linear": {},
     "one budget": {"budget": "model"},
     "proxy": {"router": "proxy", "group_size": "auto"},
-    "tiers": {"router": "proxy", "inactive": "low_bit", "group_size": "auto"},
 }
 SLOW = ("one budget", "proxy")
 
@@ -114,6 +113,13 @@ def test_weights_that_nothing_fetches_are_refused_by_name() -> None:
     model.get_submodule("model.layers.1.mlp.up_proj").to("meta")
     with pytest.raises(MetaWeightsError, match=r"layers\.1\.mlp\.up_proj"):
         ltepass.calibrate(model, BATCHES)
+
+
+def test_routers_on_disk_are_not_calibrated(tmp_path: Path) -> None:
+    model = build("llama")
+    ltepass.transform(model)
+    with pytest.raises(MetaWeightsError, match=r"layers\.1\.mlp\.router"):
+        ltepass.calibrate(half_on_disk(model, tmp_path), BATCHES)
 
 
 @pytest.mark.parametrize("disk", [pytest.param(False, marks=pytest.mark.slow), True])
