@@ -316,6 +316,80 @@ def test_novelty_has_a_row_for_each_kind_and_signal() -> None:
     assert {row.value for row in rows if row.data == "far, linear" and row.side == "distance"} == {1.0}
 
 
+LISTING = """Package: b-doc
+Source: b (1.2)
+Description: a game of {n}
+Tag: game::strategy,
+ role::program
+Section: universe/games
+
+Package: b
+Description: not the first of its source
+Section: games
+
+Package: c{n}
+Description: a server {n} of mail
+Section: mail
+
+Package: d
+Description: of no section that counts
+Section: libs
+"""
+
+
+def test_descriptions_are_one_a_source_and_of_the_sections() -> None:
+    found = module("contrastive_pruning").descriptions(LISTING.format(n=1))
+    assert found == [("games", "a game of 1"), ("mail", "a server 1 of mail")]
+
+
+def test_documentation_to_find_is_of_functions_and_split_after_the_first_line() -> None:
+    found = dict(module("contrastive_pruning").documented(["json"]))
+    first = "Serialize ``obj`` to a JSON formatted ``str``."
+    assert found[first].startswith("If ``skipkeys`` is true")
+    assert not any("\n" in part for pair in found.items() for part in pair)
+
+
+def pruning_data() -> Any:
+    pruning, words = module("contrastive_pruning"), torch.randint(1, 31, (40, 6))
+
+    def encode(found: Any) -> dict[str, torch.Tensor]:
+        rows = torch.stack([words[sum(map(ord, text)) % 40] for text in found])
+        return {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
+
+    found = [(pruning.SECTIONS[i % 10], str(i)) for i in range(60)]
+    return pruning.texts(found, [("a", "b"), ("c", "d")], encode, 0)
+
+
+def test_every_way_to_prune_has_its_rows_and_reaches_its_sparsity() -> None:
+    from transformers import BertConfig, BertModel
+
+    pruning = module("contrastive_pruning")
+    sizes = {"vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    encoder = BertModel(BertConfig(**sizes, intermediate_size=64), add_pooling_layer=False)
+    options = replace(SMALL, targets=(0.5, 0.75))
+    model = pruning.Classifier(encoder, 16, 10).eval()
+    facts = {"data": "", "model": "", "machine": "", "versions": ""}
+    rows = list(pruning.compared(model, pruning_data(), options, 0, facts))
+    assert len({(row.metric, row.side, row.target) for row in rows}) == len(rows) == 3 + 4 * 2 * 2
+    for row in rows:
+        if row.target:
+            assert row.sparsity == pytest.approx(row.target, abs=0.03), row
+        if row.sites:
+            assert row.lowered == row.sites == 1
+
+
+def test_teachers_are_of_training_texts_and_snapshots_join_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    pruning, data = module("contrastive_pruning"), pruning_data()
+    monkeypatch.setattr(pruning, "answers", lambda model, inputs: (inputs["input_ids"].float(),) * 2)
+    teachers = pruning.teachers_of("LTE, CAP", nn.Identity(), nn.Identity(), data)
+    assert teachers.modules["snapshots"] == []
+    expected = torch.zeros(60, 6)
+    expected[data.training] = data.inputs["input_ids"][data.training].float()
+    assert torch.equal(teachers.modules["pre-trained"][0], expected)
+    assert torch.equal(teachers.logits, expected)
+    assert pruning.teachers_of("LTE alone", nn.Identity(), nn.Identity(), data) == pruning.Teachers()
+
+
 def a_row(**given: Any) -> Row:
     fields = {"example": "01_a", "data": "d", "model": "M", "metric": "m", "side": "dense", "stage": "trained"}
     numbers = {"target": 0.0, "seed": 0, "value": 0.5, "seconds": 1.0}
@@ -355,6 +429,15 @@ def test_novelty_has_a_table_of_its_own() -> None:
     assert "| told apart, AUROC | energy |" in text
     assert "| noise | 0.50 |" in text
     assert "told apart" not in page.tables(rows[:1])
+
+
+def test_ways_to_prune_have_a_table_of_their_own() -> None:
+    about = {"example": "07_p", "metric": "accuracy"}
+    rows = [a_row(), a_row(**about), a_row(**about, side="CAP", target=0.9, value=0.25)]
+    text = page.tables(rows)
+    assert "07_p" not in text
+    assert "| CAP | accuracy | not measured | 0.500 | 0.250 | 1 |" in text
+    assert "| pruned |" not in page.tables(rows[:1])
 
 
 def test_the_page_is_what_its_command_makes_of_the_rows() -> None:

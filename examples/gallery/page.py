@@ -15,6 +15,7 @@ PAGE = Path(__file__).parent / "README.md"
 BEGIN, END = "<!-- tables: written by `python -m examples.gallery.page` -->", "<!-- end of tables -->"
 ROUTERS = ("linear", "proxy")
 NOVELTY = "AUROC"
+UNPRUNED = ("pre-trained", "dense")  # columns of the table of pruning, beside each sparsity
 
 
 def spread(rows: Sequence[Row], digits: int = 3) -> str:
@@ -29,7 +30,7 @@ def spread(rows: Sequence[Row], digits: int = 3) -> str:
 
 def task_table(rows: Sequence[Row]) -> list[str]:
     """Dense beside each router and sparsity, trained; a line for each model and metric of each example."""
-    rows = [row for row in rows if row.metric != NOVELTY]
+    rows = [row for row in rows if row.metric != NOVELTY and row.example not in of_pruning(rows)]
     columns = [(router, target) for router in ROUTERS for target in (0.5, 0.8)]
     heads = [f"{router} {target:.0%}" for router, target in columns]
     table = [
@@ -89,6 +90,27 @@ def novelty_table(rows: Sequence[Row]) -> list[str]:
     return table
 
 
+def of_pruning(rows: Iterable[Row]) -> set[str]:
+    """Examples that compare ways to prune one model."""
+    return {row.example for row in rows if "CAP" in row.side}
+
+
+def pruning_table(rows: Sequence[Row]) -> list[str]:
+    """A line for each metric and way to prune, a column for each sparsity."""
+    rows = [row for row in rows if row.example in of_pruning(rows)]
+    targets = sorted({row.target for row in rows if row.target})
+    heads = [*UNPRUNED, *(f"{target:.0%}" for target in targets)]
+    table = ["| pruned | metric | " + " | ".join(heads) + " | seeds |", "|---" * (3 + len(heads)) + "|"]
+    for metric in dict.fromkeys(row.metric for row in rows):
+        mine = [row for row in rows if row.metric == metric]
+        before = [spread([row for row in mine if row.side == side]) for side in UNPRUNED]
+        for side in dict.fromkeys(row.side for row in mine if row.target):
+            cells = [spread([row for row in mine if (row.side, row.target) == (side, target)]) for target in targets]
+            seeds = len({row.seed for row in mine if row.side == side})
+            table.append(f"| {side} | {metric} | {' | '.join([*before, *cells])} | {seeds} |")
+    return table
+
+
 def reasons(rows: Iterable[Row]) -> list[str]:
     noted = dict.fromkeys((row.model, row.note) for row in rows if row.note)
     return [f"- {model}: {note}" for model, note in noted]
@@ -100,6 +122,8 @@ def tables(rows: Sequence[Row]) -> str:
     parts = [task_table(rows), calibrated_table(rows)]
     if any(row.metric == NOVELTY for row in rows):
         parts.append(novelty_table(rows))
+    if of_pruning(rows):
+        parts.append(pruning_table(rows))
     refused = reasons(rows)
     if refused:
         parts.append(["Refused:", "", *refused])

@@ -290,6 +290,14 @@ def test_magnitude_masks_the_smallest_of_all_linears_and_only_grows() -> None:
     assert set(hooks) == {1}, "one mask a linear"
 
 
+@pytest.mark.parametrize("sparsity", [0.0, 0.25, 0.5, 0.75])
+def test_of_equal_weights_the_first_go_and_just_so_many(sparsity: float) -> None:
+    linear: Any = nn.Linear(4, 1, bias=False)
+    nn.init.ones_(linear.weight)
+    ltepass.prune(linear, method="magnitude", sparsity=sparsity)
+    assert linear.weight_mask.flatten().tolist() == [float(i >= 4 * sparsity) for i in range(4)]
+
+
 def test_masked_weights_stay_zero_in_training_and_permanent_ones_are_plain() -> None:
     model = build("llama")
     ltepass.prune(model, method="magnitude", sparsity=0.9, only=["*.mlp.*"])
