@@ -350,10 +350,10 @@ def test_documentation_to_find_is_of_functions_and_split_after_the_first_line() 
 
 
 def pruning_data() -> Any:
-    pruning, words = module("contrastive_pruning"), torch.randint(1, 31, (40, 6))
+    pruning, words = module("contrastive_pruning"), torch.randint(1, 31, (70, 6))
 
     def encode(found: Any) -> dict[str, torch.Tensor]:
-        rows = torch.stack([words[sum(map(ord, text)) % 40] for text in found])
+        rows = torch.stack([words[int(text) if text.isdigit() else 60 + ord(text) % 10] for text in found])
         return {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
 
     found = [(pruning.SECTIONS[i % 10], str(i)) for i in range(60)]

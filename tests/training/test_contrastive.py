@@ -114,12 +114,7 @@ def classifier() -> Any:
 def trainer(tmp_path: Path, contrastive: ContrastiveSettings | None, **given: Any) -> LTETrainer:
     model = classifier()
     ids = torch.randint(1, 31, (8, 6), generator=torch.Generator().manual_seed(0))
-    rows = [
-        {"input_ids": row, "attention_mask": torch.ones(6, dtype=torch.int64), "labels": i % 2}
-        for i, row in enumerate(ids)
-    ]
-    if given.pop("whole", False):
-        mask = torch.ones(6, dtype=torch.int64)
+    mask = torch.ones(6, dtype=torch.int64)
     rows = [{"input_ids": row, "attention_mask": mask, "labels": i % 2} for i, row in enumerate(ids)]
     ltepass.transform(model, config=ltepass.LTEConfig(group_size=4), calibration=[{"input_ids": ids}])
     kept = {"output_dir": str(tmp_path), "report_to": [], "use_cpu": True, "disable_tqdm": True, "logging_steps": 1}
