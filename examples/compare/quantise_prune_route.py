@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +37,7 @@ from examples.compare.off_grid import off_grid
 from examples.compare.quantise_prune_route_page import THREADS, Kind, Row, draw, read, write
 from ltepass.commands.load import load
 from ltepass.corpora import python_docs, token_blocks
-from ltepass.exporting.folder import is_gated
+from ltepass.exporting.folder import ABOUT, WEIGHTS, is_gated
 from ltepass.kernels.weight_formats import Format
 from ltepass.measure import gguf_file
 from ltepass.measure.bench_tokens import PREFILL_TOKENS, Text, bench_tokens
@@ -47,7 +48,9 @@ from ltepass.measure.sides.exported_side import Exported
 from ltepass.measure.sides.llama_cpp_side import LlamaCpp
 from ltepass.measure.sides.side import Side
 from ltepass.measure.sides.transformers_side import Transformers
+from ltepass.passes.capture.decoder_step import WITHIN
 from ltepass.routed.routed import Routed, routers_of
+from ltepass.routed.router import Router
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedModel
@@ -130,7 +133,7 @@ def make(preset: Preset, work: Path) -> None:
         if not (folder / "config.json").exists():
             written[point.source](folder)
         tokenizer.save_pretrained(folder)
-        if not (point.exported(work) / "decoder.json").exists():
+        if not (point.exported(work) / ABOUT).exists():
             _export(point, work)
 
 
@@ -196,6 +199,23 @@ def _gguf(point: Point, work: Path) -> Path:
 
 
 def _export(point: Point, work: Path) -> None:
+    """Other sparsities of one source and format are the same programs with other thresholds."""
+    alike = (p.exported(work) for p in POINTS if (p.source, p.linears) == (point.source, point.linears))
+    made = next((folder for folder in alike if (folder / ABOUT).exists()), None)
+    if made is None:
+        _compile(point, work)
+        return
+    folder, model = point.exported(work), load(str(work / point.source))
+    ltepass.set_sparsity(model, point.sparsity or 0.0)
+    shutil.copytree(made, folder, dirs_exist_ok=True)
+    weights = torch.load(folder / WEIGHTS, weights_only=True)
+    for path, router in model.named_modules():
+        if isinstance(router, Router):
+            weights[f"{WITHIN}.{path}.threshold"].copy_(router.threshold)
+    torch.save(weights, folder / WEIGHTS)
+
+
+def _compile(point: Point, work: Path) -> None:
     """In a process of its own, which gives all of its memory back."""
     words = ["export", str(work / point.source), str(point.exported(work))]
     words += [] if point.linears is None else ["--linears", point.linears]

@@ -24,7 +24,8 @@ def table_of(logits: Tensor) -> Tensor:
 def interpolate(quantiles: Tensor, sparsity: float) -> Tensor:
     """A table's value at a sparsity, linear between its points; 0 lets every expert pass. quantiles: [101]."""
     if sparsity == 0.0:
-        return quantiles.new_tensor(-torch.inf)
+        # An op where this is traced: a package finds no constant without a name.
+        return torch.full_like(quantiles[0], -torch.inf)
     at = sparsity * (N_QUANTILES - 1)
     low = int(at)
     return torch.lerp(quantiles[low], quantiles[min(low + 1, N_QUANTILES - 1)], at - low)

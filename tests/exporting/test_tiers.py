@@ -17,8 +17,9 @@ PROMPT, NEW = [5, 17, 9, 33, 21], 12
 
 
 @pytest.mark.slow
-def test_tokens_are_those_of_plain_pytorch(tmp_path: Path) -> None:
-    model: Any = tiered(low_bit_sparsity=0.4, target_sparsity=0.8)
+@pytest.mark.parametrize("low_bit_sparsity", [0.0, 0.4])
+def test_tokens_are_those_of_plain_pytorch(low_bit_sparsity: float, tmp_path: Path) -> None:
+    model: Any = tiered(low_bit_sparsity=low_bit_sparsity, target_sparsity=0.8)
     ltepass.set_mode(model, "hard")
     ids = list(PROMPT)
     with torch.no_grad():
