@@ -88,7 +88,6 @@ POINTS = (
     Point(kind="quantised", source="GPTQ", linears="int8", sparsity=bits.MOST),
     *(Point(kind="llama.cpp", source=name) for name in ("F32", "BF16", "Q8_0", "Q4_1", "Q4_0")),
     *(Point(kind="pruned", source=f"pruned {percent} %", linears="int8") for percent in PRUNED),
-    Point(kind="routed", source="proxies", sparsity=0.5),
     *(Point(kind="routed", source="proxies", linears="int8", sparsity=s) for s in (0.5, 0.7)),
     *(Point(kind="tiers", source="tiers", linears="int8", sparsity=s) for s in (0.8, 0.95)),
 )
