@@ -17,7 +17,7 @@ SOURCES := ltepass ltepass_autoload.py kernels passes tests examples setup.py
 
 FLOOR_RUNS := $(FLOORS:%=floor-%)
 
-.PHONY: help install demo test floor $(FLOOR_RUNS) deep properties check readme wheel docs clean
+.PHONY: help install demo test floor $(FLOOR_RUNS) deep properties check readme wheel docs vllm clean
 
 help:
 	@echo "make demo     a real model gets faster (about 10 minutes on 2 cores; ARGS='--model tiny' takes a minute)"
@@ -29,6 +29,7 @@ help:
 	@echo "make readme   write the demo's table into README.md (after make demo)"
 	@echo "make wheel    dist/ltepass-*.whl with the CPU kernel's objects for every ISA level of this architecture"
 	@echo "make docs     the documentation, into site/; a warning fails"
+	@echo "make vllm     the plugin for vLLM, with its CPU build in an environment of its own"
 	@echo "make clean    remove the virtual environment and everything built"
 
 install: $(STAMP)
@@ -86,5 +87,17 @@ $(VENV)-docs/.installed: pyproject.toml $(CONSTRAINTS)
 	$(VENV)-docs/bin/python -m pip --disable-pip-version-check install --quiet --constraint $(CONSTRAINTS) $(DOCS)
 	@touch $@
 
+# vLLM takes only a transformers below 5.20. What it brings for pictures and sound is built for another torch than a CPU's.
+vllm: $(VENV)-vllm/.installed
+	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest -q $(ARGS) tests/vllm
+
+$(VENV)-vllm/.installed: PIP := $(VENV)-vllm/bin/python -m pip --disable-pip-version-check
+$(VENV)-vllm/.installed: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(PIP) install --quiet --no-compile --constraint constraints-vllm.txt torch setuptools
+	$(PIP) install --quiet --no-compile --constraint constraints-vllm.txt --no-build-isolation --editable '.[vllm]' pytest pytest-timeout
+	$(PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-docs $(FLOORS:%=.venv-floor-%) build dist site *.egg-info lte-demo
+	rm -rf $(VENV) $(VENV)-docs $(VENV)-vllm $(FLOORS:%=.venv-floor-%) build dist site *.egg-info lte-demo

@@ -22,7 +22,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("exporting", "pruning"),
     ("transform_and_lower", "quantise_weights"),
     ("measure",),
-    ("saving", "serving"),
+    ("saving",),
+    ("serving",),
     ("training",),
     ("ltepass",),  # the public names, which the root package holds
     ("demo",),

@@ -24,6 +24,8 @@ HEAVY = ("transformers", "triton", "matplotlib", "networkx", "peft", "typer", "t
 BUILDS = ("wheel", pytest.param("wheel from sdist", marks=pytest.mark.slow), "editable")
 TREE = ("ltepass", "ltepass_autoload.py", "kernels", "passes", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 
+NEED_VLLM = {"ltepass.serving.vllm_model", "ltepass.serving.vllm_plugin"}  # which alone imports them
+
 pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="runs in a source tree only")
 
 
@@ -66,7 +68,7 @@ def test_every_kind_of_install_imports_every_package(kind: str, source: Path, tm
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)]
     subprocess.run(pip, check=True, timeout=240)
     # -S leaves this environment's own ltepass out; its other packages come in by path, its .pth files do not.
-    modules = modules_of_the_tree(source)
+    modules = sorted({*modules_of_the_tree(source)} - NEED_VLLM)
     code = (
         f"import site, sys; site.addsitedir({str(target)!r}); sys.path.append({SITE!r})\n"
         f"import importlib\nfor name in {modules!r}: print(importlib.import_module(name).__file__)"
@@ -237,9 +239,19 @@ def test_public_names_are_frozen() -> None:
 
 def test_what_an_extra_installs_is_pinned() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    pinned = set(re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
     for name, lines in extras.items():
+        file = ROOT / ("constraints-vllm.txt" if name == "vllm" else "constraints.txt")
+        pinned = set(re.findall(r"^([\w.-]+)==", file.read_text(), re.MULTILINE))
         assert {re.match(r"[\w-]+", line)[0] for line in lines} <= pinned, name  # type: ignore[index]
+
+
+def test_vllm_is_pointed_at_a_function_of_ours() -> None:
+    """`make vllm` calls it; here vLLM is not installed."""
+    points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["vllm.general_plugins"]
+    module, name = points["lte"].split(":")
+    tree = ast.parse((ROOT / module.replace(".", "/")).with_suffix(".py").read_text())
+    assert module in NEED_VLLM
+    assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
 def test_the_floor_is_what_pyproject_names_at_its_lowest() -> None:

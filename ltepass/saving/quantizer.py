@@ -130,11 +130,7 @@ class LTEQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
         if state is None:
             detach(model)
             return model
-        for site, router in Routed.of(model, "from_pretrained"):
-            check_values(site, dict(router.named_buffers()))
-            router.mode = "hard"
-            router.note_density()
-        state.untried = try_gates(model, state.sites)
+        set_hard(model)
         _watch_parents(model)
         return model
 
@@ -198,6 +194,16 @@ def checked_sites(
     sites = as_gated_now(model, sites)
     check_forwards(model, sites)
     return sites
+
+
+def set_hard(model: nn.Module) -> None:
+    """After the weights are loaded: what routers hold is checked, and they decide. Raises CheckpointError."""
+    routed = Routed.of(model, "from_pretrained")
+    for site, router in routed:
+        check_values(site, dict(router.named_buffers()))
+        router.mode = "hard"
+        router.note_density()
+    routed.state.untried = try_gates(model, routed.sites)
 
 
 def attach(model: PreTrainedModel) -> None:

@@ -7,9 +7,10 @@ must be one, and a threshold must be a number.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -28,6 +29,7 @@ Header = dict[str, tuple[str, tuple[int, ...]]]  # tensor -> (dtype as safetenso
 ROUTER = ("weight", "bias", "threshold", "quantiles", "cut", "input_cut", "permutation", *CONSTANTS, *PLANES)
 _ONLY_OURS = ("threshold", "quantiles", "permutation")
 FLOATS = ("F64", "F32", "F16", "BF16")
+_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.uint8: "U8"}
 _AGAIN = "expected a directory written by save_pretrained of a transformed model; save it again"
 
 
@@ -45,6 +47,13 @@ def read_header(files: Iterable[str | Path]) -> Header:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} cannot be read as safetensors ({error}); copy or save it again") from error
     return header
+
+
+def noted(weights: Iterable[tuple[str, Tensor]], header: Header) -> Iterator[tuple[str, Tensor]]:
+    """A checkpoint's tensors, as somebody else reads its files, put down in `header` as they go by."""
+    for name, tensor in weights:
+        header[name] = (_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
+        yield name, tensor
 
 
 def router_header(site: FFNSite, config: Mapping[str, object]) -> Header:
