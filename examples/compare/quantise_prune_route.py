@@ -1,7 +1,7 @@
 """Should I quantise, prune or route? Quality against the measured time of a token, and against memory, on one machine.
 
     python -m examples.compare.quantise_prune_route --preset smoke                  some minutes: the tiny model
-    python -m examples.compare.quantise_prune_route --preset smollm2 --work DIR     an hour on 2 cores
+    python -m examples.compare.quantise_prune_route --preset smollm2 --work DIR     two hours on 2 cores
 
 SmolLM2-135M off its grid (`off_grid.py`), for its own weights come from a 4-bit file. Every point is made of it with
 the same calibration tokens, and nothing is trained: the tiers are those of `bits.py`, whose folder is taken from --work
