@@ -403,7 +403,7 @@ class LTETrainerMixin(Behind):  # type: ignore[misc]  # mypy does not read trans
 class LTETrainer(LTETrainerMixin, Trainer):  # type: ignore[misc]
     """transformers' Trainer with the two stages of paper section 4.3.
 
-    Arguments: those of transformers.Trainer, and `lte` and `teacher` of LTETrainerMixin.
+    Arguments: those of transformers.Trainer, and `lte`, `teacher`, `pretrained` and `snapshots` of LTETrainerMixin.
     Raises: NotTransformedError, LoweredError, TrainingError, ConfigError.
     Example:
         >>> from transformers import TrainingArguments

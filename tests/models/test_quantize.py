@@ -178,3 +178,31 @@ def test_what_would_change_codes_is_refused(call: Callable[[Any], object]) -> No
     with pytest.raises(ConfigError, match=r"_proj\.weight is in int8, .* call it before ltepass.quantize"):
         call(model)
     assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_call_that_fails_half_way_changes_nothing(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = sparse()
+    before, expected = dict(model.named_parameters()), logits(model)
+    values = {name: parameter.detach().clone() for name, parameter in before.items()}
+    torchao = sys.modules["torchao.quantization"]
+    rounds = torchao.quantize_
+
+    def three_and_no_more(model: nn.Module, config: Any, filter_fn: Callable[[nn.Module, str], bool]) -> None:
+        chosen = [path for path, module in model.named_modules() if filter_fn(module, path)][:3]
+        rounds(model, config, lambda _, path: path in chosen)
+        assert any(holds_int8(weight) for weight in model.parameters())
+        raise error
+
+    monkeypatch.setattr(torchao, "quantize_", three_and_no_more)
+    with pytest.raises(error):
+        ltepass.quantize(model)
+    assert not any(holds_int8(weight) for weight in model.parameters())
+    after = dict(model.named_parameters())
+    assert all(after[name] is parameter for name, parameter in before.items())
+    assert all(torch.equal(after[name], value) for name, value in values.items())
+    assert torch.equal(logits(model), expected)
+    monkeypatch.setattr(torchao, "quantize_", rounds)
+    assert any(holds_int8(weight) for weight in ltepass.quantize(model).parameters())
