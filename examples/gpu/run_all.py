@@ -35,7 +35,7 @@ SUITE = (
     ("tests/kernels", "tests/gpu", "tests/measure"),
     ("tests/models",),
     ("tests/passes", "tests/properties", "tests/exporting"),
-    ("tests/training",),
+    ("tests/training", "tests/vllm"),
     tuple(sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_*.py"))),
 )
 
