@@ -15,14 +15,16 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 -- the name everybody uses
 
 Format = Literal["int8", "int4", "int4_minimum"]
+Parts = tuple[Tensor | None, ...]
+"""Codes and scale, and of 4 bits the minimum, or None: what the format's linear takes."""
 BLOCK = 32  # inputs that share a scale
 HALF = BLOCK // 2
 _LEAST = torch.finfo(torch.float32).tiny  # a scale below it has no inverse: the block counts as 0
 _MOST = torch.finfo(torch.float32).max
 
 
-def quantise(weight: Tensor, format: Format) -> tuple[Tensor | None, ...]:
-    """weight: [d_out, d_in] -> codes and scale, and of 4 bits the minimum, or None: what the format's linear takes."""
+def quantise(weight: Tensor, format: Format) -> Parts:
+    """weight: [d_out, d_in]."""
     if format == "int8":
         return quantise_int8(weight)
     return quantise_int4(weight, with_minimum=format == "int4_minimum")

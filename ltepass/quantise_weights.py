@@ -7,6 +7,7 @@ from collections import Counter
 from typing import Literal, TypeVar, get_args
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ltepass import transformers_hook
 from ltepass.errors import ConfigError, LoweredError, MetaWeightsError
@@ -36,8 +37,9 @@ def quantize(model: Model, weights: Weights = "int8") -> Model:
             FFNs whose planes hold them already (inactive="low_bit").
         weights: "int8".
     Returns: the model. Quantised weights no longer learn; routers do.
-    Raises: ConfigError (torchao is missing, an adapter or another quantiser holds a weight, no linear is left to be
-        quantised), LoweredError, MetaWeightsError, ShardedError; the model is then as it was.
+    Raises: ConfigError (torchao is missing, an adapter or another quantiser holds a weight, a mask or another
+        parametrisation computes one, no linear is left to be quantised), LoweredError, MetaWeightsError, ShardedError;
+        the model is then as it was.
     Example:
         >>> ltepass.set_mode(model, "hard")
         >>> ltepass.quantize(model, "int8").save_pretrained(folder)
@@ -86,6 +88,8 @@ def _require_plain(model: nn.Module) -> None:
                 f"{path} carries an adapter ({type(module).__name__}), which would no longer merge into int8 codes; "
                 "merge it first (merge_and_unload()), or quantise the model before adding it"
             )
+        if isinstance(module, nn.Linear) and module._parameters.get("weight") is None:
+            raise ConfigError(f"{path}.weight is {_computed(module)}; quantize expects plain weights")
         for name, weight in module._parameters.items():
             if weight is not None and weight.is_meta:
                 raise MetaWeightsError(f"{path}.{name} is on the meta device; quantize expects real weights")
@@ -94,6 +98,16 @@ def _require_plain(model: nn.Module) -> None:
                     f"{path}.{name} is a {type(weight).__module__}.{type(weight).__name__}; quantize expects plain "
                     "weights, and does it once; load a model in floats"
                 )
+
+
+def _computed(linear: nn.Linear) -> str:
+    """What a linear has in the place of a parameter, and how it becomes one again."""
+    if "weight_mask" in linear._buffers:
+        return "masked by torch.nn.utils.prune; fold the mask into it first (prune.remove(linear, 'weight'))"
+    if is_parametrized(linear, "weight"):
+        return "parametrised; fold that into it first (torch.nn.utils.parametrize.remove_parametrizations)"
+    of = ", ".join(name for name, held in linear._parameters.items() if held is not None and name != "bias")
+    return f"computed of {of or 'no parameter'}; make it a parameter first (remove_spectral_norm and the like)"
 
 
 def _linears(model: nn.Module) -> tuple[dict[int, nn.Linear], Counter[str]]:

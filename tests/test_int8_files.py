@@ -16,11 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoModelForCausalLM
 
 import ltepass
+from ltepass.commands.evaluate import EvalOptions, evaluate
 from ltepass.commands.generate import generate
+from ltepass.corpora import token_blocks
 from ltepass.errors import CheckpointError
+from ltepass.measure.quality import perplexity
 from ltepass.routed.routed import routers_of, state_of
 from ltepass.routed.torchao_weights import holds_int8, int8_parts, is_quantised
 from tests.models.zoo import VOCAB, Own, ids, logits, made_once, transformed
+from tests.serving import words
 from tests.stand_in_torchao import put_in_place
 
 UP = "model.layers.0.mlp.up_proj._weight_"
@@ -200,3 +204,24 @@ def test_generate_lowers_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     expected = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False)
     assert generate(str(folder), "any", new_tokens=4) == str(expected[0].tolist())
     assert is_quantised(model)
+
+
+def test_eval_measures_the_codes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ltepass.commands.evaluate.tokenizer_of", lambda name: words())
+    text = " ".join(f"w{i * i % 60}" for i in range(64))
+    (cells,) = evaluate(str(folder), {"text": text}, EvalOptions(length=32)).values()
+    blocks = token_blocks(words(), text, 32, 16)
+    assert cells["perplexity, hard mode"] == f"{perplexity(quantised(), blocks):.3f}"
+
+
+def test_what_the_server_loads_is_lowered(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("fastapi", reason="needs the extra 'serve'")
+    from transformers.cli.serving.model_manager import ModelManager
+
+    from ltepass.serving.lowered_server import lowered_as_loaded
+
+    monkeypatch.setattr(ModelManager, "_load_model", lambda self, name: AutoModelForCausalLM.from_pretrained(name))
+    with lowered_as_loaded():
+        model: Any = ModelManager._load_model(None, folder)
+    assert all(router.int8 for router in routers_of(model))
+    assert torch.equal(logits(model), logits(ltepass.lower(quantised())))

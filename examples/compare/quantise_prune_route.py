@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -182,14 +183,11 @@ def written_by_neuron(dense: LlamaForCausalLM, calibration: list[Tensor]) -> lis
         assert isinstance(weight, Tensor)
         total += inputs[0].square().flatten(0, -2).sum(0) * weight.square().sum(0)
 
-    hooks = [
-        layer.mlp.down_proj.register_forward_pre_hook(partial(seen, total))
-        for layer, total in zip(dense.model.layers, energy, strict=True)
-    ]
-    for batch in calibration:
-        dense(input_ids=batch)
-    for hook in hooks:
-        hook.remove()
+    with ExitStack() as hooks:
+        for layer, total in zip(dense.model.layers, energy, strict=True):
+            hooks.enter_context(layer.mlp.down_proj.register_forward_pre_hook(partial(seen, total)))
+        for batch in calibration:
+            dense(input_ids=batch)
     return energy
 
 

@@ -28,9 +28,11 @@ from ltepass.passes.lower.lower_model import check_format, is_lowered
 from ltepass.passes.lower.lower_sites import require_hard
 from ltepass.passes.lower.quantise_linears import QuantiseLinears
 from ltepass.passes.lower.quantise_routed_ffn import QuantiseRoutedFFN
+from ltepass.passes.lower.why_not_linear import why_not_weight
 from ltepass.progress import tell
 from ltepass.routed.routed import Routed, is_transformed, require_whole, unwrapped
 from ltepass.routed.sites import is_ordinary
+from ltepass.routed.torchao_weights import holds_int8
 from ltepass.version import __version__
 
 if TYPE_CHECKING:
@@ -68,10 +70,13 @@ def export_model(
     tell(STEP, 0, STEPS)
     step = capture_step(language_model, length, cache_dtype)
     tell(STEP, 1, STEPS)
-    job = run_passes(passes(linears), GraphJob(step.graph))
+    job = run_passes(passes(linears), GraphJob(step.graph, step.codes))
     tell(STEP, 2, STEPS)
     for router, reason in job.notes.items():
         log.warning("export: %s: kept masked-dense: %s", router, reason)
+    for leaf in step.graph.graph.find_nodes(op="get_attr"):
+        if str(leaf.target) in job.codes:
+            log.warning("export: %s: kept in floats: no op reads its codes there", leaf.target)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as made:
         _write(step, Path(made), language_model, linears)
@@ -100,9 +105,10 @@ def _checked(model: nn.Module, linears: Format | None, cache_dtype: torch.dtype 
         routed = Routed.of(model, "export")
         require_hard(routed)
     for name, tensor in model.named_parameters():
-        if not is_ordinary(tensor) or tensor.device.type != "cpu":
-            seen = f"{name} is a {type(tensor).__name__} on {tensor.device}"
-            raise ExportError(f"{seen}; export expects plain weights on the CPU, and quantises them itself (linears=)")
+        reason = None if is_ordinary(tensor) else why_not_weight(tensor) if holds_int8(tensor) else "no export reads it"
+        if reason or tensor.device.type != "cpu":
+            seen = f"{name} is a {type(tensor).__name__} on {tensor.device}" + (f", and {reason}" if reason else "")
+            raise ExportError(f"{seen}; export expects floats on the CPU, or the int8 codes of ltepass.quantize")
     check_format(linears)
     if cache_dtype not in (None, *FLOATS):
         raise ConfigError(
@@ -116,11 +122,9 @@ def _kept(model: nn.Module) -> float:
     return 1.0 - float(Routed.of(model, "export").config.get("low_bit_sparsity", 0.0)) if is_transformed(model) else 1.0
 
 
-def _write(step: DecoderStep, folder: Path, model: PreTrainedModel, linears: Format | None) -> None:
+def _about(step: DecoderStep, model: PreTrainedModel, linears: Format | None) -> About:
     token_bytes, gated_bytes = bytes_read(step.graph, kept=_kept(model))
-    programs = {DECODE: _decode(step), PREFILL: _prefill(step)}
-    state = {**programs[DECODE].constants, **programs[DECODE].state_dict}
-    about = About(
+    return About(
         format=FORMAT,
         ltepass=__version__,
         torch=torch.__version__,
@@ -129,10 +133,17 @@ def _write(step: DecoderStep, folder: Path, model: PreTrainedModel, linears: For
         cache_dtype=str(step.cache.dtype).removeprefix("torch."),
         eos=_eos(model),
         dtype=str(model.dtype).removeprefix("torch."),
-        linears=linears,
+        linears=linears or ("int8" if step.codes else None),
         token_bytes=token_bytes,
         gated_bytes=gated_bytes,
+        head=_head(model, linears),
     )
+
+
+def _write(step: DecoderStep, folder: Path, model: PreTrainedModel, linears: Format | None) -> None:
+    about = _about(step, model, linears)
+    programs = {DECODE: _decode(step), PREFILL: _prefill(step)}
+    state = {**programs[DECODE].constants, **programs[DECODE].state_dict}
     layouts = {name: layout(tensor) for name, tensor in state.items() if isinstance(tensor, Tensor)}
     metadata = {**about.call(), "weights": json.dumps(layouts)}
     # One token's own loops are short: a team of threads for them costs more than it gains, and takes our pool's cores.
@@ -172,6 +183,12 @@ def _compile(program: torch.export.ExportedProgram, target: Path, more: dict[str
 def _eos(model: PreTrainedModel) -> list[int]:
     eos = getattr(model.generation_config, "eos_token_id", None)
     return [] if eos is None else list(eos) if isinstance(eos, (list, tuple)) else [int(eos)]
+
+
+def _head(model: PreTrainedModel, linears: Format | None) -> str:
+    weight = getattr(model.get_output_embeddings(), "weight", None)
+    coded = isinstance(weight, Tensor) and holds_int8(weight)
+    return "int8" if coded else linears or str(model.dtype).removeprefix("torch.")
 
 
 OPS, KERNELS = "ops.so", "kernels.so"

@@ -34,6 +34,8 @@ FORMAT = 1  # of the folder; a later one that means something else counts on
 class About:
     """decoder.json. cache: its shape, [layers, 2, 1, kv_heads, length, size]. isa: what the kernels assume of a CPU.
 
+    linears: what they are quantised to, by the export or before it; head: the same of the head, or its dtype.
+
     token_bytes: of weights that every token reads; gated_bytes: of those whose neurons are read where they are active,
     of tiers of bits the low plane.
     """
@@ -49,6 +51,7 @@ class About:
     linears: str | None
     token_bytes: int
     gated_bytes: int
+    head: str | None = None  # folders of before do not say: as the other linears
 
     def __post_init__(self) -> None:
         """Raises TypeError where a file said something else."""

@@ -21,7 +21,9 @@ from torch.fx import GraphModule
 
 from ltepass.errors import ExportError
 from ltepass.kernels import attention as _attention  # noqa: F401 -- registers the op that stands in the graph
+from ltepass.kernels.weight_formats import Parts, dequantise_int8
 from ltepass.passes.capture.leave_untouched import untouched
+from ltepass.routed.torchao_weights import holds_int8, int8_parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,10 +36,14 @@ HARMLESS = frozenset("dropout is_causal position_ids use_cache cache_position ou
 
 @dataclass(frozen=True)
 class DecoderStep:
-    """graph: computes the step. inputs: of an example call, two tokens; the cache says its shape and dtype."""
+    """graph: computes the step. inputs: of an example call, two tokens; the cache says its shape and dtype.
+
+    codes: by the names of leaves, which hold floats: what the model has there.
+    """
 
     graph: GraphModule
     inputs: tuple[Tensor, Tensor, Tensor]
+    codes: dict[str, Parts]
 
     @property
     def cache(self) -> Tensor:
@@ -51,6 +57,7 @@ def capture_step(model: PreTrainedModel, length: int, cache_dtype: torch.dtype |
     tokens = torch.export.Dim("tokens", min=2, max=length)
     shapes = {"ids": {1: tokens}, "position": None, "cache": None}
     step = _Step(_with_the_same_tensors(model))
+    codes = _in_floats(step)
     try:
         with untouched(step), _attention_of(step), torch.no_grad():
             step.eval()
@@ -63,12 +70,22 @@ def capture_step(model: PreTrainedModel, length: int, cache_dtype: torch.dtype |
     step.check(inputs[2].shape[0])
     graph = program.module(check_guards=False)
     assert isinstance(graph, GraphModule), "what export gives back"
-    return DecoderStep(graph, inputs)
+    return DecoderStep(graph, inputs, codes)
 
 
 def _with_the_same_tensors(model: PreTrainedModel) -> PreTrainedModel:
     """A copy to trace: whoever calls the model meanwhile finds its own attention, and so does one after a Ctrl-C."""
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
+def _in_floats(step: nn.Module) -> dict[str, Parts]:
+    """Puts floats in the place of torchao's weights, which no trace reads. Returns their codes by name."""
+    held = {name: p for name, p in step.named_parameters(remove_duplicate=False) if holds_int8(p)}
+    codes = {id(p): int8_parts(p) for p in held.values()}
+    floats = {id(p): nn.Parameter(dequantise_int8(*codes[id(p)]).to(p.dtype), False) for p in held.values()}
+    for module in step.modules():
+        module._parameters.update({name: floats[id(p)] for name, p in module._parameters.items() if id(p) in floats})
+    return {name: codes[id(p)] for name, p in held.items()}
 
 
 def _empty_cache(model: PreTrainedModel, length: int, dtype: torch.dtype | None) -> Tensor:

@@ -20,6 +20,7 @@ from torch.fx import Graph, GraphModule
 
 from ltepass.config import LTEConfig
 from ltepass.errors import ConfigError
+from ltepass.kernels.weight_formats import Parts
 from ltepass.passes.graph.captured import Captured
 from ltepass.passes.graph.node_kinds import op_name
 from ltepass.routed.sites import FFNSite, Refusal
@@ -109,10 +110,12 @@ class TransformJob:
 class GraphJob:
     """Of the backend: one graph of Dynamo's. notes: for each gate left masked-dense, its router's path and why.
 
+    codes: of an export, by the names of leaves in floats: what torchao holds in their place, for an op to read.
     lowered, linears: how many regions, and how many other linears, became ops.
     """
 
     gm: GraphModule
+    codes: dict[str, Parts] = field(default_factory=dict)
     lowered: int = 0
     linears: int = 0
     notes: dict[str, str] = field(default_factory=dict)

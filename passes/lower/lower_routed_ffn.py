@@ -14,13 +14,15 @@ the reason is returned as a value. The graph's other nodes are untouched.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import Argument
 
-from ltepass.passes.find.match import Miss, Region, Rows, match_down
+from ltepass.kernels.weight_formats import Parts
+from ltepass.passes.find.match import Miss, Region, Rows, down_rows, match_down
 from ltepass.passes.graph.edit import erase_upstream, transposed
 from ltepass.passes.graph.leaves_and_linears import Flow, parameters
 from ltepass.passes.graph.node_kinds import is_gate, is_input_cut, is_proxy, shape, value
@@ -49,7 +51,7 @@ class LowerRoutedFFN:
                 miss = misses.get(gate)
                 job.notes[router_path(gate)] = miss.reason if miss else "no down projection reads the gate"
                 continue
-            reason = _lower(flow, region)
+            reason = _why_not_codes(region, job.codes) or _lower(flow, region)
             job.lowered += reason is None
             job.notes |= {} if reason is None else {router_path(gate): reason}
         job.notes = dict(reversed(job.notes.items()))
@@ -92,6 +94,20 @@ def _router(flow: Flow, scores: Argument) -> _Router | None:
     if linear is None or linear.out_dim != 0:
         return None
     return _Router(linear.x, (linear.weight, _leaf(flow, linear.bias)), torch.ops.ltepass.routed_ffn.default)
+
+
+def _why_not_codes(region: Region, codes: Mapping[str, Parts]) -> str | None:
+    """Why no sparse op reads what an FFN's leaves are to be replaced by, or None."""
+    rows = [piece.rows for piece in (region.up, region.gate) if piece] + [down_rows(region.down)]
+    kinds = {len(codes.get(str(r.leaf.target), ())) for r in rows}
+    if kinds == {0}:
+        return None
+    if len(kinds) > 1:
+        return "some of its weights are in codes, and not all"
+    if kinds != {2}:
+        return "no sparse op reads 4 bits"
+    by_input = region.down.out_dim != 0 or any(r.dim != 0 for r in rows[:-1])
+    return "its codes have a scale an input" if by_input else None
 
 
 def _lower(flow: Flow, region: Region) -> str | None:

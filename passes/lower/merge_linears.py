@@ -5,7 +5,7 @@
 
 Legal because each output is the product of its own row with the same x, whichever rows stand around it. The merged
 weight is a new one, so this is for a graph that has its weights to itself: one that is being exported. One call reads
-what three did. Linears with and without bias stay apart, and routers' stay as they are.
+what three did. Linears with and without bias stay apart, and so do those in codes; routers' stay as they are.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from ltepass.kernels.weight_formats import Parts
 from ltepass.passes.graph.edit import add_leaf, erase_upstream
 from ltepass.passes.graph.leaves_and_linears import Flow, Linear, held, parameters
 from ltepass.passes.graph.node_kinds import value
@@ -32,21 +33,30 @@ class MergeLinears:
 
     def __call__(self, job: GraphJob) -> str:
         flow = Flow(job.gm, parameters(job.gm))
-        groups: dict[tuple[Node, bool], list[Linear]] = {}
+        groups: dict[tuple[Node, bool, tuple[bool, ...]], list[Linear]] = {}
         for linear, reason in read_linears(flow):
             own = linear.weight.op == "get_attr" and (linear.bias is None or linear.bias.op == "get_attr")
             if reason is None and own:
-                groups.setdefault((linear.x, linear.bias is None), []).append(linear)
+                kind = tuple(part is None for part in _codes(job, linear))
+                groups.setdefault((linear.x, linear.bias is None, kind), []).append(linear)
         merged = [group for group in groups.values() if len(group) > 1]
         for number, group in enumerate(merged):
-            _merge(job.gm, group, f"merged_{number}")
+            _merge(job, group, f"merged_{number}")
         job.gm.recompile()
         return f"{sum(map(len, merged))} linears became {len(merged)}" if merged else "unchanged"
 
 
-def _merge(gm: GraphModule, group: list[Linear], name: str) -> None:
+def _codes(job: GraphJob, linear: Linear) -> Parts:
+    """A linear's codes, a row an output; none where it has floats."""
+    return job.codes.get(str(linear.weight.target), ()) if linear.out_dim == 0 else ()
+
+
+def _merge(job: GraphJob, group: list[Linear], name: str) -> None:
     """One linear for a group that reads one input, and the parts of its output in their places."""
-    first = group[0]
+    gm, first = job.gm, group[0]
+    parts = zip(*(_codes(job, linear) for linear in group), strict=True)
+    codes = tuple(None if part[0] is None else torch.cat(part) for part in parts)
+    job.codes |= {f"{name}_weight": codes} if codes else {}
     with gm.graph.inserting_before(first.node):
         weight = add_leaf(gm, f"{name}_weight", torch.cat([_rows(gm, linear) for linear in group]))
         biases = [linear.bias for linear in group if linear.bias is not None]

@@ -8,7 +8,8 @@ Not the same numbers: that is what was asked for. kernels/linear_reference.py sa
 leaves, so this is for a graph that has its weights to itself: one that is being exported. A table of tokens has its
 codes from the same rule, and shares them with a head that it is tied to. Routers that score for a gate stay
 as they are; so do tables of positions, which are small, and rows that no block of 32 divides. Sparse ops have a pass
-of their own, quantise_routed_ffn.
+of their own, quantise_routed_ffn. Where the job has a weight's codes already, they are taken as they stand, whatever is
+asked of others.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch.fx import GraphModule, Node
 from ltepass.kernels import linear as _linear  # noqa: F401 -- registers the ops that the pass emits
 from ltepass.kernels.linear import FLOATS
 from ltepass.kernels.linear_reference import embedding_int4, embedding_int8
-from ltepass.kernels.weight_formats import BLOCK, quantise
+from ltepass.kernels.weight_formats import BLOCK, Parts, quantise
 from ltepass.kernels.weight_formats import Format as Format
 from ltepass.passes.graph.edit import add_leaf, erase_upstream, once_a_tensor
 from ltepass.passes.graph.leaves_and_linears import Flow, Linear, held, parameters
@@ -35,42 +36,47 @@ from ltepass.passes.graph.walk import strip_identity
 from ltepass.passes.lower.lower_linears import put_op
 from ltepass.passes.lower.why_not_linear import read_linears
 
-Codes = tuple[Tensor | None, ...]
-Make = Callable[[Tensor], Codes]
+Make = Callable[[Tensor], Parts]
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantiseLinears:
-    format: Format | None = None  # None quantises nothing
+    format: Format | None = None  # None quantises nothing itself
     name: str = "quantise_linears"
     tier: Tier = "quantised"
     skippable: bool = True
 
     def __call__(self, job: GraphJob) -> str:
-        if self.format is None:
+        if self.format is None and not job.codes:
             return "unchanged"
         flow, left = Flow(job.gm, parameters(job.gm)), Counter[str]()
-        codes_of = once_a_tensor(partial(quantise, format=self.format))
+        make = None if self.format is None else once_a_tensor(partial(quantise, format=self.format))
         for linear, unread in reversed(read_linears(flow)):  # a later one may read an earlier one's result as it is
-            reason = unread or self._why_not(linear)
+            codes = job.codes.get(str(linear.weight.target))
+            if codes is None and make is None:
+                continue
+            reason = unread or self._why_not(linear, coded=codes is not None)
             if reason is not None:
                 left[reason] += 1
                 continue
-            op = torch.ops.ltepass.linear_int8 if self.format == "int8" else torch.ops.ltepass.linear_int4
-            put_op(job.gm, linear, op.default, *self._parts(job.gm, linear.node, linear.weight, codes_of))
+            codes = make(held(job.gm, linear.weight)) if codes is None and make else codes
+            assert codes is not None, "the job's, or made"
+            op = torch.ops.ltepass.linear_int8 if len(codes) == 2 else torch.ops.ltepass.linear_int4
+            put_op(job.gm, linear, op.default, *self._leaves(job.gm, linear.node, linear.weight, codes))
             job.linears += 1
-        for embedding in self._tables(job.gm):
-            self._embed(job.gm, embedding, codes_of)
+        if make is not None:
+            for embedding in self._tables(job.gm):
+                self._embed(job.gm, embedding, make)
         job.gm.recompile()
         return told(job.linears, "quantised", left)
 
-    def _why_not(self, linear: Linear) -> str | None:
-        """What keeps a linear of the graph from being quantised, or None."""
+    def _why_not(self, linear: Linear, *, coded: bool) -> str | None:
+        """What keeps a linear of the graph from being quantised, or None. coded: whether it has its codes."""
         if linear.weight.op != "get_attr":
             return "a weight that is no leaf of the graph's own"
         if linear.out_dim != 0:
             return "a weight stored [d_in, d_out]"
-        return None if self._divides(linear.weight) else f"d_in is no multiple of {BLOCK}"
+        return None if coded or self._divides(linear.weight) else f"d_in is no multiple of {BLOCK}"
 
     def _divides(self, weight: Node) -> bool:
         return self.format == "int8" or shape(weight)[1] % BLOCK == 0
@@ -80,11 +86,11 @@ class QuantiseLinears:
         nodes = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default)
         return [n for n in nodes if _is_float_leaf(n.args[0]) and self._divides(n.args[0]) and _is_input(n.args[1])]
 
-    def _embed(self, gm: GraphModule, node: Node, codes_of: Make) -> None:
+    def _embed(self, gm: GraphModule, node: Node, make: Make) -> None:
         """Replace the look-up of tokens in a table by one in its codes."""
         table, ids = node.args[:2]
         assert isinstance(table, Node), "a leaf"
-        parts = self._parts(gm, node, table, codes_of)
+        parts = self._leaves(gm, node, table, make(held(gm, table)))
         rows = embedding_int8 if self.format == "int8" else embedding_int4
         with gm.graph.inserting_before(node):
             new = gm.graph.call_function(rows, (ids, *parts), {"dtype": value(node).dtype})
@@ -92,13 +98,13 @@ class QuantiseLinears:
         node.replace_all_uses_with(new)
         erase_upstream(node)
 
-    def _parts(self, gm: GraphModule, before: Node, weight: Node, codes_of: Make) -> list[Node | None]:
+    def _leaves(self, gm: GraphModule, before: Node, weight: Node, parts: Parts) -> list[Node | None]:
         """Leaves before a node: the codes of a weight."""
         name = str(weight.target).replace(".", "_")
         with gm.graph.inserting_before(before):
             return [
-                None if codes is None else add_leaf(gm, f"{name}_{part}", codes)
-                for part, codes in zip(("codes", "scale", "minimum"), codes_of(held(gm, weight)), strict=False)
+                None if tensor is None else add_leaf(gm, f"{name}_{part}", tensor)
+                for part, tensor in zip(("codes", "scale", "minimum"), parts, strict=False)
             ]
 
 

@@ -58,10 +58,15 @@ def why_not_linear(module: nn.Module) -> str | None:
         return "it carries an offload hook"
     if "forward" in module.__dict__ and is_replaced(module):
         return "it runs a forward that was put on the instance"
+    if bias is not None and not is_ordinary(bias) and not is_ordinary(weight):
+        return f"its bias is a {type(bias).__name__}"
+    return why_not_weight(weight)
+
+
+def why_not_weight(weight: Tensor) -> str | None:
+    """Why no op of linears reads a weight, or None."""
     if is_ordinary(weight):
         return None if weight.dtype in FLOATS else f"no kernel for {str(weight.dtype).removeprefix('torch.')}"
-    if bias is not None and not is_ordinary(bias):
-        return f"its bias is a {type(bias).__name__}"
     reader = {"Int8Tensor": _why_not_int8, "IntxUnpackedToInt8Tensor": _why_not_int4}.get(kind(weight))
     return f"its weight is a {type(weight).__module__}.{kind(weight)}" if reader is None else reader(weight)
 

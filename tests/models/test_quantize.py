@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import orthogonal
 
 import ltepass
 from ltepass.errors import ConfigError, LoweredError, MetaWeightsError
@@ -112,9 +114,31 @@ def adapted() -> Any:
     return get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]))
 
 
+def changed(change: Callable[[nn.Module], object]) -> Callable[[], Any]:
+    """Makes a model one of whose linears was changed so."""
+
+    def make() -> Any:
+        model = llama()
+        change(mlp(model, 1).get_submodule("up_proj"))
+        return model
+
+    return make
+
+
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
+        (
+            changed(lambda linear: prune.random_unstructured(linear, "weight", 0.5)),
+            ConfigError,
+            r"layers.1.mlp.up_proj.weight is masked .*prune.remove\(linear",
+        ),
+        (changed(orthogonal), ConfigError, r"layers.1.mlp.up_proj.weight is parametrised.*remove_parametrizations"),
+        (
+            changed(nn.utils.spectral_norm),
+            ConfigError,
+            r"layers.1.mlp.up_proj.weight is computed of weight_orig; .*remove_spectral_norm",
+        ),
         (gpt2, ConfigError, r"8 left: stored \[d_in, d_out\] \(Conv1D\).*; 1 left: share their weight"),
         (adapted, ConfigError, "q_proj carries an adapter .* merge it first"),
         (lambda: ltepass.quantize(sparse()), ConfigError, "does it once"),

@@ -210,6 +210,30 @@ def test_a_weight_that_another_ffn_shares_has_one_set_of_codes_and_computed_ones
     assert (count(graph, "routed_ffn_int8"), count(graph, "routed_ffn")) == (1, 1)
 
 
+@pytest.mark.parametrize(("name", "scale"), [("phi3", "an output"), ("gpt2", "an input")])
+def test_codes_that_a_job_has_are_taken_where_they_have_a_scale_an_output(name: str, scale: str) -> None:
+    """Of phi3 gate and up are views of one leaf; GPT-2 stores its weights an input after the other."""
+    graph = captured(_Logits(transformed(name)), ids())
+    leaves = {path: p.detach() for path, p in graph.named_parameters() if ".mlp." in path and p.dim() == 2}
+    codes = {path: weight_formats.quantise_int8(p) for path, p in leaves.items() if "router" not in path}
+    job = GraphJob(graph, dict(codes))
+    run_passes(passes(None), job)
+    if scale == "an input":
+        assert set(job.notes.values()) == {"its codes have a scale an input"}
+        assert count(graph, "routed_ffn_int8") == count(graph, "routed_ffn") == 0
+        return
+    for layer, node in enumerate(n for n in graph.graph.nodes if getattr(n.target, "_opname", "") == "routed_ffn_int8"):
+        parts = LINEAR_INT8.call(node.args)
+        up, _, gate, _, down, _, up_scale, gate_scale, _ = (
+            n and graph.get_buffer(str(n.target)) for n in parts.weights
+        )
+        fused, scales = codes[f"model.model.layers.{layer}.mlp.gate_up_proj.weight"]
+        assert torch.equal(torch.cat([gate, up]), fused)
+        assert torch.equal(torch.cat([gate_scale, up_scale]), scales)
+        assert torch.equal(down, codes[f"model.model.layers.{layer}.mlp.down_proj.weight"][0])
+    assert layer == 1
+
+
 def test_router_scores_are_neither_merged_nor_quantised() -> None:
     """Where FFNs stay masked-dense, up, gate and the router read one input, and the decision must not move."""
     model = transformed("llama")

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from examples.compare import quantise_prune_route as study
 from examples.compare import quantise_prune_route_page as pages
@@ -78,3 +79,10 @@ def test_pruned_to_all_of_its_neurons_a_model_is_itself_and_to_half_it_keeps_tho
     for layer, small, written in zip(dense.model.layers, half.model.layers, energy, strict=True):
         most = written.topk(96).indices.sort().values
         assert small.mlp.down_proj.weight.equal(layer.mlp.down_proj.weight[:, most])
+
+
+def test_hooks_that_watch_come_off_where_a_forward_fails() -> None:
+    dense = zoo.llama()
+    with pytest.raises(IndexError):
+        study.written_by_neuron(dense, [torch.full((1, 3), zoo.VOCAB)])  # no such token
+    assert not any(module._forward_pre_hooks for module in dense.modules())

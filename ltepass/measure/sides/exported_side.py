@@ -52,12 +52,13 @@ class _ExportedEngine:
 
     def facts(self, ids: Tensor, prompt_tokens: int, blocks: Tensor) -> Facts:
         about, sparse = self._decoder.about, self._sparse(ids, prompt_tokens)
-        plain = next(name for name, dtype in DTYPES.items() if str(dtype) == f"torch.{about.dtype}")
+        names = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}
+        plain, head = names[about.dtype], about.head or about.linears or about.dtype
         layers, _, _, heads, _, size = about.cache
         return Facts(
             how="exported, greedy" + ("" if about.cache_dtype == about.dtype else f", cache {about.cache_dtype}"),
             format=plain if about.linears is None else f"{plain}, linears {about.linears}" if sparse else about.linears,
-            head=about.linears or plain,
+            head=names.get(head, head),
             weight_bytes=about.token_bytes + sparse.get("active", 1.0) * about.gated_bytes,
             held_bytes=sum(tensor.nbytes for tensor in self._decoder.weights),
             position_bytes=2 * layers * heads * size * self._decoder.cache.element_size(),
