@@ -45,6 +45,7 @@ HEADERS = (
     "attention.h",
     "quantised_inputs.h",
     "quantised.h",
+    "long_inputs.h",
     "read_pass.h",
     "token_codes.h",
     "proxy.h",

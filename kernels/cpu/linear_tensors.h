@@ -2,6 +2,7 @@
 #pragma once
 
 #include "linear.h"
+#include "long_inputs.h"
 #include "tensors.h"
 
 namespace {
@@ -46,9 +47,13 @@ Tensor apply(L l, const Tensor& x_in, const OptionalTensor& bias_in) {
   if (tokens == 0 || l.weight.count == 0) return y;
   with_type(x, [&]<class E>() {
     using T = typename E::T;
+    const auto* from = static_cast<const T*>(x.data_ptr());
+    auto* to = static_cast<T*>(y.data_ptr());
+    const void* b = bias ? bias->data_ptr() : nullptr;
+    if constexpr (HAS_LONG_INPUTS && std::is_void_v<typename L::Input>)
+      if (tokens >= LONG_FROM) return long_linear<E>(l, from, tokens, b, to, threads_here());
     if constexpr (std::is_same_v<E, typename L::Input> || std::is_void_v<typename L::Input>)
-      linear<E>(l, static_cast<const T*>(x.data_ptr()), tokens, bias ? bias->data_ptr() : nullptr,
-                static_cast<T*>(y.data_ptr()), threads_here());
+      linear<E>(l, from, tokens, b, to, threads_here());
   });
   return y;
 }

@@ -12,6 +12,7 @@ inline vf to_float(vi v) { return __builtin_convertvector(v, vf); }
 // int8 weights with a scale a row.
 struct Int8Linear {
   using Input = void;  // of any type
+  static constexpr int PER_BLOCK = 0;  // scales and minima that a block has of its own
   Rows weight;
   int64_t d_in;
   const float* scale;
@@ -95,6 +96,7 @@ inline vf load_last_halves(const uint16_t* p, int64_t n) {
 template <bool MINIMUM>
 struct Int4Linear {
   using Input = void;  // of any type
+  static constexpr int PER_BLOCK = MINIMUM ? 2 : 1;
   static constexpr int64_t BLOCKS = W / 4;  // in a vector of codes
   Rows weight;
   int64_t d_in;
