@@ -78,9 +78,8 @@ inline int32_t proxy_sum(const Plane& p, int64_t row, const char* x) {
   vi all = {};
   auto add = [&](vb pairs, uint32_t multipliers) INLINE {
     const vb low = pairs & int8_t(15), high = reinterpret_cast<vb>(reinterpret_cast<vs>(pairs) >> 4) & int8_t(15);
-    vi sum = *reinterpret_cast<const vi_mem*>(x + 2 * VB);
-    sum = add_products<false>(sum, low, load_bytes(x));
-    sum = add_products<false>(sum, high, load_bytes(x + VB));
+    const vi start = *reinterpret_cast<const vi_mem*>(x + 2 * VB);
+    const vi sum = add_products_of_nibbles(start, low, load_bytes(x), high, load_bytes(x + VB));
     all += m ? sum * spread_bytes(multipliers) : sum;
     x += TokenCodes<2>::CHUNK;
   };

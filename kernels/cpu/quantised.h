@@ -73,6 +73,10 @@ inline vf spread(uint64_t halves) {
   const __m128 scales = _mm_cvtph_ps(_mm_cvtsi64_si128(int64_t(halves)));
   const __m512i lanes = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
   return reinterpret_cast<vf>(_mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(scales)));
+#elif defined(__AVX2__) && defined(__F16C__)
+  const __m128 scales = _mm_cvtph_ps(_mm_cvtsi32_si128(int32_t(halves)));
+  const __m256i lanes = _mm256_set_epi32(1, 1, 1, 1, 0, 0, 0, 0);
+  return reinterpret_cast<vf>(_mm256_permutevar8x32_ps(_mm256_castps128_ps256(scales), lanes));
 #else
   vf out;
   for (int b = 0; b < W / 4; b++) {
@@ -137,9 +141,8 @@ struct Int4Linear {
 #pragma GCC unroll 16
         for (int m = 0; m < M; m++) {
           const char* x = xs[m] + chunk * Inputs<2>::CHUNK;
-          vi sum = *reinterpret_cast<const vi_mem*>(x + 2 * VB);
-          sum = add_products<false>(sum, low, load_bytes(x));
-          sum = add_products<false>(sum, high, load_bytes(x + VB));
+          const vi start = *reinterpret_cast<const vi_mem*>(x + 2 * VB);
+          const vi sum = add_products_of_nibbles(start, low, load_bytes(x), high, load_bytes(x + VB));
           acc[m][n] += to_float(sum) * load(reinterpret_cast<const float*>(x + 3 * VB)) * s;
         }
       }

@@ -66,6 +66,23 @@ inline vi add_products(vi sum, vb w, vb x) {
 }
 #endif
 
+// The same of two vectors of weights that are 0 to 15. Four products fit in 16 bits: 4 * 15 * 127 < 2^15.
+inline vi add_products_of_nibbles(vi sum, vb low, vb x_low, vb high, vb x_high) {
+#if defined(__AVX512BW__) && !defined(__AVX512VNNI__)
+  const __m512i ones = _mm512_set1_epi16(1);
+  const __m512i lows = _mm512_maddubs_epi16(reinterpret_cast<__m512i>(low), reinterpret_cast<__m512i>(x_low));
+  const __m512i highs = _mm512_maddubs_epi16(reinterpret_cast<__m512i>(high), reinterpret_cast<__m512i>(x_high));
+  return sum + reinterpret_cast<vi>(_mm512_madd_epi16(_mm512_add_epi16(lows, highs), ones));
+#elif defined(__AVX2__) && !defined(__AVX512VNNI__)
+  const __m256i ones = _mm256_set1_epi16(1);
+  const __m256i lows = _mm256_maddubs_epi16(reinterpret_cast<__m256i>(low), reinterpret_cast<__m256i>(x_low));
+  const __m256i highs = _mm256_maddubs_epi16(reinterpret_cast<__m256i>(high), reinterpret_cast<__m256i>(x_high));
+  return sum + reinterpret_cast<vi>(_mm256_madd_epi16(_mm256_add_epi16(lows, highs), ones));
+#else
+  return add_products<false>(add_products<false>(sum, low, x_low), high, x_high);
+#endif
+}
+
 // To the nearest integer, a tie to the even one.
 inline vi nearest(vf v) {
 #if defined(__AVX512F__)
