@@ -20,9 +20,12 @@ import ltepass
 from examples.gallery import page
 from examples.gallery.dense_and_routed import Options, Task, at_threshold, compare, lowered_equal
 from examples.gallery.rows import PATH, Row, keep, read
+from examples.gallery.sphinx_pages import Index, Page, Passage
 from ltepass.config import RouterKind
+from ltepass.demo.tiny import Bytes
 from ltepass.errors import NoFFNFoundError
 from ltepass.routed.routed import Routed
+from tests.models import zoo
 
 FOLDER = PATH.parent
 EXAMPLES = sorted(path.stem for path in FOLDER.glob("[0-9]*.py"))
@@ -390,6 +393,126 @@ def test_teachers_are_of_training_texts_and_snapshots_join_them(monkeypatch: pyt
     assert pruning.teachers_of("LTE alone", nn.Identity(), nn.Identity(), data) == pruning.Teachers()
 
 
+SPHINX = """<body><p>no section</p><section id="module-m"><span id="m-how"></span>
+<h1>m - what it does<a class="headerlink">¶</a></h1>
+<p>The {word}\n module.</p><dl class="py function"><dt class="sig sig-object py" id="m.f"><b>m.</b>f(<i>x</i>)</dt>
+<dd><p>Gives {word}.</p><dl class="simple"><dt>Note</dt><dd><p>not twice</p></dd></dl>
+<pre>if x:\n    f(x)</pre></dd></dl>
+<p>After it.</p><p id="index-1">A <span class="target" id="index-2"></span>mark.</p></section></body>"""
+INDEX = """<ul><li>x</li></ul><table><td><ul>
+<li><a href="library/m.html#m.f">f() (in module m)</a><ul>
+<li><a href="library/m.html#index-1">(in module n)</a>, <a href="a#b">[1]</a></li></ul></li>
+<li>marks<ul><li><a href="library/m.html#index-1">of the index</a></li></ul></li></ul></td></table>"""
+
+
+def test_passages_begin_at_sections_definitions_and_marks_of_the_index() -> None:
+    page = Page(SPHINX.format(word="first"))
+    assert [(passage.title, passage.text) for passage in page.passages] == [
+        ("m - what it does", "The first module.\nAfter it."),
+        ("m.f", "m.f(x)\nGives first.\nNote\nnot twice\nif x:\n    f(x)"),
+        ("m - what it does", "A mark."),
+    ]
+    places = {mark: page.passages.index(passage) for mark, passage in page.marks.items()}
+    assert places == {"module-m": 0, "m-how": 0, "m.f": 1, "index-1": 2, "index-2": 2}
+
+
+def test_entries_of_an_index_have_the_names_above_them() -> None:
+    at = "library/m.html#index-1"
+    assert Index(INDEX).entries == [
+        ("f() (in module m)", "library/m.html#m.f"), ("f() (in module n)", at), ("marks of the index", at),
+    ]  # fmt: skip
+
+
+def test_questions_are_entries_whose_passages_were_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    retrieval = module("retrieval")
+    with pytest.raises(FileNotFoundError, match=r"genindex-all.html is not there; .* name a folder"):
+        retrieval.docs(tmp_path, retrieval.SIZES)
+    for name, word in {"library/m": "first", "tutorial/t": "other"}.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / f"{name}.html").write_text(SPHINX.format(word=word))
+    (tmp_path / "genindex-all.html").write_text(INDEX)
+    monkeypatch.setattr(retrieval, "WORDS", 2)
+    found = retrieval.docs(tmp_path, retrieval.SIZES)
+    asked = {name: found.passages[place].text for name, place in found.entries}
+    assert asked["f() (in module m)"].startswith("m.f(x)\nGives first.")
+    assert asked["f() (in module n)"] == "A mark.", "the first entry of a passage"
+    assert len(asked) == 2
+    assert "The other module." in found.apart
+    assert "first" not in found.apart
+    assert len(retrieval.docs(tmp_path, replace(retrieval.SIZES, passages=1)).passages) == 1
+
+
+def written() -> Any:
+    texts = [f"a.f{i}(x)\nGives {i * 7} more than f{i + 1} does" for i in range(8)]
+    passages = [Passage(f"a.f{i}", [text]) for i, text in enumerate(texts)]
+    return module("retrieval").Docs(passages, [(f"f{i}() (in module a)", i) for i in range(4)], "calm words. " * 30)
+
+
+def test_bm25_finds_the_passage_that_an_entry_names() -> None:
+    pytest.importorskip("bm25s")
+    retrieval, docs = module("retrieval"), written()
+    found = retrieval.bm25(docs.passages)([retrieval.question(entry) for entry, _ in docs.entries])
+    assert retrieval.recall(found, range(4), 1) == 1.0
+    assert retrieval.recall([[3, 0], [1, 0]], [0, 1], 1) == 0.5
+    assert retrieval.recall([[3, 0], [1, 0]], [0, 1], 2) == 1.0
+
+
+def test_prompts_are_as_long_as_asked_and_end_with_the_question() -> None:
+    retrieval, passages = module("retrieval"), written().passages
+    given = retrieval.prompt(Bytes(), "f() (in module a)", passages[1], passages, 200, 9)
+    assert len(given.ids) == 200
+    assert given.holds
+    assert bytes(given.ids.tolist()).startswith(b"a.f0\na.f0(x)\nGives 0 more")
+    assert bytes(given.ids.tolist()).endswith(b"say of f() (in module a)?\nAnswer: ")
+    assert bytes(given.answer.tolist()) == b"a.f1(x)\nG"
+    assert not retrieval.prompt(Bytes(), "f()", passages[7], passages, 200, 9).holds
+    with pytest.raises(ValueError, match=r"8 passages have \d+ tokens; expected 8"):
+        retrieval.prompt(Bytes(), "f()", passages[1], passages, 900, 9)
+
+
+def test_what_was_found_is_read_dense_and_routed_and_lowered_answers_as_hard_eager() -> None:
+    retrieval = module("retrieval")
+    sizes = retrieval.Sizes(lengths=(120, 120), answer=12, new=3, blocks=2, block=64, targets=(0.5,))
+    facts = {"data": "", "model": "", "machine": "", "versions": ""}
+    looks = {"in order": lambda passages: lambda asked: [[*range(len(passages))] for _ in asked]}
+    dense = zoo.llama(vocab_size=256).eval()
+    rows = list(retrieval.compared(dense, Bytes(), written(), sizes, facts, looks))
+    looked, models = rows[:4], rows[4:]
+    assert [row.value for row in looked] == [0.25, 1.0, 1.0, 0.5]
+    assert [(row.side, row.target) for row in models] == [("proxy", 0.5)] * 5 + [("dense", 0.0)] * 4
+    for row in models[:5]:
+        assert row.sites == row.lowered == 2
+        assert row.sparsity == pytest.approx(0.5, abs=0.05)
+        assert row.equal == 1.0
+    assert {row.metric: row.value for row in models}["greedy tokens as in hard eager"] == 1.0
+
+
+def test_perplexity_is_of_the_answer_after_the_prompt_and_greedy_tokens_follow_it() -> None:
+    retrieval, model = module("retrieval"), zoo.llama(vocab_size=256, initializer_range=0.5).eval()
+    ids, answer = torch.randint(256, (30,)), torch.randint(256, (5,))
+    found = retrieval.ask(model, ids, answer, 3)
+    labels = torch.cat([torch.full((30,), -100), answer])[None]
+    expected = model(input_ids=torch.cat([ids, answer])[None], labels=labels).loss
+    assert retrieval.losses(found, answer).mean().item() == pytest.approx(expected.item(), abs=1e-5)
+    settings = {"attention_mask": torch.ones(1, 30), "max_new_tokens": 4, "do_sample": False}
+    assert found.tokens.tolist() == model.generate(ids[None], **settings)[0, 30:].tolist()
+    assert len(found.steps) == 3
+
+
+def test_greedy_tokens_that_differ_count_unless_they_are_ties() -> None:
+    retrieval = module("retrieval")
+
+    def answer(*chosen: list[float]) -> Any:
+        logits = torch.tensor(chosen)
+        return retrieval.Answer(logits, logits.argmax(-1), logits, 0.0, [])
+
+    eager = answer([1.0, 0.0, 0.5], [0.0, 0.4, 0.5])
+    assert retrieval.as_in_eager(eager, eager) == (1.0, 1.0)
+    assert retrieval.as_in_eager(answer([1.0, 0.0, 0.5], [0.0, 0.47, 0.46]), eager) == (0.5, 1.0), "a tie"
+    other = replace(answer([1.0, 0.0, 0.5], [0.0, 0.4, 0.5]), tokens=torch.tensor([0, 1]))
+    assert retrieval.as_in_eager(other, eager) == (1.0, 0.5)
+
+
 def a_row(**given: Any) -> Row:
     fields = {"example": "01_a", "data": "d", "model": "M", "metric": "m", "side": "dense", "stage": "trained"}
     numbers = {"target": 0.0, "seed": 0, "value": 0.5, "seconds": 1.0}
@@ -438,6 +561,24 @@ def test_ways_to_prune_have_a_table_of_their_own() -> None:
     assert "07_p" not in text
     assert "| CAP | accuracy | not measured | 0.500 | 0.250 | 1 |" in text
     assert "| pruned |" not in page.tables(rows[:1])
+
+
+def test_retrieval_has_a_table_of_what_was_found_and_one_of_who_read_it() -> None:
+    about = {"example": "08_r", "data": "docs"}
+    rows = [a_row(), a_row(**about, metric="recall@1", side="BM25", value=0.75)]
+    rows += [a_row(**about, metric="perplexity", value=2.5)]
+    routed = {"side": "proxy", "target": 0.5, "stage": "calibrated", "sites": 3, "lowered": 3}
+    rows += [a_row(**about, **routed, metric=name, value=3.5, equal=0.9, sparsity=0.48) for name in ("perplexity", "b")]
+    text = page.tables(rows)
+    assert "[08_r]" not in text
+    assert "08_r, " not in text
+    assert "| docs | BM25 | 0.750 |" in text
+    assert "| read by M | dense | proxy 50% |" in text
+    assert "| perplexity | 2.500 | 3.500 |" in text
+    assert "| b |  | 3.500 |" in text
+    assert "| measured sparsity of prompts | 0.0% | 48.0% |" in text
+    assert "| logits of the answer as in hard eager |  | 90.0% |" in text
+    assert "| found in |" not in page.tables(rows[:1])
 
 
 def test_the_page_is_what_its_command_makes_of_the_rows() -> None:

@@ -30,7 +30,8 @@ def spread(rows: Sequence[Row], digits: int = 3) -> str:
 
 def task_table(rows: Sequence[Row]) -> list[str]:
     """Dense beside each router and sparsity, trained; a line for each model and metric of each example."""
-    rows = [row for row in rows if row.metric != NOVELTY and row.example not in of_pruning(rows)]
+    apart = of_pruning(rows) | of_retrieval(rows)
+    rows = [row for row in rows if row.metric != NOVELTY and row.example not in apart]
     columns = [(router, target) for router in ROUTERS for target in (0.5, 0.8)]
     heads = [f"{router} {target:.0%}" for router, target in columns]
     table = [
@@ -68,7 +69,7 @@ def lowered(rows: Sequence[Row]) -> str:
 
 def calibrated_table(rows: Sequence[Row]) -> list[str]:
     """The same models before any training of routers."""
-    rows = [row for row in rows if row.stage == "calibrated"]
+    rows = [row for row in rows if row.stage == "calibrated" and row.example not in of_retrieval(rows)]
     columns = [(router, target) for router in ROUTERS for target in (0.5, 0.8)]
     heads = [f"{router} {target:.0%}" for router, target in columns]
     table = ["| example, calibrated alone | " + " | ".join(heads) + " |", "|---" * (1 + len(columns)) + "|"]
@@ -111,6 +112,40 @@ def pruning_table(rows: Sequence[Row]) -> list[str]:
     return table
 
 
+def of_retrieval(rows: Iterable[Row]) -> set[str]:
+    """Examples whose models read what was found before."""
+    return {row.example for row in rows if row.metric.startswith("recall@")}
+
+
+def found_table(rows: Sequence[Row]) -> list[str]:
+    """A line for each retriever."""
+    rows = [row for row in rows if row.example in of_retrieval(rows) and row.side not in ("dense", *ROUTERS)]
+    metrics = list(dict.fromkeys(row.metric for row in rows))
+    table = ["| found in | by | " + " | ".join(metrics) + " |", "|---" * (2 + len(metrics)) + "|"]
+    for data, side in dict.fromkeys((row.data, row.side) for row in rows):
+        cells = [spread([row for row in rows if (row.side, row.metric) == (side, metric)]) for metric in metrics]
+        table.append(f"| {data} | {side} | {' | '.join(cells)} |")
+    return table
+
+
+def read_table(rows: Sequence[Row]) -> list[str]:
+    """A line for each metric of the models that read it, a column for each of them."""
+    rows = [row for row in rows if row.example in of_retrieval(rows) and row.side in ("dense", *ROUTERS)]
+    sides = sorted({(row.side, row.target) for row in rows})
+    heads = [f"{side} {target:.0%}" if target else side for side, target in sides]
+    table = [f"| read by {rows[0].model} | " + " | ".join(heads) + " |", "|---" * (1 + len(sides)) + "|"]
+    by_side = [[row for row in rows if (row.side, row.target) == side] for side in sides]
+    for metric in dict.fromkeys(row.metric for row in rows):
+        found = [[row for row in mine if row.metric == metric] for mine in by_side]
+        cells = [spread(cell) if cell else "" for cell in found]
+        table.append(f"| {metric} | {' | '.join(cells)} |")
+    shares = [f"{mine[0].sparsity:.1%}" for mine in by_side]
+    equal = [f"{min(row.equal for row in mine):.1%}" if mine[0].sites else "" for mine in by_side]
+    table.append(f"| measured sparsity of prompts | {' | '.join(shares)} |")
+    table.append(f"| logits of the answer as in hard eager | {' | '.join(equal)} |")
+    return table
+
+
 def reasons(rows: Iterable[Row]) -> list[str]:
     noted = dict.fromkeys((row.model, row.note) for row in rows if row.note)
     return [f"- {model}: {note}" for model, note in noted]
@@ -124,6 +159,8 @@ def tables(rows: Sequence[Row]) -> str:
         parts.append(novelty_table(rows))
     if of_pruning(rows):
         parts.append(pruning_table(rows))
+    if of_retrieval(rows):
+        parts += [found_table(rows), read_table(rows)]
     refused = reasons(rows)
     if refused:
         parts.append(["Refused:", "", *refused])
