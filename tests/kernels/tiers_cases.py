@@ -49,10 +49,10 @@ def judge(args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     logits = proxy_reference.scores(*c.deciding)
     given = (c.x, logits, c.threshold, c.floor, c.planes, c.deciding.activation)
     y = tiers_reference.tiered_ffn(*given, wide=torch.float64)
-    high, down, low = c.planes[:3]
-    z = proxy_reference.units(c.x, c.deciding.proxy)
-    z = torch.cat((z, z)).abs() if len(z) == 1 else z.abs()
-    carried = (1 + z[0]) * (1 + z[1]) if len(high.codes) == 2 else (1 + z[0]) ** 2
+    _, down, low = c.planes[:3]
+    z = 1 + proxy_reference.units(c.x, c.deciding.proxy).abs()
+    z[0] **= 2 if c.deciding.activation == "relu2" else 1  # as it grows
+    carried = z.prod(0)
     sizes = planes.dequantise(down, c.x.shape[-1])[0].abs() + planes.dequantise(low, c.x.shape[-1])[-1].abs()
     terms = carried.double() @ sizes.double()
     return (y, terms) if c.down_bias is None else (y + c.down_bias.double(), terms + c.down_bias.double().abs())
