@@ -24,6 +24,7 @@ PARTS = "value", "low", "high"
 COLOURS = dict(zip(get_args(Kind), ("#6b7280", "#1f2937", "#a855f7", "#2563eb", "#ea580c"), strict=True))
 MARKERS = dict(zip(get_args(Kind), "osdv^", strict=True))
 HIGHEST = 1.6  # ratio on the plot
+APART, WIDE = 0.02, 1.8  # of names there: their height, and how wide they are on a logarithmic axis
 
 
 @dataclass(kw_only=True)
@@ -175,18 +176,29 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
 def _panel(axes: Axes, costs: Sequence[tuple[Row, float]], label: str) -> None:
     """Points, and the line of what plain quantisation gives at most."""
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
     line: list[tuple[float, float]] = []
     for row, cost in sorted((pair for pair in costs if pair[0].kind in PLAIN), key=lambda pair: pair[1]):
         if not line or row.ratio < line[-1][1]:
             line.append((cost, row.ratio))
     axes.step(*zip(*line, strict=True), where="post", color="#6b7280", linewidth=1.0)
-    for row, cost in costs:
-        axes.plot(cost, min(row.ratio, HIGHEST), MARKERS[row.kind], color=COLOURS[row.kind], label=row.kind)
-        axes.annotate(
-            row.method, (cost, min(row.ratio, HIGHEST)), fontsize=5.5, xytext=(3, 3), textcoords="offset points"
-        )
+    names: list[tuple[float, float]] = []
+    for row, cost in sorted(costs, key=lambda pair: pair[0].ratio):
+        at = cost, min(row.ratio, HIGHEST)
+        axes.plot(*at, MARKERS[row.kind], color=COLOURS[row.kind], label=row.kind)
+        y = at[1]
+        while any(abs(y - other) < APART and 1 / WIDE < cost / x < WIDE for x, other in names):
+            y += APART
+        names.append((cost, y))
+        leader = {"arrowstyle": "-", "color": "#9ca3af", "linewidth": 0.5}
+        axes.annotate(row.method, at, (1.03 * cost, y), fontsize=6.0, va="center", arrowprops=leader)
     axes.set_xscale("log")
-    axes.set_ylim(0.99, HIGHEST + 0.02)
+    axes.set_xlim(right=1.5 * max(cost for _, cost in costs))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylim(0.98, HIGHEST + 0.06)
     axes.set_xlabel(label)
     axes.set_ylabel("perplexity over dense, mean of three texts")
     axes.grid(True, which="both", color="#e5e7eb")
