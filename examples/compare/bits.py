@@ -210,15 +210,18 @@ def texts_of(preset: Preset, tokenizer: Any) -> tuple[list[Tensor], Tensor, dict
     return list(calibration.split(4)), more, blocks
 
 
+def dense_of(preset: Preset, calibration: list[Tensor], work: Path) -> tuple[str, Any]:
+    """What rows call it, and the model; SmolLM2's weights come from a 4-bit file, and are taken off its grid."""
+    dense = models.load(preset.model, work, torch.cat(calibration))
+    return ("smollm2, off its grid", off_grid(dense)) if preset.model == "smollm2" else (preset.model, dense)
+
+
 def measure(preset: Preset, work: Path, out: Path, only: str = "") -> None:
     """only: in the names of the methods that are measured."""
     rows = Rows(out).read()
     tokenizer = models.tokenizer(preset.model)
     calibration, train, blocks = texts_of(preset, tokenizer)
-    dense = models.load(preset.model, work, torch.cat(calibration))
-    name = preset.model
-    if preset.model == "smollm2":
-        dense, name = off_grid(dense), "smollm2, off its grid"
+    name, dense = dense_of(preset, calibration, work)
     base = {key: token_losses(dense, some) for key, some in blocks.items()}
     tokens = str(min(some.numel() for some in blocks.values()))
     known = {r["method"] for r in rows if (r["model"], r["tokens"]) == (name, tokens)}

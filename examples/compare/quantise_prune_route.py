@@ -34,7 +34,6 @@ from torch import Tensor
 
 import ltepass
 from examples.compare import bits, models
-from examples.compare.off_grid import off_grid
 from examples.compare.quantise_prune_route_page import THREADS, Kind, Row, draw, read, write
 from ltepass.commands.load import load
 from ltepass.corpora import python_docs, token_blocks
@@ -75,8 +74,10 @@ class Point:
     def name(self) -> str:
         if self.source == "GPTQ":
             return "FFNs by GPTQ in 4 bits, int8"
+        if self.kind == "llama.cpp":
+            return f"llama.cpp {self.source}"
         share = "" if self.sparsity is None else f", {self.sparsity:.0%} inactive"
-        return self.source if self.kind == "llama.cpp" else f"{self.source}{share}, {self.linears or 'F32'}"
+        return f"{self.source}{share}, {self.linears or 'F32'}"
 
     def exported(self, work: Path) -> Path:
         return work / "exported" / self.name.replace(", ", "-").replace(" ", "-").replace("%", "")
@@ -114,8 +115,7 @@ def make(preset: Preset, work: Path) -> None:
     texts = preset.texts
     tokenizer = models.tokenizer(texts.model)
     calibration, _, _ = bits.texts_of(texts, tokenizer)
-    dense: LlamaForCausalLM = models.load(texts.model, work, torch.cat(calibration))
-    dense = off_grid(dense) if texts.model == "smollm2" else dense
+    _, dense = bits.dense_of(texts, calibration, work)
     calibrated = partial(bits.calibrated_tiers, dense, calibration, work)
     written: dict[str, Callable[[Path], object]] = {
         "dense": dense.save_pretrained,
@@ -228,18 +228,14 @@ def measure(preset: Preset, work: Path, out: Path) -> None:
     dense = load(str(work / "dense"))
     base = {text: token_losses(dense, some) for text, some in blocks.items()}
     for point in preset.points:
-        if _title(point) not in rows:
+        if point.name not in rows:
             ratios = {t: ratio_of_perplexities(_losses(point, work, some), base[t]) for t, some in blocks.items()}
             tokens = min(some.numel() for some in blocks.values())
-            rows[_title(point)] = Row(kind=point.kind, method=_title(point), ratios=ratios, tokens=tokens)
+            rows[point.name] = Row(kind=point.kind, method=point.name, ratios=ratios, tokens=tokens)
             write(out, list(rows.values()))
     _time(preset, work, rows)
     write(out, list(rows.values()))
     draw(list(rows.values()), out.with_suffix(".svg"))
-
-
-def _title(point: Point) -> str:
-    return f"llama.cpp {point.name}" if point.kind == "llama.cpp" else point.name
 
 
 def _losses(point: Point, work: Path, blocks: Tensor) -> Tensor:
@@ -266,7 +262,7 @@ def _time(preset: Preset, work: Path, rows: Mapping[str, Row]) -> None:
     name = preset.texts.model
     for records in bench_tokens(sides, text, model=name, threads=THREADS, rounds=preset.rounds):
         for point, record in zip(preset.points, records, strict=True):
-            row = rows[_title(point)]
+            row = rows[point.name]
             row.ms[record.threads] = record.ms, record.p20_ms, record.p80_ms
             row.read_mb, row.resident_mb = record.weight_mb, record.resident_mb
             row.machine, row.torch, row.ltepass = machine(), record.torch, record.ltepass

@@ -27,7 +27,6 @@ from torch import Tensor
 import ltepass
 from examples.compare import bits, models
 from examples.compare.frontier_rows import Rows, write_rows
-from examples.compare.off_grid import off_grid
 from ltepass.measure.machine import machine
 from ltepass.routed.routed import is_transformed
 
@@ -91,10 +90,7 @@ def moved(model: PreTrainedModel, blocks: Tensor) -> dict[str, list[Moved]]:
 def measure(preset: bits.Preset, work: Path, out: Path) -> None:
     tokenizer = models.tokenizer(preset.model)
     calibration, _, texts = bits.texts_of(preset, tokenizer)
-    dense = models.load(preset.model, work, torch.cat(calibration))
-    name = preset.model
-    if preset.model == "smollm2":
-        dense, name = off_grid(dense), "smollm2, off its grid"
+    name, dense = bits.dense_of(preset, calibration, work)
     blocks = next(iter(texts.values()))[:4]
     rows = [row for row in Rows(out).read() if row["model"] != name]
     for method, model in gated(dense, calibration, work):
