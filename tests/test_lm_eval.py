@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -65,11 +66,14 @@ def perplexity(folder: Path, mode: Mode) -> float:
     return float(F.cross_entropy(logits, ids).exp())
 
 
-def test_its_command_computes_the_routed_model_of_a_folder(folder: Path, task: Path, tmp_path: Path) -> None:
-    def measured(**env: str) -> float:
+@pytest.fixture
+def run(folder: Path, task: Path, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """lm-eval's command on the folder and the task; `out` is where it writes."""
+
+    def command(**env: str) -> subprocess.CompletedProcess[str]:
         model = ["--model", "hf", "--model_args", f"pretrained={folder}", "--device", "cpu"]
         what = ["--tasks", "words", "--include_path", str(task), "--output_path", str(tmp_path / "out")]
-        done = subprocess.run(
+        return subprocess.run(
             [sys.executable, "-m", "lm_eval", *model, *what],
             env=environment(HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=str(tmp_path / "cache"), **env),
             cwd=tmp_path,
@@ -77,11 +81,26 @@ def test_its_command_computes_the_routed_model_of_a_folder(folder: Path, task: P
             text=True,
             timeout=600,
         )
-        assert done.returncode == 0, done.stderr[-3000:]
-        newest = max((tmp_path / "out").rglob("*.json"), key=lambda file: file.stat().st_mtime)
-        return float(json.loads(newest.read_text())["results"]["words"]["word_perplexity,none"])
 
+    return command
+
+
+def test_its_command_computes_the_routed_model_of_a_folder(
+    run: Callable[..., subprocess.CompletedProcess[str]], folder: Path, tmp_path: Path
+) -> None:
     hard, dense = perplexity(folder, "hard"), perplexity(folder, "dense")
     assert abs(hard - dense) > 1e-4 * dense
-    assert measured() == pytest.approx(hard, rel=1e-5)
-    assert measured(TORCH_DEVICE_BACKEND_AUTOLOAD="0") == pytest.approx(dense, rel=1e-5)
+    done = run()
+    assert done.returncode == 0, done.stderr[-3000:]
+    (written,) = (tmp_path / "out").rglob("*.json")
+    measured = json.loads(written.read_text())["results"]["words"]["word_perplexity,none"]
+    assert float(measured) == pytest.approx(hard, rel=1e-5)
+
+
+def test_without_the_entry_point_it_refuses_the_method_by_name(
+    run: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    """transformers alone would warn and compute the dense model; lm-eval asks for the method itself."""
+    done = run(TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    assert done.returncode != 0
+    assert "Unknown quantization type, got lte" in done.stderr
