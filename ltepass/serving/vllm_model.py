@@ -8,14 +8,16 @@ vLLM's backend for transformers builds the model and puts its own layers in; the
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
-from vllm.model_executor.models.transformers import TransformersForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from vllm.model_executor.models.transformers import TransformersForCausalLM, vllm_attention_forward
 
 from ltepass.config import LTEConfig
-from ltepass.errors import ConfigError
+from ltepass.errors import CheckpointError, ConfigError
 from ltepass.passes.insert.insert_routers import insert_routers
 from ltepass.routed.routed import set_state
 from ltepass.saving.quantizer import checked_sites, set_hard
@@ -28,8 +30,21 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
+ATTENTION = "ltepass_vllm"  # by which transformers' models call it
 FORMATS = ("auto", "hf", "safetensors")
-TRIED = ("llama", "qwen2", "qwen3")  # tests/vllm compares their tokens; GPT-2 ran, and its tokens were wrong
+TRIED = ("llama", "qwen2", "qwen3", "gpt2")  # tests/vllm compares their tokens
+
+
+def attention_in_heads(module: nn.Module, query: Tensor, *args: Tensor, **kwargs: object) -> tuple[Tensor, None]:
+    """vLLM's attention in the shape that transformers' has, [1, T, heads, size]: GPT-2 joins the last two axes.
+
+    query: [1, heads, T, size].
+    """
+    out, _ = vllm_attention_forward(module, query, *args, **kwargs)
+    return out.unflatten(-1, (query.shape[1], -1))[None], None
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention_in_heads)
 
 
 class RoutedForCausalLM(TransformersForCausalLM):  # type: ignore[misc]  # vLLM is not typed here
@@ -41,6 +56,16 @@ class RoutedForCausalLM(TransformersForCausalLM):  # type: ignore[misc]  # vLLM 
         _refuse_what_cannot_be_gated(vllm_config)
         vllm_config.load_config.load_format = "safetensors"  # nor does it look for another form
         super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.text_config._attn_implementation = ATTENTION
+
+    def _create_hf_to_vllm_mapper(self) -> None:
+        """vLLM drops what a pattern of transformers' finds in a name: GPT-2's `attn.bias` is in `attn.c_attn.bias`."""
+        self.model._keys_to_ignore_on_load_unexpected = [
+            pattern
+            for pattern in self.model._keys_to_ignore_on_load_unexpected or ()
+            if not any(re.search(pattern, name) for name, _ in self.model.named_parameters())
+        ]
+        super()._create_hf_to_vllm_mapper()
 
     def recursive_replace(self) -> None:
         """vLLM puts its layers in, while the linears of our FFNs are out of its sight."""
@@ -61,6 +86,9 @@ class RoutedForCausalLM(TransformersForCausalLM):  # type: ignore[misc]  # vLLM 
         loaded: set[str] = super().load_weights(noted(weights, header))
         named, _ = as_loaded(self.model, self.state.sites, header)
         check_routers(self.state.sites, self.state.config, named)
+        # vLLM asks for every weight of a dense model alone, and leaves what no file has as the memory was.
+        if missing := sorted({name for name, _ in self.named_parameters()} - loaded):
+            raise CheckpointError(f"{missing[0]} is missing from the weight files; save the model again")
         return loaded
 
     def process_weights_after_loading(self) -> None:

@@ -97,14 +97,19 @@ def answers(folder: Path, saved: dict[str, Path], prompts: list[list[int]]) -> d
     """Every question of this file to one process: a start of vLLM takes a minute."""
     dense = hf.AutoModelForCausalLM.from_config(CONFIGS["llama"][0])
     dense.save_pretrained(folder / "dense")
+    untried = hf.AutoModelForCausalLM.from_config(hf.MistralConfig(**SIZES))
+    ltepass.transform(untried, config=ltepass.LTEConfig(group_size=8))
+    untried.save_pretrained(folder / "mistral")
     questions: dict[str, Question] = {
         name: {"folder": str(path), "prompts": prompts, "options": {}} for name, path in saved.items()
     }
     llama: Question = questions["llama"]
     questions |= {
         "dense": {**llama, "folder": str(folder / "dense"), "prompts": prompts[:1]},
+        "mistral": {**llama, "folder": str(folder / "mistral")},
         "LoRA": {**llama, "options": {"enable_lora": True}},
         "no table": {**llama, "folder": str(without(saved["llama"], "model.layers.1.mlp.router.quantiles"))},
+        "no bias": {**llama, "folder": str(without(saved["gpt2"], "transformer.h.1.attn.c_attn.bias"))},
         "other rows": {**llama, "folder": str(with_other_rows(saved["llama"]))},
         "pickle": {**llama, "folder": str(in_a_pickle(saved["llama"]))},
     }
@@ -147,7 +152,7 @@ def error_of(answer: Answer | Refused) -> str:
     return cast(Refused, answer)["error"]
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", CONFIGS)
 def test_vllm_gives_the_tokens_of_hard_eager(
     name: str, answers: dict[str, Answer | Refused], saved: dict[str, Path], prompts: list[list[int]]
 ) -> None:
@@ -174,8 +179,8 @@ def test_a_dense_folder_is_vllms_own(answers: dict[str, Answer | Refused]) -> No
 
 
 def test_what_cannot_be_gated_is_refused_by_name(answers: dict[str, Answer | Refused]) -> None:
-    assert error_of(answers["gpt2"]).startswith(
-        "ConfigError: vLLM was asked for a model of type gpt2, and the model has"
+    assert error_of(answers["mistral"]).startswith(
+        "ConfigError: vLLM was asked for a model of type mistral, and the model has"
     )
     assert error_of(answers["LoRA"]).startswith("ConfigError: vLLM was asked for LoRA, and the model has routers;")
 
@@ -183,5 +188,7 @@ def test_what_cannot_be_gated_is_refused_by_name(answers: dict[str, Answer | Ref
 def test_a_folder_that_does_not_fit_is_refused(answers: dict[str, Answer | Refused]) -> None:
     missing = "CheckpointError: layers.1.mlp.router.quantiles in the weight files is missing"
     assert error_of(answers["no table"]).startswith(missing)
+    missing = "CheckpointError: model.h.1.attn.c_attn.bias is missing from the weight files;"
+    assert error_of(answers["no bias"]).startswith(missing)
     assert error_of(answers["pickle"]).startswith("RuntimeError: Cannot find any model weights with")
     assert error_of(answers["other rows"]).startswith("CheckpointError: site layers.0.mlp of the checkpoint:")
