@@ -69,16 +69,17 @@ def llama_shape() -> PreTrainedModel:
         max_position_embeddings=2048,
         tie_word_embeddings=True,
     )
-    return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    return LlamaForCausalLM(config).eval()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """dtypes: that are measured, as the export names them."""
+    """dtypes: that are measured, as the export names them; the first is what the folders hold."""
 
     name: str
     make: Callable[[], PreTrainedModel]
     dtypes: tuple[str, ...]
+    grouping: str = "identity"  # of random weights: one is as good as another, and this takes no time
 
     def exports(self) -> dict[str, list[str]]:
         """Name of a folder -> what `ltepass export` makes it of: dense, or with its routers."""
@@ -97,7 +98,7 @@ class Model:
 
 
 MODELS = (
-    Model(name="smollm2-calibrated", make=smollm2, dtypes=("float32", "bfloat16")),
+    Model(name="smollm2-calibrated", make=smollm2, dtypes=("float32", "bfloat16"), grouping="auto"),
     Model(name="qwen2.5-0.5b-shape", make=qwen_shape, dtypes=("float32", "bfloat16")),
     Model(name="llama-3.2-1b-shape", make=llama_shape, dtypes=("bfloat16",)),
 )
@@ -111,14 +112,14 @@ def make(model: Model, work: Path) -> None:
         (work / name).write_text(held_out[:characters])
     if not (work / "gated").exists():
         _, tokenizer = load_smollm2()  # of all: no token of its text is beyond the others' vocabularies
-        network = model.make()
         for name in ("dense", "gated"):
-            if name == "gated":
-                config = ltepass.LTEConfig(target_sparsity=0.5, group_size=8)
+            network = model.make()
+            if name == "gated":  # in fp32: in bf16, without instructions for it, calibration takes an hour of a core
+                config = ltepass.LTEConfig(target_sparsity=0.5, group_size=8, grouping=model.grouping)
                 batches = token_blocks(tokenizer, train, 128, 24).split(4)
                 ltepass.transform(network, config=config, calibration=list(batches))
                 ltepass.set_mode(network, "hard")
-            network.save_pretrained(work / name)
+            network.to(getattr(torch, model.dtypes[0])).save_pretrained(work / name)
             tokenizer.save_pretrained(work / name)
         del network
     for name, (source, *options) in model.exports().items():

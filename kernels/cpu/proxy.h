@@ -52,50 +52,53 @@ inline vf proxy_act(Act act, vf z) {
   }
 }
 
-// One multiplier for each block of a vector of codes, in the four lanes of its block.
-inline vi spread_bytes(uint32_t bytes) {
-#if defined(__AVX512F__)
-  const __m128i lanes = _mm_set_epi8(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
-  return reinterpret_cast<vi>(_mm512_cvtepu8_epi32(_mm_shuffle_epi8(_mm_cvtsi32_si128(int32_t(bytes)), lanes)));
-#elif defined(__AVX2__)
-  const __m128i lanes = _mm_set_epi8(-1, -1, -1, -1, -1, -1, -1, -1, 1, 1, 1, 1, 0, 0, 0, 0);
-  return reinterpret_cast<vi>(_mm256_cvtepu8_epi32(_mm_shuffle_epi8(_mm_cvtsi32_si128(int32_t(bytes)), lanes)));
-#else
-  vi out;
-  for (int i = 0; i < W; i++) out[i] = int32_t(bytes >> (8 * (i / 4)) & 255);
-  return out;
-#endif
-}
-
 constexpr int64_t SCAN = 16;            // neurons whose codes are read by all tokens before the next
 constexpr int64_t SCAN_AHEAD = 4096;    // bytes of codes that are asked for ahead of their use
 
-// The sum of one row's products, exactly.
-inline int32_t proxy_sum(const Plane& p, int64_t row, const char* x) {
-  const char* w = p.codes.data + row * p.codes.stride;
-  const uint8_t* m = p.multipliers ? p.multipliers + row * p.blocks() : nullptr;
-  constexpr int64_t BLOCKS = W / 4;  // in a vector of codes
-  vi all = {};
-  auto add = [&](vb pairs, uint32_t multipliers) INLINE {
-    const vb low = pairs & int8_t(15), high = reinterpret_cast<vb>(reinterpret_cast<vs>(pairs) >> 4) & int8_t(15);
-    const vi start = *reinterpret_cast<const vi_mem*>(x + 2 * VB);
-    const vi sum = add_products_of_nibbles(start, low, load_bytes(x), high, load_bytes(x + VB));
-    all += m ? sum * spread_bytes(multipliers) : sum;
+// sums[0 .. LANES): of the products of LANES rows, exactly; row(i) is the i-th of them
+template <bool BLOCKS, class Row>
+inline void proxy_sums(const Plane& p, Row&& row, const char* x, int32_t* sums) {
+  const char* codes[LANES];
+  const uint8_t* multipliers[LANES];
+#pragma GCC unroll 16
+  for (int n = 0; n < LANES; n++) {
+    codes[n] = p.codes.data + row(n) * p.codes.stride;
+    multipliers[n] = p.multipliers + row(n) * p.blocks();
+  }
+  vi all[LANES] = {};
+  auto add = [&](auto&& bytes, auto&& factors) INLINE {
+    const vb x_low = load_bytes(x), x_high = load_bytes(x + VB), start = load_bytes(x + 2 * VB);
+#pragma GCC unroll 16
+    for (int n = 0; n < LANES; n++) all[n] = add_nibbles(all[n], start, bytes(n), x_low, x_high, factors(n));
     x += TokenCodes<2>::CHUNK;
   };
-  int64_t i = 0;
-  for (; i + VB <= p.codes.bytes; i += VB) {
-    uint32_t multipliers = 0;
-    if (m) std::memcpy(&multipliers, m + i / (BLOCK / 2), BLOCKS);
-    __builtin_prefetch(w + i + SCAN_AHEAD, 0, 2);
-    add(load_bytes(w + i), multipliers);
-  }
-  if (i < p.codes.bytes) {
-    uint32_t multipliers = 0;
-    for (int64_t b = i / (BLOCK / 2); m && b < p.blocks(); b++) multipliers |= uint32_t(m[b]) << 8 * (b - i / (BLOCK / 2));
-    add(load_last_bytes(w + i, p.codes.bytes - i), multipliers);
-  }
-  return hsum(all);
+  int64_t i = 0, b = 0;
+  for (; i + VB <= p.codes.bytes; i += VB, b += int64_t(sizeof(Multipliers)))
+    add(
+        [&](int n) INLINE {
+          __builtin_prefetch(codes[n] + i + SCAN_AHEAD, 0, 2);
+          return load_bytes(codes[n] + i);
+        },
+        [&](int n) INLINE {
+          Multipliers m = ONES;
+          if (BLOCKS) std::memcpy(&m, multipliers[n] + b, sizeof m);
+          return m;
+        });
+  if (const int64_t left = p.codes.bytes - i; left > 0)
+    add([&](int n) INLINE { return load_last_bytes(codes[n] + i, left); },
+        [&](int n) INLINE {
+          uint32_t m = BLOCKS ? 0 : ONES;
+          for (int64_t j = b; BLOCKS && j < p.blocks(); j++) m |= uint32_t(multipliers[n][j]) << 8 * (j - b);
+          return Multipliers(m);
+        });
+  std::fill(sums, sums + LANES, 0);
+  add_hsum4(all, sums);
+}
+
+template <class Row>
+inline void proxy_sums(const Plane& p, Row&& row, const char* x, int32_t* sums) {
+  if (p.multipliers) return proxy_sums<true>(p, row, x, sums);
+  proxy_sums<false>(p, row, x, sums);
 }
 
 // z[k][0 .. n): hidden units of neurons [first, first + n) before the activation, for one token; n <= SCAN
@@ -104,7 +107,8 @@ inline void proxy_units(const Proxy& p, int64_t first, int64_t n, const char* x,
     int32_t sums[SCAN] = {};
     float scales[SCAN] = {}, biases[SCAN] = {};
     const int64_t row = k * p.d_ff + first;
-    for (int64_t i = 0; i < n; i++) sums[i] = proxy_sum(p, row + i, x);
+    for (int64_t i = 0; i < n; i += LANES)  // past the last row, the last one again
+      proxy_sums(p, [&](int64_t j) { return row + std::min(i + j, n - 1); }, x, sums + i);
     std::copy(p.scales + row, p.scales + row + n, scales);
     if (p.biases) std::copy(p.biases + row, p.biases + row + n, biases);
     for (int64_t i = 0; i < SCAN; i += W) {
@@ -128,9 +132,14 @@ inline void proxy_neurons(const Proxy& p, int64_t first, int64_t n, const float 
   }
 }
 
+// A size that is no number is above every threshold.
+inline vf proxy_logits(const Proxy& p, vf weights, vf sizes) {
+  const vf logits = product(sizes, weights) + splat(p.bias);
+  return select(logits == logits, logits, splat(std::numeric_limits<float>::infinity()));
+}
+
 inline float proxy_logit(const Proxy& p, int64_t expert, float size) {
-  const float logit = product(splat(size), splat(p.weight[expert]))[0] + p.bias;
-  return std::isnan(logit) ? std::numeric_limits<float>::infinity() : logit;
+  return proxy_logits(p, splat(p.weight[expert]), splat(size))[0];
 }
 
 // logits[token * stride + e] of experts [e0, e1), for tokens [t0, t1) of the inputs

@@ -83,6 +83,71 @@ inline vi add_products_of_nibbles(vi sum, vb low, vb x_low, vb high, vb x_high) 
 #endif
 }
 
+// A multiplier for each block of a vector of 4-bit codes.
+#if defined(__AVX512F__)
+typedef uint32_t Multipliers;
+#elif defined(__AVX2__)
+typedef uint16_t Multipliers;
+#else
+typedef uint8_t Multipliers;
+#endif
+static_assert(sizeof(Multipliers) == VB / (BLOCK / 2));
+constexpr Multipliers ONES = Multipliers(0x01010101);  // of codes that have none
+
+// start_of_nibbles: what takes off that codes are stored 8 higher. add_nibbles: sum + what a vector of codes adds to each
+// lane, times the multiplier of its block, exactly.
+#if defined(__AVX2__) && !defined(__AVX512VNNI__) && (defined(__AVX512BW__) || !defined(__AVX512F__))
+// Four products of a block fit in 16 bits, 4 * 15 * 127 < 2^15: one instruction multiplies these and adds their pairs.
+#if defined(__AVX512BW__)
+typedef __m512i vbits;
+#define OF_BYTES(name) _mm512_##name
+inline vbits spread_multipliers(Multipliers m) {
+  const __m256i low = _mm256_set_m128i(_mm_set1_epi16(int16_t(0x8001)), _mm_set1_epi16(int16_t(0x8000)));
+  const __m512i lanes = _mm512_inserti64x4(_mm512_castsi256_si512(low), _mm256_add_epi16(low, _mm256_set1_epi16(2)), 1);
+  return _mm512_shuffle_epi8(_mm512_set1_epi32(int32_t(m)), lanes);
+}
+#else
+typedef __m256i vbits;
+#define OF_BYTES(name) _mm256_##name
+inline vbits spread_multipliers(Multipliers m) {
+  const __m256i lanes = _mm256_set_m128i(_mm_set1_epi16(int16_t(0x8001)), _mm_set1_epi16(int16_t(0x8000)));
+  return _mm256_shuffle_epi8(_mm256_set1_epi16(int16_t(m)), lanes);
+}
+#endif
+inline vs four_products(vb low, vb x_low, vb high, vb x_high) {
+  const vbits lows = OF_BYTES(maddubs_epi16)(reinterpret_cast<vbits>(low), reinterpret_cast<vbits>(x_low));
+  const vbits highs = OF_BYTES(maddubs_epi16)(reinterpret_cast<vbits>(high), reinterpret_cast<vbits>(x_high));
+  return reinterpret_cast<vs>(lows) + reinterpret_cast<vs>(highs);
+}
+inline vb start_of_nibbles(vb x_low, vb x_high) {
+  const vb ones = vb{} + int8_t(1);
+  return reinterpret_cast<vb>(four_products(ones, x_low, ones, x_high) * int16_t(-8));
+}
+inline vi add_nibbles(vi sum, vb start, vb pairs, vb x_low, vb x_high, Multipliers m) {
+  const vb low = pairs & int8_t(15), high = reinterpret_cast<vb>(reinterpret_cast<vs>(pairs) >> 4) & int8_t(15);
+  const vs products = four_products(low, x_low, high, x_high) + reinterpret_cast<vs>(start);
+  return sum + reinterpret_cast<vi>(OF_BYTES(madd_epi16)(reinterpret_cast<vbits>(products), spread_multipliers(m)));
+}
+#undef OF_BYTES
+#else
+inline vi spread_multipliers(Multipliers m) {
+#if defined(__AVX512F__)
+  const __m128i lanes = _mm_set_epi8(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+  return reinterpret_cast<vi>(_mm512_cvtepu8_epi32(_mm_shuffle_epi8(_mm_cvtsi32_si128(int32_t(m)), lanes)));
+#else
+  return vi{} + int32_t(m);
+#endif
+}
+inline vb start_of_nibbles(vb x_low, vb x_high) {
+  const vb ones = vb{} + int8_t(1);
+  return reinterpret_cast<vb>(add_products<false>(add_products<false>(vi{}, ones, x_low), ones, x_high) * -8);
+}
+inline vi add_nibbles(vi sum, vb start, vb pairs, vb x_low, vb x_high, Multipliers m) {
+  const vb low = pairs & int8_t(15), high = reinterpret_cast<vb>(reinterpret_cast<vs>(pairs) >> 4) & int8_t(15);
+  return sum + add_products_of_nibbles(reinterpret_cast<vi>(start), low, x_low, high, x_high) * spread_multipliers(m);
+}
+#endif
+
 // To the nearest integer, a tie to the even one.
 inline vi nearest(vf v) {
 #if defined(__AVX512F__)

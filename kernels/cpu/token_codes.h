@@ -19,18 +19,9 @@ inline vf product(vf a, vf b) {
   return p;
 }
 
-inline int32_t hsum(vi v) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_epi32(reinterpret_cast<__m512i>(v));
-#else
-  for (int half = W / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) v[i] += v[i + half];
-  return v[0];
-#endif
-}
-
 // Tokens as codes, for rows of codes of 8 / PARTS bits: of each vector of weights its inputs, in two parts for low and
-// high halves of bytes, and each lane's start of the sum, which takes off what codes are stored higher.
+// high halves of bytes, and each lane's start of the sum, which takes off what codes are stored higher: of two parts as
+// `start_of_nibbles` has it.
 template <int PARTS>
 class TokenCodes {
  public:
@@ -67,10 +58,10 @@ class TokenCodes {
       std::memcpy(to + at / VB * CHUNK + part * VB + at % VB, &codes, W);
     }
     for (int64_t c = 0; c < chunks_; c++, to += CHUNK) {
-      vi sum = {};
-      for (int part = 0; part < PARTS; part++) sum = add_products<false>(sum, vb{} + int8_t(1), load_bytes(to + part * VB));
-      sum *= PARTS == 2 ? -8 : -ADDED<true>;
-      std::memcpy(to + PARTS * VB, &sum, VB);
+      const vb first = load_bytes(to), ones = vb{} + int8_t(1);
+      const vb start = PARTS == 2 ? start_of_nibbles(first, load_bytes(to + VB))
+                                  : reinterpret_cast<vb>(add_products<false>(vi{}, ones, first) * -ADDED<true>);
+      std::memcpy(to + PARTS * VB, &start, VB);
     }
   }
   static constexpr int64_t CHUNK = (PARTS + 1) * VB;
