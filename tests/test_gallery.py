@@ -319,6 +319,43 @@ def test_novelty_has_a_row_for_each_kind_and_signal() -> None:
     assert {row.value for row in rows if row.data == "far, linear" and row.side == "distance"} == {1.0}
 
 
+def odd_series() -> Any:
+    test = torch.zeros(400)
+    test[250:260] = 3.0
+    return module("novelty").Series(torch.randn(500), test, test > 0)
+
+
+def test_segments_are_told_by_what_was_foretold_of_them_and_by_what_routers_read_at_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("sklearn")
+    novelty = module("novelty")
+    at_the_end = {"router_signals": lambda *given: {"use": given[2]["past_values"][:, -novelty.SEGMENT :].amax((1, 2))}}
+    monkeypatch.setattr(novelty, *at_the_end.popitem())
+
+    def calm(past_values: torch.Tensor) -> Any:
+        return SimpleNamespace(prediction_outputs=torch.zeros(len(past_values), novelty.SEGMENT, 1))
+
+    assert novelty.segments(calm, {}, odd_series()) == {"prediction error": 1.0, "use": 1.0}
+
+
+def test_series_have_a_row_for_each_signal() -> None:
+    pytest.importorskip("sklearn")
+    rows = list(module("novelty").rows_of_series("made", odd_series(), 0, replace(SMALL, routers=("proxy",))))
+    assert [row.side for row in rows] == ["prediction error", "share active", "distance", "expert use"]
+    assert {(row.data, row.metric, row.sites, row.lowered) for row in rows} == {("made, proxy", "AUROC", 2, 2)}
+
+
+def test_labelled_series_are_in_the_package_and_what_was_learnt_from_is_not_tested() -> None:
+    if find_spec("aeon") is None:
+        pytest.skip("aeon is not installed")
+    pressure, ecg = (module("novelty").series(name) for name in ("blood pressure", "ECG"))
+    assert [len(part) for part in (*pressure, *ecg)] == [1200, 6301, 6301, 10000, 10000, 10000]
+    assert [int(found.odd.sum()) for found in (pressure, ecg)] == [12, 300]
+    assert pressure.odd.nonzero()[0] == 4187 - 1200
+    assert ecg.training.std().item() == pytest.approx(1, abs=1e-3)
+
+
 LISTING = """Package: b-doc
 Source: b (1.2)
 Description: a game of {n}
@@ -551,6 +588,8 @@ def test_novelty_has_a_table_of_its_own() -> None:
     assert "06_n" not in text
     assert "| told apart, AUROC | energy |" in text
     assert "| noise | 0.50 |" in text
+    rows += [a_row(example="06_n", metric=page.NOVELTY, side="error", data="odd")]
+    assert "| odd |  | 0.50 |" in page.tables(rows)
     assert "told apart" not in page.tables(rows[:1])
 
 

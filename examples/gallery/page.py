@@ -87,7 +87,7 @@ def novelty_table(rows: Sequence[Row]) -> list[str]:
     table = [f"| told apart, {NOVELTY} | " + " | ".join(signals) + " |", "|---" * (1 + len(signals)) + "|"]
     for data in dict.fromkeys(row.data for row in rows):
         cells = [[row for row in rows if (row.data, row.side) == (data, signal)] for signal in signals]
-        table.append(f"| {data} | {' | '.join(spread(cell, 2) for cell in cells)} |")
+        table.append(f"| {data} | {' | '.join(spread(cell, 2) if cell else '' for cell in cells)} |")
     return table
 
 
