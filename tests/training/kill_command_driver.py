@@ -54,7 +54,8 @@ def main() -> None:
         left = sorted(
             path.name for path in (out / f"random {i}").rglob("*") if path.is_dir() or path.suffix == ".safetensors"
         )
-        assert os.waitpid(start(train, arguments, out / f"random {i}"), 0)[1] == 0, i
+        status = os.waitpid(start(train, arguments, out / f"random {i}"), 0)[1]
+        assert status == 0, f"the run after kill {i} ended with status {status}"
         print(f"killed after {seconds:.2f} of {length:.2f} s, leaving {' '.join(left) or 'nothing'}", file=sys.stderr)
 
 
