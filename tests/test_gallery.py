@@ -107,6 +107,12 @@ def triples_task() -> Task:
     return task
 
 
+def slices(n: int = 36, side: int = 32) -> Any:
+    """Matter by the brightness of a voxel."""
+    images = torch.rand(n, 1, side, side)
+    return module("brain_upernet").Slices(images, (3 * images[:, 0]).long())
+
+
 @pytest.fixture(autouse=True)
 def versions_are_not_asked_of_packages_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in EXAMPLES:
@@ -354,6 +360,50 @@ def test_labelled_series_are_in_the_package_and_what_was_learnt_from_is_not_test
     assert [int(found.odd.sum()) for found in (pressure, ecg)] == [12, 300]
     assert pressure.odd.nonzero()[0] == 4187 - 1200
     assert ecg.training.std().item() == pytest.approx(1, abs=1e-3)
+
+
+def test_blocks_of_neighbours_are_apart_and_slices_are_brighter_to_one_side() -> None:
+    brain = module("brain_upernet")
+    numbered = brain.Slices(torch.arange(60).view(-1, 1, 1, 1), torch.arange(60).view(-1, 1, 1))
+    training, held, test = (part.images.flatten().tolist() for part in brain.split(numbered))
+    assert held == list(range(24, 30))
+    assert test == [*range(12, 18), *range(30, 36), *range(48, 54)]
+    assert sorted([*training, *held, *test]) == list(range(60))
+    seen = brain.scanned(torch.ones(20, 1, 32, 32), 0)
+    assert torch.equal(seen, brain.scanned(torch.ones(20, 1, 32, 32), 0))
+    halves = seen.unfold(2, 16, 16).unfold(3, 16, 16).mean((-1, -2)).flatten(1)
+    assert (halves.amax(1) - halves.amin(1) > brain.SLOPE / 2).all()
+    assert seen.mean().item() == pytest.approx(1, abs=0.01)
+
+
+def test_dice_is_of_all_slices_together_and_intensity_tells_what_it_tells() -> None:
+    brain = module("brain_upernet")
+    true, found = torch.tensor([[1, 1, 0, 2]]), torch.tensor([[1, 0, 0, 1]])
+    assert (brain.dice(found, true, brain.GREY), brain.dice(found, true, brain.WHITE)) == (0.5, 0.0)
+    known = slices()
+    assert (brain.by_intensity(known, known.images) == known.matter).float().mean() > 0.9
+
+
+def test_segformer_is_refused_with_the_reason_and_upernet_takes_its_place() -> None:
+    rows = list(module("brain_upernet").rows_of(slices(), 0, SMALL))
+    segformer, upernet = rows[:2], rows[2:]
+    assert all(
+        "mlp.fc2: elementwise: conv2d stands between the up and the down projection" in row.note for row in segformer
+    )
+    assert [row.metric for row in rows] == ["Dice, grey matter", "Dice, white matter"] * 5
+    assert [row.side for row in upernet[::2]] == ["intensity alone", "dense", "linear", "linear"]
+    assert {(row.sites, row.lowered) for row in upernet[4:]} == {(6, 6)}
+    assert upernet[0].value > 0.6
+    assert upernet[0].value != upernet[1].value, "of white matter, not of grey again"
+
+
+def test_the_head_of_the_package_has_grey_and_white_matter() -> None:
+    pytest.importorskip("nilearn")
+    brain = module("brain_upernet")
+    found = brain.load()
+    assert found.images.shape == (60, 1, 96, 96)
+    share = [(found.matter == kind).float().mean().item() for kind in (0, brain.GREY, brain.WHITE)]
+    assert share == pytest.approx([0.64, 0.22, 0.14], abs=0.02)
 
 
 LISTING = """Package: b-doc
