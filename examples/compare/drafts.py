@@ -67,7 +67,7 @@ CASES = (
 class Measured:
     """One model and its help. accepted: share of the proposed tokens; a_check: tokens of the text for one forward of
     the model; same: of the texts, those that are what the model says alone; memory: the draft's own bytes over the
-    model's; seconds: CPU time without help over that with it, the median of prompts; used, together: shares of neurons
+    model's; faster: CPU time without help over that with it, the median of prompts; used, together: shares of neurons
     that one token and PROPOSED + 1 neighbours use in the model."""
 
     model: str
