@@ -27,7 +27,8 @@ from ltepass.passes.capture.guard_replaced_forwards import guard, guard_failed, 
 from ltepass.passes.capture.trace_owner import original_class
 from ltepass.passes.insert.generated_forwards import shared_class, subclass
 from ltepass.routed.gate import gate, seen_inputs
-from ltepass.threads import interfered, locks
+from ltepass.routed.router import Router
+from ltepass.threads import interfered, locks, require_own
 
 _calls = threading.local()
 
@@ -130,9 +131,19 @@ def _new_gated_class(original: type[nn.Module], sites: tuple[InlineSite, ...]) -
 
 
 def _turns(sites: Sequence[InlineSite], owner: nn.Module) -> list[int]:
+    """How often a call had each router to itself; ConcurrencyError while one of another thread has it.
+
+    Asked before the first hook: a forward that began while hooks are exchanged finds the old ones of one linear and the
+    new ones of the next, and at its end the same number of turns.
+    """
     if torch.compiler.is_compiling():
         return []
-    return [owner.get_submodule(site.router).turns for site in sites]  # type: ignore[misc]
+    routers: list[Router] = [owner.get_submodule(site.router) for site in sites]  # type: ignore[misc]
+    turns = [router.turns for router in routers]
+    for router in routers:
+        if router.thread is not None:
+            require_own(router.thread)
+    return turns
 
 
 def _replaced(self: nn.Module, *args: object, **kwargs: object) -> object:

@@ -111,7 +111,7 @@ def lowered_call(
     x: Tensor,
 ) -> Tensor:
     """The op on whole parameters, each read as the router's plan says."""
-    plan = router.plan
+    int8, plan = router.int8, router.plan  # both before it is asked whether a call exchanges them now
     if router.thread is not None and not torch.compiler.is_compiling():
         require_own(router.thread)
     if not isinstance(plan, Plan):  # unlowered by another thread since this forward began
@@ -120,7 +120,7 @@ def lowered_call(
         applied()
     if isinstance(router, TieredRouter):
         return tiered_ffn(x, *router.tiers(), down_bias, plan.activation)
-    f, int8 = plan.d_ff, router.int8
+    f = plan.d_ff
     biases = (_take(plan.up_bias, up_bias, f), _take(plan.gate_bias, gate_bias, f), down_bias)
     weights: tuple[Tensor | None, ...]
     if int8 is not None:

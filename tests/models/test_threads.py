@@ -23,6 +23,7 @@ from ltepass.passes.capture import trace_owner
 from ltepass.passes.insert import generated_forwards
 from ltepass.routed.routed import routers_of
 from ltepass.routed.router import Router
+from ltepass.threads import unshared
 from tests.models.zoo import build, generate, ids, logits, mlp, transformed
 from tests.typed import lte_state, routed
 
@@ -183,6 +184,29 @@ def test_a_forward_of_another_thread_is_refused_with_a_way_out() -> None:
         yield ids()
 
     ltepass.measure_sparsity(model, batches())
+    logits(model)
+
+
+def test_a_forward_that_begins_while_hooks_are_exchanged_is_refused_before_it_meets_them() -> None:
+    model = ltepass.lower(transformed("opt"))
+    begun, exchanged = threading.Event(), threading.Event()
+
+    def between_hooks(*_: object) -> None:
+        begun.set()
+        exchanged.wait(30)
+
+    up = next(module for name, module in model.named_modules() if name.endswith("fc1"))
+    handle = up.register_forward_hook(between_hooks)
+    with ThreadPoolExecutor(1) as other:
+        with unshared(routers_of(model)):
+            answer = other.submit(logits, model)
+            while not (begun.is_set() or answer.done()):
+                begun.wait(0.01)
+            ltepass.unlower(model)
+        exchanged.set()
+        with pytest.raises(ConcurrencyError):
+            answer.result()
+    handle.remove()
     logits(model)
 
 
