@@ -18,7 +18,8 @@ struct Int8Linear {
   const float* scale;
   Inputs<1> inputs;
   Int8Linear(Rows w, int64_t n, const float* s) : weight(w), d_in(n), scale(s) {
-    inputs = {nullptr, (n + VB - 1) / VB, (n + BLOCK - 1) / BLOCK, nullptr};
+    // Whole blocks, also where a vector holds half of one: what is laid behind n would be the next token's.
+    inputs = {nullptr, round_up(n, std::max(BLOCK, VB)) / VB, (n + BLOCK - 1) / BLOCK, nullptr};
   }
   size_t bytes(int64_t tokens) const { return inputs.bytes(tokens); }
   void reserve(int64_t tokens) { inputs.reserve(tokens); }

@@ -66,18 +66,30 @@ inline vi add_products(vi sum, vb w, vb x) {
 }
 #endif
 
-// The same of two vectors of weights that are 0 to 15. Four products fit in 16 bits: 4 * 15 * 127 < 2^15.
+// Two vectors of weights that are 0 to 15: four products of a block fit in 16 bits, 4 * 15 * 127 < 2^15, so that one
+// instruction of AVX2 adds the pairs of both, and multiplies them.
+#if defined(__AVX2__) && !defined(__AVX512VNNI__) && (defined(__AVX512BW__) || !defined(__AVX512F__))
+#define SUMS_IN_16_BITS
+#if defined(__AVX512BW__)
+typedef __m512i vbits;
+#define OF_BYTES(name) _mm512_##name
+#else
+typedef __m256i vbits;
+#define OF_BYTES(name) _mm256_##name
+#endif
+inline vs four_products(vb low, vb x_low, vb high, vb x_high) {
+  const vbits lows = OF_BYTES(maddubs_epi16)(reinterpret_cast<vbits>(low), reinterpret_cast<vbits>(x_low));
+  const vbits highs = OF_BYTES(maddubs_epi16)(reinterpret_cast<vbits>(high), reinterpret_cast<vbits>(x_high));
+  return reinterpret_cast<vs>(lows) + reinterpret_cast<vs>(highs);
+}
+// Both products of 16 bits of each lane, added.
+inline vi pairs_of(vs a, vbits b) { return reinterpret_cast<vi>(OF_BYTES(madd_epi16)(reinterpret_cast<vbits>(a), b)); }
+#endif
+
+// sum + eight products of bytes in each lane, exactly.
 inline vi add_products_of_nibbles(vi sum, vb low, vb x_low, vb high, vb x_high) {
-#if defined(__AVX512BW__) && !defined(__AVX512VNNI__)
-  const __m512i ones = _mm512_set1_epi16(1);
-  const __m512i lows = _mm512_maddubs_epi16(reinterpret_cast<__m512i>(low), reinterpret_cast<__m512i>(x_low));
-  const __m512i highs = _mm512_maddubs_epi16(reinterpret_cast<__m512i>(high), reinterpret_cast<__m512i>(x_high));
-  return sum + reinterpret_cast<vi>(_mm512_madd_epi16(_mm512_add_epi16(lows, highs), ones));
-#elif defined(__AVX2__) && !defined(__AVX512VNNI__)
-  const __m256i ones = _mm256_set1_epi16(1);
-  const __m256i lows = _mm256_maddubs_epi16(reinterpret_cast<__m256i>(low), reinterpret_cast<__m256i>(x_low));
-  const __m256i highs = _mm256_maddubs_epi16(reinterpret_cast<__m256i>(high), reinterpret_cast<__m256i>(x_high));
-  return sum + reinterpret_cast<vi>(_mm256_madd_epi16(_mm256_add_epi16(lows, highs), ones));
+#if defined(SUMS_IN_16_BITS)
+  return sum + pairs_of(four_products(low, x_low, high, x_high), OF_BYTES(set1_epi16)(1));
 #else
   return add_products<false>(add_products<false>(sum, low, x_low), high, x_high);
 #endif
@@ -96,28 +108,16 @@ constexpr Multipliers ONES = Multipliers(0x01010101);  // of codes that have non
 
 // start_of_nibbles: what takes off that codes are stored 8 higher. add_nibbles: sum + what a vector of codes adds to each
 // lane, times the multiplier of its block, exactly.
-#if defined(__AVX2__) && !defined(__AVX512VNNI__) && (defined(__AVX512BW__) || !defined(__AVX512F__))
-// Four products of a block fit in 16 bits, 4 * 15 * 127 < 2^15: one instruction multiplies these and adds their pairs.
-#if defined(__AVX512BW__)
-typedef __m512i vbits;
-#define OF_BYTES(name) _mm512_##name
+#if defined(SUMS_IN_16_BITS)
 inline vbits spread_multipliers(Multipliers m) {
+#if defined(__AVX512BW__)
   const __m256i low = _mm256_set_m128i(_mm_set1_epi16(int16_t(0x8001)), _mm_set1_epi16(int16_t(0x8000)));
   const __m512i lanes = _mm512_inserti64x4(_mm512_castsi256_si512(low), _mm256_add_epi16(low, _mm256_set1_epi16(2)), 1);
   return _mm512_shuffle_epi8(_mm512_set1_epi32(int32_t(m)), lanes);
-}
 #else
-typedef __m256i vbits;
-#define OF_BYTES(name) _mm256_##name
-inline vbits spread_multipliers(Multipliers m) {
   const __m256i lanes = _mm256_set_m128i(_mm_set1_epi16(int16_t(0x8001)), _mm_set1_epi16(int16_t(0x8000)));
   return _mm256_shuffle_epi8(_mm256_set1_epi16(int16_t(m)), lanes);
-}
 #endif
-inline vs four_products(vb low, vb x_low, vb high, vb x_high) {
-  const vbits lows = OF_BYTES(maddubs_epi16)(reinterpret_cast<vbits>(low), reinterpret_cast<vbits>(x_low));
-  const vbits highs = OF_BYTES(maddubs_epi16)(reinterpret_cast<vbits>(high), reinterpret_cast<vbits>(x_high));
-  return reinterpret_cast<vs>(lows) + reinterpret_cast<vs>(highs);
 }
 inline vb start_of_nibbles(vb x_low, vb x_high) {
   const vb ones = vb{} + int8_t(1);
@@ -126,9 +126,8 @@ inline vb start_of_nibbles(vb x_low, vb x_high) {
 inline vi add_nibbles(vi sum, vb start, vb pairs, vb x_low, vb x_high, Multipliers m) {
   const vb low = pairs & int8_t(15), high = reinterpret_cast<vb>(reinterpret_cast<vs>(pairs) >> 4) & int8_t(15);
   const vs products = four_products(low, x_low, high, x_high) + reinterpret_cast<vs>(start);
-  return sum + reinterpret_cast<vi>(OF_BYTES(madd_epi16)(reinterpret_cast<vbits>(products), spread_multipliers(m)));
+  return sum + pairs_of(products, spread_multipliers(m));
 }
-#undef OF_BYTES
 #else
 inline vi spread_multipliers(Multipliers m) {
 #if defined(__AVX512F__)

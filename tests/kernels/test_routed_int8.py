@@ -115,6 +115,7 @@ def test_the_same_bits_for_any_number_of_threads(dtype: torch.dtype) -> None:
         dict(T=1, d_model=608, n_experts=521, group_size=8, d_out=1030),
         dict(T=1, d_model=70, n_experts=43, group_size=1, d_out=521),
         dict(T=9, d_model=96, n_experts=70, group_size=8, d_out=300),
+        dict(T=9, d_model=100, n_experts=70, group_size=8, d_out=300),
     )
     for shape in sizes:
         floats = routed_cases.make(Recipe(dtype=dtype, layout="neuron_rows", **shape))
@@ -216,10 +217,11 @@ def test_what_makes_no_sense_is_refused_in_cpp_and_in_python(case: str) -> None:
 
 CHECK = """
 from dataclasses import replace
+import torch
 from ltepass.kernels.cpu import loading
 from tests.kernels.routed_cases import Recipe
 from tests.kernels.int8_cases import same_decision, with_close_calls
-from tests.kernels.test_routed_int8 import DTYPES, LINEAR_INT8, check
+from tests.kernels.test_routed_int8 import DTYPES, LINEAR_INT8, check, op
 assert loading.load()
 for dtype in DTYPES:
     for T, d_model, n_experts, group_size in ((1, 64, 9, 8), (1, 31, 17, 1), (1, 577, 40, 2), (5, 100, 6, 8)):
@@ -228,6 +230,10 @@ for dtype in DTYPES:
         check(replace(recipe, layout="neuron_rows", gated=False))
         for args in with_close_calls(recipe):
             same_decision(LINEAR_INT8, args)
+        torch.set_num_threads(1)
+        alone = op(*args)
+        torch.set_num_threads(2)
+        assert all(torch.equal(op(*args), alone) for _ in range(40)), "tokens that are laid at once, in any order"
 """
 
 
