@@ -47,7 +47,9 @@ def same_bits(recipe: Recipe) -> None:
     expected = reference.masked_ffn(whole[0], wanted, *whole[9:])
     wide: Any = [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in (whole[0], *whole[9:])]
     exact = reference.masked_ffn(wide[0], wanted, *wide[1:])
-    assert torch.equal(y.isfinite().all(-1), expected.isfinite().all(-1))
+    fault = ~exact.isfinite().all(-1)  # fp16 may be too narrow for a hidden unit of the reference, and for y
+    assert not y[fault].isfinite().all(-1).any()
+    assert y[expected.isfinite().all(-1)].isfinite().all()
     finite = expected.isfinite().all(-1)
     if finite.any():
         error, stock = ((t.double() - exact)[finite].abs().max() for t in (y, expected))
