@@ -47,6 +47,7 @@ DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 # (tokens, density): one path each; 8 and 32 tokens take tiles of 16 and 32
 PATHS = ((1, None), (8, None), (32, 0.0), (512, 0.0), (512, None))
+MOST_REGISTERS = 255  # of a thread
 COLUMNS = ("kernel", "dtype", "variant", "num_warps", "num_stages", "target", "registers", "shared", "spills", "triton")
 
 
@@ -207,12 +208,17 @@ def key(row: dict[str, str]) -> tuple[str, ...]:
 
 
 def differences(found: list[dict[str, str]], stored: list[dict[str, str]]) -> list[str]:
-    """What is wrong with freshly compiled rows: a spill; a row the table lacks; other figures from the same triton."""
+    """What is wrong with freshly compiled rows: a spill; a row the table lacks; other figures from the same triton.
+
+    Of another triton, spills for want of registers: its assembler may keep a few values in memory long before, so that
+    more programs fit.
+    """
     known = {key(r): r for r in stored}
+    tritons = {r["triton"] for r in stored}
     wrong = []
     for row in found:
         name = " ".join(key(row))
-        if row["spills"] != "0":
+        if row["spills"] != "0" and (row["triton"] in tritons or int(row["registers"]) >= MOST_REGISTERS):
             wrong.append(f"{name}: spills {row['spills']}")
         if key(row) not in known:
             wrong.append(f"{name}: not in aot_table.csv; run python -m examples.gpu.aot")
