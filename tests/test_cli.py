@@ -240,6 +240,7 @@ def test_train_eval_and_generate_follow_each_other(dense_folder: Path, tmp_path:
         (["--gguf", "m.gguf"], "expected --against llama.cpp with it"),
         (["--threads", "two"], "--threads is 'two'; expected numbers, as 1,2"),
         (["--threads", "0"], "expected 1 or more of each"),
+        (["--blocks", "-1"], "--blocks is -1; expected 0 or more"),
         (["--against", "llama.cpp"], "pip install 'ltepass[compare]'"),
     ],
 )

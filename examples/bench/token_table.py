@@ -75,7 +75,7 @@ def _cells(row: TokenRecord, run: Sequence[TokenRecord]) -> tuple[str, ...]:
         row.side + row.how.partition("greedy")[2],  # what its cache holds, where that is another format
         row.format if row.format == row.head else f"{row.format}, head {row.head}",
         sparse,
-        f"{row.perplexity:.2f}",
+        "-" if math.isnan(row.perplexity) else f"{row.perplexity:.2f}",
         f"{row.ms:.2f} ({row.p99_ms:.2f})",
         f"{row.weight_mb + row.kv_mb:.0f}, {row.gbs:.1f}",
         f"{row.share_of_byte_ideal:.2f}{_target(share)}",

@@ -74,11 +74,13 @@ def llama_shape() -> PreTrainedModel:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """dtypes: that are measured, as the export names them; the first is what the folders hold."""
+    """dtypes: that are measured, as the export names them; the first is what the folders hold. blocks: for the
+    perplexity, which random weights have none of."""
 
     name: str
     make: Callable[[], PreTrainedModel]
     dtypes: tuple[str, ...]
+    blocks: int = 0
     grouping: str = "identity"  # of random weights: one is as good as another, and this takes no time
 
     def exports(self) -> dict[str, list[str]]:
@@ -98,7 +100,7 @@ class Model:
 
 
 MODELS = (
-    Model(name="smollm2-calibrated", make=smollm2, dtypes=("float32", "bfloat16"), grouping="auto"),
+    Model(name="smollm2-calibrated", make=smollm2, dtypes=("float32", "bfloat16"), blocks=8, grouping="auto"),
     Model(name="qwen2.5-0.5b-shape", make=qwen_shape, dtypes=("float32", "bfloat16")),
     Model(name="llama-3.2-1b-shape", make=llama_shape, dtypes=("bfloat16",)),
 )
@@ -139,7 +141,8 @@ def measure(model: Model, work: Path, options: Sequence[str]) -> None:
 def _measure(model: Model, work: Path, text: str, folders: Sequence[str], options: Sequence[str]) -> None:
     exported = [word for name in folders for word in ("--exported", str(work / name))]
     rows = ["--name", model.name, "--against", "llama.cpp", "--out", str(speed_page.TOKEN_CSV)]
-    _ltepass("bench", "model", str(work / "gated"), str(work / text), *rows, *options, *exported)
+    asked = [*options, "--blocks", str(model.blocks)]
+    _ltepass("bench", "model", str(work / "gated"), str(work / text), *rows, *asked, *exported)
 
 
 def _ltepass(*words: str) -> None:

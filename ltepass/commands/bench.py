@@ -35,19 +35,20 @@ if TYPE_CHECKING:
 
 QUANTISED: dict[str, Quantised] = {"Q8_0": "int8", "Q4_0": "int4"}  # what we have of llama.cpp's formats
 PROGRAMS = LLAMA_CPP, ONNXRUNTIME = "llama.cpp", "onnxruntime"  # that one might take in our place
-BLOCK, BLOCKS = 512, 8  # tokens and number of blocks for the perplexity
+BLOCK, BLOCKS = 512, 8  # of the perplexity: tokens of a block, and how many
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions:
     """Of `ltepass bench model`. sparsities: for the knob; none keeps the saved thresholds. against: other programs;
     formats: of the weights, there and here; none: as they were saved. gguf: a file of its own for llama.cpp. exported:
-    folders that `ltepass export` made of this model.
+    folders that `ltepass export` made of this model. blocks: of the text, for the perplexity; 0: it is not computed.
     threads: none takes torch's. tokenizer: where it lies; name: what the CSV calls the model."""
 
     tokens: int = 64
     prompt_tokens: int = PROMPT_TOKENS
     rounds: int = 4
+    blocks: int = BLOCKS
     compiled: bool = False
     sparsities: tuple[float, ...] = ()
     against: tuple[str, ...] = ()
@@ -68,6 +69,8 @@ class BenchOptions:
             raise ConfigError(f"--device is {self.device!r}; {self.against[0]} is compared on the CPU alone")
         if self.rounds < 1 or min(self.threads, default=1) < 1:
             raise ConfigError(f"--rounds is {self.rounds}, --threads {self.threads}; expected 1 or more of each")
+        if self.blocks < 0:
+            raise ConfigError(f"--blocks is {self.blocks}; expected 0 or more")
         known = gguf_file.FORMATS if self.against else tuple(DTYPES)
         if odd := [format for format in self.formats if format not in known]:
             raise ConfigError(f"--formats has {odd[0]!r}; expected some of {', '.join(known)}")
@@ -103,7 +106,7 @@ def _text(text: str, tokenizer_folder: str, options: BenchOptions) -> Text:
     """The tokens that every side is timed on, and blocks for the perplexity."""
     tokenizer = tokenizer_of(tokenizer_folder)
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
-    blocks = token_blocks(tokenizer, text, min(BLOCK, len(ids)), limit=BLOCKS)
+    blocks = token_blocks(tokenizer, text, min(BLOCK, len(ids)), limit=options.blocks)
     kept = ids[: max(PREFILL_TOKENS, options.prompt_tokens + options.tokens)]
     return Text(ids=kept, tokens=options.tokens, blocks=blocks, prompt_tokens=options.prompt_tokens)
 

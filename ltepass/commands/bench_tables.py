@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -42,7 +43,9 @@ def _table(records: Sequence[TokenRecord]) -> Table:
 
 
 def _short(value: float) -> str:
-    """Four digits, or what stands before the point."""
+    """Four digits, or what stands before the point; a dash where nothing was measured."""
+    if math.isnan(value):
+        return "-"
     return f"{value:.{max(0, 3 - len(f'{value:.0f}') + 1)}f}"
 
 

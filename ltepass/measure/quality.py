@@ -55,7 +55,9 @@ def token_losses(model: PreTrainedModel, blocks: Tensor) -> Tensor:
 
 
 def losses_of(logits_of: Callable[[Tensor], Tensor], blocks: Tensor) -> Tensor:
-    """`token_losses` of any program."""
+    """`token_losses` of any program; [0] of no blocks, whose mean is NaN."""
+    if not len(blocks):
+        return torch.empty(0, dtype=torch.float64)
     told = steps("losses of blocks", blocks)
     return torch.stack([next_token_losses(logits_of(block)[:-1], block) for block in told]).cpu()
 

@@ -94,7 +94,7 @@ class TokenRecord(Environment):
     p99_ms: float
     prefill_tokens: int
     prefill_ms: float
-    perplexity: float
+    perplexity: float  # NaN where none was asked for
     weight_mb: float  # read by a token
     kv_mb: float  # read by the token in the middle
     resident_mb: float  # of the process, above what it was after its imports

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -148,7 +149,8 @@ def wide_rows() -> list[TokenRecord]:
     }
     big |= {"resident_mb": 5210.4, "gbs": 34.56, "router": "linear", "group_size": 16, "sparsity": 0.5}
     file: dict[str, Any] = {"side": "llama.cpp file", "format": "Q4_1", "head": "Q8_0", "router": "", "sparsity": 0.0}
-    return [replace(base, **big, side="transformers"), replace(base, **big), replace(base, **big | file)]
+    unread = {"perplexity": math.nan}
+    return [replace(base, **big | unread, side="transformers"), replace(base, **big), replace(base, **big | file)]
 
 
 @pytest.mark.parametrize("width", [80, 100])
@@ -234,6 +236,7 @@ def test_a_dense_side_has_no_routers() -> None:
     facts = engine.facts(TEXT.ids, 64, TEXT.blocks)
     assert (facts.router, facts.active, facts.format) == ("", 1.0, "F32")
     assert facts.weight_bytes == weights_read(made("llama"))
+    assert math.isnan(engine.facts(TEXT.ids, 64, TEXT.blocks[:0]).perplexity)
 
 
 def test_a_dense_side_of_ours_is_lowered_without_its_routers() -> None:
