@@ -36,8 +36,8 @@ def calibrate(
             `warm_start`; "hard", what they see once experts are left out (under the present cuts, if any), for a model
             that is used as it is. It passes over the batches 1.6 times from eight batches of 512 tokens on, and up to
             five times with fewer, where "dense" does once. Learned routers are replaced by either. To quantise for
-            `inactive="low_bit"` takes six passes more, and a model whose sums over inputs are larger than 0.9 GB (4
-            d_model^2 bytes an FFN) a pass for each 0.9 GB. FFNs whose weights a device_map left on disk keep the order
+            `inactive="low_bit"` takes six passes more, and a model whose sums over inputs are larger than 0.6 GB (4
+            d_model^2 bytes an FFN) a pass for each 0.6 GB. FFNs whose weights a device_map left on disk keep the order
             of their neurons, with a warning.
     Returns: None; mode, training flags, RNG and hooks are as they were.
     Raises: NotTransformedError, LoweredError, ShardedError, ConfigError, MetaWeightsError, CalibrationError (no tokens

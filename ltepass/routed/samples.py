@@ -81,7 +81,7 @@ class Tally:
 
 
 T = TypeVar("T")
-BUDGET_BYTES = 900_000_000  # of sampled activations, all sites together; of sums, of those that a pass sees
+BUDGET_BYTES = 600_000_000  # of sampled activations, all sites together; of sums, of those that a pass sees
 
 
 SAMPLE_TOKENS = 2048  # for grouping and tables; the routers' regression sees every token
