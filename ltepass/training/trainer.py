@@ -243,6 +243,7 @@ class LTETrainerMixin(Behind):  # type: ignore[misc]  # mypy does not read trans
             if resume_from_checkpoint and is_finished(str(resume_from_checkpoint)):
                 self._load_from_checkpoint(str(resume_from_checkpoint))
                 return None
+            self.model_wrapped = self.model  # DDP shares the gradients of what learned when it was made: anew a stage
             return super().train(resume_from_checkpoint=resume_from_checkpoint, trial=trial, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

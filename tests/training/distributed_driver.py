@@ -3,7 +3,8 @@
 python -m tests.training.distributed_driver FOLDER ROUTER: FOLDER/{single,ddp,fsdp}.pt hold gradients by parameter name,
 FOLDER/rank{0,1}.pt the routers of each process after a `fit` of two, FOLDER/alone.pt those after one process's;
 FOLDER/loaded.pt after a `fit` of two that loaded a share each, FOLDER/looped{1,2}.pt after a loop of one's own under
-FSDP2 of two processes, and of one; FOLDER/split.pt names what tensor parallelism was refused with.
+FSDP2 of two processes, and of one; FOLDER/adapted{0,1}.pt all weights of each process after a `fit` by low-rank
+updates; FOLDER/split.pt names what tensor parallelism was refused with.
 """
 
 from __future__ import annotations
@@ -95,6 +96,15 @@ def copies(config: ltepass.LTEConfig, folder: Path) -> dict[str, torch.Tensor]:
     return ended
 
 
+def adapted(config: ltepass.LTEConfig, folder: Path) -> dict[str, torch.Tensor]:
+    """All weights, where each stage adds low-rank updates of its own and merges them; every process writes its own."""
+    model, _, _ = model_and_rows(config)
+    settled(model, folder, LTESettings(trainable="lora"))
+    ended = {name: p.detach() for name, p in model.named_parameters()}
+    torch.save(ended, folder / f"adapted{os.environ['RANK']}.pt")
+    return ended
+
+
 def loaded(folder: Path) -> dict[str, torch.Tensor]:
     """`settled`, of a model that transformers shards as it loads."""
     dist.init_process_group("gloo")
@@ -117,15 +127,15 @@ def split(folder: Path) -> dict[str, torch.Tensor]:
     return {}
 
 
-def settled(model: Any, folder: Path) -> dict[str, torch.Tensor]:
+def settled(model: Any, folder: Path, lte: LTESettings | None = None) -> dict[str, torch.Tensor]:
     """What routers end a whole fit with, cuts and all."""
     args = TrainingArguments(
         str(folder / "log"), max_steps=2, per_device_train_batch_size=4 // dist_size(), per_device_eval_batch_size=2,
         use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True, learning_rate=1e-2,
-        **({"ddp_backend": "gloo"} if dist_size() > 1 else {}),
+        **({"ddp_backend": "gloo", "ddp_find_unused_parameters": lte is not None} if dist_size() > 1 else {}),
     )  # fmt: skip
     train, held_out = ([{"input_ids": a, "labels": a} for a in copied_text(32, seed)] for seed in (3, 4))
-    trainer = LTETrainer(model=model, args=args, train_dataset=train, eval_dataset=held_out, lte=LTESettings())
+    trainer = LTETrainer(model=model, args=args, train_dataset=train, eval_dataset=held_out, lte=lte or LTESettings())
     trainer.fit()
     ended = routers(model)
     ended["log"] = torch.tensor([v for entry in trainer.state.log_history for k, v in entry.items() if "held_out" in k])
@@ -231,6 +241,7 @@ def main() -> None:
     in_children(2, out / "fsdp.pt", lambda: by_fsdp(config))
     in_children(1, out / "alone.pt", lambda: alone(config, out))
     in_children(2, out / "copies.pt", lambda: copies(config, out))
+    in_children(2, out / "adapting.pt", lambda: adapted(config, out))
     in_children(2, out / "loaded.pt", lambda: loaded(out))
     in_children(2, out / "split.pt", lambda: split(out))
     in_children(1, out / "looped1.pt", lambda: looped(out))

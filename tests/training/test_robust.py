@@ -107,6 +107,14 @@ def test_two_processes_end_a_fit_with_bitwise_the_same_routers(distributed: Any)
         assert torch.equal(value, second[name]), name
 
 
+def test_two_processes_share_the_gradients_of_what_each_stage_adds(distributed: Any) -> None:
+    """DDP knows the parameters that learned when it was made: it is made anew for a stage."""
+    first, second = distributed["adapted0"], distributed["adapted1"]
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
 def test_two_processes_end_a_fit_where_one_does(distributed: Any) -> None:
     """At the same global batch, and settled on the same held-out batches."""
     assert_ended(distributed["alone"], distributed["rank0"])
