@@ -61,7 +61,10 @@ def serving(folder: Path, log: Path, command: tuple[str, ...] = ("-m", "ltepass"
         assert server.poll() is None, log.read_text()
     finally:
         server.send_signal(signal.SIGINT)
-        server.wait(60)
+        status = server.wait(60)
+    if command == ("-m", "ltepass"):
+        assert status == 130, "stopped as its log says how"
+        assert "Aborted" not in log.read_text()
 
 
 def ask(port: int, path: str, body: Any, kind: str | None = JSON, method: str = "POST") -> tuple[int, str]:

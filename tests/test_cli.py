@@ -405,7 +405,7 @@ def test_eval_compares_with_the_better_dense_model_on_each_text(dense_folder: Pa
             "perplexity, dense": dense,
             "perplexity over dense, 95 % interval": str(found.ratio),
             "KL(dense || this), nats per token": f"{found.kl:.4f}",
-            "likeliest next token is dense's": f"{found.agreement:.1%}",
+            "same likeliest next token as dense": f"{found.agreement:.1%}",
             "inactive neurons, per site min / mean / max": sparsity,
         }.items():
             assert rows[what][column].strip() == value, (what, name)

@@ -128,6 +128,10 @@ def test_tasks_pass_through_to_lm_eval(lm_eval: dict[str, Any], tmp_path: Path) 
         ([], "expected a text, or --tasks, and not both"),
         ([__file__, "--tasks", "arc"], "expected a text, or --tasks, and not both"),
         ([__file__, "--sparsities", "half"], "--sparsities is 'half'; expected numbers"),
+        (["--tasks", "arc", "--include", "nowhere"], "--include is nowhere; expected a folder of tasks"),
+        (["--tasks", "arc", "--sparsities", "0.3"], "--sparsities was given with --tasks; expected it with a text"),
+        (["--tasks", "arc", "--length", "20"], "--length was given with --tasks; expected it with a text"),
+        ([__file__, "--shots", "0"], "--shots was given with a text; expected it with --tasks"),
     ],
 )
 def test_what_eval_cannot_do_is_one_line_and_status_2(
@@ -166,16 +170,32 @@ def test_a_device_or_a_text_or_a_model_that_is_not_there_is_one_line_and_status_
     cases: dict[str, list[tuple[list[str], str]]] = {
         "inspect": [([none], "no model directory")],
         "report": [([none], "no model directory")],
-        "train": [([none, str(text), *out], "no tokenizer"), ([none, str(text), "--device", "xla", *out], "--device")],
+        "train": [
+            ([none, str(text), *out], "no model directory"),
+            ([none, str(text), "--device", "xla", *out], "--device"),
+            ([none, str(text), "--target-sparsity", "1.5", *out], "target_sparsity is 1.5"),
+        ],
         "eval": [([none, str(latin)], "no UTF-8"), ([none, none], "cannot be read"), ([none, str(text)], "no model")],
-        "generate": [([none, "w1"], "no tokenizer"), ([none, "w1", "--device", "xla"], "--device is 'xla'")],
+        "generate": [([none, "w1"], "no model directory"), ([none, "w1", "--device", "xla"], "--device is 'xla'")],
         "export": [([none, str(tmp_path / "out")], "no model directory")],
-        "bench": [(["model", none, str(latin)], "no UTF-8"), (["model", none, str(text)], "no tokenizer")],
+        "bench": [(["model", none, str(latin)], "no UTF-8"), (["model", none, str(text)], "no model directory")],
         "demo": [(["--device", "xla", *out], "--device is 'xla'")],
     }
     for arguments, reason in cases[command]:
         assert reason in refused(command, *arguments, patch=monkeypatch, capsys=capsys), arguments
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["report", "eval", "generate", "export", "bench"])
+def test_a_training_that_was_stopped_is_named(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    (tmp_path / "stopped" / "training").mkdir(parents=True)
+    folder, text = str(tmp_path / "stopped"), tmp_path / "text.txt"
+    text.write_text("w1 w2")
+    words = {"report": [folder], "export": [folder, str(tmp_path / "out")], "bench": ["model", folder, str(text)]}
+    said = refused(command, *words.get(command, [folder, str(text)]), patch=monkeypatch, capsys=capsys)
+    assert "a training that has not ended; run the same `ltepass train` again" in said
 
 
 def test_steps_are_told_as_they_are_done() -> None:

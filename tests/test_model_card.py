@@ -158,6 +158,18 @@ def test_the_base_model_and_its_licence_follow_the_model(tmp_path: Path, monkeyp
         assert (data.base_model, data.license) == (None, "unknown"), odd
 
 
+def test_a_base_model_of_no_hub_is_named_in_the_second_card_too(tmp_path: Path) -> None:
+    model = routed()
+    (tmp_path / "base").mkdir()
+    model.config.name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "first")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    for folder in ("first", "second"):
+        assert "| base model | `base` |" in card_of(tmp_path / folder), folder
+    routed().save_pretrained(tmp_path / "third")
+    assert "base model | not known" in card_text(AutoModelForCausalLM.from_pretrained(tmp_path / "third"))
+
+
 def trainer(folder: Path, **more: Any) -> Any:
     arguments = TrainingArguments(str(folder), max_steps=1, use_cpu=True, report_to=[], disable_tqdm=True, **more)
     rows = [{"input_ids": row, "labels": row} for row in IDS]

@@ -12,6 +12,7 @@ import typer
 from ltepass.cli.output_and_errors import AsJson, Device, Folder, show
 from ltepass.errors import ConfigError
 
+LENGTH = 512
 EXAMPLE = "Example: ltepass eval lte-model other.txt --sparsities 0.3,0.5,0.7"
 
 
@@ -22,7 +23,7 @@ def evaluate(
     against: Annotated[
         list[str] | None, typer.Option(help="A dense model to compare with; of several, the best on each text.")
     ] = None,
-    length: Annotated[int, typer.Option(help="Tokens of one block.")] = 512,
+    length: Annotated[int, typer.Option(help="Tokens of one block.")] = LENGTH,
     limit: Annotated[
         int | None,
         typer.Option(help="Blocks of a text (16 if none; 64 for narrow intervals) or questions of a task."),
@@ -39,6 +40,12 @@ def evaluate(
     """Perplexity and sparsity of a saved model on texts, or its score on tasks, and what it costs over dense models."""
     if (text is None) == (not tasks):
         raise ConfigError("expected a text, or --tasks, and not both")
+    of_texts = {"--text": others, "--sparsities": sparsities, "--continuations": continuations}
+    of_texts |= {"--length": length != LENGTH}
+    of_tasks = {"--shots": shots is not None, "--include": include, "--batch": batch != 1}
+    if odd := [name for name, given in (of_texts if tasks else of_tasks).items() if given]:
+        kinds = ("a text", "--tasks") if tasks else ("--tasks", "a text")
+        raise ConfigError(f"{odd[0]} was given with {kinds[1]}; expected it with {kinds[0]}, or not at all")
     with redirect_stdout(sys.stderr):
         if text is None:
             from ltepass.commands.tasks import TaskOptions, evaluate_tasks, task_table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -199,8 +200,12 @@ def serve(context: typer.Context) -> None:
         from ltepass.serving.middleware import checked_server
     except ImportError as error:
         raise ConfigError(f"transformers' server cannot start ({error}); pip install 'ltepass[serve]'") from error
-    with checked_server(), lowered_as_loaded():
-        transformers_app(["serve", *context.args], prog_name="ltepass")
+    before = signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # a server ends by Ctrl-C: click says "Aborted!"
+    try:
+        with checked_server(), lowered_as_loaded():
+            transformers_app(["serve", *context.args], prog_name="ltepass")
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def main() -> None:

@@ -88,7 +88,7 @@ def _quality(model: PreTrainedModel, dense: Mapping[str, PreTrainedModel], block
         "perplexity, dense": f"{found.dense_perplexity:.3f} ({best})",
         "perplexity over dense, 95 % interval": str(found.ratio),
         "KL(dense || this), nats per token": f"{found.kl:.4f}",
-        "likeliest next token is dense's": f"{found.agreement:.1%}",
+        "same likeliest next token as dense": f"{found.agreement:.1%}",
     }
 
 

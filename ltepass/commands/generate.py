@@ -9,6 +9,7 @@ import ltepass
 from ltepass.commands.load import load, require_device, tokenizer_of
 from ltepass.errors import ConfigError
 from ltepass.exporting.folder import ABOUT
+from ltepass.routed.routed import state_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,7 +24,7 @@ def generate(
     device: str = "cpu",
     exported: bool = False,
 ) -> str:
-    """The prompt and its greedy continuation by a saved model, lowered. Raises LTEError where it holds no routers.
+    """The prompt and its greedy continuation by a saved model, lowered. Raises ConfigError where it holds no routers.
 
     exported: the folder is one of `ltepass export`, whose machine code then runs.
     """
@@ -32,6 +33,8 @@ def generate(
     if exported:
         return _exported(Path(folder), tokenizer, prompt, new_tokens)
     model = load(folder, device)
+    if state_of(model) is None:
+        raise ConfigError(f"{folder} holds no routers; expected what `ltepass train {folder} TEXT` writes")
     if sparsity is not None:
         ltepass.set_sparsity(model, sparsity)
     ltepass.lower(model, scope="ffn")

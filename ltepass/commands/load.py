@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,24 +42,35 @@ def load(name: str, device: str = "cpu", dtype: torch.dtype | None = None) -> Pr
         return call_by_name(name)[0].to(device=device, dtype=dtype).eval()
     from transformers import AutoModelForCausalLM
 
+    _require_ended(name)
     try:
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto").to(device).eval()
     except OSError as error:
-        raise ConfigError(
-            f"{name!r} is no model directory and no model of the hub that can be reached: {first_line(error)}"
-        ) from error
+        raise ConfigError(f"{name!r} is {NEITHER}: {first_line(error)}") from error
+
+
+NEITHER = "no model directory and no model of the hub that can be reached"
+
+
+def _require_ended(name: str) -> None:
+    """Raises ConfigError where `ltepass train` was stopped: checkpoints are there, and no model yet."""
+    from ltepass.commands.training_run import CHECKPOINTS
+
+    folder = Path(name)
+    if (folder / CHECKPOINTS).is_dir() and not (folder / "config.json").exists():
+        raise ConfigError(f"{name} holds a training that has not ended; run the same `ltepass train` again: it goes on")
 
 
 def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
     """Of a model's directory or hub name. Raises ConfigError."""
     from transformers import AutoTokenizer
 
+    _require_ended(name)
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{name!r} has no tokenizer that can be read ({first_line(error)}); expected a model directory or hub name"
-        ) from error
+        lacks = "has no tokenizer that can be read" if os.path.isdir(name) else f"is {NEITHER}"
+        raise ConfigError(f"{name!r} {lacks} ({first_line(error)}); expected a model directory or hub name") from error
 
 
 def require_device(name: str) -> None:

@@ -41,9 +41,13 @@ def evaluate_tasks(folder: str, options: TaskOptions) -> dict[str, Figures]:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ConfigError(f"--tasks needs lm-eval ({error}); pip install 'ltepass[eval]'") from error
+    if options.include is not None and not options.include.is_dir():
+        raise ConfigError(f"--include is {options.include}; expected a folder of tasks")
     known = TaskManager(include_path=options.include)
     if unknown := [name for name in options.tasks if not known.match_tasks([name])]:
-        raise ConfigError(f"lm-eval has no task {unknown[0]!r}; expected some of those that `lm-eval ls tasks` shows")
+        raise ConfigError(
+            f"lm-eval has no task {unknown[0]!r}; expected some of those that `lm-eval ls tasks` shows, or of --include"
+        )
     found: dict[str, Figures] = {}
     for name in (folder, *options.against):
         model = HFLM(pretrained=load(name, options.device), tokenizer=tokenizer_of(name), batch_size=options.batch)

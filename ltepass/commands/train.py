@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import ltepass
+from ltepass.commands.bench_tables import threads_of
 from ltepass.commands.load import load, require_device, tokenizer_of
 from ltepass.commands.training_data import Columns, digest, read_rows, tokenised
 from ltepass.commands.training_run import ROWS, Trained, TrainingRun, losses_of, measured
@@ -96,6 +97,7 @@ def train(
     Raises ConfigError where there is too little text, and what transform and the trainer raise.
     """
     keeping, stages = keeping or Keeping(), _stages(options)
+    _config(options)  # which says what is wrong with it, before anything is read
     require_device(options.device)
     tokenizer = tokenizer_of(name)
     data = tokenised(read_rows(source, options.split), tokenizer, options.length)
@@ -112,6 +114,8 @@ def train(
         return run.result
     held = max(1, n // 10)
     learned, held_out = _rows(data, 0, n - held), _rows(data, n - held, n)
+    if run.resumes:
+        say(f"{out} holds this training, not ended: going on from its last checkpoint")
     say(f"loading {name}")
     model = load(name, options.device)
     _start(model, learned, options, say)
@@ -180,11 +184,8 @@ def _steps_of_a_log(save_every: int, steps: int) -> int:
     return max(n for n in range(1, save_every + 1) if save_every % n == 0 and n <= max(1, steps // 20))
 
 
-def _start(model: PreTrainedModel, learned: Columns, options: TrainOptions, say: Say) -> None:
-    """Transform, and fit the routers and the warm start to the first blocks that are learned."""
-    from ltepass.calibration.refit_down import warm_start
-
-    config = LTEConfig(
+def _config(options: TrainOptions) -> LTEConfig:
+    return LTEConfig(
         target_sparsity=options.target_sparsity,
         router=options.router,
         group_size=options.group_size or "auto",
@@ -194,10 +195,16 @@ def _start(model: PreTrainedModel, learned: Columns, options: TrainOptions, say:
         input_sparsity=options.input_sparsity,
         seed=options.seed,
     )
+
+
+def _start(model: PreTrainedModel, learned: Columns, options: TrainOptions, say: Say) -> None:
+    """Transform, and fit the routers and the warm start to the first blocks that are learned."""
+    from ltepass.calibration.refit_down import warm_start
+
     start = _rows(learned, 0, max(1, START_TOKENS // options.length))
     batches = _batches(start, options.batch)
     say(f"fitting routers on {len(start['labels'])} blocks of {options.length} tokens")
-    ltepass.transform(model, config=config, calibration=batches)
+    ltepass.transform(model, config=_config(options), calibration=batches)
     if options.warm_start:
         widest = max(site.d_ff for site in ltepass.report(model).sites)
         (refit,) = _batches(_rows(start, 0, fit := max(1, START_BYTES // (4 * widest * options.length))), fit)
@@ -217,7 +224,7 @@ def trained_table(found: Measured) -> Table:
     table.add_row("inactive neurons, min / mean / max", "0%", span(list(found["sparsity"].values())), "")
     speed = found["tokens_per_s"]
     if speed is not None:
-        what = f"tokens/s of decoding, eager, {torch.get_num_threads()} threads"
+        what = f"tokens/s of decoding, eager, {threads_of(torch.get_num_threads())}"
         table.add_row(what, *_pair(speed["dense"], speed["lowered"], 1))
     return table
 

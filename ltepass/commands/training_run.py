@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import ltepass
+from ltepass.commands.bench_tables import threads_of
 from ltepass.errors import ConfigError
 from ltepass.measure.machine import machine
 from ltepass.measure.timing import time_decoding
@@ -53,7 +54,6 @@ class TrainingRun:
             raise ConfigError(f"{out} is there, and no `ltepass train` wrote it; pass another --out, or --overwrite")
         else:
             shutil.rmtree(self.checkpoints, ignore_errors=True)
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
 
     def _go_on(self, out: Path) -> None:
         try:
@@ -69,6 +69,7 @@ class TrainingRun:
 
     def begin(self) -> None:
         """Nothing failed before the first step: from now on the folder is this training's."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
         self._write()
 
     def finish(self, result: Trained) -> Trained:
@@ -119,7 +120,7 @@ def measured(model: PreTrainedModel, dense: PreTrainedModel, held_out: Mapping[s
         "perplexity": held_out_perplexity(model, rows),
         "sparsity": ltepass.measure_sparsity(model, rows),
         "tokens_per_s": None,
-        "machine": f"{machine()}, {torch.get_num_threads()} threads",
+        "machine": f"{machine()}, {threads_of(torch.get_num_threads())}",
     }
     row = rows[0]
     ids = row["input_ids"][0, : int(row["attention_mask"].sum()) if "attention_mask" in row else length]

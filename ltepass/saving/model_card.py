@@ -7,6 +7,7 @@ somebody else, and stays.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -115,9 +116,12 @@ def _base(model: PreTrainedModel) -> Base:
 
     source = str(model.config.name_or_path or "")
     if source and os.path.isdir(source):
-        held = _metadata(Path(source) / CARD)
-        hub_name = _word(held.base_model) if "ltepass" in _tags(held) else None  # saved before, by us
-        return Base(name=hub_name or Path(source).resolve().name, hub_name=hub_name, license=_word(held.license))
+        card = Path(source) / CARD
+        held = _metadata(card)
+        if "ltepass" in _tags(held):  # saved before, by us: the folder is not what the model was made from
+            hub_name = _word(held.base_model)
+            return Base(name=hub_name or _said_base(card), hub_name=hub_name, license=_word(held.license))
+        return Base(name=Path(source).resolve().name, license=_word(held.license))
     try:
         validate_repo_id(source)
     except HFValidationError:  # none, or a folder that is there no more
@@ -125,6 +129,12 @@ def _base(model: PreTrainedModel) -> Base:
     cached = try_to_load_from_cache(source, CARD)
     held = _metadata(Path(cached) if isinstance(cached, str) else None)
     return Base(name=source, hub_name=source, license=_word(held.license))
+
+
+def _said_base(card: Path) -> str | None:
+    """The base model's name in the table of a card of ours."""
+    said = re.search(r"^\| base model \| `(.+)` \|$", card.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+    return said and said[1]
 
 
 def _metadata(path: Path | None) -> ModelCardData:
@@ -202,7 +212,8 @@ def _figures(measured: Measured | None) -> list[str]:
     if measured is None:
         return [*lines, "Not measured when this was saved."]
     speed = measured["tokens_per_s"]
-    lines += [f"On {measured['held_out']} of held-out text.", "", "| | dense | sparse | ratio |", "|---|---|---|---|"]
+    lines += [f"On {measured['held_out']} of held-out text.", ""]
+    lines += ["| | dense, as it came | sparse, as saved | ratio |", "|---|---|---|---|"]
     lines += [_row("perplexity", measured["dense_perplexity"], measured["perplexity"], 3)]
     if measured["sparsity"]:
         lines += [
@@ -211,6 +222,8 @@ def _figures(measured: Measured | None) -> list[str]:
     if speed is not None:
         lines += [_row("tokens/s of decoding, eager", speed["dense"], speed["lowered"], 1)]
         lines += ["", f"Time was taken on {_code(measured.get('machine', 'a machine not named'))}."]
+    if measured["dense_perplexity"] is not None:
+        lines += ["", "Of perplexity the ratio holds what training gave beside what sparsity took."]
     return lines
 
 
