@@ -388,6 +388,8 @@ def test_eval_compares_with_the_better_dense_model_on_each_text(dense_folder: Pa
     common = [str(out), str(texts["own"]), "--text", str(texts["other"]), "--length", "20", "--limit", "9"]
     against = [word for name in texts for word in ("--against", str(tmp_path / name))]
     shown = run("eval", *common, *against, "--sparsities", "0.2", "--continuations", "3", columns=400)
+    said = CliRunner().invoke(app, ["eval", *common, *against, "--json"], catch_exceptions=False)
+    numbers = json.loads(said.stdout)
     rows = {
         cells[1].strip(): cells[2:4] for cells in (line.split("│") for line in shown.splitlines()) if len(cells) > 3
     }
@@ -397,7 +399,8 @@ def test_eval_compares_with_the_better_dense_model_on_each_text(dense_folder: Pa
         model = load(str(out))
         found = compare(model, load(str(tmp_path / name)), blocks)
         dense = f"{found.dense_perplexity:.3f} ({tmp_path / name})"
-        sparsity = span(list(ltepass.measure_sparsity(model, blocks[:, None]).values()))
+        shares = ltepass.measure_sparsity(model, blocks[:, None])
+        sparsity = span(list(shares.values()))
         ((_, at, _),) = sparsity_curve(model, blocks, [0.2])
         for what, value in {
             "text": "9 x 20 tokens",
@@ -409,6 +412,13 @@ def test_eval_compares_with_the_better_dense_model_on_each_text(dense_folder: Pa
             "inactive neurons, per site min / mean / max": sparsity,
         }.items():
             assert rows[what][column].strip() == value, (what, name)
+        for what, number in {
+            "text": {"blocks": 9, "length": 20},
+            "perplexity, hard mode": found.perplexity,
+            "perplexity over dense, 95 % interval": vars(found.ratio),
+            "inactive neurons, per site min / mean / max": shares,
+        }.items():
+            assert numbers[str(path)][what] == number, (what, name)
         assert rows["set_sparsity 0.2: perplexity, inactive neurons"][column].strip().startswith(f"{at:.3f}, ")
         sides = {"": model, **{f", {tmp_path / side}": load(str(tmp_path / side)) for side in texts}}
         for side, continued in sides.items():

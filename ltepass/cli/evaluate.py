@@ -75,7 +75,7 @@ def evaluate(
             )
             texts = {str(path): text_of(path) for path in (text, *(others or ()))}
             columns = command.evaluate(str(folder), texts, options)
-            shown = columns if json else command.eval_table(columns)
+            shown = command.eval_json(columns) if json else command.eval_table(columns)
     show(shown, json=json)
 
 

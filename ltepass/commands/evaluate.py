@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import ltepass
 from ltepass.commands.load import load, tokenizer_of
@@ -20,7 +20,15 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-Cells = dict[str, str]
+
+class Cell(NamedTuple):
+    """A figure as the table shows it, and as a program reads it."""
+
+    shown: str
+    value: object
+
+
+Cells = dict[str, Cell]
 PROMPT_TOKENS, NEW_TOKENS = 32, 64
 
 
@@ -61,35 +69,47 @@ def evaluate(folder: str, texts: Mapping[str, str], options: EvalOptions) -> dic
 def _column(
     model: PreTrainedModel, blocks: Tensor, dense: Mapping[str, PreTrainedModel], options: EvalOptions
 ) -> Cells:
-    cells = {"text": f"{blocks.shape[0]} x {blocks.shape[1]} tokens"}
+    n, length = blocks.shape
+    cells = {"text": Cell(f"{n} x {length} tokens", {"blocks": n, "length": length})}
     if state_of(model) is None:
         return cells | _quality(model, dense, blocks, "perplexity") | _repetition(model, dense, blocks, options)
     ltepass.set_mode(model, "hard")
     with counting_inactive(Routed.trained(model, "eval")) as shares:
         cells |= _quality(model, dense, blocks, "perplexity, hard mode")
-    cells["inactive neurons, per site min / mean / max"] = span(list(shares().values()))
+    cells["inactive neurons, per site min / mean / max"] = Cell(span(list(shares().values())), shares())
     cells |= _repetition(model, dense, blocks, options)
     for s, value, measured in sparsity_curve(model, blocks, options.sparsities):
-        cells[f"set_sparsity {s:g}: perplexity, inactive neurons"] = f"{value:.3f}, {measured:.1%}"
+        found = {"perplexity": value, "inactive": measured}
+        cells[f"set_sparsity {s:g}: perplexity, inactive neurons"] = Cell(f"{value:.3f}, {measured:.1%}", found)
     ltepass.set_mode(model, "dense")
-    cells["perplexity, every neuron active"] = f"{perplexity(model, blocks):.3f}"
+    cells["perplexity, every neuron active"] = _number(perplexity(model, blocks))
     return cells
 
 
 def _quality(model: PreTrainedModel, dense: Mapping[str, PreTrainedModel], blocks: Tensor, what: str) -> Cells:
     """Over the dense model that is best on this text: one that was tuned on another may be worse than it was."""
     if not dense:
-        return {what: f"{perplexity(model, blocks):.3f}"}
+        return {what: _number(perplexity(model, blocks))}
     names = list(dense)
     best = min(names, key=lambda n: float(token_losses(dense[n], blocks).mean())) if len(names) > 1 else names[0]
     found = compare(model, dense[best], blocks)
     return {
-        what: f"{found.perplexity:.3f}",
-        "perplexity, dense": f"{found.dense_perplexity:.3f} ({best})",
-        "perplexity over dense, 95 % interval": str(found.ratio),
-        "KL(dense || this), nats per token": f"{found.kl:.4f}",
-        "same likeliest next token as dense": f"{found.agreement:.1%}",
+        what: _number(found.perplexity),
+        "perplexity, dense": Cell(
+            f"{found.dense_perplexity:.3f} ({best})", {"perplexity": found.dense_perplexity, "model": best}
+        ),
+        "perplexity over dense, 95 % interval": Cell(str(found.ratio), found.ratio),
+        "KL(dense || this), nats per token": Cell(f"{found.kl:.4f}", found.kl),
+        "same likeliest next token as dense": _share(found.agreement),
     }
+
+
+def _number(value: float) -> Cell:
+    return Cell(f"{value:.3f}", value)
+
+
+def _share(value: float) -> Cell:
+    return Cell(f"{value:.1%}", value)
 
 
 def _repetition(
@@ -100,7 +120,7 @@ def _repetition(
         return {}
     what = f"repeated 4-grams, {len(prompts)} greedy continuations of {NEW_TOKENS} tokens"
     sides = {what: model, **{f"{what}, {name}": other for name, other in dense.items()}}
-    return {name: f"{repetition(side, prompts, NEW_TOKENS):.1%}" for name, side in sides.items()}
+    return {name: _share(repetition(side, prompts, NEW_TOKENS)) for name, side in sides.items()}
 
 
 def eval_table(columns: Mapping[str, Cells]) -> Table:
@@ -112,5 +132,10 @@ def eval_table(columns: Mapping[str, Cells]) -> Table:
     for name in columns:
         table.add_column(Text(name), overflow="fold")
     for what in next(iter(columns.values())):
-        table.add_row(what, *(cells[what] for cells in columns.values()))
+        table.add_row(what, *(cells[what].shown for cells in columns.values()))
     return table
+
+
+def eval_json(columns: Mapping[str, Cells]) -> dict[str, dict[str, object]]:
+    """The same as numbers: by text, by figure; shares are of 1, the inactive ones by site."""
+    return {name: {what: cell.value for what, cell in cells.items()} for name, cells in columns.items()}
