@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ltepass.errors import ConfigError
 from ltepass.old_names import held_by
 from ltepass.progress import steps
+from ltepass.routed.routed import require_module
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,7 +36,7 @@ def perplexity(model: PreTrainedModel, blocks: Tensor) -> float:
         model: a causal language model, transformed or not.
         blocks: token ids, [n, T] int64, T at least 2.
     Returns: the perplexity, a float.
-    Raises: nothing of its own.
+    Raises: ConfigError (no module).
     Example:
         >>> 1 < ltepass.perplexity(dense, ids) < 100
         True
@@ -51,6 +52,7 @@ def perplexity_of(logits_of: Callable[[Tensor], Tensor], blocks: Tensor) -> floa
 @torch.no_grad()
 def token_losses(model: PreTrainedModel, blocks: Tensor) -> Tensor:
     """[n, T - 1] float64 on the CPU: cross-entropy in nats of every next token. blocks: [n, T] int64, T at least 2."""
+    require_module(model)
     return losses_of(lambda block: model(input_ids=block[None]).logits[0], blocks.to(model.device))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule
 
-from ltepass.errors import AmbiguousModelError, ConfigError, LoweredError, NotTransformedError, ShardedError
+from ltepass.errors import AmbiguousModelError, ConfigError, LoweredError, NotTransformedError, ShardedError, shown
 from ltepass.routed.router import Router
 from ltepass.routed.sites import FFNSite, LTEState, find_parameter
 from ltepass.routed.torchao_weights import holds_int8
@@ -100,7 +100,8 @@ class Routed:
 
 
 def is_transformed(model: nn.Module) -> bool:
-    """Whether transform changed this module, or one inside it."""
+    """Whether transform changed this module, or one inside it. Raises ConfigError where it is no module."""
+    require_module(model)
     return any(state_of(module) is not None for module in model.modules())
 
 
@@ -133,9 +134,18 @@ def root_of(model: nn.Module, what: str) -> nn.Module:
 
 
 def state_of(model: nn.Module) -> LTEState | None:
-    """The state that `transform` left on this very module, or None."""
+    """The state that `transform` left on this very module, or None. Raises ConfigError where it is no module."""
+    require_module(model)
     state: LTEState | None = model.__dict__.get("_lte")  # no getattr: wrappers hand that on to what they wrap
     return state
+
+
+def require_module(model: object) -> None:
+    """Raises ConfigError."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"the model is {shown(model)}, a {type(model).__name__}; expected an nn.Module, as from_pretrained gives"
+        )
 
 
 def set_state(model: nn.Module, state: LTEState) -> None:
@@ -158,8 +168,9 @@ _KEPT = "_user_preserved_attributes"  # torch.fx.graph_module._USER_PRESERVED_AT
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The root that was or will be transformed, inside all that PEFT, DDP, FSDP, DataParallel or torch.compile wrapped
-    around it.
+    around it. Raises ConfigError where it is no module.
     """
+    require_module(model)
     inner: Any = model
     while True:
         if isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel)):

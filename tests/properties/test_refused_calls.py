@@ -24,6 +24,7 @@ from torch.fx import Graph
 
 import ltepass
 from ltepass.calibration.refit_down import warm_start
+from ltepass.errors import ConfigError
 from ltepass.passes.capture.decoder_step import capture_step
 from ltepass.threads import locks
 from ltepass.training.settings import LTESettings
@@ -240,6 +241,13 @@ def test_every_public_call_is_tried() -> None:
     calls = {name for name in ltepass.__all__ if isinstance(getattr(ltepass, name), FunctionType)}
     calls -= CHANGE_NO_MODEL | ELSEWHERE
     assert calls == {verb.split(",")[0] for verb in ("transform", *VERBS)} - {"stage options"}
+
+
+@pytest.mark.parametrize("verb", ["transform", *(v for v in VERBS if "stage options" not in v and "capture" not in v)])
+def test_what_is_no_module_is_named(verb: str) -> None:
+    folder: Any = "lte-model"
+    with pytest.raises(ConfigError, match=r"the model is 'lte-model', a str; expected an nn\.Module"):
+        VERBS.get(verb, transform)(folder)
 
 
 def prepared(name: str, verb: str) -> nn.Module:
