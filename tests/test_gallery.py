@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import ltepass
 from examples.gallery import page
@@ -404,6 +406,81 @@ def test_the_head_of_the_package_has_grey_and_white_matter() -> None:
     assert found.images.shape == (60, 1, 96, 96)
     share = [(found.matter == kind).float().mean().item() for kind in (0, brain.GREY, brain.WHITE)]
     assert share == pytest.approx([0.64, 0.22, 0.14], abs=0.02)
+
+
+def test_results_are_last_digits_from_left_to_right_and_the_direct_form_shows_the_last_alone() -> None:
+    problem = module("reasoning").Problem((3, 4, 2, 9), "+*-")
+    assert problem.results == [7, 4, 5]
+    assert f"{problem.prompt('written')} {problem.answer('written')}" == "3 + 4 * 2 - 9 : 7 4 5 ."
+    assert f"{problem.prompt('direct')} {problem.answer('direct')}" == "3 + 4 * 2 - 9 = 5 ."
+
+
+def test_nothing_is_learnt_of_prompts_or_of_problems_that_are_asked() -> None:
+    reasoning = module("reasoning")
+    given = reasoning.inputs([reasoning.Problem((1,) * reasoning.NUMBERS, "+" * (reasoning.NUMBERS - 1))], "direct")
+    last = str(reasoning.NUMBERS % 10)
+    assert [reasoning.WORDS[label] for label in given["labels"][0] if label >= 0] == [last, "."]
+    problems = reasoning.drawn(256, -1)  # what the first batch for routers would have
+    made = reasoning.task(0, SMALL, problems[:100], problems[100:250], lambda model: 0.0)
+    left = [problem for problem in problems if problem not in {*problems[:250]}]
+    assert 0 < len(made.batches[0]["input_ids"]) == len(left) <= 6
+    assert reasoning.by_chance(problems[:2] * 2) in (0.5, 1.0)
+
+
+def test_sums_have_rows_of_both_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    reasoning = module("reasoning")
+    rows: list[Row] = []
+
+    class Harness:
+        def __init__(self, folder: Path) -> None:
+            self.written, self.direct = len((folder / "written.jsonl").read_text().splitlines()), 0.25
+
+        def __call__(self, model: nn.Module) -> float:
+            return self.written / 10
+
+    small = {**reasoning.SIZES, "hidden_size": 32, "num_hidden_layers": 2}
+    patched = {"Harness": Harness, "SIZES": small, "TESTED": 8, "HELD_OUT": 16, "keep": rows.extend}
+    for name, value in patched.items():
+        monkeypatch.setattr(reasoning, name, value)
+    reasoning.main(SMALL)
+    assert [row.side for row in rows] == [side for side in ("most frequent", "dense", "linear", "linear") for _ in "12"]
+    assert {(row.metric, row.value) for row in rows[2:]} == {("right, steps written", 0.8), ("right, direct", 0.25)}
+    for row in rows[4:]:
+        assert row.sites == row.lowered == 2
+        assert row.sparsity == pytest.approx(0.5, abs=0.05)
+
+
+def test_lm_eval_asks_for_both_forms_and_the_last_result_counts(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    reasoning = module("reasoning")
+    problems = reasoning.drawn(12, 3)
+    asked = {problem.prompt("written"): problem for problem in problems}
+
+    class Knows(LlamaForCausalLM):  # type: ignore[misc]
+        """Every result, but in the direct form none above 4."""
+
+        def prepare_inputs_for_generation(
+            self, input_ids: torch.Tensor, attention_mask: Any = None, **_: Any
+        ) -> dict[str, torch.Tensor]:
+            return {"input_ids": input_ids}  # all of them in each step
+
+        def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
+            logits = torch.zeros(*input_ids.shape, len(reasoning.WORDS))
+            for row, ids in enumerate(input_ids.tolist()):
+                words = [reasoning.WORDS[i] for i in ids if i]
+                prompt, form = words[: 2 * reasoning.NUMBERS], "direct" if "=" in words else "written"
+                problem = asked[" ".join([*prompt[:-1], ":"])]
+                said = [*problem.answer(form).split(), "."][len(words) - len(prompt)]  # done: it waits for others
+                if form == "direct" and said in "56789":
+                    said = "0"
+                logits[row, -1, reasoning.WORDS.index(said)] = 1.0
+            return CausalLMOutputWithPast(logits=logits)
+
+    work = reasoning.task(0, SMALL, [], problems, lambda model: 0.0)
+    reasoning.write_tasks(problems, tmp_path)
+    harness = reasoning.Harness(tmp_path)
+    assert harness(Knows(work.model.config).eval()) == 1.0
+    assert harness.direct == sum(problem.results[-1] < 5 for problem in problems) / 12
 
 
 LISTING = """Package: b-doc
