@@ -9,7 +9,7 @@ import ltepass
 from ltepass.commands.load import load, require_device, tokenizer_of
 from ltepass.errors import ConfigError
 from ltepass.exporting.folder import ABOUT
-from ltepass.routed.routed import state_of
+from ltepass.routed.routed import is_transformed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,7 +33,7 @@ def generate(
     if exported:
         return _exported(Path(folder), tokenizer, prompt, new_tokens)
     model = load(folder, device)
-    if state_of(model) is None:
+    if not is_transformed(model):
         raise ConfigError(f"{folder} holds no routers; expected what `ltepass train {folder} TEXT` writes")
     if sparsity is not None:
         ltepass.set_sparsity(model, sparsity)
