@@ -76,7 +76,8 @@ def _column(
     ltepass.set_mode(model, "hard")
     with counting_inactive(Routed.trained(model, "eval")) as shares:
         cells |= _quality(model, dense, blocks, "perplexity, hard mode")
-    cells["inactive neurons, per site min / mean / max"] = Cell(span(list(shares().values())), shares())
+    inactive = shares()
+    cells["inactive neurons, per site min / mean / max"] = Cell(span(list(inactive.values())), inactive)
     cells |= _repetition(model, dense, blocks, options)
     for s, value, measured in sparsity_curve(model, blocks, options.sparsities):
         found = {"perplexity": value, "inactive": measured}

@@ -16,6 +16,8 @@ from ltepass.errors import ConfigError, first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+NEITHER = "no model directory and no model of the hub that can be reached"
+
 
 def call_by_name(name: str) -> tuple[nn.Module, object]:
     """`module:function` -> (model, example inputs or None); the function returns a model or such a pair."""
@@ -47,9 +49,6 @@ def load(name: str, device: str = "cpu", dtype: torch.dtype | None = None) -> Pr
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto").to(device).eval()
     except OSError as error:
         raise ConfigError(f"{name!r} is {NEITHER}: {first_line(error)}") from error
-
-
-NEITHER = "no model directory and no model of the hub that can be reached"
 
 
 def _require_ended(name: str) -> None:
