@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from ltepass.errors import ConfigError
 from ltepass.measure.quality import FEWEST_BLOCKS, compare, perplexity, ratio_of_perplexities, t_quantile, token_losses
@@ -21,17 +21,18 @@ T_TABLE = {7: 2.3646, 8: 2.3060, 15: 2.1314, 31: 2.0395, 63: 1.9983, 1000: 1.962
 DRAWS = 4000
 
 
-class Bigram:
+class Bigram(nn.Module):
     """The logits of the next token stand in a table: what `compare` asks of a model, and no more."""
 
     device = torch.device("cpu")
 
     def __init__(self, seed: int, like: Bigram | None = None, noise: float = 1.0) -> None:
+        super().__init__()
         drawn = 2 * torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(seed))
         self.table: Tensor = drawn if like is None else like.table + noise * drawn
         self.calls = 0
 
-    def __call__(self, input_ids: Tensor) -> Any:
+    def forward(self, input_ids: Tensor) -> Any:
         self.calls += 1
         return SimpleNamespace(logits=self.table[input_ids])
 
