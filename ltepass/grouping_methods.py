@@ -20,7 +20,9 @@ AUTO_WITH_DATA = "output_aware"
 
 @dataclass(frozen=True, kw_only=True)
 class Neurons:
-    """Of one FFN. up, gate, down: [d_ff, d_model], a row per neuron; x, h: [n_tokens, d_model or d_ff], what it saw."""
+    """Of one FFN. up, gate: [d_ff, d_model], down: [d_ff, d_out], a row per neuron; x: [n_tokens, d_model] and
+    h: [n_tokens, d_ff], what it saw.
+    """
 
     up: Tensor
     gate: Tensor | None

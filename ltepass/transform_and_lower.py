@@ -20,7 +20,7 @@ from ltepass.routed.batches import Batch
 from ltepass.routed.offloaded import require_weights
 from ltepass.routed.routed import Routed, require_whole, root_of, routers_of, state_of, unwrapped
 from ltepass.routed.undo import all_or_nothing, verb
-from ltepass.routed.which_sites import Selection, Which
+from ltepass.routed.which_sites import Match, Selection, Which
 
 if TYPE_CHECKING:
     from ltepass.kernels.weight_formats import Format
@@ -38,6 +38,7 @@ def transform(
     only: Which | None = None,
     skip: Which | None = None,
     per_site: Mapping[str, Mapping[str, int | str]] | None = None,
+    match: Match = "ffn",
 ) -> nn.Module:
     """Find the FFNs of `model`, group their neurons and insert routers, in place. Paper sections 4.1 and 4.2.
 
@@ -51,6 +52,8 @@ def transform(
         only, skip: which FFNs are gated: a site's name or a pattern ("model.layers.*.mlp"; `*` stands for dots too),
             several, or a function of the FFNSite; what is left out stays dense, and the report says so.
         per_site: settings of some sites, by name or pattern: {"model.layers.0.mlp": {"group_size": 16}}.
+        match: "ffn", or "mlp": also two linears around an activation whose output is not as wide as their input, as
+            projectors, heads and decoders of other networks are (not with inactive="low_bit").
     Returns: the model, in dense mode.
     Raises: AlreadyTransformedError, LoweredError, CaptureError, NoFFNFoundError, GroupSizeError, MetaWeightsError,
         CalibrationError, ShardedError, ConfigError (a pattern that names no site, all left out, a setting that is none
@@ -60,7 +63,7 @@ def transform(
         >>> [site.name for site in ltepass.report(model).sites]
         ['model.layers.1.mlp']
     """
-    root, selection = unwrapped(model), Selection(only=only, skip=skip, per_site=per_site)
+    root, selection = unwrapped(model), Selection(only=only, skip=skip, per_site=per_site, match=match)
 
     def work() -> nn.Module:
         _transform(root, example_inputs, config or LTEConfig(), calibration, selection)
@@ -86,6 +89,11 @@ def _transform(
     if is_lowered(model):
         raise LoweredError(
             "the model's linears are lowered; transform expects it as it was; call ltepass.unlower(model) first"
+        )
+    if selection.match == "mlp" and config.inactive == "low_bit":
+        raise ConfigError(
+            'match is "mlp" and inactive "low_bit"; expected inactive="zero" there: tiers of bits are as wide where '
+            "they end as where they begin; leave one of the two out"
         )
     if calibration is not None:
         require_weights(model, "calibration")

@@ -55,8 +55,9 @@ def warm_start(
 
     Arguments:
         model: a calibrated model, not lowered (its routers are started).
-        input_ids: [n, T] int64, or a mapping of model inputs with an attention mask, whose padding is not seen; all run
-            in one forward; as many as memory allows, and none that is kept for measuring.
+        input_ids: [n, T] int64, or another model's one input, or a mapping of model inputs with an attention mask,
+            whose padding is not seen; all run in one forward; as many as memory allows, and none that is kept for
+            measuring.
         penalty: of each neuron's change, as a share of its energy.
         on_site: called with how many sites are done and the error of the last.
     Returns: each site's error |G (W + D) - H W|^2 / |H W|^2, by name. Weights change but for routers'; mode, training
@@ -73,8 +74,7 @@ def warm_start(
     routed.require_floats("warm_start")
     if not is_calibrated(routed):
         raise CalibrationError("warm_start needs started routers; call ltepass.calibrate(model, batches) first")
-    given = {"input_ids": input_ids} if isinstance(input_ids, Tensor) else mapping_of(input_ids)
-    batch = {"use_cache": False, **given}
+    batch = input_ids if isinstance(input_ids, Tensor) else mapping_of(input_ids)
     target = None if routed.config["budget"] == "model" else float(routed.config["target_sparsity"])
     calls = _calls(routed, batch)
     errors: dict[str, float] = {}
@@ -112,13 +112,17 @@ def _by_weights(sites: list[FFNSite]) -> list[list[FFNSite]]:
     return list(groups.values())
 
 
-def _calls(routed: Routed, batch: dict[str, Any]) -> Counter[str]:
+def _calls(routed: Routed, batch: Tensor | Mapping[str, Any]) -> Counter[str]:
     """How often each site's router is called in a forward, by one of the first sequence alone: a fit waits for the last
     call.
     """
     calls: Counter[str] = Counter()
-    n = next((len(v) for v in batch.values() if isinstance(v, Tensor)), 0)
-    first = {name: v[:1] if isinstance(v, Tensor) and len(v) == n else v for name, v in batch.items()}
+    first: Tensor | dict[str, Any]
+    if isinstance(batch, Tensor):
+        first = batch[:1]
+    else:
+        n = next((len(v) for v in batch.values() if isinstance(v, Tensor)), 0)
+        first = {name: v[:1] if isinstance(v, Tensor) and len(v) == n else v for name, v in batch.items()}
     handles = [router.register_forward_hook(lambda *_, name=site.name: calls.update([name])) for site, router in routed]
     try:
         run_batches(routed.model, [first])

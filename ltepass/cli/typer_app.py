@@ -94,6 +94,7 @@ def demo(
 def inspect(
     model: Model,
     group_size: GroupSize = None,
+    match: Annotated[str, typer.Option(help="ffn, or mlp: also what is not as wide where it ends.")] = "ffn",
     json: AsJson = False,
 ) -> None:
     """Show the FFN sites that transform would find, and why other candidates are refused. Needs no weights."""
@@ -102,7 +103,7 @@ def inspect(
     from ltepass.measure.memory import peak_memory
 
     start = time.perf_counter()
-    show(inspect_model(model, group_size=group_size), json=json)
+    show(inspect_model(model, group_size=group_size, match=match), json=json)
     took = f"found in {time.perf_counter() - start:.1f} s; peak memory of the process {peak_memory() / 1e9:.2f} GB"
     typer.echo(took, err=True)
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def inspect_model(name: str, group_size: int | None = None) -> Report | str:
+def inspect_model(name: str, group_size: int | None = None, match: str = "ffn") -> Report | str:
     """The report of a transform under identity grouping. A config is enough: weights are neither read nor made.
 
     Raises NoFFNFoundError with the refusals where nothing is found.
@@ -30,7 +30,7 @@ def inspect_model(name: str, group_size: int | None = None) -> Report | str:
         model = _skeleton(name)
     if state_of(model) is None:
         config = LTEConfig(group_size=group_size or "auto", grouping="identity")
-        ltepass.transform(model, example_inputs=inputs, config=config)
+        ltepass.transform(model, example_inputs=inputs, config=config, match=match)  # type: ignore[arg-type]  # it checks
     return ltepass.report(model)
 
 

@@ -44,7 +44,7 @@ def ffn_bits(routed: Routed) -> FFNBits | None:
         all_held = sum(t.nbytes for t in everything) + sum(nbytes.values())
         read += all_held - unread(routed, site, router, nbytes, router.density)
         held += all_held - (sum(nbytes.values()) if router.tiered else 0)
-        weights += (2 if site.gate_rows is None else 3) * site.d_ff * site.d_model
+        weights += ((1 if site.gate_rows is None else 2) * site.d_model + site.d_out) * site.d_ff
     return FFNBits(8 * read / weights, 8 * held / weights)
 
 

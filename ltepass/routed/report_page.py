@@ -53,7 +53,7 @@ def _site_row(site: FFNSite, report: Report) -> tuple[str, ...]:
     return (
         site.name,
         f"{site.activation}{', gated' if site.gate is not None else ''}",
-        str(site.d_model),
+        site.width,
         str(site.d_ff),
         str(site.group_size or "-"),
         experts,

@@ -197,7 +197,7 @@ def _row(alike: Sequence[FFNSite], report: Report) -> tuple[str, ...]:
         pattern([s.name for s in alike]),
         site.kind,
         f"{site.activation}{', gated' if site.gate is not None else ''}",
-        str(site.d_model),
+        site.width,
         str(site.d_ff),
         str(site.group_size or "-"),
         str(site.n_experts) if site.group_size else "-",
@@ -216,7 +216,7 @@ def alike_sites(sites: Sequence[FFNSite], modes: dict[str, str]) -> list[list[FF
     """Sites that differ only in a layer number go into one row; order is kept."""
     rows: dict[tuple[object, ...], list[FFNSite]] = {}
     for site in sites:
-        shape = (site.kind, site.activation, site.gate is None, site.d_model, site.d_ff, site.group_size)
+        shape = (site.kind, site.activation, site.gate is None, site.width, site.d_ff, site.group_size)
         rows.setdefault((re.sub(r"\d+", "#", site.name), *shape, modes.get(site.name)), []).append(site)
     return list(rows.values())
 

@@ -30,6 +30,7 @@ def write_site(site: FFNSite) -> dict[str, Json]:
     plain = (*PATHS, "kind", "activation", "d_model", "d_ff", "group_size")
     return {
         **{f: getattr(site, f) for f in plain},
+        **({} if site.out_width is None else {"out_width": site.out_width}),
         "nodes": list(site.nodes),
         "parameters": names,
         "neurons": neurons,
@@ -52,6 +53,7 @@ def read_site(value: object, where: str = "a site", version: int | None = None) 
         activation=_activation(entry),
         d_model=entry.integer("d_model", 1),
         d_ff=entry.integer("d_ff", 1),
+        out_width=entry.integer("out_width", 1) if "out_width" in entry.rest else None,
         down_bias=entry.optional("down_bias", entry.path),
         group_size=entry.integer("group_size", 1),
         nodes=_nodes(entry),

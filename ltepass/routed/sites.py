@@ -72,6 +72,7 @@ class FFNSite:
         kind: "aligned" (a regenerated forward), "inline" (guarded hooks), "graph" (nodes in a GraphModule).
         activation: name in `ltepass.kernels.reference.ACTIVATIONS`, or the ATen op's name where no kernel knows it.
         d_model, d_ff: features of x, and neurons.
+        out_width: features of y where they are not as many as x's (`transform(match="mlp")`), else None.
         up_rows, gate_rows, down_rows: where neuron i's weights lie (a row or a column); up_bias, gate_bias likewise.
         down_bias: name of the parameter, or None.
         neurons: every parameter that has one slice per neuron, these and any other (a learned scale).
@@ -102,10 +103,20 @@ class FFNSite:
     neurons: tuple[NeuronRows, ...]
     group_size: int = 0
     nodes: tuple[str, ...] = ()  # kind "graph" only: names of x, hidden units and down in the user's graph
+    out_width: int | None = None
 
     @property
     def n_experts(self) -> int:
         return self.d_ff // self.group_size
+
+    @property
+    def d_out(self) -> int:
+        return self.out_width or self.d_model
+
+    @property
+    def width(self) -> str:
+        """As reports show it: d_model, or x's and y's."""
+        return str(self.d_model) if self.out_width is None else f"{self.d_model} to {self.out_width}"
 
     def renamed(self, rename: Callable[[str], str]) -> FFNSite:
         """The same site in a root where every module and parameter has another path."""

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Literal
 
 from ltepass.errors import ConfigError
 from ltepass.routed.sites import FFNSite, Refusal
 
 # A pattern such as "model.layers.*.mlp", several of them, or a function of the site.
 Which = str | Sequence[str] | Callable[[FFNSite], bool]
+Match = Literal["ffn", "mlp"]  # "mlp": also what is not as wide where it ends as where it begins
+MATCHES: tuple[Match, ...] = ("ffn", "mlp")
 PER_SITE = ("group_size",)  # all that a site keeps of its settings; what else there is holds for the whole model
 SHOWN = 3
 
@@ -22,8 +25,11 @@ class Selection:
     only: Which | None = None
     skip: Which | None = None
     per_site: Mapping[str, Mapping[str, int | str]] | None = None
+    match: Match = "ffn"
 
     def __post_init__(self) -> None:
+        if self.match not in MATCHES:
+            raise ConfigError(f"match is {self.match!r}; expected one of {', '.join(MATCHES)}; pass one of these")
         for argument in ("only", "skip"):
             _check_which(argument, getattr(self, argument))
         if not isinstance(self.per_site or {}, Mapping):

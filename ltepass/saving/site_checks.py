@@ -102,19 +102,19 @@ def _check_rows(tree: _Tree, site: FFNSite) -> None:
     """Rows have the sizes that the site says, and lie in the linears that it names."""
     for path, rows, bias in ((site.up, site.up_rows, site.up_bias), (site.gate, site.gate_rows, site.gate_bias)):
         if path is not None and rows is not None:
-            _check_weight(tree, site, path, rows)
+            _check_weight(tree, site, path, rows, site.d_model)
             _check_bias(tree, site, path, rows, bias)
-    _check_weight(tree, site, site.down, site.down_rows)
+    _check_weight(tree, site, site.down, site.down_rows, site.d_out)
     width = tree.parameters[site.down_rows.param].shape[site.down_rows.dim]
     if width != site.d_ff or site.down_rows.start or site.down_rows.step != 1:
         _refuse(site, f"the down projection reads {width} neurons, all of them in order")
     _check_down_bias(tree, site)
 
 
-def _check_weight(tree: _Tree, site: FFNSite, path: str, rows: NeuronRows) -> None:
+def _check_weight(tree: _Tree, site: FFNSite, path: str, rows: NeuronRows, width: int) -> None:
     weight = tree.parameters[rows.param]
-    if weight.dim() != 2 or weight.shape[1 - rows.dim] != site.d_model:
-        _refuse(site, f"{rows.param} has shape {tuple(weight.shape)}, and d_model is {site.d_model}")
+    if weight.dim() != 2 or weight.shape[1 - rows.dim] != width:
+        _refuse(site, f"{rows.param} has shape {tuple(weight.shape)}; the site says {width} features there")
     if site.kind != "graph" and not _holds(tree, path, weight):
         _refuse(site, f"{rows.param} is no parameter of {path}")
 
@@ -135,8 +135,8 @@ def _check_down_bias(tree: _Tree, site: FFNSite) -> None:
             _refuse(site, f"says nothing of the bias of {site.down}")
         return
     bias = tree.parameters.get(site.down_bias)
-    if bias is None or tuple(bias.shape) != (site.d_model,):
-        _refuse(site, f"{site.down_bias} is no bias of {site.d_model} features")
+    if bias is None or tuple(bias.shape) != (site.d_out,):
+        _refuse(site, f"{site.down_bias} is no bias of {site.d_out} features")
     if site.kind != "graph" and not _holds(tree, site.down, bias):
         _refuse(site, f"{site.down_bias} is no parameter of {site.down}")
 

@@ -29,6 +29,7 @@ from ltepass.passes.find.tied_weights import refuse_tied
 from ltepass.passes.graph.captured import Captured
 from ltepass.passes.graph.pipeline import Tier, TransformJob
 from ltepass.routed.sites import FFNSite, Refusal, site_name
+from ltepass.routed.which_sites import Match
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class FindFFN:
     def __call__(self, job: TransformJob) -> str:
         found: list[Found] = []
         for captured in job.captured:
-            here, refusals = find_in(job.model, captured, job.owner_graphs)
+            here, refusals = find_in(job.model, captured, job.owner_graphs, job.selection.match)
             found += here
             job.refusals += refusals
         kept, tied = refuse_tied(found, job.captured)
@@ -63,7 +64,7 @@ class FindFFN:
 
 
 def find_in(
-    root: nn.Module, captured: Captured, traced: dict[str, OwnerGraphs | None]
+    root: nn.Module, captured: Captured, traced: dict[str, OwnerGraphs | None], match: Match
 ) -> tuple[list[Found], list[Refusal]]:
     """Sites and near misses of one graph."""
     found: list[Found] = []
@@ -73,16 +74,16 @@ def find_in(
         if linear is None:
             continue
         with torch.device("cpu"):  # whatever torch.set_default_device says: a match runs on numbers of ours
-            match = match_down(captured.flow, linear)
-        if isinstance(match, Miss):
-            if match.near:
-                refusals.append(_refusal(captured, linear.node, match))
+            region = match_down(captured.flow, linear, match)
+        if isinstance(region, Miss):
+            if region.near:
+                refusals.append(_refusal(captured, linear.node, region))
             continue
-        site = place(root, captured, match, traced)
+        site = place(root, captured, region, traced)
         if isinstance(site, Refusal):
             refusals.append(site)
         else:
-            found.append(Found(site, captured, _products(match)))
+            found.append(Found(site, captured, _products(region)))
     return found, refusals + refuse_expert_stacks(captured) + refuse_computed_weights(captured)
 
 

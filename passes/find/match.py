@@ -37,6 +37,7 @@ from ltepass.passes.graph.node_kinds import (
     shape,
 )
 from ltepass.passes.graph.walk import breadth_first, strip_views
+from ltepass.routed.which_sites import Match
 
 __all__ = ["Miss", "Piece", "Region", "Rows", "down_rows", "match_down"]
 
@@ -81,12 +82,12 @@ def down_rows(down: Linear) -> Rows:
     return Rows(leaf=down.weight, dim=1 - down.out_dim, start=0, step=1)
 
 
-def match_down(flow: Flow, down: Linear) -> Region | Miss:
+def match_down(flow: Flow, down: Linear, match: Match = "ffn") -> Region | Miss:
     """Match the FFN whose down projection is `down`."""
     walk = _Walk()
     try:
         _walk_back(flow, down, walk)
-        return _match(flow, down, walk)
+        return _match(flow, down, walk, match)
     except MissError as e:
         seen = ", ".join(dict.fromkeys(op_name(n) or "" for n in sorted(walk.inner)))
         return Miss(
@@ -123,7 +124,7 @@ def _walk_back(flow: Flow, down: Linear, walk: _Walk) -> None:
             raise MissError(node, "size", f"more than {MAX_REGION} elementwise operations before the down projection")
 
 
-def _match(flow: Flow, down: Linear, walk: _Walk) -> Region:
+def _match(flow: Flow, down: Linear, walk: _Walk, match: Match) -> Region:
     if not walk.streams:
         raise MissError(down.node, "up", "no linear feeds this one through elementwise operations")
     if not any(is_pointwise(n) and op_name(n) not in ("to", "dropout") for n in walk.inner):
@@ -132,10 +133,9 @@ def _match(flow: Flow, down: Linear, walk: _Walk) -> Region:
     inner = tuple(sorted(walk.inner))
     check_private(walk.streams, inner, down)
     pieces, neurons = trace_rows(flow, down, walk.streams, walk.leaves, walk.scales, inner)
-    if down.width != shape(x)[-1]:
-        raise MissError(
-            down.node, "residual width", f"maps width {shape(x)[-1]} to {down.width}: a head or an adapter, not an FFN"
-        )
+    if match == "ffn" and down.width != shape(x)[-1]:
+        widths = f"maps width {shape(x)[-1]} to {down.width}: a head or an adapter, not an FFN"
+        raise MissError(down.node, "residual width", f'{widths} (match="mlp" takes it)')
     check_tokens_in(flow, down, x)
     check_output(down)
     pieces, activation = identify(flow, down, pieces, inner, walk.leaves, walk.scales)

@@ -18,7 +18,7 @@ from ltepass.passes.capture.trace_owner import OwnerGraphs, trace_owner
 from ltepass.passes.find.match import Region, Rows, down_rows
 from ltepass.passes.graph.captured import Captured
 from ltepass.passes.graph.leaves_and_linears import Linear
-from ltepass.passes.graph.node_kinds import is_movement
+from ltepass.passes.graph.node_kinds import is_movement, shape
 from ltepass.passes.graph.walk import strip_identity
 from ltepass.routed.sites import FFNSite, NeuronRows, Refusal
 
@@ -85,7 +85,8 @@ def _site(captured: Captured, region: Region, owner: str) -> FFNSite:
         gate=holder(captured, region.gate.linear) if region.gate else None,
         down=down,
         activation=region.activation,
-        d_model=region.down.width,
+        d_model=shape(region.x)[-1],
+        out_width=None if region.down.width == shape(region.x)[-1] else region.down.width,
         d_ff=region.d_ff,
         up_rows=named(region.up.rows),  # type: ignore[arg-type]
         up_bias=named(region.up.bias),

@@ -78,7 +78,7 @@ def grouping_permutation(
     group_size: int,
     seed: int,
 ) -> Tensor:
-    """up, gate: [d_ff, d_model]; down: [d_ff, d_model], one row per neuron -> [d_ff] int64, a permutation.
+    """up, gate: [d_ff, d_model]; down: [d_ff, d_out], one row per neuron -> [d_ff] int64, a permutation.
 
     sample: what the site saw, h in its present neuron order. method: one of `ltepass.grouping_methods`.
     New neuron i was neuron permutation[i]; expert e is new neurons [e * group_size, (e + 1) * group_size).

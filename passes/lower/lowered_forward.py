@@ -72,7 +72,7 @@ def plan_of(model: nn.Module, site: FFNSite) -> Plan:
 def lowered_ffn(
     router: Router, up: nn.Module, gate_linear: nn.Module | None, down: nn.Module, x: Tensor, *skipped: object
 ) -> Tensor:
-    """The whole FFN of a lowered site: x [..., d_model] -> [..., d_model]. skipped: as the plan's, now."""
+    """The whole FFN of a lowered site: x [..., d_model] -> [..., d_out]. skipped: as the plan's, now."""
     check_bypassed((up, down) if gate_linear is None else (up, gate_linear, down), skipped, *_noted(router))
     gate: tuple[Tensor | None, Tensor | None] = (None, None) if gate_linear is None else parameters_of(gate_linear)
     weights = (*parameters_of(up), *gate, *parameters_of(down))

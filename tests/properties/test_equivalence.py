@@ -20,6 +20,7 @@ from tests.typed import lte_state
 @dataclass(frozen=True)
 class Form:
     d_model: int
+    out_width: int | None  # where it is not d_model
     experts: int
     group: int
     activation: str
@@ -34,10 +35,15 @@ class Form:
     def d_ff(self) -> int:
         return self.experts * self.group
 
+    @property
+    def d_out(self) -> int:
+        return self.out_width or self.d_model
+
 
 forms = st.builds(
     Form,
     d_model=st.sampled_from([3, 8, 16, 33]),
+    out_width=st.sampled_from([None, None, 1, 5, 40]),
     experts=st.integers(1, 9),
     group=st.sampled_from([1, 3, 4, 8, 17]),
     activation=st.sampled_from([a for a in ACTIVATIONS if a != "identity"]),
@@ -60,7 +66,7 @@ class FFN(nn.Module):
         self.up = nn.Linear(d, 2 * f if form.gated and form.fused else f, bias=form.bias)
         if form.gated and not form.fused:
             self.gate = nn.Linear(d, f, bias=form.bias)
-        self.down = nn.Linear(f, d, bias=form.bias)
+        self.down = nn.Linear(f, form.d_out, bias=form.bias)
 
 
 class Plain(FFN):
@@ -84,7 +90,7 @@ def ffn_of(form: Form) -> FFN:
 
 
 class Block(nn.Module):
-    """The FFN after a norm, in a residual; `inline` puts its linears where hooks must serve them."""
+    """The FFN after a norm, in a residual where it is as wide; `inline` puts its linears where hooks serve them."""
 
     def __init__(self, form: Form) -> None:
         super().__init__()
@@ -92,7 +98,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, scale: float | None = None) -> Any:
         y = type(self.ffn).forward(self.ffn, self.norm(x)) if self.inline else self.ffn(self.norm(x))
-        return x + (y if scale is None else scale * y)
+        y = y if scale is None else scale * y
+        return x + y if y.shape == x.shape else y
 
 
 def build(form: Form, grouping: str) -> tuple[Block, nn.Module, Tensor]:
@@ -102,7 +109,7 @@ def build(form: Form, grouping: str) -> tuple[Block, nn.Module, Tensor]:
     plain = Block(form).eval()
     plain.load_state_dict(model.state_dict())
     config = ltepass.LTEConfig(group_size=form.group, grouping=grouping)
-    ltepass.transform(model, x, config)
+    ltepass.transform(model, x, config, match="ffn" if form.out_width is None else "mlp")
     for router in routers_of(model):
         router.threshold.fill_({"none": torch.inf, "some": 0.0, "all": -torch.inf}[form.active])
     return model, plain, x
