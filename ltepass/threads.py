@@ -65,11 +65,15 @@ def unshared(routers: Iterable[Shared]) -> Iterator[None]:
             router.thread = None
 
 
-def require_own(thread: int) -> None:
-    """thread: whose call has the router to itself. Not asked in a backward pass: checkpoints run forwards in there, in
-    autograd's own threads.
+def require_own(router: Shared) -> None:
+    """Raises ConcurrencyError while a call of another thread has the router to itself.
+
+    Not in a graph of Dynamo's, nor in a backward pass: checkpoints run forwards in there, in autograd's own threads.
     """
-    if thread != threading.get_ident() and torch._C._current_graph_task_id() == -1:
+    if torch.compiler.is_compiling():  # first, so that no graph is guarded by who calls
+        return
+    thread = router.thread  # once: that call may end meanwhile
+    if thread is not None and thread != threading.get_ident() and torch._C._current_graph_task_id() == -1:
         raise interfered()
 
 

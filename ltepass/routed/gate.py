@@ -72,8 +72,7 @@ def gate(router: Router, h: Tensor, logits: Tensor | None) -> Tensor:
     if isinstance(h, torch.fx.Proxy):  # a GraphModule is traced again when it is pickled: one node stays one node
         return h.tracer.create_proxy("call_function", gate, (router, h, logits), {})
     soft = router.mode == "soft"
-    if router.thread is not None and not torch.compiler.is_compiling():
-        require_own(router.thread)
+    require_own(router)
     if router.observer is not None:
         router.observer(h)
     if router.watched:

@@ -53,8 +53,7 @@ class Observer(ABC):
 
     def _count(self, seen: Tensor) -> None:
         """Before the router: its input is looked at, and its tokens are counted."""
-        if self.router.thread is not None:  # before the router itself asks: what is seen here would be kept
-            require_own(self.router.thread)
+        require_own(self.router)  # before the router itself does: what is seen here would be kept
         x = tokens_of(self.router, seen)
         self.tokens += len(x)
         self.on_input(x)

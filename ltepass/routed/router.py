@@ -155,8 +155,7 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> Tensor | None:
         """x: [..., d_model] any float dtype -> logits [..., n_experts] fp32; None in dense mode, which needs none."""
         mode = self.mode
-        if self.thread is not None and not torch.compiler.is_compiling():
-            require_own(self.thread)
+        require_own(self)
         if mode == "dense":
             return None
         if torch.is_autocast_enabled(x.device.type):

@@ -141,8 +141,7 @@ def _turns(sites: Sequence[InlineSite], owner: nn.Module) -> list[int]:
     routers: list[Router] = [owner.get_submodule(site.router) for site in sites]  # type: ignore[misc]
     turns = [router.turns for router in routers]
     for router in routers:
-        if router.thread is not None:
-            require_own(router.thread)
+        require_own(router)
     return turns
 
 

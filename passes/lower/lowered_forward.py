@@ -112,8 +112,7 @@ def lowered_call(
 ) -> Tensor:
     """The op on whole parameters, each read as the router's plan says."""
     int8, plan = router.int8, router.plan  # both before it is asked whether a call exchanges them now
-    if router.thread is not None and not torch.compiler.is_compiling():
-        require_own(router.thread)
+    require_own(router)
     if not isinstance(plan, Plan):  # unlowered by another thread since this forward began
         raise interfered()
     if router.watched:
