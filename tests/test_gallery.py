@@ -95,11 +95,20 @@ class Sum(nn.Module):
         return said.new_zeros(dim_size, said.shape[1]).index_add(0, at, said)
 
 
+# A licence line; an animal with two words, and pointers to and from it; a member of a group; one of another kind.
+NOUNS = """  1 This software and database is being provided to you
+00000100 05 n 02 animal 0 beast 0 002 ~ 00000200 n 0000 @ 00000400 n 0000 | a living organism
+00000200 05 n 01 lion 0 003 @ 00000100 n 0000 #m 00000300 n 0000 + 00000500 a 0101 | a | cat
+00000300 05 n 0a a 0 b 0 c 0 d 0 e 0 f 0 g 0 h 0 i 0 j 0 002 @ 00000100 n 0000 %m 00000200 n 0000 | genus
+00000400 03 n 01 being 0 001 ~ 00000100 n 0000 | what is
+"""
+
+
 def knowledge() -> Any:
     graph, pairs = module("knowledge_graph"), torch.cartesian_prod(torch.arange(5), torch.arange(2))
     tails = (pairs.sum(1) + 1) % 5
     some = torch.cat([torch.cat([pairs, tails[:, None]], 1), torch.tensor([[0, 0, 3], [0, 1, 4]])])
-    return graph.Triples(torch.cat([some, graph.inverse(some, 2)]), some[3:6], some[:3], 5, 2)
+    return graph.Triples.of("five entities", (some, some[3:6], some[:3]), 5, 2)
 
 
 def triples_task() -> Task:
@@ -289,6 +298,13 @@ def test_what_is_asked_for_is_not_gathered_in_training_in_either_direction(monke
     pairs, turned = asked[:, :2].tolist(), graph.inverse(triples.training, 2)
     both = zip(triples.training.tolist(), turned.tolist(), strict=True)
     assert kept.tolist() == [one for one, other in both if one[:2] not in pairs and other[:2] not in pairs]
+
+
+def test_wordnets_pointers_stay_among_one_kind_and_have_no_inverse() -> None:
+    graph = module("knowledge_graph")
+    names, triples = graph.pointers(NOUNS.splitlines(), "05")
+    assert names == ["00000100", "00000200", "00000300"]
+    assert triples.tolist() == [[1, 0, 0], [1, 2, 2], [2, 0, 0]]
 
 
 def test_ranks_leave_out_other_right_answers() -> None:

@@ -38,9 +38,9 @@ def task_table(rows: Sequence[Row]) -> list[str]:
         "| example | data | model | metric | beside | dense | " + " | ".join(heads) + " | lowered | seeds | s a seed |",
         "|---" * (9 + len(columns)) + "|",
     ]
-    for example, model, metric in dict.fromkeys((row.example, row.model, row.metric) for row in rows):
-        mine = [row for row in rows if (row.example, row.model, row.metric) == (example, model, metric)]
-        data = mine[0].data
+    for key in dict.fromkeys((row.example, row.data, row.model, row.metric) for row in rows):
+        mine = [row for row in rows if (row.example, row.data, row.model, row.metric) == key]
+        example, data, model, metric = key
         others = [row for row in mine if row.side not in ("dense", *ROUTERS)]
         beside = f"{others[0].side}: {spread(others)}" if others else ""
         dense = [row for row in mine if row.side == "dense"]
@@ -73,10 +73,10 @@ def calibrated_table(rows: Sequence[Row]) -> list[str]:
     columns = [(router, target) for router in ROUTERS for target in (0.5, 0.8)]
     heads = [f"{router} {target:.0%}" for router, target in columns]
     table = ["| example, calibrated alone | " + " | ".join(heads) + " |", "|---" * (1 + len(columns)) + "|"]
-    for example, metric in dict.fromkeys((row.example, row.metric) for row in rows):
-        mine = [row for row in rows if (row.example, row.metric) == (example, metric)]
+    for example, data, metric in dict.fromkeys((row.example, row.data, row.metric) for row in rows):
+        mine = [row for row in rows if (row.example, row.data, row.metric) == (example, data, metric)]
         cells = [spread([row for row in mine if (row.side, row.target) == column]) for column in columns]
-        table.append(f"| {example}, {metric} | {' | '.join(cells)} |")
+        table.append(f"| {example}, {data}, {metric} | {' | '.join(cells)} |")
     return table
 
 

@@ -87,7 +87,7 @@ def _on(threads: int, sides: Sequence[Side], text: Text, *, model: str, rounds: 
         ids = text.ids[: text.prompt_tokens + text.tokens]
         facts = [
             worker.ask(partial(Seat.facts, ids=ids, prompt_tokens=text.prompt_tokens, blocks=text.blocks))
-            for worker in opened
+            for worker in steps("perplexity of sides" if len(text.blocks) else "bytes of sides", opened)
         ]
     here = replace(here, threads=threads)
     return [

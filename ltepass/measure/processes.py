@@ -21,6 +21,7 @@ from ltepass.errors import LTEError
 from ltepass.measure.machine import gemm_rate
 from ltepass.measure.memory import resident
 from ltepass.measure.sides.side import Facts, Side
+from ltepass.progress import steps
 
 REST = 0.02  # seconds
 PATIENCE = 10  # seconds that a process may take to end
@@ -68,7 +69,7 @@ def workers(sides: Sequence[Side], *, threads: int, length: int) -> Iterator[lis
     """One for each side, all loaded; they end with the block."""
     with ExitStack() as stack:
         opened = []
-        for side in sides:
+        for side in steps("loading sides", sides):
             opened.append(Worker(side, threads=threads, length=length))
             stack.callback(opened[-1].close)
             opened[-1].ask(Seat.memory)  # one loads after the other
