@@ -140,8 +140,9 @@ def lowered_equal(model: nn.Module, inputs: Inputs) -> tuple[float, int]:
     """Share of inputs to which lowered answers as hard eager does, and how many sites were lowered.
 
     On what it gets in eager each lowered FFN has to answer as it does there (AssertionError), but for tokens with a
-    score within rounding of its threshold, at most one in a hundred without repetitions: thresholds are placed at
-    scores. A whole model's answer need not: rounding in one FFN may bring a score of the next over its threshold.
+    score within rounding of its threshold, at most two and one in a hundred without repetitions: a threshold is placed
+    between two scores. A whole model's answer need not be eager's: rounding in one FFN may bring a score of the next
+    over its threshold.
     """
     calls: list[tuple[str, Any, Any, Tensor]] = []
     routed = Routed.of(model, "lowered_equal")
@@ -160,7 +161,7 @@ def lowered_equal(model: nn.Module, inputs: Inputs) -> tuple[float, int]:
         near = torch.stack([at_threshold(logits[s.name].pop(0), r) for s, r in routed if s.owner == name]).any(0)
         apart = (first(owners[name](*args, **kwargs)) - answer).abs().flatten(0, -2)[~near]
         kinds = len(answer.flatten(0, -2)[near].round(decimals=4).unique(dim=0))  # one may be there many times
-        assert kinds <= 1 + len(near) // 100, f"{kinds} of {len(near)} tokens have a score at its threshold"
+        assert kinds <= 2 + len(near) // 100, f"{kinds} of {len(near)} tokens have a score at its threshold"
         gap = apart.max() / answer.abs().max()
         assert gap <= TOLERANCE, f"a lowered {type(owners[name]).__name__} is {gap:.1e} from hard eager; see TOLERANCE"
     found = model(**inputs)[0]
