@@ -38,6 +38,6 @@ def split(weights: Tensor, high: Codes | None = None) -> tuple[Codes, Codes]:
     return high, Codes(pack(codes.flatten(-2)), multipliers.to(torch.uint8), step)
 
 
-def dequantise(codes: Codes, d: int) -> Tensor:
-    """fp32 [k, f, d]."""
-    return (integers(codes.codes, codes.multipliers) * codes.scales.double()[..., None]).float()[..., :d]
+def dequantise(codes: Codes, d: int, wide: torch.dtype = torch.float32) -> Tensor:
+    """[k, f, d] fp32; in fp64 to the last bit."""
+    return (integers(codes.codes, codes.multipliers) * codes.scales.double()[..., None]).to(wide)[..., :d]

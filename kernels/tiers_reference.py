@@ -67,9 +67,9 @@ def shared_ffn(
     """As `tiered_ffn`, of what was decided: best, kept: [..., f], bool, or shares of both planes and of down's high one
     from 0 to 1, as a soft gate has them.
     """
-    high, down, low = (dequantise(codes, x.shape[-1]).to(wide) for codes in planes[:3])
+    high, down, low = (dequantise(codes, x.shape[-1], wide) for codes in planes[:3])
     *rest, down_rest = low
-    seen = rounded(x).to(wide)
+    seen = rounded(x, wide)
     z = [
         F.linear(seen, weight) + _share_of(F.linear(seen, left), best) for weight, left in zip(high, rest, strict=True)
     ]
@@ -86,7 +86,7 @@ def _share_of(values: Tensor, share: Tensor) -> Tensor:
     return values.masked_fill(~share, 0.0) if share.dtype == torch.bool else values * share.to(values.dtype)
 
 
-def rounded(x: Tensor) -> Tensor:
-    """x: [..., d_model] -> fp32, what its codes stand for; the gradient is x's own."""
+def rounded(x: Tensor, wide: torch.dtype = torch.float32) -> Tensor:
+    """x: [..., d_model] -> what its codes stand for, fp32 or fp64; the gradient is x's own."""
     codes, scale = quantise_token(x.detach())
-    return codes * scale[..., None] + (x.float() - x.detach().float())
+    return codes * scale[..., None].to(wide) + (x.float() - x.detach().float())

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -35,8 +35,13 @@ def threads_as_before() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+# A hidden unit that is little beside the products it sums up: the judge has to be exact.
+CANCELLED = Recipe(T=40, d_model=16, n_experts=1, group_size=1, bias=False, size=30.0, seed=869)
+
+
 @examples(60)
 @given(recipes, shares)
+@example(CANCELLED, SHARES[0])
 def test_any_shape(recipe: Recipe, some: tuple[float, float]) -> None:
     args = make(recipe, *some)
     assert_values(args, op(*args))
