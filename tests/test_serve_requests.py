@@ -94,6 +94,15 @@ def test_another_content_type_is_refused(port: int, model: str, kind: str | None
     assert ask(port, path, body, f"{JSON}; charset=utf-8")[0] == 200
 
 
+def test_the_list_of_models_names_what_is_served(port: int, model: str) -> None:
+    """A client's first question; transformers' own list fails where the hub's cache is not there."""
+    path, body = good(model)
+    assert ask(port, path, body)[0] == 200
+    status, text = ask(port, "/v1/models", None, method="GET")
+    assert status == 200, text
+    assert [(one["id"], one["object"]) for one in json.loads(text)["data"]][:1] == [(model, "model")]
+
+
 def test_another_method_is_refused(port: int) -> None:
     assert_refused(*ask(port, CHAT, None, method="GET"))
 

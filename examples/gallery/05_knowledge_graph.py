@@ -6,7 +6,7 @@ What is said of an entity is gathered by torch_geometric's aggregations at three
 2022): relations that lead to it, entities at their other ends, and both together. A transformer layer makes the entity
 of these and of its own vector; another makes a query of an entity and a relation, which is compared with all entities.
 Filters and ranks are pykeen's, and so are the smaller set, members of a people and their kinship, and the model that
-rows are set beside, ComplEx. The larger set is what WordNet says of animals (Debian's package wordnet-base).
+rows are set beside, ComplEx. The larger set is what WordNet says of places (Debian's package wordnet-base).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WIDTH, SHARE = 64, 0.25  # of vectors; of triples that are gathered from in a st
 HITS = "filtered Hits@10"
 EPOCHS = 200  # of ComplEx
 NOUNS = Path("/usr/share/wordnet/data.noun")
-ANIMALS = "05"  # WordNet's number of nouns for animals
+PLACES = "15"  # WordNet's number of nouns for them
 # What a synset is a kind, an instance, a member, a part or a substance of. The inverse pointers, which the same file
 # holds, would give the answers away.
 POINTERS = ("@", "@i", "#m", "#p", "#s")
@@ -69,14 +69,14 @@ def kinships() -> Triples:
 
 
 def wordnet() -> Triples:
-    """7,500 animals and kinds of animals, with what each is a kind, a member or a part of."""
+    """3,200 places and kinds of places, with what each is an instance, a kind or a part of."""
     if not NOUNS.exists():
         raise FileNotFoundError(f"{NOUNS} is not there; expected WordNet's nouns; apt-get install wordnet-base")
-    names, triples = pointers(NOUNS.read_text().splitlines(), ANIMALS)
+    names, triples = pointers(NOUNS.read_text().splitlines(), PLACES)
     mixed = triples[torch.randperm(len(triples), generator=torch.Generator().manual_seed(0))]
     tenth = len(mixed) // 10
     parts = (mixed[2 * tenth :], mixed[:tenth], mixed[tenth : 2 * tenth])
-    return Triples.of("wordnet-base: animals", parts, len(names), len(POINTERS))
+    return Triples.of("wordnet-base: places", parts, len(names), len(POINTERS))
 
 
 def pointers(lines: Iterable[str], kind: str) -> tuple[list[str], Tensor]:
@@ -224,7 +224,7 @@ def complex_of(triples: Triples, seed: int, epochs: int = EPOCHS) -> tuple[float
         loss="CrossEntropyLoss",
         training_loop="LCWA",
         training_kwargs={"num_epochs": epochs, "batch_size": 256, "use_tqdm": False},
-        optimizer_kwargs={"lr": 3e-3},
+        optimizer_kwargs={"lr": 1e-2},
         evaluation_kwargs={"use_tqdm": False},
         random_seed=seed,
         device="cpu",

@@ -82,7 +82,7 @@ def _on(threads: int, sides: Sequence[Side], text: Text, *, model: str, rounds: 
         token = _turns(opened, text.prompt, text.timed, rounds, lambda: passes.extend(_read_speeds(ours)))
         load = [worker.ask(Seat.load_seconds) for worker in opened]
         memory = [worker.ask(Seat.memory) for worker in opened]
-        prefill = _turns(opened, text.prefill, text.prefill[:1], rounds)
+        prefill = _turns(opened, text.prefill, text.prefill[:1], rounds, warm=True)
         here = Environment.here(run, bandwidth=statistics.median(passes), flops=ours.ask(Seat.gemm_rate))
         ids = text.ids[: text.prompt_tokens + text.tokens]
         facts = [
@@ -152,14 +152,23 @@ def _whose_weights(opened: Sequence[Worker]) -> Worker:
 
 
 def _turns(
-    opened: Sequence[Worker], prompt: Tensor, tokens: Tensor, rounds: int, after: Callable[[], object] = tuple
+    opened: Sequence[Worker],
+    prompt: Tensor,
+    tokens: Tensor,
+    rounds: int,
+    after: Callable[[], object] = tuple,
+    *,
+    warm: bool = False,
 ) -> list[list[list[float]]]:
-    """The seconds of each counted call of each side. after: what ends a counted round."""
+    """The seconds of each counted call of each side. after: what ends a counted round. warm: another call goes before
+    each of them, for sides that are more than memory together: their weights were read from the disk again.
+    """
     calls: list[list[list[float]]] = [[] for _ in opened]
     n = len(opened)
     for turn in steps(f"turns of {n} sides, {len(tokens)} tokens each", range(n * (1 + rounds))):
         counted, i = turn >= n, (turn // n + turn) % n
-        times = opened[i].ask(partial(Seat.times, prompt=prompt, tokens=tokens))
+        for _ in range(2 if warm and counted else 1):
+            times = opened[i].ask(partial(Seat.times, prompt=prompt, tokens=tokens))
         if counted:
             calls[i].append(times)
         if counted and turn % n == n - 1:

@@ -3,7 +3,8 @@
     request -> parsed and checked (request_schema.py) -> transformers' handler -> answer, errors in OpenAI's form
 
 transformers answers some bad requests by 500, and others, once a stream has begun, by 200: an error that reaches the
-handler becomes a 4xx here, and a stream's status is held back until its first words are there.
+handler becomes a 4xx here, and a stream's status is held back until its first words are there. Its list of models is
+that of the hub's cache, and an error without one; here it begins with what is served.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
+from huggingface_hub import CacheNotFound
 from pydantic import ValidationError
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ltepass.serving.request_schema import MOST_TOKENS, SCHEMAS, BadRequestError, parsed, refused
@@ -97,6 +101,9 @@ class CheckedRequests:
             return await self.app(scope, receive, send)
         answer = _Answer(send)
         try:
+            if scope["method"] == "GET" and scope["path"] == "/v1/models":
+                found = await run_in_threadpool(self.models)  # a large cache takes seconds
+                return await JSONResponse({"object": "list", "data": found})(scope, receive, send)
             if scope["method"] == "POST" and scope["path"] in SCHEMAS:
                 receive = _again(self.checked(scope, await _body(receive)), receive)
             await self.app(scope, receive, answer.send)
@@ -105,6 +112,16 @@ class CheckedRequests:
             await answer.refuse(error.status, str(error), error.param)
         except Exception as error:
             await answer.fail(error)
+
+    def models(self) -> list[dict[str, str | int]]:
+        """In OpenAI's form: what is loaded, by the name that a request gives it, then what the hub's cache holds."""
+        loaded = [name.removesuffix("@main") for name in self.manager.loaded_models]
+        try:
+            cached = self.manager.get_gen_models()
+        except CacheNotFound:
+            cached = []
+        ours = [{"id": name, "object": "model", "created": 0, "owned_by": "ltepass"} for name in loaded]
+        return [*ours, *(model for model in cached if model["id"] not in loaded)]
 
     def checked(self, scope: Scope, body: bytes) -> bytes:
         """The request with the schema's types: 1 where a number may have digits is 1.0. Raises BadRequestError."""
