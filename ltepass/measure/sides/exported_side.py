@@ -54,10 +54,11 @@ class _ExportedEngine:
         about, sparse = self._decoder.about, self._sparse(ids, prompt_tokens)
         names = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}
         plain, head = names[about.dtype], about.head or about.linears or about.dtype
+        half = bool(sparse) and about.linears != "int8"  # no sparse op reads 4 bits: FFNs are as they were
         layers, _, _, heads, _, size = about.cache
         return Facts(
             how="exported, greedy" + ("" if about.cache_dtype == about.dtype else f", cache {about.cache_dtype}"),
-            format=plain if about.linears is None else f"{plain}, linears {about.linears}" if sparse else about.linears,
+            format=plain if about.linears is None else f"{plain}, linears {about.linears}" if half else about.linears,
             head=names.get(head, head),
             weight_bytes=about.token_bytes + sparse.get("active", 1.0) * about.gated_bytes,
             held_bytes=sum(tensor.nbytes for tensor in self._decoder.weights),
