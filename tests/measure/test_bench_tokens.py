@@ -183,11 +183,11 @@ def test_the_page_sets_our_rows_beside_llama_cpps_in_the_same_format(calls: list
         next(line for line in shown if line.startswith(f"| {s} |")) for s in ("ltepass", "llama.cpp")
     )
     assert "| 50% (linear, experts of 8) |" in ours_row
-    assert "| 0.87 (0.7) | 3.00x (1.4) |" in ours_row
+    assert "| 0.87 (0.7) | 3.00x of 3.43x (1.4) |" in ours_row
     assert "| 0.22 | - |" in theirs_row
     assert "99.00" not in "".join(shown)
-    assert "0.75x (1.15)" in next(line for line in shown if line.startswith("| ltepass, dense |"))
-    assert "1.25x (1.15)" in next(line for line in shown if line.startswith("| ltepass, exported |"))
+    assert "0.75x of 3.43x (1.15)" in next(line for line in shown if line.startswith("| ltepass, dense |"))
+    assert "1.25x of 2.86x (1.15)" in next(line for line in shown if line.startswith("| ltepass, exported |"))
     assert "(1.15)" not in next(line for line in shown if line.startswith("| transformers |")), "it is not ours"
 
 
