@@ -1,6 +1,6 @@
 """Knowledge graphs: entities from semantic evidence, as SE-GNN has them, with transformer layers, dense and routed.
 
-python -m examples.gallery.05_knowledge_graph          about three minutes of one core a seed
+python -m examples.gallery.05_knowledge_graph          about ten minutes of one core a seed
 
 What is said of an entity is gathered by torch_geometric's aggregations at three levels, as in SE-GNN (Li et al., AAAI
 2022): relations that lead to it, entities at their other ends, and both together. A transformer layer makes the entity
