@@ -19,9 +19,7 @@ from typing import TYPE_CHECKING
 from huggingface_hub import CacheNotFound
 from pydantic import ValidationError
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ltepass.serving.request_schema import MOST_TOKENS, SCHEMAS, BadRequestError, parsed, refused
@@ -33,6 +31,7 @@ if TYPE_CHECKING:
 
 MOST_BYTES = 32 << 20  # of a request
 STREAM = "text/event-stream"
+Listed = dict[str, str | int]  # a model, as OpenAI's list has it
 ASKED: ContextVar[bool] = ContextVar("ASKED", default=False)  # whether this request says how long its answer may be
 OF_THE_REQUEST = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
@@ -47,6 +46,7 @@ def checked_server() -> Iterator[None]:
     methods = [(cls, name, getattr(cls, name)) for cls in (GenerateManager, CBGenerateManager) for name in names]
 
     def build_checked(manager: ModelManager, *args: object, **kwargs: object) -> Starlette:
+        manager.get_gen_models = functools.partial(_models, manager, manager.get_gen_models)
         app: Starlette = build(manager, *args, **kwargs)
         app.add_middleware(CheckedRequests, manager=manager)
         return app
@@ -60,6 +60,16 @@ def checked_server() -> Iterator[None]:
         server.build_server = build
         for cls, name, method in methods:
             setattr(cls, name, method)
+
+
+def _models(manager: ModelManager, cached: Callable[[], list[Listed]]) -> list[Listed]:
+    """What is loaded, by the name that a request gives it, then what the hub's cache holds."""
+    loaded = [name.removesuffix("@main") for name in manager.loaded_models]
+    try:
+        others = [model for model in cached() if model["id"] not in loaded]
+    except CacheNotFound:
+        others = []
+    return [*({"id": name, "object": "model", "created": 0, "owned_by": "ltepass"} for name in loaded), *others]
 
 
 def _within_context(generate: Callable[..., object]) -> Callable[..., object]:
@@ -101,9 +111,6 @@ class CheckedRequests:
             return await self.app(scope, receive, send)
         answer = _Answer(send)
         try:
-            if scope["method"] == "GET" and scope["path"] == "/v1/models":
-                found = await run_in_threadpool(self.models)  # a large cache takes seconds
-                return await JSONResponse({"object": "list", "data": found})(scope, receive, send)
             if scope["method"] == "POST" and scope["path"] in SCHEMAS:
                 receive = _again(self.checked(scope, await _body(receive)), receive)
             await self.app(scope, receive, answer.send)
@@ -112,16 +119,6 @@ class CheckedRequests:
             await answer.refuse(error.status, str(error), error.param)
         except Exception as error:
             await answer.fail(error)
-
-    def models(self) -> list[dict[str, str | int]]:
-        """In OpenAI's form: what is loaded, by the name that a request gives it, then what the hub's cache holds."""
-        loaded = [name.removesuffix("@main") for name in self.manager.loaded_models]
-        try:
-            cached = self.manager.get_gen_models()
-        except CacheNotFound:
-            cached = []
-        ours = [{"id": name, "object": "model", "created": 0, "owned_by": "ltepass"} for name in loaded]
-        return [*ours, *(model for model in cached if model["id"] not in loaded)]
 
     def checked(self, scope: Scope, body: bytes) -> bytes:
         """The request with the schema's types: 1 where a number may have digits is 1.0. Raises BadRequestError."""
