@@ -112,12 +112,12 @@ def _by_weights(sites: list[FFNSite]) -> list[list[FFNSite]]:
     return list(groups.values())
 
 
-def _calls(routed: Routed, batch: Tensor | Mapping[str, Any]) -> Counter[str]:
+def _calls(routed: Routed, batch: Tensor | Mapping[str, object]) -> Counter[str]:
     """How often each site's router is called in a forward, by one of the first sequence alone: a fit waits for the last
     call.
     """
     calls: Counter[str] = Counter()
-    first: Tensor | dict[str, Any]
+    first: Tensor | dict[str, object]
     if isinstance(batch, Tensor):
         first = batch[:1]
     else:

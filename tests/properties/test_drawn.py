@@ -48,7 +48,7 @@ def reloaded(model: Decoder) -> nn.Module:
     form, dtype = model.form, model.block.ffn.down.weight.dtype
     fresh = Decoder(form).to(dtype).eval()
     config = ltepass.LTEConfig(group_size=form.group, grouping="identity")
-    ltepass.transform(fresh, torch.randn(1, 2, form.d_model, dtype=dtype), config)
+    ltepass.transform(fresh, torch.randn(1, 2, form.d_model, dtype=dtype), config, match=form.match)
     fresh.load_state_dict(model.state_dict())
     ltepass.set_mode(fresh, "hard")
     return fresh
@@ -154,7 +154,8 @@ def by_hand(model: Decoder, x: Tensor, extra: float) -> tuple[Tensor, Tensor]:
     else:
         h = up * act(nn.functional.linear(z, ffn.gate.weight, ffn.gate.bias))
     h = h * active.repeat_interleave(form.group, -1).to(h)
-    return x + (nn.functional.linear(h, ffn.down.weight, ffn.down.bias) + extra), active
+    y = nn.functional.linear(h, ffn.down.weight, ffn.down.bias) + extra
+    return x + y if form.out_width is None else y, active
 
 
 def started(case: Case) -> tuple[Decoder, Tensor]:
@@ -162,7 +163,7 @@ def started(case: Case) -> tuple[Decoder, Tensor]:
     form = case.form
     model = Decoder(form).to(case.dtype).eval()
     x = torch.randn(*form.tokens, form.d_model).to(case.dtype)
-    ltepass.transform(model, x, ltepass.LTEConfig(group_size=form.group, grouping="identity"))
+    ltepass.transform(model, x, ltepass.LTEConfig(group_size=form.group, grouping="identity"), match=form.match)
     ltepass.set_mode(model, "hard")
     (router,) = routers_of(model)
     logits = nn.functional.linear(model.block.norm(x).float(), router.weight, router.bias).flatten().sort().values

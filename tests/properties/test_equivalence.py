@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import ltepass
 from ltepass.kernels.reference import ACTIVATIONS
 from ltepass.routed.routed import router_of, routers_of
+from ltepass.routed.which_sites import Match
 from tests.properties.trees import examples
 from tests.typed import lte_state
 
@@ -39,11 +40,15 @@ class Form:
     def d_out(self) -> int:
         return self.out_width or self.d_model
 
+    @property
+    def match(self) -> Match:
+        return "ffn" if self.out_width is None else "mlp"
+
 
 forms = st.builds(
     Form,
     d_model=st.sampled_from([3, 8, 16, 33]),
-    out_width=st.sampled_from([None, None, 1, 5, 40]),
+    out_width=st.sampled_from([None, None, 1, 5, 40]),  # none of them a d_model
     experts=st.integers(1, 9),
     group=st.sampled_from([1, 3, 4, 8, 17]),
     activation=st.sampled_from([a for a in ACTIVATIONS if a != "identity"]),
@@ -95,11 +100,12 @@ class Block(nn.Module):
     def __init__(self, form: Form) -> None:
         super().__init__()
         self.norm, self.ffn, self.inline = nn.LayerNorm(form.d_model), ffn_of(form), form.inline
+        self.residual = form.out_width is None
 
     def forward(self, x: Tensor, scale: float | None = None) -> Any:
         y = type(self.ffn).forward(self.ffn, self.norm(x)) if self.inline else self.ffn(self.norm(x))
         y = y if scale is None else scale * y
-        return x + y if y.shape == x.shape else y
+        return x + y if self.residual else y
 
 
 def build(form: Form, grouping: str) -> tuple[Block, nn.Module, Tensor]:
@@ -109,7 +115,7 @@ def build(form: Form, grouping: str) -> tuple[Block, nn.Module, Tensor]:
     plain = Block(form).eval()
     plain.load_state_dict(model.state_dict())
     config = ltepass.LTEConfig(group_size=form.group, grouping=grouping)
-    ltepass.transform(model, x, config, match="ffn" if form.out_width is None else "mlp")
+    ltepass.transform(model, x, config, match=form.match)
     for router in routers_of(model):
         router.threshold.fill_({"none": torch.inf, "some": 0.0, "all": -torch.inf}[form.active])
     return model, plain, x
