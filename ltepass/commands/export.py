@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
@@ -46,11 +45,9 @@ def export(model: str, out: Path, options: ExportOptions) -> Exported:
             ltepass.set_sparsity(loaded, options.sparsity)
         ltepass.set_mode(loaded, "hard")
     start = time.perf_counter()
-    with warnings.catch_warnings():  # of torch's own code, in copies of a traced graph
-        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
-        ltepass.export(
-            loaded, out, length=options.length, linears=options.linears, cache_dtype=dtype_of(options.cache_dtype)
-        )
+    ltepass.export(
+        loaded, out, length=options.length, linears=options.linears, cache_dtype=dtype_of(options.cache_dtype)
+    )
     seconds = time.perf_counter() - start
     tokenizer_of(model).save_pretrained(out)
     about = read_about(out)

@@ -9,6 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,6 +54,15 @@ def passes(linears: Format | None) -> tuple[Pass[GraphJob], ...]:
     return tuple(replace(p, format=linears) if isinstance(p, quantising) else p for p in EXPORT)
 
 
+@contextmanager
+def _one_warning_less() -> Iterator[None]:
+    """Of torch's own code, in copies of a traced graph."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
+        yield
+
+
+@_one_warning_less()
 def export_model(
     model: nn.Module,
     folder: Path,
