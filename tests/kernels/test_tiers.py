@@ -37,11 +37,14 @@ def threads_as_before() -> Iterator[None]:
 
 # A hidden unit that is little beside the products it sums up: the judge has to be exact.
 CANCELLED = Recipe(T=40, d_model=16, n_experts=1, group_size=1, bias=False, size=30.0, seed=869)
+# One that the low planes make much larger.
+GROWN = Recipe(T=2, d_model=200, n_experts=3, group_size=1, bias=False, size=30.0, seed=180)
 
 
 @examples(60)
 @given(recipes, shares)
 @example(CANCELLED, SHARES[0])
+@example(GROWN, SHARES[0])
 def test_any_shape(recipe: Recipe, some: tuple[float, float]) -> None:
     args = make(recipe, *some)
     assert_values(args, op(*args))

@@ -49,12 +49,15 @@ def judge(args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     logits = proxy_reference.scores(*c.deciding)
     given = (c.x, logits, c.threshold, c.floor, c.planes, c.deciding.activation)
     y = tiers_reference.tiered_ffn(*given, wide=torch.float64)
-    _, down, low = c.planes[:3]
-    z = 1 + proxy_reference.units(c.x, c.deciding.proxy).abs()
+    high, down, low = (planes.dequantise(codes, c.x.shape[-1], torch.float64) for codes in c.planes[:3])
+    seen = tiers_reference.rounded(c.x, torch.float64)
+    # A hidden unit of the high planes, and what it may be with the low ones.
+    units = [torch.stack([seen @ rows.mT for rows in some]) for some in (high, high + low[:-1])]
+    if c.planes.biases is not None:
+        units = [unit + c.planes.biases.double()[:, None] for unit in units]
+    z = 1 + units[0].abs().maximum(units[1].abs())
     z[0] **= 2 if c.deciding.activation == "relu2" else 1  # as it grows
-    carried = z.prod(0)
-    sizes = planes.dequantise(down, c.x.shape[-1])[0].abs() + planes.dequantise(low, c.x.shape[-1])[-1].abs()
-    terms = carried.double() @ sizes.double()
+    terms = z.prod(0) @ (down[0].abs() + low[-1].abs())
     return (y, terms) if c.down_bias is None else (y + c.down_bias.double(), terms + c.down_bias.double().abs())
 
 
