@@ -1,45 +1,54 @@
-"""What a user calls to hold a model's weights in fewer bits. torchao rounds them; nothing here does."""
+"""What a user calls to hold a model's weights in fewer bits: torchao holds them."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Iterable
 from typing import Literal, TypeVar, get_args
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ltepass import transformers_hook
+from ltepass.calibration.int4_codes import quantise_to_int4
 from ltepass.errors import ConfigError, LoweredError, MetaWeightsError
+from ltepass.kernels.weight_formats import BLOCK
 from ltepass.passes.lower.lower_model import is_lowered
 from ltepass.passes.lower.why_not_linear import is_conv1d, is_product
+from ltepass.routed.batches import Batch
 from ltepass.routed.routed import Routed, is_transformed, require_whole, unwrapped
 from ltepass.routed.sites import is_ordinary
-from ltepass.routed.torchao_weights import int8_config, torchao
+from ltepass.routed.torchao_weights import config_of, int4_weight, torchao
 from ltepass.routed.undo import all_or_nothing
 
 METHOD = "lte"  # of transformers' quantiser that is ours
 log = logging.getLogger("ltepass")
 Model = TypeVar("Model", bound=nn.Module)
-Weights = Literal["int8"]
+Weights = Literal["int8", "int4"]
 
 
-def quantize(model: Model, weights: Weights = "int8") -> Model:
-    """Hold the weights of linears as codes, in place: a quarter of fp32's bytes, in memory and in a saved folder.
+def quantize(model: Model, weights: Weights = "int8", calibration: Iterable[Batch] | None = None) -> Model:
+    """Hold the weights of linears as codes, in place: a quarter or an eighth of fp32's bytes for a token to read.
 
-    torchao rounds them (`pip install 'ltepass[quantize]'`), with its `Int8WeightOnlyConfig`: a scale an output. Hard
-    mode in eager is then the model's definition; `lower` reads the same codes, and makes inputs int8 too.
-    `save_pretrained` and `ltepass.save` write the codes, and a folder loads as it was saved, bit for bit.
+    torchao holds them (`pip install 'ltepass[quantize]'`), and rounds them: int8 with a scale an output, int4 in blocks
+    of 32 inputs with the scale that loses least (HQQ), and a head in int8 there. On SmolLM2-135M int8 costs x1.007 of
+    the perplexity and int4 about x2; with text, int4 is by GPTQ (arXiv 2210.17323) and costs about x1.1: what rounding
+    loses, later inputs make up for. Eager is then the model's definition; `lower` and `export` read the same codes, and
+    make inputs int8 too. `save_pretrained` and `ltepass.save` write the codes, a byte each, and a folder loads as it
+    was saved, bit for bit.
 
     Arguments:
         model: a transformed model or a dense one, not lowered, without adapters. Routers stay in floats, as do weights
             that several modules share (a head that is tied to the embedding), embeddings, transformers' Conv1D, and
-            FFNs whose planes hold them already (inactive="low_bit").
-        weights: "int8".
+            FFNs whose planes hold them already (inactive="low_bit"); in int4, linears whose d_in is no multiple of 32.
+        weights: "int8" or "int4". No sparse op reads 4 bits: int4 is for a dense model, and for one of planes.
+        calibration: of int4: batches of token ids, or mappings of inputs, that GPTQ sees; some 8,000 tokens of text.
     Returns: the model. Quantised weights no longer learn; routers do.
     Raises: ConfigError (torchao is missing, an adapter or another quantiser holds a weight, a mask or another
-        parametrisation computes one, no linear is left to be quantised), LoweredError, MetaWeightsError, ShardedError;
-        the model is then as it was.
+        parametrisation computes one, no linear is left to be quantised, routers whose FFNs int4 would leave dense),
+        CalibrationError (a batch that is no model input, or values that are not finite), LoweredError,
+        MetaWeightsError, ShardedError; the model is then as it was.
     Example:
         >>> ltepass.set_mode(model, "hard")
         >>> ltepass.quantize(model, "int8").save_pretrained(folder)
@@ -47,31 +56,62 @@ def quantize(model: Model, weights: Weights = "int8") -> Model:
     root = unwrapped(model)
 
     def work() -> Model:
-        _quantize(root, weights)
+        _quantize(root, weights, None if calibration is None else list(calibration))
         return model
 
     return all_or_nothing(root, work)
 
 
-def _quantize(model: nn.Module, weights: Weights) -> None:
+def _quantize(model: nn.Module, weights: Weights, batches: list[Batch] | None) -> None:
     if weights not in get_args(Weights):
         raise ConfigError(f"weights is {weights!r}; expected one of {', '.join(get_args(Weights))}")
+    if batches is not None and weights != "int4":
+        raise ConfigError('calibration is given, and int8 needs none; expected weights="int4" with it')
     require_whole(model, "quantize")
-    if is_lowered(model) or (is_transformed(model) and Routed.of(model, "quantize").state.lowered):
+    routed = Routed.of(model, "quantize") if is_transformed(model) else None
+    if is_lowered(model) or (routed is not None and routed.state.lowered):
         raise LoweredError("the model is lowered; quantize expects it as it was; call ltepass.unlower(model) first")
+    if weights == "int4" and routed is not None and not routed.tiered:
+        raise ConfigError(
+            "the model has routers, and no sparse op reads 4 bits; expected a dense model, or one whose inactive "
+            'neurons keep low bits; quantise this one to "int8", or call ltepass.remove first'
+        )
     _require_plain(model)
-    chosen, left = _linears(model)
+    chosen, left = _linears(model, weights)
     if not chosen:
         reasons = "; ".join(f"{n} left: {reason}" for reason, n in left.items()) or "it has no linear"
         raise ConfigError(f"no linear of {type(model).__name__} can be quantised to {weights}: {reasons}")
-    torchao("quantization").quantize_(model, int8_config(), lambda module, _: id(module) in chosen)
+    torchao("quantization")  # before any text is read
+    head = _head(model) if weights == "int4" else None
+    _round(model, [module for module in chosen.values() if module is head], "int8")
+    others = {path: module for path, module in chosen.items() if module is not head}
+    if batches is None:
+        _round(model, others.values(), weights)
+    else:
+        quantise_to_int4(model, list(others.items()), batches, _put)
     for module in chosen.values():
         module.__dict__.pop("extra_repr", None)  # torchao's, which a model that is loaded has not
-    if is_transformed(model):
-        Routed.of(model, "quantize").state.weights = weights
+    if routed is not None:
+        routed.state.weights = weights
     else:
         transformers_hook.attach_quantised(model)
     log.info("quantize: %d linears in %s%s", len(chosen), weights, "".join(f"; {n} {why}" for why, n in left.items()))
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    """A language model's, which costs more in 4 bits than all other linears: it is held in 8."""
+    found: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
+    return found
+
+
+def _round(model: nn.Module, linears: Iterable[nn.Linear], weights: Weights) -> None:
+    held = {id(module) for module in linears}
+    if held:
+        torchao("quantization").quantize_(model, config_of(weights), lambda module, _: id(module) in held)
+
+
+def _put(linear: nn.Linear, codes: Tensor, scale: Tensor) -> None:
+    linear.weight = int4_weight(codes, scale, linear.weight.dtype)
 
 
 def _require_plain(model: nn.Module) -> None:
@@ -85,7 +125,7 @@ def _require_plain(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if "base_layer" in module._modules or "modules_to_save" in module._modules:
             raise ConfigError(
-                f"{path} carries an adapter ({type(module).__name__}), which would no longer merge into int8 codes; "
+                f"{path} carries an adapter ({type(module).__name__}), which would no longer merge into codes; "
                 "merge it first (merge_and_unload()), or quantise the model before adding it"
             )
         if isinstance(module, nn.Linear) and module._parameters.get("weight") is None:
@@ -110,19 +150,21 @@ def _computed(linear: nn.Linear) -> str:
     return f"computed of {of or 'no parameter'}; make it a parameter first (remove_spectral_norm and the like)"
 
 
-def _linears(model: nn.Module) -> tuple[dict[int, nn.Linear], Counter[str]]:
-    """The linears to quantise by their ids, and how many others are left for which reason."""
+def _linears(model: nn.Module, weights: Weights) -> tuple[dict[str, nn.Linear], Counter[str]]:
+    """The linears to quantise by their paths, and how many others are left for which reason."""
     uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     planes = _held_by_planes(model)
-    chosen, left = dict[int, nn.Linear](), Counter[str]()
+    chosen, left = dict[str, nn.Linear](), Counter[str]()
     for path, module in model.named_modules():
         weight = module._parameters.get("weight")
         if not isinstance(weight, Tensor) or not (is_product(module) or isinstance(module, nn.Linear)):
             continue
         reason = _why_not(module, weight, shared=uses[id(weight)] > 1, planes=path in planes)
+        if reason is None and weights == "int4" and weight.shape[1] % BLOCK:
+            reason = f"have a d_in that is no multiple of {BLOCK}"
         if reason is None:
             assert isinstance(module, nn.Linear)
-            chosen[id(module)] = module
+            chosen[path] = module
         else:
             left[reason] += 1
     return chosen, left

@@ -5,10 +5,10 @@
 
 SmolLM2-135M off its grid (`off_grid.py`), for its own weights come from a 4-bit file. Every point is made of it with
 the same calibration tokens, and nothing is trained: the tiers are those of `bits.py`, whose folder is taken from --work
-where that has run there. Ours are folders of `ltepass export`; llama.cpp (`pip install
-'ltepass[compare]'`) reads the same weights, and is left out where it is not installed. All take turns in one run, on
-one thread and on two. Perplexity is over dense fp32 on three texts, one of the calibration's domain and two outside it.
-Quality is kept as it is measured; times come at the end, all of them.
+where that has run there. Ours are folders of `ltepass export`; llama.cpp (`pip install 'ltepass[compare]'`) reads the
+same weights. What a library that is not installed would hold is left out. All take turns in one run, on one thread and
+on two. Perplexity is over dense fp32 on three texts, one of the calibration's domain and two outside it. Quality is
+kept as it is measured; times come at the end, all of them.
 
 Pruning is structured: the neurons that add least, by the mean square of what each writes, are gone for every token.
 """
@@ -74,6 +74,8 @@ class Point:
     def name(self) -> str:
         if self.source == "GPTQ":
             return "FFNs by GPTQ in 4 bits, int8"
+        if self.source == "int4":
+            return "linears by GPTQ in int4, head int8"
         if self.kind == "llama.cpp":
             return f"llama.cpp {self.source}"
         share = "" if self.sparsity is None else f", {self.sparsity:.0%} inactive"
@@ -87,12 +89,18 @@ FORMATS: tuple[Format | None, ...] = (None, "int8", "int4")
 PRUNED = (20,)  # percent of the neurons of each FFN
 POINTS = (
     *(Point(kind="quantised", source="dense", linears=linears) for linears in FORMATS),
+    Point(kind="quantised", source="int4", linears="int8"),
     Point(kind="quantised", source="GPTQ", linears="int8", sparsity=bits.MOST),
     *(Point(kind="llama.cpp", source=name) for name in ("F32", "BF16", "Q8_0", "Q4_1", "Q4_0")),
     *(Point(kind="pruned", source=f"pruned {percent} %", linears="int8") for percent in PRUNED),
     *(Point(kind="routed", source="proxies", linears="int8", sparsity=s) for s in (0.5, 0.7)),
     *(Point(kind="tiers", source="tiers", linears="int8", sparsity=s) for s in (0.8, 0.95)),
 )
+
+NEEDS = {
+    "llama_cpp": [point for point in POINTS if point.kind == "llama.cpp"],
+    "torchao": [point for point in POINTS if point.source == "int4"],
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +127,7 @@ def make(preset: Preset, work: Path) -> None:
     calibrated = partial(bits.calibrated_tiers, dense, calibration, work)
     written: dict[str, Callable[[Path], object]] = {
         "dense": dense.save_pretrained,
+        "int4": lambda folder: ltepass.quantize(copy.deepcopy(dense), "int4", calibration).save_pretrained(folder),
         "GPTQ": lambda folder: _low_bits_alone(calibrated()).save_pretrained(folder),
         "proxies": lambda folder: _proxies(dense, calibration).save_pretrained(folder),
         **{f"pruned {n} %": partial(_write_pruned, dense, calibration, n / 100) for n in PRUNED},
@@ -284,8 +293,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only-make", action="store_true", help="measure nothing")
     asked = parser.parse_args(arguments)
     preset = PRESETS[asked.preset]
-    if importlib.util.find_spec("llama_cpp") is None:
-        preset = replace(preset, points=tuple(p for p in preset.points if p.kind != "llama.cpp"))
+    lacking = [point for name, points in NEEDS.items() if importlib.util.find_spec(name) is None for point in points]
+    preset = replace(preset, points=tuple(point for point in preset.points if point not in lacking))
     if asked.only_make:
         make(preset, asked.work)
     else:

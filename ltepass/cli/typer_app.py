@@ -174,6 +174,9 @@ def export(
     sparsity: Annotated[float | None, typer.Option(help="Another sparsity, from the calibrated table.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as saved if none.")] = None,
     cache_dtype: Annotated[str | None, typer.Option(help="The same, of keys and values.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="With int4, of a dense model: a text file to make better codes by (GPTQ).")
+    ] = None,
     json: AsJson = False,
 ) -> None:
     """Write a folder that decodes by itself, sparse or dense: compiled graphs, weights, kernels and the tokenizer."""
@@ -185,6 +188,7 @@ def export(
         sparsity=sparsity,
         dtype=dtype,
         cache_dtype=cache_dtype,
+        text=text,
     )
     with redirect_stdout(sys.stderr):
         done = command.export(model, out, options)

@@ -35,7 +35,7 @@ from ltepass.passes.lower.why_not_linear import why_not_weight
 from ltepass.progress import tell
 from ltepass.routed.routed import Routed, is_transformed, require_whole, unwrapped
 from ltepass.routed.sites import is_ordinary
-from ltepass.routed.torchao_weights import holds_int8
+from ltepass.routed.torchao_weights import holds_codes, holds_int4, weights_of
 from ltepass.version import __version__
 
 if TYPE_CHECKING:
@@ -117,10 +117,12 @@ def _checked(model: nn.Module, linears: Format | None, cache_dtype: torch.dtype 
         routed = Routed.of(model, "export")
         require_hard(routed)
     for name, tensor in model.named_parameters():
-        reason = None if is_ordinary(tensor) else why_not_weight(tensor) if holds_int8(tensor) else "no export reads it"
+        reason = (
+            None if is_ordinary(tensor) else why_not_weight(tensor) if holds_codes(tensor) else "no export reads it"
+        )
         if reason or tensor.device.type != "cpu":
             seen = f"{name} is a {type(tensor).__name__} on {tensor.device}" + (f", and {reason}" if reason else "")
-            raise ExportError(f"{seen}; export expects floats on the CPU, or the int8 codes of ltepass.quantize")
+            raise ExportError(f"{seen}; export expects floats on the CPU, or the codes of ltepass.quantize")
     check_format(linears)
     if cache_dtype not in (None, *FLOATS):
         raise ConfigError(
@@ -145,7 +147,7 @@ def _about(step: DecoderStep, model: PreTrainedModel, linears: Format | None) ->
         cache_dtype=str(step.cache.dtype).removeprefix("torch."),
         eos=_eos(model),
         dtype=str(model.dtype).removeprefix("torch."),
-        linears=linears or ("int8" if step.codes else None),
+        linears=weights_of(model) or linears,
         token_bytes=token_bytes,
         gated_bytes=gated_bytes,
         head=_head(model, linears),
@@ -199,8 +201,9 @@ def _eos(model: PreTrainedModel) -> list[int]:
 
 def _head(model: PreTrainedModel, linears: Format | None) -> str:
     weight = getattr(model.get_output_embeddings(), "weight", None)
-    coded = isinstance(weight, Tensor) and holds_int8(weight)
-    return "int8" if coded else linears or str(model.dtype).removeprefix("torch.")
+    if isinstance(weight, Tensor) and holds_codes(weight):
+        return "int4" if holds_int4(weight) else "int8"
+    return linears or str(model.dtype).removeprefix("torch.")
 
 
 OPS, KERNELS = "ops.so", "kernels.so"

@@ -13,7 +13,7 @@ from ltepass.routed.ffn_bits import bytes_by_neuron, unread
 from ltepass.routed.routed import Routed, is_transformed, routers_of
 from ltepass.routed.router import Router
 from ltepass.routed.sites import FFNSite
-from ltepass.routed.torchao_weights import holds_int8, int8_parts
+from ltepass.routed.torchao_weights import holds_codes, parts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,8 +31,8 @@ def buffers(model: PreTrainedModel) -> list[Tensor]:
 
 
 def _stored(parameter: nn.Parameter) -> tuple[Tensor, ...]:
-    """What is read of it: torchao's int8 passes for a float."""
-    return int8_parts(parameter) if holds_int8(parameter) else (parameter,)
+    """What is read of it: torchao's codes pass for floats."""
+    return tuple(t for t in parts_of(parameter) if t is not None) if holds_codes(parameter) else (parameter,)
 
 
 def held(model: PreTrainedModel) -> int:

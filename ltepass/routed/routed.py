@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from ltepass.errors import AmbiguousModelError, ConfigError, LoweredError, NotTransformedError, ShardedError, shown
 from ltepass.routed.router import Router
 from ltepass.routed.sites import FFNSite, LTEState, find_parameter
-from ltepass.routed.torchao_weights import holds_int8
+from ltepass.routed.torchao_weights import holds_codes
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,10 +70,10 @@ class Routed:
             )
 
     def require_floats(self, what: str) -> None:
-        """Raises ConfigError where torchao holds weights of FFNs in int8, which `what` would read or change."""
+        """Raises ConfigError where torchao holds weights of FFNs as codes, which `what` would read or change."""
         for name in dict.fromkeys(rows.param for site in self.sites for rows in site.neurons):
             held = find_parameter(self.model, name)
-            if held is not None and holds_int8(held):
+            if held is not None and holds_codes(held):
                 raise ConfigError(
                     f"{name} is in int8, which {what} cannot change; expected weights in floats; call it before "
                     "ltepass.quantize"

@@ -189,7 +189,7 @@ class LTEState:
     sites: list[FFNSite]
     refusals: list[Refusal]
     grouping: str = "identity"
-    weights: str | None = None  # "int8" where torchao holds the linears' weights as codes
+    weights: str | None = None  # "int8" or "int4" where torchao holds linears' weights as codes
     lowered: str | None = None  # None, "ffn" or "model"
     notes: list[str] = field(default_factory=list)  # what lowering kept masked-dense, and why
     untried: list[str] = field(default_factory=list)  # owners that the self check could not run, and why

@@ -1,5 +1,5 @@
-"""Weights that torchao holds as int8 codes with a scale an output (its Int8Tensor). torchao is imported to make them,
-and not to read them.
+"""Weights that torchao holds as codes: int8 with a scale an output (its Int8Tensor), and 4 bits in blocks of 32 along
+d_in, a byte a code (its IntxUnpackedToInt8Tensor). torchao is imported to make them, and not to read them.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ltepass.errors import ConfigError
+from ltepass.kernels.weight_formats import BLOCK, Parts, dequantise_int4, dequantise_int8, pack_int4
 from ltepass.routed.sites import FFNSite
 
 Int8Weight = tuple[Tensor, Tensor]
 """codes int8 [d_out, d_in], and their scale fp32 [d_out]"""
+_INT4: torch.dtype = getattr(torch, "int4")  # noqa: B009 -- torch's stubs do not name it
 
 
 def torchao(module: str) -> ModuleType:
@@ -22,7 +24,7 @@ def torchao(module: str) -> ModuleType:
     try:
         return importlib.import_module(f"torchao.{module}")
     except ImportError as error:
-        raise ConfigError(f"int8 weights need torchao ({error}); pip install 'ltepass[quantize]'") from error
+        raise ConfigError(f"weights in codes need torchao ({error}); pip install 'ltepass[quantize]'") from error
 
 
 def holds_int8(weight: Tensor) -> bool:
@@ -30,9 +32,24 @@ def holds_int8(weight: Tensor) -> bool:
     return type(weight).__name__ == "Int8Tensor"
 
 
+def holds_int4(weight: Tensor) -> bool:
+    """Whether it is torchao's tensor of few bits; `why_not_weight` says whether they are four, in blocks of 32."""
+    return type(weight).__name__ == "IntxUnpackedToInt8Tensor"
+
+
+def holds_codes(weight: Tensor) -> bool:
+    return holds_int8(weight) or holds_int4(weight)
+
+
 def is_quantised(model: nn.Module) -> bool:
-    """Whether torchao holds any of its weights in int8."""
-    return any(holds_int8(parameter) for parameter in model.parameters())
+    """Whether torchao holds any of its weights as codes."""
+    return any(holds_codes(parameter) for parameter in model.parameters())
+
+
+def weights_of(model: nn.Module) -> str | None:
+    """The fewest bits that torchao holds any of its weights in, "int8" or "int4"; None where all are floats."""
+    few = {holds_int4(parameter) for parameter in model.parameters() if holds_codes(parameter)}
+    return None if not few else "int4" if True in few else "int8"
 
 
 def ffn_is_quantised(model: nn.Module, site: FFNSite) -> bool:
@@ -47,9 +64,52 @@ def int8_parts(weight: Tensor) -> Int8Weight:
     return weight.qdata, weight.scale.reshape(-1).float()  # type: ignore[attr-defined]
 
 
+def int4_parts(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Of torchao's tensor of 4 bits: codes packed, uint8 [d_out, d_in / 2], and their scale fp16 [d_out, d_in / 32]."""
+    codes, scale = weight.qdata, weight.scale  # type: ignore[attr-defined]
+    return pack_int4((codes + 8).to(torch.uint8)), scale.to(torch.float16)
+
+
+def parts_of(weight: Tensor) -> Parts:
+    """What the format's linear takes."""
+    return int8_parts(weight) if holds_int8(weight) else (*int4_parts(weight), None)
+
+
+def floats_of(parts: Parts) -> Tensor:
+    """[d_out, d_in] fp32 of what `parts_of` gives."""
+    codes, scale = parts[:2]
+    assert codes is not None, "of both formats"
+    assert scale is not None, "of both formats"
+    return dequantise_int8(codes, scale) if len(parts) == 2 else dequantise_int4(codes, scale, None)
+
+
+def config_of(weights: str) -> object:
+    """How torchao is asked for weights in "int8" or "int4"."""
+    return int8_config() if weights == "int8" else _int4_config()
+
+
 def int8_config() -> object:
     """How torchao is asked for them. version 2: Int8Tensor; the other flag would change inductor's settings for all."""
     return torchao("quantization").Int8WeightOnlyConfig(version=2, set_inductor_config=False)
+
+
+def _int4_config() -> object:
+    """Scales that lose least (HQQ), in the dtype that the op reads."""
+    library = torchao("quantization")
+    best = torchao("quantization.quant_api").IntxChooseQParamsAlgorithm.HQQ_SCALE_ONLY
+    group, scale = library.PerGroup(BLOCK), torch.float16
+    return library.IntxWeightOnlyConfig(
+        weight_dtype=_INT4, granularity=group, scale_dtype=scale, intx_choose_qparams_algorithm=best
+    )
+
+
+def int4_weight(codes: Tensor, scale: Tensor, dtype: torch.dtype, zero_point: Tensor | None = None) -> nn.Parameter:
+    """torchao's tensor of these. codes: int8 [d_out, d_in] in [-8, 7]; scale: fp16 [d_out, d_in / 32]; dtype: that the
+    weight passes for; zero_point: int8 of the scale's shape, or zeros. Raises ConfigError.
+    """
+    zeros = torch.zeros_like(scale, dtype=torch.int8) if zero_point is None else zero_point
+    hold = torchao("quantization").IntxUnpackedToInt8Tensor
+    return nn.Parameter(hold(codes, scale, zeros, _INT4, (1, BLOCK), dtype, None), requires_grad=False)
 
 
 def int8_weight(codes: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> nn.Parameter:

@@ -16,13 +16,13 @@ from ltepass.errors import AlreadyTransformedError, CheckpointError, MetaWeights
 from ltepass.passes.insert.insert_routers import insert_routers
 from ltepass.routed.narrowing import narrow_to
 from ltepass.routed.routed import Routed, require_whole, routers_of, set_state, state_of, unwrapped
-from ltepass.routed.torchao_weights import is_quantised
+from ltepass.routed.torchao_weights import is_quantised, weights_of
 from ltepass.routed.undo import all_or_nothing, undo_by
 from ltepass.saving.forward_checks import as_gated_now, check_forwards, try_gates
-from ltepass.saving.int8_files import check_linears, check_scales, flat, joined, whole
 from ltepass.saving.site_checks import check_sites
 from ltepass.saving.state_json import read_state, write_state
 from ltepass.saving.tensor_checks import check_all, check_routers, check_values, read_header
+from ltepass.saving.torchao_files import check_codes, check_linears, flat, joined, whole
 from ltepass.whole_file import whole_file
 
 SITES, WEIGHTS = "lte.json", "model.safetensors"
@@ -71,7 +71,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The module's state, what it holds under several names under the first, in the layout that lowering may change;
-    and what torchao says of weights in int8.
+    and what torchao says of weights in codes.
     """
     first = {id(tensor): name for name, tensor in reversed(model.state_dict(keep_vars=True).items())}
     names = set(first.values())
@@ -126,7 +126,6 @@ def _load(model: nn.Module, folder: Path) -> None:
     for site in state.sites:
         prefix = site.router + "."
         check_values(site, {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-    state.weights = "int8" if packed else None
     insert_routers(model, state.sites, LTEConfig(**state.config))
     set_state(model, state)
     _fill(model, tensors)
@@ -134,7 +133,8 @@ def _load(model: nn.Module, folder: Path) -> None:
         linear = model.get_submodule(name.rpartition(".")[0])
         own = linear.get_parameter("weight")
         linear._parameters["weight"] = joined(name, tensors, own.dtype).to(own.device)  # type: ignore[assignment]
-    check_scales(model)
+    check_codes(model)
+    state.weights = weights_of(model)
     for router in Routed.of(model, "load").routers:
         router.mode = "hard"
     state.untried = try_gates(model, state.sites)

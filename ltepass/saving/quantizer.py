@@ -3,7 +3,7 @@
 `save_pretrained` writes safetensors (dense names kept, routers beside them) and puts the sites into config.json as
 `quantization_config`; `from_pretrained` rebuilds the routers from that list before the weights load, with no capture.
 Where ltepass is not installed transformers warns and loads the dense model: names and neuron order make that right too.
-A model that torchao holds in int8 is saved as torchao's, with our entry inside that of method "torchao": there too,
+A model whose weights torchao holds is saved as torchao's, with our entry inside that of method "torchao": there too,
 transformers loads the dense model where ltepass is not installed, and asks for torchao where that is missing.
 """
 
@@ -28,9 +28,8 @@ from ltepass.routed.json_entry import Json
 from ltepass.routed.narrowing import narrow_to
 from ltepass.routed.routed import Routed, refuse_tensor_parallel, set_state, state_of
 from ltepass.routed.sites import FFNSite, LTEState
-from ltepass.routed.torchao_weights import int8_config, is_quantised, torchao
+from ltepass.routed.torchao_weights import config_of, is_quantised, torchao, weights_of
 from ltepass.saving.forward_checks import as_gated_now, check_forwards, try_gates
-from ltepass.saving.int8_files import check_linears, check_scales, conversions, flat, is_ours, require_torchao, whole
 from ltepass.saving.model_card import write_cards
 from ltepass.saving.renaming import as_loaded, fit_prefix
 from ltepass.saving.site_checks import check_sites
@@ -46,6 +45,7 @@ from ltepass.saving.tensor_checks import (
     read_header,
     shapes_of,
 )
+from ltepass.saving.torchao_files import check_codes, check_linears, conversions, flat, is_ours, require_torchao, whole
 from ltepass.transform_and_lower import remove
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class LTEQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]  # t
 
     def to_dict(self) -> dict[str, Json]:
         entry = write_state(self.state)
-        return entry if self.state.weights is None else {**torchao_entry(), METHOD: entry}
+        return entry if self.state.weights is None else {**torchao_entry(self.state.weights), METHOD: entry}
 
     def get(self, key: str, default: Json = None) -> Json:
         """transformers reads a config given as an object like the dict it is in config.json."""
@@ -100,7 +100,7 @@ class LTEQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
 
         state = self.quantization_config.state
         header, packed = whole(read_header(checkpoint_files)) if checkpoint_files else (None, ())
-        state.weights = "int8" if packed else None
+        state.weights = "int8" if packed else None  # or int4: their values say so
         if header is None or has_routers(state.sites, header):
             state.narrowed = narrow_to(model, fit_prefix(model, state.sites))
         sites = checked_sites(model, state, header, packed)
@@ -122,7 +122,7 @@ class LTEQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
         del model.quantization_method
         refuse_tensor_parallel(model, "a routed model")
         check_shapes(model, self._built)
-        check_scales(model)
+        check_codes(model)
         used = getattr(model, "_weight_conversions", None)  # none where another way loaded the weights
         if used is not None:
             model._weight_conversions = [conversion for conversion in used if not is_ours(conversion)]  # for a save
@@ -130,6 +130,7 @@ class LTEQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
         if state is None:
             detach(model)
             return model
+        state.weights = weights_of(model)
         set_hard(model)
         _watch_parents(model)
         return model
@@ -144,9 +145,8 @@ class LTEQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """What save_pretrained writes in the place of the state dict. The entry of the config is written after it."""
-        quantised = is_quantised(model)
-        self.quantization_config.state.weights = "int8" if quantised else None
-        return flat(model.state_dict()) if quantised else (None, {})
+        self.quantization_config.state.weights = weights_of(model)
+        return flat(model.state_dict()) if is_quantised(model) else (None, {})
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> nn.Module:
         return remove(model)
@@ -256,18 +256,20 @@ def _own_config(model: PreTrainedModel) -> None:
             module.config = own
 
 
-def torchao_entry() -> dict[str, Json]:
-    """What config.json holds of a dense model in int8: transformers' own entry of it."""
-    config = torchao("core.config").config_to_dict(int8_config())
+def torchao_entry(weights: str) -> dict[str, Json]:
+    """What config.json holds of a dense model in "int8" or "int4": transformers' own entry of it."""
+    config = torchao("core.config").config_to_dict(config_of(weights))
     return {"quant_method": "torchao", "quant_type": {"default": config}}
 
 
 def attach_quantised(model: PreTrainedModel) -> None:
-    """From now on a dense model in int8 saves as transformers saves torchao's, and loads without ltepass."""
+    """From now on a dense model in codes saves as transformers saves torchao's, and loads without ltepass."""
     from transformers import TorchAoConfig
     from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 
-    config = TorchAoConfig(int8_config())
+    weights = weights_of(model)
+    assert weights is not None, "it was quantised"
+    config = TorchAoConfig(config_of(weights))
     _own_config(model)
     model.config.quantization_config = config
     model.hf_quantizer = TorchAoHfQuantizer(config, pre_quantized=True)

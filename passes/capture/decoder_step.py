@@ -21,9 +21,9 @@ from torch.fx import GraphModule
 
 from ltepass.errors import ExportError
 from ltepass.kernels import attention as _attention  # noqa: F401 -- registers the op that stands in the graph
-from ltepass.kernels.weight_formats import Parts, dequantise_int8
+from ltepass.kernels.weight_formats import Parts
 from ltepass.passes.capture.leave_untouched import untouched
-from ltepass.routed.torchao_weights import holds_int8, int8_parts
+from ltepass.routed.torchao_weights import floats_of, holds_codes, parts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,9 +80,9 @@ def _with_the_same_tensors(model: PreTrainedModel) -> PreTrainedModel:
 
 def _in_floats(step: nn.Module) -> dict[str, Parts]:
     """Puts floats in the place of torchao's weights, which no trace reads. Returns their codes by name."""
-    held = {name: p for name, p in step.named_parameters(remove_duplicate=False) if holds_int8(p)}
-    codes = {id(p): int8_parts(p) for p in held.values()}
-    floats = {id(p): nn.Parameter(dequantise_int8(*codes[id(p)]).to(p.dtype), False) for p in held.values()}
+    held = {name: p for name, p in step.named_parameters(remove_duplicate=False) if holds_codes(p)}
+    codes = {id(p): parts_of(p) for p in held.values()}
+    floats = {id(p): nn.Parameter(floats_of(codes[id(p)]).to(p.dtype), False) for p in held.values()}
     for module in step.modules():
         module._parameters.update({name: floats[id(p)] for name, p in module._parameters.items() if id(p) in floats})
     return {name: codes[id(p)] for name, p in held.items()}

@@ -149,13 +149,13 @@ def test_without_ltepass_it_is_torchaos_own(folder: Path) -> None:
 
 def test_without_torchao_one_line_says_how_to_get_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-    with pytest.raises(CheckpointError, match=r"hold int8 weights: .*pip install 'ltepass\[quantize\]'"):
+    with pytest.raises(CheckpointError, match=r"hold weights in codes: .*pip install 'ltepass\[quantize\]'"):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
 BROKEN: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
     "the scale of .*up_proj.weight .* is missing": lambda t: t.pop(f"{UP}scale"),
-    "up_proj.weight' .* is no int8 weight": lambda t: t.pop(f"{UP}qdata"),
+    "up_proj.weight' .* is no matrix in codes": lambda t: t.pop(f"{UP}qdata"),
     "the qdata of .*up_proj.weight .* is .'U8'": lambda t: t.update({f"{UP}qdata": t[f"{UP}qdata"].view(torch.uint8)}),
     "the scale of .*up_proj.weight .* is .'F16'": lambda t: t.update({f"{UP}scale": t[f"{UP}scale"].half()}),
     "the scale of .*up_proj.weight .* is .'F32', .120,": lambda t: t.update({f"{UP}scale": t[f"{UP}scale"][:, 0]}),
@@ -164,10 +164,10 @@ BROKEN: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
     "no such linear|the model has": lambda t: t.update(
         {f"{UP}{part}": t[f"{UP}{part}"][:60].contiguous() for part in ("qdata", "scale", "zero_point")}
     ),
-    "'model.layers.0.mlp.up_proj.weight' .* is no int8": lambda t: t.update(
+    "'model.layers.0.mlp.up_proj.weight' .* is no matrix": lambda t: t.update(
         {"model.layers.0.mlp.up_proj.weight": torch.ones(2)}
     ),
-    "'model.norm.weight' in int8|the model has": lambda t: t.update(
+    "'model.norm.weight' in codes|the model has": lambda t: t.update(
         {
             "model.norm._weight_qdata": torch.ones(4, 12, dtype=torch.int8),
             "model.norm._weight_scale": torch.ones(4, 1),
