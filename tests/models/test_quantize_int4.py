@@ -6,6 +6,7 @@ import importlib.util
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,9 @@ import ltepass
 from ltepass.calibration import int4_codes as gptq
 from ltepass.calibration.gptq import TURNS
 from ltepass.calibration.int4_codes import best_scale, int4_codes
+from ltepass.commands import export
+from ltepass.commands.load import load
+from ltepass.corpora import token_blocks
 from ltepass.errors import CalibrationError, CheckpointError, ConfigError
 from ltepass.exporting import export_model
 from ltepass.kernels.weight_formats import dequantise_int4, unpack_int4
@@ -28,6 +32,7 @@ from ltepass.passes.graph.pipeline import GraphJob, run_passes
 from ltepass.routed.batches import run_batches
 from ltepass.routed.torchao_weights import floats_of, holds_int4, holds_int8, is_quantised, parts_of
 from tests.models.zoo import VOCAB, Own, build, ids, logits, transformed
+from tests.serving import words
 from tests.stand_in_torchao import put_in_place
 
 SIZES: Any = {"hidden_size": 96, "intermediate_size": 128}
@@ -178,6 +183,40 @@ def test_a_folder_gives_the_codes_back_bit_for_bit(calibration: Any, tmp_path: P
     assert len(weights(again)) == 14
 
 
+def saved(folder: Path) -> Path:
+    build("llama", **SIZES, eos_token_id=None).save_pretrained(folder)  # type: ignore[operator]
+    words().save_pretrained(folder)
+    (folder / "text.txt").write_text(" ".join(f"w{i * i % 60}" for i in range(600)))
+    return folder
+
+
+def test_the_command_quantises_by_a_text_and_exports_the_rest_in_int8(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[tuple[Any, Any]]()
+    monkeypatch.setattr(ltepass, "export", lambda model, out, **options: asked.append((model, options["linears"])))
+    monkeypatch.setattr(export, "read_about", lambda out: SimpleNamespace(token_bytes=3, gated_bytes=0))
+    folder = saved(tmp_path / "saved")
+    options = export.ExportOptions(linears="int4", text=folder / "text.txt")
+    assert export.export(str(folder), tmp_path / "out", options)["token_bytes"] == 3
+    ((model, linears),) = asked
+    (ids,) = token_blocks(words(), (folder / "text.txt").read_text(), export.LENGTH, export.BLOCKS).split(4)
+    expected = ltepass.quantize(load(str(folder)), "int4", [ids])
+    assert torch.equal(logits(model), logits(expected))
+    assert linears == "int8"
+
+
+@pytest.mark.parametrize(
+    ("linears", "written", "words"),
+    [("int8", "w1", "linears are int8; expected int4"), ("int4", "w1 w2", "text.txt has no whole block of 512 tokens")],
+)
+def test_a_text_that_the_command_cannot_use_is_one_line(linears: Any, written: str, words: str, tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    (folder / "text.txt").write_text(written)
+    with pytest.raises(ConfigError, match=words):
+        export.export(str(folder), tmp_path / "out", export.ExportOptions(linears=linears, text=folder / "text.txt"))
+
+
 def low_bits() -> Any:
     model: Any = build("llama", **SIZES)
     ltepass.transform(model, config=ltepass.LTEConfig(router="proxy", inactive="low_bit"), calibration=[text()])
@@ -199,13 +238,13 @@ def test_a_model_of_planes_has_attention_in_int4_and_saves(tmp_path: Path) -> No
     assert torch.equal(logits(again), logits(model))
     again.to(torch.bfloat16).save_pretrained(tmp_path / "again")  # torchao rounds scales to the model's dtype
     assert load_file(tmp_path / "again" / "model.safetensors")[f"{q}scale"].dtype == torch.float16
-    for change, words in BROKEN.items():
+    for change, said in BROKEN.items():
         crafted = load_file(tmp_path / "model.safetensors")
         CHANGES[change](crafted, q)
         (tmp_path / "crafted").mkdir(exist_ok=True)
         save_file(crafted, tmp_path / "crafted" / "model.safetensors", {"format": "pt"})
         (tmp_path / "crafted" / "config.json").write_text((tmp_path / "config.json").read_text())
-        with pytest.raises(CheckpointError, match=words):
+        with pytest.raises(CheckpointError, match=said):
             AutoModelForCausalLM.from_pretrained(tmp_path / "crafted")
 
 
