@@ -343,6 +343,27 @@ def test_novelty_has_a_row_for_each_kind_and_signal() -> None:
     assert {row.value for row in rows if row.data == "far, linear" and row.side == "distance"} == {1.0}
 
 
+def test_texts_have_a_row_for_each_kind_and_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sklearn")
+    novelty = module("novelty")
+    for name, size in {"CALIBRATION": 8, "BLOCKS": 6, "AT_ONCE": 4}.items():
+        monkeypatch.setattr(novelty, name, size)
+    known, other = torch.arange(20 * 16).reshape(20, 16) % 7, torch.randint(30, 60, (6, 16))
+    dense, facts = zoo.build("llama"), {"model": "tiny", "machine": "", "versions": ""}
+    rows = list(
+        novelty.rows_of_texts(
+            dense, known, {"other": other}, 0, replace(SMALL, group_size=6, routers=("linear", "proxy")), facts
+        )
+    )
+    assert len(rows) == 2 * 2 * 6 == len({(row.data, row.side) for row in rows})
+    assert {row.data for row in rows} == {
+        *("other, linear", "shuffled Python reference, linear", "other, proxy", "shuffled Python reference, proxy")
+    }
+    assert all(row.sites == row.lowered == 2 and 0 <= row.value <= 1 for row in rows)
+    use = {row.data: row.value for row in rows if row.side == "expert use"}
+    assert use["other, proxy"] > 0.9, "tokens that were never seen"
+
+
 def odd_series() -> Any:
     test = torch.zeros(400)
     test[250:260] = 3.0
@@ -652,19 +673,20 @@ def test_prompts_are_as_long_as_asked_and_end_with_the_question() -> None:
 
 def test_what_was_found_is_read_dense_and_routed_and_lowered_answers_as_hard_eager() -> None:
     retrieval = module("retrieval")
-    sizes = retrieval.Sizes(lengths=(120, 120), answer=12, new=3, blocks=2, block=64, targets=(0.5,))
+    sizes = retrieval.Sizes(lengths=(120, 120), answer=12, new=3, blocks=2, block=64, targets=(0.5,), group_size=6)
     facts = {"data": "", "model": "", "machine": "", "versions": ""}
     looks = {"in order": lambda passages: lambda asked: [[*range(len(passages))] for _ in asked]}
     dense = zoo.llama(vocab_size=256).eval()
     rows = list(retrieval.compared(dense, Bytes(), written(), sizes, facts, looks))
     looked, models = rows[:4], rows[4:]
     assert [row.value for row in looked] == [0.25, 1.0, 1.0, 0.5]
-    assert [(row.side, row.target) for row in models] == [("proxy", 0.5)] * 5 + [("dense", 0.0)] * 4
-    for row in models[:5]:
+    routed = [("linear", 0.5)] * 5 + [("proxy", 0.5)] * 5
+    assert [(row.side, row.target) for row in models] == routed + [("dense", 0.0)] * 4
+    for row in models[:10]:
         assert row.sites == row.lowered == 2
         assert row.sparsity == pytest.approx(0.5, abs=0.05)
         assert row.equal == 1.0
-    assert {row.metric: row.value for row in models}["greedy tokens as in hard eager"] == 1.0
+    assert {row.value for row in models if row.metric == "greedy tokens as in hard eager"} == {1.0}
 
 
 def test_perplexity_is_of_the_answer_after_the_prompt_and_greedy_tokens_follow_it() -> None:

