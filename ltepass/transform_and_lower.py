@@ -278,7 +278,7 @@ def export(
         length: tokens that the cache holds; None takes the model's own limit, 2048 at most.
         linears: None leaves them in the model's dtype; "int8" (a scale an output), "int4" or "int4_minimum" (blocks of
             32, as GGUF's Q4_0 and Q4_1) quantises every linear; inputs become int8 too. Gated FFNs go to int8 as
-            well, with their routers, and stay as they are of 4 bits. What ltepass.quantize made int8 keeps its codes.
+            well, with their routers, and stay as they are of 4 bits. What ltepass.quantize changed keeps its codes.
         cache_dtype: of keys and values; None takes the model's. torch.bfloat16 halves what a long context reads.
     Returns: the folder.
     Raises: ExportError (what cannot be traced or compiled, and why), NotTransformedError, LoweredError (call unlower
