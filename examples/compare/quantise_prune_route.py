@@ -1,7 +1,7 @@
 """Should I quantise, prune or route? Quality against the measured time of a token, and against memory, on one machine.
 
     python -m examples.compare.quantise_prune_route --preset smoke                  some minutes: the tiny model
-    python -m examples.compare.quantise_prune_route --preset smollm2 --work DIR     two hours on 2 cores
+    python -m examples.compare.quantise_prune_route --preset smollm2 --work DIR     half an hour and more on 2 cores
 
 SmolLM2-135M off its grid (`off_grid.py`), for its own weights come from a 4-bit file. Every point is made of it with
 the same calibration tokens, and nothing is trained: the tiers are those of `bits.py`, whose folder is taken from --work
@@ -243,8 +243,10 @@ def measure(preset: Preset, work: Path, out: Path) -> None:
             rows[point.name] = Row(kind=point.kind, method=point.name, ratios=ratios, tokens=tokens)
             write(out, list(rows.values()))
     _time(preset, work, rows)
-    write(out, list(rows.values()))
-    draw(list(rows.values()), out.with_suffix(".svg"))
+    order = [point.name for point in POINTS]
+    done = sorted(rows.values(), key=lambda row: order.index(row.method))
+    write(out, done)
+    draw(done, out.with_suffix(".svg"))
 
 
 def _losses(point: Point, work: Path, blocks: Tensor) -> Tensor:
