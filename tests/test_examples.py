@@ -12,12 +12,9 @@ import pytest
 
 FOLDER = Path(__file__).resolve().parent.parent / "examples"
 EXAMPLES = sorted(FOLDER.glob("[0-9]*.py"))
-# test_cli, test_serve, tests/exporting and test_robust take the same steps
-SLOW = ("06_train_on_your_text", "09_serve_and_ask", "10_without_python", "11_two_processes")
-CASES = [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in SLOW)) for path in EXAMPLES]
 
 
-@pytest.mark.parametrize("example", CASES)
+@pytest.mark.parametrize("example", [pytest.param(path, id=path.stem) for path in EXAMPLES])
 def test_it_runs_without_a_word_on_stderr(example: Path, tmp_path: Path) -> None:
     env = os.environ | {"OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-W", "error::UserWarning:ltepass", str(example)]
