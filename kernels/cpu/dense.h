@@ -20,26 +20,30 @@ struct Weights {
   const OptionalTensor& down_bias;
 };
 
-// h = act(gate) * up * mask, in place.
+// h = act(gate) * up * mask, in place; of parts that hold no active neuron nothing is computed.
 template <class E>
 void activate_and_mask(const Problem& p, typename E::T* h, const typename E::T* gate, const uint8_t* mask, int64_t tokens) {
+  constexpr int64_t PART = 64;
+  const int64_t d_ff = p.n_experts * p.group;
   by_pieces(tokens, p.threads, [&](int64_t token, int) {
-    for (int64_t task = token * p.n_experts; task < (token + 1) * p.n_experts; task++) {
-      typename E::T* u = h + task * p.group;
-      if (!mask[task]) {
-        std::fill(u, u + p.group, typename E::T(0));
+    for (int64_t j = 0; j < d_ff; j += PART) {
+      const int64_t n = std::min(PART, d_ff - j), at = token * d_ff + j;
+      uint8_t active[PART], any = 0;
+      const uint8_t* expert = mask + token * p.n_experts + j / p.group;
+      for (int64_t i = 0, left = p.group - j % p.group; i < n; i++, left--) {  // no division for each neuron
+        if (left == 0) expert++, left = p.group;
+        any |= active[i] = *expert;
+      }
+      if (!any) {
+        std::fill(h + at, h + at + n, typename E::T(0));
         continue;
       }
-      constexpr int64_t PART = 64;
       float wide[2][PART];
-      for (int64_t j = 0; j < p.group; j += PART) {
-        const int64_t n = std::min(PART, p.group - j);
-        widen<E>(u + j, wide[0], n);
-        if (gate) widen<E>(gate + task * p.group + j, wide[1], n);
-        activate_row(p.act, gate ? wide[1] : nullptr, wide[0], n);
-        leave_out_small(p.cut, wide[0], n);
-        for (int64_t i = 0; i < n; i++) u[j + i] = E::from_float(wide[0][i]);
-      }
+      widen<E>(h + at, wide[0], n);
+      if (gate) widen<E>(gate + at, wide[1], n);
+      activate_row(p.act, gate ? wide[1] : nullptr, wide[0], n);
+      leave_out_small(p.cut, wide[0], n);
+      for (int64_t i = 0; i < n; i++) h[at + i] = active[i] ? E::from_float(wide[0][i]) : typename E::T(0);
     }
   });
 }
