@@ -19,7 +19,7 @@ from ltepass.passes.lower.why_not_linear import is_conv1d, is_product
 from ltepass.routed.batches import Batch
 from ltepass.routed.routed import Routed, is_transformed, require_whole, unwrapped
 from ltepass.routed.sites import is_ordinary
-from ltepass.routed.torchao_weights import config_of, int4_weight, torchao
+from ltepass.routed.torchao_weights import config_of, int4_weight, is_quantised, torchao
 from ltepass.routed.undo import all_or_nothing
 
 METHOD = "lte"  # of transformers' quantiser that is ours
@@ -117,6 +117,11 @@ def _put(linear: nn.Linear, codes: Tensor, scale: Tensor) -> None:
 def _require_plain(model: nn.Module) -> None:
     """Raises ConfigError where somebody else stands in a linear's place, MetaWeightsError where there is no weight."""
     other = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    if is_quantised(model):
+        raise ConfigError(
+            "torchao holds weights of the model as codes already; quantize expects plain weights, and does it once; "
+            "load the model in floats"
+        )
     if other is not None and other.quant_method != METHOD:
         raise ConfigError(
             f"the model was loaded by the quantiser {other.quant_method}; quantize expects plain weights; load it "

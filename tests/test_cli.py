@@ -198,6 +198,13 @@ def dense_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_generate_goes_on_with_a_dense_model_too(dense_folder: Path) -> None:
+    assert "w1 w2 w" in run("generate", str(dense_folder), "w1 w2", "--new-tokens", "3")
+    done = CliRunner().invoke(app, ["generate", str(dense_folder), "w1", "--sparsity", "0.5"])
+    assert isinstance(done.exception, ConfigError)
+    assert "holds no routers" in str(done.exception)
+
+
 @pytest.mark.parametrize("router", ["linear", pytest.param("proxy", marks=pytest.mark.slow)])
 def test_train_eval_and_generate_follow_each_other(dense_folder: Path, tmp_path: Path, router: str) -> None:
     text, out = tmp_path / "text.txt", tmp_path / "out"

@@ -68,6 +68,12 @@ def test_the_cases_of_bench_op_too() -> None:
     assert all(name.startswith("7b-") for name in json.loads(done.stdout)["cases"])
 
 
+class Words(str):
+    """A tokenizer, for who only hands it on."""
+
+    eos_token_id: int | None = 0
+
+
 @pytest.fixture
 def lm_eval(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The three names of lm-eval 0.4.13 that are called, and what they were called with."""
@@ -102,7 +108,7 @@ def lm_eval(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         vars(module).update(values)
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr("ltepass.commands.tasks.load", lambda name, device: f"model {name} {device}")
-    monkeypatch.setattr("ltepass.commands.tasks.tokenizer_of", lambda name: f"tokenizer {name}")
+    monkeypatch.setattr("ltepass.commands.tasks.tokenizer_of", lambda name: Words(f"tokenizer {name}"))
     return asked
 
 
@@ -147,6 +153,14 @@ def test_without_lm_eval_it_says_how_to_install_it(monkeypatch: pytest.MonkeyPat
     assert "pip install 'ltepass[eval]'" in line
 
 
+def test_a_tokenizer_without_an_end_is_named(
+    lm_eval: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(Words, "eos_token_id", None)
+    line = refused("eval", "routed", "--tasks", "arc", patch=monkeypatch, capsys=capsys)
+    assert "the tokenizer of routed has no eos token" in line
+
+
 def refused(*arguments: str, patch: pytest.MonkeyPatch, capsys: Any) -> str:
     """The one line on stderr."""
     patch.setattr(sys, "argv", ["ltepass", *arguments])
@@ -164,6 +178,9 @@ def test_a_device_or_a_text_or_a_model_that_is_not_there_is_one_line_and_status_
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     none, latin, text = str(tmp_path / "none"), tmp_path / "latin.txt", tmp_path / "text.txt"
+    (tmp_path / "nomodel").mkdir()
+    (tmp_path / "nomodel" / "config.json").write_text("{}")
+    nomodel = str(tmp_path / "nomodel")
     latin.write_bytes("ä".encode("latin-1"))
     text.write_text("w1 w2")
     out = ["--out", str(tmp_path / "out")]
@@ -177,7 +194,7 @@ def test_a_device_or_a_text_or_a_model_that_is_not_there_is_one_line_and_status_
         ],
         "eval": [([none, str(latin)], "no UTF-8"), ([none, none], "cannot be read"), ([none, str(text)], "no model")],
         "generate": [([none, "w1"], "no model directory"), ([none, "w1", "--device", "xla"], "--device is 'xla'")],
-        "export": [([none, str(tmp_path / "out")], "no model directory")],
+        "export": [([name, str(tmp_path / "out")], "no model directory") for name in (none, nomodel)],
         "bench": [(["model", none, str(latin)], "no UTF-8"), (["model", none, str(text)], "no model directory")],
         "demo": [(["--device", "xla", *out], "--device is 'xla'")],
     }

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ltepass.calibration.gptq import TURNS, feed_back
 from ltepass.errors import CalibrationError
 from ltepass.kernels.weight_formats import BLOCK
+from ltepass.progress import tell
 from ltepass.routed.batches import Batch, run_batches
 from ltepass.routed.observers import not_finite
 from ltepass.routed.samples import turns
@@ -37,7 +38,8 @@ def quantise_to_int4(model: nn.Module, linears: Linears, batches: Sequence[Batch
 
     Raises CalibrationError where no token reaches any of them, or one saw values that are not finite.
     """
-    reached = 0
+    reached, done = 0, 0
+    tell("codes of 4 bits", done, len(linears))
     for turn in turns(linears, math.ceil(len(linears) / TURNS), lambda one: 4 * one[1].in_features ** 2):
         moments = [_Moment(linear) for _, linear in turn]
         with ExitStack() as hooks, torch.no_grad():
@@ -49,6 +51,8 @@ def quantise_to_int4(model: nn.Module, linears: Linears, batches: Sequence[Batch
                 raise not_finite(path)
             reached += moment.tokens
             put(linear, *int4_codes(linear.weight.detach(), moment.sum))
+            done += 1
+            tell("codes of 4 bits", done, len(linears))
     if not reached:
         raise CalibrationError(
             "no token reached a linear; expected at least one batch that runs through the model; pass batches of token "

@@ -170,12 +170,13 @@ def export(
     model: Model,
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     length: Annotated[int | None, typer.Option(help="Tokens that the cache holds; at most 2048 if none.")] = None,
-    linears: Annotated[str | None, typer.Option(help="int8, int4 or int4_minimum; as they are if none.")] = None,
+    linears: Annotated[str | None, typer.Option(help="int8, int4, int4_minimum (GGUF's Q4_1) or as they are.")] = None,
     sparsity: Annotated[float | None, typer.Option(help="Another sparsity, from the calibrated table.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as saved if none.")] = None,
     cache_dtype: Annotated[str | None, typer.Option(help="The same, of keys and values.")] = None,
     text: Annotated[
-        Path | None, typer.Option(help="With int4, of a dense model: a text file to make better codes by (GPTQ).")
+        Path | None,
+        typer.Option(help="For int4 of a dense model by GPTQ: a file of 512 tokens or more."),
     ] = None,
     json: AsJson = False,
 ) -> None:

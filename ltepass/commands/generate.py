@@ -24,7 +24,7 @@ def generate(
     device: str = "cpu",
     exported: bool = False,
 ) -> str:
-    """The prompt and its greedy continuation by a saved model, lowered. Raises ConfigError where it holds no routers.
+    """The prompt and its greedy continuation by a saved model, routed or dense, lowered. Raises ConfigError.
 
     exported: the folder is one of `ltepass export`, whose machine code then runs.
     """
@@ -33,11 +33,12 @@ def generate(
     if exported:
         return _exported(Path(folder), tokenizer, prompt, new_tokens)
     model = load(folder, device)
-    if not is_transformed(model):
-        raise ConfigError(f"{folder} holds no routers; expected what `ltepass train {folder} TEXT` writes")
+    routed = is_transformed(model)
+    if sparsity is not None and not routed:
+        raise ConfigError(f"--sparsity was given, and {folder} holds no routers; expected what `ltepass train` writes")
     if sparsity is not None:
         ltepass.set_sparsity(model, sparsity)
-    ltepass.lower(model, scope="ffn")
+    ltepass.lower(model, scope="ffn", ffn=routed)
     inputs = tokenizer(prompt, return_tensors="pt").to(device)
     out = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
     text: str = tokenizer.decode(out[0], skip_special_tokens=True)

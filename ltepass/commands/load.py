@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ltepass.errors import ConfigError, first_line
+from ltepass.errors import ConfigError, LTEError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,7 +47,9 @@ def load(name: str, device: str = "cpu", dtype: torch.dtype | None = None) -> Pr
     _require_ended(name)
     try:
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto").to(device).eval()
-    except OSError as error:
+    except LTEError:
+        raise
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{name!r} is {NEITHER}: {first_line(error)}") from error
 
 

@@ -50,7 +50,13 @@ def evaluate_tasks(folder: str, options: TaskOptions) -> dict[str, Figures]:
         )
     found: dict[str, Figures] = {}
     for name in (folder, *options.against):
-        model = HFLM(pretrained=load(name, options.device), tokenizer=tokenizer_of(name), batch_size=options.batch)
+        tokenizer = tokenizer_of(name)
+        if tokenizer.eos_token_id is None:
+            raise ConfigError(
+                f"the tokenizer of {name} has no eos token, at which lm-eval ends answers; set eos_token in its "
+                "tokenizer_config.json"
+            )
+        model = HFLM(pretrained=load(name, options.device), tokenizer=tokenizer, batch_size=options.batch)
         results = simple_evaluate(
             model=model,
             tasks=list(options.tasks),

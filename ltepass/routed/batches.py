@@ -65,6 +65,11 @@ def inputs_of(model: nn.Module, batch: Batch) -> tuple[tuple[Tensor, ...], dict[
     if isinstance(batch, (list, tuple)) and len(batch) == 1 and isinstance(batch[0], Tensor):
         batch = batch[0]  # as a DataLoader over a TensorDataset has it
     device = _device_of(model)
+    if isinstance(batch, Tensor) and batch.dim() == 1 and hasattr(model, "get_input_embeddings"):
+        raise CalibrationError(
+            f"a batch is a tensor of one dimension ({len(batch)} token ids); expected [sequences, tokens]; pass a list "
+            "of batches, as [ids] for one"
+        )
     if isinstance(batch, Tensor):
         return (batch.to(device),), {}
     batch = mapping_of(batch)

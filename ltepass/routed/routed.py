@@ -123,6 +123,7 @@ def root_of(model: nn.Module, what: str) -> nn.Module:
         raise NotTransformedError(
             f"{type(model).__name__} holds no routers; {what} expects a transformed model; call "
             "ltepass.transform(model) first, and pass the same root module, or what wraps it"
+            + ("; for a dense model's linears: lower(model, ffn=False)" if what == "lower" else "")
         )
     if len(found) > 1:
         raise AmbiguousModelError(

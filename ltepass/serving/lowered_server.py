@@ -14,6 +14,7 @@ from transformers.cli.serving.model_manager import ModelManager
 
 from ltepass.errors import one_line
 from ltepass.routed.routed import state_of
+from ltepass.routed.torchao_weights import is_quantised
 from ltepass.transform_and_lower import lower
 
 log = logging.getLogger("ltepass")
@@ -26,6 +27,9 @@ def lowered_as_loaded() -> Iterator[None]:
     def load_lowered(self: ModelManager, *args: object, **kwargs: object) -> PreTrainedModel:
         model: PreTrainedModel = load(self, *args, **kwargs)
         state = state_of(model)
+        if state is None and is_quantised(model):
+            log.info("%s is dense: lowered its linears", one_line(model.config.name_or_path))
+            return lower(model, ffn=False)
         if state is None:
             log.info("%s is dense, and served as it is", one_line(model.config.name_or_path))
             return model

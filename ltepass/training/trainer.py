@@ -175,6 +175,7 @@ class LTETrainerMixin(Behind):  # type: ignore[misc]  # mypy does not read trans
                     self.args.output_dir = str(Path(base) / stage)
                     self.args.max_steps = steps if stage_steps is None else stage_steps
                     self.optimizer, self.lr_scheduler, self._next_stage = None, None, stage
+                    self._seen.clear()  # what the hard stage does not measure is not logged as the soft stage had it
                     self.train(resume_from_checkpoint=resume_from_checkpoint)
                     self.finish_stage()
                     if stage == "soft" and self.contrast is not None:

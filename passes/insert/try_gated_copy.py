@@ -47,7 +47,7 @@ def check_gated(model: nn.Module, sites: Sequence[FFNSite]) -> list[str]:
 def _try(owner: nn.Module, sites: Sequence[FFNSite]) -> str | None:
     """Run copies of one owner; why not, where that cannot be."""
     if any(p.is_meta for p in owner.parameters()):
-        return "weights are on the meta device, or offloaded"
+        return "there are no weights to try (the meta device, or offloaded)"
     x, gated = _tokens(owner, sites[0]), _copy(owner, {})
     try:
         expected = _run(_ungated(owner), x)

@@ -29,6 +29,7 @@ from ltepass.exporting import export_model
 from ltepass.kernels.weight_formats import dequantise_int4, unpack_int4
 from ltepass.passes.capture.decoder_step import capture_step
 from ltepass.passes.graph.pipeline import GraphJob, run_passes
+from ltepass.progress import heard_by
 from ltepass.routed.batches import run_batches
 from ltepass.routed.torchao_weights import floats_of, holds_int4, holds_int8, is_quantised, parts_of
 from tests.models.zoo import VOCAB, Own, build, ids, logits, transformed
@@ -264,6 +265,26 @@ BROKEN = {
 }
 
 
+def test_how_far_it_is_is_told_linear_by_linear() -> None:
+    heard = list[tuple[str, int, int]]()
+    with heard_by(lambda *step: heard.append(step)):
+        coded([text()])
+    assert [done for what, done, total in heard if what == "codes of 4 bits" and total == 14] == [*range(15)]
+
+
+def test_a_dense_model_in_codes_is_served_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("fastapi", reason="needs the extra 'serve'")
+    from transformers.cli.serving.model_manager import ModelManager
+
+    from ltepass.serving.lowered_server import lowered_as_loaded
+
+    expected = coded()
+    monkeypatch.setattr(ModelManager, "_load_model", lambda self, name: coded())
+    with lowered_as_loaded():
+        model: Any = ModelManager._load_model(None, "any")
+    assert torch.equal(logits(model), logits(ltepass.lower(expected, ffn=False)))
+
+
 def test_a_plain_module_takes_int4_too() -> None:
     model = ltepass.quantize(Own().eval(), "int8")
     assert is_quantised(model)
@@ -290,9 +311,22 @@ def not_a_number() -> Any:
         ),
         (lambda: build("llama", **SIZES), "int8", [text()], ConfigError, 'expected weights="int4" with it'),
         (lambda: build("llama", **SIZES), "int4", [], CalibrationError, "no token reached a linear"),
+        (
+            lambda: build("llama", **SIZES),
+            "int4",
+            text(),
+            CalibrationError,
+            r"of one dimension .*pass a list of batches",
+        ),
         (lambda: build("llama", **SIZES), "int4", ["a text"], CalibrationError, "a batch is the text 'a text'"),
         (not_a_number, "int4", [torch.tensor([[5, 1]])], CalibrationError, "q_proj saw values that are not finite"),
-        (lambda: ltepass.quantize(build("llama", **SIZES), "int4"), "int4", None, ConfigError, "expects plain weights"),
+        (
+            lambda: ltepass.quantize(build("llama", **SIZES), "int4"),
+            "int4",
+            None,
+            ConfigError,
+            "holds weights of the model as codes already",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_and_changes_nothing(

@@ -171,6 +171,13 @@ def test_the_soft_stage_logs_what_the_controller_saw(tmp_path: Path) -> None:
     assert 0 < rows[-1]["lte_soft_sparsity"] < 1
 
 
+def test_the_hard_stage_logs_nothing_of_the_soft_one(tmp_path: Path) -> None:
+    t = fit(trained(), tmp_path, LTESettings(soft_steps=10, hard_steps=10, settle=False))
+    hard = [r for r in t.state.log_history if "loss" in r][-1]
+    assert not {"lte_separability", "lte_efficiency", "lte_soft_sparsity", "lte_eta"} & set(hard)
+    assert "lte_perplexity" in hard
+
+
 def test_held_thresholds_follow_the_target_in_the_hard_stage(tmp_path: Path) -> None:
     """Training moves the FFNs' inputs away from what the thresholds were set on: held, they follow."""
     missed = {}
