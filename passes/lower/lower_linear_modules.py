@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ltepass.kernels.linear import FLOATS, linear, linear_int4, linear_int8
-from ltepass.kernels.weight_formats import BLOCK, Format, pack_int4, quantise
+from ltepass.kernels.weight_formats import BLOCK, Format, quantise
 from ltepass.passes.graph.edit import once_a_tensor
 from ltepass.passes.lower.why_not_linear import is_conv1d, is_product, parameters_of, why_not_linear
 from ltepass.routed.int8_ffn import Source
 from ltepass.routed.sites import is_ordinary
-from ltepass.routed.torchao_weights import holds_int8, int8_parts
+from ltepass.routed.torchao_weights import holds_int8, int4_parts, int8_parts
 from ltepass.routed.undo import lay_as
 
 
@@ -82,8 +82,7 @@ class Int4Call(LinearCall):
     def __init__(self, module: nn.Module, weight: Tensor) -> None:
         super().__init__(module)
         self.codes: Tensor = weight.qdata  # type: ignore[attr-defined]
-        self.packed = pack_int4((self.codes + 8).to(torch.uint8))
-        self.scale: Tensor = weight.scale.to(torch.float16)  # type: ignore[attr-defined]
+        self.packed, self.scale = int4_parts(weight)
 
     def __call__(self, x: Tensor) -> Tensor:
         weight, bias = parameters_of(self.module)
