@@ -35,6 +35,7 @@ HEADERS = (
     "operands.h",
     "gemm.h",
     "chunk.h",
+    "columns.h",
     "hidden.h",
     "batch.h",
     "dense.h",

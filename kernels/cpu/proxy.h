@@ -53,11 +53,24 @@ inline vf proxy_act(Act act, vf z) {
 }
 
 constexpr int64_t SCAN = 16;            // neurons whose codes are read by all tokens before the next
-constexpr int64_t SCAN_AHEAD = 4096;    // bytes of codes that are asked for ahead of their use
+constexpr int64_t SCAN_AHEAD = 8192;    // bytes of codes that are asked for ahead of their use
 
-// sums[0 .. LANES): of the products of LANES rows, exactly; row(i) is the i-th of them
+// Those of a row from block `from` on, its last ones, zeros behind them: no byte beyond the row is read.
+inline Multipliers last_multipliers(const uint8_t* row, int64_t blocks, int64_t from) {
+  constexpr int64_t N = sizeof(Multipliers);
+  Multipliers m = 0;
+  if (blocks >= N) {
+    std::memcpy(&m, row + blocks - N, N);
+    return Multipliers(m >> 8 * (from + N - blocks));
+  }
+  for (int64_t i = 0; i < blocks - from; i++) m = Multipliers(m | Multipliers(row[from + i]) << 8 * i);
+  return m;
+}
+
+// sums[0 .. LANES): of the products of LANES rows, exactly; row(i) is the i-th of them, in ascending order. ahead: as many
+// bytes to ask for, or null.
 template <bool BLOCKS, class Row>
-inline void proxy_sums(const Plane& p, Row&& row, const char* x, int32_t* sums) {
+inline void proxy_sums(const Plane& p, Row&& row, const char* x, const char* ahead, int32_t* sums) {
   const char* codes[LANES];
   const uint8_t* multipliers[LANES];
 #pragma GCC unroll 16
@@ -66,39 +79,41 @@ inline void proxy_sums(const Plane& p, Row&& row, const char* x, int32_t* sums) 
     multipliers[n] = p.multipliers + row(n) * p.blocks();
   }
   vi all[LANES] = {};
-  auto add = [&](auto&& bytes, auto&& factors) INLINE {
+  auto add = [&](int64_t i, auto&& bytes, auto&& factors) INLINE {
     const vb x_low = load_bytes(x), x_high = load_bytes(x + VB), start = load_bytes(x + 2 * VB);
 #pragma GCC unroll 16
-    for (int n = 0; n < LANES; n++) all[n] = add_nibbles(all[n], start, bytes(n), x_low, x_high, factors(n));
+    for (int n = 0; n < LANES; n++) {
+      if (ahead) __builtin_prefetch(ahead + i * LANES + n * VB, 0, 3);
+      all[n] = add_nibbles(all[n], start, bytes(n), x_low, x_high, factors(n));
+    }
     x += TokenCodes<2>::CHUNK;
   };
+  // Past a row's end x is 0, and what is read there adds nothing: only the plane's last rows end within a vector.
+  constexpr int64_t EACH = sizeof(Multipliers);
+  const int64_t chunks = (p.codes.bytes + VB - 1) / VB, rows_left = p.codes.count - row(LANES - 1);
+  const bool whole = rows_left * p.codes.stride >= chunks * VB && rows_left * p.blocks() >= chunks * EACH;
+  const int64_t end = whole ? chunks * VB : p.codes.bytes;
   int64_t i = 0, b = 0;
-  for (; i + VB <= p.codes.bytes; i += VB, b += int64_t(sizeof(Multipliers)))
+  for (; i + VB <= end; i += VB, b += EACH)
     add(
-        [&](int n) INLINE {
-          __builtin_prefetch(codes[n] + i + SCAN_AHEAD, 0, 2);
-          return load_bytes(codes[n] + i);
-        },
+        i, [&](int n) INLINE { return load_bytes(codes[n] + i); },
         [&](int n) INLINE {
           Multipliers m = ONES;
           if (BLOCKS) std::memcpy(&m, multipliers[n] + b, sizeof m);
           return m;
         });
-  if (const int64_t left = p.codes.bytes - i; left > 0)
-    add([&](int n) INLINE { return load_last_bytes(codes[n] + i, left); },
-        [&](int n) INLINE {
-          uint32_t m = BLOCKS ? 0 : ONES;
-          for (int64_t j = b; BLOCKS && j < p.blocks(); j++) m |= uint32_t(multipliers[n][j]) << 8 * (j - b);
-          return Multipliers(m);
-        });
+  if (const int64_t left = end - i; left > 0)
+    add(
+        i, [&](int n) INLINE { return load_last_bytes(codes[n] + i, left); },
+        [&](int n) INLINE { return BLOCKS ? last_multipliers(multipliers[n], p.blocks(), b) : ONES; });
   std::fill(sums, sums + LANES, 0);
   add_hsum4(all, sums);
 }
 
 template <class Row>
-inline void proxy_sums(const Plane& p, Row&& row, const char* x, int32_t* sums) {
-  if (p.multipliers) return proxy_sums<true>(p, row, x, sums);
-  proxy_sums<false>(p, row, x, sums);
+inline void proxy_sums(const Plane& p, Row&& row, const char* x, const char* ahead, int32_t* sums) {
+  if (p.multipliers) return proxy_sums<true>(p, row, x, ahead, sums);
+  proxy_sums<false>(p, row, x, ahead, sums);
 }
 
 // z[k][0 .. n): hidden units of neurons [first, first + n) before the activation, for one token; n <= SCAN
@@ -107,8 +122,10 @@ inline void proxy_units(const Proxy& p, int64_t first, int64_t n, const char* x,
     int32_t sums[SCAN] = {};
     float scales[SCAN] = {}, biases[SCAN] = {};
     const int64_t row = k * p.d_ff + first;
-    for (int64_t i = 0; i < n; i += LANES)  // past the last row, the last one again
-      proxy_sums(p, [&](int64_t j) { return row + std::min(i + j, n - 1); }, x, sums + i);
+    for (int64_t i = 0; i < n; i += LANES) {  // past the last row, the last one again
+      const char* ahead = p.codes.data + (row + i) * p.codes.stride + SCAN_AHEAD;
+      proxy_sums(p, [&](int64_t j) { return row + std::min(i + j, n - 1); }, x, ahead, sums + i);
+    }
     std::copy(p.scales + row, p.scales + row + n, scales);
     if (p.biases) std::copy(p.biases + row, p.biases + row + n, biases);
     for (int64_t i = 0; i < SCAN; i += W) {

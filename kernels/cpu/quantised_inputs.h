@@ -130,7 +130,12 @@ inline vi add_nibbles(vi sum, vb start, vb pairs, vb x_low, vb x_high, Multiplie
 }
 #else
 inline vi spread_multipliers(Multipliers m) {
-#if defined(__AVX512F__)
+#if defined(__AVX512BW__)
+  // A byte of the four that each 128 bits hold, zeros in the other three of its lane.
+  const __m512i lanes = _mm512_add_epi32(
+      _mm512_set1_epi32(int32_t(0x80808000)), _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0));
+  return reinterpret_cast<vi>(_mm512_shuffle_epi8(_mm512_set1_epi32(int32_t(m)), lanes));
+#elif defined(__AVX512F__)
   const __m128i lanes = _mm_set_epi8(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
   return reinterpret_cast<vi>(_mm512_cvtepu8_epi32(_mm_shuffle_epi8(_mm_cvtsi32_si128(int32_t(m)), lanes)));
 #else
@@ -143,7 +148,14 @@ inline vb start_of_nibbles(vb x_low, vb x_high) {
 }
 inline vi add_nibbles(vi sum, vb start, vb pairs, vb x_low, vb x_high, Multipliers m) {
   const vb low = pairs & int8_t(15), high = reinterpret_cast<vb>(reinterpret_cast<vs>(pairs) >> 4) & int8_t(15);
-  return sum + add_products_of_nibbles(reinterpret_cast<vi>(start), low, x_low, high, x_high) * spread_multipliers(m);
+  const vi products = add_products_of_nibbles(reinterpret_cast<vi>(start), low, x_low, high, x_high);
+#if defined(__AVX512VNNI__)
+  // Eight products fit in 16 bits, 8 * 8 * 127 < 2^15: the upper half of the lane, which is their sign, is times 0.
+  return reinterpret_cast<vi>(_mm512_dpwssd_epi32(reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(products),
+                                                  reinterpret_cast<__m512i>(spread_multipliers(m))));
+#else
+  return sum + products * spread_multipliers(m);
+#endif
 }
 #endif
 

@@ -74,10 +74,12 @@ inline void add_hsum4(const V* v, T* out) {
   const V ab = interleave<false, 0>(v[0], v[1], all) + interleave<false, 2>(v[0], v[1], all);
   const V cd = interleave<false, 0>(v[2], v[3], all) + interleave<false, 2>(v[2], v[3], all);
   const V abcd = interleave<true, 0>(ab, cd, all) + interleave<true, 2>(ab, cd, all);
-  T lane[W];
-  std::memcpy(lane, &abcd, sizeof abcd);
-  for (int g = 0; g < W; g += 4)
-    for (int i = 0; i < 4; i++) out[i] += lane[g + i];
+  typedef T four __attribute__((vector_size(16)));
+  four groups[W / 4], sums;
+  std::memcpy(groups, &abcd, sizeof abcd);
+  std::memcpy(&sums, out, sizeof sums);
+  for (const four& group : groups) sums += group;
+  std::memcpy(out, &sums, sizeof sums);
 }
 #else
 template <class V, class T>

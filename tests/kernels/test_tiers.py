@@ -75,8 +75,10 @@ def test_each_neuron_is_decided_as_the_proxy_says(gated: bool) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_a_tokens_bits_depend_on_nothing_around_it(threads: int) -> None:
-    args = make(Recipe(T=131, d_model=577, n_experts=150, activation="gelu"))
+@pytest.mark.parametrize(("d_model", "d_ff"), [(577, 150), (33, 389), (20, 6200)])
+def test_a_tokens_bits_depend_on_nothing_around_it(threads: int, d_model: int, d_ff: int) -> None:
+    """Within one run of groups of neurons, over several, and over longer ones."""
+    args = make(Recipe(T=131 if d_ff < 1000 else 3, d_model=d_model, n_experts=d_ff, activation="gelu"))
     torch.set_num_threads(1)
     expected = torch.cat([op(row[None], *args[1:]) for row in args[0]])
     torch.set_num_threads(threads)
@@ -89,6 +91,17 @@ def test_large() -> None:
     for T in (1, 3):
         args = make(Recipe(T=T, d_model=2080, n_experts=520, dtype=torch.bfloat16))
         assert_values(args, op(*args))
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-22, 1e22, 1e33])
+def test_columns_of_any_size(size: float) -> None:
+    """Those that integers hold in units of the largest, and those beyond."""
+    args = list(make(Recipe(T=2, d_model=200, n_experts=70, bias=False)))
+    wanted = op(*args) * size
+    for at in (12, 15):
+        args[at] = args[at] * size
+    args[15][:2] /= size  # of gate and up
+    torch.testing.assert_close(op(*args), wanted, rtol=2e-5, atol=2e-6 * float(wanted.abs().max()))
 
 
 def test_fp64_is_computed_as_fp32() -> None:
