@@ -72,19 +72,20 @@ class Point:
 
     @property
     def name(self) -> str:
-        if self.source == "GPTQ":
+        if self.source == "GPTQ" and self.kind == "quantised":
             return "FFNs by GPTQ in 4 bits, int8"
         if self.source == "int4":
             return "linears by GPTQ in int4, head int8"
         if self.kind == "llama.cpp":
             return f"llama.cpp {self.source}"
         share = "" if self.sparsity is None else f", {self.sparsity:.0%} inactive"
-        return f"{self.source}{share}, {self.linears or 'F32'}"
+        return f"{NAMES.get(self.source, self.source)}{share}, {self.linears or 'F32'}"
 
     def exported(self, work: Path) -> Path:
         return work / "exported" / self.name.replace(", ", "-").replace(" ", "-").replace("%", "")
 
 
+NAMES = {"GPTQ": "tiers, none at zero", "tiers int4": "tiers, none at zero, attention in int4"}  # of sources
 FORMATS: tuple[Format | None, ...] = (None, "int8", "int4")
 PRUNED = (20,)  # percent of the neurons of each FFN
 POINTS = (
@@ -95,11 +96,13 @@ POINTS = (
     *(Point(kind="pruned", source=f"pruned {percent} %", linears="int8") for percent in PRUNED),
     *(Point(kind="routed", source="proxies", linears="int8", sparsity=s) for s in (0.5, 0.7)),
     *(Point(kind="tiers", source="tiers", linears="int8", sparsity=s) for s in (0.8, 0.95)),
+    *(Point(kind="tiers", source="GPTQ", linears="int8", sparsity=s) for s in (0.9, 0.95)),
+    *(Point(kind="tiers", source="tiers int4", linears="int8", sparsity=s) for s in (0.9, 0.95)),
 )
 
 NEEDS = {
     "llama_cpp": [point for point in POINTS if point.kind == "llama.cpp"],
-    "torchao": [point for point in POINTS if point.source == "int4"],
+    "torchao": [point for point in POINTS if point.source in ("int4", "tiers int4")],
 }
 
 
@@ -128,7 +131,10 @@ def make(preset: Preset, work: Path) -> None:
     written: dict[str, Callable[[Path], object]] = {
         "dense": dense.save_pretrained,
         "int4": lambda folder: ltepass.quantize(copy.deepcopy(dense), "int4", calibration).save_pretrained(folder),
-        "GPTQ": lambda folder: _low_bits_alone(calibrated()).save_pretrained(folder),
+        "GPTQ": lambda folder: _none_at_zero(calibrated()).save_pretrained(folder),
+        "tiers int4": lambda folder: ltepass.quantize(_none_at_zero(calibrated()), "int4", calibration).save_pretrained(
+            folder
+        ),
         "proxies": lambda folder: _proxies(dense, calibration).save_pretrained(folder),
         **{f"pruned {n} %": partial(_write_pruned, dense, calibration, n / 100) for n in PRUNED},
         "tiers": lambda _: calibrated(),
@@ -146,10 +152,8 @@ def make(preset: Preset, work: Path) -> None:
             _export(point, work)
 
 
-def _low_bits_alone(tiers: PreTrainedModel) -> PreTrainedModel:
-    """What GPTQ makes of FFNs in 4 bits: tiers whose neurons all read the high planes, and at most one in a hundred the
-    low planes.
-    """
+def _none_at_zero(tiers: PreTrainedModel) -> PreTrainedModel:
+    """Tiers of which no neuron is at zero: the high planes are read whole. At a sparsity of 0.99 that is GPTQ alone."""
     Routed.of(tiers, "GPTQ").config["low_bit_sparsity"] = 0.0
     for router in routers_of(tiers):
         router.low_bit_sparsity = 0.0  # type: ignore[assignment]  # a TieredRouter's
