@@ -12,23 +12,28 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ltepass import transformers_hook
 from ltepass.calibration.int4_codes import quantise_to_int4
+from ltepass.config import LTEConfig
 from ltepass.errors import ConfigError, LoweredError, MetaWeightsError
 from ltepass.kernels.weight_formats import BLOCK
 from ltepass.passes.lower.lower_model import is_lowered
 from ltepass.passes.lower.why_not_linear import is_conv1d, is_product
 from ltepass.routed.batches import Batch
+from ltepass.routed.modes import set_mode
 from ltepass.routed.routed import Routed, is_transformed, require_whole, unwrapped
 from ltepass.routed.sites import is_ordinary
 from ltepass.routed.torchao_weights import config_of, int4_weight, is_quantised, torchao
 from ltepass.routed.undo import all_or_nothing
+from ltepass.transform_and_lower import transform
 
 METHOD = "lte"  # of transformers' quantiser that is ours
 log = logging.getLogger("ltepass")
 Model = TypeVar("Model", bound=nn.Module)
-Weights = Literal["int8", "int4"]
+Weights = Literal["int8", "int4"]  # of linears, which torchao holds
 
 
-def quantize(model: Model, weights: Weights = "int8", calibration: Iterable[Batch] | None = None) -> Model:
+def quantize(
+    model: Model, weights: Weights | Literal["tiers"] = "int8", calibration: Iterable[Batch] | None = None
+) -> Model:
     """Hold the weights of linears as codes, in place: a quarter or an eighth of fp32's bytes for a token to read.
 
     torchao holds them (`pip install 'ltepass[quantize]'`), and rounds them: int8 with a scale an output, int4 in blocks
@@ -42,13 +47,18 @@ def quantize(model: Model, weights: Weights = "int8", calibration: Iterable[Batc
         model: a transformed model or a dense one, not lowered, without adapters. Routers stay in floats, as do weights
             that several modules share (a head that is tied to the embedding), embeddings, transformers' Conv1D, and
             FFNs whose planes hold them already (inactive="low_bit"); in int4, linears whose d_in is no multiple of 32.
-        weights: "int8" or "int4". No sparse op reads 4 bits: int4 is for a dense model, and for one of planes.
-        calibration: of int4: batches of token ids, or mappings of inputs, that GPTQ sees; some 8,000 tokens of text.
+        weights: "int8", "int4" or "tiers". No sparse op reads 4 bits: int4 is for a dense model, and for one of planes.
+            "tiers", of a dense model: each FFN weight in two planes of 4 bits, of which a token reads the second one
+            for a tenth of the neurons only (`LTEConfig(router="proxy", inactive="low_bit")`; `set_sparsity` changes
+            the share), and every other linear in int8; the model is then transformed, in hard mode.
+        calibration: batches of token ids, or mappings of inputs; some 8,000 tokens of text. Of int4: what GPTQ sees; of
+            tiers, which need it: what GPTQ and the thresholds see.
     Returns: the model. Quantised weights no longer learn; routers do.
     Raises: ConfigError (torchao is missing, an adapter or another quantiser holds a weight, a mask or another
-        parametrisation computes one, no linear is left to be quantised, routers whose FFNs int4 would leave dense),
-        CalibrationError (a batch that is no model input, or values that are not finite), LoweredError,
-        MetaWeightsError, ShardedError; the model is then as it was.
+        parametrisation computes one, no linear is left to be quantised, routers whose FFNs int4 would leave dense or
+        that tiers would replace, tiers without text), CalibrationError (a batch that is no model input, or values that
+        are not finite), LoweredError, MetaWeightsError, ShardedError, of tiers also what `transform` raises; the model
+        is then as it was.
     Example:
         >>> ltepass.set_mode(model, "hard")
         >>> ltepass.quantize(model, "int8").save_pretrained(folder)
@@ -56,15 +66,40 @@ def quantize(model: Model, weights: Weights = "int8", calibration: Iterable[Batc
     root = unwrapped(model)
 
     def work() -> Model:
-        _quantize(root, weights, None if calibration is None else list(calibration))
+        batches = None if calibration is None else list(calibration)
+        if weights == "tiers":
+            _make_tiers(root, batches)
+            _quantize(root, "int8", None)
+        else:
+            _quantize(root, weights, batches)
         return model
 
     return all_or_nothing(root, work)
 
 
+def _make_tiers(model: nn.Module, batches: list[Batch] | None) -> None:
+    """A dense model's FFNs in planes, in hard mode."""
+    if not batches:
+        raise ConfigError(
+            "calibration is empty or None; tiers need text, which says what rounding loses and which neurons matter; "
+            "pass batches of token ids"
+        )
+    if is_transformed(model):
+        raise ConfigError(
+            'the model has routers; expected a dense one, whose FFNs become tiers; quantise this one to "int8", or '
+            "call ltepass.remove first"
+        )
+    _require_plain(model)
+    torchao("quantization")  # before minutes of calibration
+    example = None if hasattr(model, "main_input_name") else batches[0]  # transformers' makes its own
+    config = LTEConfig(router="proxy", inactive="low_bit", target_sparsity=0.9)
+    transform(model, example, config, calibration=batches)
+    set_mode(model, "hard")
+
+
 def _quantize(model: nn.Module, weights: Weights, batches: list[Batch] | None) -> None:
     if weights not in get_args(Weights):
-        raise ConfigError(f"weights is {weights!r}; expected one of {', '.join(get_args(Weights))}")
+        raise ConfigError(f"weights is {weights!r}; expected one of {', '.join((*get_args(Weights), 'tiers'))}")
     if batches is not None and weights != "int4":
         raise ConfigError('calibration is given, and int8 needs none; expected weights="int4" with it')
     require_whole(model, "quantize")
