@@ -1,6 +1,6 @@
 // Many tokens: every active expert is a small GEMM over the tokens that chose it, so that its weights are read once
 // and each token keeps its own decision. Stages of pieces:
-//   x widened | router and token lists | up (and gate) per expert | down per block of output columns
+//   x widened | router | token lists | up (and gate) per expert | down per block of output columns
 // With few tokens down goes by parts of the experts, so that their rows are read whole, and the parts' sums are added.
 // Each number is computed by one thread in one order: bitwise repeatable for any thread count.
 #pragma once
@@ -16,22 +16,39 @@ constexpr int64_t MANY_TOKENS = 1024;  // from here that GEMM is at its best
 constexpr int64_t SMALL_GROUP = 4;  // neurons, below which few tokens' GEMMs are too small
 constexpr int64_t DENSE_TOKENS = 33;  // from here the library's GEMM is worth asking (see README.md, break-even)
 
+// Who chose experts [e0, e1), and how many tokens each has.
 template <class O>
 inline void route_block(const Problem& p, const Chunk<O>& c, int64_t e0, int64_t e1, Local& local) {
   if (!c.scores->scan(e0, e1, c.tokens, local.up, NEURON_BLOCK)) {
     for (int64_t i = 0; i < c.tokens; i++) local.rows[i] = c.x.row(i);
     project_rows<F32>(p.router, e0, e1 - e0, c.x, local.rows, c.tokens, local.up, local.block);
   }
-  for (int64_t e = e0; e < e1; e++) {
-    const float bias = p.router_bias ? p.router_bias[e] : 0.0f;
-    int32_t n = 0;
-    for (int64_t i = 0; i < c.tokens; i++) {
-      const bool on = local.up[i * NEURON_BLOCK + e - e0] + bias > p.threshold;
-      if (c.mask) c.mask[i * p.n_experts + e] = on;
-      c.list[e * c.tokens + n] = int32_t(i);
-      n += on;
+  const int64_t n = e1 - e0;
+  float bias[NEURON_BLOCK] = {};
+  int32_t count[NEURON_BLOCK] = {};
+  if (p.router_bias) std::copy(p.router_bias + e0, p.router_bias + e1, bias);
+  for (int64_t i = 0; i < c.tokens; i++) {
+    const float* logits = local.up + i * NEURON_BLOCK;
+    uint8_t* mask = c.mask + i * p.n_experts + e0;
+    for (int64_t e = 0; e < n; e++) {
+      const bool on = logits[e] + bias[e] > p.threshold;
+      mask[e] = on, count[e] += on;
     }
-    c.count[e] = n;
+  }
+  std::copy(count, count + n, c.count + e0);
+}
+
+// The lists of experts [e0, e1).
+template <class O>
+inline void list_tokens(const Problem& p, const Chunk<O>& c, int64_t e0, int64_t e1) {
+  const int64_t n = e1 - e0;
+  int32_t count[NEURON_BLOCK] = {};
+  for (int64_t i = 0; i < c.tokens; i++) {
+    const uint8_t* mask = c.mask + i * p.n_experts + e0;
+    for (int64_t e = 0; e < n; e++) {
+      c.list[(e0 + e) * c.tokens + count[e]] = int32_t(i);
+      count[e] += mask[e];
+    }
   }
 }
 
@@ -71,7 +88,15 @@ inline void write_out(const Problem& p, float* sums, int parts, int64_t step, in
   }
 }
 
-// Memory of a chunk, and its decision: token lists per expert. Returns the number of (token, expert) pairs.
+// f(e0, e1) for all experts, in blocks
+template <class F>
+inline void by_experts(const Problem& p, F&& f) {
+  by_pieces((p.n_experts + NEURON_BLOCK - 1) / NEURON_BLOCK, p.threads, [&](int64_t block, int slot) {
+    f(block * NEURON_BLOCK, std::min((block + 1) * NEURON_BLOCK, p.n_experts), slot);
+  });
+}
+
+// Memory of a chunk, and its decision. Returns the number of (token, expert) pairs.
 template <class E, class Q>
 inline int64_t route_chunk(const Problem& p, int64_t first, Chunk<typename Q::Operand>& c, std::vector<Local>& locals) {
   using O = typename Q::Operand;
@@ -91,10 +116,7 @@ inline int64_t route_chunk(const Problem& p, int64_t first, Chunk<typename Q::Op
       c.up->template lay<F32>(i, row);
     }
   });
-  by_pieces((p.n_experts + NEURON_BLOCK - 1) / NEURON_BLOCK, p.threads, [&](int64_t block, int slot) {
-    const int64_t e = block * NEURON_BLOCK;
-    route_block(p, c, e, std::min(e + NEURON_BLOCK, p.n_experts), locals[size_t(slot)]);
-  });
+  by_experts(p, [&](int64_t e0, int64_t e1, int slot) { route_block(p, c, e0, e1, locals[size_t(slot)]); });
   if (p.input_cut >= 0.0f && !std::is_same_v<Q, I8>) {  // routers have seen all of x; up and gate do not
     auto* v = reinterpret_cast<typename O::T*>(c.operands.data);
     const int64_t n = c.operands.size() * O::PER_WORD;
@@ -112,6 +134,7 @@ inline int64_t route_chunk(const Problem& p, int64_t first, Chunk<typename Q::Op
 template <class E, class Q>
 inline void expert_gemms(const Problem& p, const Chunk<typename Q::Operand>& c, int64_t columns, typename E::T* y,
                          std::vector<Local>& locals) {
+  by_experts(p, [&](int64_t e0, int64_t e1, int) { list_tokens(p, c, e0, e1); });
   const int64_t blocks = (p.group + NEURON_BLOCK - 1) / NEURON_BLOCK, spans = (p.d_out + columns - 1) / columns;
   const int64_t tasks = c.n_active * blocks;
   // Few tokens read weights as they lie, in long stretches; many look for the thread that is free.
@@ -149,7 +172,8 @@ void batch(const Problem& p, Dense&& dense) {
   using O = typename Q::Operand;
   Scratch& s = scratch();
   const int64_t most = std::min(TOKEN_CHUNK, p.tokens), span = std::min(DENSE_SPAN, p.tokens);
-  const bool keep_mask = !p.mask && p.dense_above < 1;
+  const bool may_be_dense = p.dense_above < 1;
+  const int64_t masked = p.mask ? 0 : may_be_dense ? span : most;  // tokens whose mask is kept here
   const int64_t hidden = most * p.n_experts * words<O>(p.group);
   const auto [parts, columns] = DownTasks::of<Q>(p, most);
   const int64_t sums_stride = round_up(p.d_out, W) + W, sums = parts > 1 ? parts * most * sums_stride : 0;
@@ -164,7 +188,7 @@ void batch(const Problem& p, Dense&& dense) {
             Scratch::bytes_for<int32_t>(p.n_experts * most) + Scratch::bytes_for<int32_t>(p.n_experts) +
             Scratch::bytes_for<int32_t>(p.n_experts + 1) + Scratch::bytes_for<int64_t>(p.n_experts + 1) +
             Scratch::bytes_for<float>(hidden) + Scratch::bytes_for<float>(sums) +
-            Scratch::bytes_for<uint8_t>(keep_mask ? span * p.n_experts : 0) +
+            Scratch::bytes_for<uint8_t>(masked * p.n_experts) +
             p.threads * Local::bytes(p, most, columns) + scores.bytes() + (CODES ? up.bytes(most) : 0));
   c.x.data = s.take<float>(c.x.size());
   c.operands.data = std::is_same_v<O, F32> ? c.x.data : s.take<float>(c.operands.size());
@@ -176,7 +200,7 @@ void batch(const Problem& p, Dense&& dense) {
   c.parts = parts;
   c.sums = sums ? s.take<float>(sums) : nullptr;
   c.sums_stride = sums_stride;
-  uint8_t* own_mask = keep_mask ? s.take<uint8_t>(span * p.n_experts) : nullptr;
+  uint8_t* own_mask = s.take<uint8_t>(masked * p.n_experts);
   scores.reserve(s);
   c.scores = &scores;
   if (CODES) up.reserve(most), gate.inputs = up.inputs;
@@ -184,9 +208,9 @@ void batch(const Problem& p, Dense&& dense) {
   for (int t = 0; t < p.threads; t++) locals.emplace_back(s, p, most, columns);
   for (int64_t start = 0; start < p.tokens; start += DENSE_SPAN) {
     const int64_t end = std::min(start + DENSE_SPAN, p.tokens);
-    auto mask = [&](int64_t token) -> uint8_t* {
+    auto mask = [&](int64_t token) {
       if (p.mask) return p.mask + token * p.n_experts;
-      return own_mask ? own_mask + (token - start) * p.n_experts : nullptr;
+      return own_mask + (may_be_dense ? token - start : 0) * p.n_experts;
     };
     int64_t waiting = start;  // tokens from here to the present chunk are for the library
     auto flush = [&](int64_t to) {

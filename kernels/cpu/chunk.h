@@ -18,7 +18,7 @@ struct Chunk {
   int64_t n_active;
   int64_t* offset;      // [n_experts + 1] rows of `hidden` before expert e
   float* hidden;        // [rows, group] as operands of down, each row in whole words
-  uint8_t* mask;        // [tokens, n_experts] or null
+  uint8_t* mask;        // [tokens, n_experts]
   int parts;            // of the active experts, in the down phase
   float* sums;          // [parts, tokens, sums_stride] where there are several, else null
   const IntegerScores* scores;

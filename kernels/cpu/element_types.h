@@ -158,7 +158,10 @@ inline void load_last_parts(const typename E::T* p, int64_t n, vf* out) {
   E::load_parts(buffer, out);
 }
 
-inline void store_part(float* p, vf v, int64_t n) { std::memcpy(p, &v, size_t(n) * 4); }
+inline void store_part(float* p, vf v, int64_t n) {
+  if (n == W) return store(p, v);  // no call for a whole one
+  std::memcpy(p, &v, size_t(n) * 4);
+}
 
 template <class E>
 inline void widen(const typename E::T* from, float* to, int64_t n) {

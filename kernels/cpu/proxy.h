@@ -116,27 +116,147 @@ inline void proxy_sums(const Plane& p, Row&& row, const char* x, const char* ahe
   proxy_sums<false>(p, row, x, ahead, sums);
 }
 
-// z[k][0 .. n): hidden units of neurons [first, first + n) before the activation, for one token; n <= SCAN
-inline void proxy_units(const Proxy& p, int64_t first, int64_t n, const char* x, float scale, float (*z)[SCAN]) {
-  for (int64_t k = 0; k < p.k; k++) {
-    int32_t sums[SCAN] = {};
-    float scales[SCAN] = {}, biases[SCAN] = {};
-    const int64_t row = k * p.d_ff + first;
-    for (int64_t i = 0; i < n; i += LANES) {  // past the last row, the last one again
-      const char* ahead = p.codes.data + (row + i) * p.codes.stride + SCAN_AHEAD;
-      proxy_sums(p, [&](int64_t j) { return row + std::min(i + j, n - 1); }, x, ahead, sums + i);
-    }
-    std::copy(p.scales + row, p.scales + row + n, scales);
-    if (p.biases) std::copy(p.biases + row, p.biases + row + n, biases);
-    for (int64_t i = 0; i < SCAN; i += W) {
-      vf v = product(to_float(*reinterpret_cast<const vi_mem*>(sums + i)), load(scales + i));
-      v = product(v, splat(scale));
-      store(z[k] + i, p.biases ? v + load(biases + i) : v);
-    }
+// z[0 .. n): hidden units before the activation, of the sums of rows [row, row + n), for one token; n <= SCAN
+inline void units_of_sums(const Proxy& p, int64_t row, int64_t n, const int32_t* sums, float scale, float* z) {
+  float scales[SCAN] = {}, biases[SCAN] = {};
+  std::copy(p.scales + row, p.scales + row + n, scales);
+  if (p.biases) std::copy(p.biases + row, p.biases + row + n, biases);
+  for (int64_t i = 0; i < SCAN; i += W) {
+    vf v = product(to_float(*reinterpret_cast<const vi_mem*>(sums + i)), load(scales + i));
+    v = product(v, splat(scale));
+    store(z + i, p.biases ? v + load(biases + i) : v);
   }
 }
 
-// neurons[0 .. n): the sizes of those hidden units
+constexpr int64_t SCANNED = 64;  // tokens at a time, of many
+
+#if defined(__AVX512VNNI__)
+// Of many tokens: rows lie in lanes, so that nothing is summed up across them and a code is unpacked once.
+#define ROWS_IN_LANES
+constexpr int64_t MANY_TOKENS_SCANNED = 8;  // from which on turning the rows pays
+constexpr int64_t TURNED_BLOCKS = 16;       // at a time: their vectors stay in L1
+static_assert(SCAN == W);
+
+// A block of SCAN rows: four inputs of each in a lane, and its multipliers.
+struct TurnedBlock {
+  vi codes[BLOCK / 4], multipliers;
+};
+
+inline void turn_rows(const Plane& p, int64_t row, int64_t n, int64_t block, TurnedBlock& to) {
+  auto at = [&](int64_t i) { return row + std::min(i, n - 1); };  // past the last row, the last one again
+  auto codes = [&](int64_t i) INLINE {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p.codes.data + at(i) * p.codes.stride + block * (BLOCK / 2)));
+  };
+  __m512i rows[4];  // i, i + 4, i + 8 and i + 12
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    rows[i] = _mm512_castsi128_si512(codes(i));
+    rows[i] = _mm512_inserti32x4(rows[i], codes(i + 4), 1);
+    rows[i] = _mm512_inserti32x4(rows[i], codes(i + 8), 2);
+    rows[i] = _mm512_inserti32x4(rows[i], codes(i + 12), 3);
+  }
+  const __m512i a = _mm512_unpacklo_epi32(rows[0], rows[1]), b = _mm512_unpacklo_epi32(rows[2], rows[3]);
+  const __m512i c = _mm512_unpackhi_epi32(rows[0], rows[1]), d = _mm512_unpackhi_epi32(rows[2], rows[3]);
+  const __m512i words[4] = {_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b), _mm512_unpacklo_epi64(c, d),
+                            _mm512_unpackhi_epi64(c, d)};
+  const __m512i low = _mm512_set1_epi8(15);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    to.codes[i] = reinterpret_cast<vi>(_mm512_and_si512(words[i], low));
+    to.codes[4 + i] = reinterpret_cast<vi>(_mm512_and_si512(_mm512_srli_epi16(words[i], 4), low));
+  }
+  alignas(64) int32_t multipliers[SCAN];
+  for (int64_t i = 0; i < SCAN; i++) multipliers[i] = p.multipliers ? p.multipliers[at(i) * p.blocks() + block] : 1;
+  std::memcpy(&to.multipliers, multipliers, sizeof multipliers);
+}
+
+// sums[k][i][0 .. SCAN) of neurons [first, first + n) of K linears for `tokens` tokens from t0 on, exactly
+template <int K>
+inline void turned_sums(const Proxy& p, int64_t first, int64_t n, const TokenCodes<2>& in, int64_t t0, int64_t tokens,
+                        int32_t (*sums)[SCANNED][SCAN]) {
+  constexpr int M = 8 / K;
+  TurnedBlock turned[TURNED_BLOCKS][K];
+  for (int64_t b0 = 0; b0 < p.blocks(); b0 += TURNED_BLOCKS) {
+    const int64_t blocks = std::min(TURNED_BLOCKS, p.blocks() - b0);
+    for (int64_t b = 0; b < blocks; b++)
+      for (int k = 0; k < K; k++) turn_rows(p, k * p.d_ff + first, n, b0 + b, turned[b][k]);
+    for (int64_t token = 0; token < tokens; token += M) {
+      const char* xs[M];
+      vi all[M][K];
+#pragma GCC unroll 16
+      for (int m = 0; m < M; m++) {
+        const int64_t i = std::min(token + m, tokens - 1);  // past the last token, the last one again
+        xs[m] = in.row(t0 + i);
+#pragma GCC unroll 2
+        for (int k = 0; k < K; k++) all[m][k] = b0 ? *reinterpret_cast<const vi_mem*>(sums[k][i]) : vi{};
+      }
+      for (int64_t b = 0; b < blocks; b++) {
+        const int64_t offset = (b0 + b) / 4 * TokenCodes<2>::CHUNK + (b0 + b) % 4 * (BLOCK / 2);
+        vi w[BLOCK / 4][K];
+#pragma GCC unroll 16
+        for (int i = 0; i < BLOCK / 4; i++)
+#pragma GCC unroll 2
+          for (int k = 0; k < K; k++) w[i][k] = turned[b][k].codes[i];
+#pragma GCC unroll 16
+        for (int m = 0; m < M; m++) {
+          const char* x = xs[m] + offset;
+          const auto* start = reinterpret_cast<const int32_t*>(x + 2 * VB);
+          vi sum[K];
+          sum[0] = sum[K - 1] = vi{} + (start[0] + start[1] + start[2] + start[3]);
+#pragma GCC unroll 16
+          for (int i = 0; i < BLOCK / 4; i++) {
+            int32_t four;
+            std::memcpy(&four, x + i / 4 * VB + i % 4 * 4, 4);
+            const vb inputs = reinterpret_cast<vb>(vi{} + four);
+#pragma GCC unroll 2
+            for (int k = 0; k < K; k++) sum[k] = add_products<false>(sum[k], reinterpret_cast<vb>(w[i][k]), inputs);
+          }
+#pragma GCC unroll 2
+          for (int k = 0; k < K; k++) all[m][k] = add_times(all[m][k], sum[k], turned[b][k].multipliers);  // 8 * 32 * 127 < 2^15
+        }
+      }
+#pragma GCC unroll 16
+      for (int m = 0; m < M; m++)
+#pragma GCC unroll 2
+        for (int k = 0; k < K && token + m < tokens; k++) *reinterpret_cast<vi_mem*>(sums[k][token + m]) = all[m][k];
+    }
+  }
+}
+#endif
+
+// f(token, z): hidden units z[k][0 .. n) of neurons [first, first + n), n <= SCAN, for tokens [t0, t1) one after the other
+template <class F>
+inline void proxy_units(const Proxy& p, int64_t first, int64_t n, const TokenCodes<2>& in, int64_t t0, int64_t t1, F&& f) {
+  float z[2][SCAN] = {};
+#if defined(ROWS_IN_LANES)
+  if (t1 - t0 >= MANY_TOKENS_SCANNED) {
+    int32_t sums[2][SCANNED][SCAN];
+    for (int64_t t = t0; t < t1; t += SCANNED) {
+      const int64_t tokens = std::min(SCANNED, t1 - t);
+      p.k == 2 ? turned_sums<2>(p, first, n, in, t, tokens, sums) : turned_sums<1>(p, first, n, in, t, tokens, sums);
+      for (int64_t i = 0; i < tokens; i++) {
+        for (int64_t k = 0; k < p.k; k++) units_of_sums(p, k * p.d_ff + first, n, sums[k][i], in.scale(t + i), z[k]);
+        f(t + i, z);
+      }
+    }
+    return;
+  }
+#endif
+  for (int64_t t = t0; t < t1; t++) {
+    for (int64_t k = 0; k < p.k; k++) {
+      int32_t sums[SCAN] = {};
+      const int64_t row = k * p.d_ff + first;
+      for (int64_t i = 0; i < n; i += LANES) {  // past the last row, the last one again
+        const char* ahead = p.codes.data + (row + i) * p.codes.stride + SCAN_AHEAD;
+        proxy_sums(p, [&](int64_t j) { return row + std::min(i + j, n - 1); }, in.row(t), ahead, sums + i);
+      }
+      units_of_sums(p, row, n, sums, in.scale(t), z[k]);
+    }
+    f(t, z);
+  }
+}
+
+// neurons[0 .. n): the sizes of those hidden units; SCAN numbers are written
 inline void proxy_neurons(const Proxy& p, int64_t first, int64_t n, const float (*z)[SCAN], float* neurons) {
   float sizes[SCAN] = {};
   std::copy(p.sizes + first, p.sizes + first + n, sizes);
@@ -145,7 +265,7 @@ inline void proxy_neurons(const Proxy& p, int64_t first, int64_t n, const float 
     if (p.k == 2) t = product(t, load(z[1] + i));
     t = reinterpret_cast<vf>(reinterpret_cast<vi>(t) & 0x7fffffff);
     t = product(t, load(sizes + i));
-    store_part(neurons + i, t, std::clamp<int64_t>(n - i, 0, W));
+    store(neurons + i, t);
   }
 }
 
@@ -155,8 +275,12 @@ inline vf proxy_logits(const Proxy& p, vf weights, vf sizes) {
   return select(logits == logits, logits, splat(std::numeric_limits<float>::infinity()));
 }
 
-inline float proxy_logit(const Proxy& p, int64_t expert, float size) {
-  return proxy_logits(p, splat(p.weight[expert]), splat(size))[0];
+// logits[0 .. n) of neurons [first, first + n), which are experts each; n <= SCAN
+inline void single_logits(const Proxy& p, int64_t first, int64_t n, const float* sizes, float* logits) {
+  float weights[SCAN] = {};
+  std::copy(p.weight + first, p.weight + first + n, weights);
+  for (int64_t i = 0; i < n; i += W)
+    store_part(logits + i, proxy_logits(p, load(weights + i), load(sizes + i)), std::min<int64_t>(n - i, W));
 }
 
 // logits[token * stride + e] of experts [e0, e1), for tokens [t0, t1) of the inputs
@@ -165,21 +289,20 @@ inline void proxy_scan(const Proxy& p, const TokenCodes<2>& in, int64_t e0, int6
   const int64_t end = e1 * p.group;
   for (int64_t first = e0 * p.group; first < end; first += SCAN) {
     const int64_t n = std::min(SCAN, end - first);
-    for (int64_t token = t0; token < t1; token++) {
-      float z[2][SCAN] = {}, neurons[SCAN];
-      proxy_units(p, first, n, in.row(token), in.scale(token), z);
+    proxy_units(p, first, n, in, t0, t1, [&](int64_t token, const float (*z)[SCAN]) {
+      float neurons[SCAN];
       proxy_neurons(p, first, n, z, neurons);
       float* out = logits + token * stride;
+      if (p.group == 1) return single_logits(p, first, n, neurons, out + first - e0);
       for (int64_t i = 0; i < n; i++) {
         const int64_t e = (first + i) / p.group, j = (first + i) % p.group;
         // An expert's sum of squares grows where its logit will stand.
         const float square = product(splat(neurons[i]), splat(neurons[i]))[0];
         float& sum = out[e - e0];
-        sum = p.group == 1 ? neurons[i] : j == 0 ? square : sum + square;
-        if (j + 1 < p.group) continue;
-        sum = proxy_logit(p, e, p.group == 1 ? sum : std::sqrt(sum));
+        sum = j == 0 ? square : sum + square;
+        if (j + 1 == p.group) sum = proxy_logits(p, splat(p.weight[e]), splat(std::sqrt(sum)))[0];
       }
-    }
+    });
   }
 }
 

@@ -142,6 +142,16 @@ inline vi spread_multipliers(Multipliers m) {
   return vi{} + int32_t(m);
 #endif
 }
+// sum + values * factors, of values that fit in 16 bits and factors that are not negative and fit too
+inline vi add_times(vi sum, vi values, vi factors) {
+#if defined(__AVX512VNNI__)
+  // The upper half of a lane, which is the value's sign, is times 0.
+  return reinterpret_cast<vi>(_mm512_dpwssd_epi32(reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(values),
+                                                  reinterpret_cast<__m512i>(factors)));
+#else
+  return sum + values * factors;
+#endif
+}
 inline vb start_of_nibbles(vb x_low, vb x_high) {
   const vb ones = vb{} + int8_t(1);
   return reinterpret_cast<vb>(add_products<false>(add_products<false>(vi{}, ones, x_low), ones, x_high) * -8);
@@ -149,13 +159,7 @@ inline vb start_of_nibbles(vb x_low, vb x_high) {
 inline vi add_nibbles(vi sum, vb start, vb pairs, vb x_low, vb x_high, Multipliers m) {
   const vb low = pairs & int8_t(15), high = reinterpret_cast<vb>(reinterpret_cast<vs>(pairs) >> 4) & int8_t(15);
   const vi products = add_products_of_nibbles(reinterpret_cast<vi>(start), low, x_low, high, x_high);
-#if defined(__AVX512VNNI__)
-  // Eight products fit in 16 bits, 8 * 8 * 127 < 2^15: the upper half of the lane, which is their sign, is times 0.
-  return reinterpret_cast<vi>(_mm512_dpwssd_epi32(reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(products),
-                                                  reinterpret_cast<__m512i>(spread_multipliers(m))));
-#else
-  return sum + products * spread_multipliers(m);
-#endif
+  return add_times(sum, products, spread_multipliers(m));  // 8 * 8 * 127 < 2^15
 }
 #endif
 

@@ -66,15 +66,15 @@ inline void tiered_units(const Tiers& t, const TokenCodes<2>& in, int64_t first,
   const Proxy& p = t.high;
   float z[TIER_TOKENS][2][TIER_NEURONS];
   for (int64_t token = 0; token < tokens; token++) chosen[token * stride].n_kept = chosen[token * stride].n_best = 0;
-  for (int64_t i = 0; i < n; i += SCAN)
-    for (int64_t token = 0; token < tokens; token++) {
-      const int64_t some = std::min(SCAN, n - i);
-      float units[2][SCAN] = {}, sizes[SCAN] = {};
-      proxy_units(p, first + i, some, in.row(token), in.scale(token), units);
+  for (int64_t i = 0; i < n; i += SCAN) {
+    const int64_t some = std::min(SCAN, n - i);
+    proxy_units(p, first + i, some, in, 0, tokens, [&](int64_t token, const float (*units)[SCAN]) {
+      float sizes[SCAN] = {};
       proxy_neurons(p, first + i, some, units, sizes);
       for (int64_t k = 0; k < p.k; k++) std::copy(units[k], units[k] + some, z[token][k] + i);
       choose(t, first, i, some, sizes, with_down, chosen[token * stride]);
-    }
+    });
+  }
   for (int64_t token = 0; token < tokens; token++) {
     const Chosen& c = chosen[token * stride];
     for (int64_t k = 0; k < p.k; k++)
