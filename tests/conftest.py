@@ -2,6 +2,13 @@
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# No deadline: the first example of a process loads the kernels, and cores are shared.
+ALWAYS = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+settings.register_profile("quick", ALWAYS, max_examples=100)
+settings.register_profile("deep", ALWAYS, max_examples=2500)
+settings.load_profile("quick")
 
 # Of few tests, but minutes: at the end of the run one core would wait for them.
 LONG = frozenset(f"test_{name}.py" for name in "interpreter packaging trees compare gpu_script corpora".split())

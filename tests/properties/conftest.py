@@ -5,12 +5,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
 
-ALWAYS = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-settings.register_profile("quick", ALWAYS, max_examples=100)
-settings.register_profile("deep", ALWAYS, max_examples=2500)
-settings.load_profile("quick")
 PASSED: Counter[str] = Counter()  # examples by file
 
 

@@ -255,7 +255,12 @@ def test_other_settings_fail_as_they_do_for_a_dense_folder(folder: Path) -> None
         (folder / "config.json").write_text(json.dumps({**changed, "quantization_config": entry}))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            assert outcome(folder, ids) in ("CheckpointError", outcome(folder / "dense", ids))
+            expected = {"CheckpointError", outcome(folder / "dense", ids)}
+            # FFNs wider than the entry has them are what `prune` writes: they load, as narrow as they were saved.
+            width = hf.LlamaConfig(**changed).intermediate_size if "RuntimeError" in expected else None
+            if isinstance(width, int) and width > config["intermediate_size"]:
+                expected.add("loads")
+            assert outcome(folder, ids) in expected
 
     one()
 
