@@ -12,7 +12,7 @@ struct Column {
   float factor;  // the hidden unit times the row's scale
 };
 
-constexpr int IN_A_LANE = 4;             // columns whose codes lie side by side in a lane
+constexpr int IN_A_LANE = 4;           // columns whose codes lie side by side in a lane
 constexpr int64_t MOST_COLUMNS = 128;  // integer sums of these fit in 32 bits
 constexpr int64_t MOST_BLOCKS = 64;    // whose factors are kept
 constexpr int64_t LINE_BLOCKS = 4;     // in a cache line
@@ -63,8 +63,7 @@ inline vi widen_bytes(const void* p) {
 // In integers: factors times multipliers as fixed-point numbers of four signed bytes each, so that products of bytes are
 // added, four columns at a time. The unit is 2^-23 of the largest factor: what a multiplier makes larger keeps its 24 bits.
 #define COLUMNS_IN_INTEGERS
-constexpr int64_t AT_ONCE = 16;     // blocks whose factors are made at a time
-constexpr int64_t VECTOR_BLOCKS = 4;  // in a vector of codes
+constexpr int64_t AT_ONCE = 16;  // blocks whose factors are made at a time; a vector of codes is a line
 typedef __m512i vz;
 
 // Bytes of four vectors' 128 bits, byte by byte: to[k] has bytes 4 k to 4 k + 3 of all four.
@@ -106,15 +105,15 @@ inline void add_quarters(const vf (&sums)[4], int64_t n, float* y) {
   const auto part = [&](int k) INLINE { return reinterpret_cast<__m512>(sums[k]); };
   const __m512 a = _mm512_shuffle_f32x4(part(0), part(1), 0x44), b = _mm512_shuffle_f32x4(part(0), part(1), 0xee);
   const __m512 c = _mm512_shuffle_f32x4(part(2), part(3), 0x44), d = _mm512_shuffle_f32x4(part(2), part(3), 0xee);
-  const __m512 blocks[VECTOR_BLOCKS] = {_mm512_shuffle_f32x4(a, c, 0x88), _mm512_shuffle_f32x4(a, c, 0xdd),
+  const __m512 blocks[LINE_BLOCKS] = {_mm512_shuffle_f32x4(a, c, 0x88), _mm512_shuffle_f32x4(a, c, 0xdd),
                                         _mm512_shuffle_f32x4(b, d, 0x88), _mm512_shuffle_f32x4(b, d, 0xdd)};
 #pragma GCC unroll 4
-  for (int k = 0; k < VECTOR_BLOCKS; k++, y += BLOCK)
+  for (int k = 0; k < LINE_BLOCKS; k++, y += BLOCK)
     if (k < n) store(y, load(y) + reinterpret_cast<vf>(blocks[k]));
 }
 
-// y[0 .. 32 blocks) += columns' blocks [b0, b0 + blocks), blocks <= VECTOR_BLOCKS. factors: [count / 4] of these blocks,
-// AT_ONCE / VECTOR_BLOCKS apart; start: what their sums begin with, for codes are stored 8 higher.
+// y[0 .. 32 blocks) += columns' blocks [b0, b0 + blocks), blocks <= LINE_BLOCKS. factors: [count / 4] of these blocks,
+// AT_ONCE / LINE_BLOCKS apart; start: what their sums begin with, for codes are stored 8 higher.
 inline void add_vector(const Columns& columns, Ahead& next, const vz* factors, vi start, int64_t b0,
                        int64_t blocks, float unit, float* y) {
   constexpr int DIGITS = 4;
@@ -129,7 +128,7 @@ inline void add_vector(const Columns& columns, Ahead& next, const vz* factors, v
 #pragma GCC unroll 4
       for (int k = 0; k < 4; k++) sums[d][k] = reinterpret_cast<vi>(digit(reinterpret_cast<vz>(start), d));
     const vz* factor = factors;
-    for (int64_t i = 0; i < columns.count; i += IN_A_LANE, factor += AT_ONCE / VECTOR_BLOCKS) {
+    for (int64_t i = 0; i < columns.count; i += IN_A_LANE, factor += AT_ONCE / LINE_BLOCKS) {
       if (half == 0) next.ask();
       vz rows[IN_A_LANE], codes[4];
 #pragma GCC unroll 4
@@ -159,7 +158,7 @@ inline void add_vector(const Columns& columns, Ahead& next, const vz* factors, v
 // False, and nothing done, where the largest factor is out of range or no number.
 inline bool add_in_integers(const Columns& columns, Ahead& next, int64_t b0, int64_t blocks, float* y) {
   constexpr float MOST_UNITS = 127 << 24;
-  constexpr int VECTORS = AT_ONCE / VECTOR_BLOCKS;
+  constexpr int VECTORS = AT_ONCE / LINE_BLOCKS;
   int32_t bits = 0;  // sizes of floats are ordered as their bits are, NaN above all
   for (int64_t i = 0; i < columns.count; i++) {
     int32_t size;
@@ -182,8 +181,8 @@ inline bool add_in_integers(const Columns& columns, Ahead& next, int64_t b0, int
       for (int v = 0; v < VECTORS; v++)
         eights[v] = add_products<false>(eights[v], vb{} + int8_t(8), reinterpret_cast<vb>(to[v]));
     }
-    for (int64_t v = 0; v * VECTOR_BLOCKS < some; v++) {
-      const int64_t at = b + v * VECTOR_BLOCKS, here = std::min(VECTOR_BLOCKS, blocks - at);
+    for (int64_t v = 0; v * LINE_BLOCKS < some; v++) {
+      const int64_t at = b + v * LINE_BLOCKS, here = std::min(LINE_BLOCKS, blocks - at);
       add_vector(columns, next, factors[0] + v, -eights[v], b0 + at, here, unit, y + at * BLOCK);
     }
   }

@@ -22,8 +22,6 @@ constexpr int64_t RUN_GROUPS = 3;           // in one at least
 constexpr int64_t PIECES_A_THREAD = 2;      // of runs, where there are several threads
 constexpr int64_t SLICE_BYTES = 512 << 10;  // of down's codes, which several tokens read one after the other
 
-enum Tier : uint8_t { REST, KEPT, BEST };
-
 // Neurons of a group, in ascending order.
 struct Chosen {
   uint8_t n_kept, n_best, kept[TIER_NEURONS], best[TIER_NEURONS];
@@ -39,21 +37,15 @@ inline void prefetch_row(const Plane& p, int64_t row) {
 // and up; with_down: for both of down.
 inline void choose(const Tiers& t, int64_t first, int64_t i, int64_t n, const float* sizes, bool with_down, Chosen& to) {
   const Proxy& p = t.high;
-  float weights[SCAN] = {};
-  Tier tiers[SCAN];
-  std::copy(p.weight + first + i, p.weight + first + i + n, weights);
-  for (int64_t j = 0; j < n; j += W) {
-    const vf logits = proxy_logits(p, load(weights + j), load(sizes + j));
-    const vi best = logits > splat(t.threshold), kept = logits > splat(t.floor);
-    const narrow tier = __builtin_convertvector((best & int32_t(BEST)) | (~best & kept & int32_t(KEPT)), narrow);
-    std::memcpy(tiers + j, &tier, W);
-  }
+  float logits[SCAN];
+  single_logits(p, first + i, n, sizes, logits);
   for (int64_t j = 0; j < n; j++) {
-    if (tiers[j] == REST) continue;
+    const bool best = logits[j] > t.threshold;
+    if (!best && !(logits[j] > t.floor)) continue;
     const int64_t neuron = first + i + j;
     to.kept[to.n_kept++] = uint8_t(i + j);
     if (with_down) prefetch_row(t.down, neuron);
-    if (tiers[j] != BEST) continue;
+    if (!best) continue;
     to.best[to.n_best++] = uint8_t(i + j);
     for (int64_t k = 0; k < p.k + with_down; k++) prefetch_row(t.low, k * p.d_ff + neuron);
   }
