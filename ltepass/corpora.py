@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import random
+import warnings
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.util import find_spec
@@ -147,7 +148,10 @@ def _without_code(text: str) -> str:
 
 
 def _docstrings(source: str) -> Iterator[str]:
-    for node in ast.walk(ast.parse(source)):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of somebody else's source, which is text here: it is not run
+        tree = ast.parse(source)
+    for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
             doc = ast.get_docstring(node)
             if doc and len(doc) > 40:

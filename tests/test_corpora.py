@@ -53,3 +53,9 @@ def test_a_package_without_its_files_is_named(monkeypatch: pytest.MonkeyPatch) -
     corpora.other_texts.cache_clear()
     with pytest.raises(ConfigError, match="the installed torch has no include/c10/core"):
         other_texts()
+
+
+def test_source_is_read_as_text_whatever_it_would_warn_of() -> None:
+    """NetworkX 3.2 has such docstrings."""
+    text = r"A backslash before a space in a docstring that is not raw: \ here"
+    assert [*corpora._docstrings(f'"""{text}"""')] == [text]

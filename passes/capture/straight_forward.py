@@ -14,6 +14,7 @@ import functools
 import inspect
 import math
 import textwrap
+import warnings
 from collections.abc import Callable, Mapping
 from types import BuiltinFunctionType, FunctionType, MethodDescriptorType, ModuleType
 
@@ -54,7 +55,9 @@ _OF_MODULES = frozenset(nn.Module().__dict__) | {"_is_hf_initialized", "_compile
 @functools.lru_cache(maxsize=256)
 def _parse(forward: Callable[..., object]) -> ast.FunctionDef | None:
     try:
-        (function,) = ast.parse(textwrap.dedent(inspect.getsource(forward))).body
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it was compiled before, and has said so then
+            (function,) = ast.parse(textwrap.dedent(inspect.getsource(forward))).body
     except (OSError, TypeError, SyntaxError, ValueError):
         return None
     return function if isinstance(function, ast.FunctionDef) and not function.decorator_list else None

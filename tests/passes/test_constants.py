@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import warnings
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -207,6 +210,23 @@ def test_a_forward_without_source_is_not_regenerated() -> None:
     scope: dict[str, Any] = {"Owner": Owner, "torch": torch}
     exec("class Typed(Owner):\n    def forward(self, x):\n        return self.down(torch.relu(self.up(x)))", scope)
     assert trace_owner(scope["Typed"]()) is None
+
+
+def test_a_forward_whose_source_warns_is_regenerated_without_a_word(tmp_path: Path) -> None:
+    """Python warns where it compiles a module; afterwards it is quiet, as an import from its cache is."""
+    path = tmp_path / "warns.py"
+    path.write_text(
+        "import torch\nfrom tests.passes.test_constants import Owner\n\n\nclass Warns(Owner):\n"
+        '    def forward(self, x):\n        """In \\R^n."""\n        return self.down(torch.relu(self.up(x)))\n'
+    )
+    spec = importlib.util.spec_from_file_location("warns", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        spec.loader.exec_module(module)
+    assert trace_owner(module.Warns()) is not None
 
 
 def test_the_ffns_of_most_models_stay_regenerated() -> None:
