@@ -87,6 +87,18 @@ def test_a_prompt_and_its_answer_have_to_fit_into_the_context(port: int, model: 
     assert json.loads(text)["usage"]["completion_tokens"] <= 8
 
 
+def test_the_newer_name_of_an_answers_length_counts(port: int, model: str) -> None:
+    said = {"model": model, "messages": [{"role": "user", "content": "w1"}], "temperature": 0}
+    for asked, most in (
+        ({"max_completion_tokens": 2}, 2),
+        ({"max_completion_tokens": 2, "max_tokens": 5}, 2),
+        ({"max_completion_tokens": None, "max_tokens": 5}, 5),
+    ):
+        status, text = ask(port, CHAT, said | asked)
+        assert status == 200, text
+        assert json.loads(text)["usage"]["completion_tokens"] == most, asked
+
+
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", None])
 def test_another_content_type_is_refused(port: int, model: str, kind: str | None) -> None:
     path, body = good(model)

@@ -135,7 +135,7 @@ class CheckedRequests:
         for name, asked in request.asked_tokens().items():
             if asked > most:
                 raise BadRequestError(400, f"{name} is {asked}; this model has room for {most} tokens", name)
-        return json.dumps(request.model_dump(exclude_unset=True)).encode()
+        return json.dumps(request.passed_on()).encode()
 
     def _most_tokens(self, model: str) -> int:
         loaded = self.manager.loaded_models.get(self.manager.process_model_name(model))

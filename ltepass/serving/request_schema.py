@@ -115,6 +115,10 @@ class LoadRequest(_Fields):
         """By field: how many tokens an answer may have."""
         return {}
 
+    def passed_on(self) -> dict[str, object]:
+        """What transformers gets of it: with the schema's types, and without defaults."""
+        return self.model_dump(exclude_unset=True)
+
 
 class _Request(LoadRequest):
     """What all requests for text have in common."""
@@ -167,6 +171,12 @@ class ChatRequest(_Request):
     modalities: list[str] | None = None
     store: bool | None = None
     chat_template_kwargs: dict[str, object] = {}
+
+    def passed_on(self) -> dict[str, object]:
+        """The length by its older name, which counts less where both are given: transformers 5.17 ignores the newer."""
+        content = super().passed_on()
+        length = content.pop("max_completion_tokens", None)
+        return content if length is None else content | {"max_tokens": length}
 
 
 class TextRequest(_Request):
