@@ -211,9 +211,9 @@ def deciding(found: Any) -> Router:
     return next(m for m in found.modules() if isinstance(m, Router))
 
 
-def refuse_tensor_parallel(model: nn.Module, what: str) -> None:
-    """Raises ShardedError for a model of transformers whose layers are split over processes."""
-    size = getattr(model, "tp_size", None) or 1
+def refuse_tensor_parallel(model: nn.Module, what: str, planned: int | None = None) -> None:
+    """Raises ShardedError for a model of transformers whose layers are split over processes, or are to be (planned)."""
+    size = planned or getattr(model, "tp_size", None) or 1
     if size > 1:
         raise ShardedError(
             f"{type(model).__name__} is split over {size} processes by a tensor parallel plan, which cuts experts "

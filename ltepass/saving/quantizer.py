@@ -98,6 +98,8 @@ class LTEQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
     ) -> None:
         from ltepass.passes.insert.insert_routers import insert_routers
 
+        planned = getattr(model.config, "distributed_config", None)  # the model is split after this, and then loaded
+        refuse_tensor_parallel(model, "a routed model", getattr(planned, "tp_size", None))
         state = self.quantization_config.state
         header, packed = whole(read_header(checkpoint_files)) if checkpoint_files else (None, ())
         state.weights = "int8" if packed else None  # or int4: their values say so
@@ -120,7 +122,6 @@ class LTEQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
         # The weights are plain: with these flags transformers would refuse .half() and .float().
         model.is_quantized = False
         del model.quantization_method
-        refuse_tensor_parallel(model, "a routed model")
         check_shapes(model, self._built)
         check_codes(model)
         used = getattr(model, "_weight_conversions", None)  # none where another way loaded the weights
