@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import transformers
 from accelerate.utils import broadcast, broadcast_object_list, gather_object, send_to_device
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, set_seed
@@ -117,7 +118,10 @@ class LTETrainerMixin(Behind):  # type: ignore[misc]  # mypy does not read trans
         self.model, self.lte_model = model, root_of(model, "LTETrainer")
         if not (getattr(self, "is_distributed_loading_by_transformers", False) or self.args.fsdp):
             name = type(self).__name__  # accelerate would wrap shards in DDP, which cannot hold them
-            require_whole(model, f"{name}, unless from_pretrained sharded it (DistributedConfig(fsdp_size=...)),")
+            how = "DistributedConfig(fsdp_size=...)"
+            if not hasattr(self, "is_distributed_loading_by_transformers"):
+                how += f", which trains from transformers 5.19 on: {transformers.__version__} is installed"
+            require_whole(model, f"{name}, unless from_pretrained sharded it ({how}),")
         config, target = self._routed.config, self.lte.target_sparsity
         self.target_sparsity: float = config["target_sparsity"] if target is None else target
         self.controller = SparsityController(target=self.target_sparsity, eta=self.lte.eta)

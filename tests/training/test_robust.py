@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from ltepass.errors import TrainingError
 from ltepass.routed.routed import routers_of
@@ -24,6 +25,7 @@ from tests.typed import present
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "11_two_processes.py"
 RANDOM = ("random 0", "random 1")
+OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 19)
 
 
 def drive(driver: str, folder: Path, *args: str, timeout: float = 240) -> str:
@@ -120,13 +122,32 @@ def test_two_processes_end_a_fit_where_one_does(distributed: Any) -> None:
     assert_ended(distributed["alone"], distributed["rank0"])
 
 
-@pytest.mark.parametrize(("one", "two"), [("alone", "loaded"), ("looped1", "looped2")])
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        pytest.param(
+            "alone",
+            "loaded",
+            marks=pytest.mark.skipif(OLD, reason="transformers before 5.19: its Trainer takes no shards"),
+        ),
+        ("looped1", "looped2"),
+    ],
+)
 def test_two_processes_of_half_the_weights_end_a_fit_where_one_does(one: str, two: str, distributed: Any) -> None:
     """FSDP2, by the Trainer of a model that `from_pretrained` shards, and by a loop of one's own."""
     if distributed["rank0"]["0.bias"].dim() == 0:
         assert any("scalar" in name for name in distributed[two])
     else:
         assert_ended(distributed[one], distributed[two])
+
+
+@pytest.mark.skipif(not OLD, reason="the Trainer takes shards from transformers 5.19 on")
+def test_an_older_trainer_refuses_shards_and_names_the_version_that_takes_them(distributed: Any) -> None:
+    if distributed["rank0"]["0.bias"].dim() == 0:
+        pytest.skip("fully_shard takes no scalars")
+    (refusal,) = distributed["loaded"]
+    assert "which trains from transformers 5.19 on" in refusal
+    assert f"{transformers.__version__} is installed" in refusal
 
 
 def test_tensor_parallelism_is_refused_by_name(distributed: Any) -> None:
