@@ -18,7 +18,7 @@ from ltepass.kernels import dispatch, proxy, proxy_reference, tiers_reference
 from ltepass.kernels.dispatch import Args, any_device, vmap_over_x
 from ltepass.kernels.linear import words
 from ltepass.kernels.proxy_codes import Codes
-from ltepass.kernels.tiers_reference import Planes
+from ltepass.kernels.tiers_reference import Planes, planes_of
 from ltepass.kernels.weight_formats import HALF
 
 _PLANES = (
@@ -80,7 +80,8 @@ def checked(args: Args) -> Call:
     return c
 
 
-def _definition(*args: object) -> Tensor:
+def definition(*args: object) -> Tensor:
+    """What the op computes, in plain PyTorch."""
     c = checked(args)
     logits = proxy_reference.scores(*c.deciding)
     y = tiers_reference.tiered_ffn(c.x.float(), logits, c.threshold, c.floor, c.planes, c.deciding.activation)
@@ -88,16 +89,15 @@ def _definition(*args: object) -> Tensor:
 
 
 def _tiers(x: Tensor, logits: Tensor, threshold: Tensor, floor: Tensor, *args: object) -> Tensor:
-    *codes, biases, activation = cast(Args, args)
-    high, down, low = (Codes(*codes[i : i + 3]) for i in (0, 3, 6))
-    return tiers_reference.tiered_ffn(x.float(), logits, threshold, floor, Planes(high, down, low, biases), activation)
+    *tensors, biases, activation = cast(Args, args)
+    return tiers_reference.tiered_ffn(x.float(), logits, threshold, floor, planes_of(tensors, biases), activation)
 
 
 def _register() -> None:
     for name in ("tiered_ffn", "_tiered_ffn_no_grad"):
         _library.define(f"{name}{_ARGUMENTS}", tags=(torch.Tag.pt2_compliant_tag,))
         op = getattr(torch.ops.ltepass, name).default
-        _library.impl(name, any_device(op, _definition), "CompositeExplicitAutograd")
+        _library.impl(name, any_device(op, definition), "CompositeExplicitAutograd")
         torch.library.register_fake(f"ltepass::{name}", lambda *args: torch.empty_like(checked(args).x), lib=_library)
         torch.library.register_vmap(f"ltepass::{name}", vmap_over_x(op), lib=_library)
     public, instead = torch.ops.ltepass.tiered_ffn.default, "ltepass.unlower(model)"

@@ -16,6 +16,7 @@ A decision has bits that no kernel may change; a value has not.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,6 +40,12 @@ class Planes(NamedTuple):
     down: Codes
     low: Codes
     biases: Tensor | None
+
+
+def planes_of(tensors: Sequence[Tensor], biases: Tensor | None = None) -> Planes:
+    """tensors: codes, multipliers and scales of each plane."""
+    high, down, low = (Codes(*tensors[i : i + 3]) for i in (0, 3, 6))
+    return Planes(high, down, low, biases)
 
 
 def tiered_ffn(

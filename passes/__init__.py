@@ -13,6 +13,7 @@ from ltepass.passes.lower.lower_linears import LowerLinears
 from ltepass.passes.lower.lower_routed_ffn import LowerRoutedFFN
 from ltepass.passes.lower.lower_tiers import LowerTiers
 from ltepass.passes.lower.merge_linears import MergeLinears
+from ltepass.passes.lower.pack_tiers import PackTiers
 from ltepass.passes.lower.quantise_linears import QuantiseLinears
 from ltepass.passes.lower.quantise_routed_ffn import QuantiseRoutedFFN
 
@@ -28,6 +29,7 @@ TRANSFORM: tuple[Pass[TransformJob], ...] = (
 EXPORT: tuple[Pass[GraphJob], ...] = (
     LowerRoutedFFN(),
     LowerTiers(),
+    PackTiers(),
     QuantiseRoutedFFN(),
     LayOutNeurons(),
     MergeLinears(),

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ("routed_ffn_cpu.cpp", "linear_cpu.cpp", "attention_cpu.cpp", "proxy_cpu.cpp", "pool.cpp")
+SOURCES = ("routed_ffn_cpu.cpp", "linear_cpu.cpp", "attention_cpu.cpp", "proxy_cpu.cpp", "tiers_cpu.cpp", "pool.cpp")
 HEADERS = (
     "simd.h",
     "element_types.h",
@@ -52,7 +52,9 @@ HEADERS = (
     "proxy.h",
     "integer_scores.h",
     "proxy_tensors.h",
+    "tier_runs.h",
     "tiers.h",
+    "packed_tiers.h",
     "routed_tensors.h",
 )
 STABLE_ABI = "0x020b000000000000"  # torch 2.11, the oldest that ltepass supports

@@ -24,6 +24,7 @@ struct Proxy : Plane {
   float bias;
   int64_t k, d_model, d_ff, group;
   Act act;
+  const float* biases_of(int64_t row) const { return biases ? biases + row : nullptr; }
 };
 
 template <size_t N>
@@ -116,15 +117,26 @@ inline void proxy_sums(const Plane& p, Row&& row, const char* x, const char* ahe
   proxy_sums<false>(p, row, x, ahead, sums);
 }
 
-// z[0 .. n): hidden units before the activation, of the sums of rows [row, row + n), for one token; n <= SCAN
-inline void units_of_sums(const Proxy& p, int64_t row, int64_t n, const int32_t* sums, float scale, float* z) {
-  float scales[SCAN] = {}, biases[SCAN] = {};
-  std::copy(p.scales + row, p.scales + row + n, scales);
-  if (p.biases) std::copy(p.biases + row, p.biases + row + n, biases);
+// to[0 .. SCAN): n numbers of each neuron, n <= SCAN, zeros behind them. Most often n is SCAN: no call copies them then.
+inline void take(const float* from, int64_t n, float* to) {
+  if (n == SCAN) {
+    std::memcpy(to, from, SCAN * sizeof(float));
+    return;
+  }
+  std::fill(to, to + SCAN, 0.0f);
+  std::copy(from, from + n, to);
+}
+
+// z[0 .. n): hidden units before the activation, of n rows' sums, scales and biases (or null), for one token; n <= SCAN
+inline void units_of_sums(const float* scales_in, const float* biases_in, int64_t n, const int32_t* sums, float scale,
+                          float* z) {
+  float scales[SCAN], biases[SCAN];
+  take(scales_in, n, scales);
+  if (biases_in) take(biases_in, n, biases);
   for (int64_t i = 0; i < SCAN; i += W) {
     vf v = product(to_float(*reinterpret_cast<const vi_mem*>(sums + i)), load(scales + i));
     v = product(v, splat(scale));
-    store(z + i, p.biases ? v + load(biases + i) : v);
+    store(z + i, biases_in ? v + load(biases + i) : v);
   }
 }
 
@@ -235,7 +247,10 @@ inline void proxy_units(const Proxy& p, int64_t first, int64_t n, const TokenCod
       const int64_t tokens = std::min(SCANNED, t1 - t);
       p.k == 2 ? turned_sums<2>(p, first, n, in, t, tokens, sums) : turned_sums<1>(p, first, n, in, t, tokens, sums);
       for (int64_t i = 0; i < tokens; i++) {
-        for (int64_t k = 0; k < p.k; k++) units_of_sums(p, k * p.d_ff + first, n, sums[k][i], in.scale(t + i), z[k]);
+        for (int64_t k = 0; k < p.k; k++) {
+          const int64_t row = k * p.d_ff + first;
+          units_of_sums(p.scales + row, p.biases_of(row), n, sums[k][i], in.scale(t + i), z[k]);
+        }
         f(t + i, z);
       }
     }
@@ -250,7 +265,7 @@ inline void proxy_units(const Proxy& p, int64_t first, int64_t n, const TokenCod
         const char* ahead = p.codes.data + (row + i) * p.codes.stride + SCAN_AHEAD;
         proxy_sums(p, [&](int64_t j) { return row + std::min(i + j, n - 1); }, in.row(t), ahead, sums + i);
       }
-      units_of_sums(p, row, n, sums, in.scale(t), z[k]);
+      units_of_sums(p.scales + row, p.biases_of(row), n, sums, in.scale(t), z[k]);
     }
     f(t, z);
   }
@@ -258,8 +273,8 @@ inline void proxy_units(const Proxy& p, int64_t first, int64_t n, const TokenCod
 
 // neurons[0 .. n): the sizes of those hidden units; SCAN numbers are written
 inline void proxy_neurons(const Proxy& p, int64_t first, int64_t n, const float (*z)[SCAN], float* neurons) {
-  float sizes[SCAN] = {};
-  std::copy(p.sizes + first, p.sizes + first + n, sizes);
+  float sizes[SCAN];
+  take(p.sizes + first, n, sizes);
   for (int64_t i = 0; i < SCAN; i += W) {
     vf t = proxy_act(p.act, load(z[0] + i));
     if (p.k == 2) t = product(t, load(z[1] + i));
@@ -277,8 +292,8 @@ inline vf proxy_logits(const Proxy& p, vf weights, vf sizes) {
 
 // logits[0 .. n) of neurons [first, first + n), which are experts each; n <= SCAN
 inline void single_logits(const Proxy& p, int64_t first, int64_t n, const float* sizes, float* logits) {
-  float weights[SCAN] = {};
-  std::copy(p.weight + first, p.weight + first + n, weights);
+  float weights[SCAN];
+  take(p.weight + first, n, weights);
   for (int64_t i = 0; i < n; i += W)
     store_part(logits + i, proxy_logits(p, load(weights + i), load(sizes + i)), std::min<int64_t>(n - i, W));
 }

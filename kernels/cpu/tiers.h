@@ -4,8 +4,7 @@
 // Each number is computed by one thread in one order: a token's result is the same beside any others.
 #pragma once
 
-#include "columns.h"
-#include "pool.h"
+#include "tier_runs.h"
 
 namespace {
 
@@ -14,13 +13,6 @@ struct Tiers {
   Plane down, low;    // high of down's columns, as rows; low of gate, up and down
   float threshold, floor;
 };
-
-constexpr int64_t TIER_TOKENS = 64;         // whose hidden units are kept at a time
-constexpr int64_t TIER_NEURONS = 64;        // of a group: the rows that it asks for stay in L2 until they are read
-constexpr int64_t TIER_RUNS = 32;           // of groups, whose sums are kept at most
-constexpr int64_t RUN_GROUPS = 3;           // in one at least
-constexpr int64_t PIECES_A_THREAD = 2;      // of runs, where there are several threads
-constexpr int64_t SLICE_BYTES = 512 << 10;  // of down's codes, which several tokens read one after the other
 
 // Neurons of a group, in ascending order.
 struct Chosen {
@@ -98,70 +90,42 @@ inline void collect(const Tiers& t, const Chosen& chosen, int64_t first, const f
 template <class E>
 void tiered_ffn(const Tiers& t, const typename E::T* x, int64_t tokens, const void* bias, typename E::T* y, int threads) {
   const Proxy& p = t.high;
-  const bool alone = tokens == 1;
-  const int64_t most = std::min(tokens, TIER_TOKENS), blocks = t.down.blocks(), width = blocks * BLOCK;
-  const int64_t groups = (p.d_ff + TIER_NEURONS - 1) / TIER_NEURONS;
-  const int64_t each = std::max((groups + TIER_RUNS - 1) / TIER_RUNS, RUN_GROUPS), runs = (groups + each - 1) / each;
+  const int64_t most = std::min(tokens, TIER_TOKENS), blocks = t.down.blocks();
+  const TierRuns runs(p, blocks);
+  const int64_t groups = runs.groups();
   TokenCodes<2> in(p.d_model, p.codes.bytes, most);
   Scratch& s = scratch();
-  s.reserve(in.bytes() + Scratch::bytes_for<Chosen>(most * groups) + Scratch::bytes_for<float>(most * p.d_ff) +
-            Scratch::bytes_for<float>(alone ? runs * width : 0));
+  s.reserve(in.bytes() + Scratch::bytes_for<Chosen>(most * groups) + Scratch::bytes_for<float>(most * p.d_ff) + runs.bytes());
   in.reserve(s);
   Chosen* chosen = s.take<Chosen>(most * groups);
-  float *h = s.take<float>(most * p.d_ff), *sums = s.take<float>(alone ? runs * width : 0);
+  float* h = s.take<float>(most * p.d_ff);
   auto units = [&](int64_t group, int64_t here, bool with_down) {
     const int64_t first = group * TIER_NEURONS, n = std::min(TIER_NEURONS, p.d_ff - first);
     tiered_units(t, in, first, n, here, with_down, chosen + group, groups, h);
   };
-  // to(run)[0 .. 32 n) += what the groups of runs [begin, end) write to blocks [b0, b0 + n)
-  auto add_runs = [&](int64_t begin, int64_t end, int64_t token, int64_t b0, int64_t n, auto&& to) {
-    const int64_t last = std::min(end * each, groups);
+  // to(g)[0 .. 32 n) += what groups [begin, end) write to blocks [b0, b0 + n)
+  auto add_groups = [&](int64_t begin, int64_t end, int64_t token, int64_t b0, int64_t n, auto&& to) {
     Columns columns[2];  // of one group, and of the next, which are asked for meanwhile
-    for (int64_t g = begin * each; g <= last; g++) {
+    for (int64_t g = begin; g <= end; g++) {
       Columns &now = columns[(g + 1) % 2], &next = columns[g % 2];
       next.count = 0;
-      if (g < last) collect(t, chosen[token * groups + g], g * TIER_NEURONS, h + token * p.d_ff, next);
-      if (g > begin * each) add_columns(now, next, b0, n, to((g - 1) / each));
+      if (g < end) collect(t, chosen[token * groups + g], g * TIER_NEURONS, h + token * p.d_ff, next);
+      if (g > begin) add_columns(now, next, b0, n, to(g - 1));
     }
   };
-  auto finish = [&](int64_t token, int64_t b0, int64_t n, const float* sum) {
-    const int64_t first = b0 * BLOCK, end = std::min((b0 + n) * BLOCK, p.d_model);
-    for (int64_t o = first; o < end; o++) y[token * p.d_model + o] = E::from_float(sum[o - first] + bias_at<E>(bias, o));
-  };
-  const int64_t slice = std::clamp(round_up(alone ? (blocks + threads - 1) / threads : SLICE_BYTES / (BLOCK / 2) / p.d_ff,
-                                            LINE_BLOCKS), LINE_BLOCKS, MOST_BLOCKS);
-  const int64_t slices = (blocks + slice - 1) / slice;
-  if (alone) {
+  if (tokens == 1) {
     in.lay<E>(0, x);
-    const int64_t pieces = threads == 1 ? 1 : std::min(runs, PIECES_A_THREAD * threads);
-    by_runs(pieces, threads, [&](int64_t i) {
-      const int64_t begin = runs * i / pieces, end = runs * (i + 1) / pieces;
-      for (int64_t g = begin * each; g < std::min(end * each, groups); g++) units(g, 1, g == begin * each);
-      std::fill(sums + begin * width, sums + end * width, 0.0f);
-      add_runs(begin, end, 0, 0, blocks, [&](int64_t run) { return sums + run * width; });
+    return runs.one_token<E>(threads, s, bias, y, [&](int64_t begin, int64_t end, auto&& sums_of) {
+      for (int64_t g = begin; g < end; g++) units(g, 1, g == begin);
+      add_groups(begin, end, 0, 0, blocks, sums_of);
     });
-    by_pieces(slices, runs * width > WORTH_A_THREAD ? threads : 1, [&](int64_t i, int) {
-      const int64_t b0 = i * slice, n = std::min(slice, blocks - b0);
-      float total[MOST_BLOCKS * BLOCK] = {};
-      for (int64_t run = 0; run < runs; run++)
-        for (int64_t o = 0; o < n * BLOCK; o++) total[o] += sums[run * width + b0 * BLOCK + o];
-      finish(0, b0, n, total);
-    });
-    return;
   }
   for (int64_t from = 0; from < tokens; from += most, x += most * p.d_model, y += most * p.d_model) {
     const int64_t here = std::min(most, tokens - from);
     by_pieces(here, threads, [&](int64_t i, int) { in.lay<E>(i, x + i * p.d_model); });
     by_runs(groups, threads, [&](int64_t g) { units(g, here, false); });
-    by_runs(slices * here, threads, [&](int64_t i) {
-      const int64_t token = i % here, b0 = i / here * slice, n = std::min(slice, blocks - b0);
-      float total[MOST_BLOCKS * BLOCK] = {};
-      for (int64_t run = 0; run < runs; run++) {
-        float sum[MOST_BLOCKS * BLOCK] = {};
-        add_runs(run, run + 1, token, b0, n, [&](int64_t) { return sum; });
-        for (int64_t o = 0; o < n * BLOCK; o++) total[o] += sum[o];
-      }
-      finish(token, b0, n, total);
+    runs.many_tokens<E>(here, threads, bias, y, [&](int64_t begin, int64_t end, int64_t token, int64_t b0, int64_t n, float* sum) {
+      add_groups(begin, end, token, b0, n, [&](int64_t) { return sum; });
     });
   }
 }

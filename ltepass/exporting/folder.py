@@ -106,7 +106,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 
 GATHERED = ("up", "gate", "down", "up_scale", "gate_scale")  # by neuron
-LOW = tuple(f"low_{part}" for part in Codes._fields)  # the same, of the active ones in tiers of bits
+LOW = ("low", *(f"low_{part}" for part in Codes._fields))  # the same, of the active ones in tiers of bits
 KEPT = tuple(f"down_{part}" for part in Codes._fields)  # by those that add anything there
 
 
@@ -131,7 +131,7 @@ def bytes_read(graph: GraphModule, kept: float = 1.0) -> tuple[int, int]:
 
 def _takes(node: Node, leaf: Node, arguments: tuple[str, ...]) -> bool:
     """Whether a sparse op takes the leaf as one of these: rows or columns are read by neuron."""
-    if op_name(node) not in {"tiered_ffn", *(op.name for op in OPS)}:
+    if op_name(node) not in {"tiered_ffn", "packed_tiered_ffn", *(op.name for op in OPS)}:
         return False
     assert isinstance(node.target, torch._ops.OpOverload), "one of our ops"
     names = [argument.name for argument in node.target._schema.arguments]

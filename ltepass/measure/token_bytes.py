@@ -13,6 +13,7 @@ from ltepass.routed.ffn_bits import bytes_by_neuron, unread
 from ltepass.routed.routed import Routed, is_transformed, routers_of
 from ltepass.routed.router import Router
 from ltepass.routed.sites import FFNSite
+from ltepass.routed.tiered_router import TieredRouter
 from ltepass.routed.torchao_weights import holds_codes, parts_of
 
 if TYPE_CHECKING:
@@ -43,7 +44,10 @@ def held(model: PreTrainedModel) -> int:
 def _constants(router: Router) -> list[Tensor]:
     """What tokens read of it that is no parameter."""
     codes = [] if router.int8 is None else router.int8.tensors()
-    tensors = (*router.operands(), *codes, *router.planes_of_down(), *router.low_planes())
+    if isinstance(router, TieredRouter) and router.packed_once is not None:
+        tensors = router.packed_tiers()
+    else:
+        tensors = (*router.operands(), *codes, *router.planes_of_down(), *router.low_planes())
     return [t for t in tensors if t is not None and not isinstance(t, nn.Parameter)]
 
 

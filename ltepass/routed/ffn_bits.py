@@ -10,6 +10,7 @@ from torch import Tensor
 from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
 from ltepass.routed.sites import FFNSite, NeuronRows, find_parameter, read_rows
+from ltepass.routed.tiered_router import TieredRouter
 from ltepass.routed.torchao_weights import holds_int8, int8_parts
 
 
@@ -83,7 +84,9 @@ def unread(routed: Routed, site: FFNSite, router: Router, nbytes: Mapping[Neuron
     gate.
     """
     if router.tiered:
-        kept = max(active, 1.0 - float(routed.config["low_bit_sparsity"]))
+        # Packed, all of down's high plane is read.
+        whole = isinstance(router, TieredRouter) and router.packed_once is not None
+        kept = 1.0 if whole else max(active, 1.0 - float(routed.config["low_bit_sparsity"]))
         planes = (1 - kept) * _nbytes(router.planes_of_down()) + (1 - active) * _nbytes(router.low_planes())
         return planes + sum(nbytes.values())
     inputs, hidden = (float(routed.config.get(name) or 0) for name in ("input_sparsity", "hidden_sparsity"))

@@ -11,26 +11,8 @@ from ltepass.kernels.weight_formats import int8_columns, int8_rows
 from ltepass.routed.proxy_router import ProxyRouter
 from ltepass.routed.router import Router
 from ltepass.routed.sites import FFNSite, NeuronRows
+from ltepass.routed.source import Source
 from ltepass.routed.torchao_weights import Int8Weight, holds_int8, int8_parts
-
-
-class Source:
-    """A weight as it was when something was made of it. A copy or a pickle of the model takes its own for unchanged."""
-
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
-        self.seen = _state(weight)
-
-    def is_still(self, weight: Tensor | None) -> bool:
-        """Whether this is the weight, and nobody wrote to it since. What is written through `.data` is not seen."""
-        return weight is self.weight and _state(self.weight) == self.seen
-
-    def __setstate__(self, state: dict[str, Tensor]) -> None:
-        self.__init__(state["weight"])  # type: ignore[misc]  # versions are counted anew
-
-
-def _state(weight: Tensor) -> tuple[object, ...]:
-    return weight.dtype, weight.device, 0 if weight.is_inference() else weight._version
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,12 +10,14 @@ planes are made of; a training stage freezes them, for they do not reach the out
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ltepass.config import LTEConfig
 from ltepass.errors import ConfigError
+from ltepass.kernels.packed_planes import Packed, pack
 from ltepass.kernels.planes import split
 from ltepass.kernels.proxy_codes import Codes, blocks_of
 from ltepass.kernels.tiers import tiers
@@ -25,9 +27,18 @@ from ltepass.routed.gate import straight_through
 from ltepass.routed.proxy_router import ProxyRouter, proxy_of, read_weights
 from ltepass.routed.quantile_table import interpolate
 from ltepass.routed.sites import FFNSite, read_rows
+from ltepass.routed.source import Source
 from ltepass.routed.undo import keep
 
 PLANES = tuple(f"{plane}_{part}" for plane in ("down", "low") for part in Codes._fields)
+
+
+@dataclass(frozen=True)
+class PackedOnce:
+    """Planes as they were packed, and what of."""
+
+    packed: Packed
+    sources: tuple[Source, ...]
 
 
 class TieredRouter(ProxyRouter):
@@ -41,6 +52,7 @@ class TieredRouter(ProxyRouter):
 
     tiered = True
     low_bit_sparsity = 0.0
+    packed_once: PackedOnce | None = None  # of a lowered site on a CPU
 
     def _add_tensors(self, bias: bool, device: torch.device | str | None) -> None:
         """The planes, beside what a proxy holds."""
@@ -74,6 +86,20 @@ class TieredRouter(ProxyRouter):
     def tiers(self) -> tuple[Tensor | None, ...]:
         """What `ltepass::tiered_ffn` takes of it."""
         return (*self.operands(), self.threshold, self.floor, *self.planes_of_down(), *self.low_planes())
+
+    def packed(self) -> Packed:
+        """The planes as a lowered site reads them: packed again where somebody wrote to one since."""
+        planes = [*self.planes().high, *self.planes_of_down(), *self.low_planes()]
+        known = self.packed_once
+        if known is None or not all(s.is_still(plane) for s, plane in zip(known.sources, planes, strict=True)):
+            sources = tuple(Source(plane) for plane in planes if plane is not None)
+            known = self.packed_once = PackedOnce(pack(self.planes()), sources)
+        return known.packed
+
+    def packed_tiers(self) -> tuple[Tensor | None, ...]:
+        """What `ltepass::packed_tiered_ffn` takes of it."""
+        rest = (self.biases, self.sizes, self.weight, self.bias, self.threshold, self.floor)
+        return (*self.packed(), *rest)
 
     def from_planes(self, x: Tensor, logits: Tensor) -> Tensor:
         """x: [..., d_model], logits: what this router gave for it -> [..., d_model] fp32, without down's bias."""

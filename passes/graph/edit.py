@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ltepass.passes.graph.node_kinds import value
+from ltepass.passes.graph.node_kinds import op_name, value
 
 T = TypeVar("T")
 
@@ -35,6 +35,19 @@ def add_leaf(gm: GraphModule, name: str, tensor: Tensor) -> Node:
     return node
 
 
+def drop_unread_buffers(gm: GraphModule) -> None:
+    """Buffers of the graph's module that no node reads, as codes are that were packed."""
+    for leaf in gm.graph.find_nodes(op="get_attr"):
+        if not leaf.users:
+            gm.graph.erase_node(leaf)
+    read = {str(leaf.target) for leaf in gm.graph.find_nodes(op="get_attr")}
+    for name, _ in list(gm.named_buffers(remove_duplicate=False)):
+        if name not in read:
+            path, _, attribute = name.rpartition(".")
+            delattr(gm.get_submodule(path), attribute)
+    gm.recompile()
+
+
 def transposed(gm: GraphModule, leaf: Node) -> Node:
     """A weight's transposed view, written where nodes are being inserted."""
     new = gm.graph.call_function(torch.ops.aten.t.default, (leaf,))
@@ -51,6 +64,9 @@ def erase_upstream(node: Node) -> None:
     todo = [node]
     while todo:
         dead = todo.pop()
+        if all(op_name(user) == "_assert_tensor_metadata" for user in dead.users):  # of an export
+            for check in list(dead.users):
+                dead.graph.erase_node(check)
         if dead.users or dead.op in ("placeholder", "output") or dead._erased:
             continue
         todo += dead.all_input_nodes

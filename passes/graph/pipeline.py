@@ -41,6 +41,7 @@ NAMES = (
     "lower_routed_ffn",
     "lower_tiers",
     "lower_linears",
+    "pack_tiers",
     "quantise_routed_ffn",
     "lay_out_neurons",
     "merge_linears",

@@ -18,8 +18,8 @@ from ltepass.kernels.linear import FLOATS, linear, linear_int4, linear_int8
 from ltepass.kernels.weight_formats import BLOCK, Format, quantise
 from ltepass.passes.graph.edit import once_a_tensor
 from ltepass.passes.lower.why_not_linear import is_conv1d, is_product, parameters_of, why_not_linear
-from ltepass.routed.int8_ffn import Source
 from ltepass.routed.sites import is_ordinary
+from ltepass.routed.source import Source
 from ltepass.routed.torchao_weights import holds_int8, int4_parts, int8_parts
 from ltepass.routed.undo import lay_as
 

@@ -27,6 +27,7 @@ from ltepass.routed.int8_ffn import int8_ffn
 from ltepass.routed.modes import remember_densities
 from ltepass.routed.routed import Routed, is_transformed, require_whole, unwrapped
 from ltepass.routed.sites import FFNSite
+from ltepass.routed.tiered_router import TieredRouter
 from ltepass.routed.torchao_weights import ffn_is_quantised
 from ltepass.routed.undo import all_or_nothing, verb
 from ltepass.threads import unshared
@@ -64,9 +65,14 @@ def _lower(model: Model, scope: Scope, ffn: bool, linears: Format | None) -> Mod
     sites = [s for s in state.sites if not reasons[s.name]]
     if ffn and not sites:
         raise LoweringError("no site can be lowered:\n" + "\n".join(state.notes))
-    for site in [] if routed.tiered else sites:  # the planes lie as they are read
+    for site in sites:
+        router = routed.router(site)
+        if isinstance(router, TieredRouter):
+            if scope == "ffn" and router.codes.device.type == "cpu":
+                router.packed()
+            continue
         if site.name in int8:
-            routed.router(site).int8 = int8_ffn(model, site, routed.router(site))
+            router.int8 = int8_ffn(model, site, router)
             continue
         state.strides = lay_out(routed, site) | state.strides  # what the first of those that share a parameter found
         if linears is not None:

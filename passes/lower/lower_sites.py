@@ -30,6 +30,7 @@ from ltepass.routed.gate import add_tiers
 from ltepass.routed.gate import gate as gate_call
 from ltepass.routed.routed import Routed, deciding
 from ltepass.routed.sites import FFNSite, LTEState
+from ltepass.routed.tiered_router import TieredRouter
 
 
 def lower_sites(routed: Routed, sites: list[FFNSite]) -> None:
@@ -57,6 +58,8 @@ def unlower_sites(routed: Routed) -> None:
     model, state = routed.model, routed.state
     for site, router in routed:
         router.plan = router.int8 = None
+        if isinstance(router, TieredRouter):
+            router.packed_once = None
         if site.kind == "inline":
             for path in {site.up, site.gate or site.up, site.down}:
                 model.get_submodule(path).__dict__.pop("forward", None)

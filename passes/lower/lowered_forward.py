@@ -17,6 +17,7 @@ from torch.nn import Parameter
 from ltepass.errors import LoweredError
 from ltepass.kernels.dispatch import Args
 from ltepass.kernels.gpu.which_path import assume_density
+from ltepass.kernels.packed_tiers import packed_tiered_ffn
 from ltepass.kernels.routed_ffn import routed_ffn, routed_proxy_ffn
 from ltepass.kernels.routed_schema import LINEAR_INT8, PROXY_INT8, RoutedOp
 from ltepass.kernels.tiers import tiered_ffn
@@ -118,7 +119,9 @@ def lowered_call(
     if router.watched:
         applied()
     if isinstance(router, TieredRouter):
-        return tiered_ffn(x, *router.tiers(), down_bias, plan.activation)
+        if router.packed_once is None or torch.compiler.is_compiling():  # a graph reads planes that may change
+            return tiered_ffn(x, *router.tiers(), down_bias, plan.activation)
+        return packed_tiered_ffn(x, *router.packed_tiers(), down_bias, plan.activation)
     f = plan.d_ff
     biases = (_take(plan.up_bias, up_bias, f), _take(plan.gate_bias, gate_bias, f), down_bias)
     weights: tuple[Tensor | None, ...]

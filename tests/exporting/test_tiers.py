@@ -10,7 +10,9 @@ import torch
 
 import ltepass
 from ltepass.exporting.run_exported import ExportedDecoder
+from ltepass.kernels.packed_planes import pack
 from ltepass.routed.routed import routers_of
+from ltepass.routed.tiered_router import TieredRouter
 from tests.models.test_tiers import tiered
 
 PROMPT, NEW = [5, 17, 9, 33, 21], 12
@@ -32,8 +34,9 @@ def test_tokens_are_those_of_plain_pytorch(low_bit_sparsity: float, tmp_path: Pa
         given = [int(decoder(given).argmax())]
         got += given
     assert got == ids[len(PROMPT) :]
-    low = sum(t.nbytes for router in routers_of(model) for t in router.low_planes())
-    assert decoder.about.gated_bytes == low
+    planes = [pack(router.planes()) for router in routers_of(model) if isinstance(router, TieredRouter)]
+    assert decoder.about.gated_bytes == sum(packed.low.nbytes for packed in planes)
+    assert decoder.about.token_bytes > sum(packed.high.nbytes for packed in planes)
     names = set(decoder._weights)
-    assert any(name.endswith("down_codes") for name in names)
+    assert not any(name.endswith(("down_codes", "low_codes")) for name in names)
     assert not any(name.endswith(("gate_proj.weight", "up_proj.weight", "down_proj.weight")) for name in names)

@@ -21,6 +21,7 @@ TESTS = (
     "test_int8_router",
     "test_linear_cpu",
     "test_linear_op",
+    "test_packed_tiers",
     "test_proxy",
     "test_routed_ffn_cpu",
     "test_routed_int8",

@@ -1,10 +1,12 @@
-"""FFNs in tiers of bits: what the definition says, for any shape, on any ISA; and the op as PyTorch sees it."""
+"""FFNs in tiers of bits: what the definition says, for any shape, on any ISA, of planes as they are and packed; and the
+op as PyTorch sees it.
+"""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -21,11 +23,19 @@ from ltepass.kernels.proxy import proxy_scores
 from tests.child import environment
 from tests.kernels.isa_levels import LEVELS
 from tests.kernels.proxy_cases import Recipe
-from tests.kernels.tiers_cases import SHARES, assert_values, make, recipes, shares
+from tests.kernels.tiers_cases import SHARES, assert_values, make, packed, recipes, shares
 from tests.properties.trees import examples
 
 op = torch.ops.ltepass.tiered_ffn
 THRESHOLD, FLOOR = 8, 9
+Op = Callable[..., Tensor]
+
+
+def of_packed(*args: Any) -> Tensor:
+    return torch.ops.ltepass.packed_tiered_ffn(*packed(args))  # type: ignore[no-any-return]
+
+
+both = pytest.mark.parametrize("op", [op, of_packed], ids=["planes", "packed"])
 
 
 @pytest.fixture(autouse=True)
@@ -41,11 +51,12 @@ CANCELLED = Recipe(T=40, d_model=16, n_experts=1, group_size=1, bias=False, size
 GROWN = Recipe(T=2, d_model=200, n_experts=3, group_size=1, bias=False, size=30.0, seed=180)
 
 
+@both
 @examples(60)
-@given(recipes, shares)
-@example(CANCELLED, SHARES[0])
-@example(GROWN, SHARES[0])
-def test_any_shape(recipe: Recipe, some: tuple[float, float]) -> None:
+@given(recipe=recipes, some=shares)
+@example(recipe=CANCELLED, some=SHARES[0])
+@example(recipe=GROWN, some=SHARES[0])
+def test_any_shape(op: Op, recipe: Recipe, some: tuple[float, float]) -> None:
     args = make(recipe, *some)
     assert_values(args, op(*args))
 
@@ -55,8 +66,9 @@ def test_the_cpp_kernel_is_what_runs() -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key("ltepass::tiered_ffn", "CPU")
 
 
+@both
 @pytest.mark.parametrize("gated", [True, False])
-def test_each_neuron_is_decided_as_the_proxy_says(gated: bool) -> None:
+def test_each_neuron_is_decided_as_the_proxy_says(gated: bool, op: Op) -> None:
     """Each writes to an output of its own: nothing, its high plane, or both, by the bits of its score."""
     n = 96
     x, *rest = make(Recipe(T=9, d_model=n, n_experts=n, gated=gated, bias=False, activation="identity"))
@@ -74,9 +86,10 @@ def test_each_neuron_is_decided_as_the_proxy_says(gated: bool) -> None:
             assert torch.equal(op(x, *rest) != 0, logits > at)
 
 
+@both
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize(("d_model", "d_ff"), [(577, 150), (33, 389), (20, 6200)])
-def test_a_tokens_bits_depend_on_nothing_around_it(threads: int, d_model: int, d_ff: int) -> None:
+def test_a_tokens_bits_depend_on_nothing_around_it(threads: int, d_model: int, d_ff: int, op: Op) -> None:
     """Within one run of groups of neurons, over several, and over longer ones."""
     args = make(Recipe(T=131 if d_ff < 1000 else 3, d_model=d_model, n_experts=d_ff, activation="gelu"))
     torch.set_num_threads(1)
@@ -86,15 +99,17 @@ def test_a_tokens_bits_depend_on_nothing_around_it(threads: int, d_model: int, d
     assert torch.equal(torch.cat([op(row[None], *args[1:]) for row in args[0][:9]]), expected[:9])
 
 
-def test_large() -> None:
+@both
+def test_large(op: Op) -> None:
     """Pieces of columns, and several of neurons."""
     for T in (1, 3):
         args = make(Recipe(T=T, d_model=2080, n_experts=520, dtype=torch.bfloat16))
         assert_values(args, op(*args))
 
 
+@both
 @pytest.mark.parametrize("size", [1e-30, 1e-22, 1e22, 1e33])
-def test_columns_of_any_size(size: float) -> None:
+def test_columns_of_any_size(size: float, op: Op) -> None:
     """Those that integers hold in units of the largest, and those beyond."""
     args = list(make(Recipe(T=2, d_model=200, n_experts=70, bias=False)))
     wanted = op(*args) * size
@@ -104,7 +119,8 @@ def test_columns_of_any_size(size: float) -> None:
     torch.testing.assert_close(op(*args), wanted, rtol=2e-5, atol=2e-6 * float(wanted.abs().max()))
 
 
-def test_fp64_is_computed_as_fp32() -> None:
+@both
+def test_fp64_is_computed_as_fp32(op: Op) -> None:
     args = make(Recipe())
     wide = [a.double() if i in (0, 16) else a for i, a in enumerate(args)]
     assert torch.equal(op(*wide), op(*args).double())
@@ -112,7 +128,8 @@ def test_fp64_is_computed_as_fp32() -> None:
 
 @pytest.mark.parametrize("fault", [torch.nan, torch.inf])
 @pytest.mark.parametrize("T", [1, 3])
-def test_a_fault_is_seen(fault: float, T: int) -> None:
+@both
+def test_a_fault_is_seen(fault: float, T: int, op: Op) -> None:
     args = make(Recipe(T=T))
     args[0][-1, 7] = fault
     y = op(*args)
@@ -145,7 +162,7 @@ def test_vmap_over_x_alone() -> None:
 def test_without_a_compiler_plain_pytorch_computes_the_same(recipe: Recipe) -> None:
     for some in SHARES:
         args = make(recipe, *some)
-        assert_values(args, tiers._definition(*args))
+        assert_values(args, tiers.definition(*args))
         assert torch.equal(tiers.tiered_ffn(*args), op(*args))
 
 
@@ -193,9 +210,10 @@ def all_forms() -> None:
         for i, activation in enumerate(reference.ACTIVATIONS):
             dtype = (torch.float32, torch.bfloat16, torch.float16)[(seed + i) % 3]
             recipe = Recipe(d_model=d_model, activation=activation, dtype=dtype, seed=seed, n_experts=41)
-            for form in (replace(recipe, T=1), replace(recipe, gated=False, bias=False)):
-                args = make(form, *SHARES[(seed + i) % len(SHARES)])
-                assert_values(args, op(*args))
+            for some in (replace(recipe, T=1), replace(recipe, gated=False, bias=False)):
+                args = make(some, *SHARES[(seed + i) % len(SHARES)])
+                for form in (op, of_packed):
+                    assert_values(args, form(*args))
 
 
 @pytest.mark.parametrize("level", LEVELS)

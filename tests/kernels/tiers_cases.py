@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ltepass.kernels import planes, proxy_reference, tiers, tiers_reference
+from ltepass.kernels.packed_planes import pack
 from ltepass.kernels.proxy_codes import Codes
 from tests.kernels import proxy_cases
 from tests.kernels.proxy_cases import Recipe
@@ -32,6 +33,14 @@ def make(r: Recipe, best: float = 0.3, kept: float = 0.7) -> tuple[Any, ...]:
     cuts = [cut_of(logits, share) for share in (best, kept)]
     bias = torch.randn(r.d_model, generator=gen).to(r.dtype) if r.bias else None
     return (x, *high, *others, *cuts, *down, *low, bias, activation)
+
+
+def packed(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same of `ltepass::packed_tiered_ffn`."""
+    c = tiers.call(args)
+    router = c.deciding
+    rest = (router.proxy.biases, router.proxy.sizes, router.weight, router.bias, c.threshold, c.floor)
+    return (c.x, *pack(c.planes), *rest, c.down_bias, router.activation)
 
 
 def cut_of(logits: Tensor, share: float) -> Tensor:

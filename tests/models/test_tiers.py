@@ -293,12 +293,12 @@ def test_lowered_is_hard_eager(name: str, scope: Any, monkeypatch: pytest.Monkey
 
 
 class CountTiers(TorchDispatchMode):
-    """Counts calls of the op from eager code, whichever of its names they have."""
+    """Counts calls of the packed op from eager code, whichever of its names they have."""
 
     calls = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls += "tiered_ffn" in str(func)
+        self.calls += "packed_tiered_ffn" in str(func)
         return func(*args, **(kwargs or {}))
 
 
@@ -312,6 +312,23 @@ def test_lowered_reads_planes_and_thresholds_as_they_are() -> None:
     nothing = zoo.logits(model)
     assert not torch.allclose(nothing, expected, atol=1e-3)
     assert torch.allclose(zoo.logits(ltepass.unlower(model)), nothing, atol=1e-6)
+
+
+def test_planes_that_somebody_wrote_to_are_packed_again() -> None:
+    model = tiered(target_sparsity=0.5)
+    ltepass.set_mode(model, "hard")
+    before = zoo.logits(ltepass.lower(model))
+    packed = [router.packed() for router in routers(model)]
+    assert all(router.packed() is known for router, known in zip(routers(model), packed, strict=True)), "once"
+    copied = copy.deepcopy(model)
+    assert torch.equal(zoo.logits(copied), before)
+    for router in routers(model):
+        router.get_buffer("low_scales").zero_()
+    changed = zoo.logits(model)
+    assert not torch.allclose(changed, before, atol=1e-4)
+    assert torch.equal(zoo.logits(copied), before), "a copy has planes of its own"
+    assert torch.allclose(zoo.logits(ltepass.unlower(model)), changed, atol=1e-6)
+    assert all(router.packed_once is None for router in routers(model))
 
 
 def test_what_keeps_the_op_out_of_a_graph_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+import ltepass
 from ltepass.exporting.export_model import passes
 from ltepass.kernels import linear_reference, weight_formats
 from ltepass.kernels.routed_schema import LINEAR_INT8, PROXY_INT8
@@ -19,9 +20,12 @@ from ltepass.passes.graph.pipeline import GraphJob, run_passes
 from ltepass.passes.lower.lay_out_neurons import LayOutNeurons
 from ltepass.passes.lower.lower_linears import LowerLinears
 from ltepass.passes.lower.lower_routed_ffn import LowerRoutedFFN
+from ltepass.passes.lower.lower_tiers import LowerTiers
 from ltepass.passes.lower.merge_linears import MergeLinears
+from ltepass.passes.lower.pack_tiers import PackTiers
 from ltepass.passes.lower.quantise_linears import Format, QuantiseLinears
 from ltepass.passes.lower.quantise_routed_ffn import QuantiseRoutedFFN
+from tests.models.test_tiers import tiered
 from tests.models.zoo import VOCAB, ids, transformed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -163,6 +167,43 @@ def test_gathered_weights_lie_by_neuron_and_the_graph_computes_the_same() -> Non
     with torch.no_grad():
         assert torch.allclose(graph(ids()), expected, atol=1e-5)
     assert all(p.is_contiguous() for p in model.parameters()), "the model's own weights lie as they did"
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_planes_are_packed_and_the_graph_computes_the_same(packs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiered()
+    ltepass.set_mode(model, "hard")
+    graph = captured(_Logits(model), ids())
+    expected = graph(ids())
+    if not packs:
+        monkeypatch.setenv("LTEPASS_SKIP", "pack_tiers")
+    run_passes(passes(None), GraphJob(graph))
+    assert (count(graph, "packed_tiered_ffn"), count(graph, "tiered_ffn")) == ((2, 0) if packs else (0, 2))
+    assert (graph(ids()) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_planes_that_two_ffns_share_are_packed_once_and_computed_ones_stay() -> None:
+    model = tiered()
+    ltepass.set_mode(model, "hard")
+    graph = captured(_Logits(model), ids())
+    run_passes([LowerTiers()], GraphJob(graph))
+    first, second = [n for n in graph.graph.nodes if "tiered_ffn" in str(n.target)][:2]
+    second.args = (second.args[0], *first.args[1:])
+    graph.recompile()
+    expected = graph(ids())
+    shared = copy.deepcopy(graph)
+    run_passes([PackTiers()], GraphJob(shared))
+    packed = [n for n in shared.graph.nodes if "packed" in str(n.target)]
+    assert len(packed) == 2
+    highs = [getattr(shared, str(node.args[1].target)) for node in packed]
+    assert highs[0].data_ptr() == highs[1].data_ptr()
+    assert (shared(ids()) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    with graph.graph.inserting_before(first):
+        computed = graph.graph.call_function(torch.ops.aten.clone.default, (first.args[1],))
+        computed.meta = dict(first.args[1].meta)
+    first.args = (first.args[0], computed, *first.args[2:])
+    run_passes([PackTiers()], GraphJob(graph))
+    assert count(graph, "tiered_ffn") == 1
 
 
 @pytest.mark.parametrize("router", ["linear", "proxy"])
