@@ -15,12 +15,13 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from examples.bench import backward, op, op_cases, single_neurons, speed_page, table, ways, whole_token
+from examples.bench import backward, op, op_cases, single_neurons, speed_page, table, tiers, ways, whole_token
 from examples.bench.op_cases import CASES, TARGETS, Case
 from examples.bench.sparse_int8 import sparse_int8
 from examples.bench.ways import Shape
 from examples.results.demo_table import with_table
 from ltepass.kernels import reference
+from ltepass.kernels.proxy import proxy_scores
 from ltepass.measure import machine, timing
 from ltepass.measure.records import OpRecord, TokenRecord, append, read
 from ltepass.measure.timing import Timing, interleaved
@@ -297,6 +298,28 @@ def test_single_neurons_have_a_row_for_each_share(tmp_path: Path, monkeypatch: p
     ]
     assert all(r.scan_ms > 0 and r.scan_share > 0 for r in records)
     assert len(single_neurons.markdown(records).splitlines()) == 2 + len(records)
+
+
+def test_tiers_have_a_row_for_each_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(single_neurons.SHAPES, "small", (64, 96))
+    for module in (timing, machine, tiers):
+        monkeypatch.setattr(module, "last_level_cache", lambda: 1 << 16)
+    monkeypatch.setattr(tiers, "gemm_rate", lambda: 1e9)
+    rows = tmp_path / "rows.csv"
+    tiers.main(["--shapes", "small", "--threads", "1", "--seconds", "0", "--out", str(rows)])
+    records = read(rows, tiers.TiersRecord)
+    assert [(r.p, r.q) for r in records] == list(tiers.POINTS)
+    assert all(min(r.packed_us, r.planes_us, r.int8_us, r.int4_us, r.share) > 0 for r in records)
+    assert len(tiers.markdown(records).splitlines()) == 2 + len(records)
+
+
+@pytest.mark.parametrize(("p", "q"), tiers.POINTS)
+def test_the_bench_of_tiers_computes_the_same_in_both_forms(p: float, q: float) -> None:
+    layer = tiers.layer(64, 96, torch.randn(1, 64))
+    planes, packed = layer.of_planes(p, q)(), layer.of_packed(p, q)()
+    assert (planes - packed).abs().max() <= 1e-5 * planes.abs().max()
+    scores = proxy_scores(layer.x, *layer.planes.high, None, layer.sizes, *layer.router(), "silu")
+    assert abs(float((scores > layer.threshold(p)).float().mean()) - p) <= 0.02
 
 
 @pytest.mark.parametrize("experts", [12, 96])
