@@ -26,7 +26,7 @@ from ltepass.kernels.linear import FLOATS
 from ltepass.kernels.weight_formats import Format
 from ltepass.passes import EXPORT
 from ltepass.passes.capture.decoder_step import DecoderStep, capture_step
-from ltepass.passes.graph.edit import drop_unread_buffers
+from ltepass.passes.graph.edit import drop_unread
 from ltepass.passes.graph.pipeline import GraphJob, Pass, run_passes
 from ltepass.passes.lower.lower_model import check_format, is_lowered
 from ltepass.passes.lower.lower_sites import require_hard
@@ -84,7 +84,7 @@ def export_model(
     step = capture_step(language_model, length, cache_dtype)
     tell(STEP, 1, STEPS)
     job = run_passes(passes(linears), GraphJob(step.graph, step.codes))
-    drop_unread_buffers(step.graph)  # else they are kept by name
+    drop_unread(step.graph)  # else they are kept by name
     tell(STEP, 2, STEPS)
     for router, reason in job.notes.items():
         log.warning("export: %s: kept masked-dense: %s", router, reason)

@@ -35,11 +35,11 @@ def add_leaf(gm: GraphModule, name: str, tensor: Tensor) -> Node:
     return node
 
 
-def drop_unread_buffers(gm: GraphModule) -> None:
-    """Buffers of the graph's module that no node reads, as codes are that were packed."""
-    for leaf in gm.graph.find_nodes(op="get_attr"):
-        if not leaf.users:
-            gm.graph.erase_node(leaf)
+def drop_unread(gm: GraphModule) -> None:
+    """What changes nothing and nobody reads, and then the module's buffers that no node reads."""
+    for node in reversed(gm.graph.nodes):
+        if not node.users and node.op in ("call_function", "get_attr") and not node.is_impure():
+            gm.graph.erase_node(node)
     read = {str(leaf.target) for leaf in gm.graph.find_nodes(op="get_attr")}
     for name, _ in list(gm.named_buffers(remove_duplicate=False)):
         if name not in read:

@@ -38,5 +38,5 @@ def test_tokens_are_those_of_plain_pytorch(low_bit_sparsity: float, tmp_path: Pa
     assert decoder.about.gated_bytes == sum(packed.low.nbytes for packed in planes)
     assert decoder.about.token_bytes > sum(packed.high.nbytes for packed in planes)
     names = set(decoder._weights)
-    assert not any(name.endswith(("down_codes", "low_codes")) for name in names)
+    assert not any(name.endswith(("codes", "multipliers", "scales")) for name in names)
     assert not any(name.endswith(("gate_proj.weight", "up_proj.weight", "down_proj.weight")) for name in names)
