@@ -182,7 +182,7 @@ class PackedTokens {
   int32_t* starts_ = nullptr;
 };
 
-// Decides neurons [first, first + n) of a group, n <= PANEL, whose numbers begin at `at`, by units z; asks for the best's rows.
+// Decides neurons [at, at + n) of the group from neuron `first` on, n <= PANEL, by units z.
 inline void choose(const PackedTiers& t, int64_t first, int64_t at, int64_t n, const float (*z)[SCAN], Scanned& to) {
   const Proxy& p = t.proxy;
   float sizes[SCAN] = {}, logits[SCAN];
