@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 import ltepass
-from ltepass.commands.load import call_by_name, load
+from ltepass.commands.load import NEITHER, call_by_name, load, require_model
 from ltepass.config import LTEConfig
 from ltepass.errors import ConfigError, first_line
 from ltepass.routed.report_tables import Report
@@ -38,12 +38,11 @@ def _skeleton(name: str) -> PreTrainedModel:
     """The model of a directory or hub name, on the meta device; a saved LTE model is described as it is."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    require_model(name)
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{name!r} is no model directory and no model of the hub that can be reached: {first_line(error)}"
-        ) from error
+        raise ConfigError(f"{name!r} is {NEITHER}: {first_line(error)}") from error
     entry = getattr(config, "quantization_config", None) or {}
     if entry.get("quant_method") == "lte" or "lte" in entry:  # alone, or beside torchao's
         return load(name)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from ltepass.commands.hub import look_for_hub
 from ltepass.errors import ConfigError, LTEError, first_line
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def load(name: str, device: str = "cpu", dtype: torch.dtype | None = None) -> Pr
         return call_by_name(name)[0].to(device=device, dtype=dtype).eval()
     from transformers import AutoModelForCausalLM
 
-    _require_ended(name)
+    require_model(name)
     try:
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto").to(device).eval()
     except LTEError:
@@ -53,11 +54,15 @@ def load(name: str, device: str = "cpu", dtype: torch.dtype | None = None) -> Pr
         raise ConfigError(f"{name!r} is {NEITHER}: {first_line(error)}") from error
 
 
-def _require_ended(name: str) -> None:
-    """Raises ConfigError where `ltepass train` was stopped: checkpoints are there, and no model yet."""
+def require_model(name: str) -> None:
+    """Raises ConfigError of a path where nothing is, and where `ltepass train` was stopped: no model is there yet."""
     from ltepass.commands.training_run import CHECKPOINTS
 
     folder = Path(name)
+    if not folder.exists():
+        if folder.is_absolute() or name.startswith((".", "~")) or name.strip("/").count("/") > 1:
+            raise ConfigError(f"{name!r} is no model directory, nor can it be a name of the hub: nothing is there")
+        look_for_hub()
     if (folder / CHECKPOINTS).is_dir() and not (folder / "config.json").exists():
         raise ConfigError(f"{name} holds a training that has not ended; run the same `ltepass train` again: it goes on")
 
@@ -66,7 +71,7 @@ def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
     """Of a model's directory or hub name. Raises ConfigError."""
     from transformers import AutoTokenizer
 
-    _require_ended(name)
+    require_model(name)
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ltepass.commands.hub import look_for_hub
 from ltepass.corpora import token_blocks
 from ltepass.errors import ConfigError, first_line, shown
 from ltepass.routed.token_masks import IGNORED
@@ -89,6 +90,8 @@ def _data_set(source: str, split: str) -> list[Row]:
         import datasets
     except ImportError as error:
         raise ConfigError(f"a data set needs the library datasets ({error}); {NEEDS}") from error
+    if not Path(source).exists():
+        look_for_hub()
     saved = [(Path(source) / name).is_file() for name in ("state.json", "dataset_dict.json")]
     try:
         found = datasets.load_from_disk(source) if any(saved) else datasets.load_dataset(source)
