@@ -1,7 +1,7 @@
-// Linears of quantised weights over many tokens, where arithmetic takes the time: codes as pairs of 16 bits, rows of a
-// weight side by side in the lanes of a vector. One instruction multiplies two codes of W rows with two of a token and adds
-// them, exactly; a block's sum of 32 products is a lane, and is scaled as a whole.
-// A piece is a strip of rows: a stretch of their inputs is turned into pairs once, and stays in L2 while all tokens go by.
+// Linears of quantised weights over many tokens, where arithmetic takes the time: rows of a weight lie side by side in the
+// lanes of a vector, as many of their codes in a lane as one instruction multiplies with a token's and adds, exactly. A
+// block's sum of 32 products is a lane, and is scaled as a whole.
+// A piece is a strip of rows: a stretch of their inputs is turned once, and stays in L2 while all tokens go by.
 #pragma once
 
 #include "pool.h"
@@ -10,123 +10,181 @@
 
 namespace {
 
-#if defined(__x86_64__) && !defined(__AVX512VNNI__)
+#if defined(__x86_64__)
 constexpr bool HAS_LONG_INPUTS = true;
 #else
-constexpr bool HAS_LONG_INPUTS = false;  // sums of products of bytes are no slower, or nobody has measured them
+constexpr bool HAS_LONG_INPUTS = false;  // nobody has measured them
 #endif
 
-constexpr int64_t LONG_FROM = 33;               // tokens
+constexpr int64_t LONG_FROM = 33;              // tokens
 constexpr int64_t LONG_TOKENS = 512;            // whose codes and sums are kept at a time
 constexpr int LONG_TILE = 6, LONG_VECTORS = 2;  // of a register tile: tokens, and vectors of rows
 constexpr int64_t TILE_ROWS = LONG_VECTORS * W;
 constexpr int64_t STRIP = 64;                   // rows of a piece: whole tiles
-constexpr int64_t TOGETHER = 16;                // blocks of inputs that are turned into pairs at a time
-constexpr int64_t PAIRS = BLOCK / 2;            // of a block
+constexpr int64_t TOGETHER = 16;                // blocks of inputs that are turned at a time
 
-// sum + both products of 16 bits in each lane, exactly.
-inline vi add_pairs(vi sum, vi a, vi b) {
-#if defined(__AVX512BW__)
-  return sum + reinterpret_cast<vi>(_mm512_madd_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
-#elif defined(__AVX2__)
-  return sum + reinterpret_cast<vi>(_mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
-#elif defined(__SSE2__)
-  return sum + reinterpret_cast<vi>(_mm_madd_epi16(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
+// Codes of a token, RAISED higher than they are, and those of a weight; add_word: sum + the products in each lane, exactly.
+#if defined(__AVX512VNNI__)
+typedef uint8_t TokenCode;
+typedef int8_t WeightCode;
+constexpr int32_t RAISED = 128;
+inline vi add_word(vi sum, vi token, vi weight) {
+  return reinterpret_cast<vi>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(token),
+                                                  reinterpret_cast<__m512i>(weight)));
+}
 #else
-  return sum + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+typedef int16_t TokenCode, WeightCode;
+constexpr int32_t RAISED = 0;
+inline vi add_word(vi sum, vi token, vi weight) {
+#if defined(__AVX512BW__)
+  return sum + reinterpret_cast<vi>(_mm512_madd_epi16(reinterpret_cast<__m512i>(token), reinterpret_cast<__m512i>(weight)));
+#elif defined(__AVX2__)
+  return sum + reinterpret_cast<vi>(_mm256_madd_epi16(reinterpret_cast<__m256i>(token), reinterpret_cast<__m256i>(weight)));
+#elif defined(__SSE2__)
+  return sum + reinterpret_cast<vi>(_mm_madd_epi16(reinterpret_cast<__m128i>(token), reinterpret_cast<__m128i>(weight)));
+#else
+  return sum + (token << 16 >> 16) * (weight << 16 >> 16) + (token >> 16) * (weight >> 16);
 #endif
 }
+#endif
+constexpr int64_t IN_A_WORD = 4 / sizeof(WeightCode);  // codes, of a lane
+constexpr int64_t WORDS = BLOCK / IN_A_WORD;           // of a block
 
 // A block of a token.
 struct TokenBlock {
-  int16_t codes[BLOCK];
+  TokenCode codes[BLOCK];
   float scale, sum;  // sum: of the codes, scaled
 };
 
 // A stretch of a strip, tile by tile of its rows, and the sums of all tokens.
 struct Strip {
-  int32_t* pairs;          // [STRIP / TILE_ROWS, TOGETHER, PAIRS, TILE_ROWS]
-  float *scale, *minimum;  // [STRIP / TILE_ROWS, TOGETHER, TILE_ROWS], where blocks have their own
+  int32_t* words;          // [STRIP / TILE_ROWS, TOGETHER, WORDS, TILE_ROWS]
+  int32_t* starts;         // [STRIP / TILE_ROWS, TOGETHER, TILE_ROWS]: of a block's sum, where tokens' codes are raised
+  float *scale, *minimum;  // likewise, where blocks have their own
   float* sums;             // [tokens, STRIP]
-  static constexpr int64_t SCALES = STRIP * TOGETHER, CODES = SCALES * PAIRS;
+  static constexpr int64_t BLOCKS = STRIP * TOGETHER;
   static size_t bytes(int64_t tokens) {
-    return Scratch::bytes_for<int32_t>(CODES) + 2 * Scratch::bytes_for<float>(SCALES) + Scratch::bytes_for<float>(tokens * STRIP);
+    return Scratch::bytes_for<int32_t>(BLOCKS * WORDS) + 3 * Scratch::bytes_for<float>(BLOCKS) +
+           Scratch::bytes_for<float>(tokens * STRIP);
   }
   Strip(Scratch& s, int64_t tokens)
-      : pairs(s.take<int32_t>(CODES)),
-        scale(s.take<float>(SCALES)),
-        minimum(s.take<float>(SCALES)),
+      : words(s.take<int32_t>(BLOCKS * WORDS)),
+        starts(s.take<int32_t>(BLOCKS)),
+        scale(s.take<float>(BLOCKS)),
+        minimum(s.take<float>(BLOCKS)),
         sums(s.take<float>(tokens * STRIP)) {}
 };
 
-// Eight codes of each of four vectors' rows, W / 4 rows to a vector, as four vectors of one pair of all W rows.
-inline void turn(const vs (&rows)[4], int32_t* to, int64_t step) {
+constexpr int64_t IN_A_ROW = 4 * IN_A_WORD;  // codes of each of the W / 4 rows of a vector
+typedef WeightCode codes_of_rows __attribute__((vector_size(VB)));
+typedef int8_t bytes_of_rows __attribute__((vector_size(W / 4 * IN_A_ROW)));
+typedef uint64_t parts_of_rows __attribute__((vector_size(W / 4 * IN_A_ROW)));
+typedef uint64_t halves_of_rows __attribute__((vector_size(2 * W)));  // four of a row
+
+// Four words of each of four vectors' rows as four vectors of one word of all W rows.
+inline void turn(vi (&v)[4]) {
 #if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
   constexpr std::make_index_sequence<W> all{};
-  vf v[4];
-  for (int i = 0; i < 4; i++) v[i] = reinterpret_cast<vf>(rows[i]);
-  const vf a = interleave<false, 0>(v[0], v[1], all), b = interleave<false, 2>(v[0], v[1], all);
-  const vf c = interleave<false, 0>(v[2], v[3], all), d = interleave<false, 2>(v[2], v[3], all);
-  const vf pairs[4] = {interleave<true, 0>(a, c, all), interleave<true, 2>(a, c, all), interleave<true, 0>(b, d, all),
-                       interleave<true, 2>(b, d, all)};
-  for (int i = 0; i < 4; i++) std::memcpy(to + i * step, pairs + i, sizeof(vf));
+  vf f[4];
+  for (int i = 0; i < 4; i++) f[i] = reinterpret_cast<vf>(v[i]);
+  const vf a = interleave<false, 0>(f[0], f[1], all), b = interleave<false, 2>(f[0], f[1], all);
+  const vf c = interleave<false, 0>(f[2], f[3], all), d = interleave<false, 2>(f[2], f[3], all);
+  v[0] = reinterpret_cast<vi>(interleave<true, 0>(a, c, all)), v[1] = reinterpret_cast<vi>(interleave<true, 2>(a, c, all));
+  v[2] = reinterpret_cast<vi>(interleave<true, 0>(b, d, all)), v[3] = reinterpret_cast<vi>(interleave<true, 2>(b, d, all));
 #else
-  int32_t lanes[4][W];
-  std::memcpy(lanes, rows, sizeof lanes);
+  vi to[4];
   for (int i = 0; i < 4; i++)
-    for (int r = 0; r < W; r++) to[i * step + r] = lanes[r % 4][r / 4 * 4 + i];
+    for (int r = 0; r < W; r++) to[i][r] = v[r % 4][r / 4 * 4 + i];
+  std::copy(to, to + 4, v);
 #endif
+}
+
+// Turned, each vector TILE_ROWS words behind the one before.
+inline void store_turned(vi (&v)[4], void* to) {
+  turn(v);
+  for (int i = 0; i < 4; i++) *reinterpret_cast<vi_mem*>(static_cast<int32_t*>(to) + i * TILE_ROWS) = v[i];
 }
 
 // Past the last row, the last one again: its sums are not used.
 inline const char* row_at(const Rows& w, int64_t i) { return w.data + w.place(std::min(i, w.count - 1)) * w.stride; }
 
-typedef int8_t eights __attribute__((vector_size(2 * W)));  // eight bytes of each of W / 4 rows
-
-// Bytes [at, at + 8) of rows r, r + 4, r + 8 ... of W, zeros behind `size`.
-inline eights gather(const char* const* rows, int r, int64_t at, int64_t size) {
-  char bytes[2 * W] = {};
-  for (int i = 0; i < W / 4; i++) {
-    const char* from = rows[r + 4 * i] + at;
-    if (at + 8 <= size)
-      std::memcpy(bytes + 8 * i, from, 8);
-    else if (at < size)
-      std::memcpy(bytes + 8 * i, from, size_t(size - at));
+// Of W / 4 rows eight bytes or sixteen each, as V: bytes from `at` on of rows r, r + 4, r + 8 ..., zeros behind `size`.
+template <class V>
+inline V gather(const char* const* rows, int r, int64_t at, int64_t size) {
+  constexpr int PARTS = sizeof(V) / 8 / (W / 4);  // of a row
+  // In registers: what is written in parts and then read as a whole waits for the writes.
+  const bool whole = at + 8 * PARTS <= size;
+#if defined(__AVX512F__)
+  if constexpr (PARTS == 2) if (whole) {
+    auto of = [&](int i) INLINE { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[r + 4 * i] + at)); };
+    __m512i out = _mm512_castsi128_si512(of(0));
+    out = _mm512_inserti32x4(out, of(1), 1);
+    out = _mm512_inserti32x4(out, of(2), 2);
+    return reinterpret_cast<V>(_mm512_inserti32x4(out, of(3), 3));
   }
-  eights out;
-  std::memcpy(&out, bytes, sizeof out);
+#endif
+  V out = {};
+#pragma GCC unroll 4
+  for (int i = 0; i < W / 4; i++)
+#pragma GCC unroll 2
+    for (int part = 0; part < PARTS; part++) {
+      const int64_t from = at + 8 * part;
+      uint64_t bytes = 0;
+      if (whole)
+        std::memcpy(&bytes, rows[r + 4 * i] + from, 8);
+      else if (from < size)
+        std::memcpy(&bytes, rows[r + 4 * i] + from, size_t(std::min<int64_t>(8, size - from)));
+      out[i * PARTS + part] = bytes;
+    }
   return out;
 }
 
-// Block b of W rows as pairs, TILE_ROWS apart.
+// Block b of W rows as words, TILE_ROWS apart.
 inline void turn_block(const Int8Linear& l, const char* const* rows, int64_t b, int32_t* to) {
-  for (int64_t i = 0; i < BLOCK; i += 8) {
-    vs codes[4];
-    for (int r = 0; r < 4; r++) codes[r] = __builtin_convertvector(gather(rows, r, b * BLOCK + i, l.d_in), vs);
-    turn(codes, to + i / 2 * TILE_ROWS, TILE_ROWS);
+  for (int64_t i = 0; i < BLOCK; i += IN_A_ROW) {
+    vi words[4];
+    for (int r = 0; r < 4; r++) {
+      const auto bytes = reinterpret_cast<bytes_of_rows>(gather<parts_of_rows>(rows, r, b * BLOCK + i, l.d_in));
+      words[r] = reinterpret_cast<vi>(__builtin_convertvector(bytes, codes_of_rows));
+    }
+    store_turned(words, to + i / IN_A_WORD * TILE_ROWS);
   }
 }
 
 template <bool MINIMUM>
 inline void turn_block(const Int4Linear<MINIMUM>& l, const char* const* rows, int64_t b, int32_t* to) {
-  for (int64_t i = 0; i < BLOCK / 2; i += 8) {
-    vs low[4], high[4];
+  constexpr int8_t ZERO = MINIMUM ? 0 : 8;
+  for (int64_t i = 0; i < BLOCK / 2; i += IN_A_ROW) {
+    vi low[4], high[4];
     for (int r = 0; r < 4; r++) {
-      const vs both = __builtin_convertvector(gather(rows, r, b * (BLOCK / 2) + i, l.weight.bytes), vs);
-      low[r] = (both & 15) - int16_t(MINIMUM ? 0 : 8);
-      high[r] = (both >> 4 & 15) - int16_t(MINIMUM ? 0 : 8);
+      const auto both = reinterpret_cast<bytes_of_rows>(gather<parts_of_rows>(rows, r, b * (BLOCK / 2) + i, l.weight.bytes));
+      low[r] = reinterpret_cast<vi>(__builtin_convertvector((both & 15) - ZERO, codes_of_rows));
+      high[r] = reinterpret_cast<vi>(__builtin_convertvector((both >> 4 & 15) - ZERO, codes_of_rows));
     }
-    turn(low, to + i / 2 * TILE_ROWS, TILE_ROWS);
-    turn(high, to + (BLOCK / 2 + i) / 2 * TILE_ROWS, TILE_ROWS);
+    store_turned(low, to + i / IN_A_WORD * TILE_ROWS);
+    store_turned(high, to + (BLOCK / 2 + i) / IN_A_WORD * TILE_ROWS);
   }
 }
 
-// Halves [b, b + n) of row r as fp32, TILE_ROWS apart.
-inline void turn_halves(const Rows& from, int64_t r, int64_t b, int64_t n, float* to) {
-  const auto* halves = reinterpret_cast<const uint16_t*>(row_at(from, r)) + b;
-  for (int64_t i = 0; i < n; i += W) {
-    const vf wide = i + W <= n ? F16::load(halves + i) : load_part<F16>(halves + i, n - i);
-    for (int64_t k = 0; k < std::min<int64_t>(W, n - i); k++) to[(i + k) * TILE_ROWS] = wide[k];
+// What takes off that tokens' codes are raised.
+inline void start_sums(const int32_t* words, int32_t* to) {
+  const vi ones = reinterpret_cast<vi>(codes_of_rows{} + WeightCode(1));
+  vi sum = {};
+  for (int64_t i = 0; i < WORDS; i++) sum = add_word(sum, ones, *reinterpret_cast<const vi_mem*>(words + i * TILE_ROWS));
+  *reinterpret_cast<vi_mem*>(to) = sum * -RAISED;
+}
+
+// Halves [b, b + n) of W rows from `row` on as fp32, TILE_ROWS apart. Up to a multiple of four are written.
+inline void turn_halves(const Rows& from, int64_t row, int64_t b, int64_t n, float* to) {
+  const char* rows[W];
+  for (int i = 0; i < W; i++) rows[i] = row_at(from, row + i);
+  for (int64_t i = b; i < b + n; i += 4, to += 4 * TILE_ROWS) {
+    vi words[4];
+    for (int r = 0; r < 4; r++) {
+      const auto four = gather<halves_of_rows>(rows, r, 2 * i, 2 * (b + n));
+      words[r] = reinterpret_cast<vi>(F16::load(reinterpret_cast<const uint16_t*>(&four)));
+    }
+    store_turned(words, to);
   }
 }
 
@@ -144,8 +202,18 @@ inline void turn_strip(const L& l, int64_t row, int64_t b, int64_t n, const Stri
     const char* rows[W];
     for (int i = 0; i < W; i++) rows[i] = row_at(l.weight, row + r + i);
     const int64_t tile = r / TILE_ROWS * TOGETHER, lane = r % TILE_ROWS;
-    for (int64_t k = 0; k < n; k++) turn_block(l, rows, b + k, s.pairs + (tile + k) * PAIRS * TILE_ROWS + lane);
-    for (int i = 0; i < W; i++) turn_scales(l, row + r + i, b, n, s, tile * TILE_ROWS + lane + i);
+    // Meanwhile the next rows come, and at the strip's end the next stretch of its first ones.
+    const int64_t bytes = n * l.weight.bytes / l.inputs.blocks, on = r + W < STRIP ? b : b + n;
+    for (int i = 0; i < W; i++) {
+      const char* next = row_at(l.weight, row + (r + W < STRIP ? r + W : 0) + i) + on * l.weight.bytes / l.inputs.blocks;
+      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(next + at, 0, 3);
+    }
+    for (int64_t k = 0; k < n; k++) {
+      int32_t* words = s.words + (tile + k) * WORDS * TILE_ROWS + lane;
+      turn_block(l, rows, b + k, words);
+      if (RAISED) start_sums(words, s.starts + (tile + k) * TILE_ROWS + lane);
+    }
+    turn_scales(l, row + r, b, n, s, tile * TILE_ROWS + lane);
   }
 }
 
@@ -153,19 +221,29 @@ inline void turn_strip(const L& l, int64_t row, int64_t b, int64_t n, const Stri
 template <int PER_BLOCK>
 ALONE void add_blocks(const TokenBlock* x, int64_t x_stride, const Strip& strip, int64_t row, int64_t n, float* sums) {
   constexpr int M = LONG_TILE, N = LONG_VECTORS;
-  const int32_t* pairs = strip.pairs + row * TOGETHER * PAIRS;
+  const int32_t *words = strip.words + row * TOGETHER * WORDS, *starts = strip.starts + row * TOGETHER;
   const float *scale = strip.scale + row * TOGETHER, *minimum = strip.minimum + row * TOGETHER;
-  for (int64_t b = 0; b < n; b++, x++) {
-    vi acc[M][N] = {};
-    for (int64_t p = 0; p < PAIRS; p++, pairs += TILE_ROWS) {
+  vf all[M][N];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 16
+    for (int v = 0; v < N; v++) all[m][v] = load(sums + m * STRIP + v * W);
+  for (int64_t b = 0; b < n; b++, x++, starts += TILE_ROWS, scale += TILE_ROWS, minimum += TILE_ROWS) {
+    vi acc[M][N];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 16
+      for (int v = 0; v < N; v++) acc[m][v] = RAISED ? *reinterpret_cast<const vi_mem*>(starts + v * W) : vi{};
+    for (int64_t i = 0; i < WORDS; i++, words += TILE_ROWS) {
       vi w[N];
 #pragma GCC unroll 16
-      for (int v = 0; v < N; v++) w[v] = *reinterpret_cast<const vi_mem*>(pairs + v * W);
+      for (int v = 0; v < N; v++) w[v] = *reinterpret_cast<const vi_mem*>(words + v * W);
 #pragma GCC unroll 16
       for (int m = 0; m < M; m++) {
-        const vi two = reinterpret_cast<vi>(splat_word(reinterpret_cast<const float*>(x[m * x_stride].codes + 2 * p)));
+        const vi token =
+            reinterpret_cast<vi>(splat_word(reinterpret_cast<const float*>(x[m * x_stride].codes + IN_A_WORD * i)));
 #pragma GCC unroll 16
-        for (int v = 0; v < N; v++) acc[m][v] = add_pairs(acc[m][v], w[v], two);
+        for (int v = 0; v < N; v++) acc[m][v] = add_word(acc[m][v], token, w[v]);
       }
     }
 #pragma GCC unroll 16
@@ -173,24 +251,25 @@ ALONE void add_blocks(const TokenBlock* x, int64_t x_stride, const Strip& strip,
       const vf token = splat(x[m * x_stride].scale), sum = splat(x[m * x_stride].sum);
 #pragma GCC unroll 16
       for (int v = 0; v < N; v++) {
-        float* to = sums + m * STRIP + v * W;
-        const int64_t at = b * TILE_ROWS + v * W;
-        vf y = load(to) + to_float(acc[m][v]) * (PER_BLOCK ? token * load(scale + at) : token);
-        if (PER_BLOCK == 2) y += sum * load(minimum + at);
-        store(to, y);
+        all[m][v] += to_float(acc[m][v]) * (PER_BLOCK ? token * load(scale + v * W) : token);
+        if (PER_BLOCK == 2) all[m][v] += sum * load(minimum + v * W);
       }
     }
   }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 16
+    for (int v = 0; v < N; v++) store(sums + m * STRIP + v * W, all[m][v]);
 }
 
 // Values of block b of a token, n of them, zeros behind.
 template <class E>
 inline void lay_block(const typename E::T* x, int64_t n, bool with_sum, TokenBlock& to) {
-  typedef int16_t wide __attribute__((vector_size(2 * W)));
+  typedef TokenCode wide __attribute__((vector_size(sizeof(TokenCode) * W)));
   vi sum = {};
   to.scale = quantise_block<E>(x, n, [&](int64_t i, narrow codes) {
-    const wide pairs = __builtin_convertvector(codes, wide);
-    std::memcpy(to.codes + i, &pairs, sizeof pairs);
+    const wide raised = __builtin_convertvector(codes, wide) + TokenCode(RAISED);
+    std::memcpy(to.codes + i, &raised, sizeof raised);
     sum += __builtin_convertvector(codes, vi);
   });
   if (with_sum) to.sum = to.scale * float(hsum(sum));

@@ -229,8 +229,9 @@ inline void turned_sums(const Proxy& p, int64_t first, int64_t n, const TokenCod
       }
 #pragma GCC unroll 16
       for (int m = 0; m < M; m++)
+        if (token + m < tokens)
 #pragma GCC unroll 2
-        for (int k = 0; k < K && token + m < tokens; k++) *reinterpret_cast<vi_mem*>(sums[k][token + m]) = all[m][k];
+          for (int k = 0; k < K; k++) *reinterpret_cast<vi_mem*>(sums[k][token + m]) = all[m][k];
     }
   }
 }
