@@ -1,12 +1,12 @@
 // ltepass::cached_attention on the CPU, through libtorch's stable ABI (see README.md).
 
-#include "attention.h"
+#include "attention_tiles.h"
 
 #include "tensors.h"
 
 namespace {
 
-// Up to here each token reads the cache for itself; longer inputs go to torch's blocked attention (see README.md).
+// Up to here each token reads the cache for itself.
 constexpr int64_t MOST_TOKENS = 4;
 
 // ---- the checks of ../attention.py, in its words ----
@@ -59,26 +59,6 @@ void write(const Tensor& from, const Half& to, int64_t position) {
 
 Tensor rows_dense(const Tensor& t) { return t.stride(3) == 1 || t.size(3) <= 1 ? t : torch::stable::contiguous(t); }
 
-// torch's attention of many tokens; without a mask each sees those before it.
-Tensor long_attention(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask, double scale) {
-  using torch::stable::detail::from;
-  std::vector<StableIValue> stack{from(q), from(k), from(v), from(mask), from(0.0), from(!mask),
-                                  from(std::optional<double>(scale)), from(q.size(1) != k.size(1))};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::scaled_dot_product_attention", "", stack.data(), TORCH_ABI_VERSION));
-  return dense(torch::stable::transpose(torch::stable::detail::to<Tensor>(stack[0]), 1, 2));
-}
-
-// True where token t of those at `position` sees key i.
-Tensor mask_of(int64_t tokens, int64_t position, int64_t window) {
-  const int64_t n = position + tokens;
-  const Tensor mask = empty({tokens, n}, aoti_torch_dtype_bool());
-  auto* on = static_cast<uint8_t*>(mask.data_ptr());
-  for (int64_t t = 0; t < tokens; t++)
-    for (int64_t i = 0; i < n; i++) on[t * n + i] = i <= position + t && i > position + t - window;
-  return mask;
-}
-
 Tensor cached_attention(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const Tensor& cache, int64_t layer,
                         const Tensor& position_in, double scale, std::optional<int64_t> window_in) {
   check(q_in, k_in, v_in, cache, layer, position_in, window_in);
@@ -90,28 +70,19 @@ Tensor cached_attention(const Tensor& q_in, const Tensor& k_in, const Tensor& v_
   const int64_t half = cache.stride(1) * int64_t(cache.element_size());
   char* const data = static_cast<char*>(cache.data_ptr()) + 2 * layer * half;
   const Half keys{data, cache.stride(2), length, k.size(3)}, values{data + half, cache.stride(2), length, k.size(3)};
-  Tensor y;
+  const Tensor y = empty({q.size(0), tokens, q.size(1), q.size(3)}, dtype_code(q));
   with_type(q, [&]<class E>() {
     with_type(cache, [&]<class C>() {
       write<E, C>(k, keys, position);
       write<E, C>(v, values, position);
-      if (tokens > MOST_TOKENS) return;
-      y = empty({q.size(0), tokens, q.size(1), q.size(3)}, dtype_code(q));
       if (y.numel() == 0) return;
-      attend<E, C>({q.size(0), tokens, q.size(1), k.size(1), q.size(3), q.data_ptr(),
-                    {q.stride(0), q.stride(1), q.stride(2)}, keys.data, values.data, keys.batch_stride, length, position,
-                    window, float(scale), y.data_ptr(), threads_here()});
+      const Attention call{q.size(0), tokens, q.size(1), k.size(1), q.size(3), q.data_ptr(),
+                           {q.stride(0), q.stride(1), q.stride(2)}, keys.data, values.data, keys.batch_stride, length,
+                           position, window, float(scale), y.data_ptr(), threads_here()};
+      tokens > MOST_TOKENS ? attend_tiles<E, C>(call) : attend<E, C>(call);
     });
   });
-  if (tokens <= MOST_TOKENS) return y;
-  auto seen = [&](int64_t which) {
-    Tensor all = torch::stable::select(torch::stable::select(cache, 0, layer), 0, which);  // narrow takes no constant
-    const Tensor part = torch::stable::narrow(all, 2, 0, position + tokens);
-    return part.scalar_type() == q.scalar_type() ? part : torch::stable::to(part, q.scalar_type());
-  };
-  const bool all_before = position == 0 && window >= tokens;
-  const OptionalTensor mask = all_before ? std::nullopt : OptionalTensor(mask_of(tokens, position, window));
-  return long_attention(q, seen(0), seen(1), mask, scale);
+  return y;
 }
 
 }  // namespace

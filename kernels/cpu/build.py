@@ -44,6 +44,7 @@ HEADERS = (
     "linear_tensors.h",
     "active.h",
     "attention.h",
+    "attention_tiles.h",
     "quantised_inputs.h",
     "quantised.h",
     "long_inputs.h",
