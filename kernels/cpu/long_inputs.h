@@ -305,11 +305,13 @@ void long_linear(const L& l, const typename E::T* x, int64_t tokens, const void*
           for (int64_t r = 0; r < rows; r += TILE_ROWS)
             add_blocks<L::PER_BLOCK>(inputs + token * x_stride + b, x_stride, local, r, n, local.sums + token * STRIP + r);
       }
-      for (int64_t i = 0; i < here; i++)
-        for (int64_t r = 0; r < rows; r++) {
-          const float sum = l.finish(local.sums[i * STRIP + r], row + r);
-          y[i * count + row + r] = E::from_float(sum + bias_at<E>(bias, row + r));
-        }
+      float factors[STRIP], biases[STRIP];
+      for (int64_t r = 0; r < rows; r++) factors[r] = l.finish(1.0f, row + r), biases[r] = bias_at<E>(bias, row + r);
+      for (int64_t i = 0; i < here; i++) {
+        const float* from = local.sums + i * STRIP;
+        typename E::T* to = y + i * count + row;
+        for (int64_t r = 0; r < rows; r++) to[r] = E::from_float(from[r] * factors[r] + biases[r]);
+      }
     });
   }
 }

@@ -59,10 +59,15 @@ bool onednn_is_faster() {
 #endif
 }
 
+constexpr int64_t WORTH_A_COPY = 128;  // tokens from which on a weight that lies otherwise is copied for it: 1 ms of 8
+
 Tensor aten_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
   using torch::stable::detail::from;
   const bool fp32 = x.scalar_type() == ScalarType::Float && weight.scalar_type() == ScalarType::Float;
-  if (fp32 && x.numel() && weight.is_contiguous() && onednn_is_faster()) return onednn_linear(x, weight, bias);
+  if (fp32 && x.numel() && onednn_is_faster()) {
+    if (weight.is_contiguous()) return onednn_linear(x, weight, bias);
+    if (x.numel() >= WORTH_A_COPY * x.size(-1)) return onednn_linear(x, torch::stable::contiguous(weight), bias);
+  }
   StableIValue stack[] = {from(x), from(weight), from(bias)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack, TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
