@@ -3,7 +3,8 @@
 int8: codes [d_out, d_in] int8 in [-127, 127], scale [d_out] fp32; w = code * scale.
 4 bits: blocks of 32 along d_in, codes [d_out, d_in / 2] uint8, scale and minimum [d_out, d_in / 32] fp16. Byte j of a
 block holds weight j in its low and weight j + 16 in its high half, as GGUF's Q4_0 (w = (code - 8) * scale) and Q4_1
-(w = code * scale + minimum) do: their blocks can be taken over bit by bit.
+(w = code * scale + minimum) do: their blocks can be taken over bit by bit. "gguf" is whichever of the two a weight lies
+on already, and int8 for others.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 -- the name everybody uses
 
-Format = Literal["int8", "int4", "int4_minimum"]
+Format = Literal["int8", "int4", "int4_minimum", "gguf"]
 Parts = tuple[Tensor | None, ...]
 """Codes and scale, and of 4 bits the minimum, or None: what the format's linear takes."""
 BLOCK = 32  # inputs that share a scale
@@ -23,10 +24,17 @@ _LEAST = torch.finfo(torch.float32).tiny  # a scale below it has no inverse: the
 _MOST = torch.finfo(torch.float32).max
 
 
+def takes(format: Format | None, d_in: int) -> bool:
+    """Whether rows of so many inputs can be held so."""
+    return format in ("int8", "gguf") or d_in % BLOCK == 0
+
+
 def quantise(weight: Tensor, format: Format) -> Parts:
     """weight: [d_out, d_in]."""
     if format == "int8":
         return quantise_int8(weight)
+    if format == "gguf":
+        return kept_codes(weight) or quantise_int8(weight)
     return quantise_int4(weight, with_minimum=format == "int4_minimum")
 
 
@@ -70,6 +78,14 @@ def quantise_int4(weight: Tensor, *, with_minimum: bool) -> tuple[Tensor, Tensor
     inverse = torch.where(scale == 0, 0, 1 / scale)
     codes = ((blocks - low) * inverse + half).trunc().clamp(0, 15).to(torch.uint8)
     return pack_int4(codes.flatten(-2)), scale[..., 0].half(), low[..., 0].half() if with_minimum else None
+
+
+def kept_codes(weight: Tensor) -> Parts | None:
+    """Of weights that came from blocks of Q4_0 or Q4_1, as llama.cpp rounds to them: the codes that they had."""
+    if not takes("int4", weight.shape[1]):
+        return None
+    both = (quantise_int4(weight, with_minimum=minimum) for minimum in (False, True))
+    return next((parts for parts in both if torch.equal(dequantise_int4(*parts), weight.float())), None)
 
 
 def pack_int4(codes: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "version", "old_names", "grouping_methods"),
     ("config", "paths", "whole_file", "progress", "corpora", "threads", "cache", "transformers_hook", "pages"),
+    ("gguf_models",),
     ("kernels",),
     ("routed",),
     ("sparsity", "passes.graph"),

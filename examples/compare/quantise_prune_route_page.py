@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from ltepass.corpora import other_texts
 from ltepass.measure.quality import Ratio
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 Kind = Literal["quantised", "llama.cpp", "pruned", "routed", "tiers"]
 PLAIN: tuple[Kind, ...] = ("quantised", "llama.cpp")
 THREADS = 1, 2
-TEXTS = ("Python reference", *other_texts())
+TEXTS = ("Python reference", "graph theory", "C++")
 PARTS = "value", "low", "high"
 COLOURS = dict(zip(get_args(Kind), ("#6b7280", "#1f2937", "#a855f7", "#2563eb", "#ea580c"), strict=True))
 MARKERS = dict(zip(get_args(Kind), "osdv^", strict=True))

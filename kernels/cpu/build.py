@@ -190,7 +190,8 @@ def _compile(words: list[str], tmp: Path) -> None:
                 raise UnavailableError(f"{words[0]} took more than {BUILD_SECONDS} s; {KNOWN_TO_WORK}") from error
             raise
     if code:
-        seen = log.read_text(errors="replace")[-800:]
+        said = log.read_text(errors="replace")
+        seen = said[max(said.find("error:") - 400, 0) :][:800]  # warnings may stand before it, and behind it
         raise UnavailableError(f"{words[0]} failed with exit status {code}: {seen}; {KNOWN_TO_WORK}")
 
 

@@ -15,7 +15,9 @@ import typer
 from ltepass.cli.progress_bars import progress_bars
 from ltepass.errors import LTEError, first_line
 
-Model = Annotated[str, typer.Argument(help="A model directory, a hub name, or module:function that returns a model.")]
+Model = Annotated[
+    str, typer.Argument(help="A model directory, a hub name, a GGUF file, or module:function that returns a model.")
+]
 Folder = Annotated[Path, typer.Argument(help="A directory that save_pretrained of a transformed model wrote.")]
 Out = Annotated[Path, typer.Option(help="Where results go.")]
 Sparsity = Annotated[float, typer.Option(help="Share of inactive neurons, in [0, 1).")]

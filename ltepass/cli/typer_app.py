@@ -170,7 +170,9 @@ def export(
     model: Model,
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     length: Annotated[int | None, typer.Option(help="Tokens that the cache holds; at most 2048 if none.")] = None,
-    linears: Annotated[str | None, typer.Option(help="int8, int4, int4_minimum (GGUF's Q4_1) or as they are.")] = None,
+    linears: Annotated[
+        str | None, typer.Option(help="int8, int4, int4_minimum (Q4_1), gguf (as in the file), or as they are.")
+    ] = None,
     sparsity: Annotated[float | None, typer.Option(help="Another sparsity, from the calibrated table.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as saved if none.")] = None,
     cache_dtype: Annotated[str | None, typer.Option(help="The same, of keys and values.")] = None,

@@ -11,6 +11,7 @@ import ltepass
 from ltepass.commands.load import NEITHER, call_by_name, load, require_model
 from ltepass.config import LTEConfig
 from ltepass.errors import ConfigError, first_line
+from ltepass.gguf_models import reading, source
 from ltepass.routed.report_tables import Report
 from ltepass.routed.routed import state_of
 
@@ -40,7 +41,9 @@ def _skeleton(name: str) -> PreTrainedModel:
 
     require_model(name)
     try:
-        config = AutoConfig.from_pretrained(name)
+        folder, which = source(name)
+        with reading(name):
+            config = AutoConfig.from_pretrained(folder, **which)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{name!r} is {NEITHER}: {first_line(error)}") from error
     entry = getattr(config, "quantization_config", None) or {}

@@ -13,6 +13,7 @@ from torch import nn
 
 from ltepass.commands.hub import look_for_hub
 from ltepass.errors import ConfigError, LTEError, first_line
+from ltepass.gguf_models import is_gguf, load_gguf, reading, source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,7 +40,10 @@ def call_by_name(name: str) -> tuple[nn.Module, object]:
 
 
 def load(name: str, device: str = "cpu", dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """A model from a directory, a hub name or `module:function`, in eval mode. dtype: None takes that of the file."""
+    """A model from a directory, a hub name, a GGUF file or `module:function`, in eval mode.
+
+    dtype: None takes that of the file, fp32 of GGUF.
+    """
     require_device(device)
     if ":" in name and not os.path.exists(name):
         return call_by_name(name)[0].to(device=device, dtype=dtype).eval()
@@ -47,6 +51,8 @@ def load(name: str, device: str = "cpu", dtype: torch.dtype | None = None) -> Pr
 
     require_model(name)
     try:
+        if is_gguf(name):
+            return load_gguf(Path(name), dtype or torch.float32).to(device)
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto").to(device).eval()
     except LTEError:
         raise
@@ -73,7 +79,9 @@ def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
 
     require_model(name)
     try:
-        return AutoTokenizer.from_pretrained(name)
+        folder, which = source(name)
+        with reading(name):
+            return AutoTokenizer.from_pretrained(folder, **which)
     except (OSError, ValueError) as error:
         lacks = "has no tokenizer that can be read" if os.path.isdir(name) else f"is {NEITHER}"
         raise ConfigError(f"{name!r} {lacks} ({first_line(error)}); expected a model directory or hub name") from error

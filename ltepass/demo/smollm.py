@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ltepass import cache as cache_folder
 from ltepass.errors import CacheError
+from ltepass.gguf_models import load_gguf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -64,16 +65,9 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     """
     _require_free(folder)
     cache_folder.make(folder.parent)
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer
 
-    loaded = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-    settings = {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
-    # transformers refuses to save a model that came from GGUF: the same weights in a fresh model can be saved.
-    model = LlamaForCausalLM(LlamaConfig(**settings))
-    model.load_state_dict(loaded.state_dict())
-    model.tie_weights()
+    model, tokenizer = load_gguf(gguf), AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name + "."))
     try:
         model.save_pretrained(scratch)

@@ -75,8 +75,8 @@ class Routed:
             held = find_parameter(self.model, name)
             if held is not None and holds_codes(held):
                 raise ConfigError(
-                    f"{name} is in int8, which {what} cannot change; expected weights in floats; call it before "
-                    "ltepass.quantize"
+                    f"{name} is in torchao's codes, which {what} cannot change; expected weights in floats; call "
+                    "it before ltepass.quantize"
                 )
 
     @cached_property

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ltepass.kernels.linear import FLOATS, linear, linear_int4, linear_int8
-from ltepass.kernels.weight_formats import BLOCK, Format, quantise
+from ltepass.kernels.weight_formats import BLOCK, Format, quantise, takes
 from ltepass.passes.graph.edit import once_a_tensor
 from ltepass.passes.lower.why_not_linear import is_conv1d, is_product, parameters_of, why_not_linear
 from ltepass.routed.sites import is_ordinary
@@ -141,7 +141,7 @@ def lower_linear_modules(
             left[path] = reason
         elif not (quantised_only and is_ordinary(parameters_of(module)[0])):
             rows = _rows(module)
-            if make is not None and format != "int8" and is_ordinary(rows) and rows.shape[1] % BLOCK:
+            if make is not None and is_ordinary(rows) and not takes(format, rows.shape[1]):
                 left[path] = f"d_in is no multiple of {BLOCK}"
             elif make is not None and is_ordinary(rows):
                 module.forward = QuantisedCall(module, make(rows))

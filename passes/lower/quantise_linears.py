@@ -26,7 +26,7 @@ from torch.fx import GraphModule, Node
 from ltepass.kernels import linear as _linear  # noqa: F401 -- registers the ops that the pass emits
 from ltepass.kernels.linear import FLOATS
 from ltepass.kernels.linear_reference import embedding_int4, embedding_int8
-from ltepass.kernels.weight_formats import BLOCK, Parts, quantise
+from ltepass.kernels.weight_formats import BLOCK, Parts, quantise, takes
 from ltepass.kernels.weight_formats import Format as Format
 from ltepass.passes.graph.edit import add_leaf, erase_upstream, once_a_tensor
 from ltepass.passes.graph.leaves_and_linears import Flow, Linear, held, parameters
@@ -76,22 +76,22 @@ class QuantiseLinears:
             return "a weight that is no leaf of the graph's own"
         if linear.out_dim != 0:
             return "a weight stored [d_in, d_out]"
-        return None if coded or self._divides(linear.weight) else f"d_in is no multiple of {BLOCK}"
-
-    def _divides(self, weight: Node) -> bool:
-        return self.format == "int8" or shape(weight)[1] % BLOCK == 0
+        fits = coded or takes(self.format, shape(linear.weight)[1])
+        return None if fits else f"d_in is no multiple of {BLOCK}"
 
     def _tables(self, gm: GraphModule) -> list[Node]:
         """The nodes that look tokens up: their rows are picked by an input, and not by a count of positions."""
         nodes = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default)
-        return [n for n in nodes if _is_float_leaf(n.args[0]) and self._divides(n.args[0]) and _is_input(n.args[1])]
+        nodes = [n for n in nodes if _is_float_leaf(n.args[0]) and _is_input(n.args[1])]
+        return [n for n in nodes if takes(self.format, shape(n.args[0])[1])]
 
     def _embed(self, gm: GraphModule, node: Node, make: Make) -> None:
         """Replace the look-up of tokens in a table by one in its codes."""
         table, ids = node.args[:2]
         assert isinstance(table, Node), "a leaf"
-        parts = self._leaves(gm, node, table, make(held(gm, table)))
-        rows = embedding_int8 if self.format == "int8" else embedding_int4
+        codes = make(held(gm, table))
+        parts = self._leaves(gm, node, table, codes)
+        rows = embedding_int8 if len(codes) == 2 else embedding_int4
         with gm.graph.inserting_before(node):
             new = gm.graph.call_function(rows, (ids, *parts), {"dtype": value(node).dtype})
             new.meta = dict(node.meta)

@@ -190,7 +190,7 @@ def test_gradients_are_refused_by_name() -> None:
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        ({"linears": "int2"}, "linears is 'int2'; expected None or one of int8, int4, int4_minimum"),
+        ({"linears": "int2"}, "linears is 'int2'; expected None or one of int8, int4, int4_minimum, gguf"),
         ({"linears": "int8", "scope": "model"}, 'linears is \'int8\' and scope "model"; expected scope "ffn"'),
     ],
 )

@@ -199,7 +199,7 @@ def test_a_call_that_is_interrupted_leaves_floats(monkeypatch: pytest.MonkeyPatc
 def test_what_would_change_codes_is_refused(call: Callable[[Any], object]) -> None:
     model = ltepass.quantize(sparse())
     expected = logits(model)
-    with pytest.raises(ConfigError, match=r"_proj\.weight is in int8, .* call it before ltepass.quantize"):
+    with pytest.raises(ConfigError, match=r"_proj\.weight is in torchao's codes, .* call it before ltepass.quantize"):
         call(model)
     assert torch.equal(logits(model), expected)
 
