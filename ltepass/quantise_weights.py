@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Literal, TypeVar, get_args
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -14,7 +15,7 @@ from ltepass import transformers_hook
 from ltepass.calibration.int4_codes import quantise_to_int4
 from ltepass.config import LTEConfig
 from ltepass.errors import ConfigError, LoweredError, MetaWeightsError
-from ltepass.kernels.weight_formats import BLOCK
+from ltepass.kernels.weight_formats import BLOCK, kept_codes, unpack_int4
 from ltepass.passes.lower.lower_model import is_lowered
 from ltepass.passes.lower.why_not_linear import is_conv1d, is_product
 from ltepass.routed.batches import Batch
@@ -39,9 +40,9 @@ def quantize(
     torchao holds them (`pip install 'ltepass[quantize]'`), and rounds them: int8 with a scale an output, int4 in blocks
     of 32 inputs with the scale that loses least (HQQ), and a head in int8 there. On SmolLM2-135M int8 costs x1.007 of
     the perplexity and int4 about x2; with text, int4 is by GPTQ (arXiv 2210.17323) and costs about x1.1: what rounding
-    loses, later inputs make up for. Eager is then the model's definition; `lower` and `export` read the same codes, and
-    make inputs int8 too. `save_pretrained` and `ltepass.save` write the codes, a byte each, and a folder loads as it
-    was saved, bit for bit.
+    loses, later inputs make up for. Weights that were Q4_0 in a GGUF file keep its codes. Eager is the definition then;
+    `lower` and `export` read the same codes, and make inputs int8 too. `save_pretrained` and `ltepass.save` write the
+    codes, a byte each, and a folder loads as it was saved, bit for bit.
 
     Arguments:
         model: a transformed model or a dense one, not lowered, without adapters. Routers stay in floats, as do weights
@@ -120,7 +121,9 @@ def _quantize(model: nn.Module, weights: Weights, batches: list[Batch] | None) -
     head = _head(model) if weights == "int4" else None
     _round(model, [module for module in chosen.values() if module is head], "int8")
     others = {path: module for path, module in chosen.items() if module is not head}
-    if batches is None:
+    if weights == "int4":
+        others = {path: module for path, module in others.items() if not _keep(module)}
+    if batches is None or not others:
         _round(model, others.values(), weights)
     else:
         quantise_to_int4(model, list(others.items()), batches, _put)
@@ -143,6 +146,15 @@ def _round(model: nn.Module, linears: Iterable[nn.Linear], weights: Weights) -> 
     held = {id(module) for module in linears}
     if held:
         torchao("quantization").quantize_(model, config_of(weights), lambda module, _: id(module) in held)
+
+
+def _keep(linear: nn.Linear) -> bool:
+    """Whether it came from blocks of Q4_0, as a GGUF file's: then it has the codes that it had."""
+    parts = kept_codes(linear.weight.detach())
+    if parts is None or parts[0] is None or parts[1] is None or parts[2] is not None:
+        return False
+    _put(linear, unpack_int4(parts[0]).to(torch.int8) - 8, parts[1])
+    return True
 
 
 def _put(linear: nn.Linear, codes: Tensor, scale: Tensor) -> None:

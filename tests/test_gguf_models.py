@@ -24,8 +24,10 @@ from ltepass.exporting.run_exported import ExportedDecoder
 from ltepass.kernels.weight_formats import dequantise_int4, kept_codes, quantise, quantise_int4
 from ltepass.measure import gguf_file
 from ltepass.passes.lower.lower_linear_modules import QuantisedCall
+from ltepass.routed.torchao_weights import floats_of, holds_int4, parts_of
 from tests.measure.tiny import made
 from tests.properties.trees import examples
+from tests.stand_in_torchao import put_in_place
 
 
 @examples(60)
@@ -78,6 +80,19 @@ def test_lowered_linears_hold_the_files_own_codes(name: str, format: str, tmp_pa
     assert isinstance(model.lm_head.forward, QuantisedCall)
     assert len(model.lm_head.forward.parts) == 2, "Q8_0 in the file, with a scale an output here"
     assert (model(torch.tensor([[1, 2, 3]])).logits - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_quantize_keeps_the_files_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_in_place(monkeypatch)
+    monkeypatch.setattr("ltepass.transformers_hook.attach_quantised", lambda model: None)
+    path = tmp_path / "m.gguf"
+    gguf_file.write(made("llama"), path, "Q4_0")
+    floats, model = load(str(path)), load(str(path))
+    for calibration in (None, [torch.tensor([[1, 2, 3]])]):
+        ltepass.quantize(model, "int4", calibration)
+        for held, weight in zip(model.model.layers.parameters(), floats.model.layers.parameters(), strict=True):
+            assert torch.equal(floats_of(parts_of(held)) if holds_int4(held) else held, weight)
+        model = load(str(path))
 
 
 def test_a_model_of_a_file_saves_trains_and_exports(tmp_path: Path) -> None:

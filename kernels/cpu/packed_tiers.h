@@ -55,22 +55,21 @@ inline void for_bits(uint64_t bits, F&& f) {
   for (; bits; bits &= bits - 1) f(int64_t(__builtin_ctzll(bits)));
 }
 
-// Rows of the low plane that will be read: asked for a line at a time, for in a burst each waits for the last.
+// Rows of the low plane that a group will read: asked for a line at a time, for in a burst each waits for the last.
 class LowAhead {
  public:
   explicit LowAhead(int64_t bytes) : bytes_(bytes) {}
-  void add(const char* rows) { rows_[count_++ % GROUP] = rows; }
+  void add(const char* rows) { rows_[count_++] = rows; }
   void ask() {
     if (at_ == count_) return;
-    __builtin_prefetch(rows_[at_ % GROUP] + byte_, 0, 3);
+    __builtin_prefetch(rows_[at_] + byte_, 0, 3);
     byte_ += LINE;
     if (byte_ >= bytes_) byte_ = 0, at_++;
   }
   void drop() { at_ = count_ = byte_ = 0; }
 
  private:
-  int64_t bytes_, byte_ = 0;
-  uint64_t at_ = 0, count_ = 0;
+  int64_t bytes_, byte_ = 0, at_ = 0, count_ = 0;
   const char* rows_[GROUP];
 };
 
