@@ -23,7 +23,7 @@ from ltepass.errors import ConfigError, ExportError, LoweredError
 from ltepass.exporting.folder import ABOUT, DECODE, FORMAT, PREFILL, WEIGHTS, About, bytes_read, layout
 from ltepass.kernels.cpu import build, loading
 from ltepass.kernels.linear import FLOATS
-from ltepass.kernels.weight_formats import Format
+from ltepass.kernels.weight_formats import Format, kept_codes
 from ltepass.passes import EXPORT
 from ltepass.passes.capture.decoder_step import DecoderStep, capture_step
 from ltepass.passes.graph.edit import drop_unread
@@ -205,6 +205,8 @@ def _head(model: PreTrainedModel, linears: Format | None) -> str:
     weight = getattr(model.get_output_embeddings(), "weight", None)
     if isinstance(weight, Tensor) and holds_codes(weight):
         return "int4" if holds_int4(weight) else "int8"
+    if linears == "gguf" and isinstance(weight, Tensor) and kept_codes(weight.detach()) is None:
+        return "int8"
     return linears or str(model.dtype).removeprefix("torch.")
 
 
