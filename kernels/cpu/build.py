@@ -50,6 +50,7 @@ HEADERS = (
     "long_inputs.h",
     "read_pass.h",
     "token_codes.h",
+    "turned_rows.h",
     "proxy.h",
     "integer_scores.h",
     "proxy_tensors.h",

@@ -6,6 +6,7 @@
 
 #include "quantised.h"
 #include "token_codes.h"
+#include "turned_rows.h"
 
 namespace {
 
@@ -155,27 +156,17 @@ struct TurnedBlock {
 };
 
 inline void turn_rows(const Plane& p, int64_t row, int64_t n, int64_t block, TurnedBlock& to) {
+  typedef uint64_t parts_of_rows __attribute__((vector_size(VB)));
   auto at = [&](int64_t i) { return row + std::min(i, n - 1); };  // past the last row, the last one again
-  auto codes = [&](int64_t i) INLINE {
-    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p.codes.data + at(i) * p.codes.stride + block * (BLOCK / 2)));
-  };
-  __m512i rows[4];  // i, i + 4, i + 8 and i + 12
-#pragma GCC unroll 4
+  const char* rows[SCAN];
+  for (int64_t i = 0; i < SCAN; i++) rows[i] = p.codes.data + at(i) * p.codes.stride;
+  vi words[4];
+  for (int r = 0; r < 4; r++)
+    words[r] = reinterpret_cast<vi>(gather<parts_of_rows>(rows, r, block * (BLOCK / 2), p.codes.bytes));
+  turn(words);
   for (int i = 0; i < 4; i++) {
-    rows[i] = _mm512_castsi128_si512(codes(i));
-    rows[i] = _mm512_inserti32x4(rows[i], codes(i + 4), 1);
-    rows[i] = _mm512_inserti32x4(rows[i], codes(i + 8), 2);
-    rows[i] = _mm512_inserti32x4(rows[i], codes(i + 12), 3);
-  }
-  const __m512i a = _mm512_unpacklo_epi32(rows[0], rows[1]), b = _mm512_unpacklo_epi32(rows[2], rows[3]);
-  const __m512i c = _mm512_unpackhi_epi32(rows[0], rows[1]), d = _mm512_unpackhi_epi32(rows[2], rows[3]);
-  const __m512i words[4] = {_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b), _mm512_unpacklo_epi64(c, d),
-                            _mm512_unpackhi_epi64(c, d)};
-  const __m512i low = _mm512_set1_epi8(15);
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) {
-    to.codes[i] = reinterpret_cast<vi>(_mm512_and_si512(words[i], low));
-    to.codes[4 + i] = reinterpret_cast<vi>(_mm512_and_si512(_mm512_srli_epi16(words[i], 4), low));
+    to.codes[i] = words[i] & 0x0f0f0f0f;
+    to.codes[4 + i] = words[i] >> 4 & 0x0f0f0f0f;
   }
   alignas(64) int32_t multipliers[SCAN];
   for (int64_t i = 0; i < SCAN; i++) multipliers[i] = p.multipliers ? p.multipliers[at(i) * p.blocks() + block] : 1;
