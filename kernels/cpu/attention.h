@@ -32,6 +32,10 @@ struct Attention {
   int64_t group() const { return heads / kv_heads; }
   int64_t last(int64_t token) const { return position + token + 1; }
   int64_t first(int64_t token) const { return std::max<int64_t>(0, last(token) - window); }
+  int threads_for(int64_t bytes_of_number) const {
+    const int64_t numbers = 2 * batch * kv_heads * (last(tokens - 1) - first(0)) * size * tokens;
+    return int(std::clamp<int64_t>(numbers * bytes_of_number / CACHE_A_THREAD, 1, threads));
+  }
 };
 
 // scores[g * KEYS + i] = q[g] . key[i] for the keys of a piece; q: [group, size] fp32.
@@ -117,8 +121,7 @@ void attend(const Attention& a) {
   Scratch& s = scratch();
   s.reserve(Scratch::bytes_for<float>(lines * pieces * group * room));
   float* partial = s.take<float>(lines * pieces * group * room);
-  const int64_t bytes = 2 * a.batch * a.kv_heads * pieces * KEYS * size * int64_t(sizeof(typename C::T)) * a.tokens;
-  const int threads = int(std::clamp<int64_t>(bytes / CACHE_A_THREAD, 1, a.threads));
+  const int threads = a.threads_for(sizeof(typename C::T));
   auto of_line = [&](int64_t line) {  // kv heads of a token one after the other
     return std::tuple{line / (a.tokens * a.kv_heads), line / a.kv_heads % a.tokens, line % a.kv_heads};
   };

@@ -96,12 +96,13 @@ inline void weights_of(float* scores, int64_t k0, int64_t n, bool masked, const 
 template <class E, class C>
 void attend_tiles(const Attention& a) {
   const int64_t group = a.group(), size = a.size, rows = a.tokens * group, tiles = (rows + TILE_QUERIES - 1) / TILE_QUERIES;
+  const int threads = a.threads_for(sizeof(typename C::T));
   Scratch& s = scratch();
-  s.reserve(size_t(a.threads) * QueryTile::bytes(size));
+  s.reserve(size_t(threads) * QueryTile::bytes(size));
   std::vector<QueryTile> locals;
-  for (int t = 0; t < a.threads; t++) locals.emplace_back(s, size);
+  for (int t = 0; t < threads; t++) locals.emplace_back(s, size);
   const int64_t heads = a.batch * a.kv_heads;
-  by_pieces(heads * tiles, a.threads, [&](int64_t piece, int slot) {
+  by_pieces(heads * tiles, threads, [&](int64_t piece, int slot) {
     const QueryTile& tile = locals[size_t(slot)];
     const int64_t b = piece % heads / a.kv_heads, head = piece % a.kv_heads;
     const int64_t row0 = (tiles - 1 - piece / heads) * TILE_QUERIES;  // what sees most keys first: threads end together
