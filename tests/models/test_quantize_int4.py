@@ -65,7 +65,10 @@ def lost(weight: Tensor, codes: Tensor, scale: Tensor, moment: Tensor) -> float:
     return float((off @ moment.double() * off).sum())
 
 
-@given(st.integers(1, 9), st.integers(1, 5), st.integers(0, 2**31), st.sampled_from([0.0, 0.1, 1.0]))
+MANY = 33  # rows: of one alone an input's best code may be the worse one of all, and it loses up to 2.5 times as much
+
+
+@given(st.sampled_from((1, 2, 9, MANY)), st.integers(1, 5), st.integers(0, 2**31), st.sampled_from([0.0, 0.1, 1.0]))
 def test_what_rounding_loses_later_inputs_make_up_for(d_out: int, blocks: int, seed: int, dead: float) -> None:
     g, d_in = torch.Generator().manual_seed(seed), 32 * blocks
     weight = torch.randn(d_out, d_in, generator=g)
@@ -78,8 +81,8 @@ def test_what_rounding_loses_later_inputs_make_up_for(d_out: int, blocks: int, s
     nearest = (weight / scales.float().repeat_interleave(32, 1)).round().clamp(-8, 7)
     if dead == 1.0:
         assert torch.equal(codes, nearest.to(torch.int8)), "nothing to make up for"
-    else:
-        assert lost(weight, codes, scale, moment) < 1.3 * lost(weight, nearest, scales, moment)
+    elif d_out == MANY:
+        assert lost(weight, codes, scale, moment) < lost(weight, nearest, scales, moment)
     assert (weight - meant(codes, scale)).abs().max() < 4 * weight.abs().max()
 
 
