@@ -122,5 +122,5 @@ def test_what_is_no_gguf_file_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "bad.gguf"
     path.write_bytes(b"GGUF and no more")
     for read in (load, tokenizer_of, inspect_model):
-        with pytest.raises(ConfigError, match=r"bad.gguf cannot be read as a GGUF model: .*; expected a whole file"):
+        with pytest.raises(ConfigError, match=r"^\S*bad.gguf cannot be read as a GGUF model: .*; expected a"):
             read(str(path))

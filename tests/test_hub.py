@@ -68,7 +68,7 @@ def test_a_name_that_cannot_be_reached_is_asked_for_once(nobody: str, monkeypatc
     assert not asked
 
 
-@pytest.mark.parametrize("name", ["./none", "../none", "~/none", "a/b/none", "{}/none"])
+@pytest.mark.parametrize("name", ["./none", "../none", "~/none", "a/b/none", "{}/none", "a/none.gguf"])
 def test_what_can_only_be_a_path_is_not_asked_for(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ltepass.commands.load.look_for_hub", lambda: pytest.fail("asked"))
     for read in (load, tokenizer_of, inspect_model):

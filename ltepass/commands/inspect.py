@@ -10,7 +10,7 @@ import torch
 import ltepass
 from ltepass.commands.load import NEITHER, call_by_name, load, require_model
 from ltepass.config import LTEConfig
-from ltepass.errors import ConfigError, first_line
+from ltepass.errors import ConfigError, LTEError, first_line
 from ltepass.gguf_models import reading, source
 from ltepass.routed.report_tables import Report
 from ltepass.routed.routed import state_of
@@ -44,6 +44,8 @@ def _skeleton(name: str) -> PreTrainedModel:
         folder, which = source(name)
         with reading(name):
             config = AutoConfig.from_pretrained(folder, **which)
+    except LTEError:
+        raise
     except (OSError, ValueError) as error:
         raise ConfigError(f"{name!r} is {NEITHER}: {first_line(error)}") from error
     entry = getattr(config, "quantization_config", None) or {}

@@ -66,7 +66,8 @@ def require_model(name: str) -> None:
 
     folder = Path(name)
     if not folder.exists():
-        if folder.is_absolute() or name.startswith((".", "~")) or name.strip("/").count("/") > 1:
+        path = folder.is_absolute() or name.startswith((".", "~")) or name.endswith(".gguf")
+        if path or name.strip("/").count("/") > 1:
             raise ConfigError(f"{name!r} is no model directory, nor can it be a name of the hub: nothing is there")
         look_for_hub()
     if (folder / CHECKPOINTS).is_dir() and not (folder / "config.json").exists():
@@ -82,6 +83,8 @@ def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
         folder, which = source(name)
         with reading(name):
             return AutoTokenizer.from_pretrained(folder, **which)
+    except LTEError:
+        raise
     except (OSError, ValueError) as error:
         lacks = "has no tokenizer that can be read" if os.path.isdir(name) else f"is {NEITHER}"
         raise ConfigError(f"{name!r} {lacks} ({first_line(error)}); expected a model directory or hub name") from error
