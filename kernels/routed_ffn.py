@@ -1,4 +1,4 @@
-"""`ltepass::routed_ffn` and `routed_proxy_ffn`, and both with int8 weights: fake, autograd and dispatch.
+"""`ltepass::routed_ffn` and `routed_proxy_ffn`, and both with weights in codes: fake, autograd and dispatch.
 
 Importing this registers the ops and builds nothing. The C++ kernel registers itself for CPU when it is loaded, on the
 first CPU call; until then, and on a machine without a compiler, CPU calls land in `_plain` below, which is also what
@@ -20,7 +20,7 @@ from torch import Tensor
 from ltepass.kernels import dispatch
 from ltepass.kernels.dispatch import any_device, vmap_over_x
 from ltepass.kernels.routed_ffn_backward import hard_ffn
-from ltepass.kernels.routed_schema import LINEAR, LINEAR_INT8, PROXY, PROXY_INT8, RoutedOp
+from ltepass.kernels.routed_schema import IN_CODES, LINEAR, PROXY, RoutedOp
 
 _library = torch.library.Library("ltepass", "FRAGMENT")
 # The active share from which the C++ kernel leaves this many tokens to PyTorch's own GEMMs; above 1: it never does.
@@ -67,8 +67,7 @@ def _cuda_with_mask(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _fake(op: RoutedOp, with_mask: bool) -> Callable[..., object]:
     def call(*args: object) -> object:
         c = op.checked(args)
-        down = c.weights[4]
-        y = c.x.new_empty((*c.x.shape[:-1], down.shape[0]))
+        y = c.x.new_empty((*c.x.shape[:-1], op.d_out(c)))
         if not with_mask:
             return y
         mask = c.x.new_empty((*c.x.shape[:-1], op.n_experts(c)), dtype=torch.bool)
@@ -106,7 +105,7 @@ def _register(op: RoutedOp) -> None:
         torch.library.register_vmap(f"ltepass::{name}", vmap, lib=_library)
 
 
-def _register_int8(op: RoutedOp) -> None:
+def _register_in_codes(op: RoutedOp) -> None:
     """One op without a gradient: quantised weights are constants, and nothing trains through them yet."""
     _library.define(f"{op.name}{op.arguments} -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
     public = getattr(torch.ops.ltepass, op.name).default
@@ -119,8 +118,8 @@ def _register_int8(op: RoutedOp) -> None:
 
 _register(LINEAR)
 _register(PROXY)
-_register_int8(LINEAR_INT8)
-_register_int8(PROXY_INT8)
+for _op in IN_CODES:
+    _register_in_codes(_op)
 dispatch.show_launches(_library)
 
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from examples.bench import backward, op, op_cases, single_neurons, speed_page, table, tiers, ways, whole_token
 from examples.bench.op_cases import CASES, TARGETS, Case
-from examples.bench.sparse_int8 import sparse_int8
+from examples.bench.sparse_codes import NAMES, sparse_codes
 from examples.bench.ways import Shape
 from examples.results.demo_table import with_table
 from ltepass.kernels import reference
@@ -80,8 +80,9 @@ def test_every_contender_computes_what_it_claims(gated: bool) -> None:
     same["small units cut"] = (ways.routed(shape, weights, 0.5, hidden=0.6), (h * largest) @ w.down.T)
     for name, (call, expected) in same.items():
         torch.testing.assert_close(call(1), expected, rtol=1e-4, atol=1e-5, msg=prefixed(name))
-    int8: Any = sparse_int8(shape, weights, 0.5)(1)
-    assert (int8 - sparse).norm() < 0.02 * sparse.norm()
+    for coded, error in (("sparse int8", 0.02), ("sparse int4", 0.2)):
+        y: Any = sparse_codes(coded, shape, weights, 0.5)(1)
+        assert (y - sparse).norm() < error * sparse.norm()
 
 
 @pytest.mark.slow
@@ -160,7 +161,8 @@ def test_the_command_appends_whole_rows_and_draws(tiny_case: Case, tmp_path: Pat
     names = {(r.contender, r.sparsity) for r in records}
     assert {("dense eager", 0.0), ("dense compiled", 0.0), ("index_select", 0.9), ("gate-first", 0.5)} <= names
     assert {s for name, s in names if name == "routed"} == set(op_cases.SPARSITIES)
-    assert {s for name, s in names if name == op.INT8} == set(op_cases.INT8_SPARSITIES) >= {0.5, 0.8}
+    for coded in NAMES:
+        assert {s for name, s in names if name == coded} == set(op_cases.CODED_SPARSITIES) >= {0.5, 0.75, 0.9}
     assert len(records) == 2 * len(names)
     for r in records:
         assert all(getattr(r, f.name) not in ("", None) for f in fields(r) if f.name not in ("path", "case"))
@@ -173,8 +175,10 @@ def test_the_command_appends_whole_rows_and_draws(tiny_case: Case, tmp_path: Pat
     per_ms = 1e6 * routed.bandwidth_gbs
     assert routed.byte_ideal_ms == pytest.approx((weight_bytes / 2 + router_bytes) / per_ms, rel=1e-3)
     cats = next(r for r in records if (r.contender, r.sparsity) == ("gate-first", 0.5))
-    int8 = next(r for r in records if (r.contender, r.sparsity) == (op.INT8, 0.5))
-    assert int8.byte_ideal_ms == pytest.approx((weight_bytes / 8 + router_bytes / 4) / per_ms, rel=1e-3)
+    for coded, bytes_of_a_weight in (("sparse int8", 1), ("sparse int4", 4.5 / 8)):
+        r = next(r for r in records if (r.contender, r.sparsity) == (coded, 0.5))
+        ideal = (weight_bytes / 4 * bytes_of_a_weight / 2 + router_bytes / 4) / per_ms
+        assert r.byte_ideal_ms == pytest.approx(ideal, rel=1e-3)
     call = next(r for r in records if r.contender == op_cases.CALL)
     assert call.byte_ideal_ms == call.bound_ms == 0
     assert cats.byte_ideal_ms == pytest.approx(weight_bytes * 2 / 3 / (1e6 * cats.bandwidth_gbs), rel=1e-3)

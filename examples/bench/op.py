@@ -12,8 +12,8 @@ import torch
 import typer
 
 from examples.bench import ways
-from examples.bench.op_cases import CALL, CASES, INT8_SPARSITIES, SPARSITIES, Case
-from examples.bench.sparse_int8 import sparse_int8
+from examples.bench.op_cases import CALL, CASES, CODED_SPARSITIES, SPARSITIES, Case
+from examples.bench.sparse_codes import NAMES, sparse_codes
 from examples.bench.table import describe, op_table
 from examples.bench.ways import Shape
 from ltepass.cli.output_and_errors import AsJson, show
@@ -26,8 +26,8 @@ from ltepass.measure.timing import Contender, copies_needed, interleaved
 from ltepass.progress import steps
 
 ROUTED = "routed"
-INT8 = "sparse int8"
-INT8_TOKENS = 32  # at most: rounding keeps the decisions that a router was made for
+CODED_TOKENS = 32  # at most: rounding keeps the decisions that a router was made for
+BITS = {"sparse int8": 8, "sparse int4": 4.5}  # of a weight, with the scales of blocks
 READ = "plain read"
 UPCAST_TOKENS = 16  # below, widening the weights costs more than it saves
 
@@ -122,8 +122,9 @@ def _measure(case: Case, seconds: float, min_repeats: int, sparsities: Sequence[
 
 def bytes_read(contender: str, shape: Shape, sparsity: float, union: float) -> float:
     """Weight bytes that a contender cannot do without. CATS reads the whole gate, then a share of up and down."""
-    if contender == INT8:
-        return union * shape.int8_bytes + shape.n_experts * shape.d_model
+    if contender in NAMES:
+        bits = BITS[contender]
+        return union * shape.weight_bytes / shape.dtype.itemsize * bits / 8 + shape.n_experts * shape.d_model
     shares = {ROUTED: union + shape.router_share, "gate-first": (1 + 2 * (1 - sparsity)) / 3, CALL: 0.0}
     return shares.get(contender, 1 - sparsity) * shape.weight_bytes
 
@@ -137,8 +138,8 @@ def make_contenders(case: Case, sparsities: Sequence[float]) -> dict[tuple[str, 
     """By name and sparsity. Dense ones have sparsity 0."""
     shape = case.shape
     some = [s for s in sparsities if s < 1]
-    int8 = INT8_SPARSITIES if shape.tokens <= INT8_TOKENS else ()
-    least = min([shape.weight_bytes * (1 - max(some)), *(shape.int8_bytes * (1 - s) for s in int8)])
+    coded = [(name, s) for name in NAMES for s in CODED_SPARSITIES if shape.tokens <= CODED_TOKENS]
+    least = min([shape.weight_bytes * (1 - max(some)), *(bytes_read(name, shape, s, 1 - s) for name, s in coded)])
     weights = ways.make_weights(shape, copies_needed(least, len(sparsities) + 2))
     out: dict[tuple[str, float], Contender] = {("dense eager", 0.0): ways.dense_eager(shape, weights)}
     if case.compiled:
@@ -146,7 +147,7 @@ def make_contenders(case: Case, sparsities: Sequence[float]) -> dict[tuple[str, 
     if shape.dtype == torch.bfloat16 and shape.tokens >= UPCAST_TOKENS:
         out["dense upcast", 0.0] = ways.dense_upcast(shape, weights)
     out |= {(ROUTED, s): ways.routed(shape, weights, s) for s in sparsities}
-    out |= {(INT8, s): sparse_int8(shape, weights, s) for s in int8}
+    out |= {(name, s): sparse_codes(name, shape, weights, s) for name, s in coded}
     if shape.tokens == 1:
         out[CALL, 0.0] = ways.call_alone()
     if case.peers:

@@ -10,7 +10,7 @@ import torch
 from examples.bench.ways import Shape
 
 SPARSITIES = (0.0, 0.1, 0.2, 0.5, 0.75, 0.9, 1.0)  # the last: what is left when no expert is active
-INT8_SPARSITIES = (0.0, 0.5, 0.8)
+CODED_SPARSITIES = (0.0, 0.5, 0.75, 0.9)  # of weights in 8 and in 4 bits
 TARGETS_AT = (0.5, 0.75, 0.9)
 
 

@@ -38,11 +38,6 @@ class Shape:
         return (3 if self.gated else 2) * self.d_ff * self.d_model * self.dtype.itemsize
 
     @property
-    def int8_bytes(self) -> int:
-        """The same weights in int8, but for their scales."""
-        return self.weight_bytes // self.dtype.itemsize
-
-    @property
     def router_share(self) -> float:
         """r: bytes of the fp32 router over bytes of the FFN's weights."""
         return 4 * self.n_experts * self.d_model / self.weight_bytes

@@ -81,13 +81,15 @@ inline void project_by_inputs(const Matrix& w, const Active& active, int64_t a0,
 }
 
 // h[i] = codes[neuron i of the list] . x for i in [begin, end), in LANES streams as linear.h has them
-inline void project_codes(const Int8Linear& l, int64_t begin, int64_t end, float* h) {
+template <class L>
+inline void project_codes(const L& l, int64_t begin, int64_t end, float* h) {
   const int64_t lane = (end - begin + LANES - 1) / LANES, ahead = std::max<int64_t>(LINE_AHEAD / l.weight.bytes, 1);
   for (int64_t first = begin; first < begin + lane; first++) {
     Fetch fetch{{}, 0, l.weight.bytes};
     l.weight.at(first + ahead, lane, fetch.rows);
+    for (int n = 0; n < LANES; n++) l.fetch_scales(std::min(first + ahead + n * lane, l.weight.count - 1));
     float sums[LANES];
-    l.tile<1>(0, first, lane, fetch, sums);
+    l.template tile<1>(0, first, lane, fetch, sums);
     for (int64_t n = 0, i = first; n < LANES && i < end; n++, i += lane) h[i] = l.finish(sums[n], i);
   }
 }

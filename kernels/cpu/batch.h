@@ -17,8 +17,8 @@ constexpr int64_t SMALL_GROUP = 4;  // neurons, below which few tokens' GEMMs ar
 constexpr int64_t DENSE_TOKENS = 33;  // from here the library's GEMM is worth asking (see README.md, break-even)
 
 // Who chose experts [e0, e1), and how many tokens each has.
-template <class O>
-inline void route_block(const Problem& p, const Chunk<O>& c, int64_t e0, int64_t e1, Local& local) {
+template <class Q>
+inline void route_block(const Problem& p, const Chunk<Q>& c, int64_t e0, int64_t e1, Local& local) {
   if (!c.scores->scan(e0, e1, c.tokens, local.up, NEURON_BLOCK)) {
     for (int64_t i = 0; i < c.tokens; i++) local.rows[i] = c.x.row(i);
     project_rows<F32>(p.router, e0, e1 - e0, c.x, local.rows, c.tokens, local.up, local.block);
@@ -39,8 +39,8 @@ inline void route_block(const Problem& p, const Chunk<O>& c, int64_t e0, int64_t
 }
 
 // The lists of experts [e0, e1).
-template <class O>
-inline void list_tokens(const Problem& p, const Chunk<O>& c, int64_t e0, int64_t e1) {
+template <class Q>
+inline void list_tokens(const Problem& p, const Chunk<Q>& c, int64_t e0, int64_t e1) {
   const int64_t n = e1 - e0;
   int32_t count[NEURON_BLOCK] = {};
   for (int64_t i = 0; i < c.tokens; i++) {
@@ -52,29 +52,45 @@ inline void list_tokens(const Problem& p, const Chunk<O>& c, int64_t e0, int64_t
   }
 }
 
-// Adds part `part` of the experts to output columns [c0, c0 + cols): rows of `sums`, `stride` apart.
+// Adds expert e's hidden units h times its rows of down to output columns [c0, c0 + cols) of n tokens, local.out_rows. next:
+// the expert whose rows are read after these.
 template <class E>
-inline void add_experts(const Problem& p, const Chunk<typename E::Operand>& c, int part, int64_t c0, int64_t cols,
-                        float* sums, int64_t stride, Local& local) {
+inline void add_expert(const Problem& p, int64_t e, int64_t next, const float* h, int64_t n, int64_t c0, int64_t cols,
+                       const Local& local) {
   using O = typename E::Operand;
   const int64_t padded = round_up(cols, W), width = words<O>(p.group);
-  const auto [first, last] = share(c.n_active, 1, part, c.parts);
   const Matrix turned{p.down.data, p.down.col, p.down.row};  // [d_ff, d_out]
-  for (int64_t i = 0; i < c.tokens; i++) std::fill(sums + i * stride, sums + i * stride + padded, 0.0f);
+  // Rows that are read side by side lie `lanes` apart, so that each of them is one long stream.
+  const int64_t lanes = O::PER_WORD == 1 && n <= MAX_M && p.group % ROWS == 0 ? p.group / ROWS : 1;
+  const Matrix spread{turned.at<E>(e * p.group, 0), lanes * turned.row, turned.col};
+  const int64_t ahead = (next - e) * p.group;  // rows to the next expert's
+  for (int64_t j = 0; j < lanes; j++) {
+    const Matrix from{spread.at<E>(0, 0) + j * turned.row, spread.row, spread.col};
+    const Block w = operand_columns<E>(from, 0, p.group / lanes, c0, cols, local.block, ahead);
+    const int64_t step = w.data == local.block ? 0 : j + 1 < lanes ? 1 : ahead - j;  // rows to those read next
+    outer_block<O>(local.out_rows, n, h + j, width, lanes, w, w.data + step * turned.row, width / lanes, padded);
+  }
+}
+
+template <>
+inline void add_expert<I4>(const Problem& p, int64_t e, int64_t next, const float* h, int64_t n, int64_t c0, int64_t cols,
+                           const Local& local) {
+  const Block w{local.block, cols + W};
+  widen_neurons(p, e * p.group, p.group, next * p.group, c0, cols, local.block, w.stride);
+  outer_block<F32>(local.out_rows, n, h, p.group, 1, w, w.data, p.group, cols);
+}
+
+// Adds part `part` of the experts to output columns [c0, c0 + cols): rows of `sums`, `stride` apart.
+template <class E>
+inline void add_experts(const Problem& p, const Chunk<E>& c, int part, int64_t c0, int64_t cols, float* sums,
+                        int64_t stride, Local& local) {
+  const int64_t width = words<typename E::Operand>(p.group);
+  const auto [first, last] = share(c.n_active, 1, part, c.parts);
+  for (int64_t i = 0; i < c.tokens; i++) std::fill(sums + i * stride, sums + i * stride + round_up(cols, W), 0.0f);
   for (int64_t a = first; a < last; a++) {
-    const int64_t e = c.active[a], n = c.count[e];
+    const int64_t e = c.active[a], n = c.count[e], next = a + 1 < last ? c.active[a + 1] : e;
     for (int64_t i = 0; i < n; i++) local.out_rows[i] = sums + c.list[e * c.tokens + i] * stride;
-    const float* h = c.hidden + c.offset[e] * width;
-    // Rows that are read side by side lie `lanes` apart, so that each of them is one long stream.
-    const int64_t lanes = O::PER_WORD == 1 && n <= MAX_M && p.group % ROWS == 0 ? p.group / ROWS : 1;
-    const Matrix spread{turned.at<E>(e * p.group, 0), lanes * turned.row, turned.col};
-    const int64_t ahead = a + 1 < last ? (c.active[a + 1] - e) * p.group : 0;  // rows to the next expert's
-    for (int64_t j = 0; j < lanes; j++) {
-      const Matrix from{spread.at<E>(0, 0) + j * turned.row, spread.row, spread.col};
-      const Block w = operand_columns<E>(from, 0, p.group / lanes, c0, cols, local.block, ahead);
-      const int64_t step = w.data == local.block ? 0 : j + 1 < lanes ? 1 : ahead - j;  // rows to those read next
-      outer_block<O>(local.out_rows, n, h + j, width, lanes, w, w.data + step * turned.row, width / lanes, padded);
-    }
+    add_expert<E>(p, e, next, c.hidden + c.offset[e] * width, n, c0, cols, local);
   }
 }
 
@@ -98,14 +114,14 @@ inline void by_experts(const Problem& p, F&& f) {
 
 // Memory of a chunk, and its decision. Returns the number of (token, expert) pairs.
 template <class E, class Q>
-inline int64_t route_chunk(const Problem& p, int64_t first, Chunk<typename Q::Operand>& c, std::vector<Local>& locals) {
+inline int64_t route_chunk(const Problem& p, int64_t first, Chunk<Q>& c, std::vector<Local>& locals) {
   using O = typename Q::Operand;
   const auto* x = static_cast<const typename E::T*>(p.x) + first * p.x_stride;
   const int64_t run = (c.tokens + 4 * p.threads - 1) / (4 * p.threads);  // tokens in a piece
   by_pieces((c.tokens + run - 1) / run, p.threads, [&](int64_t piece, int slot) {
     for (int64_t i = piece * run; i < std::min((piece + 1) * run, c.tokens); i++) {
       c.scores->template lay<E>(i, x + i * p.x_stride);
-      if (!std::is_same_v<Q, I8>) {
+      if (!IN_CODES<Q>) {
         c.x.template fill<E>(i, x + i * p.x_stride);
         if (!std::is_same_v<O, F32>) c.operands.template fill<E>(i, x + i * p.x_stride);
         continue;
@@ -117,7 +133,7 @@ inline int64_t route_chunk(const Problem& p, int64_t first, Chunk<typename Q::Op
     }
   });
   by_experts(p, [&](int64_t e0, int64_t e1, int slot) { route_block(p, c, e0, e1, locals[size_t(slot)]); });
-  if (p.input_cut >= 0.0f && !std::is_same_v<Q, I8>) {  // routers have seen all of x; up and gate do not
+  if (p.input_cut >= 0.0f && !IN_CODES<Q>) {  // routers have seen all of x; up and gate do not
     auto* v = reinterpret_cast<typename O::T*>(c.operands.data);
     const int64_t n = c.operands.size() * O::PER_WORD;
     for (int64_t i = 0; i < n; i++) v[i] = std::fabs(O::to_float(v[i])) <= p.input_cut ? typename O::T(0) : v[i];
@@ -132,7 +148,7 @@ inline int64_t route_chunk(const Problem& p, int64_t first, Chunk<typename Q::Op
 }
 
 template <class E, class Q>
-inline void expert_gemms(const Problem& p, const Chunk<typename Q::Operand>& c, int64_t columns, typename E::T* y,
+inline void expert_gemms(const Problem& p, const Chunk<Q>& c, int64_t columns, typename E::T* y,
                          std::vector<Local>& locals) {
   by_experts(p, [&](int64_t e0, int64_t e1, int) { list_tokens(p, c, e0, e1); });
   const int64_t blocks = (p.group + NEURON_BLOCK - 1) / NEURON_BLOCK, spans = (p.d_out + columns - 1) / columns;
@@ -166,7 +182,7 @@ inline void expert_gemms(const Problem& p, const Chunk<typename Q::Operand>& c, 
 }
 
 // dense(first, tokens, mask) computes tokens with the library's own GEMMs; it is asked where too few pairs are skipped,
-// for neighbouring chunks together. E: the type of x, biases and y; Q: of the weights, E or I8.
+// for neighbouring chunks together. E: the type of x, biases and y; Q: of the weights, E, I8 or I4.
 template <class E, class Q, class Dense>
 void batch(const Problem& p, Dense&& dense) {
   using O = typename Q::Operand;
@@ -177,10 +193,10 @@ void batch(const Problem& p, Dense&& dense) {
   const int64_t hidden = most * p.n_experts * words<O>(p.group);
   const auto [parts, columns] = DownTasks::of<Q>(p, most);
   const int64_t sums_stride = round_up(p.d_out, W) + W, sums = parts > 1 ? parts * most * sums_stride : 0;
-  constexpr bool CODES = std::is_same_v<Q, I8>;
-  Int8Linear up = codes_of(p, p.up, p.up_scale), gate = codes_of(p, p.gate, p.gate_scale);
+  constexpr bool CODES = IN_CODES<Q>;
+  auto up = codes_of<Q>(p, p.up, p.up_scale, p.up_scales), gate = codes_of<Q>(p, p.gate, p.gate_scale, p.gate_scales);
   IntegerScores scores(p, most);
-  Chunk<O> c{};
+  Chunk<Q> c{};
   c.up = &up, c.gate = &gate;
   c.x = {nullptr, most, p.d_model, depth_block(most)};
   c.operands = {nullptr, most, p.d_model, depth_block(most)};

@@ -3,12 +3,15 @@
 
 #include "gemm.h"
 #include "integer_scores.h"
+#include "nibble_rows.h"
 
 namespace {
 
 // What the phases of one chunk share.
-template <class O>
+// Q: of the weights.
+template <class Q>
 struct Chunk {
+  using O = typename Q::Operand;
   int64_t tokens;
   Blocked<F32> x;       // for the router
   Blocked<O> operands;  // for up and gate: x itself where they are fp32
@@ -22,7 +25,7 @@ struct Chunk {
   int parts;            // of the active experts, in the down phase
   float* sums;          // [parts, tokens, sums_stride] where there are several, else null
   const IntegerScores* scores;
-  const Int8Linear *up, *gate;  // of weights in int8, with x as they see it
+  const LinearOf<Q>*up, *gate;  // of weights in codes, with x as they see it
   int64_t sums_stride;  // against rows of a whole number of pages, as in Blocked
 };
 
@@ -35,7 +38,7 @@ struct DownTasks {
   static DownTasks of(const Problem& p, int64_t tokens) {
     const Matrix turned{p.down.data, p.down.col, p.down.row};
     const bool in_place = lies_ready<E>(turned) && E::Operand::PER_WORD == 1;
-    if (tokens <= FEW_TOKENS && (in_place || std::is_same_v<E, I8>)) {
+    if (tokens <= FEW_TOKENS && (in_place || IN_CODES<E>)) {
       const int64_t blocks = down_blocks(p.threads);
       return {DOWN_PARTS, std::max<int64_t>(round_up((p.d_out + blocks - 1) / blocks, 64), 256)};
     }

@@ -7,6 +7,7 @@
 #include "active.h"
 #include "pool.h"
 #include "integer_scores.h"
+#include "nibble_rows.h"
 
 namespace {
 
@@ -16,14 +17,25 @@ inline void add_part(const Problem& p, const Active& active, int part, int parts
                      int64_t end) {
   const auto [first, last] = share(active.n_live, ROWS, part, parts);
   const int32_t* live = active.live + first;
-  auto row = [&](int64_t i) { return p.down.at<Q>(begin, active.neurons[live[i]]); };
-  add_list<typename Q::Stream>(row, live, last - first, h, y + begin, end - begin);
+  if constexpr (std::is_same_v<Q, I4>) {
+    auto neuron = [&](int64_t i) { return active.neurons[live[i]]; };
+    return add_nibbles_of(p, neuron, live, last - first, h, begin, y + begin, (end - begin) / BLOCK);
+  } else {
+    auto row = [&](int64_t i) { return p.down.at<Q>(begin, active.neurons[live[i]]); };
+    add_list<typename Q::Stream>(row, live, last - first, h, y + begin, end - begin);
+  }
 }
 
 // What an output's sum begins with. Sums of codes have their scale and their bias at the end.
 template <class E, class Q>
 inline float start_of(const Problem& p, int64_t o) {
-  return std::is_same_v<Q, I8> ? 0.0f : bias_at<E>(p.down_bias, o);
+  return IN_CODES<Q> ? 0.0f : bias_at<E>(p.down_bias, o);
+}
+
+// A sum of codes by the scale of its output, where it has one.
+template <class Q>
+inline float scaled(const Problem& p, float sum, int64_t o) {
+  return std::is_same_v<Q, I8> ? sum * p.down_scale[o] : sum;
 }
 
 // Outputs [begin, end), begin a whole number of STEPs; y: room for them in the order of Q::Stream
@@ -31,9 +43,8 @@ template <class E, class Q>
 inline void project_down(const Problem& p, const Active& active, const float* h, float* y, int64_t begin, int64_t end) {
   using S = typename Q::Stream;
   for (int64_t o = begin; o < end; o++) y[place<S>(o)] = start_of<E, Q>(p, o);
-  if (p.down.row == 1) {
-    add_part<Q>(p, active, 0, 1, h, y, begin, end);
-  } else {
+  if (p.down.row == 1 || std::is_same_v<Q, I4>) return add_part<Q>(p, active, 0, 1, h, y, begin, end);
+  if constexpr (!std::is_same_v<Q, I4>) {
     for (int64_t o = begin; o < end; o++)
       y[place<S>(o)] += dot_stretches<Q>(p.down.at<Q>(o, 0), active.experts, active.n_experts, p.group, h);
   }
@@ -49,18 +60,18 @@ inline int pieces_of(int64_t bytes, int threads) {
   return threads == 1 ? 1 : threads * int(std::clamp<int64_t>(bytes / (STRETCH * threads), 1, PIECES_EACH));
 }
 
-// E: the type of x, biases and y; Q: of the weights, E or I8
+// E: the type of x, biases and y; Q: of the weights, E, I8 or I4
 template <class E, class Q = E>
 void decode(const Problem& p) {
   Scratch& s = scratch();
   using S = typename Q::Stream;
-  constexpr bool CODES = std::is_same_v<Q, I8>;
+  constexpr bool CODES = IN_CODES<Q>;
   const int64_t padded = round_up(p.d_model, STEP<S>), padded_out = round_up(p.d_out, STEP<S>);
   const bool by_inputs = p.up.col != 1 || (p.gate.data && p.gate.col != 1);  // threads then take whole experts
   const int parts = p.down.row == 1 && p.d_out * p.d_ff >= LARGE ? DOWN_PARTS : 1;
   const int64_t stride = padded_out + W;  // of the parts' sums
   const int64_t padded_ff = by_inputs ? round_up(p.d_ff, STEP<S>) : 0;
-  Int8Linear up = codes_of(p, p.up, p.up_scale), gate = codes_of(p, p.gate, p.gate_scale);
+  auto up = codes_of<Q>(p, p.up, p.up_scale, p.up_scales), gate = codes_of<Q>(p, p.gate, p.gate_scale, p.gate_scales);
   IntegerScores scores(p, 1);
   s.reserve(3 * Scratch::bytes_for<float>(padded) + Scratch::bytes_for<int32_t>(p.d_model) +
             Scratch::bytes_for<float>(p.n_experts) + 2 * Scratch::bytes_for<float>(p.d_ff) +
@@ -93,7 +104,7 @@ void decode(const Problem& p) {
   }
   if (CODES) {
     up.reserve(1);
-    up.lay<F32>(0, in.x);
+    up.template lay<F32>(0, in.x);
     gate.inputs = up.inputs;
   }
   for (int64_t k = 0; by_inputs && k < p.d_model; k++) {
@@ -114,13 +125,14 @@ void decode(const Problem& p) {
     dot_list<F32>([&](int64_t e) { return p.router.at<F32>(e, 0); }, begin, end, x, p.d_model, logits);
   });
   Active active(p, logits, lists);
-  up.weight.list = gate.weight.list = active.neurons;
-  up.weight.count = gate.weight.count = active.n_neurons;
-  const int rows = pieces_of(active.n_neurons * p.d_model * int64_t(sizeof(typename Q::T)) * (p.gate.data ? 2 : 1), p.threads);
+  up.only(active.neurons, active.n_neurons);
+  gate.only(active.neurons, active.n_neurons);
+  const int64_t row_bytes = CODES ? up.weight.bytes : p.d_model * int64_t(sizeof(typename Q::T));
+  const int rows = pieces_of(active.n_neurons * row_bytes * (p.gate.data ? 2 : 1), p.threads);
   stage(active.n_neurons, by_inputs ? p.group : ROWS, rows, [&](int64_t a, int64_t b, int slot) {
     float* wide = wides + slot * padded_ff;
     int32_t* in_steps = steps + slot * padded_ff;
-    auto onto = [&](const Matrix& w, const Int8Linear& l, float* to) {
+    auto onto = [&](const Matrix& w, const auto& l, float* to) {
       if constexpr (CODES)
         project_codes(l, a, b, to);
       else
@@ -141,7 +153,7 @@ void decode(const Problem& p) {
     for (int64_t o = o0; o < o1; o++) {
       const float sum = y[place<S>(o)];
       static_cast<typename E::T*>(p.y)[o] =
-          E::from_float(CODES ? sum * p.down_scale[o] + bias_at<E>(p.down_bias, o) : sum);
+          E::from_float(CODES ? scaled<Q>(p, sum, o) + bias_at<E>(p.down_bias, o) : sum);
     }
   };
   constexpr int64_t LINE = 32;  // outputs: threads write whole cache lines; no more pieces than threads, or rows are read in shorter ones

@@ -134,6 +134,17 @@ struct I8 {
   static float to_float(T v) { return v; }
 };
 
+// 4-bit codes, two a byte; what reads them is in nibble_rows.h.
+struct I4 {
+  using T = uint8_t;
+  using Stream = I4;
+  using Operand = F32;
+  static constexpr int PARTS = 1;
+};
+
+template <class Q>
+constexpr bool IN_CODES = std::is_same_v<Q, I8> || std::is_same_v<Q, I4>;
+
 // The last n < W elements of a row, zeros behind them: never reads past the end of a tensor.
 template <class E>
 inline vf load_part(const typename E::T* p, int64_t n) {

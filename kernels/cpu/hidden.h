@@ -7,8 +7,8 @@ namespace {
 
 // Rows of up and gate from `neuron` on, times the n listed tokens, into `local`. next: the neuron that is likely to follow.
 template <class E>
-inline void project_both(const Problem& p, const Chunk<typename E::Operand>& c, int64_t neuron, int64_t rows,
-                         const int32_t* list, int64_t n, int64_t next, Local& local) {
+inline void project_floats(const Problem& p, const Chunk<E>& c, int64_t neuron, int64_t rows, const int32_t* list,
+                           int64_t n, int64_t next, Local& local) {
   for (int64_t i = 0; i < n; i++) local.rows[i] = c.operands.row(list[i]);
   auto rows_at = [](const Matrix& m, int64_t row) { return lies_ready<E>(m) ? words_at<E>(m, row, 0) : nullptr; };
   const float *then = rows_at(p.up, next), *gate = p.gate.data ? rows_at(p.gate, neuron) : then;
@@ -17,9 +17,10 @@ inline void project_both(const Problem& p, const Chunk<typename E::Operand>& c, 
 }
 
 // out[i * NEURON_BLOCK + j] = row neuron + j of l . token list[i]; rows of `then` from `next` on are asked for meanwhile.
-inline void project_codes(Int8Linear l, int64_t neuron, int64_t rows, const int32_t* list, int64_t n, const Rows& then,
+template <class L>
+inline void project_codes(L l, int64_t neuron, int64_t rows, const int32_t* list, int64_t n, const Rows& then,
                           int64_t next, float* out) {
-  l.weight.count = neuron + rows;
+  l.only(nullptr, neuron + rows);
   const int64_t lane = (rows + LANES - 1) / LANES;
   for (int64_t r = 0; r < lane; r++)
     for (int64_t first = 0; first < n; first += LINEAR_TOKENS)
@@ -29,26 +30,31 @@ inline void project_codes(Int8Linear l, int64_t neuron, int64_t rows, const int3
         Fetch fetch{{}, 0, first == 0 ? l.weight.bytes : 0};
         r + 1 < lane ? l.weight.at(neuron + r + 1, lane, fetch.rows) : then.at(next, lane, fetch.rows);
         float sums[M * LANES];
-        l.tile_of<M>(xs, neuron + r, lane, fetch, sums);
+        l.template tile_of<M>(xs, neuron + r, lane, fetch, sums);
         for (int64_t m = 0; m < std::min<int64_t>(M, n - first); m++)
           for (int64_t i = 0, j = r; i < LANES && j < rows; i++, j += lane)
             out[(first + m) * NEURON_BLOCK + j] = l.finish(sums[m * LANES + i], neuron + j);
       });
 }
 
-template <>
-inline void project_both<I8>(const Problem& p, const Chunk<F32>& c, int64_t neuron, int64_t rows, const int32_t* list,
-                             int64_t n, int64_t next, Local& local) {
-  const Rows& then = c.up->weight;
-  if (!p.gate.data) return project_codes(*c.up, neuron, rows, list, n, then, next, local.up);
-  project_codes(*c.up, neuron, rows, list, n, c.gate->weight, neuron, local.up);
-  project_codes(*c.gate, neuron, rows, list, n, then, next, local.gate);
+// Rows of up and gate, as either is stored.
+template <class Q>
+inline void project_both(const Problem& p, const Chunk<Q>& c, int64_t neuron, int64_t rows, const int32_t* list, int64_t n,
+                         int64_t next, Local& local) {
+  if constexpr (!IN_CODES<Q>) {
+    project_floats(p, c, neuron, rows, list, n, next, local);
+  } else {
+    const Rows& then = c.up->weight;
+    if (!p.gate.data) return project_codes(*c.up, neuron, rows, list, n, then, next, local.up);
+    project_codes(*c.up, neuron, rows, list, n, c.gate->weight, neuron, local.up);
+    project_codes(*c.gate, neuron, rows, list, n, then, next, local.gate);
+  }
 }
 
 // Hidden units [j0, j1) of expert e, for the tokens that chose it. next: the neuron that is likely to follow.
 template <class E, class Q>
-inline void hidden_block(const Problem& p, const Chunk<typename Q::Operand>& c, int64_t e, int64_t j0, int64_t j1,
-                         int64_t next, Local& local) {
+inline void hidden_block(const Problem& p, const Chunk<Q>& c, int64_t e, int64_t j0, int64_t j1, int64_t next,
+                         Local& local) {
   using O = typename Q::Operand;
   const int64_t tokens = c.count[e], rows = j1 - j0, neuron = e * p.group + j0;
   project_both<Q>(p, c, neuron, rows, c.list + e * c.tokens, tokens, next, local);

@@ -1,5 +1,5 @@
 // What decides by integer sums: a proxy, or a linear router in int8, whose logits are those of
-// ../routed_int8_reference.py bit for bit.
+// ../routed_codes_reference.py bit for bit.
 #pragma once
 
 #include "proxy.h"
@@ -13,29 +13,63 @@ struct Int8Router {
   const float* scale;
 };
 
+// The integer sums of M tokens from `token` on and experts [e0, e1), as words of logits[token * stride + e - e0].
+template <int M>
+ALONE void router_sums(const Int8Router& r, const TokenCodes<1>& in, int64_t e0, int64_t e1, int64_t token, int64_t tokens,
+                       float* logits, int64_t stride) {
+  constexpr int64_t CHUNK = TokenCodes<1>::CHUNK;
+  const int64_t n = r.codes.bytes;
+  const char* xs[M];
+  vi starts[M] = {};  // what takes off that weights are raised
+  for (int m = 0; m < M; m++) {
+    xs[m] = in.row(std::min(token + m, tokens - 1));
+    for (int64_t i = 0; ADDED<true> && i < n; i += VB)
+      starts[m] += *reinterpret_cast<const vi_mem*>(xs[m] + i / VB * CHUNK + VB);
+  }
+  for (int64_t e = e0; e < e1; e += LANES) {
+    const char* rows[LANES];
+    for (int l = 0; l < LANES; l++) rows[l] = r.codes.data + std::min(e + l, e1 - 1) * r.codes.stride;
+    vi acc[M][LANES] = {};
+    auto add = [&](int64_t chunk, auto&& bytes) INLINE {
+      vb w[LANES];
+#pragma GCC unroll 16
+      for (int l = 0; l < LANES; l++) w[l] = raised<true>(bytes(l));
+#pragma GCC unroll 16
+      for (int m = 0; m < M; m++) {
+        const vb x = load_bytes(xs[m] + chunk * CHUNK);
+#pragma GCC unroll 16
+        for (int l = 0; l < LANES; l++) acc[m][l] = add_products<true>(acc[m][l], w[l], x);
+      }
+    };
+    int64_t i = 0;
+    for (; i + VB <= n; i += VB) {
+#pragma GCC unroll 16
+      for (int l = 0; l < LANES; l++) __builtin_prefetch(rows[l] + i + SCAN_AHEAD, 0, 2);
+      add(i / VB, [&](int l) { return load_bytes(rows[l] + i); });
+    }
+    if (i < n) add(i / VB, [&](int l) { return load_last_bytes(rows[l] + i, n - i); });
+    for (int m = 0; m < std::min<int64_t>(M, tokens - token); m++) {
+      int32_t sums[LANES] = {};
+      for (int l = 0; l < LANES; l++) acc[m][l] += starts[m];
+      add_hsum4(acc[m], sums);
+      std::memcpy(logits + (token + m) * stride + e - e0, sums, size_t(std::min<int64_t>(LANES, e1 - e)) * 4);
+    }
+  }
+}
+
 // logits[token * stride + e - e0] of experts [e0, e1), without their bias
 inline void router_scan(const Int8Router& r, const TokenCodes<1>& in, int64_t e0, int64_t e1, int64_t tokens, float* logits,
                         int64_t stride) {
-  const int64_t n = r.codes.bytes;
-  for (int64_t e = e0; e < e1; e++) {
-    const char* w = r.codes.data + e * r.codes.stride;
-    for (int64_t token = 0; token < tokens; token++) {
-      const char* x = in.row(token);
-      vi all = {};
-      auto add = [&](vb codes) INLINE {
-        all += add_products<true>(*reinterpret_cast<const vi_mem*>(x + VB), raised<true>(codes), load_bytes(x));
-        x += TokenCodes<1>::CHUNK;
-      };
-      int64_t i = 0;
-      for (; i + VB <= n; i += VB) {
-        __builtin_prefetch(w + i + SCAN_AHEAD, 0, 2);
-        add(load_bytes(w + i));
-      }
-      if (i < n) add(load_last_bytes(w + i, n - i));
-      const vf z = product(splat(float(hsum(all))), splat(r.scale[e]));
-      logits[token * stride + e - e0] = product(z, splat(in.scale(token)))[0];
+  for (int64_t token = 0; token < tokens; token += LINEAR_TOKENS)
+    with_tokens(std::min<int64_t>(tokens - token, LINEAR_TOKENS),
+                [&]<int M>() { router_sums<M>(r, in, e0, e1, token, tokens, logits, stride); });
+  for (int64_t token = 0; token < tokens; token++)
+    for (int64_t e = e0; e < e1; e += W) {
+      const int64_t n = std::min<int64_t>(W, e1 - e);
+      float* to = logits + token * stride + e - e0;
+      const vf sums = to_float(reinterpret_cast<vi>(load_part<F32>(to, n)));
+      store_part(to, product(product(sums, load_part<F32>(r.scale + e, n)), splat(in.scale(token))), n);
     }
-  }
 }
 
 // Scores of a call's tokens, where they are sums of integers.

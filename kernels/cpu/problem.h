@@ -39,6 +39,8 @@ struct Problem {
   Matrix up, gate, down;  // [d_ff, d_model] twice, [d_out, d_ff]; gate.data is null in a plain FFN
   const void *up_bias, *gate_bias, *down_bias;
   const float *up_scale, *gate_scale, *down_scale;  // of weights in int8, one an output
+  // Of weights in 4 bits, whose matrices above are of bytes, and down's [d_out / 2, d_ff]: halves, one a block of 32.
+  Matrix up_scales, gate_scales, down_scales;  // [d_ff, d_model / 32] twice, [d_out / 32, d_ff]
   Act act;
   float cut;        // hidden units of a size up to it are 0; negative: none are
   float input_cut;  // the same for x, as up and gate see it

@@ -61,12 +61,10 @@ struct Int8Linear {
     sum_lanes(acc, sums);
   }
   float finish(float sum, int64_t row) const { return sum * scale[weight.place(row)]; }
+  // Of the rows that a list names.
+  void only(const int32_t* list, int64_t count) { weight.list = list, weight.count = count; }
+  void fetch_scales(int64_t) const {}  // the hardware does
 };
-
-// Up or gate of a call.
-inline Int8Linear codes_of(const Problem& p, const Matrix& m, const float* scale) {
-  return {{static_cast<const char*>(m.data), m.row, p.d_model, p.d_ff}, p.d_model, scale};
-}
 
 // fp16 scales of the blocks of a vector of 4-bit codes, each in the lanes of its block.
 inline vf spread(uint64_t halves) {
@@ -117,12 +115,17 @@ struct Int4Linear {
   void lay(int64_t token, const typename E::T* from) const { inputs.template lay<E>(token, from, d_in, MINIMUM ? 0 : -8); }
 
   template <int M>
-  ALONE void tile(int64_t token, int64_t row, int64_t gap, const Fetch& fetch, float* sums) const {
-    const char *rows[LANES], *scales[LANES], *xs[M];
+  void tile(int64_t token, int64_t row, int64_t gap, const Fetch& fetch, float* sums) const {
+    const char* xs[M];
+    for (int m = 0; m < M; m++) xs[m] = inputs.row(token + m);
+    tile_of<M>(xs, row, gap, fetch, sums);
+  }
+  // xs: any M rows of the inputs
+  template <int M>
+  ALONE void tile_of(const char* const* xs, int64_t row, int64_t gap, const Fetch& fetch, float* sums) const {
+    const char *rows[LANES], *scales[LANES];
     weight.at(row, gap, rows);
     scale.at(row, gap, scales);
-#pragma GCC unroll 16
-    for (int m = 0; m < M; m++) xs[m] = inputs.row(token + m);
     vf acc[M][LANES] = {};
     auto halves = [](const char* p, int64_t chunk, int64_t blocks) INLINE {
       uint64_t bits = 0;
@@ -157,12 +160,12 @@ struct Int4Linear {
     if (const int64_t left = inputs.blocks - chunk * BLOCKS; left > 0)
       add(chunk, [&](int n) { return load_last_bytes(rows[n] + k, weight.bytes - k); },
           [&](int n) { return halves(scales[n], chunk, left); });
-    if (MINIMUM) add_minimum(token, row, gap, acc);
+    if (MINIMUM) add_minimum(xs, row, gap, acc);
     sum_lanes(acc, sums);
   }
 
   template <int M>
-  void add_minimum(int64_t token, int64_t row, int64_t gap, vf (&acc)[M][LANES]) const {
+  void add_minimum(const char* const* xs, int64_t row, int64_t gap, vf (&acc)[M][LANES]) const {
     const char* rows[LANES];
     minimum.at(row, gap, rows);
     for (int64_t b = 0; b < inputs.blocks; b += W)
@@ -171,10 +174,28 @@ struct Int4Linear {
         const auto* from = reinterpret_cast<const uint16_t*>(rows[n]) + b;
         const vf least = b + W <= inputs.blocks ? F16::load(from) : load_last_halves(from, inputs.blocks - b);
 #pragma GCC unroll 16
-        for (int m = 0; m < M; m++) acc[m][n] += least * load(inputs.sums + (token + m) * inputs.sums_stride() + b);
+        for (int m = 0; m < M; m++) acc[m][n] += least * load(inputs.sums_of(xs[m]) + b);
       }
   }
   float finish(float sum, int64_t) const { return sum; }
+  void only(const int32_t* list, int64_t count) {
+    weight.list = scale.list = minimum.list = list, weight.count = scale.count = minimum.count = count;
+  }
+  void fetch_scales(int64_t row) const { __builtin_prefetch(scale.data + scale.place(row) * scale.stride, 0, 2); }
 };
+
+// Up or gate of a call, in int8 where it has a scale an output.
+template <class Q>
+using LinearOf = std::conditional_t<std::is_same_v<Q, I4>, Int4Linear<false>, Int8Linear>;
+template <class Q>
+inline LinearOf<Q> codes_of(const Problem& p, const Matrix& m, const float* scale, const Matrix& scales) {
+  const auto* data = static_cast<const char*>(m.data);
+  if constexpr (std::is_same_v<Q, I4>)
+    return {{data, m.row, p.d_model / 2, p.d_ff},
+            {static_cast<const char*>(scales.data), 2 * scales.row, p.d_model / BLOCK * 2, p.d_ff},
+            {}};
+  else
+    return {{data, m.row, p.d_model, p.d_ff}, p.d_model, scale};
+}
 
 }  // namespace

@@ -228,6 +228,7 @@ struct Inputs {
     sums = scratch().take<float>(tokens * sums_stride());
   }
   const char* row(int64_t token) const { return data + token * chunks * CHUNK; }
+  const float* sums_of(const char* row) const { return sums + (row - data) / (chunks * CHUNK) * sums_stride(); }
 
   // n values; `start` times the sum of a lane's codes is what its sum begins with.
   template <class E>

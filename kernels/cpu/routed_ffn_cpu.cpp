@@ -6,23 +6,27 @@
 #include "batch.h"
 #include "decode.h"
 #include "dense.h"
-#include "dense_int8.h"
+#include "dense_codes.h"
 #include "read_pass.h"
 #include "routed_tensors.h"
 
 namespace {
 
+template <class E, class Q, class Alone>
+void batch_of_codes(const Problem& p, const Tensor& x, const Weights& w, Alone&& alone) {
+  std::vector<std::pair<int64_t, int64_t>> spans;  // afterwards: linears work in the scratch memory that a batch holds
+  batch<E, Q>(p, [&](int64_t first, int64_t tokens, const uint8_t*) { spans.emplace_back(first, tokens); });
+  for (const auto& [first, tokens] : spans) alone([&, f = first, n = tokens] { dense_codes<E, Q>(p, x, w, f, n); });
+}
+
 template <class E>
 void run(const Problem& p, const Tensor& x, const Weights& w, const Tensor& y) {
-  if (p.tokens == 1) return p.up_scale ? decode<E, I8>(p) : decode<E>(p);
+  const bool nibbles = p.up_scales.data;
+  if (p.tokens == 1) return nibbles ? decode<E, I4>(p) : p.up_scale ? decode<E, I8>(p) : decode<E>(p);
   const bool narrow = std::min(p.d_ff, p.d_out) < NARROW && p.threads > 1;
   auto alone = [&](auto&& work) { narrow ? in_one_thread(work) : work(); };
-  if (p.up_scale) {
-    std::vector<std::pair<int64_t, int64_t>> spans;  // afterwards: linears work in the scratch memory that a batch holds
-    batch<E, I8>(p, [&](int64_t first, int64_t tokens, const uint8_t*) { spans.emplace_back(first, tokens); });
-    for (const auto& [first, tokens] : spans) alone([&, f = first, n = tokens] { dense_int8<E>(p, x, w, f, n); });
-    return;
-  }
+  if (nibbles) return batch_of_codes<E, I4>(p, x, w, alone);
+  if (p.up_scale) return batch_of_codes<E, I8>(p, x, w, alone);
   batch<E, E>(p, [&](int64_t first, int64_t tokens, const uint8_t* mask) {
     alone([&] { dense<E>(p, x, w, y, first, tokens, mask); });
   });
@@ -54,7 +58,9 @@ std::tuple<Tensor, OptionalTensor> forward(const Tensor& x_in, const Deciding& d
                                            const std::string& activation, const OptionalTensor& cut,
                                            const OptionalTensor& input_cut, bool with_mask,
                                            const Scales* scales = nullptr) {
-  const ScalarType dtype = x_in.scalar_type(), stored = scales ? ScalarType::Char : dtype;
+  const bool nibbles = scales && scales->in_4_bits;
+  const ScalarType dtype = x_in.scalar_type();
+  const ScalarType stored = nibbles ? ScalarType::Byte : scales ? ScalarType::Char : dtype;
   const ScalarType stored_router = deciding.scale ? ScalarType::Char : ScalarType::Float;
   STD_TORCH_CHECK(!scales || is_float(dtype), "x is ", words_of(x_in), "; expected float32, bfloat16 or float16");
   const Weights weights{up, up_bias, gate, gate_bias, down, down_bias};
@@ -62,7 +68,7 @@ std::tuple<Tensor, OptionalTensor> forward(const Tensor& x_in, const Deciding& d
   STD_TORCH_CHECK(x_in.dim() >= 1 && up.dim() == 2 && down.dim() == 2, "x should be [..., d_model] and the weights matrices");
   const Tensor x = x_in.is_contiguous() ? x_in : torch::stable::contiguous(x_in);
   Problem p{};
-  p.d_model = x.size(-1), p.d_ff = up.size(0), p.d_out = down.size(0);
+  p.d_model = x.size(-1), p.d_ff = up.size(0), p.d_out = nibbles ? 2 * down.size(1) : down.size(0);
   p.tokens = p.d_model ? x.numel() / p.d_model : 0;
   p.act = act_from_name(activation.c_str());
   STD_TORCH_CHECK(p.act != Act::unknown, "unknown activation ", activation);
@@ -84,11 +90,17 @@ std::tuple<Tensor, OptionalTensor> forward(const Tensor& x_in, const Deciding& d
                   " experts; expected a whole number of neurons each");
   p.group = p.d_ff / p.n_experts;
   if (router) check_weight(*router, stored_router, p.n_experts, p.d_model, deciding.scale ? "router_codes" : "router_weight");
-  check_weight(up, stored, p.d_ff, p.d_model, "up");
-  check_weight(down, stored, p.d_out, p.d_ff, "down");
-  if (gate) check_weight(*gate, stored, p.d_ff, p.d_model, "gate");
+  STD_TORCH_CHECK(!nibbles || (p.d_model % BLOCK == 0 && p.d_out % BLOCK == 0), "d_model is ", p.d_model, " and d_out ",
+                  p.d_out, "; expected multiples of ", BLOCK);
+  const int64_t row = nibbles ? p.d_model / 2 : p.d_model;
+  check_weight(up, stored, p.d_ff, row, "up");
+  if (gate) check_weight(*gate, stored, p.d_ff, row, "gate");
+  if (nibbles)
+    check_weight(down, stored, p.d_ff, p.d_out / 2, "down");
+  else
+    check_weight(down, stored, p.d_out, p.d_ff, "down");
   STD_TORCH_CHECK(threshold.numel() == 1 && threshold.scalar_type() == ScalarType::Float, "threshold should be [] fp32");
-  const Weight up_weight(up, scales), down_weight(down);
+  const Weight up_weight(up, scales), down_weight(down, nibbles);
   std::optional<Weight> gate_weight;
   if (gate) gate_weight.emplace(*gate, scales);
   p.x = x.data_ptr(), p.x_stride = p.d_model;
@@ -103,12 +115,24 @@ std::tuple<Tensor, OptionalTensor> forward(const Tensor& x_in, const Deciding& d
   }
   p.threshold = *static_cast<const float*>(threshold.data_ptr());
   p.up = up_weight.matrix, p.down = down_weight.matrix;
+  if (nibbles) p.down = {p.down.data, 1, p.down.row};
   if (gate_weight) p.gate = gate_weight->matrix;
   p.up_bias = bias_data(up_bias, dtype, p.d_ff, "up_bias");
   p.gate_bias = bias_data(gate_bias, dtype, p.d_ff, "gate_bias");
   p.down_bias = bias_data(down_bias, dtype, p.d_out, "down_bias");
   if (scales) {
     STD_TORCH_CHECK(scales->gate.has_value() == gate.has_value(), "gate and gate_scale come together");
+  }
+  std::vector<BlockScales> block_scales;
+  if (nibbles) {
+    auto matrix = [&](const Tensor& t, int64_t blocks, const char* name) {
+      return block_scales.emplace_back(t, p.d_ff, blocks, name).matrix;
+    };
+    p.up_scales = matrix(scales->up, p.d_model / BLOCK, "up_scale");
+    if (gate) p.gate_scales = matrix(*scales->gate, p.d_model / BLOCK, "gate_scale");
+    const Matrix down_scales = matrix(scales->down, p.d_out / BLOCK, "down_scale");
+    p.down_scales = {down_scales.data, 1, down_scales.row};
+  } else if (scales) {
     p.up_scale = scale_data(scales->up, p.d_ff, "up_scale");
     if (gate) p.gate_scale = scale_data(*scales->gate, p.d_ff, "gate_scale");
     p.down_scale = scale_data(scales->down, p.d_out, "down_scale");
@@ -181,18 +205,21 @@ auto routed_proxy_ffn(const Tensor& x, const Tensor& codes, const OptionalTensor
                                    down_bias, activation, cut, input_cut, WITH_MASK));
 }
 
-Tensor routed_ffn_int8(const Tensor& x, const Tensor& router_codes, const Tensor& router_scale,
+// BITS: 8 or 4, of the weights.
+template <int BITS>
+Tensor routed_ffn_codes(const Tensor& x, const Tensor& router_codes, const Tensor& router_scale,
                        const OptionalTensor& router_bias, const Tensor& threshold, const Tensor& up, const OptionalTensor& up_bias,
                        const OptionalTensor& gate, const OptionalTensor& gate_bias, const Tensor& down,
                        const OptionalTensor& down_bias, const Tensor& up_scale, const OptionalTensor& gate_scale,
                        const Tensor& down_scale, const std::string& activation, const OptionalTensor& cut,
                        const OptionalTensor& input_cut) {
-  const Scales scales{up_scale, gate_scale, down_scale};
+  const Scales scales{up_scale, gate_scale, down_scale, BITS == 4};
   return std::get<0>(forward(x, {&router_codes, &router_bias, nullptr, &router_scale}, threshold, up, up_bias, gate,
                              gate_bias, down, down_bias, activation, cut, input_cut, false, &scales));
 }
 
-Tensor routed_proxy_ffn_int8(const Tensor& x, const Tensor& codes, const OptionalTensor& multipliers,
+template <int BITS>
+Tensor routed_proxy_ffn_codes(const Tensor& x, const Tensor& codes, const OptionalTensor& multipliers,
                              const Tensor& code_scales, const OptionalTensor& biases, const Tensor& sizes,
                              const Tensor& router_weight, const Tensor& router_bias, const Tensor& threshold,
                              const Tensor& up, const OptionalTensor& up_bias, const OptionalTensor& gate,
@@ -201,7 +228,7 @@ Tensor routed_proxy_ffn_int8(const Tensor& x, const Tensor& codes, const Optiona
                              const std::string& activation, const OptionalTensor& cut,
                              const OptionalTensor& input_cut) {
   const ProxyArguments proxy{codes, multipliers, code_scales, biases, sizes, router_weight, router_bias};
-  const Scales scales{up_scale, gate_scale, down_scale};
+  const Scales scales{up_scale, gate_scale, down_scale, BITS == 4};
   return std::get<0>(forward(x, {nullptr, nullptr, &proxy}, threshold, up, up_bias, gate, gate_bias, down, down_bias,
                              activation, cut, input_cut, false, &scales));
 }
@@ -222,8 +249,10 @@ STABLE_TORCH_LIBRARY_IMPL(ltepass, CPU, m) {
   m.impl("routed_proxy_ffn", TORCH_BOX(&routed_proxy_ffn<false>));
   m.impl("_routed_proxy_ffn_no_grad", TORCH_BOX(&routed_proxy_ffn<false>));
   m.impl("routed_proxy_ffn_with_mask", TORCH_BOX(&routed_proxy_ffn<true>));
-  m.impl("routed_ffn_int8", TORCH_BOX(&routed_ffn_int8));
-  m.impl("routed_proxy_ffn_int8", TORCH_BOX(&routed_proxy_ffn_int8));
+  m.impl("routed_ffn_int8", TORCH_BOX(&routed_ffn_codes<8>));
+  m.impl("routed_ffn_int4", TORCH_BOX(&routed_ffn_codes<4>));
+  m.impl("routed_proxy_ffn_int8", TORCH_BOX(&routed_proxy_ffn_codes<8>));
+  m.impl("routed_proxy_ffn_int4", TORCH_BOX(&routed_proxy_ffn_codes<4>));
   m.impl("_dense_above", TORCH_BOX(&dense_above_op));
   m.impl("_read_pass", TORCH_BOX(&read_pass_op));
 }

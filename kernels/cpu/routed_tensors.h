@@ -44,11 +44,23 @@ float cut_of(const OptionalTensor& t, const char* name) {
   return *static_cast<const float*>(t->data_ptr());
 }
 
-// Of weights in int8.
+// Of weights in 4 bits: halves [n, blocks], as they lie.
+struct BlockScales {
+  Tensor kept;
+  Matrix matrix;  // a row an output of up and gate, a neuron of down
+  BlockScales(const Tensor& t, int64_t n, int64_t blocks, const char* name) : kept(dense(t)) {
+    STD_TORCH_CHECK(is(t, ScalarType::Half, {n, blocks}), name, " is ", words_of(t), "; expected float16 [", n, ", ", blocks,
+                    "], one a block of ", BLOCK);
+    matrix = {kept.data_ptr(), blocks, 1};
+  }
+};
+
+// Of weights in codes.
 struct Scales {
   const Tensor& up;
   const OptionalTensor& gate;
   const Tensor& down;
+  bool in_4_bits = false;
 };
 
 // What decides: a linear, in int8 where it has scales, or a proxy.

@@ -4,7 +4,7 @@
     after:   y = ltepass::routed_ffn_int8(x, Cr, sr, br, t, Cu, bu, Cg, bg, Cd, bd, su, sg, sd, "silu")
 
 The same for a proxy's op, whose router holds codes already and stays. Not the same numbers: that is what was asked for;
-kernels/routed_int8_reference.py says what they mean. Codes of down lie a neuron after the other, those of the others a
+kernels/routed_codes_reference.py says what they mean. Codes of down lie a neuron after the other, those of the others a
 row an output, as the op reads them. They are new leaves, so this is for a graph that is being exported. Where the job
 has an FFN's codes already, they are taken as they stand, whatever is asked of others. Of 4 bits no sparse op reads
 weights: such FFNs stay in floats, and the pass says so.

@@ -1,4 +1,4 @@
-"""Linear routers in int8 decide by the same bits on every path; test_routed_int8 runs them on each ISA."""
+"""Linear routers in int8 decide by the same bits on every path; test_routed_codes runs them on each ISA."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from ltepass.errors import LTEError
 from ltepass.kernels import routed_ffn  # noqa: F401 -- defines the op
-from ltepass.kernels.routed_int8_reference import MOST_INPUTS, Int8Linear, scores
+from ltepass.kernels.routed_codes_reference import MOST_INPUTS, CodedLinear, scores
 from ltepass.kernels.routed_schema import LINEAR_INT8
 from tests.kernels import routed_cases
-from tests.kernels.int8_cases import call, decided, quantised, same_decision, with_close_calls
+from tests.kernels.coded_cases import call, decided, quantised, same_decision, with_close_calls
 from tests.kernels.routed_cases import Recipe
-from tests.kernels.test_routed_int8 import recipes
+from tests.kernels.test_routed_codes import recipes
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
@@ -23,7 +23,7 @@ def test_masks_are_those_of_the_definition_bit_by_bit(recipe: Recipe, threads: i
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for args in with_close_calls(recipe):
+        for args in with_close_calls(LINEAR_INT8, recipe):
             same_decision(LINEAR_INT8, args)
     finally:
         torch.set_num_threads(before)
@@ -36,7 +36,7 @@ def test_the_largest_sums_of_a_router_are_exact(T: int, d_model: int) -> None:
     args = list(quantised(LINEAR_INT8, routed_cases.make(Recipe(T=T, d_model=d_model, n_experts=2, group_size=1))))
     args[0], args[1] = torch.full((T, d_model), 2.0), torch.full((2, d_model), 127, dtype=torch.int8)
     args[1][1, 0] = 126
-    args[4] = scores(args[0], Int8Linear(*args[1:4]))[0, 1]
+    args[4] = scores(args[0], CodedLinear(*args[1:4]))[0, 1]
     same_decision(LINEAR_INT8, tuple(args))
 
 

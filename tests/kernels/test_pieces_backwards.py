@@ -17,14 +17,14 @@ TESTS = (
     "test_attention",
     "test_hidden_cut",
     "test_input_cut",
-    "test_int8_chunks",
+    "test_coded_chunks",
     "test_int8_router",
     "test_linear_cpu",
     "test_linear_op",
     "test_packed_tiers",
     "test_proxy",
     "test_routed_ffn_cpu",
-    "test_routed_int8",
+    "test_routed_codes",
     "test_tiers",
 )
 MINUTES = 25  # two of them for the build

@@ -16,7 +16,7 @@ import ltepass
 from ltepass.config import RouterKind
 from ltepass.errors import ConfigError, LoweredError, LoweringError, NoFFNFoundError
 from ltepass.kernels import linear_reference
-from ltepass.kernels.routed_int8_reference import Int8Linear, scores
+from ltepass.kernels.routed_codes_reference import CodedLinear, scores
 from ltepass.kernels.routed_schema import RoutedOp
 from ltepass.kernels.weight_formats import Format, quantise_int4, quantise_int8
 from ltepass.measure import token_bytes
@@ -25,7 +25,7 @@ from ltepass.passes.lower.lower_linear_modules import lowered_linears
 from ltepass.routed.proxy_router import ProxyRouter
 from ltepass.routed.routed import routers_of
 from ltepass.routed.torchao_weights import int8_parts
-from tests.kernels.int8_cases import same_decision
+from tests.kernels.coded_cases import same_decision
 from tests.models.zoo import VOCAB, build, gpt2, ids, llama, logits, mlp, transformed
 from tests.stand_in_torchao import put_in_place
 
@@ -89,7 +89,7 @@ def test_hard_mode_with_a_quantised_router_decides_as_the_lowered_model(monkeypa
     hook.remove()
     x = seen[0][0]
     assert isinstance(router.bias, Tensor)
-    quantised = Int8Linear(*quantise_int8(router.weight.detach()), router.bias)
+    quantised = CodedLinear(*quantise_int8(router.weight.detach()), router.bias)
     eager = scores(x, quantised) > router.threshold
     rounded = (eager != (seen[0][1] > router.threshold)).float().mean()
     assert rounded < 0.02, "of decisions that rounding the router changes"

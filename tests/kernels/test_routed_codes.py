@@ -1,10 +1,11 @@
-"""The sparse op with int8 weights: what the definition says, for any shape, on any ISA; and as PyTorch sees it."""
+"""The sparse op with weights in codes: what the definition says, for any shape, on any ISA; and as PyTorch sees it."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,16 +19,17 @@ from ltepass.errors import LTEError
 from ltepass.kernels import reference
 from ltepass.kernels import routed_ffn as module
 from ltepass.kernels.cpu import loading
-from ltepass.kernels.routed_schema import LINEAR_INT8, PROXY_INT8, RoutedOp
+from ltepass.kernels.routed_schema import IN_CODES, LINEAR_INT4, LINEAR_INT8, PROXY_INT4, PROXY_INT8, RoutedOp
+from ltepass.kernels.weight_formats import pack_int4
 from tests.child import environment
 from tests.kernels import proxy_cases, routed_cases
-from tests.kernels.int8_cases import assert_values, call, decided, exact, quantised, same_decision
+from tests.kernels.coded_cases import assert_values, call, decided, exact, quantised, same_decision
 from tests.kernels.isa_levels import LEVELS
 from tests.kernels.routed_cases import LAYOUTS, Recipe
 
-op, proxy_op = torch.ops.ltepass.routed_ffn_int8, torch.ops.ltepass.routed_proxy_ffn_int8
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-both = pytest.mark.parametrize("which", [LINEAR_INT8, PROXY_INT8], ids=lambda which: which.name)
+all_ops = pytest.mark.parametrize("which", IN_CODES, ids=lambda which: which.name)
+linear_ops = pytest.mark.parametrize("which", [LINEAR_INT8, LINEAR_INT4], ids=lambda which: which.name)
 
 
 @pytest.fixture(autouse=True)
@@ -39,15 +41,16 @@ def threads_as_before() -> Iterator[None]:
 
 def some(which: RoutedOp, T: int = 5, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
     """Arguments of the float op."""
-    if which is LINEAR_INT8:
-        return routed_cases.make(Recipe(T=T, dtype=dtype))
-    return proxy_cases.with_ffn(proxy_cases.Recipe(T=T, dtype=dtype, n_experts=40))
+    d = 60 if which.format == "int8" else 96
+    if not which.proxied:
+        return routed_cases.make(Recipe(T=T, dtype=dtype, d_model=d, d_out=d))
+    return proxy_cases.with_ffn(proxy_cases.Recipe(T=T, dtype=dtype, n_experts=40, d_model=d))
 
 
-def check(recipe: Recipe) -> None:
+def check(which: RoutedOp, recipe: Recipe) -> None:
     floats = routed_cases.make(recipe)
-    args = quantised(LINEAR_INT8, floats)
-    assert_values(args, decided(LINEAR_INT8, args), op(*args))
+    args = quantised(which, floats)
+    assert_values(which, args, decided(which, args), call(which, args))
 
 
 # Blocks of 32 inputs; 4 rows side by side in a tile, 8 in down; vectors of 4, 8 and 16. Of several tokens 6 (3) in a
@@ -74,15 +77,35 @@ recipes = st.builds(Recipe, T=st.one_of(st.sampled_from((0, 1)), tokens), **shap
 @given(recipes, st.sampled_from((1, 2)))
 def test_any_shape(recipe: Recipe, threads: int) -> None:
     torch.set_num_threads(threads)
-    check(recipe)
+    check(LINEAR_INT8, recipe)
+
+
+# Blocks of 32 outputs in down as well: a vector's lanes of their scales, whole pieces of 64 and 256 columns, and parts.
+blocks = st.sampled_from((1, 2, 3, 4, 5, 8, 9, 15, 16, 17))
+recipes_of_blocks = st.builds(
+    Recipe,
+    T=st.one_of(st.sampled_from((0, 1)), tokens),
+    **shapes
+    | {"d_model": blocks.map(lambda n: 32 * n), "d_out": blocks.map(lambda n: 32 * n)}
+    | {"layout": st.sampled_from(("linear", "conv1d"))},
+)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(recipes_of_blocks, st.sampled_from((1, 2)))
+def test_any_shape_in_4_bits(recipe: Recipe, threads: int) -> None:
+    torch.set_num_threads(threads)
+    check(LINEAR_INT4, recipe)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(proxy_cases.recipes)
-def test_a_proxy_decides_as_it_does_with_floats(recipe: proxy_cases.Recipe) -> None:
-    args = quantised(PROXY_INT8, proxy_cases.with_ffn(recipe))
-    same_decision(PROXY_INT8, args)
-    y, wanted = proxy_op(*args), exact(PROXY_INT8, args, decided(PROXY_INT8, args))
+@given(proxy_cases.recipes, st.sampled_from((PROXY_INT8, PROXY_INT4)))
+def test_a_proxy_decides_as_it_does_with_floats(recipe: proxy_cases.Recipe, which: RoutedOp) -> None:
+    if which.format == "int4":
+        recipe = replace(recipe, d_model=round_up(recipe.d_model))
+    args = quantised(which, proxy_cases.with_ffn(recipe))
+    same_decision(which, args)
+    y, wanted = call(which, args), exact(which, args, decided(which, args))
     assert torch.equal(y.isfinite().all(-1), wanted.isfinite().all(-1))
     finite = wanted.isfinite().all(-1)
     if finite.any():
@@ -94,11 +117,11 @@ def test_a_proxy_decides_as_it_does_with_floats(recipe: proxy_cases.Recipe) -> N
 
 def test_the_cpp_kernel_is_what_runs() -> None:
     assert loading.load()
-    for name in (LINEAR_INT8.name, PROXY_INT8.name):
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ltepass::{name}", "CPU")
+    for which in IN_CODES:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ltepass::{which.name}", "CPU")
 
 
-@both
+@all_ops
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("T", [1, 6])
 def test_without_a_compiler_plain_pytorch_computes_the_same(which: RoutedOp, T: int, dtype: torch.dtype) -> None:
@@ -108,8 +131,9 @@ def test_without_a_compiler_plain_pytorch_computes_the_same(which: RoutedOp, T: 
     assert ((plain - ours).abs() <= 2.5 * rounded_once * ours.abs() + 1e-5).all(), "hidden units are not rounded"
 
 
+@linear_ops
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_same_bits_for_any_number_of_threads(dtype: torch.dtype) -> None:
+def test_the_same_bits_for_any_number_of_threads(which: RoutedOp, dtype: torch.dtype) -> None:
     """Large enough for parts of down; and odd sizes."""
     sizes: tuple[dict[str, Any], ...] = (
         dict(T=1, d_model=608, n_experts=521, group_size=8, d_out=1030),
@@ -118,30 +142,34 @@ def test_the_same_bits_for_any_number_of_threads(dtype: torch.dtype) -> None:
         dict(T=9, d_model=100, n_experts=70, group_size=8, d_out=300),
     )
     for shape in sizes:
+        if which.format == "int4":
+            shape |= {name: round_up(shape[name]) for name in ("d_model", "d_out")}
         floats = routed_cases.make(Recipe(dtype=dtype, layout="neuron_rows", **shape))
-        args = quantised(LINEAR_INT8, floats)
+        args = quantised(which, floats)
         torch.set_num_threads(1)
-        alone = op(*args)
-        assert_values(args, decided(LINEAR_INT8, args), alone)
+        alone = call(which, args)
+        assert_values(which, args, decided(which, args), alone)
         for threads in (2, 3, 8):
             torch.set_num_threads(threads)
-            assert torch.equal(op(*args), alone), (threads, shape)
+            assert torch.equal(call(which, args), alone), (threads, shape)
 
 
-@pytest.mark.parametrize("T", [1, 4])
-def test_extreme_codes(T: int) -> None:
+@linear_ops
+@pytest.mark.parametrize("T", [1, 4, 40])
+def test_extreme_codes(which: RoutedOp, T: int) -> None:
     """Where products of bytes are added in 16 bits, these would not fit were they not what the format allows."""
-    floats = routed_cases.make(Recipe(T=T, d_model=192, mask="all", activation="identity"))
-    x, *rest = quantised(LINEAR_INT8, floats)
+    floats = routed_cases.make(Recipe(T=T, d_model=192, d_out=64, mask="all", activation="identity"))
+    x, *rest = quantised(which, floats)
     extreme = torch.where(torch.arange(192) % 2 == 0, 127, -127).to(torch.int8)
-    rest[4] = extreme.expand_as(rest[4]).contiguous()
+    codes = extreme if which.format == "int8" else pack_int4(torch.where(extreme > 0, 15, 0).to(torch.uint8))
+    rest[4] = codes.expand_as(rest[4]).contiguous()
     for signs in (x.abs().clamp_min(3), -x.abs().clamp_min(3), torch.where(x > 0, 3.0, -3.0), 3.0 * extreme.sign()):
         args = (signs.expand_as(x), *rest)
         mask = torch.ones(T, 10, dtype=torch.bool)
-        assert_values(args, mask, op(*args))
+        assert_values(which, args, mask, call(which, args))
 
 
-@both
+@all_ops
 @pytest.mark.parametrize("T", [1, 5])
 def test_cuts(which: RoutedOp, T: int) -> None:
     """Small hidden units and small inputs are left out; what decides sees all of x."""
@@ -152,16 +180,17 @@ def test_cuts(which: RoutedOp, T: int) -> None:
     assert not torch.allclose(y, call(which, args), atol=1e-3)
 
 
+@pytest.mark.parametrize("which", [PROXY_INT8, PROXY_INT4], ids=lambda which: which.name)
 @pytest.mark.parametrize("T", [1, 3])
-def test_a_fault_is_seen(T: int) -> None:
-    args = list(quantised(PROXY_INT8, some(PROXY_INT8, T)))
+def test_a_fault_is_seen(which: RoutedOp, T: int) -> None:
+    args = quantised(which, some(which, T))
     args[0][-1, 7] = torch.nan
-    y = proxy_op(*args)
+    y = call(which, args)
     assert not y[-1].isfinite().any()
     assert y[:-1].isfinite().all()
 
 
-@both
+@all_ops
 @pytest.mark.parametrize("T", [0, 1, 6])
 def test_opcheck(which: RoutedOp, T: int) -> None:
     torch.library.opcheck(
@@ -169,7 +198,7 @@ def test_opcheck(which: RoutedOp, T: int) -> None:
     )
 
 
-@both
+@all_ops
 def test_gradients_are_refused_by_name(which: RoutedOp) -> None:
     x, *rest = quantised(which, some(which))
     y = call(which, (x.requires_grad_(), *rest))
@@ -181,13 +210,17 @@ def test_gradients_are_refused_by_name(which: RoutedOp) -> None:
         call(which, (forward_ad.make_dual(x.detach(), x.detach()), *rest))
 
 
-@both
+@all_ops
 def test_vmap_over_x_alone(which: RoutedOp) -> None:
     x, *rest = quantised(which, some(which, 6))
     batched = torch.vmap(lambda x: call(which, (x, *rest)))(x.view(2, 3, -1))
     assert torch.equal(batched, call(which, (x, *rest)).view(2, 3, -1))
     with pytest.raises(NotImplementedError, match="only x"):
         torch.vmap(lambda cut: call(which, (x, *rest, cut)))(torch.zeros(2))
+
+
+def round_up(n: int) -> int:
+    return -(-n // 32) * 32
 
 
 def _wrong() -> dict[str, tuple[int, Any, str]]:
@@ -204,15 +237,33 @@ def _wrong() -> dict[str, tuple[int, Any, str]]:
     }
 
 
-@pytest.mark.parametrize("case", _wrong())
-def test_what_makes_no_sense_is_refused_in_cpp_and_in_python(case: str) -> None:
-    at, change, words = _wrong()[case]
-    args = list(quantised(LINEAR_INT8, some(LINEAR_INT8)))
+def _wrong_in_4_bits() -> dict[str, tuple[int, Any, str]]:
+    """The same of routed_ffn_int4."""
+    return {
+        "signed codes": (5, lambda t: t.to(torch.int8), "up is int8"),
+        "an input that is no whole block": (0, lambda t: t[:, :80], "96|80"),
+        "down by outputs": (9, lambda t: t.t().contiguous(), "down"),
+        "a gate of another shape": (7, lambda t: t[:, :16], "gate"),
+        "a scale of another dtype": (11, lambda t: t.float(), r"up_scale is float32 .*float16 \[80, 3\]"),
+        "a gate without a scale": (12, lambda t: None, "gate_scale"),
+        "a scale an output": (13, lambda t: t[:, 0], r"down_scale is float16 \[80\]; expected float16 \[80, 3\]"),
+    }
+
+
+CASES = [
+    (which, case) for which, cases in ((LINEAR_INT8, _wrong()), (LINEAR_INT4, _wrong_in_4_bits())) for case in cases
+]
+
+
+@pytest.mark.parametrize(("which", "case"), CASES, ids=lambda part: getattr(part, "name", part))
+def test_what_makes_no_sense_is_refused_in_cpp_and_in_python(which: RoutedOp, case: str) -> None:
+    at, change, words = (_wrong() if which is LINEAR_INT8 else _wrong_in_4_bits())[case]
+    args = list(quantised(which, some(which)))
     args[at] = change(args[at])
     with pytest.raises(RuntimeError, match=words):
-        op(*args)
+        call(which, tuple(args))
     with pytest.raises(LTEError, match=words):
-        op(*(a.to("meta") if isinstance(a, Tensor) else a for a in args))
+        call(which, tuple(a.to("meta") if isinstance(a, Tensor) else a for a in args))
 
 
 CHECK = """
@@ -220,20 +271,26 @@ from dataclasses import replace
 import torch
 from ltepass.kernels.cpu import loading
 from tests.kernels.routed_cases import Recipe
-from tests.kernels.int8_cases import same_decision, with_close_calls
-from tests.kernels.test_routed_int8 import DTYPES, LINEAR_INT8, check, op
+from tests.kernels.coded_cases import same_decision, with_close_calls
+from tests.kernels.coded_cases import call
+from tests.kernels.test_routed_codes import DTYPES, LINEAR_INT4, LINEAR_INT8, check
 assert loading.load()
 for dtype in DTYPES:
     for T, d_model, n_experts, group_size in ((1, 64, 9, 8), (1, 31, 17, 1), (1, 577, 40, 2), (5, 100, 6, 8)):
         recipe = Recipe(T=T, d_model=d_model, n_experts=n_experts, group_size=group_size, d_out=37, dtype=dtype)
-        check(recipe)
-        check(replace(recipe, layout="neuron_rows", gated=False))
-        for args in with_close_calls(recipe):
-            same_decision(LINEAR_INT8, args)
-        torch.set_num_threads(1)
-        alone = op(*args)
-        torch.set_num_threads(2)
-        assert all(torch.equal(op(*args), alone) for _ in range(40)), "tokens that are laid at once, in any order"
+        for which in (LINEAR_INT8, LINEAR_INT4):
+            if which is LINEAR_INT4:
+                recipe = replace(recipe, d_model=-(-d_model // 32) * 32, d_out=160)
+            check(which, recipe)
+            check(which, replace(recipe, layout="neuron_rows", gated=False))
+            check(which, replace(recipe, T=40, mask="all"))
+            for args in with_close_calls(which, recipe):
+                same_decision(which, args)
+            torch.set_num_threads(1)
+            alone = call(which, args)
+            torch.set_num_threads(2)
+            same = [torch.equal(call(which, args), alone) for _ in range(20)]
+            assert all(same), "tokens that are laid at once, in any order"
 """
 
 
