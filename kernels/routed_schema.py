@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,9 +13,7 @@ from ltepass.kernels import proxy, proxy_reference, reference, routed_codes_refe
 from ltepass.kernels.dispatch import Args
 from ltepass.kernels.linear import FLOATS, words
 from ltepass.kernels.routed_codes_reference import CodedLinear
-from ltepass.kernels.weight_formats import BLOCK
-
-CodedFormat = Literal["int8", "int4"]
+from ltepass.kernels.weight_formats import BLOCK, SparseFormat
 
 
 class Call(NamedTuple):
@@ -49,7 +47,7 @@ class RoutedOp:
     router: str
     n_router: int
     plain: str
-    format: CodedFormat | None = None
+    format: SparseFormat | None = None
 
     @property
     def arguments(self) -> str:
@@ -131,6 +129,11 @@ IN_CODES = (LINEAR_INT8, PROXY_INT8, LINEAR_INT4, PROXY_INT4)
 OPS = (LINEAR, PROXY, *IN_CODES)
 
 
+def op_in_codes(format: SparseFormat, *, proxied: bool) -> RoutedOp:
+    """The op that reads an FFN of this format."""
+    return next(op for op in IN_CODES if (op.format, op.proxied) == (format, proxied))
+
+
 def check(x: Tensor, router_weight: Tensor, up: Tensor, gate: Tensor | None, down: Tensor, activation: str) -> None:
     """Shapes and dtypes of floats that no path can make sense of; the C++ kernel makes the same checks itself."""
     _check_router(x, router_weight, activation)
@@ -147,7 +150,7 @@ def _check_router(x: Tensor, router_weight: Tensor, activation: str) -> None:
 
 
 def _check_weights_in_codes(
-    format: CodedFormat,
+    format: SparseFormat,
     x: Tensor,
     up: Tensor,
     gate: Tensor | None,
@@ -186,7 +189,7 @@ def _check_int4(name: str, codes: Tensor, scale: Tensor) -> None:
 
 
 def _check_neurons(
-    x: Tensor, up: Tensor, gate: Tensor | None, down: Tensor, n_experts: int, format: CodedFormat | None
+    x: Tensor, up: Tensor, gate: Tensor | None, down: Tensor, n_experts: int, format: SparseFormat | None
 ) -> None:
     """Raises LTEError where a routed op's weights are not of one FFN."""
     d_model, d_ff = x.shape[-1], up.shape[0]

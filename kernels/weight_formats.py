@@ -16,8 +16,13 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 -- the name everybody uses
 
 Format = Literal["int8", "int4", "int4_minimum", "gguf"]
+SparseFormat = Literal["int8", "int4"]
+"""Those that the sparse op reads"""
 Parts = tuple[Tensor | None, ...]
-"""Codes and scale, and of 4 bits the minimum, or None: what the format's linear takes."""
+"""Codes and scale, and of 4 bits the minimum, or None: what the format's linear takes. Of a down projection in 4 bits
+whose blocks lie along its outputs, codes uint8 [d_in, d_out / 2] and scale fp16 [d_in, d_out / 32] alone, which the
+sparse op takes.
+"""
 BLOCK = 32  # inputs that share a scale
 HALF = BLOCK // 2
 _LEAST = torch.finfo(torch.float32).tiny  # a scale below it has no inverse: the block counts as 0
@@ -27,6 +32,11 @@ _MOST = torch.finfo(torch.float32).max
 def takes(format: Format | None, d_in: int) -> bool:
     """Whether rows of so many inputs can be held so."""
     return format in ("int8", "gguf") or d_in % BLOCK == 0
+
+
+def sparse_format(format: Format | None) -> SparseFormat | None:
+    """What FFNs of the sparse op become where linears become this; None: they stay in floats."""
+    return "int8" if format == "int8" else "int4" if format == "int4" else None
 
 
 def quantise(weight: Tensor, format: Format) -> Parts:
@@ -55,6 +65,12 @@ def int8_columns(weight: Tensor) -> tuple[Tensor, Tensor]:
     return codes.t().contiguous().t(), scale
 
 
+def int4_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight: [n, d], d a multiple of 32 -> codes uint8 [n, d / 2], scale fp16 [n, d / 32], a row after the other."""
+    codes, scale, _ = quantise_int4(weight, with_minimum=False)
+    return codes.contiguous(), scale.contiguous()
+
+
 def to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
     """rows: [..., n] fp32 -> codes int8 [..., n], scale [...]: max / 127; NaN and Inf stay in the scale."""
     scale = F.pad(rows.abs(), (0, 1)).amax(-1) / 127  # one 0 more, for rows of none
@@ -62,6 +78,11 @@ def to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
     inverse = torch.where(usable, 1 / scale, 0)[..., None]
     codes = torch.where(usable[..., None], (rows * inverse).round(), 0)  # a tie goes to the even code
     return codes.to(torch.int8), scale
+
+
+def lies_by_input(parts: Parts) -> bool:
+    """Whether these are codes of 4 bits whose blocks lie along the outputs of an input."""
+    return len(parts) == 2 and parts[0] is not None and parts[0].dtype == torch.uint8
 
 
 def quantise_int4(weight: Tensor, *, with_minimum: bool) -> tuple[Tensor, Tensor, Tensor | None]:

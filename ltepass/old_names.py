@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 
 MOVED = {
+    "ltepass.kernels.routed_int8_reference": "ltepass.kernels.routed_codes_reference",
+    "ltepass.routed.int8_ffn": "ltepass.routed.coded_ffn",
     "ltepass.kernels.backward": "ltepass.kernels.routed_ffn_backward",
     "ltepass.exporting.decoder": "ltepass.exporting.run_exported",
     "ltepass.exporting.generation": "ltepass.exporting.run_exported",

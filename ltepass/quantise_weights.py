@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ltepass import transformers_hook
-from ltepass.calibration.int4_codes import quantise_to_int4
+from ltepass.calibration.int4_codes import int4_codes_by_input, quantise_to_int4
 from ltepass.config import LTEConfig
 from ltepass.errors import ConfigError, LoweredError, MetaWeightsError
 from ltepass.kernels.weight_formats import BLOCK, kept_codes, unpack_int4
 from ltepass.passes.lower.lower_model import is_lowered
 from ltepass.passes.lower.why_not_linear import is_conv1d, is_product
 from ltepass.routed.batches import Batch
+from ltepass.routed.coded_ffn import why_not_in_codes
 from ltepass.routed.modes import set_mode
 from ltepass.routed.routed import Routed, is_transformed, require_whole, unwrapped
 from ltepass.routed.sites import is_ordinary
@@ -47,17 +48,19 @@ def quantize(
     Arguments:
         model: a transformed model or a dense one, not lowered, without adapters. Routers stay in floats, as do weights
             that several modules share (a head that is tied to the embedding), embeddings, transformers' Conv1D, and
-            FFNs whose planes hold them already (inactive="low_bit"); in int4, linears whose d_in is no multiple of 32.
-        weights: "int8", "int4" or "tiers". No sparse op reads 4 bits: int4 is for a dense model, and for one of planes.
-            "tiers", of a dense model: each FFN weight in two planes of 4 bits, of which a token reads the second one
-            for a tenth of the neurons only (`LTEConfig(router="proxy", inactive="low_bit")`; `set_sparsity` changes
-            the share), and every other linear in int8; the model is then transformed, in hard mode.
+            FFNs whose planes hold them already (inactive="low_bit"); in int4, linears whose d_in is no multiple of 32,
+            and gated FFNs of such sizes.
+        weights: "int8", "int4" or "tiers". Where routers gate an FFN, down's blocks in int4 are 32 outputs of a neuron,
+            which the sparse op reads for active ones alone. "tiers", of a dense model: each FFN weight in two planes of
+            4 bits, of which a token reads the second one for a tenth of the neurons only (`LTEConfig(router="proxy",
+            inactive="low_bit")`; `set_sparsity` changes the share), and every other linear in int8; the model is then
+            transformed, in hard mode, and keeps its FFNs in floats beside the planes, in a saved folder too.
         calibration: batches of token ids, or mappings of inputs; some 8,000 tokens of text. Of int4: what GPTQ sees; of
             tiers, which need it: what GPTQ and the thresholds see.
     Returns: the model. Quantised weights no longer learn; routers do.
     Raises: ConfigError (torchao is missing, an adapter or another quantiser holds a weight, a mask or another
-        parametrisation computes one, no linear is left to be quantised, routers whose FFNs int4 would leave dense or
-        that tiers would replace, tiers without text), CalibrationError (a batch that is no model input, or values that
+        parametrisation computes one, no linear is left to be quantised, routers that tiers would replace, tiers without
+        text), CalibrationError (a batch that is no model input, or values that
         are not finite), LoweredError, MetaWeightsError, ShardedError, of tiers also what `transform` raises; the model
         is then as it was.
     Example:
@@ -102,18 +105,14 @@ def _quantize(model: nn.Module, weights: Weights, batches: list[Batch] | None) -
     if weights not in get_args(Weights):
         raise ConfigError(f"weights is {weights!r}; expected one of {', '.join((*get_args(Weights), 'tiers'))}")
     if batches is not None and weights != "int4":
-        raise ConfigError('calibration is given, and int8 needs none; expected weights="int4" with it')
+        raise ConfigError('calibration is given, and int8 needs none; expected weights "int4" or "tiers" with it')
     require_whole(model, "quantize")
     routed = Routed.of(model, "quantize") if is_transformed(model) else None
     if is_lowered(model) or (routed is not None and routed.state.lowered):
         raise LoweredError("the model is lowered; quantize expects it as it was; call ltepass.unlower(model) first")
-    if weights == "int4" and routed is not None and not routed.tiered:
-        raise ConfigError(
-            "the model has routers, and no sparse op reads 4 bits; expected a dense model, or one whose inactive "
-            'neurons keep low bits; quantise this one to "int8", or call ltepass.remove first'
-        )
     _require_plain(model)
     chosen, left = _linears(model, weights)
+    by_neuron = _whole_ffns(model, chosen, left) if weights == "int4" and routed is not None else set[str]()
     if not chosen:
         reasons = "; ".join(f"{n} left: {reason}" for reason, n in left.items()) or "it has no linear"
         raise ConfigError(f"no linear of {type(model).__name__} can be quantised to {weights}: {reasons}")
@@ -122,11 +121,13 @@ def _quantize(model: nn.Module, weights: Weights, batches: list[Batch] | None) -
     _round(model, [module for module in chosen.values() if module is head], "int8")
     others = {path: module for path, module in chosen.items() if module is not head}
     if weights == "int4":
-        others = {path: module for path, module in others.items() if not _keep(module)}
+        others = {path: module for path, module in others.items() if path in by_neuron or not _keep(module)}
     if batches is None or not others:
-        _round(model, others.values(), weights)
+        _round(model, [module for path, module in others.items() if path not in by_neuron], weights)
+        for path in by_neuron:
+            _put(chosen[path], *int4_codes_by_input(chosen[path].weight.detach(), None))
     else:
-        quantise_to_int4(model, list(others.items()), batches, _put)
+        quantise_to_int4(model, list(others.items()), batches, _put, by_neuron)
     for module in chosen.values():
         module.__dict__.pop("extra_repr", None)  # torchao's, which a model that is loaded has not
     if routed is not None:
@@ -222,6 +223,30 @@ def _linears(model: nn.Module, weights: Weights) -> tuple[dict[str, nn.Linear], 
     return chosen, left
 
 
+def _whole_ffns(model: nn.Module, chosen: dict[str, nn.Linear], left: Counter[str]) -> set[str]:
+    """Paths of the downs of gated FFNs, whose columns the sparse op gathers; an FFN of which it cannot read all is left
+    in floats.
+    """
+    routed, prefix = _held_routed(model)
+    by_neuron = set[str]()
+    for site in [] if routed.tiered else routed.sites:
+        paths = {prefix + path for path in (site.up, site.gate, site.down) if path is not None}
+        reason = why_not_in_codes(site, "int4")
+        if reason is None and paths <= chosen.keys():
+            by_neuron.add(prefix + site.down)
+            continue
+        for path in paths & chosen.keys():
+            del chosen[path]
+            left[reason or "stand in an FFN with one that is left"] += 1
+    return by_neuron
+
+
+def _held_routed(model: nn.Module) -> tuple[Routed, str]:
+    """A model's sites, and what stands before their paths."""
+    routed = Routed.of(model, "quantize")
+    return routed, next(f"{name}." if name else "" for name, module in model.named_modules() if module is routed.model)
+
+
 def _why_not(module: nn.Module, weight: Tensor, *, shared: bool, planes: bool) -> str | None:
     """Why a linear stays in floats, or None."""
     if is_conv1d(module):
@@ -239,7 +264,6 @@ def _held_by_planes(model: nn.Module) -> set[str]:
     """Paths of linears whose FFN is computed from its router's planes."""
     if not is_transformed(model):
         return set()
-    routed = Routed.of(model, "quantize")
-    prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is routed.model)
+    routed, prefix = _held_routed(model)
     linears = {path for site in routed.sites for path in (site.up, site.gate, site.down) if path is not None}
     return {prefix + path for path in linears} if routed.tiered else set()

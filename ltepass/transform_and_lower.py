@@ -223,11 +223,11 @@ def lower(model: Model, scope: Scope = "ffn", *, ffn: bool = True, linears: Form
         model: a transformed model in hard mode; with ffn=False any model.
         scope: "ffn" (nothing is compiled) or "model" (torch.compile with the backend "lte").
         ffn: False lowers linears alone, so that a dense model is as fast as it can be.
-        linears: None takes weights as they are, in floats or in int8 (`ltepass.quantize`); "int8", "int4" or
-            "int4_minimum" quantises every linear, and "int8" gated FFNs with their routers, of which a token reads the
-            active share of a byte a weight; "gguf" takes the codes that weights of a GGUF file had in it, as `export`
-            does. Scope "ffn" alone. Codes are held beside the weights, which `unlower` goes back to; a table of tokens
-            stays as it is.
+        linears: None takes weights as they are, in floats or in codes (`ltepass.quantize`); "int8", "int4" or
+            "int4_minimum" quantises every linear, and the first two gated FFNs with their routers, of which a token
+            reads the active share of a byte or half a byte a weight; "gguf" takes the codes that weights of a GGUF file
+            had in it, as `export` does. Scope "ffn" alone. Codes are held beside the weights, which `unlower` goes back
+            to; a table of tokens stays as it is.
     Returns: the model. What cannot be lowered stays as it is, exact, and stands in `ltepass.report(model).notes`.
     Raises: NotTransformedError, LoweredError (lowered already), LoweringError (a router is not in hard mode, or no site
         can be lowered), ShardedError, ConfigError.
@@ -278,9 +278,9 @@ def export(
         folder: where to write; made where it is not there. `ltepass export` puts the tokenizer beside.
         length: tokens that the cache holds; None takes the model's own limit, 2048 at most.
         linears: None leaves them in the model's dtype; "int8" (a scale an output), "int4" or "int4_minimum" (blocks of
-            32, as GGUF's Q4_0 and Q4_1) quantises every linear; inputs become int8 too. Gated FFNs go to int8 as
-            well, with their routers, and stay as they are of 4 bits. "gguf": weights that were Q4_0 or Q4_1 in a file
-            keep its codes, others become int8. What ltepass.quantize changed keeps its codes.
+            32, as GGUF's Q4_0 and Q4_1) quantises every linear; inputs become int8 too. Gated FFNs go to int8 and to
+            int4 as well, with routers in int8, and stay in floats otherwise. "gguf": weights that were Q4_0 or Q4_1 in
+            a file keep its codes, others become int8. What ltepass.quantize changed keeps its codes.
         cache_dtype: of keys and values; None takes the model's. torch.bfloat16 halves what a long context reads.
     Returns: the folder.
     Raises: ExportError (what cannot be traced or compiled, and why), NotTransformedError, LoweredError (call unlower

@@ -73,7 +73,7 @@ class Int8Tensor(Coded):
 
 
 class IntxUnpackedToInt8Tensor(Coded):
-    """scale fp16 [d_out, d_in / 32]"""
+    """scale fp16 [d_out, d_in / 32], or [d_out / 32, d_in]"""
 
     @staticmethod
     def __new__(
@@ -86,12 +86,14 @@ class IntxUnpackedToInt8Tensor(Coded):
         dtype: torch.dtype,
         activation_quantization: None,
     ) -> Any:
-        assert scale.shape == (qdata.shape[0], qdata.shape[1] // block_size[1])
+        assert scale.shape == (qdata.shape[0] // block_size[0], qdata.shape[1] // block_size[1])
         return cls.of(qdata, scale, zero_point, dtype)
 
     def dequantize(self) -> Tensor:
-        blocks: Tensor = self.qdata.to(self.dtype).unflatten(1, (-1, 32)) * self.scale[..., None]
-        return blocks.flatten(1).to(self.dtype)
+        scale: Tensor = self.scale
+        for dim in (0, 1):
+            scale = scale.repeat_interleave(self.shape[dim] // scale.shape[dim], dim)
+        return (self.qdata.to(self.dtype) * scale).to(self.dtype)
 
 
 @dataclass

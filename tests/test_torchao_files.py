@@ -223,5 +223,5 @@ def test_what_the_server_loads_is_lowered(folder: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(ModelManager, "_load_model", lambda self, name: AutoModelForCausalLM.from_pretrained(name))
     with lowered_as_loaded():
         model: Any = ModelManager._load_model(None, folder)
-    assert all(router.int8 for router in routers_of(model))
+    assert all(router.coded for router in routers_of(model))
     assert torch.equal(logits(model), logits(ltepass.lower(quantised())))

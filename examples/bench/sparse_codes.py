@@ -12,7 +12,7 @@ from examples.bench.ways import Shape, Weights, decide
 from ltepass.kernels import routed_ffn  # noqa: F401 -- defines the ops
 from ltepass.kernels.routed_codes_reference import CodedLinear, scores
 from ltepass.kernels.routed_schema import LINEAR_INT4, LINEAR_INT8
-from ltepass.kernels.weight_formats import int8_columns, int8_rows, quantise_int4, quantise_int8
+from ltepass.kernels.weight_formats import int4_rows, int8_columns, int8_rows, quantise_int8
 from ltepass.measure.timing import Contender
 
 NAMES = {"sparse int8": LINEAR_INT8, "sparse int4": LINEAR_INT4}
@@ -24,8 +24,8 @@ def sparse_codes(name: str, shape: Shape, weights: list[Weights], sparsity: floa
     router = CodedLinear(*quantise_int8(d.router), None)
     assert torch.equal(scores(d.x, router) > 0, d.active), "rounding the router changes the decision it was made for"
     in_8_bits = NAMES[name] is LINEAR_INT8
-    rows = int8_rows if in_8_bits else _int4
-    columns: Callable[[Tensor], tuple[Tensor, Tensor]] = int8_columns if in_8_bits else lambda down: _int4(down.t())
+    rows = int8_rows if in_8_bits else int4_rows
+    columns: Callable[[Tensor], tuple[Tensor, Tensor]] = int8_columns if in_8_bits else lambda down: int4_rows(down.t())
     calls: list[tuple[Any, ...]] = []
     for w in weights:
         up, down = rows(w.up), columns(w.down)
@@ -34,8 +34,3 @@ def sparse_codes(name: str, shape: Shape, weights: list[Weights], sparsity: floa
         calls.append((d.x, router.codes.clone(), router.scale, None, torch.tensor(0.0), *codes, shape.activation))
     op = getattr(torch.ops.ltepass, NAMES[name].name)
     return lambda i: op(*calls[i % len(calls)])
-
-
-def _int4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    codes, scale, _ = quantise_int4(weight, with_minimum=False)
-    return codes, scale

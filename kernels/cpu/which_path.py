@@ -14,7 +14,7 @@ def which_path(T: int, d_model: int, d_ff: int, n_experts: int, dtype: torch.dty
     """
     if not loading.load():
         return "masked dense (PyTorch)"
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.int8):
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8):
         return f"masked dense (PyTorch): no kernel for {str(dtype).removeprefix('torch.')}"
     if T == 1:
         return f"C++ {isa()}: active neurons only"

@@ -1,5 +1,6 @@
 """4-bit codes of plain linears, w = code * scale in blocks of 32 along d_in, that know their inputs: GPTQ (`gptq.py`).
 
+Of a down projection whose neurons are gathered a block is 32 outputs of one input, and each input has its own scales.
 A block's scale is chosen when its first input is reached, of what its weights are by then: the one that loses least, an
 input's error counted by the input's mean square.
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -30,11 +31,16 @@ SHRINKS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.75)
 ENDS = (-8.0, 7.5)  # what a block's weight that is farthest from 0 is, in units of the scale: -8 is without counterpart
 LEAST, MOST = -8, 7
 Linears = Sequence[tuple[str, nn.Linear]]
-Put = Callable[[nn.Linear, Tensor, Tensor], None]  # (linear, codes int8 [d_out, d_in], scale fp16 [d_out, d_in / 32])
+# (linear, codes int8 [d_out, d_in], scale fp16 [d_out, d_in / 32], or [d_out / 32, d_in])
+Put = Callable[[nn.Linear, Tensor, Tensor], None]
 
 
-def quantise_to_int4(model: nn.Module, linears: Linears, batches: Sequence[Batch], put: Put) -> None:
+def quantise_to_int4(
+    model: nn.Module, linears: Linears, batches: Sequence[Batch], put: Put, by_input: Container[str] = ()
+) -> None:
     """Gives `put` the codes of each linear, by its path. A linear that no token reaches has its nearest codes.
+
+    by_input: paths of those whose blocks lie along the outputs of an input.
 
     Raises CalibrationError where no token reaches any of them, or one saw values that are not finite.
     """
@@ -50,7 +56,8 @@ def quantise_to_int4(model: nn.Module, linears: Linears, batches: Sequence[Batch
             if not bool(moment.sum.isfinite().all()):
                 raise not_finite(path)
             reached += moment.tokens
-            put(linear, *int4_codes(linear.weight.detach(), moment.sum))
+            make = int4_codes_by_input if path in by_input else int4_codes
+            put(linear, *make(linear.weight.detach(), moment.sum))
             done += 1
             tell("codes of 4 bits", done, len(linears))
     if not reached:
@@ -69,6 +76,45 @@ def int4_codes(weight: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
     rounding = _Rounding(rows, moment.diagonal())
     feed_back(rows.T, moment, rounding)
     return rounding.codes, rounding.scale
+
+
+@torch.no_grad()
+def int4_codes_by_input(weight: Tensor, moment: Tensor | None) -> tuple[Tensor, Tensor]:
+    """weight: [d_out, d_in], d_out a multiple of 32; moment: as above, None rounds each input by itself -> codes int8
+    [d_out, d_in] in [-8, 7], scale fp16 [d_out / 32, d_in].
+    """
+    rounding = _ByInput(weight.float())
+    if moment is None:
+        rounding.all(weight.float().T)
+    else:
+        feed_back(weight.float().T, moment, rounding)
+    return rounding.codes, rounding.scale
+
+
+class _ByInput:
+    """Rounds input i of all rows of [d_out, d_in], with the scales of what its weights have become."""
+
+    def __init__(self, rows: Tensor) -> None:
+        n, d = rows.shape
+        self.codes = torch.zeros(n, d, dtype=torch.int8, device=rows.device)
+        self.scale = torch.zeros(n // BLOCK, d, dtype=torch.float16, device=rows.device)
+
+    def __call__(self, i: int, left: Tensor) -> Tensor:
+        return self.put(slice(i, i + 1), left[i : i + 1])[0]
+
+    def all(self, inputs: Tensor) -> None:
+        """inputs: [d_in, d_out]."""
+        self.put(slice(0, len(inputs)), inputs)
+
+    def put(self, at: slice, inputs: Tensor) -> Tensor:
+        """inputs: [n, d_out] of the n inputs `at` -> as they will stand."""
+        blocks = inputs.unflatten(1, (-1, BLOCK)).flatten(0, 1)
+        scale = best_scale(blocks, torch.ones(BLOCK, device=blocks.device))
+        unit = scale.float()[:, None]
+        codes = _nearest(blocks, unit)
+        self.codes[:, at] = codes.view_as(inputs).T.to(torch.int8)
+        self.scale[:, at] = scale.view(len(inputs), -1).T
+        return (codes * unit).view_as(inputs)
 
 
 class _Rounding:

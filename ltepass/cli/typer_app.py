@@ -178,7 +178,7 @@ def export(
     cache_dtype: Annotated[str | None, typer.Option(help="The same, of keys and values.")] = None,
     text: Annotated[
         Path | None,
-        typer.Option(help="For int4 of a dense model by GPTQ: a file of 512 tokens or more."),
+        typer.Option(help="For int4 by GPTQ: a file of 512 tokens or more."),
     ] = None,
     json: AsJson = False,
 ) -> None:

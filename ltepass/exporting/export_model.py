@@ -32,7 +32,7 @@ from ltepass.passes.lower.lower_model import check_format, is_lowered
 from ltepass.passes.lower.lower_sites import require_hard
 from ltepass.passes.lower.quantise_linears import QuantiseLinears
 from ltepass.passes.lower.quantise_routed_ffn import QuantiseRoutedFFN
-from ltepass.passes.lower.why_not_linear import why_not_weight
+from ltepass.passes.lower.why_not_linear import why_not_held, why_not_weight
 from ltepass.progress import tell
 from ltepass.routed.routed import Routed, is_transformed, require_whole, unwrapped
 from ltepass.routed.sites import is_ordinary
@@ -120,7 +120,7 @@ def _checked(model: nn.Module, linears: Format | None, cache_dtype: torch.dtype 
         require_hard(routed)
     for name, tensor in model.named_parameters():
         reason = (
-            None if is_ordinary(tensor) else why_not_weight(tensor) if holds_codes(tensor) else "no export reads it"
+            None if is_ordinary(tensor) else _why_not_codes(tensor) if holds_codes(tensor) else "no export reads it"
         )
         if reason or tensor.device.type != "cpu":
             seen = f"{name} is a {type(tensor).__name__} on {tensor.device}" + (f", and {reason}" if reason else "")
@@ -131,6 +131,10 @@ def _checked(model: nn.Module, linears: Format | None, cache_dtype: torch.dtype 
             f"cache_dtype is {cache_dtype}; expected None, torch.float32, torch.bfloat16 or torch.float16"
         )
     return model
+
+
+def _why_not_codes(weight: Tensor) -> str | None:
+    return why_not_held(weight) if holds_int4(weight) else why_not_weight(weight)
 
 
 def _kept(model: nn.Module) -> float:

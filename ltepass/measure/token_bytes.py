@@ -24,7 +24,7 @@ def buffers(model: PreTrainedModel) -> list[Tensor]:
     """What a token reads as a whole, in its order of use: parameters, or what lowered linears read in their place."""
     tables = {id(table) for table in _tables(model)}
     stored: dict[Tensor, tuple[Tensor, ...]] = {p: read for p, read in read_by_linears(model).items()}
-    stored |= {weight: () for router in routers_of(model) if router.int8 for weight in router.int8.weights_left()}
+    stored |= {weight: () for router in routers_of(model) if router.coded for weight in router.coded.weights_left()}
     read = (tensor for p in model.parameters() if id(p) not in tables for tensor in stored.get(p, _stored(p)))
     return [tensor.detach() for tensor in read] + [
         codes for router in routers_of(model) for codes in _constants(router)
@@ -43,7 +43,7 @@ def held(model: PreTrainedModel) -> int:
 
 def _constants(router: Router) -> list[Tensor]:
     """What tokens read of it that is no parameter."""
-    codes = [] if router.int8 is None else router.int8.tensors()
+    codes = [] if router.coded is None else router.coded.tensors()
     if isinstance(router, TieredRouter) and router.packed_once is not None:
         tensors = router.packed_tiers()
     else:

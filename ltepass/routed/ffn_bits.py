@@ -40,8 +40,7 @@ def ffn_bits(routed: Routed) -> FFNBits | None:
         if router.density is None or nbytes is None:
             return None
         everything = [t for t in (*router.operands(), *router.planes_of_down(), *router.low_planes()) if t is not None]
-        everything += _scales_of_down(routed, site) if router.int8 is None else []
-        everything += [] if router.int8 is None else [router.int8.down[1]]
+        everything += _scales_of_down(routed, site) if router.coded is None else router.coded.whole()
         all_held = sum(t.nbytes for t in everything) + sum(nbytes.values())
         read += all_held - unread(routed, site, router, nbytes, router.density)
         held += all_held - (sum(nbytes.values()) if router.tiered else 0)
@@ -55,7 +54,7 @@ def bytes_by_neuron(routed: Routed, site: FFNSite, router: Router) -> dict[Neuro
     nbytes = {rows: _nbytes(held) for rows, held in own.items() if held}
     if len(nbytes) < len(own):
         return None
-    return nbytes if router.int8 is None else nbytes | router.int8.by_neuron(site)
+    return nbytes if router.coded is None else nbytes | router.coded.by_neuron(site)
 
 
 def _held(routed: Routed, site: FFNSite, rows: NeuronRows) -> tuple[Tensor, ...]:

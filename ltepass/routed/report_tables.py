@@ -138,8 +138,9 @@ def _paths(routed: Routed) -> list[str]:
     if parameter.device.type != "cpu":
         return []
     tokens: dict[str, list[int]] = {}
+    coded = routed.routers[0].coded
     for T in (1, 2, 8, 32, 128, 512, 2048):
-        dtype = parameter.dtype if routed.routers[0].int8 is None else torch.int8
+        dtype = parameter.dtype if coded is None else torch.int8 if coded.format == "int8" else torch.uint8
         path = which_path(T, site.d_model, site.d_ff, site.n_experts, dtype)
         tokens.setdefault(path, []).append(T)
     return [

@@ -20,7 +20,7 @@ from ltepass.routed.recorded_calls import Recorder
 from ltepass.threads import require_own
 
 if TYPE_CHECKING:
-    from ltepass.routed.int8_ffn import Int8FFN
+    from ltepass.routed.coded_ffn import CodedFFN
 
 _RECORDED = ("kept", "rows", "count_inactive", "share_neighbours")  # a router's own attributes, once
 
@@ -49,7 +49,7 @@ class Router(nn.Module):
     cut: Tensor | None
     input_cut: Tensor | None
     tiered = False  # whether its FFN's inactive neurons keep low bits (tiered_router.py)
-    int8: Int8FFN | None = None  # what a lowered site reads in the place of its weights, where it reads int8
+    coded: CodedFFN | None = None  # what a lowered site reads in the place of its weights, where it reads codes
     watched = False  # whether the gate tells that it was applied: a forward around it is guarded
 
     def __init__(
@@ -116,8 +116,8 @@ class Router(nn.Module):
         """What the sparse op takes of it, and a token reads."""
         own = self._parameters
         weight = own.get("weight")
-        if self.int8 is not None and self.int8.router is not None:
-            return (*self.int8.router, self.bias)
+        if self.coded is not None and self.coded.router is not None:
+            return (*self.coded.router, self.bias)
         # a DataParallel replica keeps plain tensors as attributes
         return (self.weight, self.bias) if weight is None else (weight, own.get("bias"))
 

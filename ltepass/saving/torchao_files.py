@@ -6,6 +6,7 @@
     X.weight, 4 bits in blocks of 32        ->   X._weight_qdata      I8  [d_out, d_in], a code a byte
                                                  X._weight_scale      F16 [d_out, d_in / 32]
                                                  X._weight_zero_point I8  [d_out, d_in / 32], zeros; may be missing
+    the same of a gated FFN's down          ->   scale and zero point [d_out / 32, d_in]
 
 So transformers loads the folder without ltepass too, dense, where torchao is installed. What torchao wrote about each
 tensor into the file's metadata is not read here: names, dtypes and shapes say it all, and are compared with the model.
@@ -21,7 +22,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from ltepass.errors import CheckpointError, ConfigError, shown
 from ltepass.kernels.weight_formats import BLOCK
-from ltepass.passes.lower.why_not_linear import why_not_weight
+from ltepass.passes.lower.why_not_linear import why_not_held
 from ltepass.paths import is_path
 from ltepass.routed.torchao_weights import holds_codes, holds_int4, int4_weight, int8_weight, torchao
 
@@ -35,7 +36,7 @@ def flat(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]
     tensors, metadata = torchao("prototype.safetensors.safetensors_support").flatten_tensor_state_dict(state)
     for name, weight in state.items():
         if holds_int4(weight):
-            reason = why_not_weight(weight)
+            reason = why_not_held(weight)
             if reason is not None:
                 raise CheckpointError(f"{name} cannot be saved: {reason}")
             scale = f"{name.rpartition('.')[0]}._weight_scale"
@@ -74,8 +75,10 @@ def whole(header: Header) -> tuple[Header, tuple[str, ...]]:
 def _expected(parts: Header, shape: tuple[int, ...]) -> Header:
     """The parts of a weight of this shape. The dtype of its scales says which format it is in."""
     d_out, d_in = shape
-    of_four_bits = parts.get("scale", ("",))[0] == "F16" and d_in % BLOCK == 0
-    scales = (d_out, d_in // BLOCK if of_four_bits else 1)
+    scale = parts.get("scale", ("", ()))
+    by_input = scale == ("F16", (d_out // BLOCK, d_in)) and d_out % BLOCK == 0
+    of_four_bits = by_input or (scale[0] == "F16" and d_in % BLOCK == 0)
+    scales = (d_out // BLOCK, d_in) if by_input else (d_out, d_in // BLOCK if of_four_bits else 1)
     return {"qdata": ("I8", shape), "scale": ("F16" if of_four_bits else "F32", scales), "zero_point": ("I8", scales)}
 
 
@@ -112,8 +115,8 @@ def check_codes(model: nn.Module) -> None:
             raise CheckpointError(f"a scale of {name} is not a number; {_AGAIN}")
         if zero_point is not None and bool(zero_point.any()):
             raise CheckpointError(f"a zero point of {name} is not 0, and its codes are symmetric; {_AGAIN}")
-        if holds_int4(weight) and why_not_weight(weight) is not None:
-            raise CheckpointError(f"{name}: {why_not_weight(weight)}; {_AGAIN}")
+        if holds_int4(weight) and why_not_held(weight) is not None:
+            raise CheckpointError(f"{name}: {why_not_held(weight)}; {_AGAIN}")
 
 
 def joined(name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Parameter:

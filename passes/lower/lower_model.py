@@ -15,7 +15,7 @@ from torch import nn
 
 from ltepass.config import Scope
 from ltepass.errors import ConfigError, LoweredError, LoweringError
-from ltepass.kernels.weight_formats import Format
+from ltepass.kernels.weight_formats import Format, SparseFormat, sparse_format
 from ltepass.passes.capture.guard_replaced_forwards import check_forwards
 from ltepass.passes.insert.check_activation import other_activation
 from ltepass.passes.lower.compile_backend import compile_model, is_compiled, uncompile_model
@@ -23,12 +23,12 @@ from ltepass.passes.lower.lay_out_neurons import give_back_strides, lay_out
 from ltepass.passes.lower.lower_linear_modules import lower_linear_modules, lowered_linears, unlower_linear_modules
 from ltepass.passes.lower.lower_sites import lower_sites, require_hard, unlower_sites
 from ltepass.passes.lower.why_not_ffn import why_not, why_not_alone
-from ltepass.routed.int8_ffn import int8_ffn
+from ltepass.routed.coded_ffn import coded_ffn, why_not_in_codes
 from ltepass.routed.modes import remember_densities
 from ltepass.routed.routed import Routed, is_transformed, require_whole, unwrapped
 from ltepass.routed.sites import FFNSite
 from ltepass.routed.tiered_router import TieredRouter
-from ltepass.routed.torchao_weights import ffn_is_quantised
+from ltepass.routed.torchao_weights import ffn_format
 from ltepass.routed.undo import all_or_nothing, verb
 from ltepass.threads import unshared
 
@@ -50,13 +50,13 @@ def _lower(model: Model, scope: Scope, ffn: bool, linears: Format | None) -> Mod
     routed = Routed.trained(model, "lower")
     state = routed.state
     _check(model, scope, linears)
-    int8 = set[str]()  # names of sites
+    formats = dict[str, SparseFormat | None]()  # by the names of sites
     reasons: dict[str, str | None] = dict.fromkeys((s.name for s in state.sites), "ffn is False")
     if ffn:
         require_hard(routed)
         check_forwards(model)
-        int8 = {s.name for s in state.sites if linears == "int8" or (scope == "ffn" and ffn_is_quantised(model, s))}
-        reasons = {s.name: why_not(routed, s, int8=s.name in int8) for s in state.sites}
+        formats = {s.name: _format(routed, s, linears, scope) for s in state.sites}
+        reasons = {s.name: why_not(routed, s, formats[s.name]) for s in state.sites}
         if scope == "ffn":
             reasons = {
                 s.name: reasons[s.name] or why_not_alone(model, s) or other_activation(model, s) for s in state.sites
@@ -71,12 +71,13 @@ def _lower(model: Model, scope: Scope, ffn: bool, linears: Format | None) -> Mod
             if scope == "ffn" and router.codes.device.type == "cpu":
                 router.packed()
             continue
-        if site.name in int8:
-            router.int8 = int8_ffn(model, site, router)
+        format = formats[site.name]
+        if format is not None:
+            router.coded = coded_ffn(model, site, router, format)
             continue
         state.strides = lay_out(routed, site) | state.strides  # what the first of those that share a parameter found
         if linears is not None:
-            state.notes.append(f"{site.name}: stays in floats: no sparse op reads 4 bits")
+            state.notes.append(f"{site.name}: stays in floats: {why_not_in_codes(site, linears)}")
     remember_densities(routed)
     with unshared(routed.all_routers()):
         if scope == "ffn":
@@ -90,6 +91,14 @@ def _lower(model: Model, scope: Scope, ffn: bool, linears: Format | None) -> Mod
     state.linears = lowered_linears(model)
     state.lowered = scope
     return model
+
+
+def _format(routed: Routed, site: FFNSite, linears: Format | None, scope: Scope) -> SparseFormat | None:
+    """The format in which a site's op reads its weights; None: in floats."""
+    held = ffn_format(routed.model, site)
+    if held is not None:  # a graph of scope "model" has no op that takes torchao's tensors
+        return held if scope == "ffn" else None
+    return sparse_format(linears) if why_not_in_codes(site, linears) is None else None
 
 
 def _lower_dense(model: nn.Module, scope: Scope, linears: Format | None) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import Argument
 
-from ltepass.kernels.weight_formats import Parts
+from ltepass.kernels.weight_formats import Parts, lies_by_input
 from ltepass.passes.find.match import Miss, Region, Rows, down_rows, match_down
 from ltepass.passes.graph.edit import erase_upstream, transposed
 from ltepass.passes.graph.leaves_and_linears import Flow, parameters
@@ -99,13 +99,17 @@ def _router(flow: Flow, scores: Argument) -> _Router | None:
 def _why_not_codes(region: Region, codes: Mapping[str, Parts]) -> str | None:
     """Why no sparse op reads what an FFN's leaves are to be replaced by, or None."""
     rows = [piece.rows for piece in (region.up, region.gate) if piece] + [down_rows(region.down)]
-    kinds = {len(codes.get(str(r.leaf.target), ())) for r in rows}
-    if kinds == {0}:
+    *parts, down = (codes.get(str(r.leaf.target), ()) for r in rows)
+    in_4_bits = lies_by_input(down)
+    kinds = {len(p) for p in parts}
+    if kinds == {0} and not down:
         return None
-    if len(kinds) > 1:
+    if 0 in kinds or not down:
         return "some of its weights are in codes, and not all"
-    if kinds != {2}:
-        return "no sparse op reads 4 bits"
+    if kinds != {3 if in_4_bits else 2}:
+        return "some of its codes have 4 bits, and not all"
+    if any(minimum is not None for p in parts for minimum in p[2:]):
+        return "no sparse op reads blocks with a minimum"
     by_input = region.down.out_dim != 0 or any(r.dim != 0 for r in rows[:-1])
     return "its codes have a scale an input" if by_input else None
 

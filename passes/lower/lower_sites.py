@@ -57,7 +57,7 @@ def unlower_sites(routed: Routed) -> None:
     """Forwards, hooks and graph of the sites as before `lower_sites`."""
     model, state = routed.model, routed.state
     for site, router in routed:
-        router.plan = router.int8 = None
+        router.plan = router.coded = None
         if isinstance(router, TieredRouter):
             router.packed_once = None
         if site.kind == "inline":

@@ -19,8 +19,9 @@ from ltepass.kernels.dispatch import Args
 from ltepass.kernels.gpu.which_path import assume_density
 from ltepass.kernels.packed_tiers import packed_tiered_ffn
 from ltepass.kernels.routed_ffn import routed_ffn, routed_proxy_ffn
-from ltepass.kernels.routed_schema import LINEAR_INT8, PROXY_INT8, RoutedOp
+from ltepass.kernels.routed_schema import RoutedOp, op_in_codes
 from ltepass.kernels.tiers import tiered_ffn
+from ltepass.kernels.weight_formats import SparseFormat
 from ltepass.passes.lower.bypassed_modules import Settings, check_bypassed
 from ltepass.passes.lower.why_not_linear import parameters_of
 from ltepass.routed.gate import applied
@@ -77,7 +78,7 @@ def lowered_ffn(
     check_bypassed((up, down) if gate_linear is None else (up, gate_linear, down), skipped, *_noted(router))
     gate: tuple[Tensor | None, Tensor | None] = (None, None) if gate_linear is None else parameters_of(gate_linear)
     weights = (*parameters_of(up), *gate, *parameters_of(down))
-    for weight in weights if router.int8 is None else ():  # whose codes know their source
+    for weight in weights if router.coded is None else ():  # whose codes know their source
         if type(weight) is not Parameter and weight is not None and not is_ordinary(weight):
             raise LoweredError(
                 f"a weight of a lowered FFN is now a {type(weight).__module__}.{type(weight).__name__}, which the op "
@@ -112,7 +113,7 @@ def lowered_call(
     x: Tensor,
 ) -> Tensor:
     """The op on whole parameters, each read as the router's plan says."""
-    int8, plan = router.int8, router.plan  # both before it is asked whether a call exchanges them now
+    coded, plan = router.coded, router.plan  # both before it is asked whether a call exchanges them now
     require_own(router)
     if not isinstance(plan, Plan):  # unlowered by another thread since this forward began
         raise interfered()
@@ -125,15 +126,15 @@ def lowered_call(
     f = plan.d_ff
     biases = (_take(plan.up_bias, up_bias, f), _take(plan.gate_bias, gate_bias, f), down_bias)
     weights: tuple[Tensor | None, ...]
-    if int8 is not None:
-        int8.require_sources(up, gate, down, router)
-        weights = int8.weights(*biases)
+    if coded is not None:
+        coded.require_sources(up, gate, down, router)
+        weights = coded.weights(*biases)
     else:
         taken = (_take(plan.up, up, f), _take(plan.gate, gate, f), down.t() if plan.down_transposed else down)
         weights = tuple(t for pair in zip(taken, biases, strict=True) for t in pair)
     args = (x, *router.operands(), router._buffers["threshold"], *weights, plan.activation, *_cuts(router))
-    if int8 is not None:
-        return _int8(router, args)
+    if coded is not None:
+        return _in_codes(router, coded.format, args)
     if router.recorder.count_inactive and torch.is_grad_enabled():
         ops = torch.ops.ltepass
         with_mask = ops.routed_proxy_ffn_with_mask if isinstance(router, ProxyRouter) else ops.routed_ffn_with_mask
@@ -148,14 +149,14 @@ def lowered_call(
     return routed_ffn(*args)
 
 
-def _int8(router: Router, args: Args) -> Tensor:
-    op = PROXY_INT8 if isinstance(router, ProxyRouter) else LINEAR_INT8
+def _in_codes(router: Router, format: SparseFormat, args: Args) -> Tensor:
+    op = op_in_codes(format, proxied=isinstance(router, ProxyRouter))
     if router.recorder.count_inactive and torch.is_grad_enabled():
         router.recorder.record((~op.mask(op.checked(args))).float().mean(-1))
-    return call_int8(op, args)
+    return call_in_codes(op, args)
 
 
-def call_int8(op: RoutedOp, args: Args) -> Tensor:
+def call_in_codes(op: RoutedOp, args: Args) -> Tensor:
     return getattr(torch.ops.ltepass, op.name)(*args)  # type: ignore[no-any-return]
 
 

@@ -26,7 +26,7 @@ from torch.fx import GraphModule, Node
 from ltepass.kernels import linear as _linear  # noqa: F401 -- registers the ops that the pass emits
 from ltepass.kernels.linear import FLOATS
 from ltepass.kernels.linear_reference import embedding_int4, embedding_int8
-from ltepass.kernels.weight_formats import BLOCK, Parts, quantise, takes
+from ltepass.kernels.weight_formats import BLOCK, Parts, lies_by_input, quantise, takes
 from ltepass.kernels.weight_formats import Format as Format
 from ltepass.passes.graph.edit import add_leaf, erase_upstream, once_a_tensor
 from ltepass.passes.graph.leaves_and_linears import Flow, Linear, held, parameters
@@ -55,7 +55,7 @@ class QuantiseLinears:
             codes = job.codes.get(str(linear.weight.target))
             if codes is None and make is None:
                 continue
-            reason = unread or self._why_not(linear, coded=codes is not None)
+            reason = unread or self._why_not(linear, codes)
             if reason is not None:
                 left[reason] += 1
                 continue
@@ -70,13 +70,15 @@ class QuantiseLinears:
         job.gm.recompile()
         return told(job.linears, "quantised", left)
 
-    def _why_not(self, linear: Linear, *, coded: bool) -> str | None:
-        """What keeps a linear of the graph from being quantised, or None. coded: whether it has its codes."""
+    def _why_not(self, linear: Linear, codes: Parts | None) -> str | None:
+        """What keeps a linear of the graph from being quantised, or None. codes: that it has already."""
         if linear.weight.op != "get_attr":
             return "a weight that is no leaf of the graph's own"
         if linear.out_dim != 0:
             return "a weight stored [d_in, d_out]"
-        fits = coded or takes(self.format, shape(linear.weight)[1])
+        if codes is not None and lies_by_input(codes):
+            return "blocks of its codes lie along outputs"
+        fits = codes is not None or takes(self.format, shape(linear.weight)[1])
         return None if fits else f"d_in is no multiple of {BLOCK}"
 
     def _tables(self, gm: GraphModule) -> list[Node]:

@@ -11,15 +11,22 @@ from torch import nn
 from torch.fx import Node
 from torch.nn.modules.module import _has_any_global_hook
 
+from ltepass.kernels.weight_formats import SparseFormat
 from ltepass.passes.capture.guard_replaced_forwards import is_replaced
 from ltepass.passes.find.match import Region, down_rows
 from ltepass.passes.graph.node_kinds import is_input_cut, is_plain_tensor, shape, value
 from ltepass.passes.graph.walk import strip_views
 from ltepass.passes.lower.bypassed_modules import GLOBAL_HOOK, bypassed_code, called_modules, idle
-from ltepass.passes.lower.why_not_linear import is_product, not_plain, parameters_of, why_not_linear
+from ltepass.passes.lower.why_not_linear import (
+    is_product,
+    not_plain,
+    parameters_of,
+    why_not_by_neuron,
+    why_not_linear,
+)
 from ltepass.routed.routed import Routed
-from ltepass.routed.sites import FFNSite, find_parameter
-from ltepass.routed.torchao_weights import holds_int8
+from ltepass.routed.sites import FFNSite, find_parameter, is_ordinary
+from ltepass.routed.torchao_weights import holds_codes, holds_int8
 
 TIERS_ON_GPU = "tiers of bits have no kernel for GPUs yet"
 SMALL_INPUTS_ON_GPU = "small inputs are left out, which no GPU kernel does"
@@ -33,9 +40,9 @@ def also_scales(parameter: str) -> str:
     return f"{parameter} also scales its neurons"
 
 
-def why_not(routed: Routed, site: FFNSite, *, int8: bool = False) -> str | None:
-    """Why a site stays masked-dense, or None where the op computes just what the site computes. int8: whether it is the
-    op of int8 weights, which reads torchao's as well.
+def why_not(routed: Routed, site: FFNSite, format: SparseFormat | None = None) -> str | None:
+    """Why a site stays masked-dense, or None where the op computes just what the site computes. format: of the weights
+    that the op reads, which are torchao's or become codes; None: floats.
     """
     model, router = routed.model, routed.router(site)
     if router.tiered and router.weight.is_cuda:
@@ -57,20 +64,29 @@ def why_not(routed: Routed, site: FFNSite, *, int8: bool = False) -> str | None:
     for path in linears:
         if site.kind == "graph" and path not in called_modules(model):
             continue  # the graph itself holds the product
-        reason = _why_not_read(model.get_submodule(path), int8 and not router.tiered)
+        by_neuron = path == site.down
+        reason = _why_not_read(model.get_submodule(path), None if router.tiered else format, by_neuron=by_neuron)
         if reason is not None:
             return f"{path} {reason}"
     return _why_not_held(model, site)
 
 
-def _why_not_read(linear: nn.Module, int8: bool) -> str | None:
+def _why_not_read(linear: nn.Module, format: SparseFormat | None, *, by_neuron: bool) -> str | None:
+    """by_neuron: whether the op gathers its columns."""
     reason = not_plain(linear)
-    if reason is None or not is_product(linear) or not holds_int8(parameters_of(linear)[0]):
+    if reason is None or not is_product(linear):
         return reason
-    left = why_not_linear(linear)
+    weight, bias = parameters_of(linear)
+    if not holds_codes(weight):
+        return reason
+    held: SparseFormat = "int8" if holds_int8(weight) else "int4"
+    if by_neuron and held == "int4":
+        left = why_not_by_neuron(weight) or (None if bias is None or is_ordinary(bias) else "its bias is no tensor")
+    else:
+        left = why_not_linear(linear)
     if left is not None:
-        return f"is left in int8: {left}"
-    return None if int8 else f'{reason}; lower(linears="int8") reads it'
+        return f"is left in {held}: {left}"
+    return None if format == held else f'{reason}; lower(linears="{held}") reads it'
 
 
 def why_not_region(region: Region, scored: Node | None, soft: bool) -> str | None:

@@ -13,7 +13,7 @@ from ltepass.passes.graph.leaves_and_linears import Flow, Linear
 from ltepass.passes.graph.node_kinds import is_gate, shape, tensor_inputs, value
 from ltepass.passes.graph.walk import strip_identity
 from ltepass.routed.sites import is_ordinary
-from ltepass.routed.torchao_weights import int8_parts
+from ltepass.routed.torchao_weights import has_blocks_by_input, int8_parts
 
 
 def not_plain(module: nn.Module) -> str | None:
@@ -88,6 +88,24 @@ def _why_not_int4(weight: Tensor) -> str | None:
     codes, scale = weight.qdata, weight.scale  # type: ignore[attr-defined]
     if codes.dim() != 2 or scale.shape != (codes.shape[0], codes.shape[1] / BLOCK):
         return f"its {list(codes.shape)} codes have {list(scale.shape)} scales; expected one for each {BLOCK} inputs"
+    return why_not_4_bits(weight)
+
+
+def why_not_held(weight: Tensor) -> str | None:
+    """Why no op at all reads a weight of torchao's in 4 bits, or None."""
+    return why_not_4_bits(weight) if has_blocks_by_input(weight) else why_not_weight(weight)
+
+
+def why_not_by_neuron(weight: Tensor) -> str | None:
+    """Why no sparse op reads a down projection of 4 bits, or None."""
+    if not has_blocks_by_input(weight):
+        return "blocks of its codes lie across neurons; ltepass.quantize of the transformed model lays them along each"
+    return why_not_4_bits(weight)
+
+
+def why_not_4_bits(weight: Tensor) -> str | None:
+    """What a weight of torchao's may hold, wherever its blocks lie, that no op computes with; None if nothing."""
+    codes, scale = weight.qdata, weight.scale  # type: ignore[attr-defined]
     if not bool(((codes >= -8) & (codes <= 7)).all()):
         return "its codes have more than 4 bits"
     if not bool(scale.to(torch.float16).isfinite().all()):

@@ -62,9 +62,9 @@ def test_lowered_reads_these_very_codes_without_being_asked() -> None:
     ltepass.lower(model)
     assert not any("masked-dense" in note for note in ltepass.report(model).notes)
     for layer, router in enumerate(routers_of(model)):
-        assert router.int8 is not None
+        assert router.coded is not None
         codes, _ = int8_parts(mlp(model, layer).get_parameter("up_proj.weight"))
-        assert router.int8.up[0].data_ptr() == codes.data_ptr(), "not copied"
+        assert router.coded.up[0].data_ptr() == codes.data_ptr(), "not copied"
     assert (logits(model) - expected).norm() < 0.02 * expected.norm()
     assert torch.equal(logits(ltepass.unlower(model)), expected)
 

@@ -32,7 +32,7 @@ from ltepass.passes.graph.pipeline import GraphJob, run_passes
 from ltepass.progress import heard_by
 from ltepass.routed.batches import run_batches
 from ltepass.routed.torchao_weights import floats_of, holds_int4, holds_int8, is_quantised, parts_of
-from tests.models.zoo import VOCAB, Own, build, ids, logits, transformed
+from tests.models.zoo import VOCAB, Own, build, ids, logits
 from tests.serving import words
 from tests.stand_in_torchao import put_in_place
 
@@ -305,14 +305,7 @@ def not_a_number() -> Any:
 @pytest.mark.parametrize(
     ("make", "weights", "calibration", "error", "words"),
     [
-        (
-            lambda: transformed("llama", **SIZES),
-            "int4",
-            None,
-            ConfigError,
-            "has routers, and no sparse op",
-        ),
-        (lambda: build("llama", **SIZES), "int8", [text()], ConfigError, 'expected weights="int4" with it'),
+        (lambda: build("llama", **SIZES), "int8", [text()], ConfigError, 'weights "int4" or "tiers" with it'),
         (lambda: build("llama", **SIZES), "int4", [], CalibrationError, "no token reached a linear"),
         (
             lambda: build("llama", **SIZES),
