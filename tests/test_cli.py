@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,9 @@ def test_every_promised_command_is_there_and_has_help() -> None:
         shown = run(name, "--help", columns=80)
         assert shown.strip()
         assert name in ("bench", "serve") or f"Example: ltepass {name}" in " ".join(shown.split()), name
-    assert "--port" in run("serve", "--help"), "the options of transformers' server"
+    shown = run("serve", "--help")
+    assert shown.startswith("ltepass serve MODEL")
+    assert "--port" in shown, "the options of transformers' server"
     assert run("--version") == f"ltepass {ltepass.__version__}\n"
 
 
@@ -435,6 +438,45 @@ def test_eval_compares_with_the_better_dense_model_on_each_text(dense_folder: Pa
         assert rows["perplexity, every neuron active"][column].strip() == f"{perplexity(model, blocks):.3f}"
     with pytest.raises(ConfigError, match="there are 7 blocks of text, and an interval needs 8"):
         run("eval", *common[:-1], "7", *against)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("generate DENSE PROMPT", "the prompt '' has no token; expected some text"),
+        ("generate DENSE hi --new-tokens 0", "--new-tokens is 0; expected 1 or more"),
+        ("train DENSE TEXT --learning-rate nan", "--learning-rate is nan; expected a number above 0"),
+        ("train DENSE TEXT --learning-rate 0", "--learning-rate is 0.0; expected a number above 0"),
+        ("train ROUTED TEXT --length 20 --out NEW", "holds routers already; expected a dense model"),
+        ("train DENSE TEXT --length 20 --out TEXT", "text.txt is a file; expected a folder to write"),
+        ("eval DENSE TEXT --length 20 --against ROUTED", "ROUTED holds routers; expected a dense model"),
+        ("report DENSE", "is a dense model; expected one with routers, as `ltepass train` writes it"),
+        ("report ROUTED --html nowhere/page.html", "nowhere is no folder; expected one that the page"),
+        ("generate BARE hi", "has no tokenizer that can be read; expected one beside the model"),
+    ],
+)
+def test_a_mistake_is_a_line_before_any_work(
+    arguments: str, words: str, dense_folder: Path, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("w1 w2 w3 w4 " * 90)
+    monkeypatch.setattr("ltepass.commands.train._start", lambda *_: pytest.fail("it began to work"))
+    places = {"DENSE": dense_folder, "BARE": saved, "TEXT": text, "NEW": tmp_path / "new", "PROMPT": ""}
+    routed = tmp_path / "ROUTED"
+    shutil.copytree(saved, routed)
+    for file in dense_folder.glob("tokenizer*"):
+        shutil.copy(file, routed)
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        run(*(str({**places, "ROUTED": routed}.get(word, word)) for word in arguments.split()))
+
+
+def test_the_server_says_at_once_that_there_is_no_such_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("fastapi", reason="needs the extra 'serve'")
+    monkeypatch.setattr("ltepass.commands.load.look_for_hub", lambda: None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name in ("nothere", "./nothere"):
+        with pytest.raises(ConfigError, match="no model directory"):
+            run("serve", name, "--port", "0")
 
 
 def test_too_short_a_text_is_refused_before_anything_is_trained(dense_folder: Path, tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ import torch
 from tokenizers import Tokenizer
 from torch._inductor import aoti_load_package
 
+if len(sys.argv) < 3 or sys.argv[1].startswith("-"):
+    raise SystemExit(__doc__)
 folder, text, new_tokens = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]) if len(sys.argv) > 3 else 64
 about = json.loads((folder / "decoder.json").read_text())
 torch.ops.load_library(folder / "ops.so")  # names our ops and brings their kernels; not where ltepass is imported

@@ -198,16 +198,27 @@ def export(
     show(done, json=True) if json else typer.echo(command.export_line(done))
 
 
+SERVE_HELP = """\
+ltepass serve MODEL [OPTIONS]: transformers' server. Routed models, and dense ones in codes, are lowered as they load.
+Example: ltepass serve lte-model --port 8000
+It needs: pip install 'ltepass[serve]'. Below is transformers' own help."""
+
+
 @app.command(context_settings=PASSED_ON)
 def serve(context: typer.Context) -> None:
     """`transformers serve` for saved models, lowered as they load; all arguments go to it."""
     try:
         from transformers.cli.transformers import app as transformers_app
 
+        from ltepass.commands.load import require_config
         from ltepass.serving.lowered_server import lowered_as_loaded
         from ltepass.serving.middleware import checked_server
     except ImportError as error:
         raise ConfigError(f"transformers' server cannot start ({error}); pip install 'ltepass[serve]'") from error
+    if "--help" in context.args:
+        typer.echo(SERVE_HELP)
+    elif context.args and not context.args[0].startswith("-"):
+        require_config(context.args[0].partition("@")[0])  # its library asks an unreachable hub for minutes
     before = signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # a server ends by Ctrl-C: click says "Aborted!"
     try:
         with checked_server(), lowered_as_loaded():

@@ -50,7 +50,7 @@ def evaluate(folder: str, texts: Mapping[str, str], options: EvalOptions) -> dic
     """A column a text, by name: perplexity of a saved model in hard and in dense mode, its sparsity,
     and the comparison with dense models where some are given.
 
-    Raises ConfigError where a text is too short, before anything is measured.
+    Raises ConfigError where a text is too short, or a model to compare with has routers, before anything is measured.
     """
     model = load(folder, options.device)
     tokenizer = tokenizer_of(folder)
@@ -63,6 +63,9 @@ def evaluate(folder: str, texts: Mapping[str, str], options: EvalOptions) -> dic
         if options.against:
             require_enough(len(found))
     dense = {name: load(name, options.device) for name in options.against}
+    for name, other in dense.items():
+        if state_of(other) is not None:
+            raise ConfigError(f"--against {name} holds routers; expected a dense model to compare with")
     return {name: _column(model, found, dense, options) for name, found in blocks.items()}
 
 

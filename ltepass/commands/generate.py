@@ -28,8 +28,12 @@ def generate(
 
     exported: the folder is one of `ltepass export`, whose machine code then runs.
     """
+    if new_tokens < 1:
+        raise ConfigError(f"--new-tokens is {new_tokens}; expected 1 or more")
     _check(Path(folder), sparsity, device, exported=exported)
     tokenizer = tokenizer_of(folder)
+    if not tokenizer(prompt)["input_ids"]:
+        raise ConfigError(f"the prompt {prompt!r} has no token; expected some text to continue")
     if exported:
         return _exported(Path(folder), tokenizer, prompt, new_tokens)
     model = load(folder, device)

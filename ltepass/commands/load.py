@@ -74,6 +74,19 @@ def require_model(name: str) -> None:
         raise ConfigError(f"{name} holds a training that has not ended; run the same `ltepass train` again: it goes on")
 
 
+def require_config(name: str) -> None:
+    """Raises ConfigError where no model of this name can be read."""
+    from transformers import AutoConfig
+
+    require_model(name)
+    try:
+        AutoConfig.from_pretrained(name)
+    except LTEError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{name!r} is {NEITHER}: {first_line(error)}") from error
+
+
 def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
     """Of a model's directory or hub name. Raises ConfigError."""
     from transformers import AutoTokenizer
@@ -86,8 +99,12 @@ def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
     except LTEError:
         raise
     except (OSError, ValueError) as error:
-        lacks = "has no tokenizer that can be read" if os.path.isdir(name) else f"is {NEITHER}"
-        raise ConfigError(f"{name!r} {lacks} ({first_line(error)}); expected a model directory or hub name") from error
+        if os.path.isdir(name):
+            raise ConfigError(
+                f"{name!r} has no tokenizer that can be read; expected one beside the model; save it there: "
+                f"tokenizer.save_pretrained({name!r})"
+            ) from error
+        raise ConfigError(f"{name!r} is {NEITHER} ({first_line(error)}); expected one of them") from error
 
 
 def require_device(name: str) -> None:

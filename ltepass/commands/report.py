@@ -22,6 +22,7 @@ from ltepass.measure.token_bytes import weights_read
 from ltepass.pages import plots
 from ltepass.pages.html import note, plot, section, table
 from ltepass.routed.report_tables import Report, span
+from ltepass.routed.routed import is_transformed
 from ltepass.whole_file import text_of
 
 if TYPE_CHECKING:
@@ -56,9 +57,13 @@ class ReportOptions:
 def report(folder: str, options: ReportOptions, page: Path | None = None) -> Report:
     """The report of a saved model. page: where its HTML goes.
 
-    Raises ConfigError where the text is too short.
+    Raises ConfigError where the text is too short, the model is dense or the page's folder is missing.
     """
+    if page is not None and not page.parent.is_dir():
+        raise ConfigError(f"{page.parent} is no folder; expected one that the page can be written to; make it first")
     model = load(folder, options.device)
+    if not is_transformed(model):
+        raise ConfigError(f"{folder} is a dense model; expected one with routers, as `ltepass train` writes it")
     blocks = None if options.text is None else _blocks(folder, options.text, options)
     found = ltepass.report(model, batches=None if blocks is None else blocks[:, None].to(model.device))
     if page is not None:

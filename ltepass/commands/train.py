@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from ltepass.config import Budget, LTEConfig, RouterKind
 from ltepass.errors import ConfigError
 from ltepass.grouping_methods import AUTO
 from ltepass.routed.report_tables import span
+from ltepass.routed.routed import is_transformed
 from ltepass.saving.model_card import Measured, write_card
 from ltepass.training.settings import LTESettings
 
@@ -67,6 +69,8 @@ class TrainOptions:
         for name in ("batch", "length"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name} is {getattr(self, name)}; expected 1 or more")
+        if not 0 < self.learning_rate < math.inf:
+            raise ConfigError(f"--learning-rate is {self.learning_rate}; expected a number above 0")
 
     @property
     def trains(self) -> bool:
@@ -118,6 +122,8 @@ def train(
         say(f"{out} holds this training, not ended: going on from its last checkpoint")
     say(f"loading {name}")
     model = load(name, options.device)
+    if is_transformed(model):
+        raise ConfigError(f"{name} holds routers already; expected a dense model, such as the one that it was made of")
     _start(model, learned, options, say)
     run.begin()
     if options.trains:

@@ -41,6 +41,8 @@ class TrainingRun:
         """resume: there has to be one; overwrite: whatever is there goes. Raises ConfigError, OSError."""
         if resume and overwrite:
             raise ConfigError("--resume and --overwrite were given; expected one of them")
+        if out.exists() and not out.is_dir():
+            raise ConfigError(f"{out} is a file; expected a folder to write, or none yet; pass another --out")
         self.checkpoints = out / CHECKPOINTS
         self._file = self.checkpoints / RECORD
         self.asked: Entry = json.loads(json.dumps(asked))  # as a later call will read it

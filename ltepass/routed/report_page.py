@@ -32,7 +32,8 @@ def _facts(report: Report) -> Iterator[str]:
         "measured sparsity": span([sum(shares) / len(shares)]) if shares else "not measured",
     }
     if report.bits is not None:
-        known["FFN bits a weight, read by a token"] = f"{report.bits.read:.2f} of {report.bits.held:.2f} held"
+        at = "FFN bits a weight, read by a token at the sparsity that thresholds were placed for"
+        known[at] = f"{report.bits.read:.2f} of {report.bits.held:.2f} held"
     yield facts({name: text for name, text in known.items() if text})
 
 
