@@ -185,12 +185,13 @@ def test_the_command_appends_whole_rows_and_draws(tiny_case: Case, tmp_path: Pat
     assert "<svg" in plot.read_text()
 
 
-def test_whole_tokens_are_exported_in_int8_at_both_sparsities() -> None:
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_whole_tokens_are_exported_in_codes_at_both_sparsities(format: str) -> None:
     for model in whole_token.MODELS:
         options = model.exports()
         for sparsity in ("0.5", "0.8"):
-            wanted = ["gated", "--linears", "int8", "--dtype", model.dtypes[0], "--sparsity", sparsity]
-            assert options[f"int8-{sparsity}"] == wanted
+            wanted = ["gated", "--linears", format, "--dtype", model.dtypes[0], "--sparsity", sparsity]
+            assert options[f"{format}-{sparsity}"] == wanted
 
 
 def test_a_case_that_does_not_exist_is_refused(tiny_case: Case, tmp_path: Path) -> None:

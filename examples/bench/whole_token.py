@@ -88,8 +88,9 @@ class Model:
         dense = {dtype: ["dense", "--dtype", dtype] for dtype in self.dtypes}
         bits = {format: ["dense", "--linears", format, "--dtype", self.dtypes[0]] for format in QUANTISED}
         gated = product(self.dtypes, SPARSITIES)
-        sparse_int8 = ["gated", "--linears", "int8", "--dtype", self.dtypes[0], "--sparsity"]
-        bits |= {f"int8-{s}": [*sparse_int8, s] for s in SPARSITIES}
+        for format in QUANTISED:
+            sparse = ["gated", "--linears", format, "--dtype", self.dtypes[0], "--sparsity"]
+            bits |= {f"{format}-{s}": [*sparse, s] for s in SPARSITIES}
         cached = {f"{self.dtypes[0]}-cache-bfloat16": [*dense[self.dtypes[0]], "--cache-dtype", "bfloat16"]}
         return dense | cached | bits | {f"{d}-{s}": ["gated", "--dtype", d, "--sparsity", s] for d, s in gated}
 
