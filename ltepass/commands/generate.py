@@ -32,7 +32,8 @@ def generate(
         raise ConfigError(f"--new-tokens is {new_tokens}; expected 1 or more")
     _check(Path(folder), sparsity, device, exported=exported)
     tokenizer = tokenizer_of(folder)
-    if not tokenizer(prompt)["input_ids"]:
+    inputs = tokenizer(prompt, return_tensors="pt")
+    if inputs["input_ids"].numel() == 0:
         raise ConfigError(f"the prompt {prompt!r} has no token; expected some text to continue")
     if exported:
         return _exported(Path(folder), tokenizer, prompt, new_tokens)
@@ -43,8 +44,7 @@ def generate(
     if sparsity is not None:
         ltepass.set_sparsity(model, sparsity)
     ltepass.lower(model, scope="ffn", ffn=routed)
-    inputs = tokenizer(prompt, return_tensors="pt").to(device)
-    out = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+    out = model.generate(**inputs.to(device), max_new_tokens=new_tokens, do_sample=False)
     text: str = tokenizer.decode(out[0], skip_special_tokens=True)
     return text
 

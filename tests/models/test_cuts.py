@@ -110,6 +110,7 @@ def test_compiled_equals_hard_eager(setting: Setting) -> None:
     model = transformed("llama", grouping="random")
     SETTERS[setting](model, 0.5, [ids()])
     expected = logits(model)
+    torch._dynamo.reset()  # what other tests compiled of the same class may serve this model too
     ltepass.lower(model, scope="model")
     assert (logits(model) - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert not lte_state(model).notes
