@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from ltepass.errors import LoweredError
@@ -25,8 +24,7 @@ from ltepass.routed.torchao_weights import (
     Coded,
     holds_int4,
     holds_int8,
-    int4_parts,
-    int4_parts_by_input,
+    int4_of_neurons,
     int8_parts,
 )
 
@@ -93,7 +91,7 @@ def why_not_in_codes(site: FFNSite, linears: Format | None) -> str | None:
 def coded_ffn(model: nn.Module, site: FFNSite, router: Router, format: SparseFormat) -> CodedFFN:
     """Of the weights as they are: rounded where they are floats, and codes that torchao holds as they stand."""
     read = _int8_rows if format == "int8" else _int4_rows
-    down = _int8_columns if format == "int8" else _int4_columns
+    down = _int8_columns if format == "int8" else _int4_rows
     weight = {rows: model.get_parameter(rows.param).detach() for rows in (site.up_rows, site.gate_rows) if rows}
     linear = None if isinstance(router, ProxyRouter) else router.weight
     own = [model.get_parameter(rows.param) for rows in (site.up_rows, site.gate_rows, site.down_rows) if rows]
@@ -110,18 +108,13 @@ def coded_ffn(model: nn.Module, site: FFNSite, router: Router, format: SparseFor
 def _int8_rows(rows: NeuronRows, weight: Tensor, d_ff: int) -> Coded:
     if not holds_int8(weight):
         return int8_rows(rows.take(weight, d_ff))
-    return _taken(rows, int8_parts(weight), d_ff)
+    codes, scale = int8_parts(weight)
+    return rows.take(codes, d_ff).contiguous(), rows.take(scale, d_ff).contiguous()
 
 
 def _int4_rows(rows: NeuronRows, weight: Tensor, d_ff: int) -> Coded:
-    if not holds_int4(weight):
-        return int4_rows(rows.take(weight, d_ff))
-    return _taken(rows, int4_parts(weight), d_ff)
-
-
-def _taken(rows: NeuronRows, parts: Coded, d_ff: int) -> Coded:
-    codes, scale = (rows.take(part, d_ff).contiguous() for part in parts)
-    return codes, scale
+    """Of up and gate, and of down, whose neurons are its inputs."""
+    return int4_of_neurons(rows, weight, d_ff) if holds_int4(weight) else int4_rows(rows.take(weight, d_ff))
 
 
 def _int8_columns(rows: NeuronRows, weight: Tensor, d_ff: int) -> Coded:
@@ -129,11 +122,3 @@ def _int8_columns(rows: NeuronRows, weight: Tensor, d_ff: int) -> Coded:
         return int8_columns(rows.take(weight, d_ff).t())
     codes, scale = int8_parts(weight)
     return rows.take(codes, d_ff).contiguous().t(), scale
-
-
-def _int4_columns(rows: NeuronRows, weight: Tensor, d_ff: int) -> Coded:
-    if not holds_int4(weight):
-        return int4_rows(rows.take(weight, d_ff))
-    codes, scale = int4_parts_by_input(weight)
-    neurons = torch.tensor(rows.indices(d_ff))
-    return codes[neurons], scale[neurons]

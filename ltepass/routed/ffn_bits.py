@@ -11,7 +11,7 @@ from ltepass.routed.routed import Routed
 from ltepass.routed.router import Router
 from ltepass.routed.sites import FFNSite, NeuronRows, find_parameter, read_rows
 from ltepass.routed.tiered_router import TieredRouter
-from ltepass.routed.torchao_weights import holds_int8, int8_parts
+from ltepass.routed.torchao_weights import holds_codes, holds_int4, holds_int8, int4_of_neurons, int8_parts
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,15 @@ def bytes_by_neuron(routed: Routed, site: FFNSite, router: Router) -> dict[Neuro
 
 
 def _held(routed: Routed, site: FFNSite, rows: NeuronRows) -> tuple[Tensor, ...]:
-    """The neurons' rows of one parameter; of one in int8 its codes, and the scales that are a neuron's own."""
+    """The neurons' rows of one parameter; of one in codes these, and the scales that are a neuron's own."""
     floats = read_rows(routed.model, site, rows)
     if floats is not None:
         return (floats,)
     held = find_parameter(routed.model, rows.param)
-    if held is None or not holds_int8(held):
+    if held is None or not holds_codes(held):
         return ()
+    if holds_int4(held):
+        return int4_of_neurons(rows, held, site.d_ff)
     codes, scale = int8_parts(held)
     return (rows.take(codes, site.d_ff), *([rows.take(scale, site.d_ff)] if rows.dim == 0 else []))
 

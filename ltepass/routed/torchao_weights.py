@@ -21,7 +21,7 @@ from ltepass.kernels.weight_formats import (
     lies_by_input,
     pack_int4,
 )
-from ltepass.routed.sites import FFNSite
+from ltepass.routed.sites import FFNSite, NeuronRows
 
 Coded = tuple[Tensor, Tensor]
 """codes int8 [d_out, d_in] and their scale fp32 [d_out], or what `int4_parts` gives"""
@@ -85,6 +85,20 @@ def int4_parts_by_input(weight: Tensor) -> Coded:
     """Of one that has: codes uint8 [d_in, d_out / 2], packed, and their scale fp16 [d_in, d_out / 32]."""
     codes, scale = weight.qdata, weight.scale  # type: ignore[attr-defined]
     return pack_int4((codes.t() + 8).to(torch.uint8)), scale.t().to(torch.float16).contiguous()
+
+
+def int4_of_neurons(rows: NeuronRows, weight: Tensor, d_ff: int) -> Coded:
+    """Codes and scales of a site's neurons, of a weight whose blocks lie along each, [d_ff, ...]; of a down projection
+    whose blocks lie across neurons the whole of them.
+    """
+    if rows.dim == 0:
+        codes, scale = int4_parts(weight)
+    elif has_blocks_by_input(weight):
+        codes, scale = int4_parts_by_input(weight)
+    else:
+        return int4_parts(weight)
+    neurons = torch.tensor(rows.indices(d_ff), device=codes.device)
+    return codes[neurons], scale[neurons]
 
 
 def int4_parts(weight: Tensor) -> Coded:

@@ -19,6 +19,7 @@ from ltepass.config import RouterKind
 from ltepass.errors import CheckpointError, LoweringError
 from ltepass.exporting.export_model import passes
 from ltepass.kernels.weight_formats import dequantise_int4
+from ltepass.measure import token_bytes
 from ltepass.passes.capture.decoder_step import capture_step
 from ltepass.passes.graph.pipeline import GraphJob, run_passes
 from ltepass.routed.routed import routers_of
@@ -99,6 +100,23 @@ def test_gptq_loses_less_than_rounding_in_a_routed_model() -> None:
     wanted = logits(floats)
     plain, knowing = (float((logits(coded(calibration=c)) - wanted).norm()) for c in (None, [text()]))
     assert knowing < plain
+
+
+@pytest.mark.parametrize("lowered", [False, True])
+def test_bytes_are_those_of_half_bytes_and_scales(lowered: bool) -> None:
+    """A weight and its share of a scale: 4.5 bits, of active neurons alone; the router is read whole."""
+    model = coded()
+    if lowered:
+        ltepass.lower(model)
+    bits = ltepass.report(model).bits
+    assert bits is not None
+    weights, router = 3 * 96 * 128, next(routers_of(model))
+    whole = 8 * sum(t.nbytes for t in router.operands() if t is not None) / weights
+    assert bits.held == pytest.approx(4.5 + whole)
+    density = [made.density or 0.0 for made in routers_of(model)]
+    assert bits.read == pytest.approx(4.5 * sum(density) / 2 + whole)
+    saved = token_bytes.weights_read(model, 1.0) - token_bytes.weights_read(model, 0.5)
+    assert saved == pytest.approx(2 * 0.5 * weights * 4.5 / 8)
 
 
 def test_scope_model_says_what_reads_them() -> None:
