@@ -163,6 +163,9 @@ inline void expert_gemms(const Problem& p, const Chunk<Q>& c, int64_t columns, t
       hidden_block<E, Q>(p, c, c.active[task / blocks], j, end, next, locals[size_t(slot)]);
     }
   });
+  if constexpr (std::is_same_v<Q, I8>)
+    by_pieces(p.group % BLOCK ? (p.d_ff + BLOCK - 1) / BLOCK : 0, p.threads,
+              [&](int64_t b, int slot) { round_across_experts(p, c, b, locals[size_t(slot)]); });
   by_pieces(c.parts * spans, p.threads, [&](int64_t task, int slot) {
     Local& local = locals[size_t(slot)];
     const int part = int(task / spans);

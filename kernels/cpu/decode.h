@@ -147,6 +147,7 @@ void decode(const Problem& p) {
     activate_row(p.act, p.gate.data ? gated + a : nullptr, h + a, b - a);
     leave_out_small(p.cut, h + a, b - a);
   });
+  if constexpr (std::is_same_v<Q, I8>) round_units(active.neurons, active.n_neurons, h);
   active.find_live(h);
   auto finish = [&](int64_t o0, int64_t o1) {
     if (std::is_same_v<E, F32> && !CODES) return;

@@ -91,10 +91,10 @@ bool has_amx() {
 // less than they do, and with them far more, unless they use the same units (Zen 4, 1 thread); AMX has better ones.
 double dense_above(ScalarType dtype, int64_t tokens, int64_t group) {
   // Codes, where all neurons are linears of few bits: 576 x 1536, 2 to 32 tokens, 1 thread of a Xeon with VNNI, and 512 of
-  // Zen 5.
+  // Zen 5. Down in 4 bits is a product of floats.
   const bool codes = dtype == ScalarType::Char || dtype == ScalarType::Byte;
   if (codes && group < SMALL_GROUP) return tokens < 8 ? 2.0 : tokens < DENSE_TOKENS ? 0.35 : 0.15;
-  if (codes) return tokens < DENSE_TOKENS ? 2.0 : 0.45;
+  if (codes) return tokens < DENSE_TOKENS ? 2.0 : dtype == ScalarType::Char ? 0.25 : 0.45;
   // A GEMM of one neuron's rows keeps neither memory nor the units busy: 576 x 1536, 4 to 512 tokens, 1 thread of Zen 4.
   if (dtype == ScalarType::Float && group < SMALL_GROUP && tokens >= 4) return 0.22;
   // oneDNN is at its best with few tokens already: 40 and 64 of them, 2048 x 8192 and 576 x 1536, 1 thread of Zen 5.

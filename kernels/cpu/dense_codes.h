@@ -18,20 +18,58 @@ Tensor linear_of_codes(const Tensor& x, const LinearOf<Q>& l, const OptionalTens
   return apply(l, x, bias ? OptionalTensor(as_float(*bias)) : std::nullopt);
 }
 
-// Neurons [n0, n0 + n) of columns [c0, c0 + cols) of down in fp32, times their scales where a block has its own.
-template <class Q>
-Block widened_down(const Problem& p, int64_t n0, int64_t n, int64_t c0, int64_t cols, float* buffer) {
-  if constexpr (std::is_same_v<Q, I4>) {
-    widen_neurons(p, n0, n, std::min(n0 + n, p.d_ff - n), c0, cols, buffer, cols + W);
-    return {buffer, cols + W};
-  } else {
-    return operand_columns<Q>({p.down.data, p.down.col, p.down.row}, n0, n, c0, cols, buffer, 0);
+// Down in int8, a neuron a row: linears want a row an output.
+struct NeuronRows {
+  static constexpr int PER_BLOCK = 0;
+  struct {
+    int64_t count;
+  } weight;  // outputs
+  struct {
+    int64_t blocks;
+  } inputs;
+  int64_t d_in;
+  Matrix rows;
+  const float* scale;
+  explicit NeuronRows(const Problem& p)
+      : weight{p.d_out}, inputs{(p.d_ff + BLOCK - 1) / BLOCK}, d_in(p.d_ff), rows(p.down), scale(p.down_scale) {}
+  float finish(float sum, int64_t output) const { return sum * scale[output]; }
+  // Outputs [output, output + cols) of a neuron, zeros behind them and past the last neuron; padded: room for STRIP.
+  const int8_t* at(int64_t neuron, int64_t output, int64_t cols, int8_t* padded) const {
+    if (neuron < d_in && cols == STRIP) return rows.at<I8>(output, neuron);
+    std::memset(padded, 0, STRIP);
+    if (neuron < d_in) std::memcpy(padded, rows.at<I8>(output, neuron), size_t(cols));
+    return padded;
+  }
+};
+
+// Blocks [b, b + n) of neurons of the strip of outputs from `output` on: codes of as many neurons as a word holds.
+inline void turn_strip(const NeuronRows& l, int64_t output, int64_t b, int64_t n, const Strip& s) {
+  const int64_t cols = std::min(STRIP, l.weight.count - output);
+  int8_t padded[IN_A_WORD][STRIP];
+  for (int64_t k = 0; k < n; k++) {
+    auto words_of = [&](int64_t r) { return s.words + (r / TILE_ROWS * TOGETHER + k) * WORDS * TILE_ROWS + r % TILE_ROWS; };
+    for (int64_t word = 0; word < WORDS; word++) {
+      const int64_t neuron = (b + k) * BLOCK + word * IN_A_WORD;
+      const int8_t* rows[IN_A_WORD];
+      for (int64_t j = 0; j < IN_A_WORD; j++) {
+        rows[j] = l.at(neuron + j, output, cols, padded[j]);
+        __builtin_prefetch(l.rows.at<I8>(output, std::min(neuron + j + TOGETHER * BLOCK, l.d_in - 1)), 0, 2);
+      }
+      for (int64_t r = 0; r < STRIP; r += W) {
+        auto* to = reinterpret_cast<WeightCode*>(words_of(r) + word * TILE_ROWS);
+        for (int64_t i = 0; i < W; i++)
+          for (int64_t j = 0; j < IN_A_WORD; j++) to[i * IN_A_WORD + j] = rows[j][r + i];
+      }
+    }
+    for (int64_t r = 0; r < STRIP && RAISED; r += W)
+      start_sums(words_of(r), s.starts + (r / TILE_ROWS * TOGETHER + k) * TILE_ROWS + r % TILE_ROWS);
   }
 }
 
-// y [tokens, d_out] = h [tokens, d_ff] times down, and its bias; a chunk of tokens at a time, a piece a strip of columns.
-template <class E, class Q>
-void dense_down(const Problem& p, const float* h, int64_t tokens, typename E::T* y) {
+// y [tokens, d_out] = h [tokens, d_ff] times down in 4 bits, and its bias; a chunk of tokens at a time, a piece a strip of
+// columns, which is widened a stretch of neurons at a time.
+template <class E>
+void down_of_nibbles(const Problem& p, const float* h, int64_t tokens, typename E::T* y) {
   const int64_t strips = (p.d_out + DOWN_COLUMNS - 1) / DOWN_COLUMNS, stretches = (p.d_ff + DOWN_NEURONS - 1) / DOWN_NEURONS;
   const int64_t most = std::min(TOKEN_CHUNK, tokens), stride = DOWN_COLUMNS + W;
   struct Buffers {
@@ -60,11 +98,24 @@ void dense_down(const Problem& p, const float* h, int64_t tokens, typename E::T*
       std::fill(sums, sums + here * stride, 0.0f);
       for (int64_t n0 = 0; n0 < p.d_ff; n0 += DOWN_NEURONS) {
         const int64_t n = std::min(DOWN_NEURONS, p.d_ff - n0);
-        const Block w = widened_down<Q>(p, n0, n, c0, cols, block);
+        const Block w{block, cols + W};
+        widen_neurons(p, n0, n, std::min(n0 + n, p.d_ff - n), c0, cols, block, w.stride);
         outer_block<F32>(rows, here, hidden + n0 * most, DOWN_NEURONS, 1, w, w.data, n, round_up(cols, W));
       }
       for (int64_t i = 0; i < here; i++) write_out<E>(p, rows[i], 1, 0, c0, cols, y + (first + i) * p.d_out);
     });
+  }
+}
+
+// The same of any codes.
+template <class E, class Q>
+void dense_down(const Problem& p, const float* h, int64_t tokens, typename E::T* y) {
+  if constexpr (std::is_same_v<Q, I4>) {
+    down_of_nibbles<E>(p, h, tokens, y);
+  } else {
+    auto product = [&](const auto& l) { long_linear<E, F32>(l, h, tokens, p.down_bias, y, p.threads); };
+    if (p.down.row == 1) return product(NeuronRows(p));
+    product(Int8Linear({static_cast<const char*>(p.down.data), p.down.row, p.d_ff, p.d_out}, p.d_ff, p.down_scale));
   }
 }
 

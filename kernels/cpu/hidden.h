@@ -58,6 +58,7 @@ inline void hidden_block(const Problem& p, const Chunk<Q>& c, int64_t e, int64_t
   using O = typename Q::Operand;
   const int64_t tokens = c.count[e], rows = j1 - j0, neuron = e * p.group + j0;
   project_both<Q>(p, c, neuron, rows, c.list + e * c.tokens, tokens, next, local);
+  constexpr bool ROUNDED = std::is_same_v<Q, I8>;
   for (int64_t i = 0; i < tokens; i++) {
     float *u = local.up + i * NEURON_BLOCK, *g = p.gate.data ? local.gate + i * NEURON_BLOCK : nullptr;
     for (int64_t j = 0; j < rows; j++) {
@@ -66,8 +67,28 @@ inline void hidden_block(const Problem& p, const Chunk<Q>& c, int64_t e, int64_t
     }
     activate_row(p.act, g, u, rows);
     leave_out_small(p.cut, u, rows);
+    if (ROUNDED && p.group % BLOCK == 0) round_block(u, rows);
     lay<F32, O>(u, c.hidden + (c.offset[e] + i) * words<O>(p.group) + words<O>(j0), rows, words<O>(rows));
   }
+}
+
+// Where blocks of neurons hold parts of several experts: block b of all tokens, from their experts' units and back.
+inline void round_across_experts(const Problem& p, const Chunk<I8>& c, int64_t b, Local& local) {
+  static_assert(NEURON_BLOCK == BLOCK);
+  const int64_t begin = b * BLOCK, end = std::min(begin + BLOCK, p.d_ff);
+  float* units = local.up;  // [tokens, BLOCK]
+  auto each = [&](auto&& f) {
+    for (int64_t e = begin / p.group; e * p.group < end; e++) {
+      const int64_t j0 = std::max(e * p.group, begin), j1 = std::min((e + 1) * p.group, end);
+      for (int64_t i = 0; i < c.count[e]; i++)
+        f(c.hidden + (c.offset[e] + i) * p.group + j0 - e * p.group, units + c.list[e * c.tokens + i] * BLOCK + j0 - begin,
+          j1 - j0);
+    }
+  };
+  std::fill(units, units + c.tokens * BLOCK, 0.0f);
+  each([](float* own, float* block, int64_t n) { std::copy_n(own, n, block); });
+  for (int64_t i = 0; i < c.tokens; i++) round_block(units + i * BLOCK, BLOCK);
+  each([](float* own, float* block, int64_t n) { std::copy_n(block, n, own); });
 }
 
 }  // namespace

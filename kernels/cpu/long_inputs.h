@@ -226,9 +226,9 @@ inline void lay_block(const typename E::T* x, int64_t n, bool with_sum, TokenBlo
   if (with_sum) to.sum = to.scale * float(hsum(sum));
 }
 
-// y[tokens, rows] = the sums of all tokens and rows, and the bias.
-template <class E, class L>
-void long_linear(const L& l, const typename E::T* x, int64_t tokens, const void* bias, typename E::T* y, int threads) {
+// y[tokens, rows] = the sums of all tokens and rows, and the bias. E: the type of y and the bias; X: of x.
+template <class E, class X = E, class L>
+void long_linear(const L& l, const typename X::T* x, int64_t tokens, const void* bias, typename E::T* y, int threads) {
   const int64_t count = l.weight.count, blocks = l.inputs.blocks, strips = (count + STRIP - 1) / STRIP;
   const int64_t stretches = std::max<int64_t>((blocks + TOGETHER - 1) / TOGETHER, 1);
   const int64_t stretch = (blocks + stretches - 1) / stretches;  // of equal length
@@ -243,7 +243,7 @@ void long_linear(const L& l, const typename E::T* x, int64_t tokens, const void*
     const int64_t here = std::min(LONG_TOKENS, tokens - first);
     by_pieces(here, threads, [&](int64_t i, int) {
       for (int64_t b = 0; b < blocks; b++)
-        lay_block<E>(x + i * l.d_in + b * BLOCK, l.d_in - b * BLOCK, L::PER_BLOCK == 2, inputs[i * x_stride + b]);
+        lay_block<X>(x + i * l.d_in + b * BLOCK, l.d_in - b * BLOCK, L::PER_BLOCK == 2, inputs[i * x_stride + b]);
     });
     by_pieces(strips, threads, [&](int64_t piece, int slot) {
       const Strip& local = locals[size_t(slot)];

@@ -212,6 +212,21 @@ inline float quantise_block(const typename E::T* x, int64_t n, Put&& put) {
   return scale;
 }
 
+// The n values of a block, as what their codes stand for.
+inline void round_block(float* x, int64_t n) {
+  float codes[BLOCK];
+  const float scale = quantise_block<F32>(x, n, [&](int64_t i, narrow c) { store(codes + i, __builtin_convertvector(c, vf)); });
+  for (int64_t i = 0; i < n; i++) x[i] = scale * codes[i];
+}
+
+// The same for units of listed neurons, in ascending order: a block is 32 neurons, whichever of them are listed.
+inline void round_units(const int32_t* neurons, int64_t n, float* h) {
+  for (int64_t i = 0, end = 0; i < n; i = end) {
+    while (end < n && neurons[end] / BLOCK == neurons[i] / BLOCK) end++;
+    round_block(h + i, end - i);
+  }
+}
+
 // Tokens as vectors of codes, PARTS at a time, each lane's start of the sum, and the scale of each lane's block.
 template <int PARTS>
 struct Inputs {

@@ -12,23 +12,23 @@
 
 namespace {
 
-template <class E, class Q, class Alone>
-void batch_of_codes(const Problem& p, const Tensor& x, const Weights& w, Alone&& alone) {
+template <class E, class Q>
+void batch_of_codes(const Problem& p, const Tensor& x, const Weights& w) {
   std::vector<std::pair<int64_t, int64_t>> spans;  // afterwards: linears work in the scratch memory that a batch holds
   batch<E, Q>(p, [&](int64_t first, int64_t tokens, const uint8_t*) { spans.emplace_back(first, tokens); });
-  for (const auto& [first, tokens] : spans) alone([&, f = first, n = tokens] { dense_codes<E, Q>(p, x, w, f, n); });
+  for (const auto& [first, tokens] : spans) dense_codes<E, Q>(p, x, w, first, tokens);
 }
 
 template <class E>
 void run(const Problem& p, const Tensor& x, const Weights& w, const Tensor& y) {
   const bool nibbles = p.up_scales.data;
   if (p.tokens == 1) return nibbles ? decode<E, I4>(p) : p.up_scale ? decode<E, I8>(p) : decode<E>(p);
+  if (nibbles) return batch_of_codes<E, I4>(p, x, w);
+  if (p.up_scale) return batch_of_codes<E, I8>(p, x, w);
   const bool narrow = std::min(p.d_ff, p.d_out) < NARROW && p.threads > 1;
-  auto alone = [&](auto&& work) { narrow ? in_one_thread(work) : work(); };
-  if (nibbles) return batch_of_codes<E, I4>(p, x, w, alone);
-  if (p.up_scale) return batch_of_codes<E, I8>(p, x, w, alone);
   batch<E, E>(p, [&](int64_t first, int64_t tokens, const uint8_t* mask) {
-    alone([&] { dense<E>(p, x, w, y, first, tokens, mask); });
+    auto work = [&] { dense<E>(p, x, w, y, first, tokens, mask); };
+    narrow ? in_one_thread(work) : work();
   });
 }
 
