@@ -6,12 +6,14 @@ import time
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from ltepass.exporting.run_exported import ExportedDecoder, greedy
 from ltepass.kernels.read_pass import read_pass
+from ltepass.kernels.weight_formats import SparseFormat
 from ltepass.measure.quality import perplexity_of
 from ltepass.measure.sides.side import DTYPES, Engine, Facts, Sparse
 from ltepass.measure.sides.transformers_side import Transformers, TransformersEngine
@@ -54,7 +56,7 @@ class _ExportedEngine:
         about, sparse = self._decoder.about, self._sparse(ids, prompt_tokens)
         names = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}
         plain, head = names[about.dtype], about.head or about.linears or about.dtype
-        half = bool(sparse) and about.linears != "int8"  # no sparse op reads 4 bits: FFNs are as they were
+        half = bool(sparse) and about.linears not in get_args(SparseFormat)  # FFNs are as they were then
         layers, _, _, heads, _, size = about.cache
         return Facts(
             how="exported, greedy" + ("" if about.cache_dtype == about.dtype else f", cache {about.cache_dtype}"),
