@@ -64,6 +64,31 @@ def linear_int4(
     return _finish(y, bias, x.dtype)
 
 
+def linear_shortlist(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    scan_codes: Tensor,
+    scan_scale: Tensor,
+    rows: int,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """x: [..., d_in] -> [..., d_out] in x.dtype: `linear_int4` of the scan; of each token, the outputs that are not
+    below the `rows`-th largest by `linear_int8`. A token with a NaN stays as it is.
+    """
+    scan = linear_int4(x, scan_codes, scan_scale, None, bias)
+    return shortlisted(scan, linear_int8(x, codes, scale, bias), rows)
+
+
+def shortlisted(scan: Tensor, exact: Tensor, rows: int) -> Tensor:
+    """Both [..., d_out]: exact where the scan is not below its `rows`-th largest."""
+    if scan.shape[-1] == 0:
+        return scan
+    least = scan.topk(min(rows, scan.shape[-1])).values[..., -1:]
+    best = (scan >= least) & ~scan.isnan().any(-1, keepdim=True)
+    return torch.where(best, exact, scan)
+
+
 def _sums(x_codes: Tensor, weight_codes: Tensor) -> Tensor:
     """The integer sums of one block, as fp32: 32 * 127 * 128 is below 2^24, so none of them is rounded."""
     return F.linear(x_codes.float(), weight_codes.float())

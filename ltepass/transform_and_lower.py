@@ -266,6 +266,7 @@ def export(
     length: int | None = None,
     linears: Format | None = None,
     cache_dtype: torch.dtype | None = None,
+    shortlist: int | None = None,
 ) -> Path:
     """Write a folder that decodes by itself on CPUs like this one, without Python: compiled graphs, weights, kernels.
 
@@ -282,6 +283,8 @@ def export(
             int4 as well, with routers in int8, and stay in floats otherwise. "gguf": weights that were Q4_0 or Q4_1 in
             a file keep its codes, others become int8. What ltepass.quantize changed keeps its codes.
         cache_dtype: of keys and values; None takes the model's. torch.bfloat16 halves what a long context reads.
+        shortlist: rows of an int8 head that a token reads in 8 bits, the largest logits by a scan of all rows in 4
+            bits, which the others are of: half of the head's bytes. None reads all rows in 8.
     Returns: the folder.
     Raises: ExportError (what cannot be traced or compiled, and why), NotTransformedError, LoweredError (call unlower
         first), LoweringError (a router is not in hard mode), ShardedError, ConfigError. The model is never changed.
@@ -292,4 +295,6 @@ def export(
     """
     from ltepass.exporting.export_model import export_model
 
-    return export_model(model, Path(folder), length=length, linears=linears, cache_dtype=cache_dtype)
+    return export_model(
+        model, Path(folder), length=length, linears=linears, cache_dtype=cache_dtype, shortlist=shortlist
+    )

@@ -16,6 +16,7 @@ from ltepass.passes.lower.merge_linears import MergeLinears
 from ltepass.passes.lower.pack_tiers import PackTiers
 from ltepass.passes.lower.quantise_linears import QuantiseLinears
 from ltepass.passes.lower.quantise_routed_ffn import QuantiseRoutedFFN
+from ltepass.passes.lower.shortlist_head import ShortlistHead
 
 # What `ltepass.transform` runs. The last two change the model; all checks come before.
 TRANSFORM: tuple[Pass[TransformJob], ...] = (
@@ -34,5 +35,6 @@ EXPORT: tuple[Pass[GraphJob], ...] = (
     LayOutNeurons(),
     MergeLinears(),
     QuantiseLinears(),
+    ShortlistHead(),
     LowerLinears(),
 )

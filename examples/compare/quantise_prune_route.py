@@ -38,13 +38,14 @@ from examples.compare.quantise_prune_route_page import THREADS, Kind, Row, draw,
 from ltepass.commands.load import load
 from ltepass.corpora import python_docs, token_blocks
 from ltepass.exporting.folder import ABOUT, WEIGHTS, is_gated
+from ltepass.exporting.run_exported import ExportedDecoder
 from ltepass.kernels.weight_formats import Format
 from ltepass.measure import gguf_file
 from ltepass.measure.bench_tokens import PREFILL_TOKENS, Text, bench_tokens
 from ltepass.measure.llama_cpp import LlamaCpp as Program
 from ltepass.measure.machine import machine
 from ltepass.measure.quality import losses_of, ratio_of_perplexities, token_losses
-from ltepass.measure.sides.exported_side import Exported
+from ltepass.measure.sides.exported_side import Exported, logits_of_steps
 from ltepass.measure.sides.llama_cpp_side import LlamaCpp
 from ltepass.measure.sides.side import Side
 from ltepass.measure.sides.transformers_side import Transformers
@@ -61,14 +62,15 @@ TOKENS = 24  # timed in a turn
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """A model to measure. source: its folder below --work, or the format of llama.cpp's file. linears: as `ltepass
-    export` has it; sparsity: for the knob.
+    """A model to measure. source: its folder below --work, or the format of llama.cpp's file. linears, shortlist: as
+    `ltepass export` has them; sparsity: for the knob.
     """
 
     kind: Kind
     source: str
     linears: Format | None = None
     sparsity: float | None = None
+    shortlist: int | None = None
 
     @property
     def name(self) -> str:
@@ -79,30 +81,40 @@ class Point:
         if self.kind == "llama.cpp":
             return f"llama.cpp {self.source}"
         share = "" if self.sparsity is None else f", {self.sparsity:.0%} inactive"
-        return f"{NAMES.get(self.source, self.source)}{share}, {self.linears or 'F32'}"
+        some = "" if self.shortlist is None else f", shortlist of {self.shortlist}"
+        return f"{NAMES.get(self.source, self.source)}{share}, {self.linears or 'F32'}{some}"
 
     def exported(self, work: Path) -> Path:
         return work / "exported" / self.name.replace(", ", "-").replace(" ", "-").replace("%", "")
 
 
-NAMES = {"GPTQ": "tiers, none at zero", "tiers int4": "tiers, none at zero, attention in int4"}  # of sources
+NAMES = {  # of sources
+    "GPTQ": "tiers, none at zero",
+    "tiers int4": "tiers, none at zero, attention in int4",
+    "linear": "experts of 8",
+    "linear int4": "experts of 8, by GPTQ in int4",
+}
 FORMATS: tuple[Format | None, ...] = (None, "int8", "int4")
+SHORTLIST = 1024
 PRUNED = (20,)  # percent of the neurons of each FFN
 POINTS = (
     *(Point(kind="quantised", source="dense", linears=linears) for linears in FORMATS),
+    Point(kind="quantised", source="dense", linears="int8", shortlist=SHORTLIST),
     Point(kind="quantised", source="int4", linears="int8"),
     Point(kind="quantised", source="GPTQ", linears="int8", sparsity=bits.MOST),
     *(Point(kind="llama.cpp", source=name) for name in ("F32", "BF16", "Q8_0", "Q4_1", "Q4_0")),
     *(Point(kind="pruned", source=f"pruned {percent} %", linears="int8") for percent in PRUNED),
+    *(Point(kind="routed", source=source, linears="int8", sparsity=0.5) for source in ("linear", "linear int4")),
     *(Point(kind="routed", source="proxies", linears="int8", sparsity=s) for s in (0.5, 0.7)),
     *(Point(kind="tiers", source="tiers", linears="int8", sparsity=s) for s in (0.8, 0.95)),
     *(Point(kind="tiers", source="GPTQ", linears="int8", sparsity=s) for s in (0.9, 0.95)),
+    Point(kind="tiers", source="GPTQ", linears="int8", sparsity=0.95, shortlist=SHORTLIST),
     *(Point(kind="tiers", source="tiers int4", linears="int8", sparsity=s) for s in (0.9, 0.95)),
 )
 
 NEEDS = {
     "llama_cpp": [point for point in POINTS if point.kind == "llama.cpp"],
-    "torchao": [point for point in POINTS if point.source in ("int4", "tiers int4")],
+    "torchao": [point for point in POINTS if point.source.endswith("int4")],
 }
 
 
@@ -135,6 +147,10 @@ def make(preset: Preset, work: Path) -> None:
         "tiers int4": lambda folder: ltepass.quantize(_none_at_zero(calibrated()), "int4", calibration).save_pretrained(
             folder
         ),
+        "linear": lambda folder: _experts(dense, calibration).save_pretrained(folder),
+        "linear int4": lambda folder: ltepass.quantize(
+            _experts(dense, calibration), "int4", calibration
+        ).save_pretrained(folder),
         "proxies": lambda folder: _proxies(dense, calibration).save_pretrained(folder),
         **{f"pruned {n} %": partial(_write_pruned, dense, calibration, n / 100) for n in PRUNED},
         "tiers": lambda _: calibrated(),
@@ -158,6 +174,12 @@ def _none_at_zero(tiers: PreTrainedModel) -> PreTrainedModel:
     for router in routers_of(tiers):
         router.low_bit_sparsity = 0.0  # type: ignore[assignment]  # a TieredRouter's
     return tiers
+
+
+def _experts(dense: LlamaForCausalLM, calibration: list[Tensor]) -> PreTrainedModel:
+    """Linear routers, fitted and not trained."""
+    config = ltepass.LTEConfig(group_size=8, target_sparsity=0.5)
+    return ltepass.transform(copy.deepcopy(dense), config=config, calibration=calibration)
 
 
 def _proxies(dense: LlamaForCausalLM, calibration: list[Tensor]) -> PreTrainedModel:
@@ -210,7 +232,8 @@ def _gguf(point: Point, work: Path) -> Path:
 
 def _export(point: Point, work: Path) -> None:
     """Other sparsities of one source and format are the same programs with other thresholds."""
-    alike = (p.exported(work) for p in POINTS if (p.source, p.linears) == (point.source, point.linears))
+    programs = (point.source, point.linears, point.shortlist)
+    alike = (p.exported(work) for p in POINTS if (p.source, p.linears, p.shortlist) == programs)
     made = next((folder for folder in alike if (folder / ABOUT).exists()), None)
     if made is None:
         _compile(point, work)
@@ -230,6 +253,7 @@ def _compile(point: Point, work: Path) -> None:
     words = ["export", str(work / point.source), str(point.exported(work))]
     words += [] if point.linears is None else ["--linears", point.linears]
     words += [] if point.sparsity is None else ["--sparsity", str(point.sparsity)]
+    words += [] if point.shortlist is None else ["--shortlist", str(point.shortlist)]
     subprocess.run([sys.executable, "-m", "ltepass", *words], check=True)
 
 
@@ -260,6 +284,8 @@ def _losses(point: Point, work: Path, blocks: Tensor) -> Tensor:
         losses = losses_of(program.logits, blocks)
         program.close()
         return losses
+    if point.shortlist is not None:  # which an exported step has alone
+        return losses_of(partial(logits_of_steps, ExportedDecoder(point.exported(work))), blocks)
     model = load(str(work / point.source))
     gated = any(routers_of(model))
     if gated and point.sparsity is not None:

@@ -49,6 +49,7 @@ HEADERS = (
     "quantised_inputs.h",
     "quantised.h",
     "long_inputs.h",
+    "shortlist.h",
     "read_pass.h",
     "token_codes.h",
     "turned_rows.h",

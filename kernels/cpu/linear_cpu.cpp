@@ -1,4 +1,4 @@
-// ltepass::linear, linear_int8 and linear_int4 on the CPU, through libtorch's stable ABI (see README.md).
+// ltepass::linear, linear_int8, linear_int4 and linear_shortlist on the CPU, through libtorch's stable ABI (see README.md).
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -6,6 +6,7 @@
 
 #include "linear_tensors.h"
 #include "quantised.h"
+#include "shortlist.h"
 
 namespace {
 
@@ -116,6 +117,29 @@ Tensor linear_int4(const Tensor& x, const Tensor& codes, const Tensor& scale, co
   return apply(Int4Linear<false>(kept.rows(), scales.rows(), minima.rows()), x, bias);
 }
 
+Tensor linear_shortlist(const Tensor& x_in, const Tensor& codes, const Tensor& scale_in, const Tensor& scan_codes,
+                        const Tensor& scan_scale, int64_t rows, const OptionalTensor& bias_in) {
+  check_input(x_in);
+  check(x_in, "codes", codes, ScalarType::Char, 1);
+  STD_TORCH_CHECK(is(scale_in, ScalarType::Float, {codes.size(0)}), "scale is ", words_of(scale_in),
+                  "; expected float32 [", codes.size(0), "], one for each row of codes");
+  STD_TORCH_CHECK(rows >= 1, "rows is ", rows, "; expected at least 1");
+  const Tensor x = dense(x_in), y = linear_int4(x, scan_codes, scan_scale, std::nullopt, bias_in);
+  STD_TORCH_CHECK(codes.size(0) == scan_codes.size(0), "codes are ", words_of(codes), " and scan_codes ",
+                  words_of(scan_codes), "; expected equal rows");
+  if (y.numel() == 0 || x.size(-1) == 0) return y;
+  const Kept kept(codes);
+  const Tensor scale = dense(scale_in);
+  const OptionalTensor bias = bias_in ? OptionalTensor(dense(*bias_in)) : std::nullopt;
+  with_type(x, [&]<class E>() {
+    using T = typename E::T;
+    refine<E>(Int8Linear(kept.rows(), x.size(-1), static_cast<const float*>(scale.data_ptr())),
+              static_cast<const T*>(x.data_ptr()), tokens_of(x), rows, bias ? bias->data_ptr() : nullptr,
+              static_cast<T*>(y.data_ptr()), threads_here());
+  });
+  return y;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(ltepass, CPU, m) {
@@ -125,4 +149,5 @@ STABLE_TORCH_LIBRARY_IMPL(ltepass, CPU, m) {
   m.impl("_linear_int8_no_grad", TORCH_BOX(&linear_int8));
   m.impl("linear_int4", TORCH_BOX(&linear_int4));
   m.impl("_linear_int4_no_grad", TORCH_BOX(&linear_int4));
+  m.impl("linear_shortlist", TORCH_BOX(&linear_shortlist));
 }

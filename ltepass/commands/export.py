@@ -36,6 +36,7 @@ class ExportOptions:
     dtype: str | None = None
     cache_dtype: str | None = None
     text: Path | None = None
+    shortlist: int | None = None
 
 
 class Exported(TypedDict):
@@ -62,7 +63,14 @@ def export(model: str, out: Path, options: ExportOptions) -> Exported:
     if options.text is not None:
         ltepass.quantize(loaded, "int4", _batches(model, options.text))
         linears = "int8"
-    ltepass.export(loaded, out, length=options.length, linears=linears, cache_dtype=dtype_of(options.cache_dtype))
+    ltepass.export(
+        loaded,
+        out,
+        length=options.length,
+        linears=linears,
+        cache_dtype=dtype_of(options.cache_dtype),
+        shortlist=options.shortlist,
+    )
     seconds = time.perf_counter() - start
     tokenizer_of(model).save_pretrained(out)
     about = read_about(out)

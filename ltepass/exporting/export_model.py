@@ -32,6 +32,7 @@ from ltepass.passes.lower.lower_model import check_format, is_lowered
 from ltepass.passes.lower.lower_sites import require_hard
 from ltepass.passes.lower.quantise_linears import QuantiseLinears
 from ltepass.passes.lower.quantise_routed_ffn import QuantiseRoutedFFN
+from ltepass.passes.lower.shortlist_head import HEAD, ShortlistHead
 from ltepass.passes.lower.why_not_linear import why_not_held, why_not_weight
 from ltepass.progress import tell
 from ltepass.routed.routed import Routed, is_transformed, require_whole, unwrapped
@@ -49,10 +50,15 @@ STEP, STEPS = "exporting", 5  # captured, passes run, two programs compiled, wri
 MOST = 2048  # tokens of a cache that nobody asked a length for
 
 
-def passes(linears: Format | None) -> tuple[Pass[GraphJob], ...]:
+def passes(linears: Format | None, shortlist: int | None = None) -> tuple[Pass[GraphJob], ...]:
     """What is done to the captured step, in order."""
-    quantising = (QuantiseRoutedFFN, QuantiseLinears)
-    return tuple(replace(p, format=linears) if isinstance(p, quantising) else p for p in EXPORT)
+
+    def asked(one: Pass[GraphJob]) -> Pass[GraphJob]:
+        if isinstance(one, (QuantiseRoutedFFN, QuantiseLinears)):
+            return replace(one, format=linears)
+        return replace(one, rows=shortlist) if isinstance(one, ShortlistHead) else one
+
+    return tuple(asked(one) for one in EXPORT)
 
 
 @contextmanager
@@ -71,9 +77,12 @@ def export_model(
     length: int | None = None,
     linears: Format | None = None,
     cache_dtype: torch.dtype | None = None,
+    shortlist: int | None = None,
 ) -> Path:
     """What `ltepass.export` does."""
     language_model = _checked(unwrapped(model), linears, cache_dtype)
+    if shortlist is not None and shortlist < 1:
+        raise ConfigError(f"shortlist is {shortlist}; expected at least 1 row of the head, or None")
     if length is None:
         length = min(getattr(language_model.config.get_text_config(), "max_position_embeddings", MOST), MOST)
     if length < 2:
@@ -83,7 +92,9 @@ def export_model(
     tell(STEP, 0, STEPS)
     step = capture_step(language_model, length, cache_dtype)
     tell(STEP, 1, STEPS)
-    job = run_passes(passes(linears), GraphJob(step.graph, step.codes))
+    job = run_passes(passes(linears, shortlist), GraphJob(step.graph, step.codes))
+    if HEAD in job.notes:
+        raise ExportError(f"shortlist is {shortlist}, and {job.notes[HEAD]}; expected linears='int8', or no shortlist")
     drop_unread(step.graph)  # else they are kept by name
     tell(STEP, 2, STEPS)
     for router, reason in job.notes.items():
@@ -93,7 +104,7 @@ def export_model(
             log.warning("export: %s: kept in floats: no op reads its codes there", leaf.target)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as made:
-        _write(step, Path(made), language_model, linears)
+        _write(step, Path(made), language_model, linears, shortlist)
         _put(Path(made), folder)
     tell(STEP, STEPS, STEPS)
     return folder
@@ -142,7 +153,7 @@ def _kept(model: nn.Module) -> float:
     return 1.0 - float(Routed.of(model, "export").config.get("low_bit_sparsity", 0.0)) if is_transformed(model) else 1.0
 
 
-def _about(step: DecoderStep, model: PreTrainedModel, linears: Format | None) -> About:
+def _about(step: DecoderStep, model: PreTrainedModel, linears: Format | None, shortlist: int | None = None) -> About:
     token_bytes, gated_bytes = bytes_read(step.graph, kept=_kept(model))
     return About(
         format=FORMAT,
@@ -156,12 +167,14 @@ def _about(step: DecoderStep, model: PreTrainedModel, linears: Format | None) ->
         linears=weights_of(model) or linears,
         token_bytes=token_bytes,
         gated_bytes=gated_bytes,
-        head=_head(model, linears),
+        head=_head(model, linears) if shortlist is None else f"int8, shortlist {shortlist}",
     )
 
 
-def _write(step: DecoderStep, folder: Path, model: PreTrainedModel, linears: Format | None) -> None:
-    about = _about(step, model, linears)
+def _write(
+    step: DecoderStep, folder: Path, model: PreTrainedModel, linears: Format | None, shortlist: int | None
+) -> None:
+    about = _about(step, model, linears, shortlist)
     programs = {DECODE: _decode(step), PREFILL: _prefill(step)}
     state = {**programs[DECODE].constants, **programs[DECODE].state_dict}
     layouts = {name: layout(tensor) for name, tensor in state.items() if isinstance(tensor, Tensor)}

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ltepass.errors import ExportError
+from ltepass.kernels import shortlist
 from ltepass.kernels.cpu import build
 from ltepass.kernels.proxy_codes import Codes
 from ltepass.kernels.routed_schema import OPS
@@ -34,7 +35,8 @@ FORMAT = 1  # of the folder; a later one that means something else counts on
 class About:
     """decoder.json. cache: its shape, [layers, 2, 1, kv_heads, length, size]. isa: what the kernels assume of a CPU.
 
-    linears: what they are quantised to, by the export or before it; head: the same of the head, or its dtype.
+    linears: what they are quantised to, by the export or before it; head: the same of the head, or its dtype, and what
+    shortlist it has.
 
     token_bytes: of weights that every token reads; gated_bytes: of those whose neurons are read where they are active,
     of tiers of bits the low plane.
@@ -105,6 +107,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return state
 
 
+SHORTLISTED = ("x", "codes", "scale", "scan_codes", "scan_scale", "rows")  # of a head
 GATHERED = ("up", "gate", "down", "up_scale", "gate_scale")  # by neuron
 LOW = ("low", *(f"low_{part}" for part in Codes._fields))  # the same, of the active ones in tiers of bits
 KEPT = tuple(f"down_{part}" for part in Codes._fields)  # by those that add anything there
@@ -124,9 +127,18 @@ def bytes_read(graph: GraphModule, kept: float = 1.0) -> tuple[int, int]:
         elif any(_takes(user, leaf, KEPT) for user in leaf.users):
             whole += round(kept * tensor.nbytes)
         elif leaf.users:
-            row = all((op_name(user) or "").startswith("embedding") for user in leaf.users)  # else it is the head's too
-            whole += tensor[0].nbytes if row else tensor.nbytes
+            rows = tensor.shape[0] if tensor.dim() else 1
+            whole += max(_rows_read(user, leaf, rows) for user in leaf.users) * (tensor.nbytes // max(rows, 1))
     return whole, gated
+
+
+def _rows_read(node: Node, leaf: Node, rows: int) -> int:
+    """Of a table of tokens one; of a head with a shortlist those of 8 bits; else all."""
+    if (op_name(node) or "").startswith("embedding"):
+        return 1
+    args = dict(zip(SHORTLISTED, node.args, strict=False)) if op_name(node) == shortlist.NAME else {}
+    some = args.get("rows") if leaf in (args.get("codes"), args.get("scale")) else None
+    return min(some, rows) if isinstance(some, int) else rows
 
 
 def _takes(node: Node, leaf: Node, arguments: tuple[str, ...]) -> bool:

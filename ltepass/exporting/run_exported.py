@@ -16,6 +16,7 @@ from ltepass.errors import ConfigError, ExportError
 from ltepass.exporting.folder import ABOUT, DECODE, PREFILL, WEIGHTS, layout, read_about, weights
 from ltepass.kernels import attention as _attention  # noqa: F401 -- registers what the graphs call
 from ltepass.kernels import linear as _linear  # noqa: F401
+from ltepass.kernels import shortlist as _shortlist  # noqa: F401
 from ltepass.kernels.cpu import loading
 from ltepass.passes.capture.decoder_step import WITHIN
 

@@ -46,6 +46,7 @@ NAMES = (
     "lay_out_neurons",
     "merge_linears",
     "quantise_linears",
+    "shortlist_head",
 )  # of all passes there are
 SKIP = "LTEPASS_SKIP"  # environment: names of passes to leave out, separated by commas; to find out which one did it
 

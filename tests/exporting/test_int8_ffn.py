@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import torch
 import ltepass
 from ltepass.exporting.export_model import passes
 from ltepass.exporting.run_exported import ExportedDecoder
+from ltepass.measure.sides.exported_side import Exported
+from ltepass.measure.sides.transformers_side import Transformers
 from ltepass.passes.capture.decoder_step import capture_step
 from ltepass.passes.graph.pipeline import GraphJob, run_passes
 from tests.child import environment
@@ -75,3 +79,13 @@ def test_a_program_without_ltepass_runs_it(exported: tuple[Any, Path]) -> None:
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, cwd="/")
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout) == in_plain_pytorch(model)[0]
+
+
+def test_bench_names_a_folder_by_the_format_of_its_ffns(exported: tuple[Any, Path]) -> None:
+    model, folder = exported
+    source = Transformers(load=lambda: copy.deepcopy(model), routed=True)
+    engine: Any = Exported(folder=folder, source=source).open(32)
+    ids, about = torch.tensor(PROMPT), engine._decoder.about
+    for linears, name in {"int8": "int8", "int4": "int4", "int4_minimum": "F32, linears int4_minimum"}.items():
+        engine._decoder.about = replace(about, linears=linears)
+        assert engine.facts(ids, 2, ids[None][:0]).format == name

@@ -303,7 +303,7 @@ class Plain(torch.fx.Interpreter):
         if routed is not None:
             c = routed.checked(args)
             return routed.masked_ffn(c, routed.mask(c))
-        if name in ("linear_int8", "linear_int4"):
+        if name in ("linear_int8", "linear_int4", "linear_shortlist"):
             return getattr(linear_reference, name)(*args)
         return super().call_function(target, args, kwargs)
 

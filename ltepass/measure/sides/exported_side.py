@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import get_args
@@ -65,7 +66,7 @@ class _ExportedEngine:
             weight_bytes=about.token_bytes + sparse.get("active", 1.0) * about.gated_bytes,
             held_bytes=sum(tensor.nbytes for tensor in self._decoder.weights),
             position_bytes=2 * layers * heads * size * self._decoder.cache.element_size(),
-            perplexity=perplexity_of(self._logits, blocks),
+            perplexity=perplexity_of(partial(logits_of_steps, self._decoder), blocks),
             **sparse,
         )
 
@@ -77,7 +78,8 @@ class _ExportedEngine:
         engine.set_thresholds(self._decoder.thresholds)
         return engine.sparse(ids, prompt_tokens)
 
-    def _logits(self, ids: Tensor) -> Tensor:
-        """[T, vocab] of ids [T]: through the decode step, which a package has for one token at a time."""
-        self._decoder.reset()
-        return torch.stack([self._decoder([token]) for token in ids.tolist()])
+
+def logits_of_steps(decoder: ExportedDecoder, ids: Tensor) -> Tensor:
+    """[T, vocab] of ids [T]: through the decode step, which a package has for one token at a time."""
+    decoder.reset()
+    return torch.stack([decoder([token]) for token in ids.tolist()])
